@@ -366,7 +366,7 @@ GIVEN_AGAIN = {
     "losses": set(),
     "spending": {
         "costs", "total_steps", "schedule", "sensing", "deciding", "resizing", "probing", "dense_widths", "modelled",
-        "check_kind", "runs", "_runs", "_known", "_alone", "probed", "stop", "bill", "_paying",
+        "check_kind", "runs", "_runs", "_known", "_alone", "probed", "stop", "bill",
     },
     "account": {"_attached", "sensing_flops"},
 }  # fmt: skip

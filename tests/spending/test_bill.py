@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.controller.horizon import spans
+from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.errors import BudgetError, CheckpointError, LoopError
 
@@ -72,12 +73,67 @@ def test_the_bill_is_spent_and_never_exceeded(budget: dict[str, str]) -> None:
 
 
 def test_what_is_planned_comes_about() -> None:
-    """Claim: cost falls as the reference says, so that plans differ by a few percent, until the last cut says it."""
+    """Claim: plans differ by a few percent, though blocks are coarse here: the model ends 8 % below its limit."""
     lengths = train(*attached({"flops": "25%", "flops/run": "100%"}))
     assert len(lengths) - 1 == lengths[-1] and lengths[0] > 400
-    planned = [length for length in lengths if length != lengths[-1]]
-    assert max(planned) / min(planned) < 1.1
-    assert lengths[-1] < 1.2 * lengths[0]  # blocks are coarse here: the model ends 8 % below its limit
+    assert max(lengths) / min(lengths) < 1.1
+
+
+class Lopsided(nn.Module):
+    """Most FLOPs are in convolutions, most parameters in linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(16, 256), nn.Linear(256, 256), nn.Linear(256, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.conv1(x).relu()).relu().mean((2, 3))
+        return self.fc3(self.fc2(self.fc1(out).relu()).relu())
+
+
+def lopsided(budget: Any) -> tuple[setpoint.Loop, list[int]]:
+    """A run of `Lopsided` with a bill, and the lengths that were planned on the way."""
+    torch.manual_seed(0)
+    model, x = Lopsided(), torch.randn(16, 3, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    loop = setpoint.attach(model, optimizer, {**budget, "flops/run": "100%"}, example=(x,), total_steps=100)
+    lengths = [loop.total_steps]
+    while loop.step < loop.total_steps:
+        nn.functional.cross_entropy(model(x), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lengths.append(loop.total_steps)
+    return loop, lengths
+
+
+@pytest.mark.parametrize("budget", [{"params": "50%"}, {"params": "25%"}, {"memory": "60%"}])
+def test_flops_are_forecast_where_the_budget_is_of_something_else(budget: dict[str, str]) -> None:
+    """Claim: a budget that takes few FLOPs along pays for few more steps, and the first plan knows it."""
+    loop, lengths = lopsided(budget)
+    summary = loop.finish()
+    assert summary.budget_met and 0.98 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+    assert max(lengths) / min(lengths) < 1.15 and lengths[-1] < 150
+
+
+@pytest.mark.parametrize("share", ["10%", "2%"])
+@pytest.mark.parametrize("misled", [False, True])
+def test_the_budget_is_met_before_the_bill_is_spent(
+    monkeypatch: pytest.MonkeyPatch, share: str, *, misled: bool
+) -> None:
+    """Claim: decisions move ahead where the run gets shorter, whatever forecasts have promised."""
+    if misled:
+        monkeypatch.setattr(
+            "setpoint.spending.bill.likely_widths", lambda cost, groups, *_: {each.name: 1 for each in groups}
+        )
+    loop, lengths = lopsided({"params": share})
+    summary = loop.finish()
+    met = next(
+        entry.step for entry in loop.ledger if entry.dropped and entry.spent["params"] <= summary.limit["params"]
+    )
+    assert summary.budget_met and met <= 0.7 * summary.steps, (met, summary.reason)
+    assert 0.98 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+    assert not misled or lengths[0] > max(lengths[met:])  # it had promised more
 
 
 def test_the_stretches_of_a_run_add_up() -> None:
@@ -171,15 +227,91 @@ def test_a_run_that_leaves_its_bill_is_warned_of() -> None:
         assert "unused" not in loop.finish().reason
 
 
+def test_what_a_stopped_run_says() -> None:
+    """Claim: it is not over its bill, and one that goes on after its end says how many steps it made."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    for _ in range(100):
+        step(model, optimizer)
+    with pytest.warns(UserWarning, match="the budget is not met"):
+        summary = loop.finish()
+    assert "asked for the run" not in summary.reason and "of the bill is unused" in summary.reason
+    assert f"of the dense FLOPs after 100 of {summary.total_steps} steps, 25.0 % asked for" in summary.reason
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "10%"}, total_steps=100)
+    length = loop.total_steps + 20
+    with pytest.warns(UserWarning, match=r"(the run was to have|the budget is not met)"):
+        for _ in range(length):
+            step(model, optimizer)
+        summary = loop.finish()
+    assert f"spent after {length} of {summary.total_steps} steps" in summary.reason and summary.total_steps < length
+
+
+@pytest.mark.parametrize(("rows", "passes", "warned"), [(4, 4, True), (16, 4, False), (16, 1, False)])
+def test_a_micro_batch_as_the_example_is_warned_of(rows: int, passes: int, *, warned: bool) -> None:
+    """Claim: once, where the model is given more samples in a step than the example has, and else never."""
+    model, optimizer = build()
+    budget = {"flops": "25%", "flops/run": "100%"}
+    loop = setpoint.attach(model, optimizer, budget, example=(X[:rows],), total_steps=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            for x, y in zip(X.chunk(passes), Y.chunk(passes), strict=True):
+                (nn.functional.cross_entropy(model(x), y) / passes).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    loop.detach()
+    said = [str(each.message) for each in caught]
+    assert len(said) == warned and all("was given 16 samples in an optimizer step" in each for each in said), said
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def fraction(share: float) -> setpoint.Budget:
+    return setpoint.Budget.fraction(share, of="flops")
+
+
+def test_the_bill_outlives_changes_of_the_budget() -> None:
+    """Claim: after two changes the run ends below its bill, as it does after one."""
+    late = PricedController(schedule=Schedule(settle=0.7, land=0.7, num_cuts=2))
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"}, total_steps=100, controller=late)
+    for at, share in ((10, 0.9), (60, 0.97)):
+        while loop.step < at:
+            step(model, optimizer)
+        loop.budget = fraction(share)
+    train(loop, model, optimizer)
+    summary = loop.finish()
+    assert summary.budget_met and 0.98 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+def test_a_run_whose_budget_was_changed_is_resumed_bit_for_bit() -> None:
+    """Claim: attached with the later budget it goes on in the same lengths and weights as the uninterrupted run."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"}, total_steps=100)
+    for at in range(60):
+        if at == 20:
+            loop.budget = fraction(0.5)
+        step(model, optimizer)
+    saved = copy.deepcopy((loop.state_dict(), model.state_dict(), optimizer.state_dict()))
+    again, other, others = attached({"flops": "50%", "flops/run": "100%"}, total_steps=100)
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    others.load_state_dict(saved[2])
+    assert train(loop, model, optimizer) == train(again, other, others)
+    assert loop.widths == again.widths
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_length_and_bill_are_fixed() -> None:
-    """Claim: the length cannot be set beside a bill, nor the bill changed; budgets per step can."""
+    """Claim: the length cannot be set beside a bill, nor the bill changed; budgets per step can, and the length follows
+    at once.
+    """
     loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
     with pytest.raises(LoopError, match="the bill of the run says how long it is"):
         loop.total_steps = 300
     with pytest.raises(BudgetError, match="fixed at attach"):
         loop.budget = setpoint.Budget.fraction(0.5, of="flops"), setpoint.Budget.fraction(0.9, of="flops", per="run")
     before = loop.total_steps
-    loop.budget = setpoint.Budget.fraction(0.5, of="flops")
+    loop.budget = fraction(0.5)
+    planned = loop.total_steps
     train(loop, model, optimizer)
     summary = loop.finish()
+    assert 0.9 * summary.steps < planned < 1.1 * summary.steps
     assert summary.budget_met and summary.steps < before and summary.train_flops <= summary.limit_run["flops"]

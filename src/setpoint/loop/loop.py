@@ -473,6 +473,8 @@ class Loop:
             self._ledger.append(self._entry(now.plan, before, problem))
         if self._now.budget_met:
             self.actuator.release()
+        elif not problem and self.spending.total_steps != observation.total_steps:  # a bill pays for fewer now
+            self._go_on()
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
         """What the controller sees, its next state, and its plan, on which all ranks agree."""

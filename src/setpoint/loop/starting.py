@@ -122,6 +122,26 @@ class Starting:
         complete(self._host.model, example)
         self._begin(Inputs.of(example))
         self._carry()
+        if self._loop.spending.bill and not self._host.compiled:
+            samples = num_samples(example)
+            self._unlisten = self._loop.on_step(lambda news: self._compare(samples))
+
+    def _compare(self, samples: int) -> None:
+        """After the first two steps: warn if the model was given more samples in the second than the example has."""
+        if self._loop.summary is not None:
+            return
+        if self._first is None:
+            self._first = FirstForward(self._host.model, self._host.model, self._method)
+            return
+        self._unlisten()
+        self._first.stop()
+        given = self._first.passes * num_samples(self._first.example()) if self._first.called else 0
+        if given >= 2 * samples:
+            warn(
+                f"the model was given {given:,} samples in an optimizer step, and the example has {samples:,}: FLOPs "
+                f"are counted by the example, so the run spends {given / samples:.2g} times its bill. Give the batch "
+                "of a whole optimizer step as the example, or leave the example out"
+            )
 
     def at_first_step(self) -> None:
         """Begin when the first optimizer is about to step, with what the model was called with until then."""

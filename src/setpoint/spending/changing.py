@@ -42,13 +42,13 @@ def change_budget(spending: Spending, budget: Budget | Sequence[Budget], groups:
     spending.check_kind(budgets)
     check_costed(budgets, spending.costs, spending.budgets)
     changed = copy.copy(spending)
-    changed.hold(spending.target.anew(budgets))
+    changed.hold(spending.target.anew(budgets), groups)
     for each in budgets:
         cost, present = spending.costs[each.resource], changed.expected(each.resource, spending.dense_widths)
         least = cheapest(cost, groups) * present / cost.total(spending.dense_widths)
         check_reachable(each, changed.target.original.get(each.resource, present), least)
     changed.runs.check(step, spending.total_steps, groups)
-    spending.target, spending.runs = changed.target, changed.runs
+    spending.target, spending.runs, spending.total_steps = changed.target, changed.runs, changed.total_steps
 
 
 def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group, ...], step: int) -> None:

@@ -26,11 +26,11 @@ class NoRuns:
         """No limit."""
         return math.inf
 
-    def length(self, total_steps: int) -> int:
+    def length(self, total_steps: int, *_: Any) -> int:
         """The run is as long as it was said to be."""
         return total_steps
 
-    state_dict, load_state_dict, stepped = limit, replan, replan
+    planned, state_dict, load_state_dict, stepped = length, limit, replan, replan
 
     def over(self, *_: Any) -> bool:
         """Never."""

@@ -88,11 +88,13 @@ class Runs:
                     f"would come to {amount(least[name], name)}"
                 )
 
-    def length(self, total_steps: int) -> int:
+    def length(self, total_steps: int, *_: Any) -> int:
         """The run is as long as it was said to be."""
         return total_steps
 
-    def stepped(self, widths: Mapping[str, int] | None = None) -> None:
+    planned = length
+
+    def stepped(self) -> None:
         """Nothing is remembered of a step."""
 
     def state_dict(self) -> dict[str, Any]:

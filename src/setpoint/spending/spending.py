@@ -62,20 +62,19 @@ class Spending:
         self.probed, self.stop = account.probed, meter.stop
         self.dense_widths, self.check_kind, self._alone = widths_of(groups), check, alone
         self.readings, self._known = dict[str, float](), dict[str, float]()
-        self._runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
         self.account.sensing_flops, self.bill = sensing_flops, bill
-        self._paying = Paying(bill, account, schedule, target) if bill else None
-        self.hold(target)
-        self.total_steps = self.length
+        runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
+        self._runs = partial(Paying, bill, account, schedule, self.dense_widths) if bill else runs
+        self.hold(target, groups)
 
-    def hold(self, target: Target) -> None:
-        """Be held to these budgets from here on."""
-        self._paying = self._paying and self._paying.held_to(target)
-        self.target, self.runs = target, self._runs(target) if target.runs else self._paying or NoRuns()
+    def hold(self, target: Target, groups: tuple[Group, ...]) -> None:
+        """Be held to these budgets from here on, with these groups."""
+        self.target, self.runs = target, self._runs(target) if self.bill or target.runs else NoRuns()
+        self.total_steps = self.runs.planned(self.total_steps, groups)
 
     @property
     def length(self) -> int:
-        """Optimizer steps of the whole run; with a bill it changes, while decisions fall as in `total_steps` steps."""
+        """Optimizer steps of the whole run; with a bill it changes, and decisions fall as in `total_steps` steps."""
         return self.runs.length(self.total_steps)
 
     @property
@@ -156,7 +155,7 @@ class Spending:
         """The model has other widths: a step and a sensing cost something else from here on."""
         self.account.sensing_flops = sensing_flops
         self.account.resized(self.costs["flops"].total(widths_of(groups)))
-        self.runs.stepped(widths_of(groups))
+        self.total_steps = self.runs.planned(self.total_steps, groups)
         self.meter.cut()
 
     def prepare(self, due: bool) -> None:
@@ -278,4 +277,5 @@ class Spending:
         self.meter.load_state_dict(state["metering"])
         if self.bill:
             self.runs.load_state_dict(state["bill"])
+            self.total_steps = int(state["bill"]["planned"])
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}

@@ -55,16 +55,19 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
     total_steps, target = spending.length, spending.target
-    steps, limits = min(step, total_steps), target.limit
-    after = f"after {steps:,} of {counted(total_steps, 'step')}"
+    limits, to_come = (
+        target.limit,
+        0 if spending.bill else max(0, total_steps - step),
+    )  # a bill pays for no fixed number
+    after = f"after {step:,} of {counted(total_steps, 'step')}"
     still = f"; it was met at step {last.step:,}" if last is not None and last.budget_met else ""
     left = list[str]()
     for name, limit in spending.limit_run.items():
-        spent, rest = spending.runs.spent()[name], spending.expected(name, widths) * (total_steps - steps)
+        spent, rest = spending.runs.spent()[name], spending.expected(name, widths) * to_come
         if spent + rest > limit * (1 + 1e-12):
             to_go = f", and {amount(rest, name)} to go" if rest else ""
             return False, f"{amount(spent, name)} spent {after}{to_go}, {amount(limit, name)} asked for the run"
-        left.append(f"{amount(spent, name)} of {amount(limit, name)} spent over {counted(steps, 'step')}")
+        left.append(f"{amount(spent, name)} of {amount(limit, name)} spent over {counted(step, 'step')}")
     for name, limit in limits.items():
         settled = spending.meter.settled() if name in target.metered else {}
         seen, dense = settled.get(name, spending.expected(name, widths)), target.dense_cost(name)
@@ -80,8 +83,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         gone = "; the energy meter has vanished since: joules are modelled" if spending.meter.vanished else ""
         met = f"{'budget met' if spending.budgets else 'done'} at step {last.step:,} of {total_steps:,}"
         return True, f"{met}: {', '.join(left) or last.reason.removeprefix('done: ')}{gone}"
-    if spending.limit_run and steps == total_steps:  # nothing is left to spend, whatever the last decision said
-        return True, f"budget met at step {steps:,} of {total_steps:,}: {', '.join(left)}"
+    if spending.limit_run and step >= total_steps:  # nothing is left to spend, whatever the last decision said
+        return True, f"budget met at step {step:,} of {total_steps:,}: {', '.join(left)}"
     if limits and all(limit >= spending.expected(name, spending.dense_widths) for name, limit in limits.items()):
         return True, f"the {'model as it was attached' if target.original else 'dense model'} is within budget"
     return False, f"{'within budget' if limits else 'ended'} {after}, but the last decision was not made"
