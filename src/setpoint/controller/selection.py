@@ -88,8 +88,7 @@ def descend(selection: Selection, target: float, ceiling: float = np.inf) -> Non
         selection: moved in place; where the ladders end above the target it stays above.
         ceiling: worth from which on blocks stay, whatever the target.
     """
-    num_blocks = sum(ladder.num_rungs for ladder in selection.ladders.values())
-    stride = max(1, -(-num_blocks // _MAX_PICKS))
+    stride = max(1, -(-sum(ladder.num_rungs for ladder in selection.ladders.values()) // _MAX_PICKS))
     while True:
         _descend(selection, target, stride, ceiling)
         selection.total = selection.cost.total(selection.widths)
@@ -107,8 +106,7 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
     moved = False
     while heap and selection.total > target:
         _, _, name, *_ = heapq.heappop(heap)
-        key = weigh(selection, name, stride)
-        if key is None:
+        if (key := weigh(selection, name, stride)) is None:
             continue
         if heap and key > heap[0]:
             heapq.heappush(heap, key)
@@ -123,8 +121,7 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
         selection.move(name, count)
         selection.total -= saving
         moved = True
-        following = weigh(selection, name, stride)
-        if following is not None:
+        if (following := weigh(selection, name, stride)) is not None:
             heapq.heappush(heap, following)
     return moved
 
