@@ -55,10 +55,8 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
     total_steps, target = spending.length, spending.target
-    limits, to_come = (
-        target.limit,
-        0 if spending.bill else max(0, total_steps - step),
-    )  # a bill pays for no fixed number
+    limits = target.limit
+    to_come = 0 if spending.bill else max(0, total_steps - step)  # a bill pays for no fixed number
     after = f"after {step:,} of {counted(total_steps, 'step')}"
     still = f"; it was met at step {last.step:,}" if last is not None and last.budget_met else ""
     left = list[str]()
