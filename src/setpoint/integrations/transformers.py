@@ -41,7 +41,9 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
         best_within_budget: whether the Trainer's best checkpoint is the best of those within the budget; by default
             an earlier, larger one may be the best, which is warned of when it is loaded.
-        settings: further arguments of `attach`, such as `controller`, `sensor` or `copies`.
+        settings: further arguments of `attach`, such as `controller`, `sensor` or `copies`. With a bill, `total_steps`
+            is the length of the dense run that a share of the bill is one of, by default `max_steps`: the Trainer stops
+            when the bill is spent, so give it more.
 
     Attributes:
         loop: the loop at work; None before training.
