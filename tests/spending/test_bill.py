@@ -178,8 +178,10 @@ def test_length_and_bill_are_fixed() -> None:
         loop.total_steps = 300
     with pytest.raises(BudgetError, match="fixed at attach"):
         loop.budget = setpoint.Budget.fraction(0.5, of="flops"), setpoint.Budget.fraction(0.9, of="flops", per="run")
+    with pytest.raises(BudgetError, match="fixed at attach"):
+        loop.budget = {"flops": "50%", "flops/run": "100%"}
     before = loop.total_steps
-    loop.budget = setpoint.Budget.fraction(0.5, of="flops")
+    loop.budget = 0.5
     train(loop, model, optimizer)
     summary = loop.finish()
     assert summary.budget_met and summary.steps < before and summary.train_flops <= summary.limit_run["flops"]
