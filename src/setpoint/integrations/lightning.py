@@ -131,7 +131,8 @@ class SetpointCallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the bill is spent, and log what the loop measures, as often as the Trainer logs."""
-        if self.loop is not None and self.loop.spending.bill and self.loop.step >= self.loop.total_steps:
+        loop = self.loop  # which has not begun while the first batches accumulate
+        if loop is not None and loop.step > 0 and loop.spending.bill and loop.step >= loop.total_steps:
             trainer.should_stop = True
         due = trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0
         if due and trainer.is_global_zero and self.loop is not None and (found := self.loop.metrics()):

@@ -90,7 +90,8 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         if self.best_within_budget and within and not self._was_within:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._was_within = within
-        if self.loop is not None and self.loop.spending.bill and self.loop.step >= self.loop.total_steps:
+        loop = self.loop  # which has not begun where a scaler has skipped the first steps
+        if loop is not None and loop.step > 0 and loop.spending.bill and loop.step >= loop.total_steps:
             control.should_training_stop = True  # the bill is spent
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish()
