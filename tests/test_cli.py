@@ -471,6 +471,9 @@ def test_a_plan_names_its_options() -> None:
         )
     assert "next: https://" in CliRunner().invoke(make_app(), ["plan", "--ratio", "16"]).output
     assert "--size N, or MODEL with --budget" in invoke("plan", "--tokens", "1e9").stderr
+    for bill in ("--seconds", "--joules"):
+        assert "give --batch N" in invoke("plan", "own.py:build", "--budget", "50%", bill, "5").stderr
+    assert "--samples" in invoke("plan", "--samples", "1e6", "--size", "1e6").stderr  # no constants, so no such option
 
 
 def test_a_plan_is_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

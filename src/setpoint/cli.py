@@ -219,13 +219,12 @@ def plan(
     size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
-    samples: Annotated[
-        float | None, typer.Option(help="The same for samples that are no tokens (no published constants).")
-    ] = None,
     flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Bill in seconds on this machine, for MODEL.")] = None,
-    joules: Annotated[float | None, typer.Option(help="Bill in joules as metered here, for MODEL.")] = None,
-    batch: Annotated[float | None, typer.Option(help="Tokens or samples of an optimizer step.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Bill in seconds on this machine, timed in steps of --batch.")
+    ] = None,
+    joules: Annotated[float | None, typer.Option(help="Bill in joules as metered here, in steps of --batch.")] = None,
+    batch: Annotated[float | None, typer.Option(help="Tokens of an optimizer step.")] = None,
     start: Annotated[float | None, typer.Option(help="Size to start from, in final sizes; by default 2.")] = None,
     json: Json = False,
 ) -> None:
@@ -239,8 +238,7 @@ def plan(
         from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
 
-        basis = {"--ratio": ratio, "--tokens": tokens, "--samples": samples, "--flops": flops}
-        basis |= {"--seconds": seconds, "--joules": joules}
+        basis = {"--ratio": ratio, "--tokens": tokens, "--flops": flops, "--seconds": seconds, "--joules": joules}
         given = [name for name, value in basis.items() if value is not None]
         if len(given) != 1:
             raise misuse(
@@ -252,6 +250,10 @@ def plan(
             raise misuse(f"{beside[0]} is for a MODEL: name one, or leave {beside[0]} out")
         if target is None and size is None and ratio is None:
             raise misuse("give the final size: --size N, or MODEL with --budget; or --ratio alone")
+        if target is not None and (seconds or joules) and batch is None and shape is None:
+            raise misuse(
+                f"{given[0]} needs the size of a step, on which its pace depends: give --batch N, such as --batch 8192"
+            )
         if target is not None:
             budget_per_step(budget)
             print(f"building and tracing {target}", file=sys.stderr)
@@ -268,7 +270,6 @@ def plan(
             size=size,
             ratio=ratio,
             tokens=tokens,
-            samples=samples,
             flops=flops,
             seconds=seconds,
             joules=joules,

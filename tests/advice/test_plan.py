@@ -14,6 +14,7 @@ from torch import nn
 
 import setpoint
 from setpoint.advice.law import LANGUAGE, Law, average_size, fit_law
+from setpoint.controller.schedule import Schedule
 from setpoint.errors import BudgetError, UsageError
 from setpoint.resources.measure_step import measure_step
 
@@ -68,13 +69,18 @@ def test_a_fit_predicts_runs_that_it_has_not_seen() -> None:
     assert found.sizes == (1e4, 3e5) and found.source == "here"
 
 
+def mean(start: float) -> float:
+    """The mean cost of a run with eight equal cuts, evenly from 25 to 75 % of it: 7/16 are made there, in the mean."""
+    return 0.25 * start + 0.5 * (start - 7 / 16 * (start - 1)) + 0.25
+
+
 def test_advice_for_a_size_and_tokens() -> None:
     """Claim: the ratio is data over compute-optimal data, and the bill pays for as many tokens as it costs."""
     advice = setpoint.plan(size=1e8, tokens=20 * HOFFMANN.optimal_data(1e8), batch=1e6, laws=[HOFFMANN])
     assert advice.pays and advice.ratio == pytest.approx((20.0, 20.0)) and not advice.notes
     assert advice.bill == pytest.approx(6 * 1e8 * 20 * HOFFMANN.optimal_data(1e8))
     assert advice.tokens is not None and advice.steps == int(advice.tokens // 1e6)
-    assert 6 * 1e8 * advice.average * advice.tokens == pytest.approx(advice.bill)
+    assert 6 * 1e8 * mean(2) * advice.tokens == pytest.approx(advice.bill)
     same = setpoint.plan(size=1e8, flops=advice.bill, laws=[HOFFMANN])
     assert same.ratio == pytest.approx(advice.ratio)
     assert str(advice).startswith("Prune. The given law predicts a gain from pruning.\n") and advice.advice == "prune"
@@ -123,6 +129,8 @@ def test_what_is_extrapolated_is_said() -> None:
     """Claim: a size that no fit has seen, and a ratio beyond those that the law is meant for, stand in the notes."""
     notes = setpoint.plan(size=5e4, tokens=1e9).notes
     assert any("extrapolated" in note for note in notes) and any("ratios of 1 to 64" in note for note in notes)
+    given = setpoint.plan(build(), "25% flops", example=(torch.zeros(4, 8, dtype=torch.long),), ratio=4)
+    assert given.size is not None and given.size < 7e7 and not any("extrapolated" in note for note in given.notes)
 
 
 def build() -> nn.Module:
@@ -131,11 +139,68 @@ def build() -> nn.Module:
 
 
 def test_a_model_and_a_budget_give_size_start_and_batch() -> None:
-    """Claim: final size is the budget's share of the model's FLOPs a token, the start its inverse."""
+    """Claim: final size is parameters outside of embeddings at the widths that meet the budget, the start follows.
+
+    A quarter of the FLOPs leaves 16 of 64 neurons, each of 33 parameters; 48 more belong to none.
+    """
+    advice = setpoint.plan(normed(50), "25% flops", example=(torch.zeros(4, 8, dtype=torch.long),), tokens=1e6)
+    assert advice.size == 16 * 33 + 48 and advice.start == (64 * 33 + 48) / advice.size
+    assert advice.bill == pytest.approx(1e6 * 6 * 2 * 16 * 16)  # its own FLOPs: two layers of 16 x 16
+    assert advice.steps is not None and advice.steps == int(1e6 / mean(4) // 32)
+
+
+def normed(words: int) -> nn.Module:
+    """Of which the neurons alone are cut."""
+    return nn.Sequential(nn.Embedding(words, 16), nn.LayerNorm(16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+class Tied(nn.Module):
+    """A language model whose head has the embedding's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.up, self.down = nn.Embedding(50, 16), nn.Linear(16, 64), nn.Linear(64, 16)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.embedding(x))
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+def test_a_model_and_its_size_get_the_same_advice() -> None:
+    """Claim: `plan(model, budget)` says what `plan(size, start)` says of the sizes before and after, the head aside."""
     example = (torch.zeros(4, 8, dtype=torch.long),)
-    advice = setpoint.plan(build(), "25% flops", example=example, tokens=1e6)
-    assert advice.start == 4.0 and advice.size == pytest.approx(0.25 * 2 * 16 * 64, rel=0.2)
-    assert advice.steps is not None and advice.tokens is not None and advice.steps == int(advice.tokens // 32)
+    advice = setpoint.plan(Tied(), "80% flops", example=example, tokens=1e6)
+    assert advice.size is not None and advice.size * advice.start == pytest.approx(64 * 33 + 48)
+    assert 0 < advice.size < 64 * 33 and (advice.size - 48) % 33 == 0
+    same = setpoint.plan(size=advice.size, start=advice.start, tokens=1e6)
+    assert (same.size, same.start, same.ratio, same.gain) == (advice.size, advice.start, advice.ratio, advice.gain)
+
+
+def test_a_convolution_has_as_many_parameters_as_it_has() -> None:
+    """Claim: places share a filter's parameters, so that they count in the bill and not in the size."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3))
+    law = Law(0.1, 5.0, 0.5, 5.0, 0.5, "measured here")
+    advice = setpoint.plan(model, "50% flops", example=(torch.zeros(2, 3, 12, 12),), samples=1e6, laws=law)
+    assert advice.size == 16 * (28 + 36) + 4 and advice.start == (32 * (28 + 36) + 4) / advice.size
+    assert advice.bill is not None and advice.bill > 6 * advice.size * 1e6
+
+
+@pytest.mark.parametrize(("budget", "cuts"), [("50%", (0.25, 0.75)), ("25%", (0.1, 0.6)), ("50%", (0.4, 0.4))])
+def test_a_bill_pays_for_the_steps_that_were_planned(budget: str, cuts: tuple[float, float]) -> None:
+    """Claim: with the schedule of the advice, `loop.total_steps` is what `plan` says, within 2 %."""
+    model, example = normed(50), (torch.zeros(4, 8, dtype=torch.long),)
+    optimizer = torch.optim.AdamW(model.parameters())
+    advice = setpoint.plan(model, budget, example=example, flops=2e9, cuts=cuts)
+    assert f"setpoint.PricedController(schedule=setpoint.{advice.schedule})" in str(advice)
+    assert Schedule(**advice.to_dict()["schedule"]) == advice.schedule
+    controller = setpoint.PricedController(schedule=advice.schedule)
+    bill = {"flops": budget, "flops/run": 2e9}
+    loop = setpoint.attach(model, optimizer, bill, example=example, total_steps=100, controller=controller)
+    assert advice.steps == pytest.approx(loop.total_steps, rel=0.02)
+    loop.detach()
 
 
 def test_a_bill_in_seconds_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +221,22 @@ def test_a_bill_in_seconds_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> Non
     a_step = 3 * 2 * 32 * 2 * 16 * 64  # forward and backward of 32 tokens through two linear layers
     assert [bill * measured[i] for i, bill in enumerate(bills) if bill] == pytest.approx([10 * a_step, 1000 * a_step])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_seconds_are_timed_at_the_batch_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the rows of the example are repeated up to the batch, of which one step is as many FLOPs."""
+    shapes = list[tuple[int, ...]]()
+
+    def measured(_: nn.Module, example: Any) -> tuple[float, float | None, str]:
+        shapes.append(tuple(example[0].shape))
+        return 0.5, 2.0, "a meter"
+
+    monkeypatch.setattr("setpoint.resources.measure_step.measure_step", measured)
+    example = (torch.zeros(4, 8, dtype=torch.long),)
+    for unit, rate in (("seconds", 0.5), ("joules", 2.0)):
+        for batch, rows in ((None, 4), (256, 32), (8, 1)):
+            advice = setpoint.plan(build(), "25% flops", example=example, batch=batch, **{unit: 10 * rate})
+            assert shapes.pop() == (rows, 8) and advice.bill == pytest.approx(10 * rows * 8 * 6 * 2 * 16 * 64)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +264,7 @@ def test_a_bill_in_seconds_is_timed_here(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"ratio": 4, "cuts": None}, "cuts must be two shares"),
         ({"ratio": 4, "cuts": ("a", "b")}, "cuts must be two shares"),
         ({"ratio": 4, "cuts": (0, 0)}, "cuts must be two shares"),
+        ({"ratio": 4, "laws": None}, "laws are of setpoint.advice.law.Law, got NoneType"),
         ({"ratio": 4, "laws": [1.0]}, "laws are of setpoint.advice.law.Law, got float"),
         ({"ratio": 4, "batch": 10}, "batch needs a number of tokens or a bill"),
         ({"budget": 0.5, "size": 1e6, "tokens": 1e6}, "budget is for a model"),
@@ -207,16 +289,17 @@ def test_a_budget_that_no_cut_meets_is_refused() -> None:
 
 
 def test_a_budget_of_parameters_is_one_of_widths() -> None:
-    """Claim: embeddings are parameters and cost no FLOPs, so the start follows from the FLOPs at the widths left.
+    """Claim: embeddings are parameters of the budget and none of the size; the bill is of FLOPs at the widths left.
 
-    A neuron has 33 parameters, all else 8,048. Of 64 neurons 90 % of the parameters leave 33, in blocks 32: half of the
-    FLOPs.
+    A neuron has 33 parameters, all else 8,048, of which 8,000 are embeddings. Of 64 neurons 90 % of the parameters
+    leave 33, in blocks 32: half of the FLOPs.
     """
-    model = nn.Sequential(nn.Embedding(500, 16), nn.LayerNorm(16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    model = normed(500)
     example = (torch.zeros(4, 8, dtype=torch.long),)
     assert sum(each.numel() for each in model.parameters()) == 8048 + 64 * 33
     advice = setpoint.plan(model, "90% params", example=example, tokens=1e6)
-    assert advice.start == pytest.approx(2.0) and advice.size == pytest.approx(16 * 64)
+    assert advice.size == 48 + 32 * 33 and advice.start == (48 + 64 * 33) / advice.size
+    assert advice.bill == pytest.approx(1e6 * 6 * 16 * 64)
 
 
 def test_one_law_and_numbers_of_numpy_will_do() -> None:
@@ -246,7 +329,7 @@ def test_samples_with_a_law_of_ones_own() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     law = Law(0.1, 5.0, 0.5, 5.0, 0.5, "measured here")
     advice = setpoint.plan(model, 0.25, example=(torch.zeros(4, 8),), samples=1e6, laws=[law])
-    assert advice.pays and advice.steps == int(1e6 / advice.average // 4)
+    assert advice.pays and advice.steps == int(1e6 / mean(4) // 4)
 
 
 def test_the_committed_predictions_are_those_of_the_law() -> None:

@@ -377,6 +377,27 @@ def test_a_longer_run_goes_on_without_cuts(tmp_path: Path) -> None:
     assert not same(dict(other.state_dict()), dict(model.state_dict()))
 
 
+def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
+    """Claim: with enough steps it ends with its bill, within it, after as many steps as were planned."""
+    callback = SetpointCallback({"flops": "50%", "flops/run": "100%"}, total_steps=STEPS)
+    fitted(tmp_path, Classifier(), callback, max_epochs=10 * EPOCHS)
+    summary, loop = callback.summary, callback.loop
+    assert summary is not None and loop is not None
+    assert STEPS < summary.steps == loop.total_steps < 10 * STEPS
+    assert 0.97 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+def test_without_the_steps_of_the_dense_run_the_bill_is_one_of_max_steps(tmp_path: Path) -> None:
+    """Claim: such a run ends at `max_steps`, and the warning says what uses the bill up."""
+    callback = SetpointCallback({"flops": "50%", "flops/run": "100%"})
+    said = r"of the bill is unused.*SetpointCallback\(\.\.\., total_steps=N\).*larger max_steps uses it up"
+    with pytest.warns(UserWarning, match=said):
+        trainer(tmp_path, callback).fit(Classifier(), data(), data())
+    summary = callback.summary
+    assert summary is not None and summary.steps == STEPS < summary.total_steps
+    assert summary.limit_run["flops"] == pytest.approx(STEPS * summary.dense_flops)
+
+
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     """Claim: given twice, of unknown length, or watching what nobody logs: an error that says so."""
     with pytest.raises(LoopError, match="to the Trainer twice"):

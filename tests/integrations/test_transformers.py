@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -421,6 +423,16 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     assert summary is not None and loop is not None and summary.budget_met
     assert 20 < summary.steps == loop.total_steps < 200
     assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+def test_a_first_step_that_is_skipped_ends_nothing() -> None:
+    """Claim: where a scaler of gradients skips the first steps, the loop has not begun, and training goes on."""
+    model, callback, control = build("llama"), SetpointCallback(0.5), TrainerControl()
+    optimizer = torch.optim.AdamW(model.parameters())
+    callback.loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS)
+    callback.on_step_end(None, TrainerState(global_step=1, max_steps=STEPS), control)
+    assert callback.loop.step == 0 and not control.should_training_stop
+    callback.loop.detach()
 
 
 def test_a_teacher_by_default_is_the_model_as_it_came(tmp_path: Path) -> None:

@@ -205,6 +205,15 @@ def test_bills_that_cannot_be(budget: Any, words: str) -> None:
     setpoint.attach(model, optimizer, 0.5, example=(X,), total_steps=200).detach()
 
 
+@pytest.mark.parametrize("bill", [1e15, "9e20"])
+def test_a_large_bill_is_planned_at_once(bill: float | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: `attach` walks through no steps, so that a bill in a wrong unit is seen at once."""
+    monkeypatch.setattr(Schedule, "due", None)
+    loop = attached({"flops": "25%", "flops/run": bill})[0]
+    assert loop.total_steps > 10**9
+    loop.detach()
+
+
 def test_the_least_bill_that_is_named_is_taken() -> None:
     """Claim: the error of a bill that is too small names one that is large enough."""
     with pytest.raises(BudgetError) as refused:
@@ -308,8 +317,10 @@ def test_length_and_bill_are_fixed() -> None:
         loop.total_steps = 300
     with pytest.raises(BudgetError, match="fixed at attach"):
         loop.budget = setpoint.Budget.fraction(0.5, of="flops"), setpoint.Budget.fraction(0.9, of="flops", per="run")
+    with pytest.raises(BudgetError, match="fixed at attach"):
+        loop.budget = {"flops": "50%", "flops/run": "100%"}
     before = loop.total_steps
-    loop.budget = fraction(0.5)
+    loop.budget = 0.5
     planned = loop.total_steps
     train(loop, model, optimizer)
     summary = loop.finish()

@@ -7,7 +7,10 @@ import warnings
 import pytest
 
 from setpoint.cost.budget import Budget
-from setpoint.spending.checks import check_reachable
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
+from setpoint.errors import BudgetError
+from setpoint.spending.checks import check_budgets, check_reachable
 
 
 @pytest.mark.parametrize(("resource", "limit"), [("flops", 1.1), ("params", 1.1), ("memory", 2.0), ("inference", 2.0)])
@@ -22,3 +25,10 @@ def test_seconds_may_lie_a_little_above() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_reachable(Budget.total(0.011, of="latency"), 0.010, 0.001)
+
+
+@pytest.mark.parametrize("goal", [Price(1e-9, of="flops"), Tolerance(0.1)])
+def test_a_price_and_a_tolerance_stand_alone(goal: Price | Tolerance) -> None:
+    """Claim: beside a budget they are refused as what they are, and not as what is no budget at all."""
+    with pytest.raises(BudgetError, match=f"^{type(goal).__name__}.* stands alone: attach with it"):
+        check_budgets([goal, Budget.fraction(0.5, of="flops")])

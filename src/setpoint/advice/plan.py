@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.advice.law import LANGUAGE, Law, average_size
+from setpoint.controller.horizon import spans
 from setpoint.controller.landing import cheapest, landing_widths
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.cost.wanted import is_time, wanted
 from setpoint.errors import UsageError
-from setpoint.groups.example import Example, inputs_of, num_samples
+from setpoint.groups.example import Example, in_shapes, inputs_of, num_samples, shapes_of
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.loop.candidates import restricted
@@ -49,13 +51,14 @@ class Advice:
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
         start: size to start from, in final sizes.
         average: mean size of the run over its steps, in final sizes.
-        cuts: first and last cut, as shares of the steps.
+        cuts: begin and end of the cuts, as shares of the steps.
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
             highest of the laws; negative is a loss.
         bill: FLOPs of the whole run.
-        tokens: tokens or samples that the bill pays for in the pruned run.
+        tokens: tokens or samples that the bill pays for in a run that is cut by `schedule`.
         batch: tokens or samples of a step: as given, or of the example; None where neither says.
-        steps: optimizer steps of the pruned run, where the batch is known.
+        steps: optimizer steps of that run, where the batch is known. `attach` with the same bill and
+            `controller=PricedController(schedule=advice.schedule)` plans as many, less Setpoint's own work.
         notes: what weakens the advice.
         sources: of the constants.
         best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes.
@@ -84,9 +87,18 @@ class Advice:
         """Whether all laws say that pruning gains."""
         return self.verdict == "prune"
 
+    @property
+    def schedule(self) -> Schedule:
+        """When the cuts are made, for a controller: in a straight line, as the law's gain is stated."""
+        first, last = self.cuts
+        land = max(last, Schedule.land)
+        if first == last:
+            return Schedule(0.0, last, land, num_cuts=1, shape="linear")
+        return Schedule(first, last, land, shape="linear")
+
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values."""
-        return asdict(self)
+        return {**asdict(self), "schedule": asdict(self.schedule)}
 
     def __str__(self) -> str:
         law = "The published law" if UNPROVEN in self.notes else "The given law"
@@ -105,6 +117,9 @@ class Advice:
             paid = f" trains on {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
             steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
             lines.append(f"  a pruned run of {self.bill:.3g} FLOPs{paid}{steps}")
+            lines.append(
+                f"  attach such a run with controller=setpoint.PricedController(schedule=setpoint.{self.schedule})"
+            )
         lines += [f"  note: {note}" for note in self.notes if note != UNPROVEN]
         return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
 
@@ -132,19 +147,21 @@ def plan(
     FLOPs. A pretrained model is not covered: others have paid for its training, so fine-tune and prune it.
 
     Args:
-        model: to be pruned from; with `budget` it gives final size and start, with `example` tokens and batch.
+        model: to be pruned from; with `budget` it gives final size and start, with `example` tokens and batch. The bill
+            counts its own FLOPs; those of a size alone are 6 a parameter and token.
         budget: the budget of a step, as `attach` takes it, of FLOPs or parameters.
         example: inputs of one step, as `attach` takes them.
         size: parameters of the finished model outside of embeddings, where no model is given.
         ratio: data / compute-optimal data of the finished model, where it is known: then nothing else is needed.
-        tokens: what the small model would be trained on; `samples` is the same by another name.
-        samples: see `tokens`.
+        tokens: what the small model would be trained on.
+        samples: the same of a model that is given no tokens; needs the `laws` of its family.
         flops: the bill of the whole run.
-        seconds: the bill, in seconds of training on this machine; needs model and example, which are timed.
-        joules: the bill, in joules as this machine meters them; needs model and example.
-        batch: tokens or samples of an optimizer step.
+        seconds: the bill, in seconds of training on this machine; needs model and example. Dense steps of `batch` are
+            timed, and the seconds of smaller models are taken to shrink as their FLOPs do.
+        joules: the bill, in joules as this machine meters them; like `seconds`.
+        batch: tokens or samples of an optimizer step; by default those of the example.
         start: size to start from, in final sizes; by default 2, or the model's own.
-        cuts: first and last cut, as shares of the steps.
+        cuts: begin and end of the cuts, as shares of the steps; `schedule` of the advice is theirs.
         laws: constants of the family, published ones of language models by default; `setpoint.advice.law.fit_law`
             finds those of another family from measured runs.
 
@@ -170,7 +187,7 @@ def plan(
         raise UsageError(f"start must be above 1 (it counts final sizes) and at most 1e6, got {start!r}")
     if not (_pair(cuts) and 0 <= cuts[0] <= cuts[1] <= 1 and cuts[1] > 0):
         raise UsageError(f"cuts must be two shares of the steps in order, such as (0.25, 0.75), got {cuts!r}")
-    laws = (laws,) if isinstance(laws, Law) else tuple(laws)
+    laws = tuple(laws) if isinstance(laws, Sequence) else (laws,)
     if not laws:
         raise UsageError("laws is empty: give the constants of a family, or leave it out")
     if not all(isinstance(law, Law) for law in laws):
@@ -205,11 +222,10 @@ def plan(
         raise UsageError(
             f"{given[0]} of which model? Give a model with its budget, whose step is timed on this machine"
         )
-    if known is not None and seconds is not None:
-        flops = seconds * known.flops / known.step_seconds()
-    elif known is not None and joules is not None:
-        flops = joules * known.flops / known.step_joules()
-    data = tokens or samples or (flops / (6 * size) if flops and size else None)
+    if known is not None and (timed := seconds or joules):
+        flops = timed * known.flops_per(given[0], batch or known.tokens)
+    cost = known.final_flops / known.tokens if known is not None else 6 * size if size is not None else None
+    data = tokens or samples or (flops / cost if flops and cost else None)
     ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
 
     def gains_of(begun: float) -> list[float]:
@@ -223,23 +239,42 @@ def plan(
     advice = verdict if verdict != "undecided" else "unknown"
     if published and advice == "prune":
         advice = "train the small model" if max(ratios) <= TESTED else "unknown"
-    bill = 6 * size * data if size and data else None
-    paid = data / average if data else None
-    steps = int(paid // batch) if paid and batch else None
-    if bill is not None and paid is not None and (paid < 1 or (steps is not None and steps < 2)):
-        least = 6 * float(size or 0) * average * max(1.0, 2 * (batch or 0))
+    bill = cost * data if cost and data else None
+    found = Advice(
+        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, None, batch, None,
+        tuple(_notes(None if ratio else size, ratios, laws, published=published)), tuple(law.source for law in laws),
+        best, min(gains_of(best)),
+    )  # fmt: skip
+    if bill is None or cost is None or data is None:
+        return found
+    mean = _mean(found.schedule, known.flops / known.final_flops if known is not None else start)
+    paid = data / mean
+    steps = int(paid // batch) if batch else None
+    if paid < 1 or (steps is not None and steps < 2):
+        least = cost * mean * max(1.0, 2 * (batch or 0))
         pays = "less than one token or sample" if paid < 1 else f"{steps} steps of {batch:,g}"
         raise UsageError(
             f"{bill:.3g} FLOPs pay for {pays}, and a run has two steps at least: that is {least:.3g} FLOPs here"
         )
-    return Advice(
-        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, paid, batch, steps,
-        tuple(_notes(size, ratios, laws, published=published)), tuple(law.source for law in laws), best,
-        min(gains_of(best)),
-    )  # fmt: skip
+    return replace(found, tokens=paid, steps=steps)
 
 
 _MOST = 1e30
+
+
+def _mean(schedule: Schedule, start: float) -> float:
+    """The mean cost of a step in a run that follows a schedule from `start` down to 1.
+
+    It comes down at decisions alone, so it is above the mean of the line.
+
+    >>> round(_mean(Schedule(0.25, 0.75, 0.75, shape="linear"), 2.0), 3)
+    1.531
+    """
+    stretches = spans(schedule, 0, _LONG)
+    return sum(steps * schedule.at(at, _LONG, start=start, limit=1.0) for at, steps in stretches) / _LONG
+
+
+_LONG = 100_000
 
 
 def _number(value: Any) -> bool:
@@ -294,9 +329,10 @@ class _Known:
     """What model, budget and example say.
 
     Args:
-        size: final size, by FLOPs a token.
-        start: dense size / final size.
+        size: parameters outside of embeddings, and of a head tied to them, at the widths that meet the budget.
+        start: those of the dense model / size.
         flops: of a dense step.
+        final_flops: of a step at the widths that meet the budget.
         tokens: of a step; samples, where its inputs are no tokens.
     """
 
@@ -305,6 +341,7 @@ class _Known:
     size: float
     start: float
     flops: float
+    final_flops: float
     tokens: int
 
     @classmethod
@@ -319,36 +356,48 @@ class _Known:
             raise UsageError("give an example of the inputs of one step, as attach takes it")
         found = trace(model, example)
         groups = tuple(group for group in found.groups if group.lossless)
-        flops, widths = flops_cost(restricted(found, groups)), widths_of(groups)
+        flops, dense = flops_cost(restricted(found, groups)), widths_of(groups)
         cost = {"flops": flops, "params": params_cost(model, groups)}[goal.resource]
-        dense, step_flops = cost.total(widths), flops.total(widths)
-        share = goal.absolute(dense) / dense
-        if not 0 < share < 1:
-            raise UsageError(f"the budget is {share:.3g} of the dense model: nothing is pruned")
-        check_reachable(goal, dense, cheapest(cost, groups))
-        if goal.resource == "params":  # embeddings count there, and cost no FLOPs
-            share = flops.total(landing_widths(cost, widths, widths, groups, share * dense)) / step_flops
-        batch = _tokens(example) or num_samples(example)
-        return cls(model, example, share * step_flops / (6 * batch), 1 / share, step_flops, batch)
+        limit = goal.absolute(cost.total(dense))
+        if not 0 < limit < cost.total(dense):
+            raise UsageError(f"the budget is {limit / cost.total(dense):.3g} of the dense model: nothing is pruned")
+        check_reachable(goal, cost.total(dense), cheapest(cost, groups))
+        final = landing_widths(cost, dense, dense, groups, limit)
+        size = params_cost(_OutsideOfEmbeddings(model), groups)
+        start = size.total(dense) / size.total(final)
+        return cls(model, example, size.total(final), start, flops.total(dense), flops.total(final), _count(example))
 
-    def step_seconds(self) -> float:
-        """Seconds of a dense training step with AdamW, measured here."""
-        from setpoint.resources.measure_step import measure_step
-
-        return measure_step(self.model, self.example)[0]
-
-    def step_joules(self) -> float:
-        """Joules of a dense training step with AdamW.
+    def flops_per(self, unit: str, batch: float) -> float:
+        """FLOPs of a second or a joule of dense training with AdamW, in steps of this batch, measured here.
 
         Raises:
-            UsageError: where nothing meters them.
+            UsageError: where nothing meters joules.
         """
         from setpoint.resources.measure_step import measure_step
 
-        joules, why = measure_step(self.model, self.example)[1:]
-        if joules is None:
+        rows = num_samples(self.example)
+        asked = max(1, round(batch * rows / self.tokens))
+        shapes = [[asked, *shape[1:]] if shape[:1] == [rows] else shape for shape in shapes_of(self.example)]
+        step = in_shapes(self.example, shapes)
+        seconds, joules, why = measure_step(self.model, step)
+        spent = seconds if unit == "seconds" else joules
+        if spent is None:
             raise UsageError(f"joules cannot be metered on this machine ({why}): give the bill in seconds or FLOPs")
-        return joules
+        return self.flops * _count(step) / self.tokens / spent
+
+
+class _OutsideOfEmbeddings(nn.Module):
+    """The parameters of a model that no embedding has, by their names in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        embeddings = [each for each in model.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag))]
+        embedded = {id(parameter) for each in embeddings for parameter in each.parameters()}
+        self._found = [each for each in model.named_parameters() if id(each[1]) not in embedded]
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters."""
+        return iter(self._found)
 
 
 def budget_per_step(budget: Any) -> Budget:
@@ -366,6 +415,11 @@ def budget_per_step(budget: Any) -> Budget:
 def counts_tokens(example: Example) -> bool:
     """Whether a model is given tokens."""
     return _tokens(example) is not None
+
+
+def _count(example: Example) -> int:
+    """Tokens of a step, or its samples where it has none."""
+    return _tokens(example) or num_samples(example)
 
 
 def _tokens(example: Example) -> int | None:

@@ -126,7 +126,7 @@ def spans(schedule: Schedule, step: int, total_steps: int) -> list[tuple[int, in
 
 def next_decision(schedule: Schedule, step: int, total_steps: int) -> int:
     """The step of the next decision, or the end of the run where none is to come."""
-    return next((s for s in range(step + 1, total_steps + 1) if schedule.due(s, total_steps)), total_steps)
+    return next((at for at in schedule.decisions(total_steps) if at > step), total_steps)
 
 
 def least_run(schedule: Schedule, step: int, total_steps: int, *, present: float, cheapest: float) -> float:

@@ -55,7 +55,8 @@ class SetpointCallback(Callback):  # type: ignore[misc]
     Args:
         budget: as for `attach`.
         module: name of the part that is pruned, such as "generator"; by default all of it.
-        total_steps: optimizer steps of the whole run; by default what the Trainer estimates.
+        total_steps: optimizer steps of the whole run; by default what the Trainer estimates. With a bill, steps of the
+            dense run that a share of the bill is one of: the Trainer stops when the bill is spent, so give it more.
         monitor: a logged metric, such as "val_loss", that is reported to the loop with the training loss: for a
             `Tolerance`, and to have cuts taken back that the loss does not stand.
         settings: more arguments of `attach`.
@@ -129,7 +130,10 @@ class SetpointCallback(Callback):  # type: ignore[misc]
             self.loop.observe(loss=loss.detach() * parts)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the loop measures, as often as the Trainer logs."""
+        """Stop when the bill is spent, and log what the loop measures, as often as the Trainer logs."""
+        loop = self.loop  # which has not begun while the first batches accumulate
+        if loop is not None and loop.step > 0 and loop.spending.bill and loop.step >= loop.total_steps:
+            trainer.should_stop = True
         due = trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0
         if due and trainer.is_global_zero and self.loop is not None and (found := self.loop.metrics()):
             for logger in trainer.loggers:

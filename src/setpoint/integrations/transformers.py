@@ -41,7 +41,9 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
         best_within_budget: whether the Trainer's best checkpoint is the best of those within the budget; by default
             an earlier, larger one may be the best, which is warned of when it is loaded.
-        settings: further arguments of `attach`, such as `controller`, `sensor` or `copies`.
+        settings: further arguments of `attach`, such as `controller`, `sensor` or `copies`. With a bill, `total_steps`
+            is the length of the dense run that a share of the bill is one of, by default `max_steps`: the Trainer stops
+            when the bill is spent, so give it more.
 
     Attributes:
         loop: the loop at work; None before training.
@@ -88,7 +90,8 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         if self.best_within_budget and within and not self._was_within:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._was_within = within
-        if self.loop is not None and self.loop.spending.bill and self.loop.step >= self.loop.total_steps:
+        loop = self.loop  # which has not begun where a scaler has skipped the first steps
+        if loop is not None and loop.step > 0 and loop.spending.bill and loop.step >= loop.total_steps:
             control.should_training_stop = True  # the bill is spent
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, final, runtime_checkable
@@ -190,14 +190,14 @@ class Loop:
     def budget(self) -> Budget | tuple[Budget, ...]:
         """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the last decision.
 
-        The change is bumpless: the reference goes on from what a step costs now, down to the new limit. A
-        `BudgetError` says that the budget cannot be met, a `LoopError` that it is frozen.
+        It takes what `attach` takes. The change is bumpless: the reference goes on from what a step costs now, down to
+        the new limit. A `BudgetError` says that the budget cannot be met, a `LoopError` that it is frozen.
         """
         budgets = self.spending.budgets
         return budgets[0] if len(budgets) == 1 else budgets
 
     @budget.setter
-    def budget(self, budget: Budget | Sequence[Budget]) -> None:
+    def budget(self, budget: Any) -> None:
         check_open(self.spending, self.step, budget_met=self._now.budget_met or self._finished)
         change_budget(self.spending, budget, self.groups, self.step)
         self._go_on()

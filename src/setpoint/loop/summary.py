@@ -219,7 +219,10 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
         passes: backward passes since the last step.
     """
     if summary.budget_met and (unspent := _unspent(summary)):
-        warn(unspent)
+        warn(
+            f"{unspent}. In a Trainer, SetpointCallback(..., total_steps=N) with the steps of the dense run fixes the "
+            "bill, and a larger max_steps uses it up"
+        )
     if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
         return
     words = [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from typing import Any
 
 from setpoint.controller.landing import cheapest
-from setpoint.cost.budget import Budget
+from setpoint.cost.wanted import wanted
 from setpoint.errors import BudgetError, LoopError
 from setpoint.given import plain_number
 from setpoint.groups.group import Group
@@ -30,13 +30,13 @@ def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
         )
 
 
-def change_budget(spending: Spending, budget: Budget | Sequence[Budget], groups: tuple[Group, ...], step: int) -> None:
-    """Hold the run to another budget.
+def change_budget(spending: Spending, budget: Any, groups: tuple[Group, ...], step: int) -> None:
+    """Hold the run to another budget, as `attach` takes it.
 
     Raises:
         BudgetError: when it cannot be met, or is on a resource that this run does not know.
     """
-    budgets, bill = with_bill(check_budgets(budget))
+    budgets, bill = with_bill(check_budgets(wanted(budget)))
     if bill:
         raise BudgetError("the bill of a run is fixed at attach: change the budgets per step alone")
     spending.check_kind(budgets)

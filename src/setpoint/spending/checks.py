@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
 from setpoint.warn import warn
 
 
-def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
+def check_budgets(budget: Any) -> tuple[Budget, ...]:
     """The budgets of a run: at least one, each of another resource.
 
     Raises:
@@ -18,6 +21,8 @@ def check_budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
     """
     budgets = tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
     for each in budgets:
+        if isinstance(each, (Price, Tolerance)):
+            raise BudgetError(f"{each!r} stands alone: attach with it, and with no budget beside it")
         if not isinstance(each, Budget):
             raise BudgetError(f"budget must be a number, a text or a Budget, got {each!r}: write 0.5 or '50% flops'")
         if each.per == "run" and each.resource not in ("flops", "latency", "energy"):
