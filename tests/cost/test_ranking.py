@@ -21,7 +21,7 @@ from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.cost.price import Price
-from setpoint.cost.ranking import FLOPS_PER_ELEMENT
+from setpoint.cost.ranking import FLOPS_PER_ELEMENT, ranking_of
 from setpoint.groups.group import widths_of
 from setpoint.groups.kept import random_keep
 from setpoint.groups.trace import repeated, trace
@@ -58,7 +58,7 @@ def test_a_group_saves_its_flops_and_its_elements() -> None:
     scale = flops(hidden) / both(hidden)
     for width in range(1, hidden + 1):
         assert cost.total({"0": width}) == flops(width)
-        assert cost.ranking.total({"0": width}) == pytest.approx(scale * both(width))
+        assert ranking_of(cost).total({"0": width}) == pytest.approx(scale * both(width))
 
 
 def test_views_move_nothing_and_attention_makes_its_weights() -> None:
@@ -83,7 +83,7 @@ def test_expanded_channels_of_depthwise_convolutions_are_dear() -> None:
 
     def dearer(name: str) -> float:
         units = widths[name] // 2
-        return cost.ranking.saving(widths, name, units) / cost.saving(widths, name, units)
+        return ranking_of(cost).saving(widths, name, units) / cost.saving(widths, name, units)
 
     assert dearer(expanded.name) > dearer(handed_on.name)
 
@@ -120,8 +120,8 @@ def test_accumulation_leaves_the_ranking_of_groups_as_it_is() -> None:
     once, often = flops_cost(found), flops_cost(repeated(found, 4))
     widths = widths_of(found.groups)
     for group in found.groups:
-        saved = once.ranking.saving(widths, group.name, 2)
-        assert often.ranking.saving(widths, group.name, 2) == pytest.approx(4 * saved)
+        saved = ranking_of(once).saving(widths, group.name, 2)
+        assert ranking_of(often).saving(widths, group.name, 2) == pytest.approx(4 * saved)
 
 
 def test_a_cut_model_ranks_as_it_was_predicted() -> None:
@@ -130,7 +130,7 @@ def test_a_cut_model_ranks_as_it_was_predicted() -> None:
     found = trace(model, images())
     cut = copy.deepcopy(model)
     groups = setpoint.shrink(cut, None, found.groups, random_keep(found.groups, 0))
-    foretold, seen = flops_cost(found).ranking, flops_cost(trace(cut, images())).ranking
+    foretold, seen = ranking_of(flops_cost(found)), ranking_of(flops_cost(trace(cut, images())))
     widths = widths_of(groups)
     factors = [seen.saving(widths, each.name, 1) / foretold.saving(widths, each.name, 1) for each in groups]
     assert factors == pytest.approx([factors[0]] * len(factors))
@@ -140,7 +140,7 @@ def test_parameters_rank_by_themselves() -> None:
     """Claim: a budget of parameters ranks by parameters."""
     model = DepthwiseCNN()
     cost = params_cost(model, trace(model, images()).groups)
-    assert cost.ranking is cost
+    assert ranking_of(cost) is cost
 
 
 def test_a_price_of_flops_is_one_of_flops() -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from setpoint.controller.selection import Selection
 from setpoint.cost.cost import Cost
+from setpoint.cost.ranking import ranking_of
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
 
@@ -73,7 +74,7 @@ def offers_of(
         for number in range(min(len(order) // block, most)):
             chosen = np.array(order[number * block : (number + 1) * block])
             wider = {**widths, name: group.num_units + (number + 1) * block}
-            saving = getattr(cost, "ranking", cost).saving(wider, name, block)
+            saving = ranking_of(cost).saving(wider, name, block)
             if saving <= 0 or gain[chosen].sum() <= 0:
                 break
             worth = min(worth, float(gain[chosen].sum()) / saving)

@@ -12,6 +12,7 @@ from jaxtyping import Float64
 
 from setpoint.controller.ladder import Ladder
 from setpoint.cost.cost import Cost, ProductCost
+from setpoint.cost.ranking import ranking_of
 
 Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
@@ -61,7 +62,7 @@ def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], 
     """The selection that drops nothing."""
     return Selection(
         cost=cost,
-        ranking=getattr(cost, "ranking", cost),
+        ranking=ranking_of(cost),
         ladders=ladders,
         allocation=allocation,
         widths=dict(widths),

@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from setpoint.cost.cost import ProductCost, Term
+from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import Trace
 
@@ -22,6 +22,12 @@ Five passes of 4 bytes take the time of 200 FLOPs on a processor core with 10 FL
 the user asked for FLOPs: a quarter of it decides between units of about equal worth, and seldom against the loss. On
 validation data larger numbers made EfficientNet faster still, and less accurate.
 """
+
+
+def ranking_of(cost: Cost) -> Cost:
+    """The cost whose savings divide saliencies where a budget is on `cost`: itself unless it names another one."""
+    found: Cost = getattr(cost, "ranking", cost)
+    return found
 
 
 def moving_ranking(trace: Trace, flops: tuple[Term, ...]) -> ProductCost:
