@@ -88,7 +88,8 @@ def descend(selection: Selection, target: float, ceiling: float = np.inf) -> Non
         selection: moved in place; where the ladders end above the target it stays above.
         ceiling: worth from which on blocks stay, whatever the target.
     """
-    stride = max(1, -(-sum(ladder.num_rungs for ladder in selection.ladders.values()) // _MAX_PICKS))
+    num_blocks = sum(ladder.num_rungs for ladder in selection.ladders.values())
+    stride = max(1, -(-num_blocks // _MAX_PICKS))
     while True:
         _descend(selection, target, stride, ceiling)
         selection.total = selection.cost.total(selection.widths)
@@ -106,7 +107,8 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
     moved = False
     while heap and selection.total > target:
         _, _, name, *_ = heapq.heappop(heap)
-        if (key := weigh(selection, name, stride)) is None:
+        key = weigh(selection, name, stride)
+        if key is None:
             continue
         if heap and key > heap[0]:
             heapq.heappush(heap, key)
@@ -121,7 +123,8 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
         selection.move(name, count)
         selection.total -= saving
         moved = True
-        if (following := weigh(selection, name, stride)) is not None:
+        following = weigh(selection, name, stride)
+        if following is not None:
             heapq.heappush(heap, following)
     return moved
 
