@@ -280,8 +280,8 @@ def _cost_by_kind(cost: Cost, kinds: Kinds) -> Cost:
             parts[key] = parts.get(key, 0) + per_unit
         return Size(size.constant, tuple(parts.items()))
 
-    terms = tuple(replace(term, sizes=tuple(map(renamed, term.sizes))) for term in cost.terms)
-    return ProductCost(cost.resource, terms, None if cost.ranking is cost else _cost_by_kind(cost.ranking, kinds))
+    terms = (replace(term, sizes=tuple(map(renamed, term.sizes))) for term in cost.terms)
+    return ProductCost(cost.resource, tuple(terms))
 
 
 class _ByKind:

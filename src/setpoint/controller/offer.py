@@ -11,7 +11,6 @@ from jaxtyping import Int
 
 from setpoint.controller.selection import Selection
 from setpoint.cost.cost import Cost
-from setpoint.cost.ranking import ranking_of
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
 
@@ -74,7 +73,7 @@ def offers_of(
         for number in range(min(len(order) // block, most)):
             chosen = np.array(order[number * block : (number + 1) * block])
             wider = {**widths, name: group.num_units + (number + 1) * block}
-            saving = ranking_of(cost).saving(wider, name, block)
+            saving = cost.saving(wider, name, block)
             if saving <= 0 or gain[chosen].sum() <= 0:
                 break
             worth = min(worth, float(gain[chosen].sum()) / saving)

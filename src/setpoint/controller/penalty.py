@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import final
 
 from setpoint.controller.landing import free_ladders
@@ -88,8 +88,7 @@ class PenaltyController:
             why = problem or "no decision: the reading is not in units of the loss, so no price can be set against it"
             return state, Plan(step, everything, price={resource: price}, reason=why)
         ladders = free_ladders(observation.dense_widths, groups, reading.saliency, {}, self.slew)
-        # The price is one of the resource itself.
-        selection = replace(start(cost, ladders, observation.widths, "worth"), ranking=cost)
+        selection = start(cost, ladders, observation.widths, "worth")
         metered = None if self.price.relative else observation.metered.get(resource)
         correction = 1.0 if metered is None else metered / selection.total
         descend(selection, 0.0, ceiling=correction * price * (1 - self.hysteresis))

@@ -57,17 +57,16 @@ class PricedController:
 
     A block is `multiple_of` units of a group, the least salient first, and
 
-        worth = summed saliency of the block / (ranking.total(widths) - ranking.total(widths without it)),
+        worth = summed saliency of the block / (cost.total(widths) - cost.total(widths without it)),
 
-    the loss that a unit of resource earns there. A cost is its own ranking, but for FLOPs: `setpoint.cost.ranking`.
-    Blocks are dropped in the order of worth, with savings weighed again after each pick, until predicted cost meets
-    the target: the greedy solution of `min loss + price * cost`. The price is the worth at which it stops, divided
-    by `1 - hysteresis`, so that every dropped block has `worth <= price * (1 - hysteresis)`. The target is the
-    reference corrected by feedback (`Gains`); without a meter the two are equal. No dropped block fits back at the
-    stop: predicted cost ends below the target by less than the smallest dropped block. Swaps of a coarse block for
-    a finer one come nearer still. Where blocks are coarse, cuts on the way down stop two blocks above the limit, so
-    that the last cut can choose a combination that comes near. A budget of the whole run bounds what a step may
-    cost until the next decision (`Observation.most`); reference and guards give way to it.
+    the loss that a unit of resource earns there. Blocks are dropped in the order of worth, with savings weighed again
+    after each pick, until predicted cost meets the target: the greedy solution of `min loss + price * cost`. The price
+    is the worth at which it stops, divided by `1 - hysteresis`, so that every dropped block has `worth <= price * (1 -
+    hysteresis)`. The target is the reference corrected by feedback (`Gains`); without a meter the two are equal. No
+    dropped block fits back at the stop: predicted cost ends below the target by less than the smallest dropped block.
+    Swaps of a coarse block for a finer one come nearer still. Where blocks are coarse, cuts on the way down stop two
+    blocks above the limit, so that the last cut can choose a combination that comes near. A budget of the whole run
+    bounds what a step may cost until the next decision (`Observation.most`); reference and guards give way to it.
 
     From `settle` on every decision tries to meet the budget, and never goes over. Guards in the way are lifted there,
     one after the other: first the slew limit, then the density floor and the dwell; the plan's reason says so. With a
@@ -288,8 +287,10 @@ class PricedController:
             limit = min(aim.landing, aim.goal)
             floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
         else:
-            even = even_density(cost, observation.widths, observation.dense_widths, groups, aim.landing)
-            floor = {n: math.ceil(even * self.min_density * width) for n, width in observation.dense_widths.items()}
+            density = (
+                even_density(cost, observation.widths, observation.dense_widths, groups, aim.landing) * self.min_density
+            )
+            floor = {name: math.ceil(density * width) for name, width in observation.dense_widths.items()}
         return Guards(self.slew, floor, self.dwell)
 
     def _allocation(self, observation: Observation) -> Allocation:

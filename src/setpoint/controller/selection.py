@@ -12,7 +12,6 @@ from jaxtyping import Float64
 
 from setpoint.controller.ladder import Ladder
 from setpoint.cost.cost import Cost, ProductCost
-from setpoint.cost.ranking import ranking_of
 
 Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
@@ -27,7 +26,6 @@ class Selection:
     """A place on all ladders at once, and what it costs; the functions of this file move it."""
 
     cost: Cost  # predicts spending
-    ranking: Cost  # what saliencies are divided by
     ladders: Mapping[str, Ladder]  # by group name
     allocation: Allocation  # what blocks are ranked by
     widths: dict[str, int]  # widths at this place, groups without a ladder included
@@ -35,7 +33,7 @@ class Selection:
     total: float  # predicted cost at these widths
     # By group name and rung, the worth at which the block was last weighed; NaN before.
     worth: dict[str, Float64[np.ndarray, " rungs"]]
-    # By group name and rung, what it saved of the ranking then, an even share where several were weighed together.
+    # By group name and rung, what the block saved then, an even share where several were weighed together.
     saving: dict[str, Float64[np.ndarray, " rungs"]]
     highest: float = 0.0  # highest worth among the blocks taken on the way down
 
@@ -62,7 +60,6 @@ def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], 
     """The selection that drops nothing."""
     return Selection(
         cost=cost,
-        ranking=ranking_of(cost),
         ladders=ladders,
         allocation=allocation,
         widths=dict(widths),
@@ -76,7 +73,7 @@ def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], 
 def descend(selection: Selection, target: float, ceiling: float = np.inf) -> None:
     """Take the block of least worth, again and again, until predicted cost is at or below the target.
 
-    `worth = saliency of the block / ranking.saving(widths, group, units of the block)`, at the widths reached so far:
+    `worth = saliency of the block / cost.saving(widths, group, units of the block)`, at the widths reached so far:
     savings shrink as other groups shrink, so a block is weighed again before it is taken. As savings only shrink, a
     stale worth is a lower bound and weighing just the top of the heap finds the true minimum. Blocks of equal worth go
     so that densities stay alike, then by name.
@@ -106,19 +103,20 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
     heapq.heapify(heap)
     moved = False
     while heap and selection.total > target:
-        _, _, name, *_ = heapq.heappop(heap)
+        _, _, name, _, _ = heapq.heappop(heap)
         key = weigh(selection, name, stride)
         if key is None:
             continue
         if heap and key > heap[0]:
             heapq.heappush(heap, key)
             continue
-        worth, _, _, count, ranked = key
-        saving = selection.cost.saving(selection.widths, name, selection.size(name, selection.rungs[name], count))
-        if worth >= ceiling or (stride > 1 and selection.total - saving < target):
+        worth, _, _, count, saving = key
+        if stride > 1 and selection.total - saving < target:
+            break
+        if worth >= ceiling:
             break
         taken = slice(selection.rungs[name], selection.rungs[name] + count)
-        selection.worth[name][taken], selection.saving[name][taken] = worth, ranked / count
+        selection.worth[name][taken], selection.saving[name][taken] = worth, saving / count
         selection.highest = max(selection.highest, worth)
         selection.move(name, count)
         selection.total -= saving
@@ -130,7 +128,7 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
 
 
 def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, str, int, float] | None:
-    """(worth, share of the group gone afterwards, name, blocks, saving of the ranking) of its next blocks, noted down.
+    """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks, noted down.
 
     On a staircase one block may save nothing and the next one all: there as many blocks, up to four more, are weighed
     together as are worth least.
@@ -151,7 +149,7 @@ def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, s
 def _weighed(selection: Selection, name: str, count: int) -> tuple[float, float, str, int, float]:
     ladder, rung = selection.ladders[name], selection.rungs[name]
     size = selection.size(name, rung, count)
-    saving = selection.ranking.saving(selection.widths, name, size)
+    saving = selection.cost.saving(selection.widths, name, size)
     gone = 1.0 - (selection.widths[name] - size) / ladder.dense
     if saving <= 0:
         worth = np.inf

@@ -42,12 +42,10 @@ class ProductCost:
 
     Args:
         terms: the products; like terms are merged, so evaluation takes microseconds.
-        ranking: what units are ranked by where a budget is on this cost; itself by default.
     """
 
-    def __init__(self, resource: str, terms: tuple[Term, ...], ranking: Cost | None = None) -> None:
+    def __init__(self, resource: str, terms: tuple[Term, ...]) -> None:
         self.resource = resource
-        self.ranking: Cost = self if ranking is None else ranking
         merged: dict[tuple[Size, ...], float] = {}
         for term in terms:
             constant = math.prod(size.constant for size in term.sizes if not size.parts)

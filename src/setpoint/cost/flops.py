@@ -10,14 +10,13 @@ charges it `groups` times).
 from __future__ import annotations
 
 from setpoint.cost.cost import ProductCost, Term
-from setpoint.cost.ranking import time_ranking
 from setpoint.groups.trace import Trace
 
 
 def flops_cost(trace: Trace) -> ProductCost:
-    """FLOPs of one optimizer step of the traced model, at the example's batch shape; units are ranked by time."""
+    """FLOPs of one optimizer step of the traced model, at the example's batch shape."""
     terms = tuple(Term(each.coefficient * (1 + each.num_gradients), each.sizes) for each in trace.contractions)
-    return ProductCost("flops", terms, ranking=time_ranking(trace, terms))
+    return ProductCost("flops", terms)
 
 
 def forward_flops(trace: Trace, share: float = 1.0) -> ProductCost:

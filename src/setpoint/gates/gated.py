@@ -16,7 +16,6 @@ from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
-from setpoint.cost.ranking import ranking_of
 from setpoint.gates.net import GateNet
 from setpoint.given import plain_fields
 from setpoint.groups.group import Group
@@ -194,7 +193,7 @@ def _units(state: PricedState, observation: Observation, cost: Cost, groups: tup
     slopes, curvatures, costs = [], [], []
     for place, group in enumerate(groups):
         width, block = group.num_units, min(group.multiple_of, group.num_units)
-        saving = max(ranking_of(cost).saving(observation.widths, group.name, block) / block, _TINY * dense)
+        saving = max(cost.saving(observation.widths, group.name, block) / block, _TINY * dense)
         saliency, earns = reading.saliency[group.name], price * saving
         slope = reading.slope.get(group.name, np.zeros(width))
         columns = (

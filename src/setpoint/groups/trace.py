@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,14 +52,6 @@ class Contraction:
 
 
 @dataclass(frozen=True)
-class Activation:
-    """Tensors that the forward makes: `coefficient * prod(sizes)` elements."""
-
-    coefficient: float
-    sizes: tuple[Size, ...]
-
-
-@dataclass(frozen=True)
 class Frozen:
     """A place that is never cut, and why."""
 
@@ -81,15 +72,13 @@ class Trace:
     contractions: tuple[Contraction, ...]
     frozen: tuple[Frozen, ...]
     unreached: tuple[str, ...] = ()
-    activations: tuple[Activation, ...] = ()
     key: str = field(default="", compare=False, repr=False)
 
 
 def repeated(traced: Trace, passes: int) -> Trace:
     """The trace of an optimizer step for which the model is called so many times, as where gradients accumulate."""
-    contractions = tuple(replace(each, coefficient=passes * each.coefficient) for each in traced.contractions)
-    activations = tuple(replace(each, coefficient=passes * each.coefficient) for each in traced.activations)
-    return replace(traced, contractions=contractions, activations=activations)
+    contractions = (replace(each, coefficient=passes * each.coefficient) for each in traced.contractions)
+    return traced if passes == 1 else replace(traced, contractions=tuple(contractions))
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -130,7 +119,6 @@ def _encoded(found: Trace) -> dict[str, Any]:
         ],
         "frozen": [[each.place, each.reason] for each in found.frozen],
         "unreached": list(found.unreached),
-        "activations": [[each.coefficient, list(map(encode_size, each.sizes))] for each in found.activations],
     }
 
 
@@ -146,7 +134,6 @@ def _recalled(key: str, model: nn.Module) -> Trace | None:
             ),
             tuple(Frozen(str(place), str(reason)) for place, reason in facts["frozen"]),
             tuple(map(str, facts["unreached"])),
-            tuple(Activation(float(number), tuple(map(decode_size, sizes))) for number, sizes in facts["activations"]),
         )
     except (SetpointError, ValueError, KeyError, IndexError, TypeError, AttributeError, zlib.error):
         return None
@@ -170,10 +157,7 @@ def _found(model: nn.Module, example: Example, exported: Exported) -> Trace:
         raise exported.refused
     rest = _uncounted(model, example, groups, contractions) if walk.unknown or staging.reasons else ()
     opaque = tuple(Frozen(name or "model", why) for name, why in staging.reasons.items())
-    made = Counter(tuple(map(units.size, value.shape, value.labels)) for value in walk.made if not value.weight)
-    activations = tuple(Activation(float(number), sizes) for sizes, number in made.items())
-    frozen = (*opaque, *_frozen(walk.atoms, opaque))
-    return Trace(groups, contractions + rest, frozen, tuple(_unreached(program)), activations)
+    return Trace(groups, contractions + rest, (*opaque, *_frozen(walk.atoms, opaque)), tuple(_unreached(program)))
 
 
 def _unreached(program: Any) -> Iterator[str]:
@@ -400,8 +384,6 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         return fake if isinstance(fake, (int, float, bool)) else None
     finished = finish(walk, None, out, inputs) if finished is None else finished
     walk.flow.append((walk.module, inputs, _values(finished)))
-    if not getattr(node.target, "is_view", False):
-        walk.made.extend(_values(finished))
     if op_name(node.target).endswith("_") and isinstance(finished, Value):
         _hand_up(walk, node, finished, env)
     return finished

@@ -68,7 +68,6 @@ class Walk:
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)  # names of the ops without a rule
     flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)  # module, inputs, results of each op
-    made: list[Value] = field(default_factory=list)  # every tensor that an op makes, views left out
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     node: fx.Node | None = None  # the node being visited

@@ -217,8 +217,7 @@ def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
         return Size(constant, tuple(part for part in size.parts if part[0] in active))
 
     contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
-    activations = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.activations)
-    return replace(found, groups=groups, contractions=contractions, activations=activations)
+    return replace(found, groups=groups, contractions=contractions)
 
 
 def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:

@@ -50,6 +50,4 @@ def _sdpa(
     scores = Value(out.shape, (None,) * out.ndim, grad=query.grad or key.grad)
     walk.contract(positions, [*batch_dims, (query.shape[-1], inner)], num_gradients(query, key))
     walk.contract(positions, [*batch_dims, (value.shape[-1], value.labels[-1])], num_gradients(scores, value))
-    weights = Value((*query.shape[:-1], key.shape[-2]), (*batch, None, None))
-    walk.made.extend((weights, weights))  # before and after the softmax; a fused kernel works them out, too
     return Value(out.shape, (*batch, None, value.labels[-1]), zero=value.zero)
