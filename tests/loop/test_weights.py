@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +520,18 @@ def test_the_memory_format_does_not_matter() -> None:
     assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
     assert not one.masks["inner.0.weight"].all() and sum(map(sum, (e.num_grown.values() for e in one.ledger))) > 0
     assert weights["inner.0.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_run_that_is_given_up_is_collected() -> None:
+    """Claim: hooks on masked weights keep no model alive, so a run that nobody finishes goes with its variables."""
+    model, optimizer, loop = started()
+    for number in range(STEPS // 2):
+        step(model, optimizer, number)
+    assert not loop.masks["inner.0.weight"].all()
+    alive = weakref.ref(model)
+    del model, optimizer, loop
+    gc.collect()
+    assert alive() is None
 
 
 def test_weights_that_someone_changes_are_found() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, final
 
@@ -217,7 +217,7 @@ class Masks:
         self._gone = {name: ~mask for name, mask in masks.items() if name in self._gone or not bool(mask.all())}
         for name in self._gone:
             if name not in self._handles:
-                ahead, behind = partial(self._forget_discarded, name), partial(self._accumulated, name)
+                ahead, behind = _weakly(self._forget_discarded, name), _weakly(self._accumulated, name)
                 weight = self._weights[name]
                 self._handles[name] = (
                     weight.register_hook(ahead),  # type: ignore[no-untyped-call]
@@ -293,3 +293,14 @@ class Masks:
 def _parameters(copy: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
     own = {name.removeprefix("module."): each for name, each in copy.named_parameters(remove_duplicate=False)}
     return {name: own[name] for name in names}
+
+
+def _weakly(method: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
+    """A hook that calls the method as long as its owner lives: a weight must not keep a loop alive."""
+    found = weakref.WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        if (alive := found()) is not None:
+            alive(name, tensor)
+
+    return hook
