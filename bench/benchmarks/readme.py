@@ -30,7 +30,7 @@ from tables.costs import (
     widths_table,
 )
 from tables.discovery import coverage_table, discovery_table, models_cut_table, suites_table
-from tables.fine_tuning import fine_tuning_goals_table
+from tables.fine_tuning import fine_tuning_goals_table, passes_table
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
@@ -141,6 +141,9 @@ def filled(text: str) -> str:
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "fine-tuning-goals": lambda: fine_tuning_goals_table(RESULTS),
+            "fine-tuning-passes": lambda: passes_table(
+                RESULTS / "fine-tuning-passes.json", RESULTS, "resnet56", "resnet20"
+            ),
             "one-shot": lambda: one_shot_table(RESULTS / "one-shot.json"),
             "seconds-goals": lambda: seconds_goals_table(RESULTS),
             "growth": lambda: growth_table(RESULTS / "growth.json"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from setpoint.report.numbers import NOTHING, percent
-from setpoint_bench.report.folder import Cell, read_results
-from setpoint_bench.report.statistics import Difference, difference
+from setpoint_bench.report.folder import Cell, read_lines, read_results
+from setpoint_bench.report.packed import file_of
+from setpoint_bench.report.statistics import Difference, difference, paired
 from setpoint_bench.report.summary import SETPOINT
+from setpoint_bench.results import FILE
 from tables.methods import PRETRAINED
-from tables.words import marked
+from tables.words import marked, rows_made_on
 
 NEAR_DENSE = 0.003
 MEAN_LEAD = 0.01
@@ -103,3 +107,53 @@ def _line(words: str, found: Sequence[tuple[Difference | None, str]], reached: S
 
 def _yes(reached: bool) -> str:
     return "yes" if reached else "**no**"
+
+
+Row = dict[str, Any]
+
+
+def passes_table(file: Path, root: Path, model: str, small: str) -> str:
+    """A cut model beside the dense one and the small pretrained one, at the task's own passes and at more."""
+    longer = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    once = [
+        {**row, "passes": 1}
+        for task in (model, small)
+        for row in read_lines(file_of(root / task, FILE), FILE, [])
+        if row["split"] == "test"
+    ]
+    lines = [
+        "| passes | method | FLOPs / step | accuracy | less dense, points | less `" + small + "`, points | seeds |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for passes in sorted({row["passes"] for row in longer} | {1}):
+        here = [row for row in [*once, *longer] if row["passes"] == passes]
+        dense = _of(here, model, "dense", None)
+        little = _of(here, small, "dense", None)
+        for task, method, budget in (
+            (model, "dense", None),
+            (model, SETPOINT, 0.5),
+            (model, "cubic", 0.5),
+            (model, SETPOINT, 0.25),
+            (model, "cubic", 0.25),
+            (small, "dense", None),
+        ):
+            found = _of(here, task, method, budget)
+            if found:
+                share = next(iter(found.values()))["final_flops"] / next(iter(dense.values()))["final_flops"]
+                name = f"`{method}`" if task == model else f"`{small}`"
+                mean = statistics.fmean(row["value"] for row in found.values())
+                apart = (NOTHING if found == other else _apart(found, other) for other in (dense, little))
+                cells = f"{percent(share)} | {100 * mean:.2f} % | {' | '.join(apart)} | {len(found)}"
+                lines.append(f"| {passes:g} x | {name} | {cells} |")
+    return "\n".join([*lines, "", rows_made_on([{**row["environment"], "date": row["date"]} for row in longer])])
+
+
+def _of(rows: Sequence[Row], task: str, method: str, budget: float | None) -> dict[int, Row]:
+    """By seed, the run of a method."""
+    return {row["seed"]: row for row in rows if (row["task"], row["method"], row["budget"]) == (task, method, budget)}
+
+
+def _apart(ours: dict[int, Row], theirs: dict[int, Row]) -> str:
+    """The paired difference in points; nothing where no seed is common."""
+    pairs = [row["value"] - theirs[seed]["value"] for seed, row in ours.items() if seed in theirs]
+    return marked(paired(pairs), "accuracy") if pairs else NOTHING

@@ -1,11 +1,14 @@
-"""The image arm of the law: small models and pruned ones at a multiple of the passes of `cifar10-mini`.
+"""Runs of a task at a multiple of its passes, gathered in one file.
 
     setpoint bench --task cifar10-mini --epochs 40 --methods setpoint,small-long --budgets 0.25 --seeds 0,1,2 --out RUNS
-    python bench/benchmarks/law_images.py RUNS [MORE RUNS] --out results/law-images.json
+    python bench/benchmarks/passes.py RUNS [MORE RUNS] --out results/law-images.json
+    setpoint bench --task resnet56 --epochs 12 --methods dense,setpoint,cubic --budgets 0.5,0.25 --out RUNS
+    python bench/benchmarks/passes.py RUNS [MORE RUNS] --out results/fine-tuning-passes.json
 
-`--epochs 40` is four times the passes. `small-long` is as small from the start, and trains for the same FLOPs as the
-pruned model by the same recipe. `cifar10-mini-noisy` is the task with a fifth of the training labels wrong. Rows that
-the file holds stay.
+Both are four times the passes of their task. The first is the image arm of the law: `small-long` is as small from the
+start, and trains for the same FLOPs as the pruned model by the same recipe; `cifar10-mini-noisy` is the task with a
+fifth of the training labels wrong. The second has `resnet20` beside it, at as many passes. Rows that the file holds
+stay.
 """
 
 from __future__ import annotations
