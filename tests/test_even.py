@@ -221,7 +221,8 @@ def test_a_run_ends_with_a_true_config(family: str, number: str, dense_number: i
     assert getattr(dense.config, number) == dense_number
     model.save_pretrained(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert torch.equal(logits(plain, example), logits(model, example))
+    # Not bit for bit: kernels round by how memory lies.
+    torch.testing.assert_close(logits(plain, example), logits(model, example), rtol=0.0, atol=1e-12)
     fresh = setpoint.resumable(copy.deepcopy(dense))
     fresh.load_state_dict(model.state_dict())
     assert getattr(fresh.config, number) == width and torch.equal(logits(fresh, example), logits(model, example))

@@ -124,20 +124,21 @@ def test_adapters_are_cut_with_their_frozen_layers() -> None:
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
 
 
-def test_mamba_is_told_what_helps() -> None:
-    """Claim: where all that is left of Mamba is lossy, the error names `allow_lossy`, which prunes it, and `use_cache`,
-    without which its inner widths and states can be pruned exactly.
+def test_mamba_is_cut_exactly_without_its_cache() -> None:
+    """Claim: Mamba is traced without a cache unless the example asks for one, so its inner widths and states are cut
+    exactly. With a cache all that is left is lossy, and the error names `allow_lossy`, which prunes it.
     """
     torch.manual_seed(0)
     config = transformers.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4)
     model = transformers.MambaForCausalLM(config)
     example = {"input_ids": torch.randint(0, 20, (2, 6))}
+    cached = {**example, "use_cache": True}
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with pytest.raises(GroupError, match=r"use_cache=False.*attach\(\.\.\., allow_lossy=True\) prunes .*out_proj"):
-        setpoint.attach(model, optimizer, 0.7, total_steps=10, example=example)
-    lossy = setpoint.attach(model, optimizer, 0.7, total_steps=10, example=example, allow_lossy=True)
+    with pytest.raises(GroupError, match=r"attach\(\.\.\., allow_lossy=True\) prunes .*out_proj"):
+        setpoint.attach(model, optimizer, 0.7, total_steps=10, example=cached)
+    lossy = setpoint.attach(model, optimizer, 0.7, total_steps=10, example=cached, allow_lossy=True)
     assert "backbone.layers.0.mixer.out_proj" in lossy.widths
     lossy.detach()
-    exact = setpoint.attach(model, optimizer, 0.7, total_steps=10, example={**example, "use_cache": False})
+    exact = setpoint.attach(model, optimizer, 0.7, total_steps=10, example=example)
     assert {"backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj"} == set(exact.widths)
     exact.detach()

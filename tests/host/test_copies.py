@@ -380,6 +380,7 @@ def test_what_is_found_is_let_go() -> None:
     """Claim: a detached loop follows no copies that are made later, and holds none back from the loop that comes next;
     when loop and copies are dropped, nothing keeps them.
     """
+    gc.collect()  # copies that other tests left, made of a model with the same weights
     model = made()
     optimizer, loop = attached(model)
     loop.detach()
