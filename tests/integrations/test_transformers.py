@@ -57,6 +57,16 @@ class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": torch.tensor(number % 3) if self.classes else tokens}
 
 
+@pytest.fixture(autouse=True)
+def _no_compiler_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer that compiles tells Accelerate so by the environment, which keeps it for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def build(kind: str) -> Any:
     """A tiny model, by seed."""
     set_seed(0)
