@@ -239,6 +239,21 @@ def test_seconds_are_timed_at_the_batch_that_is_asked_for(monkeypatch: pytest.Mo
             assert shapes.pop() == (rows, 8) and advice.bill == pytest.approx(10 * rows * 8 * 6 * 2 * 16 * 64)
 
 
+def test_no_more_rows_are_timed_than_change_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a step of a very large batch is never made; rows are added only while they quicken the pace."""
+    timed = list[int]()
+
+    def measured(_: nn.Module, example: Any) -> tuple[float, float | None, str]:
+        timed.append(len(example[0]))
+        return 1e-3 + 1e-4 * timed[-1], None, "no meter"
+
+    monkeypatch.setattr("setpoint.resources.measure_step.measure_step", measured)
+    example = (torch.zeros(4, 8, dtype=torch.long),)
+    advice = setpoint.plan(build(), "25% flops", example=example, batch=8e7, seconds=1e6)
+    assert timed == [4, 16, 64, 256, 1024]
+    assert advice.bill == pytest.approx(1e6 * 1024 * 8 * 6 * 2 * 16 * 64 / (1e-3 + 1e-4 * 1024))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

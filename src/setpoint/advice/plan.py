@@ -156,8 +156,9 @@ def plan(
         tokens: what the small model would be trained on.
         samples: the same of a model that is given no tokens; needs the `laws` of its family.
         flops: the bill of the whole run.
-        seconds: the bill, in seconds of training on this machine; needs model and example. Dense steps of `batch` are
-            timed, and the seconds of smaller models are taken to shrink as their FLOPs do.
+        seconds: the bill, in seconds of training on this machine; needs model and example. Dense steps are
+            timed, of `batch` or of as many rows as it takes until more are no quicker. The seconds of smaller models
+            are taken to shrink as their FLOPs do.
         joules: the bill, in joules as this machine meters them; like `seconds`.
         batch: tokens or samples of an optimizer step; by default those of the example.
         start: size to start from, in final sizes; by default 2, or the model's own.
@@ -276,6 +277,9 @@ def _mean(schedule: Schedule, start: float) -> float:
 
 _LONG = 100_000
 
+_MORE, _QUICKER = 4, 1.1
+"""Steps are timed with so many times more rows, while these make so many times more FLOPs in a second."""
+
 
 def _number(value: Any) -> bool:
     try:
@@ -344,6 +348,11 @@ class _Known:
     final_flops: float
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        """Rows of the example."""
+        return num_samples(self.example)
+
     @classmethod
     def of(cls, model: nn.Module, budget: Any, example: Example | None) -> _Known:
         """Trace a model.
@@ -370,14 +379,25 @@ class _Known:
     def flops_per(self, unit: str, batch: float) -> float:
         """FLOPs of a second or a joule of dense training with AdamW, in steps of this batch, measured here.
 
+        A step of the whole batch may not fit in memory, so rows are added to the example only while that pays.
+
         Raises:
             UsageError: where nothing meters joules.
         """
+        asked = max(1, round(batch * self.rows / self.tokens))
+        rows = min(self.rows, asked)
+        pace = self._pace(unit, rows)
+        while rows < asked:
+            rows, before = min(_MORE * rows, asked), pace
+            pace = self._pace(unit, rows)
+            if pace < _QUICKER * before:
+                break
+        return pace
+
+    def _pace(self, unit: str, rows: int) -> float:
         from setpoint.resources.measure_step import measure_step
 
-        rows = num_samples(self.example)
-        asked = max(1, round(batch * rows / self.tokens))
-        shapes = [[asked, *shape[1:]] if shape[:1] == [rows] else shape for shape in shapes_of(self.example)]
+        shapes = [[rows, *shape[1:]] if shape[:1] == [self.rows] else shape for shape in shapes_of(self.example)]
         step = in_shapes(self.example, shapes)
         seconds, joules, why = measure_step(self.model, step)
         spent = seconds if unit == "seconds" else joules
