@@ -239,6 +239,43 @@ def test_seconds_are_timed_at_the_batch_that_is_asked_for(monkeypatch: pytest.Mo
             assert shapes.pop() == (rows, 8) and advice.bill == pytest.approx(10 * rows * 8 * 6 * 2 * 16 * 64)
 
 
+def test_a_batch_that_does_not_fit_in_memory_has_the_pace_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: memory that runs out ends the timing; any other error is raised."""
+    complaint = "DefaultCPUAllocator: can't allocate memory"
+
+    def measured(_: nn.Module, example: Any) -> tuple[float, float | None, str]:
+        if len(example[0]) > 16:
+            raise RuntimeError(complaint)
+        return 0.5, None, "no meter"
+
+    monkeypatch.setattr("setpoint.resources.measure_step.measure_step", measured)
+    given: dict[str, Any] = {"example": (torch.zeros(4, 8).long(),), "batch": 8000, "seconds": 1e4}
+    assert setpoint.plan(build(), "25% flops", **given).bill == pytest.approx(1e4 / 0.5 * 16 * 8 * 6 * 2 * 16 * 64)
+    complaint = "shapes differ"
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        setpoint.plan(build(), "25% flops", **given)
+
+
+class OnlyWords(nn.Module):
+    """A language model of an embedding and a head tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(x))
+
+
+@pytest.mark.parametrize("budget", ["50% flops", "50% params"])
+@pytest.mark.parametrize("model", [OnlyWords(), nn.Sequential(nn.Embedding(50, 32), nn.LayerNorm(32))])
+def test_a_model_of_embeddings_alone_has_no_size(model: nn.Module, budget: str) -> None:
+    """Claim: neither has a model without FLOPs, and both are refused."""
+    with pytest.raises(UsageError, match="no size that a law knows"):
+        setpoint.plan(model, budget, example=(torch.zeros(4, 8).long(),), tokens=1e6)
+
+
 def test_no_more_rows_are_timed_than_change_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a step of a very large batch is never made; rows are added only while they quicken the pace."""
     timed = list[int]()

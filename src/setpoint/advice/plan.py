@@ -367,19 +367,24 @@ class _Known:
         groups = tuple(group for group in found.groups if group.lossless)
         flops, dense = flops_cost(restricted(found, groups)), widths_of(groups)
         cost = {"flops": flops, "params": params_cost(model, groups)}[goal.resource]
+        size = params_cost(_OutsideOfEmbeddings(model), groups)
+        if not (size.total(dense) and flops.total(dense)):
+            raise UsageError(
+                "the model has no size that a law knows: it has no FLOPs, or no parameters outside of embeddings and "
+                "of heads tied to them"
+            )
         limit = goal.absolute(cost.total(dense))
         if not 0 < limit < cost.total(dense):
             raise UsageError(f"the budget is {limit / cost.total(dense):.3g} of the dense model: nothing is pruned")
         check_reachable(goal, cost.total(dense), cheapest(cost, groups))
         final = landing_widths(cost, dense, dense, groups, limit)
-        size = params_cost(_OutsideOfEmbeddings(model), groups)
         start = size.total(dense) / size.total(final)
         return cls(model, example, size.total(final), start, flops.total(dense), flops.total(final), _count(example))
 
     def flops_per(self, unit: str, batch: float) -> float:
         """FLOPs of a second or a joule of dense training with AdamW, in steps of this batch, measured here.
 
-        A step of the whole batch may not fit in memory, so rows are added to the example only while that pays.
+        A step of the whole batch may not fit in memory, so rows are added to the example only while they quicken the pace.
 
         Raises:
             UsageError: where nothing meters joules.
@@ -389,7 +394,12 @@ class _Known:
         pace = self._pace(unit, rows)
         while rows < asked:
             rows, before = min(_MORE * rows, asked), pace
-            pace = self._pace(unit, rows)
+            try:
+                pace = self._pace(unit, rows)
+            except RuntimeError as error:
+                if "memory" not in str(error):  # PyTorch has no type for a CPU's
+                    raise
+                break
             if pace < _QUICKER * before:
                 break
         return pace

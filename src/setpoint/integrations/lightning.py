@@ -27,6 +27,7 @@ from setpoint.errors import LoopError, NotBegunError
 from setpoint.given import check_settings
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
+from setpoint.warn import warn
 
 
 def _package() -> Any:
@@ -117,6 +118,12 @@ class SetpointCallback(Callback):  # type: ignore[misc]
             self.budget,
             **{"total_steps": steps, "copies": copies, "resume": True, **self.settings},
         )
+        least = {"min_epochs": trainer.min_epochs, "min_steps": trainer.min_steps}
+        if self.loop.spending.bill and (forced := [f"{name}={value}" for name, value in least.items() if value]):
+            warn(
+                f"the Trainer does not stop before {' and '.join(forced)}, and may spend more than the bill of the run: "
+                f"leave {' and '.join(name for name, value in least.items() if value)} out"
+            )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Finish where nothing is learnt any more: in the epoch that `StochasticWeightAveraging` adds."""
