@@ -384,7 +384,7 @@ class _Known:
     def flops_per(self, unit: str, batch: float) -> float:
         """FLOPs of a second or a joule of dense training with AdamW, in steps of this batch, measured here.
 
-        A step of the whole batch may not fit in memory, so rows are added to the example only while they quicken the pace.
+        A step of the whole batch may not fit in memory, so rows are added only while that quickens the pace.
 
         Raises:
             UsageError: where nothing meters joules.
