@@ -239,6 +239,17 @@ def test_seconds_are_timed_at_the_batch_that_is_asked_for(monkeypatch: pytest.Mo
             assert shapes.pop() == (rows, 8) and advice.bill == pytest.approx(10 * rows * 8 * 6 * 2 * 16 * 64)
 
 
+@pytest.mark.parametrize(("asked", "steps_of"), [(1, 8), (8, 8), (19, 16), (21, 24), (800, 800)])
+def test_a_step_has_whole_rows(asked: int, steps_of: int) -> None:
+    """Claim: a batch is rounded to rows of the example, at least one, and a note says so."""
+    example = (torch.zeros(4, 8, dtype=torch.long),)
+    advice = setpoint.plan(build(), "25% flops", example=example, batch=asked, tokens=1e6)
+    assert advice.tokens is not None
+    assert advice.batch == steps_of and advice.steps == int(advice.tokens // steps_of)
+    said = f"a step of {asked} has no whole rows of the example: steps are of {steps_of}"
+    assert any(said in note for note in advice.notes) == (asked != steps_of)
+
+
 def test_a_batch_that_does_not_fit_in_memory_has_the_pace_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: memory that runs out ends the timing; any other error is raised."""
     complaint = "DefaultCPUAllocator: can't allocate memory"
@@ -311,6 +322,7 @@ def test_no_more_rows_are_timed_than_change_the_pace(monkeypatch: pytest.MonkeyP
         ({"size": True, "tokens": 1}, "size must be a finite number above 0, got True"),
         ({"size": 2e8, "flops": 1.0}, "1 FLOPs pay for less than one token or sample, and a run has two steps"),
         ({"size": 2e8, "tokens": 5e10, "batch": 1e12}, "pay for 0 steps of 1e\\+12, and a run has two steps"),
+        ({"size": 2e8, "tokens": 5e10, "batch": 7.5}, "batch must be a whole number of tokens or samples, got 7.5"),
         ({"ratio": 4, "start": "2"}, "start must be above 1"),
         ({"ratio": 4, "start": 1e300}, "start must be above 1"),
         ({"ratio": 4, "cuts": None}, "cuts must be two shares"),

@@ -56,7 +56,8 @@ class Advice:
             highest of the laws; negative is a loss.
         bill: FLOPs of the whole run.
         tokens: tokens or samples that the bill pays for in a run that is cut by `schedule`.
-        batch: tokens or samples of a step: as given, or of the example; None where neither says.
+        batch: tokens or samples of a step: as given, in whole rows of the example, or of the example; None where
+            neither says.
         steps: optimizer steps of that run, where the batch is known. `attach` with the same bill and
             `controller=PricedController(schedule=advice.schedule)` plans as many, less Setpoint's own work.
         notes: what weakens the advice.
@@ -181,6 +182,8 @@ def plan(
             raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
         if value is not None and not least <= value <= most:
             raise UsageError(f"{name} must be between {least:g} and {most:g}, got {value:g}")
+    if batch is not None and float(batch) % 1:
+        raise UsageError(f"batch must be a whole number of tokens or samples, got {batch!r}")
     size, ratio, tokens, samples, flops, seconds, joules, batch = (
         None if each is None else float(each) for each in (size, ratio, tokens, samples, flops, seconds, joules, batch)
     )
@@ -213,18 +216,19 @@ def plan(
             "are known: measure runs of your own and give laws=[fit_law(...)] of setpoint.advice.law, or give the ratio"
         )
     known = None if model is None else _Known.of(model, budget, example)
+    asked = batch
     if known is not None:
         if size is not None or start is not None:
             raise UsageError("model and budget give size and start: leave these out")
-        size, start, batch = known.size, known.start, batch or known.tokens
+        size, start, batch = known.size, known.start, known.in_rows(batch) if batch else known.tokens
     if size is None and ratio is None:
         raise UsageError("give the final size: a model with its budget and example, or size=, or the ratio itself")
     if (seconds or joules) and known is None:
         raise UsageError(
             f"{given[0]} of which model? Give a model with its budget, whose step is timed on this machine"
         )
-    if known is not None and (timed := seconds or joules):
-        flops = timed * known.flops_per(given[0], batch or known.tokens)
+    if known is not None and batch and (timed := seconds or joules):
+        flops = timed * known.flops_per(given[0], batch)
     cost = known.final_flops / known.tokens if known is not None else 6 * size if size is not None else None
     data = tokens or samples or (flops / cost if flops and cost else None)
     ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
@@ -241,10 +245,12 @@ def plan(
     if published and advice == "prune":
         advice = "train the small model" if max(ratios) <= TESTED else "unknown"
     bill = cost * data if cost and data else None
+    notes = _notes(None if ratio else size, ratios, laws, published=published)
+    if asked and asked != batch:
+        notes.append(f"a step of {asked:,.0f} has no whole rows of the example: steps are of {batch:,.0f}")
     found = Advice(
         verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, None, batch, None,
-        tuple(_notes(None if ratio else size, ratios, laws, published=published)), tuple(law.source for law in laws),
-        best, min(gains_of(best)),
+        tuple(notes), tuple(law.source for law in laws), best, min(gains_of(best)),
     )  # fmt: skip
     if bill is None or cost is None or data is None:
         return found
@@ -380,6 +386,11 @@ class _Known:
         final = landing_widths(cost, dense, dense, groups, limit)
         start = size.total(dense) / size.total(final)
         return cls(model, example, size.total(final), start, flops.total(dense), flops.total(final), _count(example))
+
+    def in_rows(self, batch: float) -> float:
+        """The step of whole rows that is closest to one of so many tokens."""
+        row, rest = divmod(self.tokens, self.rows)
+        return batch if rest else max(1, round(batch / row)) * row
 
     def flops_per(self, unit: str, batch: float) -> float:
         """FLOPs of a second or a joule of dense training with AdamW, in steps of this batch, measured here.
