@@ -372,6 +372,14 @@ def test_one_law_and_numbers_of_numpy_will_do() -> None:
     assert setpoint.plan(size=np.float32(1e8), tokens=1e9).ratio == setpoint.plan(size=1e8, tokens=1e9).ratio
 
 
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_cuts_are_plain_numbers(kind: Any) -> None:
+    """Claim: whatever numbers they are given as, the advice has floats, which JSON can hold."""
+    advice = setpoint.plan(ratio=4, cuts=(kind(0.25), kind(0.75)))
+    assert advice == setpoint.plan(ratio=4, cuts=(0.25, 0.75))
+    assert json.loads(json.dumps(advice.to_dict()))["cuts"] == [0.25, 0.75] and advice.schedule.settle == 0.75
+
+
 @pytest.mark.parametrize("wrong", [{"size_scale": 0.0}, {"data_exponent": -1.0}])
 def test_a_law_that_cannot_be(wrong: dict[str, float]) -> None:
     """Claim: scales and exponents are above 0."""

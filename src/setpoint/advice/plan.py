@@ -50,7 +50,8 @@ class Advice:
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
         start: size to start from, in final sizes.
-        average: mean size of the run over its steps, in final sizes.
+        average: mean size of the run in final sizes, on the law's straight line between the cuts. Sizes come down at
+            decisions only, which lie above this line, so `tokens` and `steps` are of a slightly larger mean.
         cuts: begin and end of the cuts, as shares of the steps.
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
             highest of the laws; negative is a loss.
@@ -191,6 +192,7 @@ def plan(
         raise UsageError(f"start must be above 1 (it counts final sizes) and at most 1e6, got {start!r}")
     if not (_pair(cuts) and 0 <= cuts[0] <= cuts[1] <= 1 and cuts[1] > 0):
         raise UsageError(f"cuts must be two shares of the steps in order, such as (0.25, 0.75), got {cuts!r}")
+    cuts = float(cuts[0]), float(cuts[1])
     laws = tuple(laws) if isinstance(laws, Sequence) else (laws,)
     if not laws:
         raise UsageError("laws is empty: give the constants of a family, or leave it out")
