@@ -239,6 +239,69 @@ def test_seconds_are_timed_at_the_batch_that_is_asked_for(monkeypatch: pytest.Mo
             assert shapes.pop() == (rows, 8) and advice.bill == pytest.approx(10 * rows * 8 * 6 * 2 * 16 * 64)
 
 
+@pytest.mark.parametrize(("asked", "steps_of"), [(1, 8), (8, 8), (19, 16), (21, 24), (800, 800)])
+def test_a_step_has_whole_rows(asked: int, steps_of: int) -> None:
+    """Claim: a batch is rounded to rows of the example, at least one, and a note says so."""
+    example = (torch.zeros(4, 8, dtype=torch.long),)
+    advice = setpoint.plan(build(), "25% flops", example=example, batch=asked, tokens=1e6)
+    assert advice.tokens is not None
+    assert advice.batch == steps_of and advice.steps == int(advice.tokens // steps_of)
+    said = f"a step of {asked} has no whole rows of the example: steps are of {steps_of}"
+    assert any(said in note for note in advice.notes) == (asked != steps_of)
+
+
+def test_a_batch_that_does_not_fit_in_memory_has_the_pace_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: memory that runs out ends the timing; any other error is raised."""
+    complaint = "DefaultCPUAllocator: can't allocate memory"
+
+    def measured(_: nn.Module, example: Any) -> tuple[float, float | None, str]:
+        if len(example[0]) > 16:
+            raise RuntimeError(complaint)
+        return 0.5, None, "no meter"
+
+    monkeypatch.setattr("setpoint.resources.measure_step.measure_step", measured)
+    given: dict[str, Any] = {"example": (torch.zeros(4, 8).long(),), "batch": 8000, "seconds": 1e4}
+    assert setpoint.plan(build(), "25% flops", **given).bill == pytest.approx(1e4 / 0.5 * 16 * 8 * 6 * 2 * 16 * 64)
+    complaint = "shapes differ"
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        setpoint.plan(build(), "25% flops", **given)
+
+
+class OnlyWords(nn.Module):
+    """A language model of an embedding and a head tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(x))
+
+
+@pytest.mark.parametrize("budget", ["50% flops", "50% params"])
+@pytest.mark.parametrize("model", [OnlyWords(), nn.Sequential(nn.Embedding(50, 32), nn.LayerNorm(32))])
+def test_a_model_of_embeddings_alone_has_no_size(model: nn.Module, budget: str) -> None:
+    """Claim: neither has a model without FLOPs, and both are refused."""
+    with pytest.raises(UsageError, match="no size that a law knows"):
+        setpoint.plan(model, budget, example=(torch.zeros(4, 8).long(),), tokens=1e6)
+
+
+def test_no_more_rows_are_timed_than_change_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a step of a very large batch is never made; rows are added only while they quicken the pace."""
+    timed = list[int]()
+
+    def measured(_: nn.Module, example: Any) -> tuple[float, float | None, str]:
+        timed.append(len(example[0]))
+        return 1e-3 + 1e-4 * timed[-1], None, "no meter"
+
+    monkeypatch.setattr("setpoint.resources.measure_step.measure_step", measured)
+    example = (torch.zeros(4, 8, dtype=torch.long),)
+    advice = setpoint.plan(build(), "25% flops", example=example, batch=8e7, seconds=1e6)
+    assert timed == [4, 16, 64, 256, 1024]
+    assert advice.bill == pytest.approx(1e6 * 1024 * 8 * 6 * 2 * 16 * 64 / (1e-3 + 1e-4 * 1024))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -259,6 +322,7 @@ def test_seconds_are_timed_at_the_batch_that_is_asked_for(monkeypatch: pytest.Mo
         ({"size": True, "tokens": 1}, "size must be a finite number above 0, got True"),
         ({"size": 2e8, "flops": 1.0}, "1 FLOPs pay for less than one token or sample, and a run has two steps"),
         ({"size": 2e8, "tokens": 5e10, "batch": 1e12}, "pay for 0 steps of 1e\\+12, and a run has two steps"),
+        ({"size": 2e8, "tokens": 5e10, "batch": 7.5}, "batch must be a whole number of tokens or samples, got 7.5"),
         ({"ratio": 4, "start": "2"}, "start must be above 1"),
         ({"ratio": 4, "start": 1e300}, "start must be above 1"),
         ({"ratio": 4, "cuts": None}, "cuts must be two shares"),
@@ -306,6 +370,14 @@ def test_one_law_and_numbers_of_numpy_will_do() -> None:
     """Claim: a law alone is a list of one, and a NumPy number is a number."""
     assert setpoint.plan(ratio=16, laws=HOFFMANN).gain == setpoint.plan(ratio=16, laws=[HOFFMANN]).gain
     assert setpoint.plan(size=np.float32(1e8), tokens=1e9).ratio == setpoint.plan(size=1e8, tokens=1e9).ratio
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_cuts_are_plain_numbers(kind: Any) -> None:
+    """Claim: whatever numbers they are given as, the advice has floats, which JSON can hold."""
+    advice = setpoint.plan(ratio=4, cuts=(kind(0.25), kind(0.75)))
+    assert advice == setpoint.plan(ratio=4, cuts=(0.25, 0.75))
+    assert json.loads(json.dumps(advice.to_dict()))["cuts"] == [0.25, 0.75] and advice.schedule.settle == 0.75
 
 
 @pytest.mark.parametrize("wrong", [{"size_scale": 0.0}, {"data_exponent": -1.0}])

@@ -387,6 +387,34 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     assert 0.97 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
 
 
+@pytest.mark.parametrize("example", [None, (torch.zeros(8, 6),)])
+def test_no_step_is_made_where_the_bill_is_spent(tmp_path: Path, example: Any) -> None:
+    """Claim: a run that goes on from its end leaves the model as it is, and says why, with an example or without."""
+    bill = {"flops": "50%", "flops/run": "100%"}
+    folder = tmp_path / "checkpoints"
+    saving = ModelCheckpoint(folder, save_last=True, save_top_k=0)
+    length = {"max_epochs": 10 * EPOCHS, "enable_checkpointing": True}
+    first = SetpointCallback(bill, total_steps=STEPS, example=example)
+    fitted(tmp_path, Classifier(), first, saving, **length)
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    model, again = Classifier(), SetpointCallback(bill, total_steps=STEPS, example=example)
+    with pytest.warns(UserWarning, match="has spent its bill: the Trainer makes no more steps"):
+        run = trainer(tmp_path, again, **length)
+        run.fit(model, data(), data(), ckpt_path=folder / "last.ckpt", weights_only=True)
+    assert first.summary is not None and run.global_step == first.summary.steps
+    assert all(torch.equal(value, saved["state_dict"][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("least", [{"min_epochs": 2}, {"min_steps": 3}])
+def test_what_overrules_a_bill_is_said_at_the_start(tmp_path: Path, least: dict[str, int]) -> None:
+    """Claim: a Trainer that must make some steps may spend more than the bill; without a bill nothing is said."""
+    (name,) = least
+    bill = SetpointCallback({"flops": "50%", "flops/run": "100%"}, total_steps=STEPS)
+    with pytest.warns(UserWarning, match=f"does not stop before {name}={least[name]}.*leave {name} out"):
+        trainer(tmp_path, bill, max_epochs=10 * EPOCHS, **least).fit(Classifier(), data(), data())
+    fitted(tmp_path, Classifier(), SetpointCallback(0.5), **least)
+
+
 def test_without_the_steps_of_the_dense_run_the_bill_is_one_of_max_steps(tmp_path: Path) -> None:
     """Claim: such a run ends at `max_steps`, and the warning says what uses the bill up."""
     callback = SetpointCallback({"flops": "50%", "flops/run": "100%"})

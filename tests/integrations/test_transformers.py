@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import setpoint
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, LoopError
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.integrations.transformers import SetpointCallback, SetpointTrainer
 
@@ -433,6 +433,33 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     assert summary is not None and loop is not None and summary.budget_met
     assert 20 < summary.steps == loop.total_steps < 200
     assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+@pytest.mark.parametrize("when", ["steps", "epoch"])
+def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(when: str, tmp_path: Path) -> None:
+    """Claim: the last checkpoint is of the last step, as with `max_steps`, and no run goes on from it."""
+
+    def run() -> tuple[Trainer, SetpointCallback]:
+        callback = SetpointCallback({"flops": "50%", "flops/run": "100%"}, verify=False, total_steps=8)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=200, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
+            use_cpu=True, save_strategy=when, save_steps=5, eval_strategy=when, eval_steps=5,
+            metric_for_best_model="loss", load_best_model_at_end=True,
+        )  # fmt: skip
+        data = Tokens()
+        return Trainer(build("gpt2"), arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]), callback
+
+    trained, callback = run()
+    trained.train()
+    summary = callback.summary
+    assert summary is not None and summary.budget_met and summary.steps % 5 and summary.steps < 32
+    last = tmp_path / f"checkpoint-{summary.steps}"
+    evaluated = [each["step"] for each in trained.state.log_history if "eval_loss" in each]
+    assert last.is_dir() and evaluated[-1] == summary.steps and evaluated == sorted(set(evaluated))
+    again, _ = run()
+    with pytest.raises(LoopError, match="has spent its bill: nothing is left to train"):
+        again.train(resume_from_checkpoint=str(last))
+    assert again.state.global_step == summary.steps
 
 
 def test_a_first_step_that_is_skipped_ends_nothing() -> None:

@@ -50,13 +50,15 @@ class Advice:
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
         start: size to start from, in final sizes.
-        average: mean size of the run over its steps, in final sizes.
+        average: mean size of the run in final sizes, on the law's straight line between the cuts. Sizes come down at
+            decisions only, which lie above this line, so `tokens` and `steps` are of a slightly larger mean.
         cuts: begin and end of the cuts, as shares of the steps.
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
             highest of the laws; negative is a loss.
         bill: FLOPs of the whole run.
         tokens: tokens or samples that the bill pays for in a run that is cut by `schedule`.
-        batch: tokens or samples of a step: as given, or of the example; None where neither says.
+        batch: tokens or samples of a step: as given, in whole rows of the example, or of the example; None where
+            neither says.
         steps: optimizer steps of that run, where the batch is known. `attach` with the same bill and
             `controller=PricedController(schedule=advice.schedule)` plans as many, less Setpoint's own work.
         notes: what weakens the advice.
@@ -156,8 +158,9 @@ def plan(
         tokens: what the small model would be trained on.
         samples: the same of a model that is given no tokens; needs the `laws` of its family.
         flops: the bill of the whole run.
-        seconds: the bill, in seconds of training on this machine; needs model and example. Dense steps of `batch` are
-            timed, and the seconds of smaller models are taken to shrink as their FLOPs do.
+        seconds: the bill, in seconds of training on this machine; needs model and example. Dense steps are
+            timed, of `batch` or of as many rows as it takes until more are no quicker. The seconds of smaller models
+            are taken to shrink as their FLOPs do.
         joules: the bill, in joules as this machine meters them; like `seconds`.
         batch: tokens or samples of an optimizer step; by default those of the example.
         start: size to start from, in final sizes; by default 2, or the model's own.
@@ -180,6 +183,8 @@ def plan(
             raise UsageError(f"{name} must be a finite number above 0, got {value!r}")
         if value is not None and not least <= value <= most:
             raise UsageError(f"{name} must be between {least:g} and {most:g}, got {value:g}")
+    if batch is not None and float(batch) % 1:
+        raise UsageError(f"batch must be a whole number of tokens or samples, got {batch!r}")
     size, ratio, tokens, samples, flops, seconds, joules, batch = (
         None if each is None else float(each) for each in (size, ratio, tokens, samples, flops, seconds, joules, batch)
     )
@@ -187,6 +192,7 @@ def plan(
         raise UsageError(f"start must be above 1 (it counts final sizes) and at most 1e6, got {start!r}")
     if not (_pair(cuts) and 0 <= cuts[0] <= cuts[1] <= 1 and cuts[1] > 0):
         raise UsageError(f"cuts must be two shares of the steps in order, such as (0.25, 0.75), got {cuts!r}")
+    cuts = float(cuts[0]), float(cuts[1])
     laws = tuple(laws) if isinstance(laws, Sequence) else (laws,)
     if not laws:
         raise UsageError("laws is empty: give the constants of a family, or leave it out")
@@ -212,18 +218,19 @@ def plan(
             "are known: measure runs of your own and give laws=[fit_law(...)] of setpoint.advice.law, or give the ratio"
         )
     known = None if model is None else _Known.of(model, budget, example)
+    asked = batch
     if known is not None:
         if size is not None or start is not None:
             raise UsageError("model and budget give size and start: leave these out")
-        size, start, batch = known.size, known.start, batch or known.tokens
+        size, start, batch = known.size, known.start, known.in_rows(batch) if batch else known.tokens
     if size is None and ratio is None:
         raise UsageError("give the final size: a model with its budget and example, or size=, or the ratio itself")
     if (seconds or joules) and known is None:
         raise UsageError(
             f"{given[0]} of which model? Give a model with its budget, whose step is timed on this machine"
         )
-    if known is not None and (timed := seconds or joules):
-        flops = timed * known.flops_per(given[0], batch or known.tokens)
+    if known is not None and batch and (timed := seconds or joules):
+        flops = timed * known.flops_per(given[0], batch)
     cost = known.final_flops / known.tokens if known is not None else 6 * size if size is not None else None
     data = tokens or samples or (flops / cost if flops and cost else None)
     ratios = [ratio if ratio is not None else _ratio(law, size, data) for law in laws]
@@ -240,10 +247,12 @@ def plan(
     if published and advice == "prune":
         advice = "train the small model" if max(ratios) <= TESTED else "unknown"
     bill = cost * data if cost and data else None
+    notes = _notes(None if ratio else size, ratios, laws, published=published)
+    if asked and asked != batch:
+        notes.append(f"a step of {asked:,.0f} has no whole rows of the example: steps are of {batch:,.0f}")
     found = Advice(
         verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, None, batch, None,
-        tuple(_notes(None if ratio else size, ratios, laws, published=published)), tuple(law.source for law in laws),
-        best, min(gains_of(best)),
+        tuple(notes), tuple(law.source for law in laws), best, min(gains_of(best)),
     )  # fmt: skip
     if bill is None or cost is None or data is None:
         return found
@@ -275,6 +284,9 @@ def _mean(schedule: Schedule, start: float) -> float:
 
 
 _LONG = 100_000
+
+_MORE, _QUICKER = 4, 1.1
+"""Steps are timed with so many times more rows, while these make so many times more FLOPs in a second."""
 
 
 def _number(value: Any) -> bool:
@@ -344,6 +356,11 @@ class _Known:
     final_flops: float
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        """Rows of the example."""
+        return num_samples(self.example)
+
     @classmethod
     def of(cls, model: nn.Module, budget: Any, example: Example | None) -> _Known:
         """Trace a model.
@@ -358,26 +375,52 @@ class _Known:
         groups = tuple(group for group in found.groups if group.lossless)
         flops, dense = flops_cost(restricted(found, groups)), widths_of(groups)
         cost = {"flops": flops, "params": params_cost(model, groups)}[goal.resource]
+        size = params_cost(_OutsideOfEmbeddings(model), groups)
+        if not (size.total(dense) and flops.total(dense)):
+            raise UsageError(
+                "the model has no size that a law knows: it has no FLOPs, or no parameters outside of embeddings and "
+                "of heads tied to them"
+            )
         limit = goal.absolute(cost.total(dense))
         if not 0 < limit < cost.total(dense):
             raise UsageError(f"the budget is {limit / cost.total(dense):.3g} of the dense model: nothing is pruned")
         check_reachable(goal, cost.total(dense), cheapest(cost, groups))
         final = landing_widths(cost, dense, dense, groups, limit)
-        size = params_cost(_OutsideOfEmbeddings(model), groups)
         start = size.total(dense) / size.total(final)
         return cls(model, example, size.total(final), start, flops.total(dense), flops.total(final), _count(example))
+
+    def in_rows(self, batch: float) -> float:
+        """The step of whole rows that is closest to one of so many tokens."""
+        row, rest = divmod(self.tokens, self.rows)
+        return batch if rest else max(1, round(batch / row)) * row
 
     def flops_per(self, unit: str, batch: float) -> float:
         """FLOPs of a second or a joule of dense training with AdamW, in steps of this batch, measured here.
 
+        A step of the whole batch may not fit in memory, so rows are added only while that quickens the pace.
+
         Raises:
             UsageError: where nothing meters joules.
         """
+        asked = max(1, round(batch * self.rows / self.tokens))
+        rows = min(self.rows, asked)
+        pace = self._pace(unit, rows)
+        while rows < asked:
+            rows, before = min(_MORE * rows, asked), pace
+            try:
+                pace = self._pace(unit, rows)
+            except RuntimeError as error:
+                if "memory" not in str(error):  # PyTorch has no type for a CPU's
+                    raise
+                break
+            if pace < _QUICKER * before:
+                break
+        return pace
+
+    def _pace(self, unit: str, rows: int) -> float:
         from setpoint.resources.measure_step import measure_step
 
-        rows = num_samples(self.example)
-        asked = max(1, round(batch * rows / self.tokens))
-        shapes = [[asked, *shape[1:]] if shape[:1] == [rows] else shape for shape in shapes_of(self.example)]
+        shapes = [[rows, *shape[1:]] if shape[:1] == [self.rows] else shape for shape in shapes_of(self.example)]
         step = in_shapes(self.example, shapes)
         seconds, joules, why = measure_step(self.model, step)
         spent = seconds if unit == "seconds" else joules

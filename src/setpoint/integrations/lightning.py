@@ -25,8 +25,10 @@ from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError, NotBegunError
 from setpoint.given import check_settings
+from setpoint.integrations.bill import SPENT, came_spent, has_bill, is_spent
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
+from setpoint.warn import warn
 
 
 def _package() -> Any:
@@ -117,6 +119,15 @@ class SetpointCallback(Callback):  # type: ignore[misc]
             self.budget,
             **{"total_steps": steps, "copies": copies, "resume": True, **self.settings},
         )
+        if (trainer.min_steps or trainer.min_epochs) and has_bill(self.budget):
+            name = "min_steps" if trainer.min_steps else "min_epochs"  # the Trainer adds min_epochs=1 to min_steps
+            warn(
+                f"the Trainer does not stop before {name}={getattr(trainer, name)}, even where the bill of the run is "
+                f"spent before: leave {name} out"
+            )
+        if self.settings.get("resume", True) and came_spent(self.loop, optimizers[0]):
+            warn(f"{SPENT}: the Trainer makes no more steps")
+            trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Finish where nothing is learnt any more: in the epoch that `StochasticWeightAveraging` adds."""
@@ -131,8 +142,7 @@ class SetpointCallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the bill is spent, and log what the loop measures, as often as the Trainer logs."""
-        loop = self.loop  # which has not begun while the first batches accumulate
-        if loop is not None and loop.step > 0 and loop.spending.bill and loop.step >= loop.total_steps:
+        if self.loop is not None and is_spent(self.loop):
             trainer.should_stop = True
         due = trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0
         if due and trainer.is_global_zero and self.loop is not None and (found := self.loop.metrics()):

@@ -14,8 +14,9 @@ from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.wanted import wanted
 from setpoint.distillation.teacher import Teacher, logits_of
-from setpoint.errors import NotBegunError
+from setpoint.errors import LoopError, NotBegunError
 from setpoint.given import check_settings
+from setpoint.integrations.bill import SPENT, came_spent, is_spent
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
@@ -83,21 +84,29 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
         self.loop = self.summary = None
         self._was_within = True  # a run that goes on within its budget keeps its best checkpoint
         self.loop = attach(model, kwargs["optimizer"], self.budget, **settings)
+        if settings["resume"] and came_spent(self.loop, kwargs["optimizer"]):
+            self.loop.detach()
+            # A Trainer makes one step before it looks whether it is to stop.
+            raise LoopError(f"{SPENT}: nothing is left to train, so load the model from the checkpoint's folder")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish with the last step, before the Trainer loads its best model."""
+        """Stop when the bill is spent; finish with the last step, before the Trainer loads its best model."""
         within = self.loop is not None and self.loop.budget_met
         if self.best_within_budget and within and not self._was_within:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._was_within = within
-        loop = self.loop  # which has not begun where a scaler has skipped the first steps
-        if loop is not None and loop.step > 0 and loop.spending.bill and loop.step >= loop.total_steps:
-            control.should_training_stop = True  # the bill is spent
+        if self.loop is not None and is_spent(self.loop):
+            control.should_training_stop = True
+            # What the Trainer does at its own last step, too.
+            control.should_save |= args.save_strategy == "steps"
+            control.should_evaluate |= args.eval_strategy == "steps" and args.eval_delay <= state.global_step
+            if args.save_strategy in ("steps", "epoch"):
+                return  # the last checkpoint is yet to come, and holds the loop's state
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish where an evaluation has ended the training early, before the Trainer loads its best model."""
+        """Finish after the last checkpoint, before the Trainer loads its best model."""
         if control.should_training_stop:
             self._finish()
 
