@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
+from loop.test_budgets import Machine, machine, mlp
 from setpoint.controller.horizon import spans
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
+from setpoint.distillation import Teacher
 from setpoint.errors import BudgetError, CheckpointError, LoopError
+
+__all__ = ["machine"]
 
 X = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(4, (16,), generator=torch.Generator().manual_seed(1))
@@ -326,3 +333,76 @@ def test_length_and_bill_are_fixed() -> None:
     summary = loop.finish()
     assert 0.9 * summary.steps < planned < 1.1 * summary.steps
     assert summary.budget_met and summary.steps < before and summary.train_flops <= summary.limit_run["flops"]
+
+
+def taught(total_steps: int, due: Callable[[int], bool], before: int = 0) -> tuple[setpoint.Loop, list[int]]:
+    """A run in which a teacher as large as the dense model answers some steps, and many batches at first."""
+    loop, model, optimizer = attached({"flops": "50%", "flops/run": "100%"}, total_steps)
+    teacher = Teacher(build()[0], loop)
+    for _ in range(before):
+        teacher.logits(X)
+    lengths = []
+    while loop.step < loop.total_steps:
+        own = model(X)
+        loss = nn.functional.cross_entropy(own, Y)
+        if due(loop.step):
+            loss = teacher.loss(loss, own, teacher.logits(X))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lengths.append(loop.total_steps)
+    return loop, lengths
+
+
+@pytest.mark.parametrize("total_steps", [60, 200])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_teacher_is_paid_for(total_steps: int, every: int) -> None:
+    """Claim: what steps take besides is planned with once it is seen; the budget is met, and the bill not exceeded."""
+    loop, lengths = taught(total_steps, lambda step: step % every == 0)
+    summary = loop.finish()
+    assert summary.budget_met, summary.reason
+    dense = summary.limit_run["flops"] / total_steps
+    assert summary.limit_run["flops"] - dense < summary.train_flops <= summary.limit_run["flops"]
+    planned = lengths[2 * every :]
+    assert max(planned) / min(planned) < 1.15, planned
+
+
+def test_a_pass_over_all_data_is_not_expected_again() -> None:
+    """Claim: answers that are asked for once, before training, take their FLOPs from the bill and nothing more."""
+    loop, lengths = taught(200, lambda step: False, before=100)
+    summary = loop.finish()
+    assert summary.budget_met and max(lengths[30:]) / min(lengths[30:]) < 1.1
+    assert 0.99 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+def test_a_teacher_that_comes_late_is_paid_for() -> None:
+    """Claim: one that begins after the budget is met shortens the run at once, by what it takes."""
+    loop, lengths = taught(200, lambda step: step >= 200)
+    summary = loop.finish()
+    assert summary.budget_met
+    assert 0.99 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_clock_that_wavers_does_not_multiply_the_length(machine: Machine, seed: int) -> None:
+    """Claim: where FLOPs fall much faster than seconds, the run is no longer than they have fallen by; once the
+    budget is met, what is left pays for the rest of the steps exactly, whatever was forecast.
+    """
+    machine.step_s = lambda widths: 1e-3 + 2e-9 * math.prod(widths.values())  # type: ignore[method-assign]
+    generator, (model, optimizer, x) = random.Random(seed), mlp()
+    budget = {"latency": "92%", "flops/run": "100%"}
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=200)
+    spending, account = loop.spending, loop.spending.account
+    bill = loop.spending.limit_run["flops"]
+    while loop.step < loop.total_steps:
+        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        machine.factor = 1.5 * generator.uniform(0.97, 1.03)
+        machine.live(loop)
+        optimizer.step()
+        optimizer.zero_grad()
+        paid = loop.step + (bill - account.train_flops) / account.step_flops
+        assert loop.total_steps < 1.15 * paid
+        if loop.budget_met:
+            assert abs(loop.total_steps - paid) <= 1 + account.sensing_flops / account.step_flops
+    assert spending.account.train_flops <= bill
+    loop.finish()
