@@ -263,7 +263,7 @@ def test_what_a_stopped_run_says() -> None:
 
 @pytest.mark.parametrize(("rows", "passes", "warned"), [(4, 4, True), (16, 4, False), (16, 1, False)])
 def test_a_micro_batch_as_the_example_is_warned_of(rows: int, passes: int, *, warned: bool) -> None:
-    """Claim: once, where the model is given more samples in a step than the example has, and else never."""
+    """Claim: once, where the second step gives the model twice as much as the example has, and else never."""
     model, optimizer = build()
     budget = {"flops": "25%", "flops/run": "100%"}
     loop = setpoint.attach(model, optimizer, budget, example=(X[:rows],), total_steps=100)
@@ -276,8 +276,37 @@ def test_a_micro_batch_as_the_example_is_warned_of(rows: int, passes: int, *, wa
             optimizer.zero_grad()
     loop.detach()
     said = [str(each.message) for each in caught]
-    assert len(said) == warned and all("was given 16 samples in an optimizer step" in each for each in said), said
+    assert len(said) == warned and all(
+        "in its second step the model was given 512 elements" in each for each in said
+    ), said
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_longer_sequences_than_the_example_are_warned_of() -> None:
+    """Claim: elements are compared, not rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer, tokens = torch.optim.AdamW(model.parameters(), 1e-3), torch.randint(8, (4, 32))
+    budget = {"flops": "50%", "flops/run": "100%"}
+    loop = setpoint.attach(model, optimizer, budget, example=(tokens[:, :8],), total_steps=100)
+    model(tokens).square().mean().backward()
+    optimizer.step()
+    model(tokens).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"128 elements of input, and the example has 32.*about 4 times its bill"):
+        optimizer.step()
+    loop.detach()
+
+
+def test_a_copy_of_the_model_keeps_no_hook() -> None:
+    """Claim: a copy that is taken while inputs are counted has no hook of Setpoint's left after its first forward."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    step(model, optimizer)
+    other = copy.deepcopy(model)
+    assert any(module._forward_pre_hooks for module in other.modules())
+    other(X)
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    step(model, optimizer)
+    loop.detach()
 
 
 def fraction(share: float) -> setpoint.Budget:
