@@ -221,6 +221,37 @@ def test_a_large_bill_is_planned_at_once(bill: float | str, monkeypatch: pytest.
     loop.detach()
 
 
+def test_a_steep_schedule_is_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the many checks of a schedule that settles at once are listed once, not for each length that is tried."""
+    listed, decisions = [], Schedule.decisions
+    steep = PricedController(schedule=Schedule(0.4, 0.4 + 1e-6, 0.7))
+
+    def counted(schedule: Schedule, total_steps: int) -> list[int]:
+        listed.append(len(found := decisions(schedule, total_steps)))
+        return found
+
+    monkeypatch.setattr(Schedule, "decisions", counted)
+    loop = attached({"flops": "50%", "flops/run": "100%"}, 10_000, controller=steep)[0]
+    assert max(listed) > 1000 and sum(listed) < 3 * max(listed)
+    loop.detach()
+
+
+def test_a_frozen_budget_says_until_when_it_could_be_changed() -> None:
+    """Claim: the step that is named is the first at which it cannot, whatever length is shown; nothing is read here."""
+    late = PricedController(schedule=Schedule(settle=0.75, land=0.75, num_cuts=1))
+    loop, _, optimizer = attached({"params": "30%", "flops/run": "100%"}, 100, controller=late)
+    share, said = 40, ""
+    while not said:
+        try:
+            loop.budget = {"params": f"{(share := 81 - share)}%"}
+        except LoopError as error:
+            said = str(error)
+        else:
+            optimizer.step()
+    assert not loop.budget_met and f"and before step {loop.step}." in said, (loop.step, said)
+    loop.detach()
+
+
 def test_the_least_bill_that_is_named_is_taken() -> None:
     """Claim: the error of a bill that is too small names one that is large enough."""
     with pytest.raises(BudgetError) as refused:
