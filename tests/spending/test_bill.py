@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
+from loop.test_budgets import Machine, machine, mlp
 from setpoint.controller.horizon import spans
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
+from setpoint.distillation import Teacher
 from setpoint.errors import BudgetError, CheckpointError, LoopError
+
+__all__ = ["machine"]
 
 X = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(4, (16,), generator=torch.Generator().manual_seed(1))
@@ -214,6 +221,37 @@ def test_a_large_bill_is_planned_at_once(bill: float | str, monkeypatch: pytest.
     loop.detach()
 
 
+def test_a_steep_schedule_is_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the many checks of a schedule that settles at once are listed once, not for each length that is tried."""
+    listed, decisions = [], Schedule.decisions
+    steep = PricedController(schedule=Schedule(0.4, 0.4 + 1e-6, 0.7))
+
+    def counted(schedule: Schedule, total_steps: int) -> list[int]:
+        listed.append(len(found := decisions(schedule, total_steps)))
+        return found
+
+    monkeypatch.setattr(Schedule, "decisions", counted)
+    loop = attached({"flops": "50%", "flops/run": "100%"}, 10_000, controller=steep)[0]
+    assert max(listed) > 1000 and sum(listed) < 3 * max(listed)
+    loop.detach()
+
+
+def test_a_frozen_budget_says_until_when_it_could_be_changed() -> None:
+    """Claim: the step that is named is the first at which it cannot, whatever length is shown; nothing is read here."""
+    late = PricedController(schedule=Schedule(settle=0.75, land=0.75, num_cuts=1))
+    loop, _, optimizer = attached({"params": "30%", "flops/run": "100%"}, 100, controller=late)
+    share, said = 40, ""
+    while not said:
+        try:
+            loop.budget = {"params": f"{(share := 81 - share)}%"}
+        except LoopError as error:
+            said = str(error)
+        else:
+            optimizer.step()
+    assert not loop.budget_met and f"and before step {loop.step}." in said, (loop.step, said)
+    loop.detach()
+
+
 def test_the_least_bill_that_is_named_is_taken() -> None:
     """Claim: the error of a bill that is too small names one that is large enough."""
     with pytest.raises(BudgetError) as refused:
@@ -256,7 +294,7 @@ def test_what_a_stopped_run_says() -> None:
 
 @pytest.mark.parametrize(("rows", "passes", "warned"), [(4, 4, True), (16, 4, False), (16, 1, False)])
 def test_a_micro_batch_as_the_example_is_warned_of(rows: int, passes: int, *, warned: bool) -> None:
-    """Claim: once, where the model is given more samples in a step than the example has, and else never."""
+    """Claim: once, where the second step gives the model twice as much as the example has, and else never."""
     model, optimizer = build()
     budget = {"flops": "25%", "flops/run": "100%"}
     loop = setpoint.attach(model, optimizer, budget, example=(X[:rows],), total_steps=100)
@@ -269,8 +307,37 @@ def test_a_micro_batch_as_the_example_is_warned_of(rows: int, passes: int, *, wa
             optimizer.zero_grad()
     loop.detach()
     said = [str(each.message) for each in caught]
-    assert len(said) == warned and all("was given 16 samples in an optimizer step" in each for each in said), said
+    assert len(said) == warned and all(
+        "in its second step the model was given 512 elements" in each for each in said
+    ), said
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_longer_sequences_than_the_example_are_warned_of() -> None:
+    """Claim: elements are compared, not rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer, tokens = torch.optim.AdamW(model.parameters(), 1e-3), torch.randint(8, (4, 32))
+    budget = {"flops": "50%", "flops/run": "100%"}
+    loop = setpoint.attach(model, optimizer, budget, example=(tokens[:, :8],), total_steps=100)
+    model(tokens).square().mean().backward()
+    optimizer.step()
+    model(tokens).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"128 elements of input, and the example has 32.*about 4 times its bill"):
+        optimizer.step()
+    loop.detach()
+
+
+def test_a_copy_of_the_model_keeps_no_hook() -> None:
+    """Claim: a copy that is taken while inputs are counted has no hook of Setpoint's left after its first forward."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    step(model, optimizer)
+    other = copy.deepcopy(model)
+    assert any(module._forward_pre_hooks for module in other.modules())
+    other(X)
+    assert not any(module._forward_pre_hooks for module in other.modules())
+    step(model, optimizer)
+    loop.detach()
 
 
 def fraction(share: float) -> setpoint.Budget:
@@ -326,3 +393,76 @@ def test_length_and_bill_are_fixed() -> None:
     summary = loop.finish()
     assert 0.9 * summary.steps < planned < 1.1 * summary.steps
     assert summary.budget_met and summary.steps < before and summary.train_flops <= summary.limit_run["flops"]
+
+
+def taught(total_steps: int, due: Callable[[int], bool], before: int = 0) -> tuple[setpoint.Loop, list[int]]:
+    """A run in which a teacher as large as the dense model answers some steps, and many batches at first."""
+    loop, model, optimizer = attached({"flops": "50%", "flops/run": "100%"}, total_steps)
+    teacher = Teacher(build()[0], loop)
+    for _ in range(before):
+        teacher.logits(X)
+    lengths = []
+    while loop.step < loop.total_steps:
+        own = model(X)
+        loss = nn.functional.cross_entropy(own, Y)
+        if due(loop.step):
+            loss = teacher.loss(loss, own, teacher.logits(X))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lengths.append(loop.total_steps)
+    return loop, lengths
+
+
+@pytest.mark.parametrize("total_steps", [60, 200])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_teacher_is_paid_for(total_steps: int, every: int) -> None:
+    """Claim: what steps take besides is planned with once it is seen; the budget is met, and the bill not exceeded."""
+    loop, lengths = taught(total_steps, lambda step: step % every == 0)
+    summary = loop.finish()
+    assert summary.budget_met, summary.reason
+    dense = summary.limit_run["flops"] / total_steps
+    assert summary.limit_run["flops"] - dense < summary.train_flops <= summary.limit_run["flops"]
+    planned = lengths[2 * every :]
+    assert max(planned) / min(planned) < 1.15, planned
+
+
+def test_a_pass_over_all_data_is_not_expected_again() -> None:
+    """Claim: answers that are asked for once, before training, take their FLOPs from the bill and nothing more."""
+    loop, lengths = taught(200, lambda step: False, before=100)
+    summary = loop.finish()
+    assert summary.budget_met and max(lengths[30:]) / min(lengths[30:]) < 1.1
+    assert 0.99 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+def test_a_teacher_that_comes_late_is_paid_for() -> None:
+    """Claim: one that begins after the budget is met shortens the run at once, by what it takes."""
+    loop, lengths = taught(200, lambda step: step >= 200)
+    summary = loop.finish()
+    assert summary.budget_met
+    assert 0.99 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_clock_that_wavers_does_not_multiply_the_length(machine: Machine, seed: int) -> None:
+    """Claim: where FLOPs fall much faster than seconds, the run is no longer than they have fallen by; once the
+    budget is met, what is left pays for the rest of the steps exactly, whatever was forecast.
+    """
+    machine.step_s = lambda widths: 1e-3 + 2e-9 * math.prod(widths.values())  # type: ignore[method-assign]
+    generator, (model, optimizer, x) = random.Random(seed), mlp()
+    budget = {"latency": "92%", "flops/run": "100%"}
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=200)
+    spending, account = loop.spending, loop.spending.account
+    bill = loop.spending.limit_run["flops"]
+    while loop.step < loop.total_steps:
+        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
+        machine.factor = 1.5 * generator.uniform(0.97, 1.03)
+        machine.live(loop)
+        optimizer.step()
+        optimizer.zero_grad()
+        paid = loop.step + (bill - account.train_flops) / account.step_flops
+        assert loop.total_steps < 1.15 * paid
+        if loop.budget_met:
+            assert abs(loop.total_steps - paid) <= 1 + account.sensing_flops / account.step_flops
+    assert spending.account.train_flops <= bill
+    loop.finish()

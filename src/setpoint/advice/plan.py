@@ -60,7 +60,8 @@ class Advice:
         batch: tokens or samples of a step: as given, in whole rows of the example, or of the example; None where
             neither says.
         steps: optimizer steps of that run, where the batch is known. `attach` with the same bill and
-            `controller=PricedController(schedule=advice.schedule)` plans as many, less Setpoint's own work.
+            `controller=PricedController(schedule=advice.schedule)` plans as many for a budget of FLOPs, less
+            Setpoint's own work. A budget of parameters fixes no FLOPs, so there the numbers may differ by much.
         notes: what weakens the advice.
         sources: of the constants.
         best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes.

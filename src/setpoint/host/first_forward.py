@@ -16,7 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import LoopError
-from setpoint.groups.example import Example, example_of, mapped, num_samples
+from setpoint.groups.example import Example, example_of, mapped, num_samples, tensors_of
 from setpoint.groups.one_at_a_time import elsewhere
 
 _TARGETS = ("labels", "targets", "target", "y")
@@ -97,6 +97,11 @@ class FirstForward:
     def passes(self) -> int:
         """Calls with such inputs as the example has."""
         return math.gcd(*(each.count for calls in self._outermost().values() for each in calls))
+
+    @property
+    def elements(self) -> int:
+        """Elements of the first input in all calls of the model; 0 where parts of it were called."""
+        return self.passes * num_elements(self.example()) if self.called else 0
 
     def _outermost(self) -> dict[str, list[_Call]]:
         return {name: calls for name, calls in self._calls.items() if not self._inside(name)}
@@ -185,16 +190,27 @@ def _kind(inputs: Any) -> Any:
     return structure, [(each.shape, each.dtype) if isinstance(each, Tensor) else type(each) for each in leaves]
 
 
+def num_elements(example: Example) -> int:
+    """Elements of the example's first tensor."""
+    return next((tensor.numel() for tensor in tensors_of(example)), 0)
+
+
 class _Note:
-    """The hook of one module: on a copy of the model, and in a pickle, it does nothing."""
+    """The hook of one module: on a copy of the model, and from a pickle, it only takes itself away."""
 
     def __init__(self, name: str = "", first: weakref.ref[FirstForward] | None = None) -> None:
         self._name, self._first = name, first
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = None if self._first is None else self._first()
-        if first is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        if first is not None:
             first.note(self._name, module, args, kwargs)
+            return
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
         return _Note()

@@ -438,7 +438,7 @@ class Loop:
             elif step < total_steps:
                 self._reopen_if_over()
             else:
-                self.spending.read_joules(self.widths)
+                self.spending.runs.read_joules(self.widths)
             self._begin_step()
         self._telling.stepped(self._ledger, self.step)
 
@@ -467,7 +467,7 @@ class Loop:
             change = self._act(plan, state, reading)
             entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
             self._ledger.append(entry)
-            self.spending.read_joules(self.widths)
+            self.spending.decided(self.groups, plan.budget_met)
             self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
         elif due:
             self._ledger.append(self._entry(now.plan, before, problem))

@@ -28,7 +28,7 @@ from setpoint.groups.export import Example, num_samples
 from setpoint.groups.one_at_a_time import one_at_a_time
 from setpoint.groups.place import implied, is_call, read_size
 from setpoint.host.carrying import Carrying, brought, forget
-from setpoint.host.first_forward import FirstForward
+from setpoint.host.first_forward import FirstForward, num_elements
 from setpoint.host.host import Host
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.loop import Loop
@@ -123,11 +123,11 @@ class Starting:
         self._begin(Inputs.of(example))
         self._carry()
         if self._loop.spending.bill and not self._host.compiled:
-            samples = num_samples(example)
-            self._unlisten = self._loop.on_step(lambda news: self._compare(samples))
+            known = num_elements(example)
+            self._unlisten = self._loop.on_step(lambda news: self._compare(known))
 
-    def _compare(self, samples: int) -> None:
-        """After the first two steps: warn if the model was given more samples in the second than the example has."""
+    def _compare(self, known: int) -> None:
+        """After the first two steps: warn if the model was given twice as much in the second as the example has."""
         if self._loop.summary is not None:
             return
         if self._first is None:
@@ -135,12 +135,12 @@ class Starting:
             return
         self._unlisten()
         self._first.stop()
-        given = self._first.passes * num_samples(self._first.example()) if self._first.called else 0
-        if given >= 2 * samples:
+        given = self._first.elements
+        if given >= 2 * known > 0:
             warn(
-                f"the model was given {given:,} samples in an optimizer step, and the example has {samples:,}: FLOPs "
-                f"are counted by the example, so the run spends {given / samples:.2g} times its bill. Give the batch "
-                "of a whole optimizer step as the example, or leave the example out"
+                f"in its second step the model was given {given:,} elements of input, and the example has {known:,}: "
+                "FLOPs are counted by the example. If all steps are like this, the run spends about "
+                f"{given / known:.2g} times its bill. Give the batch of a whole step, or leave the example out"
             )
 
     def at_first_step(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, final
 
+from setpoint.checkpoint.fields import fields_of
 from setpoint.controller.horizon import next_decision, spans
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget, amount
@@ -17,6 +18,14 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.spending.account import Account
 from setpoint.spending.forecast import likely_widths
 from setpoint.spending.target import Target
+
+_MEAN_OVER = 50
+"""Steps over which the mean is taken of what steps take besides."""
+_WAVERING = ("latency", "energy")
+"""What is read anew at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
+the forecast lets them fall no faster, and the run becomes longer once cuts have come."""
+_MOVED = 0.01
+"""Share of a step by which that mean has moved when the run is planned afresh."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,40 @@ class Bill:
     total_steps: int
 
 
+@dataclass
+class Besides:
+    """What steps take beside their own FLOPs and a sensing each, such as the passes of a teacher: learnt step by step.
+
+    Args:
+        mean: per step, over the last ones.
+        most: what two steps have taken. So one pass over all data between two steps is not expected again.
+        once: what one step has taken.
+        noted: overhead of the run that has been looked at.
+        steps: how many have been learnt from.
+    """
+
+    mean: float = 0.0
+    most: float = 0.0
+    once: float = 0.0
+    noted: float = 0.0
+    steps: int = 0
+
+    def learn(self, overhead: float, sensing: float) -> None:
+        """Take in the overhead of the run after a step, of which a sensing is known.
+
+        >>> besides = Besides()
+        >>> for overhead in (2.0, 4.0, 6.0, 90.0):
+        ...     besides.learn(overhead, sensing=0.5)
+        >>> besides.mean, besides.most
+        (1.5, 1.5)
+        """
+        taken = max(0.0, overhead - self.noted - sensing)
+        self.most, self.once = max(self.most, min(taken, self.once)), max(self.once, taken)
+        self.noted = overhead
+        self.mean += (min(taken, self.most) - self.mean) / max(1, min(self.steps, _MEAN_OVER))
+        self.steps += 1
+
+
 @final
 class Paying:
     """Takes the place of `Runs`: budgets per step fix the finished model, and the bill fixes how long it is trained.
@@ -35,7 +78,8 @@ class Paying:
 
         spent + sum over the steps s <= T to come of (f * share(reference(d(s))) + sensing) <= bill,
 
-    with f the FLOPs of a step now and d(s) the last decision before s. The reference comes down from what a step costs
+    with f the FLOPs of a step now and d(s) the last decision before s. What steps take besides, as with a teacher, is
+    learnt and added, and what the next step may take of it is kept. The reference comes down from what a step costs
     now. It is of the budget's resource, of which FLOPs are no fixed share, as in a model whose parameters lie in layers
     of few FLOPs: `likely_widths` forecasts which share is left at the limit, and FLOPs are a power of the cost until
     there. The length is found afresh at each decision.
@@ -52,10 +96,12 @@ class Paying:
         self, bill: Bill, account: Account, schedule: Schedule, dense_widths: Mapping[str, int], target: Target
     ) -> None:
         self._account, self._schedule, self._target, self._dense_widths = account, schedule, target, dense_widths
+        self._ramp = replace(schedule, land=schedule.settle)  # the same reference, without its many checks
         self._limit = bill.budget.absolute(target.dense_cost("flops") * bill.total_steps)
+        self._besides, self._expected, self._met = Besides(noted=account.overhead_flops), 0.0, False
         self._planned = sys.maxsize  # the first plan is bound by none before
         self._length = self._next = 0
-        self._present = self._share = 1.0
+        self._present = self._least = self._share = 1.0
 
     def limit(self, *_: Any) -> dict[str, float]:
         """The bill."""
@@ -113,69 +159,103 @@ class Paying:
         """The number of steps of the whole run."""
         return self._length
 
-    def planned(self, total_steps: int, groups: tuple[Group, ...]) -> int:
-        """Find afresh how long the run is, with these groups; returns of how many steps decisions fall as in a run."""
-        account, step, cost = self._account, self._account.num_steps, self._target.cost
-        self._present, self._share = cost.total(widths_of(groups)), 1.0
-        if self._present > self._least:
+    def planned(self, total_steps: int, groups: tuple[Group, ...], met: bool = False) -> int:
+        """Find afresh how long the run is, with these groups; returns of how many steps decisions fall as in a run.
+
+        Args:
+            met: whether the budgets per step are, so that no decision is to come.
+        """
+        cost, name = self._target.cost, self._target.cost.resource
+        self._met, self._present, self._share = met, cost.total(widths_of(groups)), 1.0
+        self._least = self._target.limits[name] / self._target.factor(name)
+        if self._present > self._least and not met:
             flops = self._target.costs["flops"]
-            self._share = flops.total(likely_widths(cost, groups, self._dense_widths, self._least)) / account.step_flops
-        sure = int(self._schedule.land * (step + self._left() / (account.step_flops + account.sensing_flops)))
+            likely = likely_widths(cost, groups, self._dense_widths, self._least)
+            self._share = flops.total(likely) / self._account.step_flops
+            if any(each.resource in _WAVERING for each in self._target.budgets):
+                self._share = max(self._share, self._least / self._present)
+        self._besides.noted = self._account.overhead_flops  # a decision is none of what steps take
+        self._plan()
+        return self._planned
+
+    def _plan(self) -> None:
+        step, self._expected = self._account.num_steps, self._besides.mean
+        sure = int(self._schedule.land * (step + self._left() / (self._per_step + self._account.sensing_flops)))
         saves = any(each.resource == "flops" for each in self._target.budgets)
 
         def paid(length: int) -> bool:
             return self._pays(step, length, length) and (saves or self._schedule.settled(sure, length))
 
-        self._planned = min(self._planned, _longest(step, paid))
-        self._length = _longest(step, partial(self._pays, step, self._planned))
-        self._next = next_decision(self._schedule, step, self._planned)
-        return self._planned
+        if not self._met:
+            self._planned = min(self._planned, _longest(step, paid))
+        self._measure()
 
-    def stepped(self) -> None:
-        """A step is done; what is left pays for so many steps."""
+    def _measure(self) -> None:
+        """How long the run is, with decisions as they are planned."""
         step = self._account.num_steps
+        paid = partial(self._pays, step, self._planned)
+        self._length = self._affordable if self._met else _longest(step, paid)
+        self._next = next_decision(self._schedule, step, self._planned)
+
+    def stepped(self, total_steps: int) -> int:
+        """A step is done; what is left pays for so many steps. Returns of how many decisions fall as in a run."""
+        step, account = self._account.num_steps, self._account
+        self._besides.learn(account.overhead_flops, 0.0 if self._met else account.sensing_flops)
         if self._schedule.due(step, self._planned):
-            self._length = _longest(step, partial(self._pays, step, self._planned))
-            self._next = next_decision(self._schedule, step, self._planned)
-        affordable = step + int(self._left() / self._account.step_flops)
-        if affordable < min(max(self._next, step + 1), self._length):
-            self._length = max(step, affordable)
+            self._measure()
+        elif abs(self._besides.mean - self._expected) > _MOVED * account.step_flops:
+            self._plan()
+        if self._affordable < min(max(self._next, step + 1), self._length):
+            self._length = max(step, self._affordable)
+        return self._planned
 
     def state_dict(self) -> dict[str, Any]:
         """The cost of a step now with what is forecast of it, and the plan."""
         return {
             "present": self._present,
+            "least": self._least,
             "share": self._share,
             "planned": self._planned,
             "length": self._length,
             "next": self._next,
+            "met": self._met,
+            "expected": self._expected,
+            "besides": asdict(self._besides),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self._present, self._share = float(state["present"]), float(state["share"])
+        self._present, self._least, self._share, self._expected = (
+            float(state[name]) for name in ("present", "least", "share", "expected")
+        )
         self._planned, self._length, self._next = (int(state[name]) for name in ("planned", "length", "next"))
+        self._met, self._besides = bool(state["met"]), Besides(**fields_of(Besides, state["besides"]))
 
     @property
-    def _least(self) -> float:
-        """The limit of the budget per step, as predicted."""
-        name = self._target.cost.resource
-        return self._target.limits[name] / self._target.factor(name)
+    def _per_step(self) -> float:
+        """FLOPs of a step now, with what it takes besides."""
+        return self._account.step_flops + self._besides.mean
+
+    @property
+    def _affordable(self) -> int:
+        """The steps that are paid for at what one costs now."""
+        return self._account.num_steps + int(self._left() / self._per_step)
 
     def _pays(self, step: int, planned: int, length: int) -> bool:
         """Whether what is left pays for the steps up to a length, with decisions as in a run of `planned` steps."""
         present, least, spent = self._present, self._least, 0.0
         start = self._schedule.start_through(step, planned, value=present, limit=least)
-        for at, steps in spans(self._schedule, step, max(planned, length)):
+        for at, steps in spans(self._ramp, step, max(planned, length)):
             cost = min(present, self._schedule.at(at, planned, start=start, limit=least))
             done = math.log(cost / present) / math.log(least / present) if cost < present else 0.0
-            sensing = self._account.sensing_flops if cost > least else 0.0
-            spent += max(0, min(steps, length - at)) * (self._account.step_flops * self._share**done + sensing)
+            other = (self._account.sensing_flops if cost > least else 0.0) + self._besides.mean
+            spent += max(0, min(steps, length - at)) * (self._account.step_flops * self._share**done + other)
         return spent <= self._left()
 
     def _left(self) -> float:
-        """FLOPs that are left for steps; one sensing is kept for the step to come."""
-        return self._limit - self._account.train_flops - self._account.sensing_flops
+        """FLOPs that are left for steps; the step to come keeps one sensing, and the most that it may take besides."""
+        account, besides = self._account, self._besides
+        return self._limit - account.train_flops - account.sensing_flops - max(0.0, besides.most - besides.mean)
 
 
 def _longest(step: int, paid: Callable[[int], bool]) -> int:

@@ -25,8 +25,8 @@ def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
     if budget_met or spending.schedule.final(step, spending.total_steps):
         raise LoopError(
-            f"the budget is frozen at step {step}: it may be changed until it is met, "
-            f"by {spending.schedule.land:.0%} of the run at the latest. Finish this loop and attach a new one"
+            f"the budget is frozen at step {step:,}: it may be changed until it is met, and before step "
+            f"{max(1, round(spending.schedule.land * spending.total_steps)):,}. Finish this loop and attach a new one"
         )
 
 

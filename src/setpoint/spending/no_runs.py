@@ -30,7 +30,7 @@ class NoRuns:
         """The run is as long as it was said to be."""
         return total_steps
 
-    planned, state_dict, load_state_dict, stepped = length, limit, replan, replan
+    planned, stepped, state_dict, load_state_dict = length, length, limit, replan
 
     def over(self, *_: Any) -> bool:
         """Never."""

@@ -92,10 +92,7 @@ class Runs:
         """The run is as long as it was said to be."""
         return total_steps
 
-    planned = length
-
-    def stepped(self) -> None:
-        """Nothing is remembered of a step."""
+    planned = stepped = length
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is remembered."""

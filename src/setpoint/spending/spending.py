@@ -135,7 +135,7 @@ class Spending:
         """An optimizer step is done."""
         self.account.stepped()
         self.meter.stepped()
-        self.runs.stepped()
+        self.total_steps = self.runs.stepped(self.total_steps)
 
     def sensed(self) -> None:
         """The gradients of a step were read."""
@@ -155,8 +155,12 @@ class Spending:
         """The model has other widths: a step and a sensing cost something else from here on."""
         self.account.sensing_flops = sensing_flops
         self.account.resized(self.costs["flops"].total(widths_of(groups)))
-        self.total_steps = self.runs.planned(self.total_steps, groups)
         self.meter.cut()
+
+    def decided(self, groups: tuple[Group, ...], met: bool) -> None:
+        """A decision is made, the last one where the budgets per step are met: what is left is planned afresh."""
+        self.runs.read_joules(widths_of(groups))
+        self.total_steps = self.runs.planned(self.total_steps, groups, met)
 
     def prepare(self, due: bool) -> None:
         """The next step begins: on the clock, unless it is watched for its bytes, as before a decision (`due`)."""
@@ -215,10 +219,6 @@ class Spending:
     def spare_flops(self, step: int, widths: Mapping[str, int]) -> float:
         """FLOPs that a budget of the run leaves for other things than steps, until the next decision."""
         return self.runs.spare_flops(step, self.total_steps, widths)
-
-    def read_joules(self, widths: Mapping[str, int]) -> None:
-        """Set the account's joules to what the meter reads now, where the run is held to them."""
-        self.runs.read_joules(widths)
 
     def over(self, step: int, widths: Mapping[str, int]) -> bool:
         """Whether meters say that the run will be over its budget at these widths."""

@@ -20,7 +20,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
         with account.deciding:
             account.sensed(meter.time_inference(widths))
     if step < spending.length:
-        spending.read_joules(widths)
+        spending.runs.read_joules(widths)
     spent = {name: spending.expected(name, widths) for name in spending.costs}
     dense_flops = spending.target.dense_cost("flops")
     readings = meter.read()
