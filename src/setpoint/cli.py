@@ -221,9 +221,11 @@ def plan(
     tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
     flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Bill in seconds on this machine, timed in steps of --batch.")
+        float | None, typer.Option(help="Bill in seconds on this machine, timed in steps of at most --batch.")
     ] = None,
-    joules: Annotated[float | None, typer.Option(help="Bill in joules as metered here, in steps of --batch.")] = None,
+    joules: Annotated[
+        float | None, typer.Option(help="Bill in joules as metered here, in steps of at most --batch.")
+    ] = None,
     batch: Annotated[float | None, typer.Option(help="Tokens of an optimizer step.")] = None,
     start: Annotated[float | None, typer.Option(help="Size to start from, in final sizes; by default 2.")] = None,
     json: Json = False,

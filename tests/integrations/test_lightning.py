@@ -398,7 +398,7 @@ def test_no_step_is_made_where_the_bill_is_spent(tmp_path: Path, example: Any) -
     fitted(tmp_path, Classifier(), first, saving, **length)
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     model, again = Classifier(), SetpointCallback(bill, total_steps=STEPS, example=example)
-    with pytest.warns(UserWarning, match="has spent its bill: the Trainer makes no more steps"):
+    with pytest.warns(UserWarning, match="has spent its bill: the Trainer is told to stop"):
         run = trainer(tmp_path, again, **length)
         run.fit(model, data(), data(), ckpt_path=folder / "last.ckpt", weights_only=True)
     assert first.summary is not None and run.global_step == first.summary.steps

@@ -178,6 +178,42 @@ def test_a_run_with_a_bill_is_resumed_bit_for_bit(at: int) -> None:
         assert torch.equal(one, two)
 
 
+def test_no_length_is_out_of_the_range_of_floats() -> None:
+    """Claim: a length whose way down ends right after a step has a reference through that step, and no overflow."""
+    for shape in ("geometric", "linear"):
+        schedule = Schedule(shape=shape)
+        for steps, total_steps in ((1754, 5850), (2999, 10_000), (29_999, 100_000)):
+            start = schedule.start_through(steps, total_steps, value=2.0, limit=1.0)
+            assert 1.0 <= schedule.at(steps, total_steps, start=start, limit=1.0) <= 2.0
+
+
+def test_a_teacher_is_known_after_a_change_of_the_budget() -> None:
+    """Claim: the same budget again leaves the length of a run with a teacher as it was: what steps take is kept."""
+    loop, model, optimizer = attached({"flops": "50%", "flops/run": "100%"})
+    teacher = Teacher(build()[0], loop)
+    for _ in range(8):
+        own = model(X)
+        teacher.loss(nn.functional.cross_entropy(own, Y), own, teacher.logits(X)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = loop.total_steps
+    loop.budget = "50%"
+    assert abs(loop.total_steps - before) <= 0.05 * before
+
+
+def test_a_bill_of_an_earlier_version_is_named() -> None:
+    """Claim: the error for a state that Setpoint 0.2 wrote says that it did, and what to do."""
+    loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
+    step(model, optimizer)
+    state = copy.deepcopy(loop.state_dict())
+    state["spending"]["bill"] = {"present": 1.0, "length": 300, "next": 20}
+    loop.detach()
+    again = attached({"flops": "25%", "flops/run": "100%"})[0]
+    with pytest.raises(CheckpointError, match=r"Setpoint 0\.2.*begin it anew"):
+        again.load_state_dict(state)
+    again.detach()
+
+
 def test_a_state_of_another_bill_is_refused() -> None:
     """Claim: a run with a bill does not go on from one with another, or without."""
     state = attached({"flops": "25%", "flops/run": "100%"})[0].state_dict()

@@ -415,7 +415,7 @@ class _Known:
                     raise
                 break
             if pace < _QUICKER * before:
-                break
+                return max(pace, before)
         return pace
 
     def _pace(self, unit: str, rows: int) -> float:

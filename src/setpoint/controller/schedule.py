@@ -82,7 +82,7 @@ class Schedule:
         """The start from which the reference passes through a value at this step: the inverse of `at`.
 
         For bumpless transfer: with it the reference goes on from `value` down to a new limit. Where the way down is
-        over, or the value is within the limit, the value itself.
+        all but over, or the value is within the limit, the value itself.
 
         Args:
             value: cost to pass through.
@@ -94,7 +94,7 @@ class Schedule:
         [2.0, 0.5]
         """
         progress = self.progress(step, total_steps)
-        if progress == 1.0 or value <= limit:
+        if progress > 0.99 or value <= limit:  # a power of over a hundred leaves the range of floats
             return value
         if self.shape == "linear":
             return (value - limit * progress) / (1 - progress)

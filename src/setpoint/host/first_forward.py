@@ -100,7 +100,7 @@ class FirstForward:
 
     @property
     def elements(self) -> int:
-        """Elements of the first input in all calls of the model; 0 where parts of it were called."""
+        """Calls of the model x elements of the largest input of the first; 0 where parts of it were called."""
         return self.passes * num_elements(self.example()) if self.called else 0
 
     def _outermost(self) -> dict[str, list[_Call]]:
@@ -191,8 +191,8 @@ def _kind(inputs: Any) -> Any:
 
 
 def num_elements(example: Example) -> int:
-    """Elements of the example's first tensor."""
-    return next((tensor.numel() for tensor in tensors_of(example)), 0)
+    """Elements of the example's largest tensor, whatever order the inputs come in."""
+    return max((tensor.numel() for tensor in tensors_of(example)), default=0)
 
 
 class _Note:

@@ -126,7 +126,7 @@ class SetpointCallback(Callback):  # type: ignore[misc]
                 f"spent before: leave {name} out"
             )
         if self.settings.get("resume", True) and came_spent(self.loop, optimizers[0]):
-            warn(f"{SPENT}: the Trainer makes no more steps")
+            warn(f"{SPENT}: the Trainer is told to stop")
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from setpoint.checkpoint.fields import fields_of
 from setpoint.controller.horizon import next_decision, spans
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget, amount
-from setpoint.errors import BudgetError
+from setpoint.errors import BudgetError, CheckpointError
 from setpoint.groups.group import Group, widths_of
 from setpoint.spending.account import Account
 from setpoint.spending.forecast import likely_widths
@@ -79,22 +80,32 @@ class Paying:
         spent + sum over the steps s <= T to come of (f * share(reference(d(s))) + sensing) <= bill,
 
     with f the FLOPs of a step now and d(s) the last decision before s. What steps take besides, as with a teacher, is
-    learnt and added, and what the next step may take of it is kept. The reference comes down from what a step costs
+    learnt and added, and enough is kept for the next step. The reference comes down from what a step costs
     now. It is of the budget's resource, of which FLOPs are no fixed share, as in a model whose parameters lie in layers
     of few FLOPs: `likely_widths` forecasts which share is left at the limit, and FLOPs are a power of the cost until
     there. The length is found afresh at each decision.
 
     Decisions fall as in a run of T steps. They move ahead where T shrinks, since the budget is to be met before the
     bill is spent. Without a budget of FLOPs per step, cuts may save none, and decisions fall early enough for such a
-    run: there, too, the reference has come down by `Schedule.land`. A run that what is left does not even bring to its
-    next decision ends before it, so the bill is never exceeded, whatever the cuts come to.
+    run: there, too, the reference has come down by `Schedule.land`. If what is left does not reach the next decision,
+    the run ends before it. So the bill is not exceeded, whatever the cuts come to, unless the last step takes more
+    besides than any two steps before it.
+
+    On several ranks decisions must fall together. There nothing is learnt of what steps take besides, which may differ.
     """
 
     metered = False
 
     def __init__(
-        self, bill: Bill, account: Account, schedule: Schedule, dense_widths: Mapping[str, int], target: Target
+        self,
+        bill: Bill,
+        account: Account,
+        schedule: Schedule,
+        dense_widths: Mapping[str, int],
+        alone: bool,
+        target: Target,
     ) -> None:
+        self._alone = alone
         self._account, self._schedule, self._target, self._dense_widths = account, schedule, target, dense_widths
         self._ramp = replace(schedule, land=schedule.settle)  # the same reference, without its many checks
         self._limit = bill.budget.absolute(target.dense_cost("flops") * bill.total_steps)
@@ -102,6 +113,12 @@ class Paying:
         self._planned = sys.maxsize  # the first plan is bound by none before
         self._length = self._next = 0
         self._present = self._least = self._share = 1.0
+
+    def held_to(self, target: Target) -> Paying:
+        """The same with other budgets per step, before anything is planned with them."""
+        other = copy.copy(self)
+        other._target, other._planned, other._besides = target, sys.maxsize, replace(self._besides)
+        return other
 
     def limit(self, *_: Any) -> dict[str, float]:
         """The bill."""
@@ -160,7 +177,7 @@ class Paying:
         return self._length
 
     def planned(self, total_steps: int, groups: tuple[Group, ...], met: bool = False) -> int:
-        """Find afresh how long the run is, with these groups; returns of how many steps decisions fall as in a run.
+        """Find afresh how long the run is, with these groups. Returns the length of the run that decisions fall as in.
 
         Args:
             met: whether the budgets per step are, so that no decision is to come.
@@ -198,9 +215,10 @@ class Paying:
         self._next = next_decision(self._schedule, step, self._planned)
 
     def stepped(self, total_steps: int) -> int:
-        """A step is done; what is left pays for so many steps. Returns of how many decisions fall as in a run."""
+        """Count a step; returns the length of the run that decisions fall as in."""
         step, account = self._account.num_steps, self._account
-        self._besides.learn(account.overhead_flops, 0.0 if self._met else account.sensing_flops)
+        if self._alone:
+            self._besides.learn(account.overhead_flops, 0.0 if self._met else account.sensing_flops)
         if self._schedule.due(step, self._planned):
             self._measure()
         elif abs(self._besides.mean - self._expected) > _MOVED * account.step_flops:
@@ -225,6 +243,11 @@ class Paying:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
+        if "planned" not in state:
+            raise CheckpointError(
+                "the state is of a run with a bill of Setpoint 0.2, which planned in another way: finish that run with "
+                "setpoint==0.2.0, or begin it anew"
+            )
         self._present, self._least, self._share, self._expected = (
             float(state[name]) for name in ("present", "least", "share", "expected")
         )

@@ -57,19 +57,19 @@ class Spending:
     ) -> None:
         self.costs, self.total_steps, self.schedule = costs, total_steps, schedule
         self.account, self.meter, self.modelled = account, meter, modelled or {}
-        self.sensing, self.deciding = account.sensing, account.deciding
-        self.resizing, self.probing = account.resizing, account.probing
-        self.probed, self.stop = account.probed, meter.stop
-        self.dense_widths, self.check_kind, self._alone = widths_of(groups), check, alone
-        self.readings, self._known = dict[str, float](), dict[str, float]()
-        self.account.sensing_flops, self.bill = sensing_flops, bill
+        self.sensing, self.deciding, self.resizing = account.sensing, account.deciding, account.resizing
+        self.probing, self.probed, self.stop = account.probing, account.probed, meter.stop
+        self.dense_widths, self.check_kind, self._alone, self.bill = widths_of(groups), check, alone, bill
+        self.account.sensing_flops, self.readings, self._known = sensing_flops, dict[str, float](), dict[str, float]()
+        self.runs: NoRuns | Runs | Paying = NoRuns()
         runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
-        self._runs = partial(Paying, bill, account, schedule, self.dense_widths) if bill else runs
+        self._runs = partial(Paying, bill, account, schedule, self.dense_widths, alone) if bill else runs
         self.hold(target, groups)
 
     def hold(self, target: Target, groups: tuple[Group, ...]) -> None:
         """Be held to these budgets from here on, with these groups."""
-        self.target, self.runs = target, self._runs(target) if self.bill or target.runs else NoRuns()
+        make = self.runs.held_to if isinstance(self.runs, Paying) else self._runs
+        self.target, self.runs = target, make(target) if self.bill or target.runs else NoRuns()
         self.total_steps = self.runs.planned(self.total_steps, groups)
 
     @property
