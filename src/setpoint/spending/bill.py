@@ -268,7 +268,8 @@ class Paying:
         """Whether what is left pays for the steps up to a length, with decisions as in a run of `planned` steps."""
         present, least, spent = self._present, self._least, 0.0
         start = self._schedule.start_through(step, planned, value=present, limit=least)
-        for at, steps in spans(self._ramp, step, max(planned, length)):
+        end = max(step, planned)  # no decision is after it, however long the run is
+        for at, steps in [*spans(self._ramp, step, end), (end, length - end)]:
             cost = min(present, self._schedule.at(at, planned, start=start, limit=least))
             done = math.log(cost / present) / math.log(least / present) if cost < present else 0.0
             other = (self._account.sensing_flops if cost > least else 0.0) + self._besides.mean
