@@ -364,14 +364,13 @@ def test_longer_sequences_than_the_example_are_warned_of() -> None:
     loop.detach()
 
 
-def test_a_copy_of_the_model_keeps_no_hook() -> None:
-    """Claim: a copy that is taken while inputs are counted has no hook of Setpoint's left after its first forward."""
+def test_a_copy_of_the_model_is_not_counted() -> None:
+    """Claim: what a copy is given while inputs are counted raises no warning of a micro-batch: warnings are errors."""
     loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})
     step(model, optimizer)
     other = copy.deepcopy(model)
-    assert any(module._forward_pre_hooks for module in other.modules())
-    other(X)
-    assert not any(module._forward_pre_hooks for module in other.modules())
+    for _ in range(4):
+        other(X)
     step(model, optimizer)
     loop.detach()
 
@@ -453,7 +452,7 @@ def taught(total_steps: int, due: Callable[[int], bool], before: int = 0) -> tup
 @pytest.mark.parametrize("total_steps", [60, 200])
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_a_teacher_is_paid_for(total_steps: int, every: int) -> None:
-    """Claim: what steps take besides is planned with once it is seen; the budget is met, and the bill not exceeded."""
+    """Claim: the overhead of steps is planned with once it is seen; the budget is met, and the bill not exceeded."""
     loop, lengths = taught(total_steps, lambda step: step % every == 0)
     summary = loop.finish()
     assert summary.budget_met, summary.reason

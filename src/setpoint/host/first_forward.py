@@ -196,21 +196,15 @@ def num_elements(example: Example) -> int:
 
 
 class _Note:
-    """The hook of one module: on a copy of the model, and from a pickle, it only takes itself away."""
+    """The hook of one module: on a copy of the model, and in a pickle, it does nothing."""
 
     def __init__(self, name: str = "", first: weakref.ref[FirstForward] | None = None) -> None:
         self._name, self._first = name, first
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = None if self._first is None else self._first()
-        if torch.compiler.is_compiling():
-            return
-        if first is not None:
+        if first is not None and not torch.compiler.is_compiling():
             first.note(self._name, module, args, kwargs)
-            return
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
         return _Note()

@@ -21,7 +21,7 @@ from setpoint.spending.forecast import likely_widths
 from setpoint.spending.target import Target
 
 _MEAN_OVER = 50
-"""Steps over which the mean is taken of what steps take besides."""
+"""Steps over which the mean overhead of a step is taken."""
 _WAVERING = ("latency", "energy")
 """What is read anew at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
 the forecast lets them fall no faster, and the run becomes longer once cuts have come."""
@@ -38,7 +38,7 @@ class Bill:
 
 
 @dataclass
-class Besides:
+class StepOverhead:
     """What steps take beside their own FLOPs and a sensing each, such as the passes of a teacher: learnt step by step.
 
     Args:
@@ -56,12 +56,12 @@ class Besides:
     steps: int = 0
 
     def learn(self, overhead: float, sensing: float) -> None:
-        """Take in the overhead of the run after a step, of which a sensing is known.
+        """Take in the overhead of the run after a step; that of a sensing is known and left out.
 
-        >>> besides = Besides()
+        >>> found = StepOverhead()
         >>> for overhead in (2.0, 4.0, 6.0, 90.0):
-        ...     besides.learn(overhead, sensing=0.5)
-        >>> besides.mean, besides.most
+        ...     found.learn(overhead, sensing=0.5)
+        >>> found.mean, found.most
         (1.5, 1.5)
         """
         taken = max(0.0, overhead - self.noted - sensing)
@@ -79,8 +79,8 @@ class Paying:
 
         spent + sum over the steps s <= T to come of (f * share(reference(d(s))) + sensing) <= bill,
 
-    with f the FLOPs of a step now and d(s) the last decision before s. What steps take besides, as with a teacher, is
-    learnt and added, and enough is kept for the next step. The reference comes down from what a step costs
+    with f the FLOPs of a step now and d(s) the last decision before s. The overhead of a step, such as a teacher's,
+    is learnt and added, and enough is kept for the next step. The reference comes down from what a step costs
     now. It is of the budget's resource, of which FLOPs are no fixed share, as in a model whose parameters lie in layers
     of few FLOPs: `likely_widths` forecasts which share is left at the limit, and FLOPs are a power of the cost until
     there. The length is found afresh at each decision.
@@ -88,10 +88,10 @@ class Paying:
     Decisions fall as in a run of T steps. They move ahead where T shrinks, since the budget is to be met before the
     bill is spent. Without a budget of FLOPs per step, cuts may save none, and decisions fall early enough for such a
     run: there, too, the reference has come down by `Schedule.land`. If what is left does not reach the next decision,
-    the run ends before it. So the bill is not exceeded, whatever the cuts come to, unless the last step takes more
-    besides than any two steps before it.
+    the run ends before it. So the bill is not exceeded, whatever the cuts come to, unless the last step has more
+    overhead than any two steps before it.
 
-    On several ranks decisions must fall together. There nothing is learnt of what steps take besides, which may differ.
+    On several ranks decisions must fall together. There no overhead is learnt, since it may differ.
     """
 
     metered = False
@@ -109,7 +109,7 @@ class Paying:
         self._account, self._schedule, self._target, self._dense_widths = account, schedule, target, dense_widths
         self._ramp = replace(schedule, land=schedule.settle)  # the same reference, without its many checks
         self._limit = bill.budget.absolute(target.dense_cost("flops") * bill.total_steps)
-        self._besides, self._expected, self._met = Besides(noted=account.overhead_flops), 0.0, False
+        self._overhead, self._expected, self._met = StepOverhead(noted=account.overhead_flops), 0.0, False
         self._planned = sys.maxsize  # the first plan is bound by none before
         self._length = self._next = 0
         self._present = self._least = self._share = 1.0
@@ -117,7 +117,7 @@ class Paying:
     def held_to(self, target: Target) -> Paying:
         """The same with other budgets per step, before anything is planned with them."""
         other = copy.copy(self)
-        other._target, other._planned, other._besides = target, sys.maxsize, replace(self._besides)
+        other._target, other._planned, other._overhead = target, sys.maxsize, replace(self._overhead)
         return other
 
     def limit(self, *_: Any) -> dict[str, float]:
@@ -191,12 +191,12 @@ class Paying:
             self._share = flops.total(likely) / self._account.step_flops
             if any(each.resource in _WAVERING for each in self._target.budgets):
                 self._share = max(self._share, self._least / self._present)
-        self._besides.noted = self._account.overhead_flops  # a decision is none of what steps take
+        self._overhead.noted = self._account.overhead_flops  # a decision is none of what steps take
         self._plan()
         return self._planned
 
     def _plan(self) -> None:
-        step, self._expected = self._account.num_steps, self._besides.mean
+        step, self._expected = self._account.num_steps, self._overhead.mean
         sure = int(self._schedule.land * (step + self._left() / (self._per_step + self._account.sensing_flops)))
         saves = any(each.resource == "flops" for each in self._target.budgets)
 
@@ -218,10 +218,10 @@ class Paying:
         """Count a step; returns the length of the run that decisions fall as in."""
         step, account = self._account.num_steps, self._account
         if self._alone:
-            self._besides.learn(account.overhead_flops, 0.0 if self._met else account.sensing_flops)
+            self._overhead.learn(account.overhead_flops, 0.0 if self._met else account.sensing_flops)
         if self._schedule.due(step, self._planned):
             self._measure()
-        elif abs(self._besides.mean - self._expected) > _MOVED * account.step_flops:
+        elif abs(self._overhead.mean - self._expected) > _MOVED * account.step_flops:
             self._plan()
         if self._affordable < min(max(self._next, step + 1), self._length):
             self._length = max(step, self._affordable)
@@ -238,7 +238,7 @@ class Paying:
             "next": self._next,
             "met": self._met,
             "expected": self._expected,
-            "besides": asdict(self._besides),
+            "overhead": asdict(self._overhead),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -252,12 +252,12 @@ class Paying:
             float(state[name]) for name in ("present", "least", "share", "expected")
         )
         self._planned, self._length, self._next = (int(state[name]) for name in ("planned", "length", "next"))
-        self._met, self._besides = bool(state["met"]), Besides(**fields_of(Besides, state["besides"]))
+        self._met, self._overhead = bool(state["met"]), StepOverhead(**fields_of(StepOverhead, state["overhead"]))
 
     @property
     def _per_step(self) -> float:
-        """FLOPs of a step now, with what it takes besides."""
-        return self._account.step_flops + self._besides.mean
+        """FLOPs of a step now, with its overhead."""
+        return self._account.step_flops + self._overhead.mean
 
     @property
     def _affordable(self) -> int:
@@ -272,14 +272,14 @@ class Paying:
         for at, steps in [*spans(self._ramp, step, end), (end, length - end)]:
             cost = min(present, self._schedule.at(at, planned, start=start, limit=least))
             done = math.log(cost / present) / math.log(least / present) if cost < present else 0.0
-            other = (self._account.sensing_flops if cost > least else 0.0) + self._besides.mean
+            other = (self._account.sensing_flops if cost > least else 0.0) + self._overhead.mean
             spent += max(0, min(steps, length - at)) * (self._account.step_flops * self._share**done + other)
         return spent <= self._left()
 
     def _left(self) -> float:
-        """FLOPs that are left for steps; the step to come keeps one sensing, and the most that it may take besides."""
-        account, besides = self._account, self._besides
-        return self._limit - account.train_flops - account.sensing_flops - max(0.0, besides.most - besides.mean)
+        """FLOPs that are left for steps; one sensing and the largest overhead are kept for the step to come."""
+        account, overhead = self._account, self._overhead
+        return self._limit - account.train_flops - account.sensing_flops - max(0.0, overhead.most - overhead.mean)
 
 
 def _longest(step: int, paid: Callable[[int], bool]) -> int:
