@@ -120,6 +120,16 @@ def test_a_taught_run_pays_for_its_teacher(runs: Runs) -> None:
     assert taught.train_flops >= dense.train_flops + passes + 0.9 * (plain.train_flops - plain.overhead_flops)
 
 
+def test_a_dense_model_that_is_taught_pays_for_its_teacher(runs: Runs) -> None:
+    """The dense model beside a teacher is the whole model, trained from fresh weights, and has the dense run and the
+    teacher's passes on its bill.
+    """
+    taught, dense = (runs[1][name] for name in ("dense-taught", "dense"))
+    assert taught.budget is None and taught.final_flops == dense.final_flops and taught.steps == 2 * dense.steps
+    assert taught.train_flops == pytest.approx(2 * dense.train_flops + dense.steps * dense.final_flops / 3, rel=0.1)
+    assert taught.value != dense.value
+
+
 def test_a_long_run_spends_what_the_dense_run_spends(runs: Runs) -> None:
     """A method that spends what it saves makes more steps, ends at the same size, and spends no more than the dense
     run in training. What it leaves is at most the part of the short run's overhead that does not grow with the steps,

@@ -42,6 +42,7 @@ METHODS: Mapping[str, str] = {
     "compressm": "States truncated at four checks, to a tolerance in place of a budget.",
     "few-states": "A model that begins with few states, 28 by default, from scratch.",
     "setpoint-taught": "As setpoint, and learns the answers of the finished dense run as well.",
+    "dense-taught": "As dense, and learns the answers of the finished dense run as well.",
     "cubic-taught": "As cubic, and learns the answers of the finished dense run as well.",
     "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
     "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",

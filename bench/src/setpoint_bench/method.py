@@ -184,6 +184,7 @@ what their readers cannot make up for (`reconstruction`).
 
 TAUGHT_METHODS: tuple[Method, ...] = (
     Taught("setpoint-taught", Setpoint()),
+    Taught("dense-taught", Dense()),
     Taught("cubic-taught", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
 )
 """Methods that learn the answers of the finished dense run as well."""

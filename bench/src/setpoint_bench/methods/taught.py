@@ -1,4 +1,4 @@
-"""Methods with a teacher: what prunes while it trains, and learns the answers of the finished dense model as well."""
+"""Methods with a teacher: what trains, pruned or not, learns the answers of the finished dense model as well."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.distillation import Teacher
-from setpoint_bench.course import Course, Pruner
+from setpoint_bench.course import Course, Outcome, Pruner
 from setpoint_bench.looped import Looped
 from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.scratch import Dense
 from setpoint_bench.results import Result
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Task, dense_widths
@@ -22,14 +23,14 @@ from setpoint_bench.task import BenchError, Task, dense_widths
 @final
 @dataclass(frozen=True)
 class Taught:
-    """A method that prunes in training, from the weights that the task starts with, beside a teacher.
+    """A method that begins with the weights that the task starts with, and trains beside a teacher.
 
     The teacher is the finished dense run of the same seed, whose steps, FLOPs and seconds count as this method's, as
     its own passes do.
 
     Args:
         name: name on the command line and in result files.
-        prunes: the method.
+        trains: the method.
         alpha: the teacher's share of the loss.
         temperature: by which logits are divided.
         paper: where it comes from.
@@ -37,7 +38,7 @@ class Taught:
     """
 
     name: str
-    prunes: Setpoint
+    trains: Setpoint | Dense
     alpha: float = 0.5
     temperature: float = 2.0
     paper: str = "Hinton et al., Distilling the knowledge in a neural network, 2015"
@@ -45,17 +46,17 @@ class Taught:
 
     @property
     def family(self) -> str:
-        """That of what prunes."""
-        return self.prunes.family
+        """That of what trains."""
+        return self.trains.family
 
     @property
     def sized(self) -> bool:
         """Whether it goes by the budget."""
-        return self.prunes.sized
+        return self.trains.sized
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths; the dense run's weights are the teacher's."""
-        course = self.prunes.course(task, budget, needed)
+        course = self.trains.course(task, budget, needed)
         if not isinstance(course.task, SimpleTask):
             raise BenchError(f"{self.name} teaches logits, which {task.name} does not say: it is no SimpleTask")
         return Course(cast(Task, _Lesson(course.task)), course.widths, goes_on_from="dense", notes=course.notes)
@@ -67,11 +68,27 @@ class Taught:
         lesson = cast(_Lesson, task)
         teacher = Teacher(copy.deepcopy(model), alpha=self.alpha, temperature=self.temperature)
         model.load_state_dict(task.build(dense_widths(task)).state_dict())
-        optimizer, pruner = self.prunes.begin(cast(Task, lesson.task), model, budget, batches)
+        optimizer, pruner = self.trains.begin(cast(Task, lesson.task), model, budget, batches)
         if isinstance(pruner, Looped):
             teacher.loop = pruner.loop
         lesson.teachers.append(teacher)
-        return optimizer, pruner
+        return optimizer, pruner or _Bill(teacher, dense_widths(task))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Bill:
+    """What prunes nothing, and counts the passes of a teacher where no loop does."""
+
+    teacher: Teacher
+    widths: Mapping[str, int]
+
+    def observe(self, loss: Tensor) -> None:
+        """Nothing to decide."""
+
+    def finish(self) -> Outcome:
+        """The teacher's FLOPs."""
+        return Outcome(widths=self.widths, dense_widths=self.widths, overhead_flops=self.teacher.flops)
 
 
 @final
