@@ -25,6 +25,7 @@ from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.scheduled import ScheduledController
 from setpoint_bench.baselines.snip import Snip
 from setpoint_bench.course import Course, Pruner
+from setpoint_bench.methods.fitted import Fitted
 from setpoint_bench.methods.gates import Gates
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.long import Long
@@ -174,12 +175,17 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
     Setpoint("setpoint-reconstruction", sensor=ReconstructionSensor),
+    Fitted("fitted", Schedule()),
+    Fitted("fitted-even", Schedule(), even=True),
+    Fitted("fitted-first"),
+    PostTraining("fitted-oneshot", Fitted("compress"), "", family="setpoint"),
 )
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
-what their readers cannot make up for (`reconstruction`).
+what their readers cannot make up for (`reconstruction`). The `fitted` ones are cut by `setpoint.compress`: along
+Setpoint's schedule, before the first step, or after the dense training.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (
