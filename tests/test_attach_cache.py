@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.actuator import tried
 from setpoint.cache import cache_folder, keep, recall
+from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.resources.table import Table
 
@@ -301,8 +302,8 @@ def test_a_backward_that_no_graph_shows_counts(tries: list[int], monkeypatch: py
     assert len(tries) == 2
 
 
-def test_failures_are_known_too(monkeypatch: pytest.MonkeyPatch, tries: list[int]) -> None:
-    """Claim: groups that failed are left uncut again, with the same warning and the same header of the ledger."""
+def test_failures_are_found_anew(monkeypatch: pytest.MonkeyPatch, tries: list[int]) -> None:
+    """Claim: groups that failed are tried again, with the same warning and header of the ledger if they fail again."""
     monkeypatch.setattr(tried, "failing_groups", lambda *args: (tries.append(1), ("2",))[1])
     headers = []
     for _ in "12":
@@ -312,7 +313,127 @@ def test_failures_are_known_too(monkeypatch: pytest.MonkeyPatch, tries: list[int
             loop = setpoint.attach(model, optimizer, 0.9, example=(torch.randn(4, 3),), total_steps=10)
         headers.append(loop.ledger.header)
         loop.detach()
-    assert headers[0] == headers[1] and "2" in headers[0]["frozen"] and len(tries) == 1
+    assert headers[0] == headers[1] and "2" in headers[0]["frozen"] and len(tries) == 2
+
+
+class Masked(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.relu(self.a(x))).masked_fill(x[:, :1] == 0, float("-inf")).exp()
+        return y / y.sum(-1, keepdim=True)
+
+
+def test_numbers_of_one_example_do_not_decide_on_another() -> None:
+    """Claim: where an example makes NaN, so that no cut of it can be compared, the next example is tried."""
+    x = torch.rand(4, 3) + 1
+    x[0, 0] = 0.0
+    optimizer = torch.optim.SGD((model := Masked()).parameters(), lr=0.1)
+    with pytest.raises(GroupError, match="nothing"), pytest.warns(UserWarning, match="not pruned.*: a"):
+        setpoint.attach(model, optimizer, 0.8, example=(x,), total_steps=10)
+    optimizer = torch.optim.SGD((model := Masked()).parameters(), lr=0.1)
+    loop = setpoint.attach(model, optimizer, 0.8, example=(x + 1,), total_steps=10)
+    assert [group.name for group in loop.groups] == ["a"]
+    loop.detach()
+
+
+LIBRARY = {
+    "net.py": """
+import torch
+from torch import nn
+
+SIZES, FLAG = [1, 2], None
+
+def scaled(x):
+    return x * 1.0
+
+class Block(nn.Module):
+    limit = 4
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(scaled(torch.relu(self.a(x))))
+""",
+    "other.py": """
+import torch
+
+def forward(self, x):
+    return self.b(torch.relu(self.a(x)) * 1.0)
+
+def scaled(x):
+    return x * 1
+""",
+}
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
+    """An installed package with a model, and another one that has replacements for its parts."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    names = [("model_library", "net"), ("patch_library", "other")]
+    for package, module in names:
+        (tmp_path / "site-packages" / package).mkdir(parents=True)
+        (tmp_path / "site-packages" / package / "__init__.py").touch()
+        (tmp_path / "site-packages" / package / f"{module}.py").write_text(LIBRARY[f"{module}.py"])
+    importlib.invalidate_caches()
+    net, other = (importlib.import_module(".".join(each)) for each in names)
+    yield net, other
+    for package, module in names:
+        del sys.modules[package], sys.modules[f"{package}.{module}"]
+
+
+PATCHES: dict[str, Callable[[ModuleType, ModuleType], tuple[object, str, object]]] = {
+    "method": lambda net, other: (net.Block, "forward", other.forward),
+    "function": lambda net, other: (net, "scaled", other.scaled),
+    "value of a class": lambda net, other: (net.Block, "limit", 5),
+    "list": lambda net, other: (net, "SIZES", [1, 3]),
+    "nothing": lambda net, other: (net, "FLAG", (1,)),
+}
+
+
+@pytest.mark.parametrize("what", list(PATCHES))
+def test_what_one_library_changes_in_another_counts(
+    what: str, tries: list[int], library: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: an installed model is known again, unless its parts or values were replaced by those of another package."""
+    net, other = library
+    attached(net.Block())
+    attached(net.Block())
+    assert len(tries) == 1
+    monkeypatch.setattr(*PATCHES[what](net, other))
+    attached(net.Block())
+    assert len(tries) == 2
+
+
+def test_an_installed_file_that_changes_counts(tries: list[int], library: tuple[ModuleType, ModuleType]) -> None:
+    """Claim: code of a library that is edited and loaded again in one process is tried."""
+    attached(library[0].Block())
+    file = Path(str(library[0].__file__))
+    file.write_text(file.read_text().replace("return x * 1.0", "return x * 1.0 + 0.0"))
+    importlib.invalidate_caches()
+    attached(importlib.reload(library[0]).Block())
+    assert len(tries) == 2
+
+
+PYTHON = {
+    "metaclass": "class Meta(type):\n    flag = FLAG\nclass Made(Net, metaclass=Meta): pass",
+    "singledispatch": "import functools\n@functools.singledispatch\ndef of(x): return 1\n"
+    "of.register(int, lambda x: FLAG)\nclass Made(Net):\n    def forward(self, x):\n"
+    "        return super().forward(x) * of(1)",
+    "private slot": "class Held:\n    __slots__ = ('__flag',)\n    def __init__(self): self.__flag = FLAG\n"
+    "class Made(Net):\n    held = Held()",
+    "own repr": "class Number(int):\n    def __repr__(self): return 'a number'\nclass Made(Net):\n    held = Number(FLAG)",
+}
+
+
+@pytest.mark.parametrize("what", list(PYTHON))
+def test_state_in_corners_of_python_counts(what: str, tries: list[int]) -> None:
+    """Claim: metaclasses, functions by type, private slots and numbers with a text of their own are looked into."""
+    for flag, expected in ((1, 1), (1, 1), (2, 2)):
+        attached(made_by(PYTHON[what], FLAG=flag))
+        assert len(tries) == expected
 
 
 HELPER = """

@@ -135,7 +135,9 @@ _BY_NAME = (
     *(WrapperDescriptorType, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator),
 )
 _PYTHON = (FunctionType, staticmethod, classmethod, property)
-_WITHOUT_STATE = (logging.Logger, type(threading.Lock()), type(threading.RLock()))
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
+_SHORT = 100
 _HIDDEN = {
     "__dict__",
     "__weakref__",
@@ -144,6 +146,7 @@ _HIDDEN = {
     "__annotate__",
     "__static_attributes__",
     "_abc_impl",
+    "__slotnames__",
 }
 _HIDDEN |= {"__firstlineno__", "__slots__", "__module__", "__qualname__", "__abstractmethods__", "__parameters__"}
 _OF_A_FILE = {"__builtins__", "__cached__", "__doc__", "__file__", "__loader__", "__name__", "__package__", "__path__"}
@@ -349,8 +352,10 @@ class _Description:
             self.value(value())
         elif isinstance(value, MappingProxyType):
             self.value(dict(value))
-        elif isinstance(value, _WITHOUT_STATE):
-            self.text("without state")
+        elif isinstance(value, logging.Logger):
+            self.text("logger", str(value.getEffectiveLevel()))
+        elif isinstance(value, _LOCKS):
+            self.text("lock")
         else:
             self._object(value, kind)
 
@@ -377,7 +382,7 @@ class _Description:
         if isinstance(value, (dict, set, frozenset, list, tuple)):
             self._contents(value)
         elif contains:
-            self.text(repr(value))
+            self.text(solid.__repr__(value))  # its own may say less
         for name in slots:
             self.text(name)
             self.value(getattr(value, name, None))
@@ -417,8 +422,13 @@ class _Description:
             library = self._is_its(each)
             if library:
                 self._namespaces(each.__module__)
+            if type(each) is not type and not self._is_its(type(each)):
+                self.of_class(type(each), made=True)
             for name, held in vars(each).items():
-                if name in _HIDDEN or (library and not self._of_user(held)):
+                if name in _HIDDEN:
+                    continue
+                if library and not self._of_user(held):
+                    self._of_library(name, held)
                     continue
                 self.text(name)
                 if not library and self._may_wait(each, name, held, made=made):
@@ -479,7 +489,8 @@ class _Description:
             if not library or isinstance(held, (*_PLAIN, FunctionType, MethodType, type, partial)):
                 self.value(held)
         for name, held in vars(function).items():
-            if not library or isinstance(held, (*_PLAIN, FunctionType, MethodType, type)):
+            # Implementations by type, as `functools.singledispatch` keeps them, are the user's.
+            if not library or isinstance(held, (*_PLAIN, FunctionType, MethodType, MappingProxyType, type)):
                 self.text(name)
                 self.value(held)
         if library:
@@ -585,14 +596,27 @@ class _Description:
                     if isinstance(source, str) and source.partition(".")[0] == top not in ("torch", "setpoint"):
                         waiting.append(source)
 
+    def _of_library(self, name: str, held: Any) -> None:
+        """What a class of a library holds of libraries: another one may have put it there, or set a value anew."""
+        function = _function_in(held)
+        if isinstance(function, FunctionType):
+            code = function.__code__
+            self.text(name, code.co_filename, code.co_code.hex(), *code.co_names)
+        elif _is_simple(held):
+            self.text(name, repr(held))
+
     def _in_namespace(self, key: str, held: Any) -> None:
-        """What a user has put into a namespace, in place of what was there, or into a table of functions in it."""
+        """What was put into a namespace, in place of what was there, or by a user into a table of functions in it."""
         if self._of_user(held):
             self.text(key)
             self.value(held)
-        elif isinstance(held, (bool, int, float, complex, str)):
+        elif isinstance(held, FunctionType):
+            self.text(key, held.__qualname__, held.__code__.co_filename)
+        elif isinstance(held, type):
+            self.text(key, held.__module__, held.__qualname__)
+        elif _is_simple(held):
             self.text(key, repr(held))
-        elif not isinstance(held, (type, ModuleType, FunctionType, Tensor)):
+        elif not isinstance(held, (ModuleType, Tensor)):
             attributes = {**vars(type(held)), **getattr(held, "__dict__", {})}
             for table in (held, *attributes.values()):
                 for entry, each in tuple(dict.items(table)) if isinstance(table, dict) else ():
@@ -602,14 +626,7 @@ class _Description:
 
     def _of_user(self, held: Any) -> bool:
         """Whether this is a function or class of the user's own."""
-        if isinstance(held, (staticmethod, classmethod)):
-            held = held.__func__
-        elif isinstance(held, property):
-            held = held.fget
-        elif isinstance(held, MethodType):
-            held = held.__func__
-        elif isinstance(held, partial):
-            held = held.func
+        held = _function_in(held)
         if isinstance(held, FunctionType):
             inner = inspect.unwrap(held)
             return any(not _is_librarys(each) for each in (held, inner) if isinstance(each, FunctionType))
@@ -671,10 +688,32 @@ def _is_bound(kind: type) -> bool:
     return type(kind).__name__ == "pybind11_type" and str(kind.__module__).partition(".")[0] == "torch"
 
 
+def _function_in(held: Any) -> Any:
+    """What a method, a property or a part of a function is made of; anything else as it is."""
+    if isinstance(held, (staticmethod, classmethod, MethodType)):
+        return held.__func__
+    if isinstance(held, property):
+        return held.fget
+    return held.func if isinstance(held, partial) else held
+
+
+def _is_simple(held: Any) -> bool:
+    """Whether this is a constant, or a short tuple or list of constants: longer ones are records that grow."""
+    if isinstance(held, (tuple, list)):
+        return len(held) <= _SHORT and all(type(each) in _CONSTANTS for each in held)
+    return type(held) in _CONSTANTS
+
+
 def _slots(kind: type) -> tuple[str, ...]:
+    """Names of the slots of a class, private ones as Python mangles them."""
     slots = vars(kind).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    private = f"_{kind.__name__.lstrip('_')}"
+    return tuple(
+        f"{private}{name}" if name.startswith("__") and not name.endswith("__") else name
+        for name in names
+        if name not in ("__dict__", "__weakref__")
+    )
 
 
 def _holds_hooks(name: str, value: Any) -> bool:
@@ -715,7 +754,6 @@ def _is_librarys(function: FunctionType) -> bool:
     return _is_file_of_library(file)
 
 
-@cache
 def _stamp(file: str) -> str:
     try:
         stat = Path(file).stat()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import dis
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from functools import lru_cache
 from importlib.util import resolve_name
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+
+import torch
 
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _OF_AN_OBJECT = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
@@ -24,9 +25,9 @@ _CHANGING = {
 """Modules that answer another way another time: by the clock, by chance, by files, or by names in a table."""
 
 _CONSTANT = {("sys", "maxsize"), ("sys", "float_info"), ("sys", "version_info"), ("sys", "platform")}
-_ASKING = tuple(
-    getattr(builtins, name)
-    for name in ("globals", "locals", "eval", "exec", "compile", "open", "input", "__import__", "breakpoint")
+_ASKING = (
+    *(globals, locals, eval, exec, compile, open, input, __import__, breakpoint),
+    *(torch.get_num_threads, torch.get_num_interop_threads),
 )
 _INNER = {"__globals__", "__builtins__", "__subclasses__", "f_globals", "f_locals", "f_builtins", "f_back"}
 _FILES = {"read_text", "read_bytes", "is_file", "is_dir", "exists", "iterdir", "rglob", "open"}

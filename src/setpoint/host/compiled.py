@@ -25,6 +25,8 @@ _FLAGS = {
 """Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
 
 _before: dict[str, Any] = {}
+_ours: dict[str, Any] = {}
+"""What the settings were made to be; one that is another by the end was set anew by the user, and stays."""
 _holders: set[int] = set()
 
 
@@ -35,7 +37,7 @@ class Recompiling:
     after eight times. At the first cut in a process in which anything was compiled, its settings are changed to let
     sizes be symbols, and the dims of all groups are marked: code compiles once more after the first cut, and not after
     later ones, but for a width of 1 and operations that take a size as a number (the groups of a group norm). The
-    settings hold for the process, until the last loop that needs them ends or is dropped.
+    settings hold until the last loop that needs them ends or is dropped; one that the user changes meanwhile stays.
 
     What is compiled again after the first cut is taken for the cut's doing, as it cannot be distinguished from what a
     batch of another size would have made necessary. `recompiled` gets the seconds of each, and 1 if it counts, or 0; it
@@ -107,9 +109,10 @@ def _hold(holder: int, num_groups: int) -> None:
     if not _holders:
         _before.update({name: getattr(config, name) for name in (*_FLAGS, "recompile_limit")})
     _holders.add(holder)
-    for name, value in _FLAGS.items():
+    # Where a size is a number in code, each group may compile it again.
+    _ours.update(_FLAGS, recompile_limit=config.recompile_limit + num_groups)
+    for name, value in _ours.items():
         setattr(config, name, value)
-    config.recompile_limit += num_groups  # where a size is a number in code, each group may compile it again
 
 
 def _release(holder: int) -> None:
@@ -119,4 +122,5 @@ def _release(holder: int) -> None:
         _holders.discard(holder)
         if not _holders:
             for name, value in _before.items():
-                setattr(config, name, value)
+                if getattr(config, name) == _ours[name]:
+                    setattr(config, name, value)

@@ -20,6 +20,7 @@ from setpoint.groups.group import Group
 from setpoint.one_shot.forward import EnoughSeen, run
 from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows
 from setpoint.sensor.elimination import moment_of, regular
+from setpoint.sensor.padding import Padding
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 
@@ -150,7 +151,7 @@ def _moment(
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
         of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
-        rows = input_rows(layer, of_block, count).flatten(1).mT
+        rows = input_rows(layer, of_block, count, padding.real).flatten(1).mT
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         moment = moment_of(torch.cat([wide, torch.ones_like(wide[:1])])[:, None])
         total[:] = [moment + total[0]] if total else [moment]
@@ -158,9 +159,11 @@ def _moment(
         if calls[-1] == calls[0] > 0 and len(calls) > 1:  # as often as in the first batch: the rest is of no use
             raise EnoughSeen
 
+    padding = Padding(model)
     with _hooked(model, dict.fromkeys(reader.layers, look)):
         calls.append(0)
         run(model, batches, "batch", lambda: calls.append(0))
+    padding.stop()
     return total[0]
 
 

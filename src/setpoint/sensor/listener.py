@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.sensor.consumer import Consumer
+from setpoint.sensor.padding import Padding
 from setpoint.sensor.sentinel import graph_task
 
 _MOST_NUMBERS = 2**23
@@ -26,7 +27,7 @@ class Listener:
     """Hooks on consumers, which note a sample of the rows that each is given; changes with each forward.
 
     Only forwards outside of compiled code count, and of these such as record gradients, or else all. Where a checkpoint
-    runs one twice, it counts once. `norms` names, by consumer's layer, the BatchNorm that is given just what it has
+    runs one twice, it counts once. Positions that an attention mask leaves out are not noted. `norms` names, by consumer's layer, the BatchNorm that is given just what it has
     made.
 
     Args:
@@ -46,6 +47,7 @@ class Listener:
         self._rows = [rows_kept(consumer, rows) for consumer in consumers]
         self._ahead = [False] * len(self.consumers)  # whether any row was noted outside of a backward pass
         self._made: dict[str, weakref.ref[Tensor]] = {}
+        self._padding = Padding(model)
         layers = [(model.get_submodule(each.layer), _Ear(self, number)) for number, each in enumerate(consumers)]
         norms = [
             (name, each) for name, each in model.named_modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)
@@ -66,7 +68,7 @@ class Listener:
         self._ahead[number] |= not again
         consumer = self.consumers[number]
         with torch.no_grad():
-            self._noted[number].append(consumer.rows(layer, x, self._rows[number]))
+            self._noted[number].append(consumer.rows(layer, x, self._rows[number], self._padding.real))
         if isinstance(output, Tensor):
             self._made[consumer.layer] = weakref.ref(output)
 
@@ -93,6 +95,7 @@ class Listener:
         """Take the hooks off; may be called again."""
         for handle in self._handles:
             handle.remove()
+        self._padding.stop()
         self.forget()
 
 

@@ -1,0 +1,143 @@
+"""Padding: positions that only fill a batch up are no data of a score or of a fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.sensor.consumer import input_rows
+from setpoint.sensor.padding import Padding, real_positions
+
+REAL = torch.tensor([[True, True, False], [True, False, False]])
+
+
+class Layer(nn.Module):
+    """Takes a mask of queries and keys, as layers of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer, self.head = nn.Embedding(9, 4), Layer(), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        both = None if attention_mask is None else attention_mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        added = None if both is None else torch.where(both.bool(), 0.0, torch.finfo(torch.float32).min)
+        return self.head(self.layer(self.embed(ids), added))
+
+
+@pytest.mark.parametrize("form", ["positions", "numbers", "kept", "added", "causal", "half"])
+def test_each_form_of_mask_says_which_positions_are_real(form: str) -> None:
+    """Claim: a mask of positions and one of queries and keys, kept or added, in any dtype, name the same positions."""
+    both = REAL[:, None, None, :].expand(-1, 1, 3, -1)
+    masks = {
+        "positions": REAL,
+        "numbers": REAL.long(),
+        "kept": both,
+        "added": torch.where(both, 0.0, torch.finfo(torch.float32).min),
+        "causal": both & torch.ones(3, 3, dtype=torch.bool).tril(),
+        "half": torch.where(both, 0.0, -65504.0).half(),
+    }
+    assert real_positions(masks[form]).equal(REAL)
+
+
+def test_rows_are_those_of_real_positions() -> None:
+    """Claim: with a mask all real tokens are picked and nothing else; without one, or for another length, any."""
+    layer, x = nn.Linear(1, 2), torch.arange(6.0).view(2, 3, 1)
+    assert set(input_rows(layer, x, 6, REAL).flatten().tolist()) == {0.0, 1.0, 3.0}
+    assert set(input_rows(layer, x, 2, REAL).flatten().tolist()) <= {0.0, 1.0, 3.0}
+    assert input_rows(layer, x, 6).flatten().tolist() == input_rows(layer, x, 6, REAL[:1]).flatten().tolist()
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    assert input_rows(layer, x, 6, everything).equal(input_rows(layer, x, 6))
+
+
+def test_many_rows_are_picked_evenly() -> None:
+    """Claim: of many real tokens those that are picked lie evenly, and none is padding."""
+    real = torch.rand(64, 50) < 0.3
+    x = torch.where(real, torch.arange(3200.0).view(64, 50), -1.0)[..., None]
+    picked = input_rows(nn.Linear(1, 2), x, 256, real).flatten()
+    assert bool((picked >= 0).all())
+    assert picked.mean().item() == pytest.approx(float(x[x >= 0].mean()), rel=0.05)
+
+
+def test_the_last_mask_counts_and_none_means_no_padding() -> None:
+    """Claim: a forward without a mask after one with a mask has no padding; hooks go with the object, or by `stop`."""
+    model, ids = Tagger(), torch.zeros(2, 3, dtype=torch.long)
+    padding = Padding(model)
+    model(ids, REAL.long())
+    assert padding.real is not None and padding.real.equal(REAL)
+    pickle.loads(pickle.dumps(copy.deepcopy(model)))(ids)  # its hooks are deaf
+    assert padding.real.equal(REAL)
+    model(ids)
+    assert padding.real is None
+    padding.stop()
+    model(ids, attention_mask=REAL.long())
+    assert padding.real is None and not model._forward_pre_hooks
+    padding = Padding(model)
+    del padding
+    assert not model._forward_pre_hooks and not model.layer._forward_pre_hooks
+
+
+def test_pairs_do_not_change_what_positions_say() -> None:
+    """Claim: a mask of pairs counts where none of positions was given; so rows of padding may attend to everything."""
+    model, ids = Tagger(), torch.zeros(2, 3, dtype=torch.long)
+    padding = Padding(model)
+    model(ids, REAL.long())
+    model.layer(torch.zeros(2, 3, 4), torch.ones(2, 1, 3, 3, dtype=torch.bool))
+    assert padding.real is not None and padding.real.equal(REAL)
+    model(ids)
+    model.layer(torch.zeros(2, 3, 4), attention_mask=REAL[:, None, None, :].expand(-1, 1, 3, -1))
+    assert padding.real is not None and padding.real.equal(REAL)
+
+
+def batches(filled: int) -> list[dict[str, Tensor]]:
+    """The same sequences, filled up by so many positions with one token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 9, (64, 8), generator=generator)
+    mask = torch.ones_like(ids)
+    fill = ids.new_zeros(64, filled)
+    return [{"ids": torch.cat([ids, fill], 1), "attention_mask": torch.cat([mask, fill], 1)}]
+
+
+def test_compress_is_the_same_however_far_batches_are_filled_up() -> None:
+    """Claim: padding changes neither which units go nor the weights that are fitted."""
+    found: list[Any] = []
+    for filled in (0, 24):
+        torch.manual_seed(0)
+        model = Tagger()
+        setpoint.compress(model, batches(filled), "60% flops")
+        found.append(model.state_dict())
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sensor_reads_the_same_however_far_batches_are_filled_up() -> None:
+    """Claim: saliency by reconstruction in training leaves padding out."""
+    read = []
+    for filled in (0, 24):
+        torch.manual_seed(0)
+        model, batch = Tagger(), batches(filled)[0]
+        groups = setpoint.find_groups(model, batch)
+        sensor = setpoint.ReconstructionSensor(rows=512)
+        groups = sensor.readable(groups, model)
+        state = sensor.init(groups, model)
+        model(**batch)[:, :8].square().mean().backward()
+        state = sensor.update(state, groups, model)
+        read.append(sensor.read(state, groups, 1).saliency)
+        sensor.release(state)
+    for name, values in read[0].items():
+        assert read[1][name] == pytest.approx(values, rel=1e-4, abs=1e-6)
