@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.actuator import tried
 from setpoint.cache import cache_folder, keep, recall
-from setpoint.errors import GroupError
+from setpoint.errors import GroupError, UsageError
 from setpoint.groups.group import Group
 from setpoint.resources.table import Table
 
@@ -105,6 +105,13 @@ def test_the_cache_can_be_turned_off(tries: list[int], folder: Path, monkeypatch
     attached(Net())
     attached(Net())
     assert len(tries) == 2 and not folder.exists()
+
+
+def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a folder in SETPOINT_CACHE is not taken for "on"; the error says what names the folder."""
+    monkeypatch.setenv("SETPOINT_CACHE", "/tmp/cache")
+    with pytest.raises(UsageError, match="'on' or 'off', got '/tmp/cache': XDG_CACHE_HOME"):
+        attached(Net())
 
 
 def hooked(net: Net) -> Net:
@@ -217,6 +224,16 @@ def test_a_damaged_file_is_not_believed(tries: list[int], folder: Path) -> None:
             spoil(file)
         assert facts(attached(Net())) == first and len(tries) == 2 + number
     assert facts(attached(Net())) == first and len(tries) == 1 + len(SPOILS)
+
+
+@pytest.mark.parametrize("facts", [[], {}, "", 0, [1]])
+def test_facts_of_another_form_are_not_believed(facts: Any, tries: list[int], folder: Path) -> None:
+    """Claim: a whole file that holds something else is no reason to fail."""
+    attached(Net())
+    for file in folder.iterdir():
+        keep(file.stem, facts)
+    attached(Net())
+    assert len(tries) == 2
 
 
 def test_groups_that_do_not_fit_the_model_are_not_believed(tries: list[int], folder: Path) -> None:
@@ -397,7 +414,7 @@ PATCHES: dict[str, Callable[[ModuleType, ModuleType], tuple[object, str, object]
 def test_what_one_library_changes_in_another_counts(
     what: str, tries: list[int], library: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: an installed model is known again, unless its parts or values were replaced by those of another package."""
+    """Claim: an installed model is known again, unless another package has replaced parts or values of it."""
     net, other = library
     attached(net.Block())
     attached(net.Block())
@@ -424,7 +441,8 @@ PYTHON = {
     "        return super().forward(x) * of(1)",
     "private slot": "class Held:\n    __slots__ = ('__flag',)\n    def __init__(self): self.__flag = FLAG\n"
     "class Made(Net):\n    held = Held()",
-    "own repr": "class Number(int):\n    def __repr__(self): return 'a number'\nclass Made(Net):\n    held = Number(FLAG)",
+    "own repr": "class Number(int):\n    def __repr__(self): return 'a number'\nclass Made(Net):\n"
+    "    held = Number(FLAG)",
 }
 
 

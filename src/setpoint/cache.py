@@ -13,6 +13,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from setpoint.errors import UsageError
+
+_ON, _OFF = ("", "on", "1", "yes", "true"), ("off", "0", "no", "false")
 FORMAT = 1
 _MOST = 500
 """Files that are kept; those that were not used for the longest time make room."""
@@ -53,8 +56,17 @@ def remembering(does: bool) -> Iterator[None]:
 
 
 def keeps() -> bool:
-    """Whether anything is kept: `SETPOINT_CACHE=off` turns it off."""
-    return os.environ.get("SETPOINT_CACHE", "").lower() not in ("off", "0", "no", "false")
+    """Whether anything is kept: `SETPOINT_CACHE=off` turns it off.
+
+    Raises:
+        UsageError: the variable says neither on nor off.
+    """
+    said = os.environ.get("SETPOINT_CACHE", "").lower()
+    if said not in (*_ON, *_OFF):
+        raise UsageError(
+            f"SETPOINT_CACHE is 'on' or 'off', got {said!r}: XDG_CACHE_HOME says in which folder the cache lies"
+        )
+    return said in _ON
 
 
 def recall(key: str) -> Any:

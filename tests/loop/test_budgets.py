@@ -148,6 +148,18 @@ def test_memory_lands_within_the_budget() -> None:
     assert read and all(entry.predicted["memory"] == pytest.approx(entry.metered["memory"], rel=0.1) for entry in read)
 
 
+def test_memory_is_metered_at_a_decision_that_had_to_wait(machine: Machine) -> None:
+    """In a run so short that decisions wait for seconds, each that is made knows the bytes of its step, too."""
+    budget = {"latency": "50%", "memory": "60%"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loop = train(mlp(), budget, 60, machine.live)
+    assert not [str(each.message) for each in said if "not measured" in str(each.message)]
+    made = [entry for entry in loop.ledger if not entry.reason.startswith("no decision")]
+    assert len(made) < len(loop.ledger) and len(made) > 1
+    assert all("memory" in entry.metered for entry in made)
+
+
 def test_an_evaluation_between_steps_is_no_memory_of_a_step() -> None:
     """Validation on a batch sixteen times as large after every step changes no reading and no decision."""
     made = cnn()

@@ -48,7 +48,8 @@ def overhead_table(path: Path) -> str:
 
 def _share_of_runs(runs: Sequence[Mapping[str, float]]) -> str:
     shares = [run["own_seconds"] / run["seconds"] for run in runs]
-    return f"{statistics.median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%})"
+    spread = f" ({min(shares):.2%} to {max(shares):.2%})" if len(shares) > 1 else ""
+    return f"{statistics.median(shares):.2%}{spread}"
 
 
 def predictions_table(latency: Path, memory: Path) -> str:

@@ -125,8 +125,10 @@ def _encoded(found: Trace) -> dict[str, Any]:
 def _recalled(key: str, model: nn.Module) -> Trace | None:
     """What was found in a model of this fingerprint; None where nothing was, or it does not fit this model."""
     facts = recall(key)
+    if facts is None:
+        return None
     try:
-        return facts and Trace(
+        return Trace(
             decode_groups(facts["groups"], model),
             tuple(
                 Contraction(str(module), str(op), float(coefficient), tuple(map(decode_size, sizes)), int(number))

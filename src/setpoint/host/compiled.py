@@ -24,9 +24,7 @@ _FLAGS = {
 }
 """Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
 
-_before: dict[str, Any] = {}
-_ours: dict[str, Any] = {}
-"""What the settings were made to be; one that is another by the end was set anew by the user, and stays."""
+_changed: dict[str, tuple[Any, Any]] = {}  # settings as they were, and as they were made; any other is the user's own
 _holders: set[int] = set()
 
 
@@ -106,13 +104,11 @@ def _hold(holder: int, num_groups: int) -> None:
 
     if holder in _holders:
         return
-    if not _holders:
-        _before.update({name: getattr(config, name) for name in (*_FLAGS, "recompile_limit")})
-    _holders.add(holder)
     # Where a size is a number in code, each group may compile it again.
-    _ours.update(_FLAGS, recompile_limit=config.recompile_limit + num_groups)
-    for name, value in _ours.items():
+    for name, value in {**_FLAGS, "recompile_limit": config.recompile_limit + num_groups}.items():
+        _changed[name] = _changed[name][0] if _holders else getattr(config, name), value
         setattr(config, name, value)
+    _holders.add(holder)
 
 
 def _release(holder: int) -> None:
@@ -121,6 +117,6 @@ def _release(holder: int) -> None:
     if holder in _holders:
         _holders.discard(holder)
         if not _holders:
-            for name, value in _before.items():
-                if getattr(config, name) == _ours[name]:
-                    setattr(config, name, value)
+            for name, (before, ours) in _changed.items():
+                if getattr(config, name) == ours:
+                    setattr(config, name, before)

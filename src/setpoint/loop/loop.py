@@ -445,7 +445,7 @@ class Loop:
     def _begin_step(self) -> None:
         """The next step begins."""
         step, total_steps = self.step, self.spending.total_steps
-        due = step + 1 <= total_steps and self.controller.due(step + 1, total_steps)
+        due = self._now.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
         open_still = step <= total_steps and not (self._now.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
         if self._listening is not None:

@@ -25,6 +25,8 @@ FORMAT = 3
 """A table of another version is timed again: its fits belong to other curves, or it has no digest."""
 _ROUNDS = 3
 _LEAST_SECONDS = 5e-4
+_BUSY = 2.0
+"""A table whose times are so many times those of now was timed on a busy device; load only ever adds to a time."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -89,6 +91,7 @@ class Table:
         with suppress(OSError):  # a user without a home has no cache folder, and times anew
             self.file = (cache_folder() if folder is None else folder) / "latency" / self.name
         self._seconds, self._fits = self._kept(warns=True)
+        self._checked = not self._seconds  # what was timed by this object needs no check
 
     def _kept(self, warns: bool = False) -> tuple[dict[str, dict[Point, float]], dict[str, list[float]]]:
         """What the file holds: nothing where nothing is kept, or it is damaged or was timed elsewhere.
@@ -174,6 +177,7 @@ class Table:
             timed = flat[key] or problem
             if timed.key not in needed or timed.dense > needed[timed.key].dense:
                 needed[timed.key] = timed
+        self._forget_if_busy([problem for problem in needed.values() if not self._lacks(problem)])
         new = [problem for problem in needed.values() if self._lacks(problem)]
         if new:
             self._time(new, limit_s)
@@ -185,6 +189,25 @@ class Table:
             curve = curves.get(key if alone is None else alone.key)
             found[key] = curve if curve is None or alone is None else Curve(problem, {}, curve)
         return found
+
+    def _forget_if_busy(self, known: Sequence[Problem]) -> None:
+        """Time the longest of these operations once more: where it is much quicker now, none of the table is used."""
+        kept = {
+            each.key: self._seconds[each.key][each.dense] for each in known if each.dense in self._seconds[each.key]
+        }
+        if self._checked or not kept:
+            return
+        self._checked = True
+        longest = next(each for each in known if each.key == max(kept, key=lambda key: kept[key]))
+        now = _seconds(longest, longest.dense, self.device)
+        if now is not None and kept[longest.key] > _BUSY * now and self.file is not None:
+            warn(
+                f"the latency table {self.file} was timed on a busy device: an operation took {kept[longest.key]:.3g} "
+                f"s, and takes {now:.3g} s now. It is timed again"
+            )
+            self._seconds, self._fits = {}, {}
+            with suppress(OSError):
+                self.file.unlink()
 
     def _lacks(self, problem: Problem) -> bool:
         """Whether a problem was not timed where its curve begins, or on one dim not up to such a length."""

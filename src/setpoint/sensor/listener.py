@@ -27,8 +27,8 @@ class Listener:
     """Hooks on consumers, which note a sample of the rows that each is given; changes with each forward.
 
     Only forwards outside of compiled code count, and of these such as record gradients, or else all. Where a checkpoint
-    runs one twice, it counts once. Positions that an attention mask leaves out are not noted. `norms` names, by consumer's layer, the BatchNorm that is given just what it has
-    made.
+    runs one twice, it counts once. Positions that an attention mask leaves out are not noted. `norms` names, by
+    consumer's layer, the BatchNorm that is given just what it has made.
 
     Args:
         consumers: to listen to, in `model`.

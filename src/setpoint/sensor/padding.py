@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +25,7 @@ class Padding:
         self.real: Bool[Tensor, "batch positions"] | None = None
         self._handles = []
         for each in model.modules():
-            place = _place_of_mask(type(each))
+            place = _place_of_mask(type(each).forward)
             if place is not None or each is model:  # with each call of the model a new forward begins
                 self._handles.append(each.register_forward_pre_hook(_Ear(self, place), with_kwargs=True))
         for handle in self._handles:
@@ -61,10 +61,10 @@ _FAR_BELOW = -1e3
 
 
 @lru_cache(maxsize=4096)
-def _place_of_mask(kind: type[nn.Module]) -> int | None:
+def _place_of_mask(forward: Callable[..., Any]) -> int | None:
     """Where the forward of a class takes its mask among its arguments, if it does."""
     try:
-        names = list(inspect.signature(kind.forward).parameters)[1:]
+        names = list(inspect.signature(forward).parameters)[1:]
     except (TypeError, ValueError):  # a forward that is no plain function
         return None
     return names.index("attention_mask") if "attention_mask" in names else None
