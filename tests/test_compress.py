@@ -341,6 +341,32 @@ def test_labels_are_given_to_a_model_that_does_not_run_without(by_name: bool) ->
     assert compressed.widths == {"up": 8} and model.down.in_features == 8
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x + y)))
+
+
+class OfList(TwoInputs):
+    def forward(self, both: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(*both)
+
+
+@pytest.mark.parametrize("form", ["flat", "no labels", "inner tuple", "inner list", "one list"])
+def test_a_model_of_several_inputs_takes_them_as_a_loader_gives_them(form: str) -> None:
+    """Claim: inputs may be all parts of a tuple but the last, all of them, or a tuple or list of their own."""
+    x, y, labels = torch.randn(64, 8), torch.randn(64, 8), torch.zeros(64)
+    batch: Any = {"flat": (x, y, labels), "no labels": (x, y), "inner tuple": ((x, y), labels)}.get(
+        form, ([x, y], labels)
+    )
+    model = OfList() if form == "one list" else TwoInputs()
+    compressed = setpoint.compress(model, [batch], "60% flops")
+    assert compressed.after["flops"] <= 0.6 * compressed.before["flops"] and compressed.refitted == ("b",)
+
+
 def test_batches_without_a_row_are_passed_over() -> None:
     """Claim: an empty batch in front changes nothing of what comes out."""
     x = torch.randn(64, 1, 8, 8)

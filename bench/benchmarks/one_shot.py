@@ -35,6 +35,7 @@ from setpoint.groups.trace import trace
 from setpoint.loop.candidates import restricted
 from setpoint.one_shot.forward import run
 from setpoint.sensor.consumer import by_column, channel_dim, find_consumers
+from setpoint.sensor.padding import Padding
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.counter import step_flops
 from setpoint_bench.method import method_named
@@ -144,7 +145,8 @@ def by_library(name: str) -> Cut:
     """What a method of the benchmark cuts, such as the library Torch-Pruning."""
 
     def cut(task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> None:
-        method_named(name).prunes.begin(task, model, budget, iter(batches))  # type: ignore[attr-defined]
+        prunes = replace(method_named(name).prunes, num_batches=len(batches))  # type: ignore[attr-defined]
+        prunes.begin(task, model, budget, iter(batches))
         run(model, inputs_of(batches), "renewed")
 
     return cut
@@ -159,12 +161,15 @@ class Seen:
 
 
 def seen_by_layers(model: nn.Module, layers: Sequence[str], batches: Batches) -> dict[str, Seen]:
-    """Means and variances of what these layers are given, by channel."""
+    """Means and variances of what these layers are given, by channel; padding is left out, as `compress` does."""
     sums: dict[str, list[Tensor]] = {}
+    padding = Padding(model)
 
     def look(name: str) -> Callable[..., None]:
         def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
             values = args[0].detach().double().movedim(channel_dim(layer), 0).flatten(1)
+            if padding.real is not None and padding.real.numel() == values.shape[1]:
+                values = values[:, padding.real.flatten()]
             new = torch.tensor(values.shape[1], dtype=torch.float64), values.sum(1), values.square().sum(1)
             sums[name] = [old + each for old, each in zip(sums.get(name, (0, 0, 0)), new, strict=True)]
 
@@ -174,6 +179,7 @@ def seen_by_layers(model: nn.Module, layers: Sequence[str], batches: Batches) ->
     run(model, inputs_of(batches), "running")
     for handle in handles:
         handle.remove()
+    padding.stop()
     means = {name: total / count for name, (count, total, _) in sums.items()}
     return {name: Seen(means[name], squares / count - means[name] ** 2) for name, (count, _, squares) in sums.items()}
 

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from setpoint.actuator.shrink import named_tensors
 from setpoint.controller.plan import Controller
 from setpoint.cost.budget import METERED
+from setpoint.cost.price import Price
 from setpoint.errors import CostError, GroupError, LoopError
 from setpoint.given import check_flags, did_you_mean, plain_number
 from setpoint.groups.group import Group
@@ -37,11 +38,12 @@ def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return asking
 
 
-def check_parts(controller: object, sensor: object, **flags: object) -> None:
+def check_parts(controller: object, sensor: object, budget: object, **flags: object) -> None:
     """Check that controller and sensor are such objects, or None, and that flags are flags.
 
     Raises:
-        LoopError: for a class, a name, or an object that lacks a method.
+        LoopError: for a class, a name, or an object that lacks a method; for a price, and a sensor whose readings are
+            in no unit of the loss, of which it says so by `in_loss = False`.
         ValueError: for a flag that is neither True nor False; `verify` may be "always", too.
     """
     verify = flags.pop("verify", True)
@@ -59,6 +61,11 @@ def check_parts(controller: object, sensor: object, **flags: object) -> None:
                 f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
                 + " and no ".join(sorted(lacking))
             )
+    if isinstance(budget, Price) and not getattr(sensor, "in_loss", True):
+        raise LoopError(
+            f"{type(sensor).__name__} reads in no unit of the loss, so that no Price can be set against it: give a "
+            'budget, such as "50% flops", or leave the sensor to attach'
+        )
 
 
 def whole_steps(total_steps: Any) -> int:

@@ -109,7 +109,7 @@ def attach(
     >>> loop.summary.budget_met, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
-    check_parts(controller, sensor, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
+    check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
     total_steps, groups = whole_steps(total_steps), given_groups(groups)
     host, loop, budget = host_of(model, optimizer, copies), Loop(), wanted(budget)
     wished = partial(wish, host, budget, controller, actuator, even)

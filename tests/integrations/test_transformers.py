@@ -418,6 +418,43 @@ def test_a_teacher_is_followed_counted_and_left_alone(tmp_path: Path) -> None:
     assert resumed.summary is not None and resumed.summary.overhead_flops == callback.summary.overhead_flops
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_share_of_the_teacher_is_the_same_under_accumulation(kind: str, tmp_path: Path) -> None:
+    """Claim: of four batches in a step the labels' and the teacher's part are divided alike, whether the model's loss
+    goes by the number of items (a language model's) or leaves it unused (a classifier's).
+    """
+    batch = {"input_ids": torch.randint(64, (4, 16)), "attention_mask": torch.ones(4, 16, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"] if kind == "gpt2" else torch.tensor([0, 1, 2, 0])
+    items = 60 if kind == "gpt2" else 4
+    teacher, parts = build(kind), {}
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.5)
+    for alpha, accumulated in ((0.0, 1), (0.0, 4), (1.0, 1), (1.0, 4)):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), gradient_accumulation_steps=accumulated, report_to=[], use_cpu=True
+        )
+        run = SetpointTrainer(
+            build(kind),
+            arguments,
+            train_dataset=Tokens(),
+            callbacks=[SetpointCallback(0.6)],
+            teacher=teacher,
+            alpha=alpha,
+        )
+        run.current_gradient_accumulation_steps = accumulated
+        set_seed(1)
+        run.model.train()
+        for module in run.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        loss = run.compute_loss(run.model, dict(batch), num_items_in_batch=torch.tensor(items * accumulated))
+        parts[alpha, accumulated] = loss.item()
+        assert run.model.training
+    assert parts[0.0, 4] / parts[0.0, 1] == pytest.approx(parts[1.0, 4] / parts[1.0, 1], rel=1e-4)
+    assert parts[0.0, 4] / parts[0.0, 1] == pytest.approx(0.25 if kind == "gpt2" else 1.0, rel=1e-4)
+
+
 def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     """Claim: with enough steps it ends with its bill, within it, after as many steps as were planned."""
     tokens = torch.stack([Tokens()[number]["input_ids"] for number in range(2)])

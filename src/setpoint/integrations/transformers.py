@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from setpoint.actuator.lift import was_cut
@@ -20,6 +21,7 @@ from setpoint.integrations.bill import SPENT, came_spent, is_spent
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
+from setpoint.one_shot.forward import without_training
 from setpoint.warn import warn
 
 try:
@@ -180,6 +182,7 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
             raise ValueError("the teacher is the model that is pruned: leave teacher out to have a frozen copy of it")
         taught_by = copy.deepcopy(self.model) if teacher is None else teacher
         self.teacher = Teacher(taught_by, alpha=alpha, temperature=temperature)
+        self._divides: bool | None = None
 
     def train(self, *args: Any, **settings: Any) -> Any:
         """Train as ever."""
@@ -191,15 +194,32 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The loss of the Trainer, and in training the teacher's."""
         asked = {name: value for name, value in inputs.items() if name != "labels"}  # the Trainer may take them out
+        if model.training and self._divides is None:
+            self._divides = self._divides_by_items(model, inputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and self.teacher.alpha:
             own, mask = logits_of(outputs), asked.get("attention_mask")
             usable = isinstance(mask, Tensor) and mask.shape == own.shape[:-1]
             taught = self.teacher.distance(own, self._taught(asked), mask if usable else None)
-            if self.compute_loss_func is not None or self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-                taught = taught / self.current_gradient_accumulation_steps  # the loss is one of all batches of the step
+            if self._divides:  # the loss is a part of one of all batches of the step, and so is the teacher's
+                taught = taught / self.current_gradient_accumulation_steps
             loss = (1 - self.teacher.alpha) * loss + self.teacher.alpha * taught
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _divides_by_items(self, model: nn.Module, inputs: dict[str, Any], items: Any) -> bool:
+        """Whether the loss is divided by the items of all batches of a step.
+
+        Some heads of Transformers take their number and leave it unused, so it is tried out, once.
+        """
+        if self.args.gradient_accumulation_steps == 1 or self.compute_loss_func is not None:
+            return True
+        if not self.model_accepts_loss_kwargs or items is None:
+            return False
+        loss_of = super().compute_loss
+        with without_training(model, "running"):
+            one, half = (loss_of(model, dict(inputs), num_items_in_batch=number) for number in (items, 2 * items))
+        return bool(half < 0.75 * one)
 
     def _taught(self, inputs: Mapping[str, Any]) -> Tensor:
         self.teacher.model.to(self.args.device)

@@ -266,8 +266,8 @@ def _cut_late(ledger: Ledger) -> str:
         return ""
     share = last.learning_rate / max(rates)
     return (
-        f"the last cut, at step {last.step:,}, fell when the learning rate was {share:.0%} of its "
-        "highest, and what is cut then recovers little: cut earlier (controller=PricedController(Schedule(settle="
+        f"the last cut, at step {last.step:,}, fell when the learning rate was {share:.0%} of the highest at a "
+        "decision, and what is cut then recovers little: cut earlier (controller=PricedController(Schedule(settle="
         "...))), or let the rate fall later"
     )
 

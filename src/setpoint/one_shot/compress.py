@@ -80,7 +80,7 @@ def compress(
 
     Args:
         model: trained; in one process, not in a wrapper.
-        data: batches as in training, such as a `DataLoader`: tensors, tuples whose first part is the input, or dicts.
+        data: batches as in training, such as a `DataLoader`: tensors, tuples (inputs, labels), or dicts.
             Labels are left out, unless the model runs only with them. Batches of one sample are left out where others
             have more.
         budget: of "flops" (of a training step on the first batch, as `attach` counts) or "params": a fraction of the

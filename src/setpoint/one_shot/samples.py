@@ -26,8 +26,9 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     batch has more: the variance of one is not known.
 
     Args:
-        data: batches: tensors; tuples or lists whose first part is the input; or dicts of inputs by name. Labels are
-            taken out, unless the model runs only with them.
+        data: batches: tensors; tuples or lists whose first part is the input, or a tuple of inputs, or of which all
+            parts but the last are inputs; or dicts of inputs by name. Labels are taken out, unless the model runs only
+            with them.
         count: of samples; the last batch is taken whole.
         model: that is given them.
 
@@ -43,7 +44,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     seen = 0
     for number, batch in _with_rows(data):
         batch = mapped(lambda tensor: tensor.detach().to(device), batch)
-        form = form or (_with_labels if _needs_labels(model, inputs_in(batch), _with_labels(batch)) else inputs_in)
+        form = form or _form_of(model, batch)
         found.append(form(batch))
         _check_numbers(found[-1], number)
         rows = num_samples(found[-1])
@@ -68,25 +69,25 @@ def _with_rows(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
             return
 
 
-def _needs_labels(model: nn.Module, inputs: Example, labelled: Example) -> bool:
-    """Whether the model runs only where the labels are included.
+def _form_of(model: nn.Module, batch: Any) -> Callable[[Any], Example]:
+    """What makes inputs of a batch: the first that the model runs on.
 
     Raises:
-        ExampleError: when it does not run either way.
+        ExampleError: when it runs on none.
     """
     errors: list[Exception] = []
-    for example in (inputs, labelled):
-        args, kwargs = inputs_of(example)
+    for form in (inputs_in, _with_labels, _all_but_the_last, _inner):
+        args, kwargs = inputs_of(form(batch))
         try:
             with torch.no_grad(), without_training(model, "running"):
                 model(*args, **kwargs)
-            return bool(errors)
+            return form
         except Exception as error:  # anything may go wrong in a foreign forward
             errors.append(error)
     first = errors[0]
     raise ExampleError(
         f"the model takes the first batch neither without its labels nor with them ({type(first).__name__}: {first}): "
-        "give batches as in training, in the model's dtype"
+        "give batches as in training, in the model's dtype, or dicts of inputs by name"
     ) from first
 
 
@@ -145,3 +146,15 @@ def _with_labels(batch: Any) -> Example:
     if isinstance(batch, (tuple, list)) and batch:
         return dict(batch[0]) if isinstance(batch[0], Mapping) else tuple(batch)
     return dict(batch) if isinstance(batch, Mapping) else inputs_in(batch)
+
+
+def _all_but_the_last(batch: Any) -> Example:
+    """Several inputs and a label behind them; anything else as `inputs_in` has it."""
+    several = isinstance(batch, (tuple, list)) and len(batch) > 2
+    return tuple(batch[:-1]) if several else inputs_in(batch)
+
+
+def _inner(batch: Any) -> Example:
+    """Several inputs in a tuple of their own; anything else as `inputs_in` has it."""
+    several = isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (tuple, list))
+    return tuple(batch[0]) if several else inputs_in(batch)

@@ -69,6 +69,11 @@ class SensorChain:
         """Whether units may come back: whether all of its sensors say so."""
         return all(takes_back(each) for each in self.sensors)
 
+    @property
+    def in_loss(self) -> bool:
+        """Whether a price can be set against the readings: whether all of its sensors say so."""
+        return all(getattr(each, "in_loss", True) for each in self.sensors)
+
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
         shares, left = [], groups
         for sensor in self.sensors:

@@ -33,7 +33,7 @@ class MagnitudeSensor:
         Li, Kadav, Durdanovic, Samet, Graf: "Pruning Filters for Efficient ConvNets", ICLR 2017 (with the L1 norm).
     """
 
-    reads_shards = True
+    reads_shards, in_loss = True, False
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups that trained weights write or read."""

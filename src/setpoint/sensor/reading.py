@@ -81,8 +81,8 @@ class Sensor(Protocol[State]):
 
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
-    grows it as the units are; a field that points at the model is marked by `field(metadata={"live": True})`. A sensor
-    that cannot read units that have come back says so by `returns = False`.
+    grows it as the units are; a field that points at the model is marked by `field(metadata={"live": True})`.
+    `returns = False` says that units that have come back are not read, `in_loss = False` that no price can be met.
     """
 
     def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:

@@ -102,7 +102,7 @@ class ReconstructionSensor:
     """
 
     reads_shards = averages_hooks = True
-    returns = False
+    returns = in_loss = False
 
     def __init__(self, rows: int = 256, steps: int = 4, ranks: Ranks | None = None) -> None:
         self.rows, self.steps = counts(rows=rows, steps=steps)

@@ -49,6 +49,8 @@ class SelectiveSensor:
         SSMs", ICML 2024.
     """
 
+    in_loss = False
+
     def __init__(self, example: Example) -> None:
         self.example = example
 

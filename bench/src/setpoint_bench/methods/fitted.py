@@ -8,6 +8,7 @@ from itertools import islice
 from typing import final
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,8 @@ from setpoint_bench.task import BenchError, Task, dense_widths
 class Fitted:
     """The model is cut by `setpoint.compress`, which fits the layers that read the cut units anew in closed form.
 
-    The data of a cut are the next batches of the training. They, the scores and the fits count.
+    The data of a cut are the next batches of the training. Forwards on them count, and the matrix products of scores
+    and fits; their decompositions and inverses do not, which are a few per cent of these.
 
     Args:
         name: name on the command line and in result files.
@@ -79,7 +81,7 @@ class _Cuts:
     def __init__(
         self, method: Fitted, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], dense_flops: int
     ) -> None:
-        self.settledhod, self.model, self.batches = method, model, batches
+        self.method, self.model, self.batches = method, model, batches
         self.dense_flops = float(dense_flops)
         self.watch, self.flops, self.resizes, self.step = Stopwatch(synchronize=True), 0.0, 0, 0
         self.widths: dict[str, int] = {}
@@ -99,18 +101,19 @@ class _Cuts:
 
     def cut(self, share: float, optimizer: Optimizer | None = None) -> None:
         """Bring the model to a share of its dense FLOPs."""
-        with self.watch, FlopCounterMode(display=False) as counter:
+        # The counter knows attention by its products alone.
+        with self.watch, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             batches: list[tuple[Tensor, Tensor]] = []
             samples = 0
-            while samples < self.settledhod.num_samples:
+            while samples < self.method.num_samples:
                 batches += islice(self.batches, 1)
                 samples += len(batches[-1][0])
             found = setpoint.compress(
                 self.model,
                 batches,
                 setpoint.Budget.fraction(share, of="flops"),
-                even=self.settledhod.even,
-                num_samples=self.settledhod.num_samples,
+                even=self.method.even,
+                num_samples=self.method.num_samples,
                 optimizer=optimizer,
                 verify=not self.resizes,
             )
