@@ -53,5 +53,6 @@ class Compressed:
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}{spent}\n"
-            f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}"
+            f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
+            f"{counted(len(self.frozen), 'place')} not pruned, for reasons in `frozen`"
         )
