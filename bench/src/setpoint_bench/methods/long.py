@@ -21,8 +21,8 @@ class Long:
     """A method that prunes in training, for as many steps as the dense run's training FLOPs pay for.
 
     `steps = floor(steps of the task * training FLOPs of dense / training FLOPs of the method in these steps)`. The
-    learning rate and the cuts fall at the same shares of the longer run. Its widths may differ a little on the way, so it
-    may end some tenths of a per cent beside these FLOPs.
+    learning rate and the cuts fall at the same shares of the longer run. Its widths may differ a little on the way, so
+    that it may end some tenths of a per cent beside these FLOPs.
 
     Args:
         name: name on the command line and in result files.
