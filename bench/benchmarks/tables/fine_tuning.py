@@ -73,9 +73,10 @@ class _Model:
         return _known(self.of(SETPOINT, 0.5), self.of("dense", None)), ""
 
     def lead(self, budget: float) -> tuple[Difference, str]:
-        """Over the rival of the best mean, with its name."""
+        """Over the rival of the best mean among those of three seeds, with its name."""
         here = [cell for cell in self.cells if cell.budget == budget and cell.family in RIVALS]
-        names = {cell.method for cell in here if not cell.method.partition("@")[0].endswith(("-long", "-taught"))}
+        told = {cell.method for cell in here if not cell.method.partition("@")[0].endswith(("-long", "-taught"))}
+        names = {name for name in told if len(self.of(name, budget)) >= 3}
         best = max(names, key=lambda name: statistics.fmean(cell.value for cell in self.of(name, budget)))
         return _known(self.of(SETPOINT, budget), self.of(best, budget)), f" (`{best}`)"
 
