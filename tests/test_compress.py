@@ -355,6 +355,20 @@ class OfList(TwoInputs):
         return super().forward(*both)
 
 
+class WithMask(TwoInputs):
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        assert scale is None, "labels are no input"
+        self.given = y is not None
+        return super().forward(x, torch.zeros_like(x) if y is None else y)
+
+
+def test_what_lies_before_the_labels_is_input_also_where_a_forward_runs_without() -> None:
+    """Claim: of (x, mask, labels) the mask is given to a model that could do without, and the labels are not."""
+    model = WithMask()
+    setpoint.compress(model, [(torch.randn(64, 8), torch.randn(64, 8), torch.zeros(64))], "60% flops")
+    assert model.given
+
+
 @pytest.mark.parametrize("form", ["flat", "no labels", "inner tuple", "inner list", "one list"])
 def test_a_model_of_several_inputs_takes_them_as_a_loader_gives_them(form: str) -> None:
     """Claim: inputs may be all parts of a tuple but the last, all of them, or a tuple or list of their own."""

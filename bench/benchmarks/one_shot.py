@@ -176,10 +176,12 @@ def seen_by_layers(model: nn.Module, layers: Sequence[str], batches: Batches) ->
         return note
 
     handles = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in dict.fromkeys(layers)]
-    run(model, inputs_of(batches), "running")
-    for handle in handles:
-        handle.remove()
-    padding.stop()
+    try:
+        run(model, inputs_of(batches), "running")
+    finally:
+        padding.stop()
+        for handle in handles:
+            handle.remove()
     means = {name: total / count for name, (count, total, _) in sums.items()}
     return {name: Seen(means[name], squares / count - means[name] ** 2) for name, (count, _, squares) in sums.items()}
 

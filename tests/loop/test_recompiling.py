@@ -203,17 +203,22 @@ def test_settings_are_put_back_however_a_loop_ends(end: str) -> None:
     assert flags() == before
 
 
-@pytest.mark.parametrize("how", ["set", "patched"])
+@pytest.mark.parametrize("how", ["set", "set between two loops", "patched"])
 def test_a_setting_that_the_user_changes_meanwhile_stays(how: str) -> None:
     """Claim: in the end only settings that are still the loop's are put back, also where the run lay in a `patch`."""
-    before = flags()
-    with dynamo.config.patch(recompile_limit=64) if how == "patched" else contextlib.nullcontext():
-        *_, loop = run(mlp(), (5, 6), DROP, "before", steps=8)
-    if how == "set":
-        dynamo.config.recompile_limit = 100
-    loop.finish()
-    assert flags() == [*before[:-1], 100 if how == "set" else before[-1]]
-    dynamo.config.recompile_limit = before[-1]
+    before, loops = flags(), []
+    try:
+        with dynamo.config.patch(recompile_limit=64) if how == "patched" else contextlib.nullcontext():
+            loops.append(run(mlp(), (5, 6), DROP, "before", steps=8)[2])
+        if how != "patched":
+            dynamo.config.recompile_limit = 100
+        if how == "set between two loops":
+            loops.append(run(mlp(), (8, 6), DROP, "before", steps=8)[2])
+        for loop in loops:
+            loop.finish()
+        assert flags() == [*before[:-1], before[-1] if how == "patched" else 100]
+    finally:
+        dynamo.config.recompile_limit = before[-1]
 
 
 def test_with_a_budget_of_one_nothing_of_the_compiler_changes() -> None:

@@ -170,7 +170,7 @@ def test_a_table_of_a_busy_device_is_timed_again(
     if busy < 2:
         assert dense_seconds(table, product()) == pytest.approx(0.064 * busy)
     else:
-        with pytest.warns(UserWarning, match="busy device: an operation took 0.192 s, and takes 0.064 s now"):
+        with pytest.warns(UserWarning, match="busy or slowed device: an operation took 0.192 s, and takes 0.064 s now"):
             assert dense_seconds(table, product()) == pytest.approx(0.064)
         assert table.fit("model") is None and Table(CPU, tmp_path).fit("model") is None
     monkeypatch.setattr(table_file, "_seconds", lambda *args: 9 * usual(*args))

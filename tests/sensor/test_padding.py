@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.sensor.consumer import input_rows
-from setpoint.sensor.padding import Padding, real_positions
+from setpoint.sensor.padding import Padding, Positions, real_positions
 
 REAL = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def positions(real: Tensor) -> Positions:
+    return Positions(real.numel(), real.flatten().nonzero().flatten())
 
 
 class Layer(nn.Module):
@@ -57,18 +61,18 @@ def test_each_form_of_mask_says_which_positions_are_real(form: str) -> None:
 def test_rows_are_those_of_real_positions() -> None:
     """Claim: with a mask all real tokens are picked and nothing else; without one, or for another length, any."""
     layer, x = nn.Linear(1, 2), torch.arange(6.0).view(2, 3, 1)
-    assert set(input_rows(layer, x, 6, REAL).flatten().tolist()) == {0.0, 1.0, 3.0}
-    assert set(input_rows(layer, x, 2, REAL).flatten().tolist()) <= {0.0, 1.0, 3.0}
-    assert input_rows(layer, x, 6).flatten().tolist() == input_rows(layer, x, 6, REAL[:1]).flatten().tolist()
-    everything = torch.ones(2, 3, dtype=torch.bool)
-    assert input_rows(layer, x, 6, everything).equal(input_rows(layer, x, 6))
+    assert input_rows(layer, x, 6, positions(REAL)).flatten().tolist() == [0.0, 1.0, 3.0]
+    assert set(input_rows(layer, x, 2, positions(REAL)).flatten().tolist()) <= {0.0, 1.0, 3.0}
+    assert input_rows(layer, x, 6).equal(input_rows(layer, x, 6, positions(REAL[:1])))
+    assert input_rows(layer, x, 6, positions(torch.ones(2, 3, dtype=torch.bool))).equal(input_rows(layer, x, 6))
+    assert not len(input_rows(layer, x, 6, positions(torch.zeros(2, 3, dtype=torch.bool))))
 
 
 def test_many_rows_are_picked_evenly() -> None:
     """Claim: of many real tokens those that are picked lie evenly, and none is padding."""
     real = torch.rand(64, 50) < 0.3
     x = torch.where(real, torch.arange(3200.0).view(64, 50), -1.0)[..., None]
-    picked = input_rows(nn.Linear(1, 2), x, 256, real).flatten()
+    picked = input_rows(nn.Linear(1, 2), x, 256, positions(real)).flatten()
     assert bool((picked >= 0).all())
     assert picked.mean().item() == pytest.approx(float(x[x >= 0].mean()), rel=0.05)
 
@@ -83,7 +87,9 @@ def test_the_last_mask_counts_and_none_means_no_padding() -> None:
     assert padding.real.equal(REAL)
     model(ids)
     assert padding.real is None
+    model(ids, REAL.long())
     padding.stop()
+    assert padding.real is None
     model(ids, attention_mask=REAL.long())
     assert padding.real is None and not model._forward_pre_hooks
     padding = Padding(model)
@@ -112,13 +118,51 @@ def batches(filled: int) -> list[dict[str, Tensor]]:
     return [{"ids": torch.cat([ids, fill], 1), "attention_mask": torch.cat([mask, fill], 1)}]
 
 
-def test_compress_is_the_same_however_far_batches_are_filled_up() -> None:
+class Wrapped(nn.Module):
+    """Takes a mask of pairs itself, and holds scripted code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scripted = Layer(), torch.jit.script(nn.ReLU())
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.scripted(self.layer(x, attention_mask))
+
+
+class Cross(nn.Module):
+    def forward(self, x: Tensor, key_value_states: Tensor | None = None, attention_mask: Any = None) -> Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_each_forward_begins_anew() -> None:
+    """Claim: of two batches with masks of pairs the second one's counts; scripted parts do no harm; cross attention and
+    masks of other kinds change nothing.
+    """
+    model, x = Wrapped(), torch.zeros(2, 3, 4)
+    padding = Padding(model)
+    for real in (REAL, ~REAL):
+        model(x, real[:, None, None, :].expand(-1, 1, 3, -1))
+        assert padding.real is not None and padding.real.equal(real)
+    model(x, torch.ones(2, 3, 3))
+    assert padding.real is None
+    cross = Cross()
+    padding = Padding(cross)
+    padding.note(REAL)
+    padding.note("a block mask")
+    assert padding.real is not None and padding.real.equal(REAL)
+    cross(x, x, REAL[:, None, None, :])
+    assert padding.real is None  # a forward of the whole began, and this mask is of other positions
+
+
+@pytest.mark.parametrize("filled", [3, 20, 24])
+def test_compress_is_the_same_however_far_batches_are_filled_up(filled: int) -> None:
     """Claim: padding changes neither which units go nor the weights that are fitted."""
     found: list[Any] = []
-    for filled in (0, 24):
+    for fill in (0, filled):
         torch.manual_seed(0)
         model = Tagger()
-        setpoint.compress(model, batches(filled), "60% flops")
+        setpoint.compress(model, batches(fill), "60% flops")
         found.append(model.state_dict())
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[0].items():

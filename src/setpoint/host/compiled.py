@@ -106,7 +106,8 @@ def _hold(holder: int, num_groups: int) -> None:
         return
     # Where a size is a number in code, each group may compile it again.
     for name, value in {**_FLAGS, "recompile_limit": config.recompile_limit + num_groups}.items():
-        _changed[name] = _changed[name][0] if _holders else getattr(config, name), value
+        now, (before, ours) = getattr(config, name), _changed.get(name, (None, None))
+        _changed[name] = before if _holders and now == ours else now, value
         setattr(config, name, value)
     _holders.add(holder)
 

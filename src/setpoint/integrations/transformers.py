@@ -194,14 +194,15 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The loss of the Trainer, and in training the teacher's."""
         asked = {name: value for name, value in inputs.items() if name != "labels"}  # the Trainer may take them out
-        if model.training and self._divides is None:
-            self._divides = self._divides_by_items(model, inputs, num_items_in_batch)
+        divides = False
+        if model.training and self.teacher.alpha and self.current_gradient_accumulation_steps > 1:
+            divides = self._divides_by_items(model, inputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and self.teacher.alpha:
             own, mask = logits_of(outputs), asked.get("attention_mask")
             usable = isinstance(mask, Tensor) and mask.shape == own.shape[:-1]
             taught = self.teacher.distance(own, self._taught(asked), mask if usable else None)
-            if self._divides:  # the loss is a part of one of all batches of the step, and so is the teacher's
+            if divides:  # the loss is a part of one of all batches of the step, and so is the teacher's
                 taught = taught / self.current_gradient_accumulation_steps
             loss = (1 - self.teacher.alpha) * loss + self.teacher.alpha * taught
         return (loss, outputs) if return_outputs else loss
@@ -212,14 +213,18 @@ class SetpointTrainer(Trainer):  # type: ignore[misc]
 
         Some heads of Transformers take their number and leave it unused, so it is tried out, once.
         """
-        if self.args.gradient_accumulation_steps == 1 or self.compute_loss_func is not None:
+        if self.compute_loss_func is not None:
             return True
         if not self.model_accepts_loss_kwargs or items is None:
             return False
-        loss_of = super().compute_loss
-        with without_training(model, "running"):
-            one, half = (loss_of(model, dict(inputs), num_items_in_batch=number) for number in (items, 2 * items))
-        return bool(half < 0.75 * one)
+        if self._divides is None:
+            loss_of = super().compute_loss
+            with without_training(model, "running"):
+                one, half = (loss_of(model, dict(inputs), num_items_in_batch=number) for number in (items, 2 * items))
+            if not bool(torch.isfinite(one)):
+                return True  # a step that is skipped decides nothing
+            self._divides = bool(half < 0.75 * one)
+        return self._divides
 
     def _taught(self, inputs: Mapping[str, Any]) -> Tensor:
         self.teacher.model.to(self.args.device)

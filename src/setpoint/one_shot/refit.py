@@ -151,7 +151,7 @@ def _moment(
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
         of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
-        rows = input_rows(layer, of_block, count, padding.real).flatten(1).mT
+        rows = input_rows(layer, of_block, count, padding.positions).flatten(1).mT
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         moment = moment_of(torch.cat([wide, torch.ones_like(wide[:1])])[:, None])
         total[:] = [moment + total[0]] if total else [moment]
@@ -160,10 +160,12 @@ def _moment(
             raise EnoughSeen
 
     padding = Padding(model)
-    with _hooked(model, dict.fromkeys(reader.layers, look)):
-        calls.append(0)
-        run(model, batches, "batch", lambda: calls.append(0))
-    padding.stop()
+    try:
+        with _hooked(model, dict.fromkeys(reader.layers, look)):
+            calls.append(0)
+            run(model, batches, "batch", lambda: calls.append(0))
+    finally:
+        padding.stop()
     return total[0]
 
 

@@ -76,7 +76,10 @@ def _form_of(model: nn.Module, batch: Any) -> Callable[[Any], Example]:
         ExampleError: when it runs on none.
     """
     errors: list[Exception] = []
-    for form in (inputs_in, _with_labels, _all_but_the_last, _inner):
+    several = isinstance(batch, (tuple, list)) and len(batch) > 2
+    # Where two inputs and a label come, a forward of one input and options would run with the first input alone.
+    forms = (*([_all_but_the_last] if several else []), inputs_in, _with_labels, _inner)
+    for form in forms:
         args, kwargs = inputs_of(form(batch))
         try:
             with torch.no_grad(), without_training(model, "running"):
@@ -149,9 +152,8 @@ def _with_labels(batch: Any) -> Example:
 
 
 def _all_but_the_last(batch: Any) -> Example:
-    """Several inputs and a label behind them; anything else as `inputs_in` has it."""
-    several = isinstance(batch, (tuple, list)) and len(batch) > 2
-    return tuple(batch[:-1]) if several else inputs_in(batch)
+    """Several inputs and a label behind them."""
+    return tuple(batch[:-1])
 
 
 def _inner(batch: Any) -> Example:

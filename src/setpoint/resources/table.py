@@ -26,7 +26,7 @@ FORMAT = 3
 _ROUNDS = 3
 _LEAST_SECONDS = 5e-4
 _BUSY = 2.0
-"""A table whose times are so many times those of now was timed on a busy device; load only ever adds to a time."""
+"""A table whose times are so many times those of now was timed on a busy or slowed device."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -91,6 +91,7 @@ class Table:
         with suppress(OSError):  # a user without a home has no cache folder, and times anew
             self.file = (cache_folder() if folder is None else folder) / "latency" / self.name
         self._seconds, self._fits = self._kept(warns=True)
+        self._timed, self._fitted = set[str](), dict[str, list[float]]()  # by this object: others may be outdated
         self._checked = not self._seconds  # what was timed by this object needs no check
 
     def _kept(self, warns: bool = False) -> tuple[dict[str, dict[Point, float]], dict[str, list[float]]]:
@@ -140,10 +141,10 @@ class Table:
         if self.file is None or not keeps():
             return
         seconds, fits = self._kept()
-        for key, rows in self._seconds.items():
-            seconds[key] = {**seconds.get(key, {}), **rows}
+        for key in self._timed:
+            seconds[key] = {**seconds.get(key, {}), **self._seconds[key]}
         timed = {key: [[list(p), s] for p, s in rows.items()] for key, rows in seconds.items()}
-        fits |= self._fits
+        fits |= self._fitted
         digest = digest_of([timed, fits])
         content = {"format": FORMAT, "digest": digest, "environment": self.environment, "timed": timed, "fits": fits}
         try:
@@ -157,7 +158,7 @@ class Table:
 
     def keep_fit(self, key: str, values: Sequence[float]) -> None:
         """Keep coefficients for the next run."""
-        self._fits[key] = list(values)
+        self._fits[key] = self._fitted[key] = list(values)
         self._write()
 
     def time(self, problems: Sequence[Problem], limit_s: float = 2.5) -> dict[str, Curve | None]:
@@ -195,15 +196,15 @@ class Table:
         kept = {
             each.key: self._seconds[each.key][each.dense] for each in known if each.dense in self._seconds[each.key]
         }
-        if self._checked or not kept:
+        if self._checked or not kept or self.file is None:
             return
         self._checked = True
         longest = next(each for each in known if each.key == max(kept, key=lambda key: kept[key]))
         now = _seconds(longest, longest.dense, self.device)
-        if now is not None and kept[longest.key] > _BUSY * now and self.file is not None:
+        if now is not None and kept[longest.key] > _BUSY * now:
             warn(
-                f"the latency table {self.file} was timed on a busy device: an operation took {kept[longest.key]:.3g} "
-                f"s, and takes {now:.3g} s now. It is timed again"
+                f"the latency table {self.file} was timed on a busy or slowed device: an operation took "
+                f"{kept[longest.key]:.3g} s, and takes {now:.3g} s now. It is timed again"
             )
             self._seconds, self._fits = {}, {}
             with suppress(OSError):
@@ -224,6 +225,7 @@ class Table:
                 first[problem.key] = _seconds(problem, problem.dense, self.device)
                 known = first[problem.key]
                 self._seconds[problem.key] = {} if known is None else {problem.dense: known}
+                self._timed.add(problem.key)
                 show(0.1 * (number + 1) / len(problems))
             running = [problem for problem in problems if first[problem.key] is not None]
             jobs = self._jobs(running, first, limit_s)

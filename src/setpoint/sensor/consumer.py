@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from setpoint.distributed import plain_kind, unsharded_tensor
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.padding import Positions
 
 _GOLDEN = 0.6180339887498949
 
@@ -57,7 +58,7 @@ class Consumer:
         return columns[self._channels(columns)].flatten(0, 1)
 
     def rows(
-        self, layer: nn.Module, x: Tensor, count: int, real: Bool[Tensor, "batch positions"] | None = None
+        self, layer: nn.Module, x: Tensor, count: int, real: Positions | None = None
     ) -> Float[Tensor, "units columns rows"]:
         """What the units give the layer at up to `count` positions of its input x, picked evenly among the real."""
         seen = input_rows(layer, x, count, real)
@@ -128,17 +129,17 @@ def from_columns(layer: nn.Module, columns: Float[Tensor, "channels offsets outp
 
 
 def input_rows(
-    layer: nn.Module, x: Tensor, count: int, real: Bool[Tensor, "batch positions"] | None = None
+    layer: nn.Module, x: Tensor, count: int, real: Positions | None = None
 ) -> Float[Tensor, "rows channels offsets"]:
     """The layer's input at up to `count` positions, picked evenly: tokens, or patches under a kernel.
 
     Args:
-        real: which tokens are no padding; without effect on an input of another number of tokens, or of patches.
+        real: the tokens that are no padding; without effect on an input of another number of tokens, or of patches.
     """
     if not isinstance(layer, nn.modules.conv._ConvNd):
         tokens = x.detach().reshape(-1, x.shape[-1])
-        if real is not None and real.numel() == len(tokens):
-            return tokens[_picked_among(real, count).to(x.device), :, None]
+        if real is not None and real.total == len(tokens):
+            tokens = tokens[real.index.to(x.device)]
         return tokens[_picked(len(tokens), count).to(x.device), :, None]
     dims = layer.weight.dim() - 2
     images = x.detach() if x.dim() == dims + 2 else x.detach()[None]
@@ -181,23 +182,11 @@ def _before(layer: Any, dim: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def _picked(total: int, count: int) -> Int[Tensor, " picked"]:
-    """Up to `count` of so many positions, without random numbers."""
-    return torch.arange(total) if total <= count else (_shares(count) * total).long()
+    """Up to `count` of so many positions, without random numbers.
 
-
-def _picked_among(real: Bool[Tensor, "batch positions"], count: int) -> Int[Tensor, " picked"]:
-    """Up to `count` positions among the real ones, each at least once where there are no more; without a host sync."""
-    before = real.flatten().cumsum(0)
-    count, total = min(count, len(before)), before[-1]
-    every = torch.arange(count, device=real.device) * total // count
-    some = (_shares(count).to(real.device, torch.float32) * total).long()
-    wanted = torch.where(total <= count, every, some)
-    return torch.searchsorted(before, wanted + 1).clamp(max=len(before) - 1)
-
-
-def _shares(count: int) -> Float[Tensor, " count"]:
-    """Multiples of the golden ratio, modulo 1: they lie evenly and in step with nothing.
-
-    Equal distances would show always the same pixels of an image.
+    Multiples of the golden ratio, modulo 1, lie evenly and in step with nothing: equal distances would show always the
+    same pixels of an image.
     """
-    return (torch.arange(1, count + 1, dtype=torch.float64) * _GOLDEN) % 1.0
+    if total <= count:
+        return torch.arange(total)
+    return ((torch.arange(1, count + 1, dtype=torch.float64) * _GOLDEN) % 1.0 * total).long()

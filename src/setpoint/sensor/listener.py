@@ -68,7 +68,7 @@ class Listener:
         self._ahead[number] |= not again
         consumer = self.consumers[number]
         with torch.no_grad():
-            self._noted[number].append(consumer.rows(layer, x, self._rows[number], self._padding.real))
+            self._noted[number].append(consumer.rows(layer, x, self._rows[number], self._padding.positions))
         if isinstance(output, Tensor):
             self._made[consumer.layer] = weakref.ref(output)
 

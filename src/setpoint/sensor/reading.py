@@ -82,7 +82,7 @@ class Sensor(Protocol[State]):
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
     grows it as the units are; a field that points at the model is marked by `field(metadata={"live": True})`.
-    `returns = False` says that units that have come back are not read, `in_loss = False` that no price can be met.
+    `returns = False`: units that have come back are not read; `in_loss = False`: readings are in no unit of the loss.
     """
 
     def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import final
 
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class Fitted:
         needs: nothing.
 
     Raises:
-        BenchError: there is no sample.
+        BenchError: a cut is to look at no sample.
     """
 
     name: str
@@ -106,7 +105,7 @@ class _Cuts:
             batches: list[tuple[Tensor, Tensor]] = []
             samples = 0
             while samples < self.method.num_samples:
-                batches += islice(self.batches, 1)
+                batches.append(next(self.batches))
                 samples += len(batches[-1][0])
             found = setpoint.compress(
                 self.model,
