@@ -57,5 +57,4 @@ METHODS: Mapping[str, str] = {
     "fitted": "Cut by compress along Setpoint's schedule; each time what reads the cut units is fitted anew.",
     "fitted-even": "As fitted, all groups at the same density.",
     "fitted-first": "Cut by compress before the first step, then trained.",
-    "fitted-oneshot": "Dense, then cut by compress, then fine-tuned.",
 }

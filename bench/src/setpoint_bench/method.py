@@ -178,14 +178,13 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Fitted("fitted", Schedule()),
     Fitted("fitted-even", Schedule(), even=True),
     Fitted("fitted-first"),
-    PostTraining("fitted-oneshot", Fitted("compress"), "", family="setpoint"),
 )
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
 what their readers cannot make up for (`reconstruction`). The `fitted` ones are cut by `setpoint.compress`: along
-Setpoint's schedule, before the first step, or after the dense training.
+Setpoint's schedule, or before the first step.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (

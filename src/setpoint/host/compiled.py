@@ -115,9 +115,8 @@ def _hold(holder: int, num_groups: int) -> None:
 def _release(holder: int) -> None:
     from torch._dynamo import config
 
-    if holder in _holders:
-        _holders.discard(holder)
-        if not _holders:
-            for name, (before, ours) in _changed.items():
-                if getattr(config, name) == ours:
-                    setattr(config, name, before)
+    _holders.discard(holder)
+    while _changed and not _holders:
+        name, (before, ours) = _changed.popitem()
+        if getattr(config, name) == ours:
+            setattr(config, name, before)

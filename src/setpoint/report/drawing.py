@@ -28,6 +28,7 @@ MARKS = {
     "cross": "M-2-5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5Z",
     "bowtie": "M-5.5-5.5L5.5 5.5V-5.5L-5.5 5.5Z",
     "hourglass": "M-5.5-5.5L5.5 5.5H-5.5L5.5-5.5Z",
+    "pentagon": "M0-6L5.7-1.9L3.5 4.9h-7L-5.7-1.9Z",
 }
 """Shapes of marks, as paths around 0."""
 _SHADES = 5
