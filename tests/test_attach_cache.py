@@ -228,7 +228,7 @@ def test_a_damaged_file_is_not_believed(tries: list[int], folder: Path) -> None:
 
 @pytest.mark.parametrize("facts", [[], {}, "", 0, [1]])
 def test_facts_of_another_form_are_not_believed(facts: Any, tries: list[int], folder: Path) -> None:
-    """Claim: a whole file that holds something else is no reason to fail."""
+    """Claim: an intact file that holds something else is no reason to fail."""
     attached(Net())
     for file in folder.iterdir():
         keep(file.stem, facts)

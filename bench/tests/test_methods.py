@@ -121,7 +121,7 @@ def test_a_taught_run_pays_for_its_teacher(runs: Runs) -> None:
 
 
 def test_a_dense_model_that_is_taught_pays_for_its_teacher(runs: Runs) -> None:
-    """The dense model beside a teacher is the whole model, trained from fresh weights, and has the dense run and the
+    """The dense model beside a teacher keeps all its units, begins with fresh weights, and has the dense run and the
     teacher's passes on its bill.
     """
     taught, dense = (runs[1][name] for name in ("dense-taught", "dense"))

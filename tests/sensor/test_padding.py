@@ -152,7 +152,7 @@ def test_each_forward_begins_anew() -> None:
     padding.note("a block mask")
     assert padding.real is not None and padding.real.equal(REAL)
     cross(x, x, REAL[:, None, None, :])
-    assert padding.real is None  # a forward of the whole began, and this mask is of other positions
+    assert padding.real is None  # a new forward began, and this mask is of other positions
 
 
 @pytest.mark.parametrize("filled", [3, 20, 24])

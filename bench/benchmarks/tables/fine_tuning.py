@@ -75,8 +75,8 @@ class _Model:
     def lead(self, budget: float) -> tuple[Difference, str]:
         """Over the rival of the best mean among those of three seeds, with its name."""
         here = [cell for cell in self.cells if cell.budget == budget and cell.family in RIVALS]
-        told = {cell.method for cell in here if not cell.method.partition("@")[0].endswith(("-long", "-taught"))}
-        names = {name for name in told if len(self.of(name, budget)) >= 3}
+        rivals = {cell.method for cell in here if not cell.method.partition("@")[0].endswith(("-long", "-taught"))}
+        names = sorted(name for name in rivals if len(self.of(name, budget)) >= 3)  # of equal means always the same
         best = max(names, key=lambda name: statistics.fmean(cell.value for cell in self.of(name, budget)))
         return _known(self.of(SETPOINT, budget), self.of(best, budget)), f" (`{best}`)"
 

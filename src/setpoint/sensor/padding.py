@@ -56,7 +56,7 @@ class Padding:
         return self._positions
 
     def begin(self) -> None:
-        """A forward of the whole model begins."""
+        """The model is called: nothing is known of this forward yet."""
         self.real = self._positions = None
 
     def note(self, mask: Any) -> None:
