@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from setpoint.groups.atoms import Atoms
+from setpoint.groups.blocks import block_size
 from setpoint.groups.group import Group, Role, Size, Slice
 from setpoint.groups.walk import DimLabels
 
-MIN_BLOCKS = 8
-"""Blocks are as large as suits the hardware, but a group has at least this many."""
 ALIGNED = 8
 """Units in 16 bytes, at two bytes each."""
 FLOOR = 16
@@ -60,10 +59,10 @@ class Units:
         return Size(length - sum(entries.values()), parts)
 
 
-def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = ()) -> Units:
+def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = (), device_type: str = "cpu") -> Units:
     """Collect the classes that can be dropped into groups; `dims` are those of all parameters and buffers.
 
-    Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
+    Blocks are as large as suits the device. Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
     """
     everyone = atoms.find(np.arange(len(atoms)))
     signature = _signatures(everyone, [*(own.labels for own in dims), *products])
@@ -110,6 +109,7 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
             tuple(noted),
             2 if classes["squeezed"][members].any() else 1,  # a squeeze would remove a dim of one unit
             bool(classes["aligned"][members].any()),
+            device_type,
         )
         for (members, slices), noted in zip(found, notes, strict=True)
     )
@@ -172,19 +172,18 @@ def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
 
 
 def _group(
-    name: str, num_units: int, slices: tuple[Slice, ...], what: str, notes: tuple[str, ...], least: int, aligned: bool
+    name: str,
+    num_units: int,
+    slices: tuple[Slice, ...],
+    what: str,
+    notes: tuple[str, ...],
+    least: int,
+    aligned: bool,
+    device_type: str,
 ) -> Group:
-    block = 1 if what == "head" else _block(num_units, 16 if what == "channel" else 8)
+    block = block_size(num_units, what, device_type)
     block = max(block, ALIGNED) if aligned else block
     floor = max(least, -(-num_units // FLOOR))
     min_units = min(num_units, -(-floor // block) * block)
     found = Group(name, "unit", num_units, slices, min_units=min_units, multiple_of=block, only_blocks=aligned)
     return replace(found, lossless=not notes, what=what, notes=notes)
-
-
-def _block(num_units: int, liked: int) -> int:
-    """Largest power of two up to `liked` that leaves enough blocks to choose from."""
-    block = liked
-    while block > 1 and num_units // block < MIN_BLOCKS:
-        block //= 2
-    return block

@@ -17,6 +17,7 @@ from setpoint.distributed import is_sharded
 from setpoint.errors import LoopError, SetpointError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
+from setpoint.groups.blocks import device_type_of
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.encoded import decode_groups, decode_size, encode_groups, encode_size
 from setpoint.groups.example import Example, without_cache
@@ -149,7 +150,7 @@ def _found(model: nn.Module, example: Example, exported: Exported) -> Trace:
     tie_pieces(model, walk.calls, walk.atoms)  # not before: heads are known only now
     _mark_grouped(walk)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
-    units = build(walk.atoms, dims, products)
+    units = build(walk.atoms, dims, products, device_type_of(model))
     units, groups = bind(Draft(Rehearsal(model, example, staging), _output_shapes(program), walk, dims, units))
     contractions = tuple(
         Contraction(c.module, c.op, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)

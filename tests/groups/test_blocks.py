@@ -1,0 +1,53 @@
+"""How many units go together: as many as suits the device, and few enough to choose from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import setpoint
+from setpoint.groups.blocks import block_size, device_type_of
+
+KINDS = ("channel", "neuron", "feature")
+
+
+@pytest.mark.parametrize("what", KINDS)
+@given(num_units=st.integers(2, 20_000))
+def test_blocks_suit_the_device_and_leave_a_choice(what: str, num_units: int) -> None:
+    """Claim: a block is a power of two, one of at least eight, at most what the device wants, and coarser on a GPU."""
+    on_cpu, on_gpu = (block_size(num_units, what, device) for device in ("cpu", "cuda"))
+    assert {on_cpu.bit_count(), on_gpu.bit_count()} == {1}
+    assert on_cpu <= on_gpu <= 64 and on_cpu <= (16 if what == "channel" else 8)
+    assert on_cpu == 1 or num_units // on_cpu >= 8
+    assert on_gpu in (1, on_cpu) or num_units // on_gpu >= 16
+
+
+@pytest.mark.parametrize(("num_units", "block"), [(64, 8), (128, 16), (256, 16), (512, 32), (1024, 64), (2048, 64)])
+def test_channels_on_a_gpu(num_units: int, block: int) -> None:
+    """Claim: the widths of a ResNet-50 are cut in these steps on tensor cores."""
+    assert block_size(num_units, "channel", "cuda") == block
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "meta"])
+def test_heads_go_one_by_one(device: str) -> None:
+    """Claim: a head has many rows of its own, so no device wants several at once."""
+    assert block_size(64, "head", device) == 1
+
+
+def test_the_device_of_a_model_is_that_of_most_weights() -> None:
+    """Claim: few weights elsewhere, or none at all, don't matter."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(40, 40, device="meta"))
+    assert device_type_of(model) == "meta"
+    assert device_type_of(nn.ReLU()) == "cpu"
+
+
+def test_groups_have_the_blocks_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: `find_groups` asks for the blocks of the model's own device."""
+    monkeypatch.setattr("setpoint.groups.trace.device_type_of", lambda model: "cuda")
+    monkeypatch.setenv("SETPOINT_CACHE", "off")
+    model = nn.Sequential(nn.Linear(4, 1024), nn.ReLU(), nn.Linear(1024, 2))
+    (group,) = setpoint.find_groups(model, (torch.zeros(1, 4),))
+    assert (group.multiple_of, group.min_units) == (64, 64)
