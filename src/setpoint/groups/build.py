@@ -62,7 +62,8 @@ class Units:
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = (), device_type: str = "cpu") -> Units:
     """Collect the classes that can be dropped into groups; `dims` are those of all parameters and buffers.
 
-    Blocks are as large as suits the device. Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
+    Blocks are as large as suits the device. Units that lie unequally often in dims of matrix products, `products`, are
+    in different groups: sizes follow widths.
     """
     everyone = atoms.find(np.arange(len(atoms)))
     signature = _signatures(everyone, [*(own.labels for own in dims), *products])
