@@ -10,6 +10,12 @@ larger and are cut between 25 and 75 % of the steps. All spend the FLOPs of the 
 work included; each rate of learning is swept at seed 0 on validation bytes, and the test bytes are reported. At last
 comes a pair of twice the final size, which confirms or contradicts what was found at 16.
 
+    python bench/benchmarks/law_language.py --out results/law-language.json --larger   ten times the size
+
+The larger models have four layers and a residual stream twice as wide, and a step has four times the windows. They have
+a calibration of their own, and runs at 1, 4 and 16 times their optimal tokens that start at the final size or at twice
+that.
+
 A finished run is a row of the file and is not run again. Nothing else is kept of an interrupted one.
 """
 
@@ -45,13 +51,37 @@ from setpoint_bench.installed_text import HELD_OUT, VOCABULARY, InstalledText, i
 from setpoint_bench.networks import CharGPT
 from setpoint_bench.task import BenchError
 
-LAYERS, EMBEDDING, HEAD_DIM, HEADS, NEURONS = 2, 32, 8, 1, 16
-"""The small model; one of size k has k times its heads (but one at least) and neurons in each layer."""
-WINDOW, BATCH = 64, 8
-"""Bytes of a window, and windows of a step."""
+WINDOW = 64
+"""Bytes of a window."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A small model; one of size k has k times its heads (but one at least) and neurons in each layer.
+
+    Args:
+        layers, heads, neurons: numbers; `heads` and `neurons` are those of a layer.
+        embedding, head_dim: features of the residual stream, and of a head.
+        batch: windows of a step.
+    """
+
+    layers: int
+    embedding: int
+    head_dim: int
+    heads: int
+    neurons: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        """Bytes of a step."""
+        return WINDOW * self.batch
+
+
+TINY = Scale(layers=2, embedding=32, head_dim=8, heads=1, neurons=16, batch=8)
+LARGER = Scale(layers=4, embedding=64, head_dim=16, heads=1, neurons=64, batch=32)
 JUDGED = {"validation": 384, "test": 1024}
 """Windows of a held-out split that judge a run."""
-TOKENS = WINDOW * BATCH
 WARM_UP, FLOOR, DECAY = 1 / 15, 0.1, 0.1
 SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
 BUDGETS = (800, 2400, 7200)
@@ -60,8 +90,18 @@ SHORT = 300
 """A budget that is shown beside the others. Its runs end before any power law begins: no law is fitted to it."""
 LOW_RATES = (0.004, 0.008)
 """Peak learning rates of long runs."""
-RATES = {"calibration": (0.004, 0.008, 0.016), "arm": (0.008, 0.016, 0.032), "pair": LOW_RATES}
+RATES = {
+    "calibration": (0.004, 0.008, 0.016),
+    "arm": (0.008, 0.016, 0.032),
+    "pair": LOW_RATES,
+    "larger calibration": (0.004, 0.008, 0.016),
+    "larger": LOW_RATES,
+}
 """Those that are swept."""
+LARGER_SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)
+LARGER_BUDGETS = (1_350, 400, 4_000)
+"""Of the calibration of larger models; at the first one rates are swept."""
+LARGER_ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0))
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -78,7 +118,8 @@ class Cell:
     """One run.
 
     Args:
-        kind: "calibration", "arm", or "pair" for the arms of a larger final size.
+        kind: "calibration", "arm", or "pair" for the arms of a larger final size; "larger calibration" and "larger" for
+            calibration and arms of the larger models.
         arm: "small" trains one size throughout; "even" and "setpoint" come down to the final one.
         start: size at the beginning, in sizes of the small model.
         ratio: tokens of the model of the final size / its optimal ones; None for the calibration.
@@ -101,6 +142,11 @@ class Cell:
         """Whether a row is of this run."""
         return all(row.get(key, 1.0) == value for key, value in asdict(self).items())  # older rows lack `final`
 
+    @property
+    def scale(self) -> Scale:
+        """What its sizes are multiples of."""
+        return LARGER if self.kind.startswith("larger") else TINY
+
 
 @dataclass(frozen=True, eq=False)
 class Bench:
@@ -118,14 +164,14 @@ class Bench:
         }
         return cls(text, {split: windows(part, places[split], WINDOW) for split, part in held.items()})
 
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows in an order of the seed, none of them twice.
+    def batches(self, seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows in an order of the seed, none of them twice, so many at a time.
 
         Raises:
             BenchError: where the text is used up.
         """
         order = torch.randperm((len(self.text.train) - 1) // WINDOW, generator=torch.Generator().manual_seed(seed))
-        for places in order.split(BATCH):
+        for places in order.split(batch):
             yield windows(self.text.train, places * WINDOW, WINDOW)
         raise BenchError(f"the text of {len(self.text.train):,} bytes is used up: no byte is used twice")
 
@@ -140,12 +186,13 @@ class Bench:
         return float(torch.stack(losses).double().sum()) / targets.numel()
 
 
-def built(size: float) -> CharGPT:
+def built(size: float, scale: Scale = TINY) -> CharGPT:
     """The model of a size."""
+    heads, neurons = max(1, round(scale.heads * size)), round(scale.neurons * size)
     widths = {}
-    for layer in range(1, LAYERS + 1):
-        widths |= {f"layer{layer}.heads": max(1, round(HEADS * size)), f"layer{layer}.neurons": round(NEURONS * size)}
-    return CharGPT(widths, VOCABULARY, WINDOW, EMBEDDING, HEAD_DIM, fused=True)
+    for layer in range(1, scale.layers + 1):
+        widths |= {f"layer{layer}.heads": heads, f"layer{layer}.neurons": neurons}
+    return CharGPT(widths, VOCABULARY, WINDOW, scale.embedding, scale.head_dim, fused=True)
 
 
 def params(model: nn.Module) -> int:
@@ -153,22 +200,23 @@ def params(model: nn.Module) -> int:
     return sum(each.numel() for name, each in model.named_parameters() if name not in ("wte.weight", "wpe.weight"))
 
 
-def example() -> tuple[Tensor]:
+def example(scale: Scale) -> tuple[Tensor]:
     """Inputs of a step."""
-    return (torch.zeros(BATCH, WINDOW, dtype=torch.long),)
+    return (torch.zeros(scale.batch, WINDOW, dtype=torch.long),)
 
 
 @cache
-def step_flops(size: float) -> float:
+def step_flops(size: float, scale: Scale = TINY) -> float:
     """FLOPs of a training step, as Setpoint counts them."""
-    found = trace(built(size), example())
+    found = trace(built(size, scale), example(scale))
     return float(flops_cost(found).total(widths_of(found.groups)))
 
 
 @cache
-def prunable(size: float) -> tuple[Group, ...]:
+def prunable(size: float, scale: Scale) -> tuple[Group, ...]:
     """Heads and neurons, in blocks of one: the final size is to be that of the small model to the unit."""
-    return tuple(replace(each, multiple_of=1) for each in setpoint.find_groups(built(size), example()) if each.lossless)
+    groups = setpoint.find_groups(built(size, scale), example(scale))
+    return tuple(replace(each, multiple_of=1) for each in groups if each.lossless)
 
 
 def controller(arm: str) -> PricedController:
@@ -184,22 +232,23 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
     """
     began = time.perf_counter()
     torch.manual_seed(cell.seed)
-    model, batches = built(cell.start), bench.batches(cell.seed)
+    scale = cell.scale
+    model, batches = built(cell.start, scale), bench.batches(cell.seed, scale.batch)
     matrices = [each for each in model.parameters() if each.dim() > 1]
     rest = [each for each in model.parameters() if each.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}],
         lr=cell.rate, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    bill, loop, total = cell.steps * step_flops(cell.final), None, 0
+    bill, loop, total = cell.steps * step_flops(cell.final, scale), None, 0
     if cell.arm == "small":
-        total = round(bill / step_flops(cell.start))
+        total = round(bill / step_flops(cell.start, scale))
     else:
-        small = sum(each.numel() for each in built(cell.final).parameters())
+        small = sum(each.numel() for each in built(cell.final, scale).parameters())
         budgets = [setpoint.Budget.total(small, of="params"), setpoint.Budget.total(bill, of="flops", per="run")]
         loop = setpoint.attach(
-            model, optimizer, budgets, example=example(), total_steps=cell.steps, controller=controller(cell.arm),
-            sensor=setpoint.TaylorSensor(TOKENS), groups=prunable(cell.start), verify=False,
+            model, optimizer, budgets, example=example(scale), total_steps=cell.steps, controller=controller(cell.arm),
+            sensor=setpoint.TaylorSensor(scale.tokens), groups=prunable(cell.start, scale), verify=False,
         )  # fmt: skip
     step, sizes = 0, 0
     while step < (total if loop is None else loop.total_steps):
@@ -219,8 +268,8 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
     return {
         **asdict(cell),
         "num_steps": step,
-        "tokens": step * TOKENS,
-        "flops": step * step_flops(cell.start) if summary is None else summary.train_flops,
+        "tokens": step * scale.tokens,
+        "flops": step * step_flops(cell.start, scale) if summary is None else summary.train_flops,
         "bill": bill,
         "size": params(model),
         "average_size": sizes / step,
@@ -285,23 +334,31 @@ def best_rate(rows: Sequence[Mapping[str, Any]], **of: Any) -> float:
     return float(min(found, key=lambda row: row["validation"])["rate"])
 
 
-def calibration(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int]) -> Iterator[Cell]:
-    """Runs of the calibration: rates are swept at one budget, and the best of each size taken at the others."""
-    for rate in RATES["calibration"]:
-        yield from (Cell("calibration", "small", size, None, BUDGETS[0], rate, 0) for size in SIZES)
+def calibration(
+    rows: Sequence[Mapping[str, Any]],
+    budgets: Sequence[int],
+    kind: str = "calibration",
+    sizes: Sequence[float] = SIZES,
+    swept: int = BUDGETS[0],
+) -> Iterator[Cell]:
+    """Runs of a calibration: rates are swept at one budget, and the best of each size taken at the others."""
+    for rate in RATES[kind]:
+        yield from (Cell(kind, "small", size, None, swept, rate, 0) for size in sizes)
     for budget in budgets:
-        for size in SIZES:
-            rate = best_rate(rows, kind="calibration", start=size, steps=BUDGETS[0])
-            yield Cell("calibration", "small", size, None, budget, rate, 0)
+        for size in sizes:
+            rate = best_rate(rows, kind=kind, start=size, steps=swept)
+            yield Cell(kind, "small", size, None, budget, rate, 0)
 
 
-def calibrated(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int] = BUDGETS) -> list[dict[str, Any]]:
-    """Of each size and budget of the calibration the run with the lowest validation loss."""
+def calibrated(
+    rows: Sequence[Mapping[str, Any]], budgets: Sequence[int] = BUDGETS, kind: str = "calibration"
+) -> list[dict[str, Any]]:
+    """Of each size and budget of a calibration the run with the lowest validation loss."""
     found: dict[tuple[float, int], dict[str, Any]] = {}
     for row in rows:
         key = row["start"], row["steps"]
         if (
-            row["kind"] == "calibration"
+            row["kind"] == kind
             and row["steps"] in budgets
             and (key not in found or row["validation"] < found[key]["validation"])
         ):
@@ -309,7 +366,7 @@ def calibrated(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int] = BUDGE
     return [found[key] for key in sorted(found)]
 
 
-def optimal_tokens(runs: Sequence[Mapping[str, Any]], size: float) -> float:
+def optimal_tokens(runs: Sequence[Mapping[str, Any]], size: float, scale: Scale = TINY) -> float:
     """The compute-optimal tokens of a size: best sizes of all budgets, and a line through their logarithms.
 
     The best size of a budget is the vertex of the parabola through the best run and its neighbours in the logarithm of
@@ -322,9 +379,10 @@ def optimal_tokens(runs: Sequence[Mapping[str, Any]], size: float) -> float:
         near = row[lowest - 1 : lowest + 2]
         curve = np.polyfit([math.log(run["average_size"]) for run in near], [run["validation"] for run in near], 2)
         best.append(-curve[1] / (2 * curve[0]))
-        spent.append(math.log(budget * TOKENS))
+        spent.append(math.log(row[0]["bill"]))
     slope, start = np.polyfit(spent, best, 1)
-    return math.exp((math.log(size) - start) / slope)
+    bill = math.exp((math.log(params(built(size, scale))) - start) / slope)
+    return bill / step_flops(size, scale) * scale.tokens
 
 
 def fitted(runs: Sequence[Mapping[str, Any]], losses: Sequence[float] | None = None) -> Law:
@@ -411,9 +469,9 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
     for cell in calibration(results.rows, (SHORT, *BUDGETS[1:2])):
         run_one(results, bench, cell, pause)
     if "optimal_steps" not in results.held:
-        optimal = optimal_tokens(calibrated(results.rows), params(built(1.0)))
+        optimal = optimal_tokens(calibrated(results.rows), 1.0)
         print(f"optimal for the small model: {optimal:,.0f} tokens", flush=True)
-        results.keep(optimal_tokens=optimal, optimal_steps=max(8, round(optimal / TOKENS)))
+        results.keep(optimal_tokens=optimal, optimal_steps=max(8, round(optimal / TINY.tokens)))
     optimal_steps = results.held["optimal_steps"]
     for cells in (arms, further_arms):
         for cell in cells(results.rows, optimal_steps):
@@ -421,11 +479,38 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
     for cell in calibration(results.rows, BUDGETS[2:]):
         run_one(results, bench, cell, pause)
     if "pair_optimal_steps" not in results.held:
-        optimal = optimal_tokens(calibrated(results.rows), params(built(PAIR)))
-        results.keep(pair_optimal_tokens=optimal, pair_optimal_steps=round(optimal / TOKENS))
+        optimal = optimal_tokens(calibrated(results.rows), PAIR)
+        results.keep(pair_optimal_tokens=optimal, pair_optimal_steps=round(optimal / TINY.tokens))
     for cell in pair(results.rows, results.held["pair_optimal_steps"]):
         run_one(results, bench, cell, pause)
     for cell in longest_arms(results.rows, optimal_steps):
+        run_one(results, bench, cell, pause)
+
+
+def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
+    """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken elsewhere.
+
+    Seed 0 comes first at all ratios, the longest last, then the other seeds.
+    """
+    for rate in RATES["larger"]:
+        yield from (Cell("larger", *arm, 4.0, 4 * optimal, rate, 0) for arm in LARGER_ARMS)
+    best = {arm: best_rate(rows, kind="larger", arm=arm[0], start=arm[1], ratio=4.0) for arm in LARGER_ARMS}
+    for seed in SEEDS:
+        for ratio in (1, 16, 4):
+            yield from (Cell("larger", *arm, float(ratio), ratio * optimal, best[arm], seed) for arm in LARGER_ARMS)
+
+
+def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:
+    """Make every run of the larger models that the file does not hold."""
+    swept, *others = LARGER_BUDGETS
+    for cell in calibration(results.rows, others, "larger calibration", LARGER_SIZES, swept):
+        run_one(results, bench, cell, pause)
+    if "larger_optimal_steps" not in results.held:
+        runs = calibrated(results.rows, LARGER_BUDGETS, "larger calibration")
+        optimal = optimal_tokens(runs, 1.0, LARGER)
+        print(f"optimal for the larger model: {optimal:,.0f} tokens", flush=True)
+        results.keep(larger_optimal_tokens=optimal, larger_optimal_steps=round(optimal / LARGER.tokens))
+    for cell in larger(results.rows, results.held["larger_optimal_steps"]):
         run_one(results, bench, cell, pause)
 
 
@@ -455,16 +540,22 @@ def run_one(results: Results, bench: Bench, cell: Cell, pause: Path | None) -> N
     )
 
 
-def fit(results: Results) -> None:
+def fit(results: Results, runs: Sequence[Mapping[str, Any]], prefix: str = "") -> None:
     """The law's constants with intervals: residuals of the fit, as logarithms, are drawn anew and fitted again.
 
     Where no exponents above 0 fit, there is no law, and the file says so.
+
+    Args:
+        prefix: of the names in the file.
     """
-    runs = calibrated(results.rows)
+
+    def keep(**found: Any) -> None:
+        results.keep(**{f"{prefix}{name}": value for name, value in found.items()})
+
     try:
         law = fitted(runs)
     except (UsageError, OverflowError) as error:
-        results.keep(law=None, why_no_law=str(error), replicas=[])
+        keep(law=None, why_no_law=str(error), replicas=[])
         print(f"no law: {error}")
         return
     generator = np.random.default_rng(0)
@@ -478,7 +569,7 @@ def fit(results: Results) -> None:
         except (UsageError, OverflowError):
             continue
         replicas.append(constants(drawn))
-    results.keep(law=constants(law), replicas=replicas, drawn=REPLICAS, residuals=residuals.tolist())
+    keep(law=constants(law), replicas=replicas, drawn=REPLICAS, residuals=residuals.tolist())
     for name, value, draws in zip(("E", "A", "a", "B", "b"), constants(law), np.transpose(replicas), strict=True):
         print(name, f"{value:.4g}", *(f"{end:.4g}" for end in np.quantile(draws, (0.025, 0.975))))
 
@@ -487,12 +578,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fit", action="store_true", help="only fit the constants to the calibration that is there")
+    parser.add_argument("--larger", action="store_true", help="the runs of ten times the size")
     parser.add_argument("--pause-while", type=Path, help="begin no run while this file is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     shared = Bench.of(installed_text(), JUDGED)
     kept = Results(given.out, shared)
-    if given.fit:
-        fit(kept)
+    if given.fit and given.larger:
+        fit(kept, calibrated(kept.rows, LARGER_BUDGETS, "larger calibration"), "larger_")
+    elif given.fit:
+        fit(kept, calibrated(kept.rows))
     else:
-        run_all(kept, shared, given.pause_while)
+        (run_larger if given.larger else run_all)(kept, shared, given.pause_while)

@@ -66,7 +66,15 @@ from tables.one_shot import one_shot_table
 from tables.reference import reference_table
 from tables.seconds_goals import seconds_goals_table
 from tables.states import mamba2_table, moments_table, ssm_table, state_regrowth_table, states_table
-from tables.variants import ablation_table, calibration_table, even_table, feedback_table, price_table, returns_table
+from tables.variants import (
+    ablation_table,
+    calibration_table,
+    even_table,
+    feedback_table,
+    price_table,
+    recipe_table,
+    returns_table,
+)
 
 from setpoint_bench.report.moving_picture import write_moving_picture
 from setpoint_bench.report.picture import write_picture
@@ -152,6 +160,7 @@ def filled(text: str) -> str:
             "states": lambda: states_table(RESULTS / "smnist-196"),
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
+            "recipe": lambda: recipe_table(RESULTS / "ablation.json"),
             "returns": lambda: returns_table(RESULTS / "returns.json"),
             "even": lambda: even_table(RESULTS / "even.json"),
             "price": lambda: price_table(RESULTS / "price.json"),

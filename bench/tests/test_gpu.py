@@ -28,7 +28,7 @@ def test_it_measures_and_tells(gpu: ModuleType, tmp_path: Path, monkeypatch: pyt
     data = json.loads((tmp_path / "g").read_text(encoding="utf-8"))
     for found in data["networks"].values():
         flops = found["flops"]
-        assert all(0.4 < flops[arm] / flops["dense"] <= 0.5 for arm in ("even", "Setpoint"))
+        assert all(0.4 < flops[arm] / flops["dense"] <= 0.5 for arm in ("even", "Setpoint", gpu.FINE))
         assert found["run"]["budget_met"] and found["run"]["steps"] == 12
         assert all(len(turns["eager"]) == 1 for turns in found["step_seconds"].values())
         held = {arm: each["held"] for arm, each in found["peak_bytes"].items()}
@@ -56,10 +56,13 @@ def test_what_is_held_is_weights_and_states(gpu: ModuleType) -> None:
 
 
 def test_the_table_has_the_whole_peak_and_its_parts(gpu: ModuleType, tmp_path: Path) -> None:
-    """Claim: weights and optimizer state count in the peak, and what they save stands beside what a step saves."""
-    sizes = {"dense": (600, 400), "even": (300, 300), "Setpoint": (270, 320)}
+    """Claim: weights and optimizer state count in the peak, and what they save stands beside what a step saves.
+
+    The network that was cut in a CPU's blocks has a column of its own, of eager steps.
+    """
+    sizes = {"dense": (600, 400), "even": (300, 300), "Setpoint": (270, 320), gpu.FINE: (270, 320)}
     network = {
-        "step_seconds": {arm: {"eager": [0.1], "compiled": [0.1]} for arm in sizes},
+        "step_seconds": {arm: {"eager": [0.1], "compiled": [0.1]} for arm in sizes} | {gpu.FINE: {"eager": [0.12]}},
         "step_joules": dict.fromkeys(sizes),
         "peak_bytes": {arm: {"held": a, "step": b, "whole": a + b} for arm, (a, b) in sizes.items()},
         "flops": dict.fromkeys(sizes, 1.0),
@@ -75,6 +78,8 @@ def test_the_table_has_the_whole_peak_and_its_parts(gpu: ModuleType, tmp_path: P
     names = ("peak memory", "weights and states", "memory that a step adds")
     assert [eager[head.index(name)] for name in names] == ["59.0 %", "45.0 %", "80.0 %"]
     assert {compiled[head.index(name)] for name in names} == {"–"}
+    fine = head.index("in the blocks of a CPU")
+    assert eager[fine].startswith("120 %") and compiled[fine] == "–"
 
 
 def test_full_networks_are_the_ones_named(gpu: ModuleType) -> None:

@@ -61,7 +61,7 @@ def test_text_is_ascii_without_repeats_and_split_by_files(tmp_path: Path, monkey
 
 def test_no_window_is_drawn_twice(bench: Any) -> None:
     """Claim: the windows of a run cover the text once, and then the run is refused."""
-    batches = bench.batches(seed=0)
+    batches = bench.batches(seed=0, batch=8)
     seen = torch.cat([x for x, _ in islice(batches, 78)])
     assert seen.numel() == 39_936 and torch.equal(
         seen.flatten().bincount(), bench.text.train[: 39_999 // 64 * 64].bincount()
@@ -71,17 +71,21 @@ def test_no_window_is_drawn_twice(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("arm", ["even", "setpoint"])
-def test_arms_end_at_the_small_models_size_and_flops(law: ModuleType, bench: Any, arm: str) -> None:
+@pytest.mark.parametrize(("kind", "steps"), [("arm", 60), ("larger", 19)])
+def test_arms_end_at_the_small_models_size_and_flops(
+    law: ModuleType, bench: Any, kind: str, steps: int, arm: str
+) -> None:
     """Claim: a run that starts twice as large has spent the small model's FLOPs and ends at its size.
 
     Even widths end at the very same; Setpoint's own are within the budget, by less than a head, the largest unit.
     """
-    row = law.trained(bench, law.Cell("arm", arm, 2.0, 1.0, 60, 0.008, 0), lambda share: None)
-    small, step = law.params(law.built(1.0)), law.step_flops(1.0)
-    head = law.HEAD_DIM * (4 * law.EMBEDDING + 3)
-    assert row["bill"] == 60 * step and row["bill"] - 2 * step < row["flops"] <= row["bill"]
+    cell = law.Cell(kind, arm, 2.0, 1.0, steps, 0.008, 0)
+    row, scale = law.trained(bench, cell, lambda share: None), cell.scale
+    small, step = law.params(law.built(1.0, scale)), law.step_flops(1.0, scale)
+    head = scale.head_dim * (4 * scale.embedding + 3)
+    assert row["bill"] == steps * step and row["bill"] - 2 * step < row["flops"] <= row["bill"]
     assert small - head < row["size"] <= small
-    assert arm == "setpoint" or (row["size"] == small and row["widths"] == [[1, 16]] * 2)
+    assert arm == "setpoint" or (row["size"] == small and row["widths"] == [[1, scale.neurons]] * scale.layers)
     assert 1.3 * small < row["average_size"] < 1.6 * small  # 1.5 in a straight line, by steps
 
 
@@ -125,7 +129,10 @@ def test_the_list_of_runs_takes_the_best_rates(law: ModuleType) -> None:
 
 
 def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: each arm is shown in final sizes, against the small model of the final size at its best rate."""
+    """Claim: each arm is shown in final sizes, against the small model of the final size at its best rate.
+
+    The ratio is that of the small model's bytes to its optimal ones, whatever the rows call it.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
     from tables.law import pair_table
 
@@ -140,10 +147,22 @@ def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         for seed in (0, 1)
     ]
     file = tmp_path / "law.json"
-    file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    file.write_text(json.dumps({"rows": rows, "pair_optimal_tokens": 4e4}), encoding="utf-8")
     (line,) = pair_table(file).splitlines()[2:]
     cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
-    assert cells == ["16", "2 x", "even", "0.004", "0.004", "8,800", "2.0000", "1.9000", "+0.1000", "–", "2"]
+    assert cells == ["25", "2 x", "even", "0.004", "0.004", "8,800", "2.0000", "1.9000", "+0.1000", "–", "2"]
+
+
+def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
+    """Claim: rates are swept at a ratio of 4, the best is taken at 1 and 16, and seed 0 comes first everywhere."""
+    rows: list[dict[str, Any]] = []
+    for cell in law.larger(rows, optimal=100):
+        if not any(cell.same(row) for row in rows):  # a run that is there is not made again
+            rows.append({**vars(cell), "validation": abs(cell.rate - (0.008 if cell.arm == "even" else 0.004))})
+    assert {cell["rate"] for cell in rows[6:] if cell["arm"] == "even"} == {0.008}
+    assert {cell["rate"] for cell in rows[6:] if cell["arm"] != "even"} == {0.004}
+    assert [row["seed"] for row in rows] == 12 * [0] + 9 * [1] + 9 * [2]
+    assert {(row["ratio"], row["steps"]) for row in rows[:12]} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 
 
 def test_the_page_shows_what_the_runs_came_to() -> None:
@@ -191,7 +210,8 @@ def test_the_page_shows_what_the_runs_came_to() -> None:
 def test_arms_spend_the_same_flops() -> None:
     """Claim: all runs that are compared have spent the small model's FLOPs within 1 %, and end no larger than it."""
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
-    arms = [row for row in data["rows"] if row["kind"] == "arm"]
-    size = next(row["size"] for row in arms if row["arm"] == "small")
-    assert all(0.99 * row["bill"] <= row["flops"] <= row["bill"] for row in arms)
-    assert all(row["size"] <= size and (row["size"] == size or row["arm"] == "setpoint") for row in arms)
+    for kind in ("arm", "larger"):
+        arms = [row for row in data["rows"] if row["kind"] == kind]
+        size = next(row["size"] for row in arms if row["arm"] == "small")
+        assert all(0.99 * row["bill"] <= row["flops"] <= row["bill"] for row in arms)
+        assert all(row["size"] <= size and (row["size"] == size or row["arm"] == "setpoint") for row in arms)

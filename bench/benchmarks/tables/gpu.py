@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gpu import FINE
+
 from setpoint.report.numbers import NOTHING, percent
 from tables.words import made_on
 
@@ -18,13 +20,13 @@ def gpu_table(file: Path) -> str:
         return "No GPU has been measured yet: `results/gpu.json` does not exist."
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| network | mode | dense step | even | **Setpoint** | FLOPs of both | peak memory | weights and states "
-        "| memory that a step adds | joules of a step | own work of the run |",
-        f"|---|---|{'---:|' * 9}",
+        "| network | mode | dense step | even | **Setpoint** | in the blocks of a CPU | FLOPs of the three | peak memory "
+        "| weights and states | memory that a step adds | joules of a step | own work of the run |",
+        f"|---|---|{'---:|' * 10}",
     ]
     for name, found in data["networks"].items():
         seconds, flops, run = found["step_seconds"], found["flops"], found["run"]
-        shares = " / ".join(percent(flops[arm] / flops["dense"]) for arm in ("even", "Setpoint"))
+        shares = " / ".join(percent(flops[arm] / flops["dense"]) for arm in ("even", "Setpoint", FINE))
         for mode in seconds["dense"]:
             dense = seconds["dense"][mode]
             cells = (
@@ -33,6 +35,7 @@ def gpu_table(file: Path) -> str:
                 f"{1e3 * median(dense):.1f} ms",
                 _share(seconds["even"][mode], dense),
                 f"**{_share(seconds['Setpoint'][mode], dense)}**",
+                _share(seconds[FINE][mode], dense) if mode in seconds[FINE] else NOTHING,
                 shares,
                 *(_ratio(_part(found, part)) if mode == "eager" else NOTHING for part in ("whole", "held", "step")),
                 _ratio(found["step_joules"]) if mode == "eager" else NOTHING,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from law_language import BUDGETS, SHORT, built, calibrated, optimal_tokens, params
+from law_language import BUDGETS, SHORT, calibrated, optimal_tokens
 
 from setpoint.advice.law import Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
@@ -71,12 +71,18 @@ class Arm:
     reducible: float | None
 
 
-def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
-    """All arms of a results file that have a seed in common with the small model; of kind "pair" those of the pair."""
+def arms_of(data: Mapping[str, Any], kind: str = "arm", prefix: str = "") -> list[Arm]:
+    """All arms of a kind in a results file that have a seed in common with the small model.
+
+    Args:
+        kind: "arm", "pair", or "larger".
+        prefix: of the law's names in the file.
+    """
     rows = [row for row in data["rows"] if row["kind"] == kind]
     final = float(rows[0].get("final", 1.0)) if rows else 1.0  # older rows lack it
-    law = _law(data["law"]) if data.get("law") else None
-    draws = [_law(replica) for replica in data.get("replicas", [])]
+    fit = _of(data, prefix)
+    law = _law(fit["law"]) if fit.get("law") else None
+    draws = [_law(replica) for replica in fit.get("replicas", [])]
     found = []
     for ratio in sorted({row["ratio"] for row in rows}):
         small = _chosen(rows, ratio, "small", final)
@@ -98,6 +104,11 @@ def arms_of(data: Mapping[str, Any], kind: str = "arm") -> list[Arm]:
                 )
             )  # fmt: skip
     return found
+
+
+def _of(data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What the file holds under names with a prefix."""
+    return {name.removeprefix(prefix): value for name, value in data.items() if name.startswith(prefix)}
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -123,7 +134,7 @@ def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]
     return law.loss(small["average_size"], small["tokens"]) - law.loss(pruned["average_size"], pruned["tokens"])
 
 
-def measured_table(file: Path, predicted: Path) -> str:
+def measured_table(file: Path, predicted: Path, kind: str = "arm", prefix: str = "") -> str:
     """What was measured beside what was predicted, by the calibration and by the published fits."""
     data = json.loads(file.read_text(encoding="utf-8"))
     published = {
@@ -135,7 +146,7 @@ def measured_table(file: Path, predicted: Path) -> str:
         "| law of the calibration | measured − law | of reducible loss: measured | published fits | seeds |",
         f"|---:|---:|---|{'---:|' * 11}",
     ]
-    for each in arms_of(data):
+    for each in arms_of(data, kind, prefix):
         by_law, share, apart = "–", "–", "–"
         if each.predicted is not None and each.reducible is not None:
             by_law, share = _nats(each.predicted), _percent(each.gain.mean / each.reducible)
@@ -181,8 +192,11 @@ def pair_table(file: Path) -> str:
         f"|---:|---:|---|{'---:|' * 8}",
     ]
     for each in arms_of(data, "pair"):
+        seen = next(row["tokens"] for row in data["rows"] if row["kind"] == "pair" and row["arm"] == "small")
+        _, *rest = _measured(each)
         cells = (
-            *_measured(each),
+            f"{seen / data['pair_optimal_tokens']:.0f}",
+            *rest,
             "–" if each.predicted is None else _nats(each.predicted),
             f"{each.gain.num}",
         )
@@ -275,13 +289,13 @@ def _nats(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def calibration_runs_table(file: Path) -> str:
-    """The calibration's losses by budget and size, and what was fitted to them."""
+def calibration_runs_table(file: Path, kind: str = "calibration", prefix: str = "") -> str:
+    """The losses of a calibration by budget and size, and what was fitted to them."""
     data = json.loads(file.read_text(encoding="utf-8"))
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for row in data["rows"]:
         key = row["steps"], row["size"]
-        if row["kind"] == "calibration" and (key not in best or row["validation"] < best[key]["validation"]):
+        if row["kind"] == kind and (key not in best or row["validation"] < best[key]["validation"]):
             best[key] = row
     sizes = sorted({size for _, size in best})
     lines = [
@@ -294,27 +308,28 @@ def calibration_runs_table(file: Path) -> str:
         shown = {size: f"{run['test']:.3f} ({run['tokens'] / 1e6:.2f})" for size, run in row.items()}
         cells = (f"**{shown[size]}**" if size == least else shown.get(size, "–") for size in sizes)
         lines.append(f"| {next(iter(row.values()))['bill']:.2g} | {' | '.join(cells)} |")
-    if data.get("law"):
+    found = _of(data, prefix)
+    if found.get("law"):
         names = ("E", "A", "a", "B", "b")
-        ends = np.quantile(data["replicas"], (0.025, 0.975), axis=0).T
+        ends = np.quantile(found["replicas"], (0.025, 0.975), axis=0).T
         by_law = ", ".join(
             f"{name} = {value:.3g} [{low:.3g}, {high:.3g}]"
-            for name, value, (low, high) in zip(names, data["law"], ends, strict=True)
+            for name, value, (low, high) in zip(names, found["law"], ends, strict=True)
         )
         lines += [
             "",
-            f"Fitted: {by_law} (95 % intervals; {len(data['replicas'])} of {data['drawn']} refits found a law).",
+            f"Fitted: {by_law} (95 % intervals; {len(found['replicas'])} of {found['drawn']} refits found a law).",
         ]
-    elif "why_no_law" in data:
-        lines += ["", f"No law of this form fits these runs: {data['why_no_law'].replace('_', ' ')}."]
+    elif "why_no_law" in found:
+        lines += ["", f"No law of this form fits these runs: {found['why_no_law'].replace('_', ' ')}."]
     return "\n".join(lines)
 
 
 def optimal_line(file: Path) -> str:
     """How much data is optimal for the small model, without and with the shortest budget."""
-    data, size = json.loads(file.read_text(encoding="utf-8")), params(built(1.0))
+    data = json.loads(file.read_text(encoding="utf-8"))
     rows = data["rows"]
-    used, every = (optimal_tokens(calibrated(rows, budgets), size) for budgets in (BUDGETS, (SHORT, *BUDGETS)))
+    used, every = (optimal_tokens(calibrated(rows, budgets), 1.0) for budgets in (BUDGETS, (SHORT, *BUDGETS)))
     taken = data["optimal_tokens"] / 1e3
     return (
         f"From the best sizes, {used / 1e3:,.0f} thousand bytes are compute-optimal for the final size. This number "
