@@ -5,8 +5,8 @@
 
 Each network trains for some steps in bf16 while Setpoint cuts it to half of its FLOPs. Then the dense network, one that
 is evenly narrow at the same FLOPs, Setpoint's, and one that Setpoint has cut in the smaller blocks of a CPU take turns,
-and each turn is a few training steps. Data are random, and every target is the first class: which units are dropped is chance, and the time of a step is not. Without a
-GPU all of it runs on the CPU.
+and each turn is a few training steps. Data are random, and every target is the first class: which units are dropped is
+chance, and the time of a step is not. Without a GPU all of it runs on the CPU.
 """
 
 from __future__ import annotations

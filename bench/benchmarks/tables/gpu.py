@@ -20,8 +20,8 @@ def gpu_table(file: Path) -> str:
         return "No GPU has been measured yet: `results/gpu.json` does not exist."
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| network | mode | dense step | even | **Setpoint** | in the blocks of a CPU | FLOPs of the three | peak memory "
-        "| weights and states | memory that a step adds | joules of a step | own work of the run |",
+        "| network | mode | dense step | even | **Setpoint** | in the blocks of a CPU | FLOPs of the three "
+        "| peak memory | weights and states | memory that a step adds | joules of a step | own work of the run |",
         f"|---|---|{'---:|' * 10}",
     ]
     for name, found in data["networks"].items():
