@@ -472,16 +472,20 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
     assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
 
 
-@pytest.mark.parametrize("when", ["steps", "epoch"])
-def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(when: str, tmp_path: Path) -> None:
-    """Claim: the last checkpoint is of the last step, as with `max_steps`, and no run goes on from it."""
+@pytest.mark.parametrize(("save", "when"), [("steps", "steps"), ("epoch", "epoch"), ("best", "steps")])
+def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(save: str, when: str, tmp_path: Path) -> None:
+    """Claim: the last checkpoint is of the last step, as with `max_steps`, and no run goes on from it.
+
+    With "best" it is saved where it is the best.
+    """
 
     def run() -> tuple[Trainer, SetpointCallback]:
         callback = SetpointCallback({"flops": "50%", "flops/run": "100%"}, verify=False, total_steps=8)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=200, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
-            use_cpu=True, save_strategy=when, save_steps=5, eval_strategy=when, eval_steps=5,
+            use_cpu=True, save_strategy=save, save_steps=5, eval_strategy=when, eval_steps=5,
             metric_for_best_model="loss", load_best_model_at_end=True,
+            learning_rate=1e-3 if save == "best" else 5e-5,  # each evaluation is better than those before
         )  # fmt: skip
         data = Tokens()
         return Trainer(build("gpt2"), arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]), callback

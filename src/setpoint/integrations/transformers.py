@@ -102,9 +102,15 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
             # What the Trainer does at its own last step, too.
             control.should_save |= args.save_strategy == "steps"
             control.should_evaluate |= args.eval_strategy == "steps" and args.eval_delay <= state.global_step
-            if args.save_strategy in ("steps", "epoch"):
+            best = args.save_strategy == "best" and args.eval_strategy == "steps"
+            if args.save_strategy in ("steps", "epoch") or best:
                 return  # the last checkpoint is yet to come, and holds the loop's state
         if state.global_step >= state.max_steps or control.should_training_stop:
+            self._finish()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish where the evaluation after the last step was not the best, so that no checkpoint was saved."""
+        if control.should_training_stop and args.save_strategy == "best":
             self._finish()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
