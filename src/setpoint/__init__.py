@@ -1,6 +1,6 @@
 """Setpoint: prune PyTorch models while they train, to a budget held by a feedback controller.
 
-Two rings of names: what a run uses, and what tunes it. All else is imported from its folder (docs/architecture.md).
+Names that a run needs, and parts that tune it. All else is imported from its folder (docs/architecture.md).
 """
 
 from importlib import import_module

@@ -95,12 +95,15 @@ def models_cut_table(path: Path) -> str:
     )
 
 
-def models_cut_row(path: Path) -> str:
-    """The same as a row of two libraries, with how many of the models are Setpoint's own."""
+def models_cut_line(path: Path) -> str:
+    """The same as a sentence on two libraries, with how many of the models are Setpoint's own."""
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
     ours, theirs = (sum(record[library]["passed"] for record in models) for library in LIBRARIES)
     own = sum(record["suite"] == "plain" for record in models)
-    return f"| models cut and trained on, of {len(models)} ({own} our own) | {ours} | Torch-Pruning {theirs} |"
+    return (
+        f"Of {len(models)} models, {own} of them our own, Setpoint cut {ours} and trained them on. Torch-Pruning did "
+        f"so with {theirs}."
+    )
 
 
 def _coverage_row(suite: str, library: str, records: list[dict[str, Any]]) -> str:

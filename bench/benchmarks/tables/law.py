@@ -227,17 +227,23 @@ def rates_table(file: Path) -> str:
     return "\n".join(lines)
 
 
-def over_trained_row(file: Path) -> str:
+def over_trained_line(file: Path) -> str:
     """Setpoint's runs at the largest r that has three seeds, from each start, beside the small model."""
     arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
     largest = max(arm.ratio for arm in arms if arm.gain.num >= 3)
     there = sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
-    starts = " · ".join(f"{arm.start:g}" for arm in there)
+    starts = _listed([f"{arm.start:g}" for arm in there])
+    losses = _listed([f"{arm.loss:.3f}" for arm in there])
     return (
-        f"| trained from scratch on {largest:g} times its optimal data: a tiny language model, begun {starts} times as "
-        f"large (nats per byte, less is better; seeds: {there[0].gain.num}) | "
-        f"{' · '.join(f'{arm.loss:.3f}' for arm in there)} | small from the start {there[0].small:.3f} |"
+        f"A tiny language model was trained from scratch on {largest:g} times its optimal data. Small from the start, "
+        f"it ends at {there[0].small:.3f} nats per byte; less is better. From a start {starts} times as large it ends "
+        f"at {losses} for the same FLOPs ({there[0].gain.num} seeds)."
     )
+
+
+def _listed(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def images_table(file: Path, once: Path) -> str:

@@ -17,8 +17,8 @@ from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
 from setpoint_bench.report.summary import FAMILIES, SETPOINT, Row, clock_of, rounds_of, series, summary_rows
-from tables.discovery import models_cut_row
-from tables.law import over_trained_row
+from tables.discovery import models_cut_line
+from tables.law import over_trained_line
 from tables.lost import lost_sentence
 from tables.read import read_results
 from tables.words import made_on, marked, rows_made_on
@@ -149,30 +149,28 @@ PRETRAINED = {
 
 
 def readme_table(root: Path) -> str:
-    """Four rows: fine-tuned pretrained models at two budgets, an over-trained small model, and models that are cut."""
-    lines = ["| | Setpoint | others |", "|---|---:|---:|"]
-    names = " · ".join(model.partition(",")[0] for model, _ in PRETRAINED.values())
-    for budget, words in ((0.5, "half of the FLOPs"), (0.25, "a quarter of the FLOPs")):
-        ours, others, dense, seeds, of_dense = (list[str]() for _ in range(5))
-        for folder in PRETRAINED:
-            rows = _of_equal_steps(root / folder)
+    """Fine-tuned pretrained models at two budgets; below, an over-trained small model, and models that are cut."""
+    lines = ["| fine-tuned model | FLOPs / step | Setpoint | best open loop | dense | seeds |", f"|---|{'---:|' * 5}"]
+    for folder, (model, _) in PRETRAINED.items():
+        rows = _of_equal_steps(root / folder)
+        dense = next(row for row in rows if row.method == "dense")
+        for budget in (0.5, 0.25):
             best = _best_of_families([row for row in rows if row.budget == budget])
             mine, *rivals = [row for row in best.values() if row is not None]
             rival = max(rivals, key=lambda row: row.value.mean)
-            text = _accuracy(mine)
-            ours.append(f"**{text}**" if _clearly_ahead(mine, [rival]) else text)
-            others.append(_accuracy(rival))
-            whole = next(row for row in rows if row.method == "dense")
-            dense.append(_accuracy(whole))
-            seeds.append(str(mine.num_seeds))
-            of_dense.append(str(whole.num_seeds))
-        more = "" if seeds == of_dense else f", dense {' · '.join(of_dense)}"
-        lines.append(
-            f"| fine-tuned to {words}: {names} ({' · '.join(seeds)} seeds{more}) | {' · '.join(ours)} % | open loop "
-            f"{' · '.join(others)} %, dense {' · '.join(dense)} % |"
-        )
-    lines += [over_trained_row(root / "law-language.json"), models_cut_row(root / "coverage" / "torch_pruning.json")]
-    return "\n".join(lines)
+            ours = f"{_accuracy(mine)} %"
+            seeds = [str(row.num_seeds) for row in (mine, rival, dense)]
+            cells = (
+                model,
+                percent(budget),
+                f"**{ours}**" if _clearly_ahead(mine, [rival]) else ours,
+                f"{_accuracy(rival)} %",
+                f"{_accuracy(dense)} %",
+                seeds[0] if len(set(seeds)) == 1 else " / ".join(seeds),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    below = (over_trained_line(root / "law-language.json"), models_cut_line(root / "coverage" / "torch_pruning.json"))
+    return "\n".join([*lines, "", *(f"* {line}" for line in below)])
 
 
 def _of_equal_steps(folder: Path) -> list[Row]:

@@ -116,7 +116,7 @@ class FirstForward:
             raise LoopError(
                 "an optimizer stepped before the model was called in training, so its inputs are not known: give "
                 "attach an example=(x,), or call the model that attach was given. After torch.compile that is "
-                "the compiled model"
+                "the compiled model. A model in eval mode is not training: call model.train()"
             )
         if "" in self._calls:
             args, kwargs = self._calls[""][0].inputs
