@@ -35,6 +35,7 @@ from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
     images_table,
+    larger_optimal_line,
     law_table,
     measured_table,
     optimal_line,
@@ -137,6 +138,14 @@ def filled(text: str) -> str:
             "frameworks": lambda: frameworks_table(RESULTS / "frameworks.json"),
             "law": lambda: law_table(RESULTS / "law.json"),
             "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
+            "law-larger-calibration": lambda: calibration_runs_table(
+                RESULTS / "law-language.json", "larger calibration", "larger_"
+            ),
+            "law-larger": lambda: measured_table(
+                RESULTS / "law-language.json", RESULTS / "law.json", "larger", "larger_"
+            ),
+            "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
+            "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),
             "law-pair": lambda: pair_table(RESULTS / "law-language.json"),
             "law-rates": lambda: rates_table(RESULTS / "law-language.json"),
             "law-images": lambda: images_table(RESULTS / "law-images.json", RESULTS / "cifar10-mini"),

@@ -159,10 +159,10 @@ def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
     for cell in law.larger(rows, optimal=100):
         if not any(cell.same(row) for row in rows):  # a run that is there is not made again
             rows.append({**vars(cell), "validation": abs(cell.rate - (0.008 if cell.arm == "even" else 0.004))})
-    assert {cell["rate"] for cell in rows[6:] if cell["arm"] == "even"} == {0.008}
-    assert {cell["rate"] for cell in rows[6:] if cell["arm"] != "even"} == {0.004}
-    assert [row["seed"] for row in rows] == 12 * [0] + 9 * [1] + 9 * [2]
-    assert {(row["ratio"], row["steps"]) for row in rows[:12]} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
+    assert {cell["rate"] for cell in rows[9:] if cell["arm"] == "even"} == {0.008}
+    assert {cell["rate"] for cell in rows[9:] if cell["arm"] != "even"} == {0.004}
+    assert [row["seed"] for row in rows] == 15 * [0] + 6 * [1] + 6 * [2] + 3 * [1] + 3 * [2]
+    assert {(row["ratio"], row["steps"]) for row in rows[:15]} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 
 
 def test_the_page_shows_what_the_runs_came_to() -> None:

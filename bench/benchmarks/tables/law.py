@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from law_language import BUDGETS, SHORT, calibrated, optimal_tokens
+from law_language import BUDGETS, LARGER, LARGER_BUDGETS, SHORT, built, calibrated, optimal_tokens, params
 
 from setpoint.advice.law import Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
@@ -162,7 +162,7 @@ def measured_table(file: Path, predicted: Path, kind: str = "arm", prefix: str =
             f"{each.gain.num}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", made_on(data)])
+    return "\n".join([*lines, "", made_on({**data, **_of(data, prefix)})])
 
 
 def _measured(arm: Arm) -> Iterator[str]:
@@ -204,13 +204,13 @@ def pair_table(file: Path) -> str:
     return "\n".join(lines)
 
 
-def rates_table(file: Path) -> str:
+def rates_table(file: Path, kind: str = "arm") -> str:
     """By ratio and learning rate, the small model beside even starts of 2 at seed 0; the best of a ratio is bold."""
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     found = {
         (row["ratio"], row["arm"], row["rate"]): row["test"]
         for row in rows
-        if row["kind"] == "arm" and row["seed"] == 0 and (row["arm"], row["start"]) in (("small", 1.0), ("even", 2.0))
+        if row["kind"] == kind and row["seed"] == 0 and (row["arm"], row["start"]) in (("small", 1.0), ("even", 2.0))
     }
     rates = sorted({rate for _, _, rate in found})
     lines = [
@@ -342,6 +342,23 @@ def optimal_line(file: Path) -> str:
         f"leaves out the smallest budget, since its runs are short. With that budget it would be {every / 1e3:,.0f} "
         f"thousand bytes, which was known when the budget was left out. The runs below "
         f"take {taken:,.0f} thousand, which was the number before the largest budget was run."
+    )
+
+
+def larger_optimal_line(file: Path) -> str:
+    """How much data is optimal for the larger model of the final size, by two ways."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    taken, law = data["larger_optimal_tokens"], _law(data["larger_law"])
+    largest = sorted(LARGER_BUDGETS)[1:]
+    fewer = optimal_tokens(calibrated(data["rows"], largest, "larger calibration"), 1.0, LARGER)
+    size = params(built(1.0, LARGER))
+    by_size = law.size_exponent * law.size_scale * size**-law.size_exponent
+    by_law = (law.data_exponent * law.data_scale / by_size) ** (1 / law.data_exponent)  # equal returns of both
+    return (
+        f"From the best sizes, {taken / 1e6:.1f} million bytes are compute-optimal for the final size. The runs below "
+        f"take this number. At the smallest budget the smallest model is the best, so the optimum is outside of the "
+        f"sizes there. Without that budget it would be {fewer / 1e6:.1f} million. By the fitted law it would be "
+        f"{by_law / 1e6:.1f} million, and each *r* below would be {taken / by_law:.1f} times as large."
     )
 
 
