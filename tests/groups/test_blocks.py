@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,3 +53,37 @@ def test_groups_have_the_blocks_of_their_device(monkeypatch: pytest.MonkeyPatch)
     model = nn.Sequential(nn.Linear(4, 1024), nn.ReLU(), nn.Linear(1024, 2))
     (group,) = setpoint.find_groups(model, (torch.zeros(1, 4),))
     assert (group.multiple_of, group.min_units) == (64, 64)
+
+
+def test_a_run_goes_on_where_blocks_are_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Claim: a run that a CPU began meets its budget on a GPU, in the blocks of that."""
+    monkeypatch.setenv("SETPOINT_CACHE", "off")
+
+    def started() -> tuple[setpoint.Loop, nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        loop = setpoint.attach(
+            model, optimizer, 0.5, example=(torch.zeros(4, 8),), total_steps=60, verify=False
+        )  # fmt: skip
+        return loop, model, optimizer
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    loop, model, optimizer = started()
+    train(model, optimizer, 10)
+    between = dict(loop.widths)
+    assert between["2"] < 512
+    setpoint.save_run(tmp_path / "run", loop=loop, model=model, optimizer=optimizer)
+    loop.detach()
+    monkeypatch.setattr("setpoint.groups.trace.device_type_of", lambda model: "cuda")
+    loop, model, optimizer = started()
+    setpoint.load_run(tmp_path / "run", loop=loop, model=model, optimizer=optimizer)
+    assert loop.widths == between
+    train(model, optimizer, 50)
+    summary = loop.finish()
+    assert summary.budget_met and loop.widths["0"] % 64 == loop.widths["2"] % 32 == 0
