@@ -245,7 +245,12 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
         total = round(bill / step_flops(cell.start, scale))
     else:
         small = sum(each.numel() for each in built(cell.final, scale).parameters())
-        budgets = [setpoint.Budget.total(small, of="params"), setpoint.Budget.total(bill, of="flops", per="run")]
+        # Without the FLOPs of a step a bill has its cuts early: those of parameters alone may save no FLOPs.
+        budgets = [
+            setpoint.Budget.total(small, of="params"),
+            setpoint.Budget.total(step_flops(cell.final, scale), of="flops"),
+            setpoint.Budget.total(bill, of="flops", per="run"),
+        ]
         loop = setpoint.attach(
             model, optimizer, budgets, example=example(scale), total_steps=cell.steps, controller=controller(cell.arm),
             sensor=setpoint.TaylorSensor(scale.tokens), groups=prunable(cell.start, scale), verify=False,

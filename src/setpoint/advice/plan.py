@@ -35,6 +35,8 @@ MEASURED = (1.0, 64.0)
 TESTED = 64.0
 """Up to this ratio the direct tests found no gain."""
 UNPROVEN = "Setpoint's tests, on very small language models, found no gain at ratios of 1, 4, 16 and 64"
+UNPROVEN_OF_OTHERS = f"{UNPROVEN}, though a law that was measured for these models predicted one"
+OF_LANGUAGE = "the constants are of language models: for a model that is given no tokens the gain is a guess"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class Advice:
     Args:
         verdict: what the laws say: `"prune"` where all predict a gain, `"train the small model"` where none does, else
             `"undecided"`.
-        advice: what to do: `"prune"`, `"train the small model"` or `"unknown"`. Setpoint's tests count for more than
-            the published laws: a predicted gain is `"train the small model"` where they found none, and `"unknown"`
-            at larger ratios.
+        advice: what to do: `"train the small model"` or `"unknown"`. Setpoint's tests count for more than the laws. By
+            the published ones a predicted gain, or an open question, is `"train the small model"` up to the largest
+            ratio that was tested, and `"unknown"` beyond. By laws of one's own a predicted gain is `"unknown"`, since
+            the tests found none where such a law predicted one.
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
         start: size to start from, in final sizes.
@@ -54,7 +57,8 @@ class Advice:
             decisions only, which lie above this line, so `tokens` and `steps` are of a slightly larger mean.
         cuts: begin and end of the cuts, as shares of the steps.
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
-            highest of the laws; negative is a loss.
+            highest of the laws; negative is a loss. It is the spread of the laws and no confidence interval. Replicas
+            of a fit, given as further laws, make it one.
         bill: FLOPs of the whole run.
         tokens: tokens or samples that the bill pays for in a run that is cut by `schedule`.
         batch: tokens or samples of a step: as given, in whole rows of the example, or of the example; None where
@@ -66,6 +70,8 @@ class Advice:
         sources: of the constants.
         best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes.
         best_gain: what all laws predict from there at least.
+        small_tokens: tokens or samples that the bill pays for with the small model, from the start.
+        small_steps: optimizer steps of that, where the batch is known.
     """
 
     verdict: str
@@ -84,6 +90,8 @@ class Advice:
     sources: tuple[str, ...]
     best_start: float
     best_gain: float
+    small_tokens: float | None = None
+    small_steps: int | None = None
 
     @property
     def pays(self) -> bool:
@@ -104,11 +112,12 @@ class Advice:
         return {**asdict(self), "schedule": asdict(self.schedule)}
 
     def __str__(self) -> str:
-        law = "The published law" if UNPROVEN in self.notes else "The given law"
-        does = {"prune": "Prune", "train the small model": "Train the small model"}.get(self.advice, "Nothing is known")
+        tests = next((note for note in self.notes if note.startswith(UNPROVEN)), "")
+        law = "The published law" if tests == UNPROVEN else "The given law"
+        does = {"train the small model": "Train the small model"}.get(self.advice, "Nothing is known")
         says = {"prune": "predicts a gain from pruning", "train the small model": "predicts a loss from pruning"}
         headline = f"{does}. {law} {says.get(self.verdict, 'says nothing certain, since its fits disagree')}."
-        lines = [f"{headline} {UNPROVEN}." if UNPROVEN in self.notes else headline]
+        lines = [f"{headline} {tests}." if tests else headline]
         lines.append(f"  data / compute-optimal data: {_range(*self.ratio)}")
         lines.append(f"  a start at {self.start:.3g} times the final size, cut between {self.cuts[0]:.0%} and "
                      f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "
@@ -117,14 +126,19 @@ class Advice:
             lines.append(f"  by the law alone a start at {self.best_start:g} times gains most: at least "
                          f"{100 * self.best_gain:.1f} % less reducible loss")  # fmt: skip
         if self.bill is not None:
-            paid = f" trains on {self.tokens:.3g} tokens or samples" if self.tokens is not None else ""
-            steps = f", {self.steps:,} steps of {self.batch:,g}" if self.steps is not None else ""
-            lines.append(f"  a pruned run of {self.bill:.3g} FLOPs{paid}{steps}")
+            lines.append(f"  {self.bill:.3g} FLOPs train the small model{self._paid(self.small_tokens, self.small_steps)}")
+        if self.bill is not None and self.advice != "train the small model":
+            lines.append(f"  they train a pruned run{self._paid(self.tokens, self.steps)}")
             lines.append(
                 f"  attach such a run with controller=setpoint.PricedController(schedule=setpoint.{self.schedule})"
             )
-        lines += [f"  note: {note}" for note in self.notes if note != UNPROVEN]
+        lines += [f"  note: {note}" for note in self.notes if note != tests]
         return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
+
+    def _paid(self, tokens: float | None, steps: int | None) -> str:
+        """On how many tokens, and in how many steps."""
+        paid = f" on {tokens:.3g} tokens or samples" if tokens is not None else ""
+        return f"{paid}, {steps:,} steps of {self.batch:,g}" if steps is not None else paid
 
 
 def plan(
@@ -244,11 +258,12 @@ def plan(
     average, gains = average_size(start, cuts), gains_of(start)
     low, high = min(gains), max(gains)
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
-    advice = verdict if verdict != "undecided" else "unknown"
-    if published and advice == "prune":
-        advice = "train the small model" if max(ratios) <= TESTED else "unknown"
+    tested = published and max(ratios) <= TESTED
+    advice = "train the small model" if tested or verdict == "train the small model" else "unknown"
     bill = cost * data if cost and data else None
-    notes = _notes(None if ratio else size, ratios, laws, published=published)
+    notes = _notes(None if ratio else size, ratios, laws, published=published, gains=verdict == "prune")
+    if published and example is not None and not counts_tokens(example):
+        notes.append(OF_LANGUAGE)
     if asked and asked != batch:
         notes.append(f"a step of {asked:,.0f} has no whole rows of the example: steps are of {batch:,.0f}")
     found = Advice(
@@ -262,11 +277,15 @@ def plan(
     steps = int(paid // batch) if batch else None
     if paid < 1 or (steps is not None and steps < 2):
         least = cost * mean * max(1.0, 2 * (batch or 0))
-        pays = "less than one token or sample" if paid < 1 else f"{steps} steps of {batch:,g}"
+        if batch is None:
+            raise UsageError(f"{bill:.3g} FLOPs pay for less than one token or sample: that is {least:.3g} FLOPs here")
         raise UsageError(
-            f"{bill:.3g} FLOPs pay for {pays}, and a run has two steps at least: that is {least:.3g} FLOPs here"
+            f"{bill:.3g} FLOPs pay for {steps} steps of {batch:,g}, and a run has two steps at least: that is "
+            f"{least:.3g} FLOPs here"
         )
-    return replace(found, tokens=paid, steps=steps)
+    return replace(
+        found, tokens=paid, steps=steps, small_tokens=data, small_steps=int(data // batch) if batch else None
+    )
 
 
 _MOST = 1e30
@@ -306,8 +325,10 @@ def _ratio(law: Law, size: float | None, data: float | None) -> float:
     return data / law.optimal_data(size)
 
 
-def _notes(size: float | None, ratios: Sequence[float], laws: Sequence[Law], *, published: bool) -> list[str]:
-    notes = [UNPROVEN] if published else []
+def _notes(
+    size: float | None, ratios: Sequence[float], laws: Sequence[Law], *, published: bool, gains: bool
+) -> list[str]:
+    notes = [UNPROVEN] if published else [UNPROVEN_OF_OTHERS] if gains else []
     if size is not None and not all(law.sizes[0] <= size <= law.sizes[1] for law in laws):
         sizes = max(law.sizes[0] for law in laws), min(law.sizes[1] for law in laws)
         notes.append(
@@ -450,6 +471,8 @@ def budget_per_step(budget: Any) -> Budget:
     Raises:
         UsageError: for any other.
     """
+    if budget is None:
+        raise UsageError("give the budget of a step, of flops or params, such as '25%' (--budget 25%)")
     goal = None if is_time(budget) else wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise UsageError(f"plan takes one budget of flops or params per step, such as '25%', got {budget!r}")
