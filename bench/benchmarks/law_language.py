@@ -278,7 +278,11 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
         "bill": bill,
         "size": params(model),
         "average_size": sizes / step,
-        "widths": [[layer.attn.n_head, layer.c_fc.out_features] for layer in model.layers],  # type: ignore[union-attr]
+        # Not `attn.n_head`: where the tracer corrects views in place of the attribute, it stays as it was.
+        "widths": [
+            [layer.attn.c_attn.out_features // (3 * scale.head_dim), layer.c_fc.out_features]  # type: ignore[union-attr]
+            for layer in model.layers
+        ],
         **{split: bench.loss(model, split) for split in HELD_OUT},
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -376,6 +380,10 @@ def optimal_tokens(runs: Sequence[Mapping[str, Any]], size: float, scale: Scale 
 
     The best size of a budget is the vertex of the parabola through the best run and its neighbours in the logarithm of
     the size (the second approach of Hoffmann et al. 2022). Unlike a fit of the law it asks nothing of far larger sizes.
+    Where the smallest or the largest size is the best, the parabola is that of its neighbour, and its vertex outside.
+
+    Raises:
+        BenchError: where a parabola has no lowest point.
     """
     best, spent = [], []
     for budget in sorted({run["steps"] for run in runs}):
@@ -383,6 +391,8 @@ def optimal_tokens(runs: Sequence[Mapping[str, Any]], size: float, scale: Scale 
         lowest = min(range(1, len(row) - 1), key=lambda place: row[place]["validation"])
         near = row[lowest - 1 : lowest + 2]
         curve = np.polyfit([math.log(run["average_size"]) for run in near], [run["validation"] for run in near], 2)
+        if curve[0] <= 0:
+            raise BenchError(f"the losses of {budget} steps have no lowest point between these sizes")
         best.append(-curve[1] / (2 * curve[0]))
         spent.append(math.log(row[0]["bill"]))
     slope, start = np.polyfit(spent, best, 1)
@@ -545,20 +555,35 @@ def run_one(results: Results, bench: Bench, cell: Cell, pause: Path | None) -> N
     )
 
 
-def fit(results: Results, runs: Sequence[Mapping[str, Any]], prefix: str = "") -> None:
+def long_runs(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    """The small models of arms at seed 0, each ratio at its best rate."""
+    small = [row for row in rows if row["kind"] == kind and row["arm"] == "small" and row["seed"] == 0]
+    return [
+        min((row for row in small if row["ratio"] == ratio), key=lambda row: row["validation"])
+        for ratio in sorted({row["ratio"] for row in small})
+    ]
+
+
+def fit(
+    results: Results, runs: Sequence[Mapping[str, Any]], long: Sequence[Mapping[str, Any]], prefix: str = ""
+) -> None:
     """The law's constants with intervals: residuals of the fit, as logarithms, are drawn anew and fitted again.
 
     Where no exponents above 0 fit, there is no law, and the file says so.
 
     Args:
+        runs: the calibration.
+        long: dense runs of arms. A second law is fitted to these and the calibration, without intervals.
         prefix: of the names in the file.
     """
 
     def keep(**found: Any) -> None:
         results.keep(**{f"{prefix}{name}": value for name, value in found.items()})
 
+    results.held.pop(f"{prefix}why_no_law", None)
     try:
         law = fitted(runs)
+        keep(long_law=constants(fitted([*runs, *long])))
     except (UsageError, OverflowError) as error:
         keep(law=None, why_no_law=str(error), replicas=[])
         print(f"no law: {error}")
@@ -590,8 +615,9 @@ if __name__ == "__main__":
     shared = Bench.of(installed_text(), JUDGED)
     kept = Results(given.out, shared)
     if given.fit and given.larger:
-        fit(kept, calibrated(kept.rows, LARGER_BUDGETS, "larger calibration"), "larger_")
+        runs = calibrated(kept.rows, LARGER_BUDGETS, "larger calibration")
+        fit(kept, runs, long_runs(kept.rows, "larger"), "larger_")
     elif given.fit:
-        fit(kept, calibrated(kept.rows))
+        fit(kept, calibrated(kept.rows), [*long_runs(kept.rows, "arm"), *long_runs(kept.rows, "pair")])
     else:
         (run_larger if given.larger else run_all)(kept, shared, given.pause_while)

@@ -34,9 +34,11 @@ from tables.fine_tuning import fine_tuning_goals_table, passes_table
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
+    errors_table,
     images_table,
     larger_optimal_line,
     law_table,
+    least_error_line,
     measured_table,
     optimal_line,
     pair_table,
@@ -144,6 +146,8 @@ def filled(text: str) -> str:
             "law-larger": lambda: measured_table(
                 RESULTS / "law-language.json", RESULTS / "law.json", "larger", "larger_"
             ),
+            "law-errors": lambda: errors_table(RESULTS / "law-language.json"),
+            "law-least-error": lambda: least_error_line(RESULTS / "law-language.json", RESULTS / "law.json"),
             "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
             "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),
             "law-pair": lambda: pair_table(RESULTS / "law-language.json"),

@@ -126,7 +126,9 @@ class Advice:
             lines.append(f"  by the law alone a start at {self.best_start:g} times gains most: at least "
                          f"{100 * self.best_gain:.1f} % less reducible loss")  # fmt: skip
         if self.bill is not None:
-            lines.append(f"  {self.bill:.3g} FLOPs train the small model{self._paid(self.small_tokens, self.small_steps)}")
+            lines.append(
+                f"  {self.bill:.3g} FLOPs train the small model{self._paid(self.small_tokens, self.small_steps)}"
+            )
         if self.bill is not None and self.advice != "train the small model":
             lines.append(f"  they train a pruned run{self._paid(self.tokens, self.steps)}")
             lines.append(
