@@ -210,7 +210,7 @@ def test_the_page_shows_what_the_runs_came_to() -> None:
 def test_arms_spend_the_same_flops() -> None:
     """Claim: all runs that are compared have spent the small model's FLOPs within 1 %, and end no larger than it."""
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
-    for kind in ("arm", "larger"):
+    for kind in ("arm", "pair", "larger"):
         arms = [row for row in data["rows"] if row["kind"] == kind]
         size = next(row["size"] for row in arms if row["arm"] == "small")
         assert all(0.99 * row["bill"] <= row["flops"] <= row["bill"] for row in arms)

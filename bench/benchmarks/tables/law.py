@@ -228,7 +228,7 @@ def least_error_line(file: Path, predicted: Path) -> str:
     return (
         f"The reducible loss is hardly known, but it is at most the loss itself. So at r = 16 the measured shares are "
         f"{_percent(max(arm.gain.mean / arm.small for arm in there))} at best, and the fits of others miss them by "
-        f"{100 * min(errors):.1f} points at least. An error below 3 % of the reducible loss was the goal, and it is missed."
+        f"{100 * min(errors):.1f} points at least. An error below 3 % of the reducible loss was the goal. It is missed."
     )
 
 
@@ -432,8 +432,8 @@ def _by_law(constants: Sequence[float], size: int, taken: float) -> str:
     by_size = law.size_exponent * law.size_scale * size**-law.size_exponent
     found = (law.data_exponent * law.data_scale / by_size) ** (1 / law.data_exponent)
     return (
-        f"By the fitted law it would be {found / 1e6:.1f} million, and each *r* below would be {taken / found:.2g} times "
-        f"as large."
+        f"By the fitted law it would be {found / 1e6:.1f} million, and each *r* below would be {taken / found:.2g} "
+        f"times as large."
     )
 
 
