@@ -215,3 +215,30 @@ def test_arms_spend_the_same_flops() -> None:
         size = next(row["size"] for row in arms if row["arm"] == "small")
         assert all(0.99 * row["bill"] <= row["flops"] <= row["bill"] for row in arms)
         assert all(row["size"] <= size and (row["size"] == size or row["arm"] == "setpoint") for row in arms)
+
+
+def test_errors_of_the_law_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the error of the gain is that of the small model less that of the pruned one."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
+    from tables.law import errors_table
+
+    lines = errors_table(ROOT / "results" / "law-language.json").splitlines()[2:]
+    cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines]
+    assert {row[0] for row in cells} >= {"4,624", "51,264"} and len(cells) >= 20
+    for row in cells:
+        small, pruned, gain, predicted = (float(cell.replace("−", "-")) for cell in row[4:8])
+        assert small - pruned == pytest.approx(gain - predicted, abs=2.1e-4)
+
+
+def test_the_optimal_data_of_the_page_are_those_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: r by the fitted law is the one of the page times the share of data that it says."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
+    from tables.law import larger_optimal_line
+
+    from setpoint.advice.law import Law
+
+    data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
+    optimal = Law(*data["larger_law"], source="calibration").optimal_data(51_264)
+    line = larger_optimal_line(ROOT / "results" / "law-language.json")
+    assert f"by the fitted law it would be {optimal / 1e6:.1f} million" in line.lower()
+    assert f"{data['larger_optimal_tokens'] / optimal:.2g} times as large" in line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-MIN_BLOCKS = 8
+_MIN_BLOCKS = 8
 """Blocks are as large as suits the hardware, but a group has at least this many."""
 _MIN_WIDE_BLOCKS = 16
 """A group has at least this many of the blocks that tensor cores want: they're four times as large as a CPU's."""
@@ -31,7 +31,7 @@ def block_size(num_units: int, what: str, device_type: str) -> int:
     """
     if what == "head":
         return 1
-    block = _largest(num_units, _LIKED.get(what, 8), MIN_BLOCKS)
+    block = _largest(num_units, _LIKED.get(what, 8), _MIN_BLOCKS)
     return max(block, _largest(num_units, _TENSOR_CORES, _MIN_WIDE_BLOCKS)) if device_type == "cuda" else block
 
 
