@@ -69,7 +69,15 @@ def test_sentences_of_the_readme_are_short() -> None:
     assert not [each for each in sentences if len(each.split()) > 25]
 
 
-RESULTS = ("README.md", "docs/results.md", "docs/results-in-short.md", "docs/when-it-pays.md")
+RESULTS = (
+    "README.md",
+    "docs/results.md",
+    "docs/results-in-short.md",
+    "docs/results-fine-tuning.md",
+    "docs/results-choices.md",
+    "docs/results-costs.md",
+    "docs/when-it-pays.md",
+)
 MEASURED = re.compile(
     r"\d[\d.,]* (?:points|nats)\b|\bby \d[\d.,]*|\d[\d.]* (?:to|and) \d[\d.]* %(?! (?:of the steps|intervals?))"
 )

@@ -25,7 +25,7 @@ class Teacher:
 
     KL is the mean over rows of logits. The FLOPs of the teacher's passes count as overhead of the loop, so that a
     budget for a whole run pays for them. A teacher pays where it knows the task better than the targets say: the dense
-    model that was fine-tuned on it, or a larger one. docs/results.md has measurements.
+    model that was fine-tuned on it, or a larger one. docs/results-fine-tuning.md has measurements.
 
     Args:
         model: answers with logits, or with an output that has `logits`; it is frozen and set to eval mode.
