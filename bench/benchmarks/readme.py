@@ -35,6 +35,7 @@ from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
     errors_table,
+    forms_table,
     images_table,
     larger_optimal_line,
     law_table,
@@ -150,6 +151,7 @@ def filled(text: str) -> str:
                 RESULTS / "law-language.json", RESULTS / "law.json", "larger", "larger_"
             ),
             "law-errors": lambda: errors_table(RESULTS / "law-language.json"),
+            "law-forms": lambda: forms_table(RESULTS / "law-language.json"),
             "law-least-error": lambda: least_error_line(RESULTS / "law-language.json", RESULTS / "law.json"),
             "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
             "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),

@@ -52,6 +52,7 @@ class Arm:
         loss: mean on test bytes, in nats per byte; `small` is that of the small model.
         gain: of the pruned model, in nats per byte.
         predicted: the same by the law of the calibration, from average sizes and tokens; None where there is no law.
+        by_final: the same with final sizes in place of average ones.
         ends: 95 % interval of what is predicted, and of the small model's reducible loss by the law.
         reducible: the small model's reducible loss, by the law.
         off: measured loss less the law's, of the small model and of the pruned one; None where there is no law.
@@ -70,6 +71,7 @@ class Arm:
     small: float
     gain: Difference
     predicted: float | None
+    by_final: float | None
     ends: tuple[float, float] | None
     reducible: float | None
     off: tuple[float, float] | None
@@ -106,7 +108,9 @@ def arms_of(data: Mapping[str, Any], kind: str = "arm", prefix: str = "") -> lis
                     ratio, arm, start / final, pairs[0][0]["rate"], pairs[0][1]["rate"],
                     ours["size"], ours["average_size"] / ours["size"],
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
-                    None if law is None else _predicted(law, ours, theirs), None if low is None else (low, high),
+                    None if law is None else _predicted(law, ours, theirs),
+                    None if law is None else _predicted(law, ours, theirs, size="size"),
+                    None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
                     None if law is None else (_off(law, theirs), _off(law, ours)),
                     None if long is None else _predicted(long, ours, theirs),
@@ -151,9 +155,9 @@ def _law(constants: Sequence[float]) -> Law:
     return Law(*constants[:5], source="calibration")
 
 
-def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]) -> float:
-    """The gain in nats per byte that the law predicts, from average sizes and tokens."""
-    return law.loss(small["average_size"], small["tokens"]) - law.loss(pruned["average_size"], pruned["tokens"])
+def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float], size: str = "average_size") -> float:
+    """The gain in nats per byte that the law predicts, from sizes, average or final ones, and tokens."""
+    return law.loss(small[size], small["tokens"]) - law.loss(pruned[size], pruned["tokens"])
 
 
 def _published(predicted: Path) -> dict[tuple[float, float], list[float]]:
@@ -217,6 +221,33 @@ def errors_table(file: Path) -> str:
                 "–" if each.to_even is None else _bold(each.to_even),
             )
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def forms_table(file: Path) -> str:
+    """How far two forms of the law of each calibration are from the measured gains: of average and of final size."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| final size | r | compared | error, average size | error, final size | of reducible loss: average size "
+        "| final size |",
+        f"|---:|---:|---:|{'---:|' * 4}",
+    ]
+    for kind, prefix in (("arm", ""), ("larger", "larger_")):
+        arms = arms_of(data, kind, prefix)
+        for ratio in sorted({each.ratio for each in arms}):
+            errors: list[tuple[float, float]] = []
+            shares: list[tuple[float, float]] = []
+            for each in arms:
+                if each.ratio != ratio or each.predicted is None or each.by_final is None or each.reducible is None:
+                    continue  # of another r, or no law fits
+                both = abs(each.gain.mean - each.predicted), abs(each.gain.mean - each.by_final)
+                errors.append(both)
+                shares.append((both[0] / each.reducible, both[1] / each.reducible))
+            if errors:
+                size = max(each.size for each in arms)
+                nats = (f"{statistics.fmean(column):.4f}" for column in zip(*errors, strict=True))
+                percent = (f"{100 * statistics.fmean(column):.1f} %" for column in zip(*shares, strict=True))
+                lines.append(f"| {size:,.0f} | {ratio:g} | {len(errors)} | {' | '.join((*nats, *percent))} |")
     return "\n".join(lines)
 
 
@@ -440,12 +471,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def _line(arms: Sequence[Arm], start: float) -> list[tuple[float, float]]:
-    """(r, gain) that the law of the calibration predicts for the even arms of a start: the numbers of the table."""
+def _line(arms: Sequence[Arm], start: float, by: str) -> list[tuple[float, float]]:
+    """(r, gain) that a form of the law predicts for the even arms of a start: the numbers of the tables."""
     points = sorted(
-        (each.ratio, each.predicted)
+        (each.ratio, getattr(each, by))
         for each in arms
-        if (each.arm, each.start) == ("even", start) and each.predicted is not None
+        if (each.arm, each.start) == ("even", start) and getattr(each, by) is not None
     )
     if len(points) == 1:  # a dash, as one point is no line
         ((ratio, gain),) = points
@@ -453,7 +484,7 @@ def _line(arms: Sequence[Arm], start: float) -> list[tuple[float, float]]:
     return points
 
 
-WIDTH, HEIGHT, LEFT, TOP, WIDE, HIGH = 880, 380, 70, 62, 780, 250
+WIDTH, HEIGHT, LEFT, TOP, WIDE, HIGH = 880, 398, 70, 80, 780, 250
 COLORS = {2.0: BLUE, 4.0: ORANGE, 8.0: OTHERS[0]}
 
 
@@ -465,7 +496,8 @@ def write_law_picture(file: Path, out: Path) -> Path:
     """
     data = json.loads(file.read_text(encoding="utf-8"))
     arms, ratios = arms_of(data), (0.7, 96.0)
-    lines = {start: line for start in COLORS if (line := _line(arms, start))}
+    forms = {"line": "predicted", "line dashed": "by_final"}
+    lines = {(look, start): line for look, by in forms.items() for start in COLORS if (line := _line(arms, start, by))}
     ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
     ends += [end for line in lines.values() for _, end in line]
     low, high = min(-0.01, *ends), max(0.01, *ends)
@@ -480,7 +512,7 @@ def write_law_picture(file: Path, out: Path) -> Path:
     )
     drawn = "filled: Setpoint's own widths, open: even widths"
     if lines:
-        drawn += ", line: law of the calibration"
+        drawn += ", line: law of the calibration, dashed: its form of final sizes"
     if any(each.gain.low is not None for each in arms):
         drawn += ", bar: 95 %"
     title = "Gain in nats per byte against r, tokens / compute-optimal tokens of the small model"
@@ -489,12 +521,13 @@ def write_law_picture(file: Path, out: Path) -> Path:
         f'role="img" aria-label="{title}">',
         "<style>text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
         ".soft { fill: #5a6575; } .ground { fill: #ffffff; } .grid { stroke: #e1e6ec; } .zero { stroke: #5a6575; } "
-        f".line {{ fill: none; stroke-width: 2; }} .own {{ fill: currentColor; }} .even {{ fill: #ffffff; }} {light}"
+        f".line {{ fill: none; stroke-width: 2; }} .dashed {{ stroke-dasharray: 5 5; }} .own {{ fill: currentColor; }} .even {{ fill: #ffffff; }} {light}"
         "@media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .soft { fill: #a3acb9; } "
         f".grid {{ stroke: #2a3441; }} .ground, .even {{ fill: #12181f; }} {dark}}}</style>",
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
         f'<text x="{LEFT}" y="{HEIGHT - 12}">r = tokens / compute-optimal tokens of the small model</text>',
-        f'<text x="{LEFT}" y="44">gain over the small model, nats per byte; {drawn}</text>',
+        f'<text x="{LEFT}" y="44">gain over the small model, nats per byte</text>',
+        f'<text class="soft" x="{LEFT}" y="62">{drawn}</text>',
     ]
     step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 8)
     for mark in np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step:
@@ -504,9 +537,9 @@ def write_law_picture(file: Path, out: Path) -> Path:
     for ratio in (1, 2, 4, 8, 16, 32, 64):
         x = at(ratio, 0.0)[0]
         parts.append(f'<text class="soft" x="{x:.1f}" y="{TOP + HIGH + 20}" text-anchor="middle">{ratio}</text>')
-    for start, line in lines.items():
+    for (look, start), line in lines.items():
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in line))
-        parts.append(f'<path class="line s{start:g}" d="M{path}"/>')
+        parts.append(f'<path class="{look} s{start:g}" d="M{path}"/>')
     for place, start in enumerate(start for start in COLORS if lines or any(each.start == start for each in arms)):
         x = LEFT + 130 * place
         parts.append(
