@@ -230,6 +230,23 @@ def test_errors_of_the_law_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert small - pruned == pytest.approx(gain - predicted, abs=2.1e-4)
 
 
+def test_a_table_compares_two_forms_of_the_law_by_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: by r the errors are the mean distances of the arms' gains, and final sizes are closer at each r."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
+    from tables.law import arms_of, forms_table
+
+    file = ROOT / "results" / "law-language.json"
+    lines = forms_table(file).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert {(row[0], row[1]) for row in cells} >= {("4,624", "1"), ("4,624", "64"), ("51,264", "16")}
+    assert all(float(row[4]) < float(row[3]) for row in cells)
+    there = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.ratio == 16]
+    (row,) = (row for row in cells if row[:2] == ["4,624", "16"])
+    assert row[2] == f"{len(there)}"
+    errors = [abs(arm.gain.mean - arm.by_final) for arm in there if arm.by_final is not None]
+    assert float(row[4]) == pytest.approx(sum(errors) / len(errors), abs=1e-4)
+
+
 def test_the_optimal_data_of_the_page_are_those_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: r by the fitted law is the one of the page times the share of data that it says."""
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))

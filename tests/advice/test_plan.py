@@ -138,6 +138,19 @@ def test_the_headline_says_what_was_measured() -> None:
     assert "4.0 to 5.7 % less reducible loss" in str(gain) and "% more reducible loss" in str(loss)
 
 
+def test_the_form_of_final_sizes_is_the_law_with_the_final_size() -> None:
+    """Claim: its gain is that of the losses at the final size and the fewer tokens, and it is never above 0."""
+    size, average, ratio = 1e8, 1.5, 4.0
+    data = ratio * HOFFMANN.optimal_data(size)
+    small, pruned = HOFFMANN.loss(size, data), HOFFMANN.loss(size, data / average)
+    by_losses = (small - pruned) / (small - HOFFMANN.irreducible)
+    assert HOFFMANN.gain(ratio, average, final=True) == pytest.approx(by_losses)
+    found = setpoint.plan(size=size, tokens=data, laws=[HOFFMANN])
+    assert found.gain_by_final_size == pytest.approx((by_losses, by_losses))
+    assert f"fits Setpoint's tests better: {-100 * by_losses:.1f} % more\n" in str(found)
+    assert all(setpoint.plan(ratio=r, start=s).gain_by_final_size[1] <= 0 for r in (0.1, 1, 64) for s in (1.01, 2, 8))
+
+
 @pytest.mark.parametrize(
     ("ratio", "advice"),
     [(0.3, "train the small model"), (64, "train the small model"), (64.01, "unknown"), (1e6, "unknown")],

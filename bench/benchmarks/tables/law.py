@@ -521,7 +521,8 @@ def write_law_picture(file: Path, out: Path) -> Path:
         f'role="img" aria-label="{title}">',
         "<style>text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
         ".soft { fill: #5a6575; } .ground { fill: #ffffff; } .grid { stroke: #e1e6ec; } .zero { stroke: #5a6575; } "
-        f".line {{ fill: none; stroke-width: 2; }} .dashed {{ stroke-dasharray: 5 5; }} .own {{ fill: currentColor; }} .even {{ fill: #ffffff; }} {light}"
+        f".line {{ fill: none; stroke-width: 2; }} .dashed {{ stroke-dasharray: 5 5; }} "
+        f".own {{ fill: currentColor; }} .even {{ fill: #ffffff; }} {light}"
         "@media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .soft { fill: #a3acb9; } "
         f".grid {{ stroke: #2a3441; }} .ground, .even {{ fill: #12181f; }} {dark}}}</style>",
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',

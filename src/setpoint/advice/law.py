@@ -61,7 +61,7 @@ class Law:
         ratio = (self.data_exponent * self.data_scale) / (self.size_exponent * self.size_scale)
         return float((ratio * size**self.size_exponent) ** (1 / self.data_exponent))
 
-    def gain(self, ratio: float, average: float) -> float:
+    def gain(self, ratio: float, average: float, *, final: bool = False) -> float:
         """What pruning gains over a small dense model of the same final size and the same training FLOPs.
 
         With `k = a / b`, relative to the small model's reducible loss: `1 - (x^-a + k r^-b x^b) / (1 + k r^-b)`.
@@ -69,10 +69,15 @@ class Law:
         Args:
             ratio: r, data of the small model / its compute-optimal data.
             average: x, mean size of the pruned run over its steps / its final size.
+            final: the N of a pruned run is its final size, so x^-a is 1: what is left is the loss by less data. This
+                form is closer to Setpoint's tests, after which it was made (docs/when-it-pays.md).
+
+        >>> LANGUAGE[0].gain(ratio=16, average=2.5, final=True) < 0
+        True
         """
         data: float = self.size_exponent / self.data_exponent * ratio**-self.data_exponent
-        pruned: float = average**-self.size_exponent + data * average**self.data_exponent
-        return 1 - pruned / (1 + data)
+        by_size = 1.0 if final else average**-self.size_exponent
+        return float(1 - (by_size + data * average**self.data_exponent) / (1 + data))
 
     def best_average(self, ratio: float) -> float:
         """The x of the largest gain, `r^(b / (a + b))`; 1 where nothing is gained."""
