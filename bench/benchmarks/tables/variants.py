@@ -23,6 +23,7 @@ PARTS = (
     ("widths and units by saliency", "left out: even widths by magnitude", "setpoint", "setpoint-magnitude"),
     ("saliency by reconstruction", "in place of gradients", "setpoint-reconstruction", "setpoint"),
     ("readers fitted at each cut", "alone, with even widths", "fitted-even", "setpoint-magnitude"),
+    ("readers fitted at each cut", "added", "setpoint-refitted", "setpoint"),
     ("readers fitted at each cut", "added, by reconstruction", "fitted", "setpoint-reconstruction"),
     ("a teacher", "alone", "cubic-taught", "cubic"),
     ("a teacher", "added", "setpoint-taught", "setpoint"),

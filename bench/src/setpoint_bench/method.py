@@ -31,6 +31,7 @@ from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.long import Long
 from setpoint_bench.methods.movement import Movement
 from setpoint_bench.methods.post_training import PostTraining
+from setpoint_bench.methods.refitted import Refitted
 from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint_bench.methods.sparse import Sparse
 from setpoint_bench.methods.states import Compressm, FewStates, Hankel
@@ -175,6 +176,7 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
     Setpoint("setpoint-reconstruction", sensor=ReconstructionSensor),
+    Refitted("setpoint-refitted"),
     Fitted("fitted", Schedule()),
     Fitted("fitted-even", Schedule(), even=True),
     Fitted("fitted-first"),
@@ -183,8 +185,8 @@ ABLATION_METHODS: tuple[Method, ...] = (
 
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
-what their readers cannot make up for (`reconstruction`). The `fitted` ones are cut by `setpoint.compress`: along
-Setpoint's schedule, or before the first step.
+what their readers cannot make up for (`reconstruction`), and readers that are fitted anew at each cut (`refitted`).
+The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before the first step.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (
