@@ -93,7 +93,8 @@ class _Fits:
         self, host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
     ) -> AbstractContextManager[None]:
         """Fit the readers of the units that a plan drops, which are about to be cut."""
-        losing = tuple(group for group in groups if group.name in plan.keep and not plan.keep[group.name].all())
+        keep = {name: units for name, units in plan.keep.items() if not units.all()}
+        losing = tuple(group for group in groups if group.name in keep)
         # The counter knows attention by its products alone.
         with self.watch, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             found: list[tuple[Tensor, Tensor]] = []
@@ -101,8 +102,8 @@ class _Fits:
                 found.append(next(self.batches))
             with preserved_rng_state(host.model):
                 data = first_batches(found, self.num_samples, host.model)
-                refit(host.model, find_readers(host.model, losing, plan.keep), data)
-                mask(host.model, None, losing, plan.keep)
+                refit(host.model, find_readers(host.model, losing, keep), data)
+                mask(host.model, None, losing, keep)
                 run(host.model, data, "renewed")
         self.flops += counter.get_total_flops()
         return nullcontext()
