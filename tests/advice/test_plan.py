@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_the_form_of_final_sizes_is_the_law_with_the_final_size() -> None:
     assert found.gain_by_final_size == pytest.approx((by_losses, by_losses))
     assert f"fits Setpoint's tests better: {-100 * by_losses:.1f} % more\n" in str(found)
     assert all(setpoint.plan(ratio=r, start=s).gain_by_final_size[1] <= 0 for r in (0.1, 1, 64) for s in (1.01, 2, 8))
+
+
+def test_the_interval_follows_from_the_errors_of_the_exponents() -> None:
+    """Claim: it is what laws with moved exponents predict, half its width grows with the errors, and it may be none."""
+    known = replace(HOFFMANN, exponent_errors=(0.01, 0.0))
+    low, high = known.interval(16, 1.5)
+    shifted = [replace(HOFFMANN, size_exponent=HOFFMANN.size_exponent + s * 0.0196).gain(16, 1.5) for s in (-1, 1)]
+    assert (low, high) == pytest.approx(sorted(shifted), rel=2e-2)
+    wide = replace(HOFFMANN, exponent_errors=(0.02, 0.0)).interval(16, 1.5)
+    assert wide[1] - wide[0] == pytest.approx(2 * (high - low), rel=1e-3)
+    assert HOFFMANN.interval(16, 1.5) == (HOFFMANN.gain(16, 1.5),) * 2
+    found = setpoint.plan(ratio=16, laws=[known])
+    assert found.interval == pytest.approx(known.interval(16, found.average)) and "(95 % interval: " in str(found)
+    assert "interval" not in str(setpoint.plan(ratio=16, laws=[HOFFMANN]))
+    published = setpoint.plan(ratio=16)
+    assert published.interval[0] <= published.gain[0] <= published.gain[1] <= published.interval[1]
+    with pytest.raises(UsageError, match="exponent_errors"):
+        replace(HOFFMANN, exponent_errors=(-0.1, 0.1))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,9 +27,10 @@ class Law:
         data_exponent: b.
         source: where the constants come from.
         sizes: smallest and largest N that they were fitted on.
+        exponent_errors: standard errors of a and b; None where they are not known.
 
     Raises:
-        UsageError: for a scale or an exponent that is not above 0.
+        UsageError: for a scale or an exponent that is not above 0, or an error below 0.
 
     >>> law = Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022")
     >>> round(100 * law.gain(ratio=16, average=2.5), 1), round(100 * law.gain(ratio=1, average=2.5), 1)
@@ -43,12 +44,15 @@ class Law:
     data_exponent: float
     source: str
     sizes: tuple[float, float] = (0.0, math.inf)
+    exponent_errors: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("size_scale", "size_exponent", "data_scale", "data_exponent"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise UsageError(f"{name} of a law must be above 0, got {value:.4g}")
+        if not all(0 <= error < math.inf for error in self.exponent_errors or ()):
+            raise UsageError(f"exponent_errors of a law are numbers of at least 0, got {self.exponent_errors}")
 
     def loss(self, size: float, data: float) -> float:
         """The loss of a run of this average size on so many tokens or samples."""
@@ -79,6 +83,26 @@ class Law:
         by_size = 1.0 if final else average**-self.size_exponent
         return float(1 - (by_size + data * average**self.data_exponent) / (1 + data))
 
+    def interval(self, ratio: float, average: float) -> tuple[float, float]:
+        """The 95 % interval of `gain` by the errors of a and b, to first order; the gain itself where none are known.
+
+        The errors are taken as independent, since published fits do not state how they are correlated. The ratio and
+        the form of the law are taken as true.
+
+        >>> low, high = LANGUAGE[1].interval(ratio=16, average=1.5)
+        >>> low < LANGUAGE[1].gain(ratio=16, average=1.5) < high
+        True
+        """
+        gain, names = self.gain(ratio, average), ("size_exponent", "data_exponent")
+        moved = [
+            replace(self, **{name: getattr(self, name) * (1 + 1e-6)}).gain(ratio, average) - gain for name in names
+        ]
+        slopes = [each / (1e-6 * getattr(self, name)) for each, name in zip(moved, names, strict=True)]
+        half = 1.96 * math.hypot(
+            *(slope * error for slope, error in zip(slopes, self.exponent_errors or (0, 0), strict=True))
+        )
+        return gain - half, gain + half
+
     def best_average(self, ratio: float) -> float:
         """The x of the largest gain, `r^(b / (a + b))`; 1 where nothing is gained."""
         return float(max(1.0, ratio ** (self.data_exponent / (self.size_exponent + self.data_exponent))))
@@ -86,9 +110,14 @@ class Law:
 
 LANGUAGE = (
     Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022, arXiv 2203.15556, approach 3", (7e7, 1.6e10)),
-    Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658, "Besiroglu et al. 2024, arXiv 2404.10102", (7e7, 1.6e10)),
+    Law(
+        1.8172, 482.01, 0.3478, 2085.43, 0.3658, "Besiroglu et al. 2024, arXiv 2404.10102", (7e7, 1.6e10), (0.02, 0.02)
+    ),
 )
-"""Two published fits of the same runs: where they disagree, nothing can be said."""
+"""Two published fits of the same runs: where they disagree, nothing can be said.
+
+The errors that the first one states are not used: the second shows that they are far too small.
+"""
 
 
 def average_size(start: float, cuts: tuple[float, float]) -> float:

@@ -57,8 +57,9 @@ class Advice:
             decisions only, which lie above this line, so `tokens` and `steps` are of a slightly larger mean.
         cuts: begin and end of the cuts, as shares of the steps.
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
-            highest of the laws; negative is a loss. It is the spread of the laws and no confidence interval. Replicas
-            of a fit, given as further laws, make it one.
+            highest of the laws; negative is a loss.
+        interval: of the gain: the lowest and the highest end of the laws' 95 % intervals, where a law states the errors
+            of its exponents; else as `gain`. It says how well the exponents are known, and not whether the law holds.
         bill: FLOPs of the whole run.
         tokens: tokens or samples that the bill pays for in a run that is cut by `schedule`.
         batch: tokens or samples of a step: as given, in whole rows of the example, or of the example; None where
@@ -84,6 +85,7 @@ class Advice:
     average: float
     cuts: tuple[float, float]
     gain: tuple[float, float]
+    interval: tuple[float, float]
     bill: float | None
     tokens: float | None
     batch: float | None
@@ -124,7 +126,7 @@ class Advice:
         lines.append(f"  data / compute-optimal data: {_range(*self.ratio)}")
         lines.append(f"  a start at {self.start:.3g} times the final size, cut between {self.cuts[0]:.0%} and "
                      f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "
-                     "model of the same training FLOPs, as predicted")  # fmt: skip
+                     f"model of the same training FLOPs, as predicted{self._within()}")  # fmt: skip
         if self.best_gain > max(0.0, min(self.gain)) and not math.isclose(self.best_start, self.start):
             lines.append(f"  by the law alone a start at {self.best_start:g} times gains most: at least "
                          f"{100 * self.best_gain:.1f} % less reducible loss")  # fmt: skip
@@ -143,6 +145,11 @@ class Advice:
             )
         lines += [f"  note: {note}" for note in self.notes if note != tests]
         return "\n".join([*lines, f"  constants: {'; '.join(self.sources)}"])
+
+    def _within(self) -> str:
+        """The interval of the gain, where it is wider than the spread of the laws."""
+        known = any(not math.isclose(*ends) for ends in zip(self.gain, self.interval, strict=True))
+        return f" (95 % interval: {_compared(*self.interval)})" if known else ""
 
     def _paid(self, tokens: float | None, steps: int | None) -> str:
         """On how many tokens, and in how many steps."""
@@ -267,6 +274,7 @@ def plan(
     average, gains = average_size(start, cuts), gains_of(start)
     low, high = min(gains), max(gains)
     finals = [law.gain(r, average, final=True) for law, r in zip(laws, ratios, strict=True)]
+    ends = [law.interval(r, average) for law, r in zip(laws, ratios, strict=True)]
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
     tested = published and max(ratios) <= TESTED
     advice = "train the small model" if tested or verdict == "train the small model" else "unknown"
@@ -277,7 +285,7 @@ def plan(
     if asked and asked != batch:
         notes.append(f"a step of {asked:,.0f} has no whole rows of the example: steps are of {batch:,.0f}")
     found = Advice(
-        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), bill, None, batch, None,
+        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), (min(a for a, _ in ends), max(b for _, b in ends)), bill, None, batch, None,
         tuple(notes), tuple(law.source for law in laws), best, min(gains_of(best)),
         (min(finals), max(finals)),
     )  # fmt: skip
