@@ -274,7 +274,8 @@ def plan(
     average, gains = average_size(start, cuts), gains_of(start)
     low, high = min(gains), max(gains)
     finals = [law.gain(r, average, final=True) for law, r in zip(laws, ratios, strict=True)]
-    ends = [law.interval(r, average) for law, r in zip(laws, ratios, strict=True)]
+    lows, highs = zip(*(law.interval(r, average) for law, r in zip(laws, ratios, strict=True)), strict=True)
+    interval = min(lows), max(highs)
     verdict = "prune" if low > 0 else "train the small model" if high <= 0 else "undecided"
     tested = published and max(ratios) <= TESTED
     advice = "train the small model" if tested or verdict == "train the small model" else "unknown"
@@ -285,7 +286,8 @@ def plan(
     if asked and asked != batch:
         notes.append(f"a step of {asked:,.0f} has no whole rows of the example: steps are of {batch:,.0f}")
     found = Advice(
-        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), (min(a for a, _ in ends), max(b for _, b in ends)), bill, None, batch, None,
+        verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), interval,
+        bill, None, batch, None,
         tuple(notes), tuple(law.source for law in laws), best, min(gains_of(best)),
         (min(finals), max(finals)),
     )  # fmt: skip
