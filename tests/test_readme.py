@@ -77,6 +77,7 @@ RESULTS = (
     "docs/results-choices.md",
     "docs/results-costs.md",
     "docs/when-it-pays.md",
+    "docs/results-law.md",
 )
 MEASURED = re.compile(
     r"\d[\d.,]* (?:points|nats)\b|\bby \d[\d.,]*|\d[\d.]* (?:to|and) \d[\d.]* %(?! (?:of the steps|intervals?))"

@@ -103,6 +103,7 @@ _DOCS = (
     "resume.md",
     "frameworks.md",
     "when-it-pays.md",
+    "results-law.md",
     "gpu.md",
 )
 RINGS = ("use", "tune", "extend")

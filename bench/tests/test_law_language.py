@@ -168,7 +168,7 @@ def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
 def test_the_page_shows_what_the_runs_came_to() -> None:
     """Claim: each measured and predicted gain of the page follows from the rows of the results file."""
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "when-it-pays.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results-law.md").read_text(encoding="utf-8")
     table = page.partition("<!-- results:law-measured -->\n")[2].partition("\n\n")[0]
     lines = [[cell.strip(" *x") for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert len(lines) >= 8

@@ -74,7 +74,7 @@ class Law:
             ratio: r, data of the small model / its compute-optimal data.
             average: x, mean size of the pruned run over its steps / its final size.
             final: the N of a pruned run is its final size, so x^-a is 1: what is left is the loss by less data. This
-                form is closer to Setpoint's tests, after which it was made (docs/when-it-pays.md).
+                form is closer to Setpoint's tests, after which it was made (docs/results-law.md).
 
         >>> LANGUAGE[0].gain(ratio=16, average=2.5, final=True) < 0
         True
