@@ -98,6 +98,7 @@ _DOCS = (
     "budgets.md",
     "distributed.md",
     "how-it-works.md",
+    "compile.md",
     "price.md",
     "even.md",
     "resume.md",
