@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,9 +221,9 @@ def test_nothing_is_lost_where_it_fails() -> None:
     model = _image_net()
     before, chance = _state(model), torch.get_rng_state()
     model[3].eval()
-    x = torch.randn(20, 1, 8, 8)
+    x = torch.randn(64, 1, 8, 8)
     with pytest.raises(ExampleError, match="fails on batch 1 of the data"):
-        setpoint.compress(model, [x, torch.randn(20, 2, 8, 8)], 0.5)
+        setpoint.compress(model, [x, torch.randn(64, 2, 8, 8)], 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training and not model[3].training and model[1].momentum == 0.1
     torch.set_rng_state(chance)
@@ -500,3 +501,34 @@ def test_a_model_is_compressed_twice() -> None:
     setpoint.compress(model, [x], 0.5)
     assert setpoint.compress(model, [x], 0.25).widths == {"0": 8}
     assert np.isclose(model[0].out_features, 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fits_are_exact_under_autocast(seed: int) -> None:
+    """Claim: forwards run as autocast says, and moments are no less exact: the fit succeeds, and is about the same."""
+    torch.manual_seed(seed)
+    x, model = torch.randn(256, 3, 8, 8), nn.Sequential(Block(3, 32), nn.Flatten(), nn.Linear(192, 10))
+    model(x)  # statistics
+    other, dense = copy.deepcopy(model), copy.deepcopy(model).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        setpoint.compress(model, [x], 0.5)
+    setpoint.compress(other, [x], 0.5)
+    with torch.no_grad():
+        rounded, exact = (float((dense(x) - each.eval()(x)).square().mean()) for each in (model, other))
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize(("rows", "thin"), [(4, True), (16, False)])
+def test_too_few_rows_for_a_fit_are_warned_of(rows: int, thin: bool) -> None:
+    """Claim: below a quarter of a row for each input that is fitted, a warning names the layer and both numbers."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    with pytest.warns(UserWarning, match="2 is given 4 rows for 64 inputs") if thin else nullcontext():
+        setpoint.compress(model, [torch.randn(rows, 16)], 0.5)
+
+
+def test_blocks_are_traded_where_none_fits_by_itself() -> None:
+    """Claim: what single exchanges of coarse blocks leave unused, exchanges of several use up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    found = setpoint.compress(model, [torch.randn(512, 16)], "50% flops")
+    assert 0.99 * found.limit < found.after["flops"] <= found.limit

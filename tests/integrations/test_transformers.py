@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -203,6 +205,31 @@ def test_what_is_no_budget_is_refused_at_once(budget: Any) -> None:
     """Claim: before the Trainer is made."""
     with pytest.raises(setpoint.SetpointError):
         SetpointCallback(budget)
+
+
+@pytest.mark.parametrize("way", ["attach", "compress", "shrink_to"])
+def test_who_cuts_a_model_need_not_enable_anything(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: save_pretrained of a model that was cut writes setpoint.json, where nobody has called for it before."""
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", inspect.unwrap(PreTrainedModel.save_pretrained))
+    model, tokens = build("bert"), torch.arange(8)[None].expand(4, 8)
+    if way == "attach":
+        optimizer = torch.optim.AdamW(model.parameters())
+        loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS)
+        for _ in range(STEPS):
+            model(tokens).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loop.finish()
+    elif way == "compress":
+        setpoint.compress(model, [{"input_ids": tokens}], 0.5)
+    else:
+        small = build("bert")
+        setpoint.compress(small, [{"input_ids": tokens}], 0.5)
+        model = setpoint.shrink_to(build("bert"), small.state_dict())
+        model.load_state_dict(small.state_dict())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "setpoint.json").is_file()
+    assert equal(weights(type(model).from_pretrained(tmp_path)), weights(model))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])

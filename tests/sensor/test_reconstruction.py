@@ -357,3 +357,17 @@ def test_flops_follow_the_sizes() -> None:
     wide, narrow = (nn.Sequential(nn.Linear(4, n), nn.ReLU(), nn.Linear(n, 3)) for n in (64, 32))
     costs = [Sensor().flops(setpoint.find_groups(each, (torch.ones(2, 4),)), each) for each in (wide, narrow)]
     assert 0 < costs[1] < 0.5 * costs[0]
+
+
+def test_moments_are_exact_under_autocast() -> None:
+    """Claim: where the whole step runs under autocast, the optimizer's included, readings are those without it."""
+    x = _mixed(64, 16).float()
+
+    def reading(*, enabled: bool) -> Reading:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return _read(model, x)[0]
+
+    rounded, exact = reading(enabled=True).saliency["0"], reading(enabled=False).saliency["0"]
+    assert np.isfinite(rounded).all() and np.corrcoef(rounded, exact)[0, 1] > 0.98

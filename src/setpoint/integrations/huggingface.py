@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
+from setpoint.actuator.carried import BEGUN
 from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.checkpoint.resumable import resumable
 from setpoint.integrations.pretrained import read_sizes, write_sizes
@@ -36,6 +39,17 @@ def enable_huggingface() -> None:
             _wrap(sys.modules[name])
         elif name not in waiting:
             sys.meta_path.insert(0, _Later(name))
+
+
+def _enable_for(model: nn.Module) -> None:
+    """Enable what is imported, where a model has it: `attach` and `compress` need no call of the user's."""
+    if any(hasattr(type(each), "save_pretrained") for each in model.modules()):
+        for name in _MODULES:
+            if (module := sys.modules.get(name)) is not None:
+                _wrap(module)
+
+
+BEGUN.append(_enable_for)
 
 
 class _Later(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -21,7 +21,7 @@ from setpoint.actuator.verify import failing_groups, few_rows
 from setpoint.controller.landing import cheapest, even_density, free_ladders
 from setpoint.controller.priced import PricedController
 from setpoint.controller.selection import add_back, descend, start
-from setpoint.controller.swap import swap
+from setpoint.controller.swap import swap, trade
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
@@ -229,6 +229,7 @@ def _choose(
     add_back(selection, limit)
     if not even:
         swap(selection, limit, 0.01)
+        trade(selection, limit, 0.01)
     return {name: ladder.keep(selection.rungs[name]) for name, ladder in selection.ladders.items()}
 
 

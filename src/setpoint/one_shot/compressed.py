@@ -40,6 +40,14 @@ class Compressed:
         """By group, the share of its units that stayed."""
         return {name: width / self.dense_widths[name] for name, width in self.widths.items()}
 
+    def _why(self) -> str:
+        """The first reason, and where the others are."""
+        if not self.frozen:
+            return ""
+        place, reason = next(iter(self.frozen.items()))
+        more = f"; {len(self.frozen) - 1} more in `frozen` (--json)" if len(self.frozen) > 1 else ""
+        return f": {place}: {reason}{more}"
+
     def __str__(self) -> str:
         words = {"flops": "FLOPs", "params": "parameters"}
         shares = ", ".join(
@@ -49,10 +57,10 @@ class Compressed:
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
         less = sum(self.widths.values()) < sum(self.dense_widths.values())
         if spent and less and self.after[self.resource] < 0.97 * self.limit:
-            spent += " (units go in blocks, and no block more fits the budget)"
+            spent += " (units go in blocks, and no exchange of blocks that was tried comes nearer)"
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}{spent}\n"
             f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
-            f"{counted(len(self.frozen), 'place')} not pruned, for reasons in `frozen`"
+            f"{counted(len(self.frozen), 'place')} not pruned{self._why()}"
         )

@@ -71,6 +71,8 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callab
     Raises:
         ExampleError: for a batch that the model does not take.
     """
+    # An autocast region keeps low-precision copies of weights, and these may have been fitted anew since the last run.
+    torch.clear_autocast_cache()
     with without_training(model, norms):
         for number, batch in enumerate(batches):
             args, kwargs = inputs_of(batch)

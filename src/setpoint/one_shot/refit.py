@@ -21,6 +21,8 @@ from setpoint.one_shot.forward import EnoughSeen, run
 from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows
 from setpoint.sensor.elimination import moment_of, regular
 from setpoint.sensor.padding import Padding
+from setpoint.warn import warn
+from setpoint.words import counted
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 
@@ -30,6 +32,9 @@ MOST_COLUMNS = 5120
 _ROWS_PER_COLUMN = 4
 _FEWEST_ROWS = 4096
 """Rows of which a layer's second moment is made: as many for each column, and these at least."""
+
+_FEWEST_SHARE = 0.25
+"""Rows for each column below which a fit is warned of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +85,12 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
     end. A bias is fitted with the weights. Inputs that are wider than `MOST_COLUMNS` are fitted in blocks without cross
     terms.
 
+    Warns where a layer has far fewer rows of data than inputs to fit.
+
     Raises:
         ExampleError: where a layer is given NaN or infinity.
     """
+    thin: list[tuple[float, str]] = []
     for reader in _in_order(model, readers, batches):
         layer, weight = _weight_of(model, reader)
         channels = by_column(layer, weight.detach())
@@ -96,6 +104,9 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
                 raise ExampleError(
                     f"{reader.layers[0]} is given NaN or infinity on the data: look for it in the data and the weights"
                 )
+            rows, inputs = float(moment[-1, -1]), len(moment) - 1  # the last column is of ones
+            if rows < _FEWEST_SHARE * inputs:
+                thin.append((rows / inputs, f"{reader.layers[0]} is given {rows:.0f} rows for {inputs} inputs"))
             stays = torch.from_numpy(np.repeat(reader.stays[block], channels.shape[1])).to(moment.device)
             columns = channels[block].flatten(0, 1).to(moment)
             if bias is None:
@@ -113,6 +124,11 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
             weight.copy_(from_columns(layer, found))
             if bias is not None:
                 bias.copy_(bias.cpu().double() + shift)
+    if thin:
+        warn(
+            f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin)[1]}. The cut model may be far "
+            "from the dense one: give more batches"
+        )
 
 
 def _blocks(channels: int, offsets: int) -> list[slice]:

@@ -34,8 +34,9 @@ def regular(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns 
 
 def moment_of(rows: Float[Tensor, "units columns rows"]) -> Float64[Tensor, "all_columns all_columns"]:
     """Sum over rows of `x x^T`; on the CPU where the device has no float64."""
-    flat = rows.flatten(0, 1)
-    product = flat @ flat.mT
+    flat = rows.flatten(0, 1).to(torch.promote_types(rows.dtype, torch.float32))
+    with torch.autocast(flat.device.type, enabled=False):  # rounded to bfloat16, a moment has negative eigenvalues
+        product = flat @ flat.mT
     return (product.cpu() if product.device.type == "mps" else product).double()
 
 
