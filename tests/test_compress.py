@@ -532,3 +532,17 @@ def test_blocks_are_traded_where_none_fits_by_itself() -> None:
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     found = setpoint.compress(model, [torch.randn(512, 16)], "50% flops")
     assert 0.99 * found.limit < found.after["flops"] <= found.limit
+
+
+def test_errors_of_inputs_say_what_to_give() -> None:
+    """Claim: words that are no budget, weights with NaN and single rows before a BatchNorm are named as such."""
+    x = torch.randn(64, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(BudgetError, match="^compress takes one budget of flops or params, .* got 'half'$"):
+        setpoint.compress(model, [x], "half")
+    with pytest.raises(ExampleError, match="Give two rows or more: a batch norm needs them"):
+        setpoint.compress(model, list(x.split(1)), 0.5)
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(GroupError, match="the weights 0.weight hold NaN or infinity"):
+        setpoint.compress(model, [x], 0.5)

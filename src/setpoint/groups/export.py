@@ -247,8 +247,12 @@ def _check_runs(model: nn.Module, example: Example, error: Exception) -> None:
     except Exception as plain:
         raise ExampleError(
             f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
-            f"{_first_line(plain)}{_user_line(plain)}"
+            f"{_first_line(plain)}{_user_line(plain)}{_advice(plain)}"
         ) from plain
+
+
+def _advice(error: Exception) -> str:
+    return ". Give two rows or more: a batch norm needs them" if "more than 1 value per channel" in str(error) else ""
 
 
 _DEPENDS_ON_DATA = {"DataDependentOutputException", "DynamicOutputShapeException"}

@@ -81,8 +81,8 @@ def compress(
     Args:
         model: trained; in one process, not in a wrapper.
         data: batches as in training, such as a `DataLoader`: tensors, tuples (inputs, labels), or dicts.
-            Labels are left out, unless the model runs only with them. Batches of one sample are left out where others
-            have more.
+            Labels are left out, unless the model runs only with them; of a dict these are "label", "labels",
+            "label_ids", "target" and "targets". Batches of one sample are left out where others have more.
         budget: of "flops" (of a training step on the first batch, as `attach` counts) or "params": a fraction of the
             dense model's FLOPs, a text such as "50% params", or a `Budget`.
         even: keep the same share of units in all groups; by default shares follow the scores.
@@ -118,6 +118,9 @@ def compress(
     optimizers = () if optimizer is None else real_optimizers(optimizer)
     check_trains(optimizers, model)
     goal = one_budget(budget)
+    for name, tensor in model.named_parameters():
+        if tensor.itemsize > 1 and not bool(tensor.isfinite().all()):  # not known of 8-bit floats
+            raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
     batches = first_batches(data, num_samples, model)
     with preserved_rng_state(model):
         traced = trace(model, batches[0])
@@ -150,12 +153,12 @@ def one_budget(budget: Any) -> Budget:
     Raises:
         BudgetError: for any other.
     """
+    takes = f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}"
+    if isinstance(budget, str) and not any(letter.isdigit() for letter in budget):
+        raise BudgetError(takes)
     goal = None if is_time(budget) else wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
-        raise BudgetError(
-            f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "
-            "resources are met in training, by attach"
-        )
+        raise BudgetError(f"{takes}: other resources are met in training, by attach")
     return goal
 
 
