@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,27 +31,26 @@ def fine_tuning_goals_table(root: Path) -> str:
     heads = [words.partition(",")[0] for words, _ in PRETRAINED.values()]
     lines = [f"| goal | {' | '.join(heads)} | reached |", f"|---|{'---:|' * len(heads)}---|"]
     near = [model.to_dense() for model in models]
-    lines.append(
-        _line("half: within 0.3 points of the dense model", near, [found.mean >= -NEAR_DENSE for found, _ in near])
-    )
+    lines.append(_line("half: within 0.3 points of the dense model", near, _above(near, -NEAR_DENSE)))
     half = [model.lead(0.5) for model in models]
     lines.append(
         _line("half: not clearly behind any rival", half, [not (found.clear and found.mean < 0) for found, _ in half])
     )
     quarter = [model.lead(0.25) for model in models]
-    lines.append(_line("a quarter: ahead of every rival", quarter, [found.mean > 0 for found, _ in quarter]))
+    lines.append(_line("a quarter: ahead of every rival", quarter, _above(quarter, 0.0)))
     clear = sum(found.clear and found.mean > 0 for found, _ in quarter)
-    lead = statistics.fmean(found.mean for found, _ in quarter)
+    lead = _mean_of([found for found, _ in quarter])
     empty = " | ".join([""] * len(models))
     of_all = f"{clear} of {len(models)}, {_yes(clear >= CLEAR_ON)}"
     lines += [
         f"| a quarter: clearly so on {CLEAR_ON} of {len(models)} | {empty} | {of_all} |",
-        f"| a quarter: by 1 point in the mean | {empty} | {100 * lead:+.1f} points, {_yes(lead >= MEAN_LEAD)} |",
+        f"| a quarter: by 1 point in the mean | {empty} "
+        f"| {marked(lead, 'accuracy')}: {_verdict(_is(lead, MEAN_LEAD))} |",
     ]
     for budget, words in ((0.5, "half"), (0.25, "a quarter")):
         small = [model.to_small(budget) for model in models]
-        measured = [found.mean > 0 for found, _ in small if found is not None]
-        lines.append(_line(f"{words}: ahead of the small pretrained model (its FLOPs)", small, measured))
+        words = f"{words}: ahead of the small pretrained model (its FLOPs)"
+        lines.append(_line(words, small, _above([each for each in small if each[0] is not None], 0.0)))
     for budget, most in MOST_FLOPS.items():
         shares = [model.training_flops(budget) for model in models]
         words = f"{percent(budget)} of the FLOPs: training FLOPs at most {percent(most)} of dense"
@@ -77,7 +77,7 @@ class _Model:
         here = [cell for cell in self.cells if cell.budget == budget and cell.family in RIVALS]
         rivals = {cell.method for cell in here if not cell.method.partition("@")[0].endswith(("-long", "-taught"))}
         names = sorted(name for name in rivals if len(self.of(name, budget)) >= 3)  # of equal means always the same
-        best = max(names, key=lambda name: statistics.fmean(cell.value for cell in self.of(name, budget)))
+        best = max(names, key=lambda name: round(statistics.fmean(cell.value for cell in self.of(name, budget)), 9))
         return _known(self.of(SETPOINT, budget), self.of(best, budget)), f" (`{best}`)"
 
     def to_small(self, budget: float) -> tuple[Difference | None, str]:
@@ -101,9 +101,38 @@ def _known(ours: Sequence[Cell], theirs: Sequence[Cell]) -> Difference:
     return found
 
 
-def _line(words: str, found: Sequence[tuple[Difference | None, str]], reached: Sequence[bool]) -> str:
+def _mean_of(found: Sequence[Difference]) -> Difference:
+    """The mean of independent differences, with an interval where all have one."""
+    mean = statistics.fmean(each.mean for each in found)
+    halves = [(each.high - each.low) / 2 for each in found if each.low is not None and each.high is not None]
+    if len(halves) < len(found):
+        return Difference(mean, min(each.num for each in found))
+    half = math.hypot(*halves) / len(halves)
+    return Difference(mean, min(each.num for each in found), None, mean - half, mean + half)
+
+
+def _is(found: Difference, least: float) -> bool | None:
+    """Whether a difference is at least so much; None where its interval contains that value, or there is none."""
+    if found.low is None or found.high is None or found.low < least <= found.high:
+        return None
+    return found.low >= least
+
+
+def _above(found: Sequence[tuple[Difference | None, str]], least: float) -> list[bool | None]:
+    return [None if each is None else _is(each, least) for each, _ in found]
+
+
+def _verdict(reached: bool | None) -> str:
+    return "undecided" if reached is None else _yes(reached)
+
+
+def _line(words: str, found: Sequence[tuple[Difference | None, str]], reached: Sequence[bool | None]) -> str:
+    """Reached if on all, not reached if not on one, else undecided."""
     cells = [NOTHING if each is None else f"{marked(each, 'accuracy')}{name}" for each, name in found]
-    return f"| {words} | {' | '.join(cells)} | {sum(reached)} of {len(reached)}, {_yes(all(reached))} |"
+    of_all = False if False in reached else None if None in reached else True
+    open_ones = f", {reached.count(None)} undecided" if None in reached else ""
+    counted = f"{reached.count(True)} of {len(reached)}{open_ones}"
+    return f"| {words} | {' | '.join(cells)} | {_verdict(of_all)} ({counted}) |"
 
 
 def _yes(reached: bool) -> str:

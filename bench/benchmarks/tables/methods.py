@@ -209,8 +209,11 @@ def _accuracy(row: Row) -> str:
 def _best_of_families(rows: Sequence[Row]) -> dict[str, Row | None]:
     """The best row of Setpoint, of the open loops and of the cuts after training, in this order."""
     kinds = {"Setpoint": SETPOINT, "open loop": "open-loop", "cut after training": "post-training"}
+    by_name = sorted(rows, key=lambda row: row.method)  # of equal means always the same
     return {
-        kind: max((row for row in rows if row.family == family), key=lambda row: row.value.mean, default=None)
+        kind: max(
+            (row for row in by_name if row.family == family), key=lambda row: round(row.value.mean, 9), default=None
+        )
         for kind, family in kinds.items()
     }
 
@@ -283,6 +286,11 @@ def seconds_table(root: Path) -> str:
     return _matrix(root, "seconds of `setpoint` / of", entry)
 
 
+def _of_a_rate(method: str) -> bool:
+    """Whether nothing but the learning rate is set in a method's name."""
+    return all(each.startswith("learning_rate=") for each in method.split("@")[1:])
+
+
 def _matrix(root: Path, heading: str, entry: Callable[[Sequence[Cell], Sequence[Cell]], str]) -> str:
     """Setpoint beside every method at the same budget: one row a method, one column a task and budget."""
     columns: list[str] = []
@@ -294,13 +302,15 @@ def _matrix(root: Path, heading: str, entry: Callable[[Sequence[Cell], Sequence[
             columns.append(f"{ours[0].task} {round(100 * (budget or 1.0))} %")
             for cells in groups.values():
                 first = cells[0]
-                if first.budget in (None, budget) and "@" not in first.method and cells is not ours:
+                if first.budget in (None, budget) and _of_a_rate(first.method) and cells is not ours:
                     key = (FAMILIES.index(first.family), first.method)
                     rows.setdefault(key, {})[columns[-1]] = entry(ours, cells)
     used = [column for column in columns if any(each.get(column, NOTHING) != NOTHING for each in rows.values())]
     lines = [f"| {heading} | {' | '.join(used)} |", f"|---|{'---:|' * len(used)}"]
     for _, method in sorted(rows, key=lambda key: key[0]):
         texts = next(found for (_, name), found in rows.items() if name == method)
+        if all(texts.get(column, NOTHING) == NOTHING for column in used):
+            continue
         lines.append(f"| `{method}` | {' | '.join(texts.get(column, NOTHING) for column in used)} |")
     return "\n".join(lines)
 

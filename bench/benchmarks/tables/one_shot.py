@@ -67,8 +67,8 @@ def _mean(values: Mapping[int, float], metric: str) -> str:
 
 
 def _ahead(cells: Mapping[str, Mapping[int, float]], metric: str) -> str:
-    """How far our method is ahead of the other one of the best mean, whose cut is not our own either."""
-    others = {name: found for name, found in cells.items() if not name.startswith(OURS) and found}
+    """How far our default is ahead of the other one of the best mean."""
+    others = {name: found for name, found in cells.items() if name != OURS and found}
     if not others or not cells.get(OURS):
         return NOTHING
     sign = 1 if metric == "accuracy" else -1

@@ -16,6 +16,7 @@ PARTS = (
     ("early cuts", "alone, with even widths by magnitude", "setpoint-magnitude", "cubic"),
     ("early cuts", "left out", "setpoint", "setpoint-late"),
     ("early cuts", "earlier still", "setpoint-early", "setpoint"),
+    ("cuts that wait for the loss", "added", "setpoint-waiting", "setpoint"),
     ("eight cuts", "two in their place", "setpoint-few", "setpoint"),
     ("widths by saliency", "left out: even widths", "setpoint", "setpoint-uniform"),
     ("widths by saliency", "bounded by a floor of 0.5", "setpoint-level@min_density=0.5", "setpoint"),

@@ -54,6 +54,7 @@ METHODS: Mapping[str, str] = {
     "setpoint-vanish": "As setpoint; groups may be cut down to nothing.",
     "setpoint-level": "As setpoint; no group goes below 0.7 of the density of a uniform cut.",
     "setpoint-reconstruction": "As setpoint; units are ranked by what the layers that read them cannot make up for.",
+    "setpoint-waiting": "As setpoint; the next cut waits until the loss has recovered from the last one.",
     "setpoint-refitted": "As setpoint; what reads the cut units is fitted anew at each cut.",
     "fitted": "Cut by compress along Setpoint's schedule; each time what reads the cut units is fitted anew.",
     "fitted-even": "As fitted, all groups at the same density.",

@@ -24,6 +24,7 @@ from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.scheduled import ScheduledController
 from setpoint_bench.baselines.snip import Snip
+from setpoint_bench.baselines.waiting import WaitingController
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.methods.fitted import Fitted
 from setpoint_bench.methods.gates import Gates
@@ -176,6 +177,7 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
     Setpoint("setpoint-reconstruction", sensor=ReconstructionSensor),
+    Setpoint("setpoint-waiting", WaitingController()),
     Refitted("setpoint-refitted"),
     Fitted("fitted", Schedule()),
     Fitted("fitted-even", Schedule(), even=True),
@@ -185,8 +187,9 @@ ABLATION_METHODS: tuple[Method, ...] = (
 
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
-what their readers cannot make up for (`reconstruction`), and readers that are fitted anew at each cut (`refitted`).
-The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before the first step.
+what their readers cannot make up for (`reconstruction`); cuts that wait for the loss (`waiting`); readers that are
+fitted anew at each cut (`refitted`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or
+before the first step.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (

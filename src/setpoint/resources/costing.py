@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import cut_groups
+from setpoint.cache import keep, recall
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, widths_of
+from setpoint.resources.counted import Make, Narrowing, Share, Tally
 from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.inference import inference_replica
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
@@ -43,15 +45,6 @@ _WORTH_KEEPING = 0.15
 """A fit with a larger error was made on a busy machine, and is made again next time."""
 
 
-class Narrowing(Trainee, Protocol):
-    """A copy that can become narrower."""
-
-    def narrow(self, groups: tuple[Group, ...], widths: Mapping[str, int]) -> tuple[Group, ...]:
-        """Cut its groups to these widths; gives the groups at them."""
-
-
-Make = Callable[..., AbstractContextManager[Narrowing]]
-"""Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
 Reading = tuple[Mapping[str, int], float]
 """Widths, and what a step took there."""
 
@@ -64,6 +57,7 @@ class Costing:
         errors: by resource, median relative error of the prediction on copies; absent where not known.
         step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
         idle_watts: power drawn while this process rests, as measured; None where joules are not asked for or metered.
+        steps: made on copies, in steps of the dense model by FLOPs.
     """
 
     costs: Mapping[str, Cost] = field(default_factory=dict)
@@ -72,6 +66,7 @@ class Costing:
     step_seconds: Mapping[str, float] = field(default_factory=dict)
     energy: EnergyMeter | None = None
     idle_watts: float | None = None
+    steps: float = 0.0
 
     @property
     def header(self) -> dict[str, Any]:
@@ -89,11 +84,14 @@ def cost_out(
     watts: float | None = None,
     inference_example: Example | None = None,
     fingerprint: str = "",
+    share: Share = lambda widths: 1.0,
+    pass_share: Share = lambda widths: 1.0,
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
     `watts` is the power of a training step, as the user states it for a machine without an energy meter. With a
-    `fingerprint` of the model its recorded step is kept, if the optimizer is known well enough.
+    `fingerprint` of the model its recorded step is kept, if the optimizer is known well enough. `share` and
+    `pass_share` say what a step of training and a pass take of the FLOPs of a dense step.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
@@ -115,19 +113,18 @@ def cost_out(
         warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside")
     costs, sources = dict[str, Cost](), dict[str, str]()
     errors, step_seconds = dict[str, float](), dict[str, float]()
-    table = Table(device) if wanted & {"latency", "inference", "energy"} else None
+    table, tally = Table(device) if wanted & {"latency", "inference", "energy"} else None, Tally()
     if wanted & {"memory", "latency", "energy"}:
-        make = partial(replica, model, optimizers, example, groups)
+        make = tally.over(partial(replica, model, optimizers, example, groups), share, begun=1)
         seen = list[Reading]() if table is not None and meter is None else None
         tape = kept_tape(tape_key(model, optimizers, groups, fingerprint, "step"), partial(_tape, make, groups, seen))
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
-                off = []
-                for widths in narrowing_widths(groups, seed=1)[0][2:]:  # others than those of the tape
-                    with make(widths, data=True) as copy:
-                        off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
-                errors["memory"] = statistics.median(off)
+                checked = tape_key(model, optimizers, groups, fingerprint, "error of memory")
+                known = recall(checked)
+                errors["memory"] = known if isinstance(known, float) else _memory_error(memory, make, groups)
+                keep(checked, errors["memory"])
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
             latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen or ())
@@ -138,7 +135,8 @@ def cost_out(
                 costs["energy"] = energy = _energy(latency, watts, joules, meter)
                 sources["energy"], errors["energy"] = energy.source, energy.error
     if table is not None and "inference" in wanted:
-        answer = partial(inference_replica, model, example if inference_example is None else inference_example, groups)
+        asked = example if inference_example is None else inference_example
+        answer = tally.over(partial(inference_replica, model, asked, groups), pass_share, begun=0)
         key = tape_key(model, (), groups, fingerprint, "pass") if inference_example is None else ""
         passed = list[Reading]()
         passing = LatencyCost(
@@ -150,7 +148,17 @@ def cost_out(
             errors[name] = cost.fit.error
             sources[name] = f"modelled: operations timed on this device, kept in {table.name}"
     errors = {name: error for name, error in errors.items() if math.isfinite(error)}
-    return Costing(costs, sources, errors, step_seconds, meter, idle_watts(meter) if meter is not None else None)
+    idle = idle_watts(meter) if meter is not None else None
+    return Costing(costs, sources, errors, step_seconds, meter, idle, tally.steps)
+
+
+def _memory_error(memory: Cost, make: Make, groups: tuple[Group, ...]) -> float:
+    """Median relative error of predicted bytes on copies, at other widths than those of the tape."""
+    off = []
+    for widths in narrowing_widths(groups, seed=1)[0][2:]:
+        with make(widths, data=True) as copy:
+            off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
+    return statistics.median(off)
 
 
 def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:

@@ -12,15 +12,16 @@ import torch
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
-from setpoint.cost.flops import forward_flops
+from setpoint.cost.flops import flops_cost, forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.groups.export import Example, inputs_of, num_samples
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.resources.costing import cost_out
+from setpoint.resources.counted import Share
 from setpoint.resources.energy import EnergyCost
 from setpoint.resources.inference import Inference
 from setpoint.resources.metering import Metering
@@ -38,6 +39,7 @@ class Learnt:
     header: Mapping[str, Any]
     meter: Metering
     target: Callable[[Sequence[Budget], Mapping[str, Cost], Schedule, str, Mapping[str, float]], Target]
+    passes: float  # steps on copies, in steps of the dense model
 
 
 def learn(
@@ -52,11 +54,20 @@ def learn(
     watts = next((each.watts for each in goals if each.watts is not None), None)
     given = next((each.example for each in goals if each.example is not None), None)
     answered = example if given is None else given
-    costing = cost_out(host.model, host.optimizers, example, groups, measured, watts, given, found.key)
-    inference, pass_flops, energy = None, None, costing.costs.get("energy")
+    own, inference, pass_flops = restricted(found, groups), None, None
     if "inference" in measured:
         inference = Inference.of(host.model, answered)
-        pass_flops = forward_flops(restricted(found, groups), num_samples(answered) / num_samples(example))
+        pass_flops = forward_flops(own, num_samples(answered) / num_samples(example))
+    dense = flops_cost(own).total(widths_of(groups))
+
+    def share(of: Cost | None) -> Share:
+        return lambda widths: of.total(widths) / dense if of is not None and dense else 0.0
+
+    costing = cost_out(
+        host.model, host.optimizers, example, groups, measured, watts, given, found.key,
+        share=share(flops_cost(own)), pass_share=share(pass_flops),
+    )  # fmt: skip
+    energy = costing.costs.get("energy")
     meter = Metering(
         measured,
         Replica(host.model, tuple(host.optimizers), *inputs_of(example)).held,
@@ -68,4 +79,6 @@ def learn(
         pass_flops=pass_flops,
         watts=energy.watts if isinstance(energy, EnergyCost) and energy.stated else 0.0,
     )
-    return Learnt(costing.costs, costing.sources, costing.header, meter, partial(MeteredTarget, groups, meter))
+    return Learnt(
+        costing.costs, costing.sources, costing.header, meter, partial(MeteredTarget, groups, meter), costing.steps
+    )

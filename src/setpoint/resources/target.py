@@ -174,9 +174,10 @@ class MeteredTarget(Target):
         self._asked[name] = self._limit[name]
         self._limit[name] = seen * (1 + _SLACK)
         warn(
-            f"the budget of {amount(limit, name)} cannot be met: of the {amount(seen, name)} that the meter reads too "
-            "much does not shrink with the model (loading data, say), and by what cuts have saved so far the narrowest "
-            f"model would still take about {amount(least, name)}. Nothing more is cut for it"
+            f"the budget of {amount(limit, name)} looks out of reach: the meter reads {amount(seen, name)}, and by "
+            f"what cuts have saved so far the narrowest model would still take about {amount(least, name)}. The "
+            "rest does not shrink with the model: loading data, say, or other work of this machine. Nothing more is "
+            "cut for it"
         )
 
     # What is remembered.
