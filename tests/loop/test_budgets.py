@@ -75,7 +75,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     tape = costing._tape
 
     def recorded(make: Any, groups: tuple[Group, ...], seen: Any) -> Tape:
-        key = f"{make.func} {make.args[0]} {groups} {[x.shape for x in make.args[-2]]}"
+        inner = make.args[0]
+        key = f"{inner.func} {inner.args[0]} {groups} {[x.shape for x in inner.args[-2]]}"
         return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups, []))
 
     monkeypatch.setattr(costing, "_tape", recorded)
@@ -85,7 +86,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
 
     def timed(make: Any, groups: tuple[Group, ...], device: Any, meter: Any, show: Any) -> Iterator[Any]:
         for widths in costing._narrowing(groups):
-            yield widths, *made.copy_of_step(make.func, widths, meter)
+            yield widths, *made.copy_of_step(make.args[0].func, widths, meter)
 
     monkeypatch.setattr(costing, "_timed", timed)
     monkeypatch.setattr(seconds_file, "_now", lambda synchronize: made.now)

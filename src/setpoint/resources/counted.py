@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol, final
 
 from torch import Tensor
@@ -40,15 +41,16 @@ class Tally:
             share: of one of their steps.
             begun: steps that a copy has made when it is given out.
         """
+        return partial(self._counting, make, share, begun)
 
-        @contextmanager
-        def counting(widths: Mapping[str, int], **settings: Any) -> Iterator[Narrowing]:
-            with make(widths, **settings) as copy:
-                counted = _Counted(copy, widths, self if settings.get("data", True) else Tally(), share)
-                counted.count(begun)
-                yield counted
-
-        return counting
+    @contextmanager
+    def _counting(
+        self, make: Make, share: Share, begun: int, widths: Mapping[str, int], **settings: Any
+    ) -> Iterator[Narrowing]:
+        with make(widths, **settings) as copy:
+            counted = _Counted(copy, widths, self if settings.get("data", True) else Tally(), share)
+            counted.count(begun)
+            yield counted
 
     def add(self, steps: float) -> None:
         """Further steps of the dense model."""
