@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from setpoint_bench.report.folder import LEDGER, RESULTS, read_lines
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.summary import SETPOINT
 
-WIDTH, LEFT, TOP, HIGH, GAP = 820, 52, 40, 150, 74
+WIDTH, LEFT, TOP, HIGH, GAP = 820, 52, 40, 150, 160
 EVEN = "cubic"
 LOST = ("#f6d9b8", "#f2c08a", "#eaa55c", "#dd8a36", "#c4701f", "#a65a15", "#85470f", "#64360c")
 """Colours of the cuts, early to late."""
@@ -52,7 +53,7 @@ def write_lost_picture(folder: Path, out: Path) -> Path:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{title}">',
         "<style>text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
-        ".soft { fill: #5a6575; } .ground { fill: #ffffff; } .kept { fill: #3f7cac; } .even { stroke: #1c2430; "
+        ".soft { fill: #5a6575; } .name { font-size: 10px; } .ground { fill: #ffffff; } .kept { fill: #3f7cac; } .even { stroke: #1c2430; "
         "stroke-width: 2; } @media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .soft { fill: #a3acb9; } "
         ".ground { fill: #12181f; } .even { stroke: #ffffff; } }</style>",
         f'<rect class="ground" width="{WIDTH}" height="{height}" rx="6"/>',
@@ -64,7 +65,10 @@ def write_lost_picture(folder: Path, out: Path) -> Path:
     ]  # fmt: skip
     for place, (budget, cuts, dense, even) in enumerate(runs):
         top = TOP + place * (HIGH + GAP)
-        parts.append(f'<text x="{LEFT}" y="{top + 12}">{100 * budget:g} % of the FLOPs</text>')
+        steps = ", ".join(f"{cut['step']}" for cut in cuts)
+        parts.append(
+            f'<text x="{LEFT}" y="{top + 12}">{100 * budget:g} % of the FLOPs; cuts after steps {steps}</text>'
+        )
         parts += _bars(top + 20, cuts, dense, even)
     parts.append("</svg>")
     out.write_text("\n".join(parts) + "\n", encoding="utf-8")
@@ -76,6 +80,7 @@ def _bars(
 ) -> list[str]:
     pitch = (WIDTH - LEFT - 16) / len(dense)
     wide, drawn = 0.8 * pitch, []
+    shared = commonprefix(list(dense)).rpartition(".")[0] + "."
     for share in (0, 50, 100):
         y = top + HIGH * (1 - share / 100)
         drawn.append(f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{share} %</text>')
@@ -94,10 +99,9 @@ def _bars(
             line = top + HIGH * (1 - even[name] / units)
             bars.append(f'<path class="even" d="M{x - 0.1 * pitch:.1f} {line:.1f}h{pitch:.1f}"/>')
         drawn.append(f"<g><title>{name}: {kept} of {units}</title>{''.join(bars)}</g>")
-    last = len(dense) - 1
-    drawn.append(f'<text class="soft" x="{LEFT}" y="{top + HIGH + 18}">first: {next(iter(dense))}</text>')
-    drawn.append(
-        f'<text class="soft" x="{LEFT + pitch * (last + 0.8):.0f}" y="{top + HIGH + 18}" text-anchor="end">'
-        f"last: {list(dense)[-1]}</text>"
-    )
+        across, below = x + 0.4 * pitch + 3, top + HIGH + 8
+        drawn.append(
+            f'<text class="soft name" transform="translate({across:.1f} {below:.0f}) rotate(-90)" text-anchor="end">'
+            f"{name.removeprefix(shared)}</text>"
+        )
     return drawn
