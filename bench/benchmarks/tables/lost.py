@@ -53,7 +53,8 @@ def write_lost_picture(folder: Path, out: Path) -> Path:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{title}">',
         "<style>text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
-        ".soft { fill: #5a6575; } .name { font-size: 10px; } .ground { fill: #ffffff; } .kept { fill: #3f7cac; } .even { stroke: #1c2430; "
+        ".soft { fill: #5a6575; } .name { font-size: 10px; } "
+        ".ground { fill: #ffffff; } .kept { fill: #3f7cac; } .even { stroke: #1c2430; "
         "stroke-width: 2; } @media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .soft { fill: #a3acb9; } "
         ".ground { fill: #12181f; } .even { stroke: #ffffff; } }</style>",
         f'<rect class="ground" width="{WIDTH}" height="{height}" rx="6"/>',
