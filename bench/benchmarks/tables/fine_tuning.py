@@ -152,7 +152,7 @@ def passes_table(file: Path, root: Path, model: str, small: str) -> str:
         if row["split"] == "test"
     ]
     lines = [
-        "| passes | method | FLOPs / step | accuracy | less dense, points | less `" + small + "`, points | seeds |",
+        "| passes | method | FLOPs / step | accuracy | − dense, points | − `" + small + "`, points | seeds |",
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
     for passes in sorted({row["passes"] for row in longer} | {1}):

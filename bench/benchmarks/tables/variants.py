@@ -83,7 +83,7 @@ def recipe_table(path: Path) -> str:
     lines = [f"| part | measured | {' | '.join(PAIRS.values())} |", f"|---|---|{'---:|' * len(PAIRS)}"]
     for part, how, one, other in PARTS:
         cells = [_apart(values.get((task, one), {}), values.get((task, other), {})) for task in PAIRS]
-        lines.append(f"| {part} | {how}: `{one}` less `{other}` | {' | '.join(cells)} |")
+        lines.append(f"| {part} | {how}: `{one}` − `{other}` | {' | '.join(cells)} |")
     return "\n".join([*lines, "", rows_made_on(rows)])
 
 
@@ -154,7 +154,7 @@ def price_table(path: Path) -> str:
 def even_table(path: Path) -> str:
     """What one width for all layers of a kind costs in loss, by budget, and the sentence that says so."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| task | steps | budget | free widths | even widths | even less free | seeds |", f"|---|{'---:|' * 6}"]
+    lines = ["| task | steps | budget | free widths | even widths | even − free | seeds |", f"|---|{'---:|' * 6}"]
     found: dict[tuple[str, float], dict[bool, dict[int, dict[str, Any]]]] = {}
     for row in data["rows"]:
         by_seed = found.setdefault((row["task"], row["budget"]), {True: {}, False: {}})[row["even"]]
