@@ -26,6 +26,7 @@ PARTS = (
     ("readers fitted at each cut", "alone, with even widths", "fitted-even", "setpoint-magnitude"),
     ("readers fitted at each cut", "added", "setpoint-refitted", "setpoint"),
     ("readers fitted at each cut", "added, by reconstruction", "fitted", "setpoint-reconstruction"),
+    ("readers fitted at each cut", "by reconstruction, beside the default", "fitted", "setpoint"),
     ("a teacher", "alone", "cubic-taught", "cubic"),
     ("a teacher", "added", "setpoint-taught", "setpoint"),
 )
