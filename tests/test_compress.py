@@ -134,7 +134,7 @@ def test_half_of_the_flops_cost_little(even: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("build", "shape"),
-    [(_image_net, (20, 1, 8, 8)), (lambda: nn.Sequential(Attention(), nn.Linear(12, 3)), (6, 5, 12))],
+    [(_image_net, (60, 1, 8, 8)), (lambda: nn.Sequential(Attention(), nn.Linear(12, 3)), (6, 5, 12))],
     ids=["images", "heads"],
 )
 def test_the_cut_model_equals_its_masked_twin(

@@ -251,9 +251,11 @@ METHODS: dict[str, Cut] = {
 }
 
 
-def measured(task: SimpleTask, seed: int, runs: Path, known: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+def measured(
+    task: SimpleTask, seed: int, runs: Path, known: set[tuple[Any, ...]], methods: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """A row for each method and budget of a seed that is not known, and one of the dense model."""
-    wanted = [(name, budget) for budget in BUDGETS for name in METHODS if (task.name, name, budget, seed) not in known]
+    wanted = [(name, budget) for budget in BUDGETS for name in methods if (task.name, name, budget, seed) not in known]
     if not wanted:
         return
     dense = dense_model(task, seed, runs)
@@ -291,13 +293,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/one-shot.json"))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     args = parser.parse_args()
     rows = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
     for name in args.tasks:
         task = task_of(name, args.data)
         for seed in args.seeds:
             known = {(row["task"], row["method"], row["budget"], row["seed"]) for row in rows}
-            for row in measured(task, seed, args.runs, known):
+            for row in measured(task, seed, args.runs, known, args.methods):
                 same = (row["task"], row["method"], row["budget"], row["seed"])
                 rows = [each for each in rows if (each["task"], each["method"], each["budget"], each["seed"]) != same]
                 rows.append(row)

@@ -334,7 +334,8 @@ def over_trained_line(file: Path) -> str:
     starts = _listed([f"{arm.start:g}" for arm in there])
     losses = _listed([f"{arm.loss:.3f}" for arm in there])
     return (
-        f"A tiny language model was trained from scratch on {largest:g} times the data that is optimal for its size. Small from the start, "
+        f"A tiny language model was trained from scratch on {largest:g} times the data that is optimal for its size. "
+        f"Small from the start, "
         f"it ends at {there[0].small:.3f} nats per byte; less is better. From a start {starts} times as large it ends "
         f"at {losses} for the same FLOPs ({there[0].gain.num} seeds)."
     )
