@@ -489,6 +489,21 @@ def test_a_plan_is_refused_before_the_model_is_traced(tmp_path: Path, monkeypatc
     )
 
 
+def test_a_plan_of_a_model_of_tokens(tmp_path: Path) -> None:
+    """Claim: a model that takes tokens is planned with a number of them, and steps are left out without a batch."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\nfrom torch import nn\n\n\ndef build():\n"
+        "    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 50))\n"
+        "    return model, (torch.zeros(4, 8, dtype=torch.long),)\n",
+        encoding="utf-8",
+    )
+    plan = ("plan", f"{own}:build", "--budget", "50%", "--tokens", "1e7")
+    assert "FLOPs train the small model on 1e+07 tokens or samples\n" in invoke(*plan).stdout
+    assert "steps of 64" in invoke(*plan, "--batch", "64").stdout
+    assert json.loads(invoke(*plan, "--json").stdout)["small_steps"] is None
+
+
 def test_a_model_is_compressed(tmp_path: Path) -> None:
     """`compress` cuts the model of a file to a budget and writes it; a budget or function that is none is one line."""
     own = tmp_path / "own.py"

@@ -279,7 +279,7 @@ def plan(
             start=start,
         )
         if batch is None:  # the example's own is only large enough to trace with
-            found = replace(found, batch=None, steps=None)
+            found = replace(found, batch=None, steps=None, small_steps=None)
         console().print(str(found), soft_wrap=True, markup=False, highlight=False)
         page = "https://github.com/setpoint-developers/setpoint/blob/main/docs/when-it-pays.md"
         finish(found.to_dict(), f"{page} says what stands behind this")

@@ -21,6 +21,7 @@ from setpoint.errors import BudgetError, UsageError
 from setpoint.resources.measure_step import measure_step
 
 HOFFMANN = LANGUAGE[0]
+OWN = replace(HOFFMANN, exponent_errors=None, source="Hoffmann's constants, as if they were one's own")
 
 
 @pytest.mark.parametrize("size", [1e5, 1e8])
@@ -81,13 +82,13 @@ def test_advice_for_a_size_and_tokens() -> None:
 
     A gain by a law of one's own is no advice to prune: the tests found none where such a law predicted one.
     """
-    advice = setpoint.plan(size=1e8, tokens=20 * HOFFMANN.optimal_data(1e8), batch=1e6, laws=[HOFFMANN])
+    advice = setpoint.plan(size=1e8, tokens=20 * HOFFMANN.optimal_data(1e8), batch=1e6, laws=[OWN])
     assert advice.pays and advice.ratio == pytest.approx((20.0, 20.0))
     assert advice.notes == (UNPROVEN_OF_OTHERS,)
     assert advice.bill == pytest.approx(6 * 1e8 * 20 * HOFFMANN.optimal_data(1e8))
     assert advice.tokens is not None and advice.steps == int(advice.tokens // 1e6)
     assert 6 * 1e8 * mean(2) * advice.tokens == pytest.approx(advice.bill)
-    same = setpoint.plan(size=1e8, flops=advice.bill, laws=[HOFFMANN])
+    same = setpoint.plan(size=1e8, flops=advice.bill, laws=[OWN])
     assert same.ratio == pytest.approx(advice.ratio)
     assert str(advice).startswith("Nothing is known. The given law predicts a gain from pruning. Setpoint's tests, ")
     assert advice.advice == "unknown" and str(advice).count(UNPROVEN) == 1
@@ -154,20 +155,20 @@ def test_the_form_of_final_sizes_is_the_law_with_the_final_size() -> None:
 
 def test_the_interval_follows_from_the_errors_of_the_exponents() -> None:
     """Claim: it is what laws with moved exponents predict, half its width grows with the errors, and it may be none."""
-    known = replace(HOFFMANN, exponent_errors=(0.01, 0.0))
+    known = replace(OWN, exponent_errors=(0.01, 0.0))
     low, high = known.interval(16, 1.5)
-    shifted = [replace(HOFFMANN, size_exponent=HOFFMANN.size_exponent + s * 0.0196).gain(16, 1.5) for s in (-1, 1)]
+    shifted = [replace(OWN, size_exponent=OWN.size_exponent + s * 0.0196).gain(16, 1.5) for s in (-1, 1)]
     assert (low, high) == pytest.approx(sorted(shifted), rel=2e-2)
-    wide = replace(HOFFMANN, exponent_errors=(0.02, 0.0)).interval(16, 1.5)
+    wide = replace(OWN, exponent_errors=(0.02, 0.0)).interval(16, 1.5)
     assert wide[1] - wide[0] == pytest.approx(2 * (high - low), rel=1e-3)
-    assert HOFFMANN.interval(16, 1.5) == (HOFFMANN.gain(16, 1.5),) * 2
+    assert OWN.interval(16, 1.5) == (OWN.gain(16, 1.5),) * 2
     found = setpoint.plan(ratio=16, laws=[known])
     assert found.interval == pytest.approx(known.interval(16, found.average)) and "(95 % interval: " in str(found)
-    assert "interval" not in str(setpoint.plan(ratio=16, laws=[HOFFMANN]))
+    assert "interval" not in str(setpoint.plan(ratio=16, laws=[OWN]))
     published = setpoint.plan(ratio=16)
     assert published.interval[0] <= published.gain[0] <= published.gain[1] <= published.interval[1]
     with pytest.raises(UsageError, match="exponent_errors"):
-        replace(HOFFMANN, exponent_errors=(-0.1, 0.1))
+        replace(OWN, exponent_errors=(-0.1, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -440,7 +441,7 @@ def test_cuts_are_plain_numbers(kind: Any) -> None:
 def test_a_law_that_cannot_be(wrong: dict[str, float]) -> None:
     """Claim: scales and exponents are above 0."""
     constants = {"irreducible": 1.0, "size_scale": 1.0, "size_exponent": 0.3, "data_scale": 1.0, "data_exponent": 0.3}
-    with pytest.raises(UsageError, match=f"{next(iter(wrong))} of a law must be above 0"):
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))} of a law must be a number above 0"):
         Law(**{**constants, **wrong}, source="wrong")
 
 
@@ -468,3 +469,34 @@ def test_the_committed_predictions_are_those_of_the_law() -> None:
     for row in rows:
         x = average_size(row["start"], (0.25, 0.75))
         assert row["gain"] == pytest.approx([law.gain(row["ratio"], x) for law in LANGUAGE])
+
+
+def test_constants_that_are_none_and_runs_that_show_nothing_are_refused() -> None:
+    """Claim: pairs, numbers and runs that cannot be are refused by name, and a fitted law knows its ratios."""
+    for name, value in (("exponent_errors", (0.1,)), ("exponent_errors", 0.1), ("sizes", (5, 1)), ("ratios", ("a", 1))):
+        with pytest.raises(UsageError, match=f"{name} of a law are two numbers"):
+            replace(OWN, **{name: value})
+    with pytest.raises(UsageError, match="irreducible of a law must be a finite number"):
+        replace(OWN, irreducible=math.nan)
+    with pytest.raises(UsageError, match="size_scale of a law must be a number"):
+        replace(OWN, size_scale="400")
+    with pytest.raises(UsageError, match="at least two sizes"):
+        fit_law([1e4] * 6, [1e5, 1e6] * 3, [3.0, 2.5] * 3, "one size")
+    with pytest.raises(UsageError, match="must be numbers"):
+        fit_law(["a"] * 6, [1e5] * 6, [3.0] * 6, "words")  # type: ignore[list-item]
+    sizes, data = [1e3, 1e4, 1e5] * 3, [1e4] * 3 + [1e5] * 3 + [1e6] * 3
+    with pytest.raises(UsageError, match="losses must fall"):
+        fit_law(sizes, data, [0.5 * n**0.15 + 0.5 * d**0.1 for n, d in zip(sizes, data, strict=True)], "rising")
+    truth = Law(1.0, 50.0, 0.5, 80.0, 0.4, "made up")
+    found = fit_law(sizes, data, [truth.loss(n, d) for n, d in zip(sizes, data, strict=True)], "made up")
+    beyond = 3 * found.ratios[1]
+    assert found.ratios[0] < found.ratios[1]
+    assert any("the law is meant for ratios" in note for note in setpoint.plan(ratio=beyond, laws=found).notes)
+    assert not any("is meant for" in note for note in setpoint.plan(ratio=found.ratios[1] / 2, laws=found).notes)
+
+
+def test_published_laws_are_known_in_any_order() -> None:
+    """Claim: the advice depends on which laws are given, and not on their order or number."""
+    for laws in (LANGUAGE, LANGUAGE[::-1], LANGUAGE[1]):
+        found = setpoint.plan(ratio=16, laws=laws)
+        assert found.advice == "train the small model" and found.notes == (UNPROVEN,)

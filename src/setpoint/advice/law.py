@@ -11,6 +11,10 @@ import torch
 from setpoint.errors import UsageError
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
 @dataclass(frozen=True)
 class Law:
     """The scaling law of one family of models: `loss = E + A N^-a + B D^-b`.
@@ -28,9 +32,10 @@ class Law:
         source: where the constants come from.
         sizes: smallest and largest N that they were fitted on.
         exponent_errors: standard errors of a and b; None where they are not known.
+        ratios: smallest and largest D / compute-optimal D that they were fitted on, or are meant for.
 
     Raises:
-        UsageError: for a scale or an exponent that is not above 0, or an error below 0.
+        UsageError: for a scale or an exponent that is no number above 0, and for pairs that are none.
 
     >>> law = Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022")
     >>> round(100 * law.gain(ratio=16, average=2.5), 1), round(100 * law.gain(ratio=1, average=2.5), 1)
@@ -45,14 +50,24 @@ class Law:
     source: str
     sizes: tuple[float, float] = (0.0, math.inf)
     exponent_errors: tuple[float, float] | None = None
+    ratios: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
         for name in ("size_scale", "size_exponent", "data_scale", "data_exponent"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UsageError(f"{name} of a law must be above 0, got {value:.4g}")
-        if not all(0 <= error < math.inf for error in self.exponent_errors or ()):
-            raise UsageError(f"exponent_errors of a law are numbers of at least 0, got {self.exponent_errors}")
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise UsageError(f"{name} of a law must be a number above 0, got {value!r}")
+        if not _is_number(self.irreducible) or not math.isfinite(self.irreducible):
+            raise UsageError(f"irreducible of a law must be a finite number, got {self.irreducible!r}")
+        for name in ("sizes", "exponent_errors", "ratios"):
+            pair = getattr(self, name)
+            if pair is None and name == "exponent_errors":
+                continue
+            known = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_is_number, pair))
+            if not known or min(pair) < 0 or (name != "exponent_errors" and pair[0] > pair[1]):
+                raise UsageError(
+                    f"{name} of a law are two numbers of at least 0, in order where they are ends; got {pair!r}"
+                )
 
     def loss(self, size: float, data: float) -> float:
         """The loss of a run of this average size on so many tokens or samples."""
@@ -109,14 +124,33 @@ class Law:
 
 
 LANGUAGE = (
-    Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022, arXiv 2203.15556, approach 3", (7e7, 1.6e10)),
     Law(
-        1.8172, 482.01, 0.3478, 2085.43, 0.3658, "Besiroglu et al. 2024, arXiv 2404.10102", (7e7, 1.6e10), (0.02, 0.02)
+        1.69,
+        406.4,
+        0.34,
+        410.7,
+        0.28,
+        "Hoffmann et al. 2022, arXiv 2203.15556, approach 3",
+        (7e7, 1.6e10),
+        (0.02, 0.02),
+        (1.0, 64.0),
+    ),
+    Law(
+        1.8172,
+        482.01,
+        0.3478,
+        2085.43,
+        0.3658,
+        "Besiroglu et al. 2024, arXiv 2404.10102",
+        (7e7, 1.6e10),
+        (0.02, 0.02),
+        (1.0, 64.0),
     ),
 )
 """Two published fits of the same runs: where they disagree, nothing can be said.
 
-The errors that the first one states are not used: the second shows that they are far too small.
+Both have the errors of the second, which shows that those of the first are far too small. The ratios are those of the
+design's table.
 """
 
 
@@ -150,13 +184,25 @@ def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[floa
             f"a law of five constants needs at least six runs, each with size, data and loss: got {len(sizes)} sizes, "
             f"{len(data)} numbers of samples and {len(losses)} losses"
         )
-    rows = [torch.tensor([float(value) for value in values], dtype=torch.float64) for values in (sizes, data, losses)]
+    try:
+        rows = [torch.tensor([float(each) for each in values], dtype=torch.float64) for values in (sizes, data, losses)]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"sizes, data and losses of a law must be numbers: {error}") from error
     if not all(bool((row > 0).all() and row.isfinite().all()) for row in rows):
         raise UsageError("sizes, data and losses of a law must be finite and above 0")
+    if any(len(set(row.tolist())) < 2 for row in rows[:2]):
+        raise UsageError("a law needs runs of at least two sizes, and of at least two amounts of data")
     fits = [_fitted(rows, begin) for begin in ((0.3, 0.3), (0.5, 0.5), (0.3, 0.6), (0.6, 0.3))]
     _, constants = min(fits, key=lambda fit: fit[0])
     e, a, by_size, b, by_data = constants
-    return Law(e, a, by_size, b, by_data, source, (float(rows[0].min()), float(rows[0].max())))
+    if min(by_size, by_data) <= 0:
+        raise UsageError(
+            "no law of this form fits these runs: losses must fall with the size, and with the data. Measure more "
+            "runs, each with its best learning rate"
+        )
+    law = Law(e, a, by_size, b, by_data, source, (float(rows[0].min()), float(rows[0].max())))
+    ratios = [float(seen) / law.optimal_data(float(size)) for size, seen in zip(*rows[:2], strict=True)]
+    return replace(law, ratios=(min(ratios), max(ratios)))
 
 
 def _fitted(rows: list[torch.Tensor], exponents: tuple[float, float]) -> tuple[float, tuple[float, ...]]:

@@ -27,11 +27,10 @@ from setpoint.loop.candidates import restricted
 from setpoint.spending.checks import check_reachable
 
 START = 2.0
-"""Size to start from, in final sizes, where none is given: all starts lost in the tests, and this one least in most."""
+"""Size to start from, in final sizes, where none is given: in the tests of language models no start was ahead, and this
+one was behind the least in most."""
 STARTS = (2.0, 4.0, 8.0)
 """Sizes of which the law's best is told."""
-MEASURED = (1.0, 64.0)
-"""Ratios for which the law is meant; beyond them its exponents have not been checked."""
 TESTED = 64.0
 """Up to this ratio the direct tests found no gain."""
 UNPROVEN = "Setpoint's tests, on very small language models, found no gain at ratios of 1, 4, 16 and 64"
@@ -59,7 +58,8 @@ class Advice:
         gain: of the reducible loss against the small dense model of equal final size and training FLOPs, lowest and
             highest of the laws; negative is a loss.
         interval: of the gain: the lowest and the highest end of the laws' 95 % intervals, where a law states the errors
-            of its exponents; else as `gain`. It says how well the exponents are known, and not whether the law holds.
+            of its exponents; else as `gain`. It says how well the exponents are known. It does not say whether the law
+            holds, nor how well the ratio is known, which is taken as given.
         bill: FLOPs of the whole run.
         tokens: tokens or samples that the bill pays for in a run that is cut by `schedule`.
         batch: tokens or samples of a step: as given, in whole rows of the example, or of the example; None where
@@ -100,7 +100,7 @@ class Advice:
 
     @property
     def pays(self) -> bool:
-        """Whether all laws say that pruning gains."""
+        """Whether all laws say that pruning gains. `advice` also counts the tests, in which it did not."""
         return self.verdict == "prune"
 
     @property
@@ -202,8 +202,8 @@ def plan(
     Raises:
         UsageError: without a size or without data or bill, for values that cannot be, and for a family without laws.
 
-    >>> print(plan(ratio=16).verdict, plan(ratio=0.5).verdict)
-    prune train the small model
+    >>> print(plan(ratio=16).verdict, "by the law; advice:", plan(ratio=16).advice)
+    prune by the law; advice: train the small model
     """
     for name, value, least, most in (
         *(("size", size, 1.0, _MOST), ("ratio", ratio, 1e-9, 1e9), ("tokens", tokens, 1.0, _MOST)),
@@ -235,7 +235,7 @@ def plan(
         raise UsageError("budget is for a model: give the model and its example, or size= without a budget")
     if ratio is not None and batch is not None:
         raise UsageError("batch needs a number of tokens or a bill: leave it out with ratio, or give one of those")
-    published = laws == LANGUAGE
+    published = set(laws) <= set(LANGUAGE)
     given = [name for name, value in {"tokens": tokens, "samples": samples, "flops": flops, "seconds": seconds,
                                       "joules": joules, "ratio": ratio}.items() if value is not None]  # fmt: skip
     if len(given) != 1:
@@ -356,9 +356,10 @@ def _notes(
             f"the constants were fitted on {sizes[0]:.2g} to {sizes[1]:.2g} parameters, this is {size:.2g}: "
             "the ratio is extrapolated"
         )
-    if min(ratios) < MEASURED[0] or max(ratios) > MEASURED[1]:
+    low, high = max(law.ratios[0] for law in laws), min(law.ratios[1] for law in laws)
+    if min(ratios) < low or max(ratios) > high:
         here = _range(min(ratios), max(ratios), digits=6)
-        notes.append(f"the law is meant for ratios of {MEASURED[0]:g} to {MEASURED[1]:g}, this is {here}")
+        notes.append(f"the law is meant for ratios of {low:.3g} to {high:.3g}, this is {here}")
     return notes
 
 
@@ -496,7 +497,10 @@ def budget_per_step(budget: Any) -> Budget:
         raise UsageError("give the budget of a step, of flops or params, such as '25%' (--budget 25%)")
     goal = None if is_time(budget) else wanted(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
-        raise UsageError(f"plan takes one budget of flops or params per step, such as '25%', got {budget!r}")
+        raise UsageError(
+            f"plan takes one budget of flops or params per step, such as '25%', and the bill of the run as flops=, "
+            f"seconds= or joules=, in amounts; got {budget!r}"
+        )
     return goal
 
 
