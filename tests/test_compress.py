@@ -546,3 +546,25 @@ def test_errors_of_inputs_say_what_to_give() -> None:
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(GroupError, match="the weights 0.weight hold NaN or infinity"):
         setpoint.compress(model, [x], 0.5)
+
+
+class Named(nn.Module):
+    """Two layers with names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_units_that_no_data_come_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: where only units could be cut whose readers the data do not come to, the error says so."""
+    model = Named()
+    everywhere = {"a": np.full(32, np.inf)}
+    monkeypatch.setattr(compressing, "_scores", lambda *_: everywhere)
+    before = _state(model)
+    with pytest.raises(BudgetError, match=r"the data do not come to what reads \['a'\]"):
+        setpoint.compress(model, [torch.randn(64, 8)], 0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

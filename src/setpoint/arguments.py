@@ -87,10 +87,6 @@ def given_groups(groups: object) -> tuple[Group, ...] | None:
         raise GroupError(
             f"groups must be a sequence of groups out of find_groups(model, example), or None for all; got {what:.200}"
         )
-    for each in found:
-        size: Any = each.multiple_of
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise GroupError(f"multiple_of of group {each.name!r} is a whole number of units, at least 1; got {size!r}")
     return found
 
 

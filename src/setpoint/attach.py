@@ -272,9 +272,9 @@ def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
     if {each.resource for each in wish.goals} & set(METERED):
         from setpoint.resources.learn import learn
 
-        learnt = learn(host, example, traced, found.groups, wish.goals)
+        learnt = learn(host, example, traced, found.groups, wish.goals, inputs.passes)
         meter, costs = learnt.meter, {**found.costs, **learnt.costs}
-        passes = found.passes + learnt.passes / inputs.passes  # a step on copies is one call of the model
+        passes = found.passes + learnt.passes
         found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header, passes=passes)
         target = learnt.target(wish.budgets, costs, wish.schedule, wish.resource, original)
     else:

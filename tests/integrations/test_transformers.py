@@ -210,8 +210,12 @@ def test_what_is_no_budget_is_refused_at_once(budget: Any) -> None:
 @pytest.mark.parametrize("way", ["attach", "compress", "shrink_to"])
 def test_who_cuts_a_model_need_not_enable_anything(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: save_pretrained of a model that was cut writes setpoint.json, where nobody has called for it before."""
+    small = build("bert")
+    setpoint.compress(small, [{"input_ids": torch.arange(8)[None].expand(16, 8)}], 0.5)
+    loading = inspect.unwrap(PreTrainedModel._load_pretrained_model)
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(loading))
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", inspect.unwrap(PreTrainedModel.save_pretrained))
-    model, tokens = build("bert"), torch.arange(8)[None].expand(4, 8)
+    model, tokens = build("bert"), torch.arange(8)[None].expand(16, 8)
     if way == "attach":
         optimizer = torch.optim.AdamW(model.parameters())
         loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS)
@@ -223,8 +227,6 @@ def test_who_cuts_a_model_need_not_enable_anything(way: str, tmp_path: Path, mon
     elif way == "compress":
         setpoint.compress(model, [{"input_ids": tokens}], 0.5)
     else:
-        small = build("bert")
-        setpoint.compress(small, [{"input_ids": tokens}], 0.5)
         model = setpoint.shrink_to(build("bert"), small.state_dict())
         model.load_state_dict(small.state_dict())
     model.save_pretrained(tmp_path)

@@ -50,7 +50,7 @@ def fine_tuning_goals_table(root: Path) -> str:
     for budget, words in ((0.5, "half"), (0.25, "a quarter")):
         small = [model.to_small(budget) for model in models]
         words = f"{words}: ahead of the small pretrained model (its FLOPs)"
-        lines.append(_line(words, small, _above([each for each in small if each[0] is not None], 0.0)))
+        lines.append(_line(words, small, _above(small, 0.0)))
     for budget, most in MOST_FLOPS.items():
         shares = [model.training_flops(budget) for model in models]
         words = f"{percent(budget)} of the FLOPs: training FLOPs at most {percent(most)} of dense"

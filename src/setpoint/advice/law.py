@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 
@@ -12,7 +13,7 @@ from setpoint.errors import UsageError
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and not math.isnan(value)
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,17 @@ class Law:
     ratios: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
-        for name in ("size_scale", "size_exponent", "data_scale", "data_exponent"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise UsageError(f"{name} of a law must be a number above 0, got {value!r}")
-        if not _is_number(self.irreducible) or not math.isfinite(self.irreducible):
-            raise UsageError(f"irreducible of a law must be a finite number, got {self.irreducible!r}")
+        for name in ("irreducible", "size_scale", "size_exponent", "data_scale", "data_exponent"):
+            value, signed = getattr(self, name), name == "irreducible"
+            if not _is_number(value) or not (-math.inf if signed else 0) < value < math.inf:
+                wanted = "a finite number" if signed else "a number above 0"
+                raise UsageError(f"{name} of a law must be {wanted}, got {value!r}")
         for name in ("sizes", "exponent_errors", "ratios"):
-            pair = getattr(self, name)
-            if pair is None and name == "exponent_errors":
+            pair, ends = getattr(self, name), name != "exponent_errors"
+            if pair is None and not ends:
                 continue
             known = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(_is_number, pair))
-            if not known or min(pair) < 0 or (name != "exponent_errors" and pair[0] > pair[1]):
+            if not known or min(pair) < 0 or (ends and pair[0] > pair[1]):
                 raise UsageError(
                     f"{name} of a law are two numbers of at least 0, in order where they are ends; got {pair!r}"
                 )
@@ -201,7 +201,10 @@ def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[floa
             "runs, each with its best learning rate"
         )
     law = Law(e, a, by_size, b, by_data, source, (float(rows[0].min()), float(rows[0].max())))
-    ratios = [float(seen) / law.optimal_data(float(size)) for size, seen in zip(*rows[:2], strict=True)]
+    try:
+        ratios = [float(seen) / law.optimal_data(float(size)) for size, seen in zip(*rows[:2], strict=True)]
+    except (OverflowError, ZeroDivisionError):  # exponents near 0: no amount of data is optimal
+        return law
     return replace(law, ratios=(min(ratios), max(ratios)))
 
 

@@ -235,7 +235,7 @@ def plan(
         raise UsageError("budget is for a model: give the model and its example, or size= without a budget")
     if ratio is not None and batch is not None:
         raise UsageError("batch needs a number of tokens or a bill: leave it out with ratio, or give one of those")
-    published = set(laws) <= set(LANGUAGE)
+    published = all(law in LANGUAGE for law in laws)
     given = [name for name, value in {"tokens": tokens, "samples": samples, "flops": flops, "seconds": seconds,
                                       "joules": joules, "ratio": ratio}.items() if value is not None]  # fmt: skip
     if len(given) != 1:
@@ -356,8 +356,9 @@ def _notes(
             f"the constants were fitted on {sizes[0]:.2g} to {sizes[1]:.2g} parameters, this is {size:.2g}: "
             "the ratio is extrapolated"
         )
-    low, high = max(law.ratios[0] for law in laws), min(law.ratios[1] for law in laws)
-    if min(ratios) < low or max(ratios) > high:
+    beyond = [law for law, ratio in zip(laws, ratios, strict=True) if not law.ratios[0] <= ratio <= law.ratios[1]]
+    if beyond:
+        low, high = beyond[0].ratios
         here = _range(min(ratios), max(ratios), digits=6)
         notes.append(f"the law is meant for ratios of {low:.3g} to {high:.3g}, this is {here}")
     return notes

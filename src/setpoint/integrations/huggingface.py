@@ -24,6 +24,12 @@ _MODULES = {
     "transformers.trainer": "Trainer",
 }
 """By name of a module, its class that saves or loads."""
+_WRAPPED = {
+    "transformers.modeling_utils": ("save_pretrained", "_load_pretrained_model"),
+    "diffusers.models.modeling_utils": ("save_pretrained", "_load_pretrained_model"),
+    "transformers.trainer": ("_load_from_checkpoint",),
+}
+"""By name of a module, the methods of that class that are wrapped."""
 
 
 def enable_huggingface() -> None:
@@ -42,11 +48,15 @@ def enable_huggingface() -> None:
 
 
 def _enable_for(model: nn.Module) -> None:
-    """Enable what is imported, where a model has it: `attach` and `compress` need no call of the user's."""
+    """Enable what is imported, where a model has it: `attach` and `compress` need no call of the user's.
+
+    A version of a library whose methods are others is left alone: nobody has asked.
+    """
     if any(hasattr(type(each), "save_pretrained") for each in model.modules()):
-        for name in _MODULES:
-            if (module := sys.modules.get(name)) is not None:
-                _wrap(module)
+        for name, kind in _MODULES.items():
+            made = getattr(sys.modules.get(name), kind, None)
+            if made is not None and all(hasattr(made, each) for each in _WRAPPED[name]):
+                _wrap(sys.modules[name])
 
 
 BEGUN.append(_enable_for)

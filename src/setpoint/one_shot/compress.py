@@ -53,7 +53,8 @@ _FLOORS = (0.8, 0.25, 0.0)
 
 Nothing is trained that could make up for a group that is far narrower than the others.
 """
-_USED_UP = 0.97
+_USED_UP = 0.9
+"""Share of a budget below which the next floor is tried."""
 
 _ROWS = 8192
 """Rows of what a layer is given that a score is made of, at most."""
@@ -101,7 +102,7 @@ def compress(
     Raises:
         BudgetError: for another resource, a budget per run, or one out of reach.
         ExampleError: for data that the model does not take, or that holds NaN.
-        GroupError: where nothing can be cut.
+        GroupError: where nothing can be cut, or weights hold NaN or infinity.
         OptimizerError: for an optimizer that is none, or not of this model.
         LoopError: when a loop is at work on the model, or `fully_shard` has sharded it.
         ValueError: for a model that is none, a number of samples that is none, and settings that are no flags.
@@ -125,7 +126,8 @@ def compress(
     check_trains(optimizers, model)
     goal = one_budget(budget)
     for name, tensor in model.named_parameters():
-        if tensor.itemsize > 1 and not bool(tensor.isfinite().all()):  # not known of 8-bit floats
+        # Not known of 8-bit floats; minus infinity may be a mask.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and bool((tensor.isnan() | tensor.isposinf()).any()):
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
     batches = first_batches(data, num_samples, model)
     with preserved_rng_state(model):
@@ -242,6 +244,12 @@ def _choose(
             found.append(selection)
             if selection.total >= _USED_UP * limit:
                 break
+    if not found:
+        lost = [name for name, units in saliency.items() if np.isinf(units).any()]
+        raise BudgetError(
+            "no cut of the units that the data come to meets the budget: the data do not come to what reads "
+            f"{lost[:3]}. Give data that run through the whole model, or ask for more"
+        )
     best = max(found, key=lambda each: each.total)  # the first of equal ones: of the highest floor
     return {name: ladder.keep(best.rungs[name]) for name, ladder in best.ladders.items()}
 
@@ -256,4 +264,5 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, tensor in named_tensors(model).items():
                 tensor.copy_(before[name])
+        torch.clear_autocast_cache()
         raise

@@ -45,7 +45,7 @@ class Compressed:
         if not self.frozen:
             return ""
         place, reason = next(iter(self.frozen.items()))
-        more = f"; {len(self.frozen) - 1} more in `frozen` (--json)" if len(self.frozen) > 1 else ""
+        more = f"; {len(self.frozen) - 1} more in `frozen`" if len(self.frozen) > 1 else ""
         return f": {place}: {reason}{more}"
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Compressed:
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
         less = sum(self.widths.values()) < sum(self.dense_widths.values())
         if spent and less and self.after[self.resource] < 0.97 * self.limit:
-            spent += " (units go in blocks, and no exchange of blocks that was tried comes nearer)"
+            spent += " (units go in blocks, and no block more fits the budget)"
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}{spent}\n"

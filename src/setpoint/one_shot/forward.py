@@ -60,6 +60,14 @@ def _weighing() -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
     return weigh
 
 
+@contextmanager
+def _no_kept_copies() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 @torch.no_grad()
 def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callable[[], Any] = lambda: None) -> None:
     """Run the model on all batches.
@@ -71,9 +79,9 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callab
     Raises:
         ExampleError: for a batch that the model does not take.
     """
-    # An autocast region keeps low-precision copies of weights, and these may have been fitted anew since the last run.
+    # An autocast region would keep low-precision copies of weights, and these are fitted anew between runs.
     torch.clear_autocast_cache()
-    with without_training(model, norms):
+    with without_training(model, norms), _no_kept_copies():
         for number, batch in enumerate(batches):
             args, kwargs = inputs_of(batch)
             try:

@@ -90,7 +90,7 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
     Raises:
         ExampleError: where a layer is given NaN or infinity.
     """
-    thin: list[tuple[float, str]] = []
+    thin: dict[str, tuple[float, str]] = {}
     for reader in _in_order(model, readers, batches):
         layer, weight = _weight_of(model, reader)
         channels = by_column(layer, weight.detach())
@@ -106,7 +106,8 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
                 )
             rows, inputs = float(moment[-1, -1]), len(moment) - 1  # the last column is of ones
             if rows < _FEWEST_SHARE * inputs:
-                thin.append((rows / inputs, f"{reader.layers[0]} is given {rows:.0f} rows for {inputs} inputs"))
+                name = reader.layers[0]
+                thin[name] = rows / inputs, f"{name} is given {rows:.0f} rows for {inputs} inputs"
             stays = torch.from_numpy(np.repeat(reader.stays[block], channels.shape[1])).to(moment.device)
             columns = channels[block].flatten(0, 1).to(moment)
             if bias is None:
@@ -126,8 +127,8 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
                 bias.copy_(bias.cpu().double() + shift)
     if thin:
         warn(
-            f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin)[1]}. The cut model may be far "
-            "from the dense one: give more batches"
+            f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "
+            "may be far from the dense one: give more batches"
         )
 
 
@@ -168,8 +169,7 @@ def _moment(
         given = args[0] if args else next(iter(kwargs.values()))
         of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
         rows = input_rows(layer, of_block, count, padding.positions).flatten(1).mT
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        moment = moment_of(torch.cat([wide, torch.ones_like(wide[:1])])[:, None])
+        moment = moment_of(torch.cat([rows, torch.ones_like(rows[:1])])[:, None])
         total[:] = [moment + total[0]] if total else [moment]
         calls[-1] += 1
         if calls[-1] == calls[0] > 0 and len(calls) > 1:  # as often as in the first batch: the rest is of no use

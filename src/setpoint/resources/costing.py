@@ -123,8 +123,11 @@ def cost_out(
             if device.type == "cpu":  # the allocator of a GPU counts the live model, too
                 checked = tape_key(model, optimizers, groups, fingerprint, "error of memory")
                 known = recall(checked)
-                errors["memory"] = known if isinstance(known, float) else _memory_error(memory, make, groups)
-                keep(checked, errors["memory"])
+                if isinstance(known, float):
+                    errors["memory"] = known
+                else:
+                    errors["memory"] = _memory_error(memory, make, groups)
+                    keep(checked, errors["memory"])
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
             latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen or ())

@@ -43,9 +43,17 @@ class Learnt:
 
 
 def learn(
-    host: Host, example: Example, found: Trace, groups: tuple[Group, ...], goals: Sequence[Budget | Price | Tolerance]
+    host: Host,
+    example: Example,
+    found: Trace,
+    groups: tuple[Group, ...],
+    goals: Sequence[Budget | Price | Tolerance],
+    calls: int,
 ) -> Learnt:
     """Build costs and meter of the resources that goals are on.
+
+    Args:
+        found: of an optimizer step, in which the model is called `calls` times on examples; copies make one call.
 
     Raises:
         CostError: for a resource that cannot be predicted or measured here.
@@ -57,15 +65,15 @@ def learn(
     own, inference, pass_flops = restricted(found, groups), None, None
     if "inference" in measured:
         inference = Inference.of(host.model, answered)
-        pass_flops = forward_flops(own, num_samples(answered) / num_samples(example))
+        pass_flops = forward_flops(own, num_samples(answered) / num_samples(example) / calls)
     dense = flops_cost(own).total(widths_of(groups))
 
-    def share(of: Cost | None) -> Share:
-        return lambda widths: of.total(widths) / dense if of is not None and dense else 0.0
+    def share(of: Cost | None, parts: int = 1) -> Share:
+        return lambda widths: of.total(widths) / (parts * dense) if of is not None and dense else 0.0
 
     costing = cost_out(
         host.model, host.optimizers, example, groups, measured, watts, given, found.key,
-        share=share(flops_cost(own)), pass_share=share(pass_flops),
+        share=share(flops_cost(own), calls), pass_share=share(pass_flops),
     )  # fmt: skip
     energy = costing.costs.get("energy")
     meter = Metering(

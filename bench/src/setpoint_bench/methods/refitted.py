@@ -74,11 +74,11 @@ class Refitted:
     ) -> tuple[Optimizer, Pruner | None]:
         """A loop with a budget, which cuts where the readers have been fitted."""
         optimizer, pruner = self.trains.begin(task, model, budget, batches)
-        if not isinstance(pruner, Looped) or not isinstance(pruner.loop.actuator, Cutting):
+        if not isinstance(pruner, Looped) or pruner.beside or not isinstance(pruner.loop.actuator, Cutting):
             raise BenchError(f"{self.name} fits readers where a loop cuts units, which {self.trains.name} does not do")
         fits = _Fits(self.num_samples, batches)
         pruner.loop.actuator.coordinates = fits
-        return optimizer, Looped(pruner.loop, fits)
+        return optimizer, Looped(pruner.loop, fits, pruner.notes)
 
 
 @final
