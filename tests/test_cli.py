@@ -524,7 +524,7 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
         ([*arguments, "--budget", "8 ms latency"], "compress takes"),
         (
             [*arguments[:1], "/nowhere.py:build", *arguments[2:], "--budget", "half"],
-            "the budget 'half' is not understood",
+            "compress takes one budget of flops or params",
         ),
         ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
         (

@@ -398,8 +398,11 @@ def test_lookahead_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [0, -2, 2.5, True])
 def test_block_sizes_that_are_none_are_refused(size: object) -> None:
-    """Claim: a group whose blocks hold no whole number of units cannot be made."""
-    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 4)
+    """Claim: a group whose blocks hold no whole number of units is refused before the training, and by compress."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(8, 4)
     (group,) = setpoint.find_groups(model, (x,))
+    wrong, optimizer = replace(group, multiple_of=size), torch.optim.SGD(model.parameters(), lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(GroupError, match="multiple_of of group '0' is a whole number of units"):
-        replace(group, multiple_of=size)  # type: ignore[arg-type]
+        setpoint.attach(model, optimizer, 0.5, total_steps=10, example=(x,), groups=(wrong,))
+    with pytest.raises(GroupError, match="multiple_of of group '0' is a whole number of units"):
+        setpoint.compress(model, [x], 0.5, groups=(wrong,), verify=False)

@@ -75,7 +75,10 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bench", "--task", "imagenet"), "cifar10-resnet18, cifar10-wrn22-2, clothing, digits, finetune"),
+        (
+            ("bench", "--task", "imagenet"),
+            "cifar10-resnet18, cifar10-wrn22-2, clothing, clothing-160, digits, finetune",
+        ),
         (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
         (("bench", "--task", "digitts"), "did you mean digits?"),
         (("bench", "--task", "digits", "--methods", "cubik"), "did you mean cubic?"),

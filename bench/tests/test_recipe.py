@@ -30,7 +30,7 @@ def test_cells_are_differences_of_common_seeds(tmp_path: Path, monkeypatch: pyte
     file.write_text(json.dumps({"rows": rows}), encoding="utf-8")
     lines = recipe_table(file).splitlines()
     assert lines[0].count("|") == 6 and "digits" not in recipe_table(file)
-    (line,) = (line for line in lines if "`cubic-taylor` less `cubic`" in line)
+    (line,) = (line for line in lines if "`cubic-taylor` − `cubic`" in line)
     assert [cell.strip() for cell in line.split("|")[3:6]] == ["+1.50 (+2.0, +1.0)", "–", "–"]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.arguments import asks_for_steps, check_parts, check_reads, given_groups, whole_steps
-from setpoint.cache import keeps, remembering
+from setpoint.cache import remembering
 from setpoint.controller.even import EvenController
 from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
@@ -110,7 +110,6 @@ def attach(
     (True, True)
     """
     check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
-    keeps()  # a wrong SETPOINT_CACHE is refused here, and not in the middle of a training
     total_steps, groups = whole_steps(total_steps), given_groups(groups)
     host, loop, budget = host_of(model, optimizer, copies), Loop(), wanted(budget)
     wished = partial(wish, host, budget, controller, actuator, even)
@@ -273,8 +272,7 @@ def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
         from setpoint.resources.learn import learn
 
         learnt = learn(host, example, traced, found.groups, wish.goals, inputs.passes)
-        meter, costs = learnt.meter, {**found.costs, **learnt.costs}
-        passes = found.passes + learnt.passes
+        meter, costs, passes = learnt.meter, {**found.costs, **learnt.costs}, found.passes + learnt.passes
         found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header, passes=passes)
         target = learnt.target(wish.budgets, costs, wish.schedule, wish.resource, original)
     else:

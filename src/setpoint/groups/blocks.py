@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 from torch import nn
+
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
 
 _MIN_BLOCKS = 8
 """Blocks are as large as suits the hardware, but a group has at least this many."""
@@ -15,6 +22,16 @@ _TENSOR_CORES = 64
 
 NVIDIA, Convolutional Layers User's Guide and Linear/Fully-Connected Layers User's Guide, quick start checklists.
 """
+
+
+def check_blocks(groups: Iterable[Group]) -> None:
+    """Check that the blocks of a user's own groups hold units, or raise GroupError by name."""
+    for group in groups:
+        size: Any = group.multiple_of
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise GroupError(
+                f"multiple_of of group {group.name!r} is a whole number of units, at least 1; got {size!r}"
+            )
 
 
 def block_size(num_units: int, what: str, device_type: str) -> int:

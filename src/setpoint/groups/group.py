@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
-
-from setpoint.errors import GroupError
 
 Role = Literal["produce", "carry", "consume"]
 """What a slice does with its unit: writes it, passes it on elementwise, or reads it out of the group."""
@@ -98,11 +96,6 @@ class Group:
     lossless: bool = True
     what: str = "unit"
     notes: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        size: Any = self.multiple_of
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise GroupError(f"multiple_of of group {self.name!r} is a whole number of units, at least 1; got {size!r}")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from setpoint.cost.wanted import is_time, wanted
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, ExampleError, GroupError
 from setpoint.given import check_flags, counts
+from setpoint.groups.blocks import check_blocks
 from setpoint.groups.example import Example
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, widths_of
@@ -195,6 +196,7 @@ def _candidates(
         for name in failing_groups(model, few_rows(example)[0], tuple(found)):
             frozen[name] = "cutting it on a copy did not behave like masking it"
     active = tuple(group for group in found if group.name not in frozen)
+    check_blocks(active)
     check_some(active, frozen)
     return active, frozen
 
