@@ -76,7 +76,7 @@ def compress(
 
     1. *Score.* What `ReconstructionSensor` reads in training is read in forwards on the data.
     2. *Cut.* The units of least score per saving go until the budget is met. Four fifths of an even cut's width stay in
-       each group, where the budget can be met so.
+       each group, where the budget can be used up so.
     3. *Refit.* Layer by layer, in the order of the forward, the weights W on the inputs that stay (k) become those that
        change the layer's outputs least, `(G_kk + r I)^-1 ((G + r I) W)_k`, G the second moment of what the layer is
        given by then and r = .01 mean(diag G); a bias with them. Heads are refitted in the output projection. A weight
