@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -446,3 +447,80 @@ def test_two_threads_attach_to_two_models() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     for each in loops:
         each.detach()
+
+
+def test_a_hook_that_looks_at_values_is_no_obstacle() -> None:
+    """Claim: a user's hook that asks for values, which an export does not have, stays, and the model is pruned."""
+    model, seen = _mlp(), list[np.ndarray]()
+    model[1].register_forward_hook(lambda module, given, output: seen.append(output.detach().numpy()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with _attach(model, optimizer) as loop:
+        for _ in range(10):
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+    assert loop.summary.budget_met and len(model[1]._forward_hooks) == 1 and len(seen) >= 10
+
+
+class StoresItsLoss(nn.Module):
+    """Its forward returns nothing that a loss could be made of."""
+
+    def __init__(self, returns: Any) -> None:
+        super().__init__()
+        self.net, self.returns = _mlp(), returns
+
+    def forward(self, x: Tensor) -> Any:
+        """Store a loss."""
+        self.loss = self.net(x).square().mean()
+        return self.returns
+
+
+@pytest.mark.parametrize("returns", [None, "done", torch.tensor(3)], ids=["nothing", "a text", "a whole number"])
+def test_a_forward_whose_output_is_not_seen_is_refused(returns: Any) -> None:
+    """Claim: trials and costs go by backward passes from the output, so a forward without one is refused by name."""
+    model = StoresItsLoss(returns)
+    optimizer = torch.optim.Adam(model.parameters())
+    with _untouched(model, optimizer), pytest.raises(ExportError, match="returns no tensor of floats.*return the loss"):
+        _attach(model, optimizer)
+
+
+def test_blocks_may_be_whole_numbers_of_numpy() -> None:
+    """Claim: groups of a user's own may count in NumPy's whole numbers."""
+    model = _mlp()
+    found = setpoint.find_groups(model, (torch.zeros(4, 6),))
+    groups = [replace(each, multiple_of=np.int64(4), min_units=np.int32(4)) for each in found]
+    loop = _attach(model, torch.optim.SGD(model.parameters(), lr=0.1), groups=groups)
+    assert [each.multiple_of for each in loop.groups] == [4, 4]
+    loop.detach()
+
+
+class FailsAtFirst(setpoint.PricedController):
+    """A controller that cannot begin."""
+
+    def init(self, groups: Any) -> Any:
+        """It fails."""
+        raise ValueError("not today")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["with an example", "at the first step"])
+def test_a_controller_that_cannot_begin_leaves_no_hook(given: bool) -> None:
+    """Claim: what a sensor reads through is off the model where the controller fails as the loop begins."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = {"controller": FailsAtFirst(), "sensor": setpoint.ReconstructionSensor()}
+    with pytest.raises(ValueError, match="not today"):
+        loop = _attach(model, optimizer, example=(torch.zeros(4, 6),) if given else None, **parts)
+        model(torch.randn(4, 6)).square().mean().backward()
+        try:
+            optimizer.step()
+        finally:
+            loop.detach()
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
+def test_generators_of_devices_that_the_model_is_not_on_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: trials of a model on the CPU seed no generator of a GPU, whose state they would not put back."""
+    seeded = list[int]()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model = _mlp()
+    _attach(model, torch.optim.SGD(model.parameters(), lr=0.1), verify="always").detach()
+    assert seeded == []

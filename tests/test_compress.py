@@ -568,3 +568,57 @@ def test_units_that_no_data_come_to_stay(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(BudgetError, match=r"the data do not come to what reads \['a'\]"):
         setpoint.compress(model, [torch.randn(64, 8)], 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class FixedBatch(nn.Module):
+    """A net that runs on eight rows and on no fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of each row."""
+        scores: Tensor = self.down(torch.relu(self.up(x.reshape(8, -1, 32))))
+        return scores
+
+
+def test_a_model_of_one_batch_size_is_cut() -> None:
+    """Claim: cuts are tried on all rows where the model does not run on few, as attach does, also for regrowth."""
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 3, 32),) for _ in range(4)]
+    model = FixedBatch()
+    compressed = setpoint.compress(model, data, "50% flops")
+    assert compressed.after["flops"] <= compressed.limit < compressed.before["flops"]
+    model = FixedBatch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = setpoint.PricedController(regrow=True)
+    setpoint.attach(model, optimizer, 0.5, example=data[0], total_steps=9, controller=controller).detach()
+
+
+def test_an_optimizer_that_cannot_be_cut_is_refused_before_anything_is_done() -> None:
+    """Claim: it is refused by name, and weights and gradients are as they were."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(64, 4)
+    model(x).square().mean().backward()
+    before = [(each.clone(), each.grad.clone()) for each in model.parameters() if each.grad is not None]
+    with pytest.raises(OptimizerError, match="Adafactor"):
+        setpoint.compress(model, [(x,)], "50% flops", optimizer=torch.optim.Adafactor(model.parameters()))
+    for each, (weight, gradient) in zip(model.parameters(), before, strict=True):
+        assert each.grad is not None and torch.equal(each, weight) and torch.equal(each.grad, gradient)
+
+
+def test_an_error_on_the_way_leaves_gradients_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: masks zero gradients in place, and an error after that brings them back."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(64, 4)
+    model(x).square().mean().backward()
+    before = [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(compressing, "shrink", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        setpoint.compress(model, [(x,)], "50% flops")
+    assert all(torch.equal(a, b.grad) for a, b in zip(before, model.parameters(), strict=True) if b.grad is not None)

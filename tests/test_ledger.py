@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,12 @@ def test_the_end_of_a_run_is_the_last_line(tmp_path: Path) -> None:
         and len(again) == 1
     )
     assert json.loads((tmp_path / "after").read_text().splitlines()[-1]) == {"ended": again.ended}
+
+
+def test_several_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Claim: where all ranks save the ledger to one path, each save succeeds, the file is whole, nothing stays."""
+    path, ledger = tmp_path / "run.jsonl", _ledger()
+    with ThreadPoolExecutor(4) as writers:
+        for each in [writers.submit(ledger.save, path) for _ in range(200)]:
+            each.result()
+    assert Ledger.load(path).to_rows() == ledger.to_rows() and list(tmp_path.iterdir()) == [path]

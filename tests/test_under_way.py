@@ -108,3 +108,23 @@ def test_nothing_is_written_to_a_pipe(
         monkeypatch.setenv("FORCE_COLOR", "1")
     attach().detach()
     assert capfd.readouterr() == ("", "")
+
+
+class OnlyWrites:
+    """A stream of a program that is no file: it can be written to, and nothing else."""
+
+    def write(self, text: str) -> int:
+        """Take it."""
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize("stream", [None, OnlyWrites(), "closed"], ids=["none", "only writes", "closed"])
+def test_a_stderr_that_is_no_file_is_no_terminal(monkeypatch: pytest.MonkeyPatch, stream: Any) -> None:
+    """Claim: where a program has put something else in the place of stderr, nothing is shown and nothing fails."""
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed if stream == "closed" else stream)
+    attach().detach()

@@ -221,7 +221,7 @@ def _step_of(
         with autocast(device, torch.bfloat16):
             scores = called(**example) if isinstance(example, dict) else called(*example)
             scores = scores if isinstance(scores, Tensor) else scores.logits
-            loss = scores.float().flatten(0, -2).log_softmax(-1)[:, 0].mean()
+            loss = -scores.float().flatten(0, -2).log_softmax(-1)[:, 0].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -96,6 +96,7 @@ RATES = {
     "pair": LOW_RATES,
     "larger calibration": (0.004, 0.008, 0.016),
     "larger": (0.004, 0.008, 0.002),
+    "larger, long": (0.004, 0.002),
 }
 """Those that are swept."""
 LARGER_SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -331,14 +332,17 @@ class Results:
         os.replace(part, self.out)
 
 
-def best_rate(rows: Sequence[Mapping[str, Any]], **of: Any) -> float:
+def best_rate(rows: Sequence[Mapping[str, Any]], rates: Sequence[float] = (), **of: Any) -> float:
     """The rate of the lowest validation loss at seed 0 among the rows with these values.
+
+    Args:
+        rates: all that must have been swept; by default those of the kind.
 
     Raises:
         ValueError: where not all rates were swept.
     """
     found = [row for row in rows if row["seed"] == 0 and all(row[key] == value for key, value in of.items())]
-    if not {row["rate"] for row in found} >= set(RATES[of["kind"]]):
+    if not {row["rate"] for row in found} >= set(rates or RATES[of["kind"]]):
         raise ValueError(f"the rates of {of} are not swept yet")
     return float(min(found, key=lambda row: row["validation"])["rate"])
 
@@ -505,14 +509,24 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
 def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken elsewhere.
 
-    Seed 0 comes first at all ratios, then the other seeds, their longest runs last.
+    Seed 0 comes first, then the other seeds. Rates are swept once more at 16, where the longest runs come last.
     """
     for rate in RATES["larger"]:
         yield from (Cell("larger", *arm, 4.0, 4 * optimal, rate, 0) for arm in LARGER_ARMS)
-    best = {arm: best_rate(rows, kind="larger", arm=arm[0], start=arm[1], ratio=4.0) for arm in LARGER_ARMS}
-    turns = ((1, 0), (16, 0), (4, 1), (1, 1), (4, 2), (1, 2), (16, 1), (16, 2))
-    for ratio, seed in turns:
-        yield from (Cell("larger", *arm, float(ratio), ratio * optimal, best[arm], seed) for arm in LARGER_ARMS)
+
+    def best(ratio: float, rates: Sequence[float]) -> dict[tuple[str, float], float]:
+        return {
+            arm: best_rate(rows, rates, kind="larger", arm=arm[0], start=arm[1], ratio=ratio) for arm in LARGER_ARMS
+        }
+
+    swept = best(4.0, RATES["larger"])
+    for ratio, seed in ((1, 0), (4, 1), (1, 1), (4, 2), (1, 2)):
+        yield from (Cell("larger", *arm, float(ratio), ratio * optimal, swept[arm], seed) for arm in LARGER_ARMS)
+    for rate in RATES["larger, long"]:
+        yield from (Cell("larger", *arm, 16.0, 16 * optimal, rate, 0) for arm in LARGER_ARMS)
+    swept = best(16.0, RATES["larger, long"])
+    for seed in SEEDS[1:]:
+        yield from (Cell("larger", *arm, 16.0, 16 * optimal, swept[arm], seed) for arm in LARGER_ARMS)
 
 
 def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:

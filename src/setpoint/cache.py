@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.errors import UsageError
+from setpoint.files import replace_text
 
 _ON, _OFF = ("", "on", "1", "yes", "true"), ("off", "0", "no", "false")
 FORMAT = 1
@@ -105,14 +105,7 @@ def replace_file(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):  # another may have removed a file meanwhile
         _make_room(file)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as new:
-        pass
-    try:
-        Path(new.name).write_text(json.dumps(content), encoding="utf-8")
-        os.replace(new.name, file)
-    except BaseException:
-        Path(new.name).unlink(missing_ok=True)
-        raise
+    replace_text(file, json.dumps(content))
 
 
 def _file(key: str) -> Path:

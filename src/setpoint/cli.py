@@ -227,7 +227,9 @@ def plan(
         float | None, typer.Option(help="Bill in joules as metered here, in steps of at most --batch.")
     ] = None,
     batch: Annotated[float | None, typer.Option(help="Tokens of an optimizer step.")] = None,
-    start: Annotated[float | None, typer.Option(help="Size to start from, in final sizes; by default 2.")] = None,
+    start: Annotated[
+        float | None, typer.Option(help="Size to start from, as a multiple of the final size; by default 2.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say whether pruning while training from scratch pays, from which start size, and for how many steps.

@@ -15,6 +15,7 @@ from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.checkpoint.plain import plain
 from setpoint.entry import Entry
 from setpoint.errors import CheckpointError
+from setpoint.files import replace_text
 
 FORMAT = 1
 """Version of the file format, the value of "ledger" in its first line."""
@@ -113,11 +114,7 @@ class Ledger:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON Lines into a folder that exists; the file is replaced at once, so it is never half old."""
-        target = Path(path)
-        text = "".join(self.lines())
-        unfinished = target.with_name(target.name + ".tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
+        replace_text(Path(path), "".join(self.lines()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:

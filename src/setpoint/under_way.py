@@ -23,7 +23,7 @@ def under_way(what: str) -> Iterator[Callable[[float], None]]:
     """
     if _SCREEN:
         yield from _line(_SCREEN[-1], f"  {what}")
-    elif not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    elif not _on_terminal() or os.environ.get("RANK", "0") != "0":
         yield lambda share: None
     else:
         from rich.console import Console
@@ -38,6 +38,14 @@ def under_way(what: str) -> Iterator[Callable[[float], None]]:
                 yield from _line(screen, f"setpoint: {what}")
             finally:
                 _SCREEN.pop()
+
+
+def _on_terminal() -> bool:
+    """Whether stderr is one; a program may have put something else there, or nothing, or closed it."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 def _line(screen: Any, text: str) -> Iterator[Callable[[float], None]]:

@@ -207,6 +207,12 @@ def test_what_is_no_budget_is_refused_at_once(budget: Any) -> None:
         SetpointCallback(budget)
 
 
+def test_a_tolerance_is_refused_at_once() -> None:
+    """Claim: the callback is given no loss of each step, so a tolerance is refused before the Trainer is made."""
+    with pytest.raises(ValueError, match="a Tolerance needs the loss of each step"):
+        SetpointCallback(setpoint.Tolerance(0.1, of="flops"))
+
+
 @pytest.mark.parametrize("way", ["attach", "compress", "shrink_to"])
 def test_who_cuts_a_model_need_not_enable_anything(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: save_pretrained of a model that was cut writes setpoint.json, where nobody has called for it before."""

@@ -307,7 +307,7 @@ def test_a_run_goes_on_bit_for_bit(at: int) -> None:
 
 
 def test_what_it_cannot_do_is_refused_by_name() -> None:
-    """Claim: compiled code runs no hooks, and a price needs units of the loss: both are said."""
+    """Claim: compiled code runs no hooks, a price needs units of the loss, a chain reads all along: all are said."""
     model = torch.compile(_net(), backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(GroupError, match="inputs of the layers behind it are not read in compiled code"):
@@ -315,11 +315,13 @@ def test_what_it_cannot_do_is_refused_by_name() -> None:
     run = _net()
     optimizer = torch.optim.SGD(run.parameters(), lr=0.05)
     price = setpoint.Price(1e-3, of="flops")
-    for sensor in (Sensor(), MagnitudeSensor(), SensorChain(setpoint.TaylorSensor(1), Sensor())):
+    for sensor in (Sensor(), MagnitudeSensor(), SensorChain(setpoint.TaylorSensor(1), MagnitudeSensor())):
         with pytest.raises(LoopError, match=f"{type(sensor).__name__} reads in no unit of the loss"):
             setpoint.attach(run, optimizer, price, example=(torch.zeros(16, 16),), total_steps=10, sensor=sensor)
     with pytest.raises(ValueError, match="rows"):
         Sensor(rows=0)
+    with pytest.raises(ValueError, match="ReconstructionSensor reads only the steps before a decision"):
+        SensorChain(setpoint.TaylorSensor(1), Sensor())
 
 
 def test_numbers_that_are_not_finite_decide_nothing() -> None:

@@ -27,28 +27,13 @@ def step_flops(model: nn.Module, inputs: tuple[Tensor, ...] | Mapping[str, Tenso
     >>> step_flops(nn.Linear(3, 5), (torch.zeros(7, 3),))  # forward 2*7*3*5; weight gradient the same
     420
     """
-    return _count(model, inputs, backward=True)
-
-
-def forward_flops(model: nn.Module, inputs: tuple[Tensor, ...] | Mapping[str, Tensor]) -> int:
-    """FLOPs of the forward pass alone, counted like `step_flops`.
-
-    >>> forward_flops(nn.Linear(3, 5), (torch.zeros(7, 3),))
-    210
-    """
-    return _count(model, inputs, backward=False)
-
-
-def _count(model: nn.Module, inputs: tuple[Tensor, ...] | Mapping[str, Tensor], *, backward: bool) -> int:
-    """FLOPs of a copy without data, with or without the backward pass."""
     twin = copy.deepcopy(model).to("meta").train()
     with FlopCounterMode(display=False, custom_mapping=_CORRECTED) as counter, sdpa_kernel(SDPBackend.MATH):
         if isinstance(inputs, Mapping):
             output = twin(**{name: value.to("meta") for name, value in inputs.items()})
         else:
             output = twin(*(value.to("meta") for value in inputs))
-        if backward:
-            torch.autograd.backward(output.sum())
+        torch.autograd.backward(output.sum())
     return int(counter.get_total_flops())
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from setpoint.eval_mode import in_eval_mode
 from setpoint_bench.device import autocast, best_device, product_dtype
 from setpoint_bench.family import Family
 from setpoint_bench.recipe import Recipe
@@ -221,16 +222,12 @@ class SimpleTask:
             raise BenchError(f"the {split} split of {self.name} is empty: there is nothing to score")
         if self.metric == "accuracy" and targets.is_floating_point():
             raise BenchError(f'{self.name} has targets that are no classes: give it metric="loss"')
-        training = model.training
-        model.eval()
         loss, right = 0.0, 0
-        try:
+        with in_eval_mode(model):
             for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
                 x, y = x.to(self.device), y.to(self.device)
                 scores = torch.stack([self.scores(model, view) for view in self.views(x)]).mean(0)
                 loss += float(self.criterion(scores, y)) * len(y)
                 if self.metric == "accuracy":
                     right += int((scores.argmax(-1) == y).sum())
-        finally:
-            model.train(training)
         return Score(loss / len(targets), right / targets.numel() if self.metric == "accuracy" else None)

@@ -16,6 +16,7 @@ from setpoint.actuator.sizes import apply_sizes, check_sizes, recorded_sizes
 from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
 from setpoint.errors import GroupError
+from setpoint.files import replace_text
 from setpoint_bench.task import BenchError, Task
 
 FILE = "stages.jsonl"
@@ -79,10 +80,7 @@ def _within(shape: Sequence[int], dense: Sequence[int]) -> bool:
 
 def save_stages(folder: Path, stages: Iterable[Stage]) -> None:
     """Write the stages of a run into its folder."""
-    path = folder / FILE
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(json.dumps(asdict(stage)) + "\n" for stage in stages), encoding="utf-8")
-    unfinished.replace(path)
+    replace_text(folder / FILE, "".join(json.dumps(asdict(stage)) + "\n" for stage in stages))
 
 
 def load_stages(folder: Path) -> tuple[Stage, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
 
@@ -14,6 +16,8 @@ from setpoint.groups.example import Example
 from setpoint.groups.fingerprint import digest
 from setpoint.groups.group import Group
 from setpoint.under_way import under_way
+
+_Found = TypeVar("_Found")
 
 
 def tried(model: nn.Module, example: Example, groups: tuple[Group, ...], key: str) -> tuple[tuple[str, ...], float]:
@@ -29,15 +33,20 @@ def tried(model: nn.Module, example: Example, groups: tuple[Group, ...], key: st
     return _found(model, example, groups, key)
 
 
-def _found(model: nn.Module, example: Example, groups: tuple[Group, ...], key: str) -> tuple[tuple[str, ...], float]:
+def on_few_rows(find: Callable[[Example], _Found], example: Example) -> tuple[_Found, float]:
+    """What is found on a few rows of the example, or on all where the model does not run on few; and their share."""
     few, share = few_rows(example)
+    try:
+        return find(few), share
+    except ExampleError:
+        if share == 1.0:
+            raise
+        return find(example), 1.0
+
+
+def _found(model: nn.Module, example: Example, groups: tuple[Group, ...], key: str) -> tuple[tuple[str, ...], float]:
     with under_way("trying every cut on copies"):
-        try:
-            failed = failing_groups(model, few, groups)
-        except ExampleError:
-            if share == 1.0:
-                raise
-            share, failed = 1.0, failing_groups(model, example, groups)
+        failed, share = on_few_rows(lambda rows: failing_groups(model, rows, groups), example)
     if not failed:  # a failure may come from numbers of this example, such as NaN, which the key does not hold
         keep(key, {"share": share})
     return failed, share

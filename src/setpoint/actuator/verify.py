@@ -425,7 +425,10 @@ def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]
         return [[tensor.tolist() for tensor in tensors], random.getstate(), legacy["pos"], legacy["key"].tolist()]
 
     with preserved_rng_state(model), torch.autocast(kind, enabled=False):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:  # `torch.manual_seed` would seed other devices, too, whose state is not put back
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
         before = state()

@@ -27,8 +27,8 @@ from setpoint.loop.candidates import restricted
 from setpoint.spending.checks import check_reachable
 
 START = 2.0
-"""Size to start from, in final sizes, where none is given: in the tests of language models no start was ahead, and this
-one was behind the least in most."""
+"""Size to start from, as a multiple of the final size, where none is given: in the tests of language models no start
+was ahead, and in most of them this one was the least behind."""
 STARTS = (2.0, 4.0, 8.0)
 """Sizes of which the law's best is told."""
 TESTED = 64.0
@@ -51,7 +51,7 @@ class Advice:
             the tests found none where such a law predicted one.
         size: N_f, parameters of the finished model outside of embeddings; None where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
-        start: size to start from, in final sizes.
+        start: size to start from, as a multiple of the final size.
         average: mean size of the run in final sizes, on the law's straight line between the cuts. Sizes come down at
             decisions only, which lie above this line, so `tokens` and `steps` are of a slightly larger mean.
         cuts: begin and end of the cuts, as shares of the steps.
@@ -132,7 +132,7 @@ class Advice:
                          f"{100 * self.best_gain:.1f} % less reducible loss")  # fmt: skip
         lines.append(
             f"  by final size in place of average size, which fits Setpoint's tests better: "
-            f"{_compared(*self.gain_by_final_size)}"
+            f"{_compared(*self.gain_by_final_size)} reducible loss"
         )
         if self.bill is not None:
             lines.append(
@@ -194,7 +194,7 @@ def plan(
             are taken to shrink as their FLOPs do.
         joules: the bill, in joules as this machine meters them; like `seconds`.
         batch: tokens or samples of an optimizer step; by default those of the example.
-        start: size to start from, in final sizes; by default 2, or the model's own.
+        start: size to start from, as a multiple of the final size; by default 2, or the model's own.
         cuts: begin and end of the cuts, as shares of the steps; `schedule` of the advice is theirs.
         laws: constants of the family, published ones of language models by default; `setpoint.advice.law.fit_law`
             finds those of another family from measured runs.

@@ -21,6 +21,7 @@ from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import kept_of
 from setpoint.configs.keys import Said, is_configured, keys, numbered
 from setpoint.errors import CheckpointError, ExampleError, GroupError, VerificationError
+from setpoint.eval_mode import in_eval_mode
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.rng import preserved_rng_state
@@ -164,11 +165,9 @@ def _check(made: nn.Module, source: nn.Module, example: Example) -> None:
     args, kwargs = inputs_of(example)
     outputs = []
     for each in (made, source):
-        training = each.training
-        outputs.append(
-            [tensor.float() for tensor in tensors_of(each.eval()(*args, **kwargs)) if tensor.is_floating_point()]
-        )
-        each.train(training)
+        with in_eval_mode(each):
+            given = tensors_of(each(*args, **kwargs))
+        outputs.append([tensor.float() for tensor in given if tensor.is_floating_point()])
     # Keys and values that are kept for generation have as many heads as the model.
     pairs = [(new, old) for new, old in zip(*outputs, strict=True) if new.shape == old.shape]
     loose = 100 * torch.finfo(next(source.parameters()).dtype).eps ** 0.75

@@ -220,7 +220,7 @@ class PricedController:
         reading = observation.reading
         assert reading is not None
         aim = self._aim(state, observation, cost)
-        guards = self._guards(state, observation, cost, groups, aim)
+        guards = self._guards(observation, cost, groups, aim)
         offers = [
             offer
             for offer in self._offers(observation, cost, groups)
@@ -238,7 +238,7 @@ class PricedController:
         offers = self._offers(observation, cost, groups)
         if not offers and aim.rests(self.deadband):
             return None
-        guards = self._guards(state, observation, cost, groups, aim)
+        guards = self._guards(observation, cost, groups, aim)
 
         def select(chosen: list[Offer]) -> Choice:
             return (*self._select(state, observation, cost, groups, aim, guards, chosen), chosen)
@@ -279,9 +279,7 @@ class PricedController:
             feedback=state.feedback,
         )
 
-    def _guards(
-        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
-    ) -> Guards:
+    def _guards(self, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim) -> Guards:
         """What this decision must leave: a share of an even cut's densities, or, where cuts are even, all of them."""
         if self._allocation(observation) == "uniform":
             limit = min(aim.landing, aim.goal)

@@ -146,7 +146,7 @@ DENSE = {
     "flops": "dense FLOPs",
     "params": "dense parameters",
     "inference": "dense inference time",
-    "joint": "leading budget",
+    "joint": "dense cost under the leading budget",
 }
 """What a share of it is a share of, in words."""
 IN_SECONDS = ("latency", "inference")

@@ -37,8 +37,9 @@ class Teacher:
         flops: of all passes of the teacher until now.
 
     Raises:
-        ValueError: for alpha or temperature out of range, for no model or no loop, and for the model that is pruned
-            itself. One that is attached later is refused when `loop` is set and by `logits`, and trains again.
+        ValueError: for alpha or temperature out of range, if `model` is no module or `loop` is neither a loop nor None,
+            and for the pruned model itself. A teacher that is attached later is unfrozen, and refused when `loop` is
+            set and by `logits`.
 
     References:
         Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
@@ -225,7 +226,7 @@ def _holds_attached(model: nn.Module) -> bool:
 def _check_loop(loop: object) -> None:
     if not isinstance(loop, Loop | None):
         raise ValueError(
-            f"the loop is what attach returned, got {loop!r}: of settings say the names, and write "
+            f"the loop is what attach returned, got {loop!r}: give settings by name, and write "
             "Teacher(model, loop, alpha=0.5)"
         )
 

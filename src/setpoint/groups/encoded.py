@@ -27,7 +27,7 @@ def encode_groups(groups: Sequence[Group]) -> list[Any]:
     """
     return [
         [
-            *(each.name, each.kind, each.num_units, each.min_units, each.multiple_of),
+            *(each.name, each.kind, *map(int, (each.num_units, each.min_units, each.multiple_of))),
             *(each.only_blocks, each.lossless, each.what, list(each.notes)),
             [[part.tensor, part.dim, part.role, part.masked, _encode(part.index)] for part in each.slices],
             [[size.module, size.place, _encode(size.index)] for size in each.sizes],

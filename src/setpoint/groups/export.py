@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from setpoint.groups.example import untouched_attributes as untouched_attributes
 from setpoint.groups.follow_data import following_data, is_code, is_library, known
 from setpoint.groups.opaque import Staging, alike, draw_for, recorded, running_at
 from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.users_hooks import has_users_hooks, without_users_hooks
 from setpoint.groups.walk import op_name
 
 TORCH_FOLDER = Path(torch.__file__).parent
@@ -117,15 +118,46 @@ def export(model: nn.Module, example: Example) -> Exported:
     first: ExportError | None = None
     for _ in range(_ATTEMPTS):
         try:
-            return Exported(_exported(model, staging), staging, first)
+            program = _exported(model, staging)
         except Exception as error:
             fault = _Fault.of(model, error)
             if first is None:
-                _check_runs(model, example, error)
+                _check_runs(model, example)
                 first = fault.refusal()
+                program = _without_hooks(model, staging)
+                if program is not None:
+                    return Exported(program, staging)
             staging = _without(model, example, staging, fault, first)
+        else:
+            if "" not in staging.reasons:
+                _check_outputs(program)
+            return Exported(program, staging, first)
     assert first is not None, "every attempt has failed"
     raise first
+
+
+def _check_outputs(program: Any) -> None:
+    """Check that the forward returns numbers that a loss can be made of: they are what trials and costs go by."""
+    names = set(program.graph_signature.user_outputs)
+    (output,) = [node for node in program.graph.nodes if node.op == "output"]
+    found = [each.meta["val"] for each in output.args[0] if getattr(each, "name", None) in names]
+    if not any(each.is_floating_point() or each.is_complex() for each in found if isinstance(each, torch.Tensor)):
+        raise ExportError(
+            "the model's forward returns no tensor of floats, also none in a list, a dict or a dataclass: return the "
+            "loss or the outputs, since backward passes are tried and counted from what the forward returns"
+        )
+
+
+def _without_hooks(model: nn.Module, staging: Staging) -> Any:
+    """The graph of the model without the user's hooks; None where there are none, or it cannot be exported either.
+
+    A hook that only looks on may ask for values, which an export does not have. One that changes what flows is found
+    out later: cuts are tried on copies with all hooks.
+    """
+    if has_users_hooks(model):
+        with suppress(Exception), without_users_hooks(model):
+            return _exported(model, staging)
+    return None
 
 
 _ATTEMPTS = 24
@@ -238,7 +270,7 @@ def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
                 raise _DynamicSizeError(module, str(getattr(kind, "__file__", "")), op_name(node.target))
 
 
-def _check_runs(model: nn.Module, example: Example, error: Exception) -> None:
+def _check_runs(model: nn.Module, example: Example) -> None:
     """Distinguish a bad example from a forward that cannot be exported, by running a copy of the model eagerly."""
     args, kwargs = inputs_of(example)
     try:

@@ -96,8 +96,6 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     what = f"the reading after step {step}"
     with together(ranks, what) as facts:
         reading = read()
-        if ranks.count == 1:
-            return reading
         values = [getattr(reading, part)[name] for part, name in _places(reading)]
         seen = [float(steps > 0) for _, steps in sorted(reading.steps_seen.items())]
         counts = np.array([reading.skipped_steps, reading.num_steps, *seen], dtype=np.float64)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from setpoint.actuator.lift import was_cut
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
+from setpoint.cost.tolerance import Tolerance
 from setpoint.cost.wanted import wanted
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import LoopError, NotBegunError
@@ -59,7 +60,12 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:
         check_settings(settings, SetpointCallback, attach)
-        wanted(budget)  # what is no budget is refused here, and not when the training begins
+        # What is no budget, or none for a Trainer, is refused here, and not when the training begins.
+        if isinstance(wanted(budget), Tolerance):
+            raise ValueError(
+                "a Tolerance needs the loss of each step, which a callback of the Trainer is not given: use a budget "
+                "or a Price, or a loop of your own with loop.observe(loss)"
+            )
         self.budget, self.settings, self.best_within_budget = budget, settings, best_within_budget
         self._was_within = True
         self.loop: Loop | None = None

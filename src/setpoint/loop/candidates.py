@@ -230,5 +230,5 @@ def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]
     if stray:
         warn(
             f"the example does not reach {', '.join(stray[:5])}{' and more' if len(stray) > 5 else ''}: if training "
-            "does, give an example that goes there, since what they read may be cut and they would not follow"
+            "does, give an example that does, too. Otherwise units that these weights read may be cut without them"
         )

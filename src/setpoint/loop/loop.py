@@ -112,14 +112,14 @@ class Loop:
             hooks: on the optimizers already; None to put them there.
         """
         self.host, self.sensor, self.controller, self.spending = host, sensor, controller, spending
-        self.actuator, self._revocable = actuator, revocable
-        self._dense, self._run = actuator.groups, run
+        self.actuator, self._revocable, self._dense, self._run = actuator, revocable, actuator.groups, run
         self._ledger = Ledger(header)
-        self._sensor_state = sensor.init(self._dense, host.model)
-        self._controller_state = controller.init(self._dense)
-        for state in (self._sensor_state, self._controller_state):
-            check_follows(state, widths_of(self._dense) if actuator.by_unit else {})
         self._hooking = sensor if isinstance(sensor, Hooking) else None  # asked once: it takes longer than a hook
+        widths = widths_of(self._dense) if actuator.by_unit else {}
+        self._controller_state = controller.init(self._dense)
+        check_follows(self._controller_state, widths)
+        self._sensor_state = sensor.init(self._dense, host.model)  # after what may fail, since it may leave hooks
+        check_follows(self._sensor_state, widths)
         self._listening = sensor if isinstance(sensor, Listening) else None
         spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._unchanged = Unchanged(host.model, host.copies, lambda: self.groups)

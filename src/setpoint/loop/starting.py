@@ -148,9 +148,9 @@ class Starting:
         host = self._host
         if any(each._compiled_call_impl is not None for each in host.model.modules()):
             raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
+        self._carry()
         self._first = FirstForward(self._called if host.compiled else host.model, host.model, self._method)
         self._hooks = StepHooks(host.optimizers, self._before, lambda: None)
-        self._carry()
         ATTACHED.add(host.model)
         FITTED.add(host.model)  # until the loop begins
         if self._resume and host.wrapper and self._called is not host.model:

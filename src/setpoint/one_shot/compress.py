@@ -16,8 +16,8 @@ from setpoint.actuator.attached import check_free
 from setpoint.actuator.carried import carry
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.try_optimizer import check_trains
-from setpoint.actuator.verify import failing_groups, few_rows
+from setpoint.actuator.tried import tried
+from setpoint.actuator.try_optimizer import check_optimizer, check_trains
 from setpoint.controller.landing import cheapest, even_density, free_ladders
 from setpoint.controller.selection import Selection, add_back, descend, start
 from setpoint.controller.swap import swap, trade
@@ -41,7 +41,7 @@ from setpoint.one_shot.compressed import Compressed
 from setpoint.one_shot.forward import run
 from setpoint.one_shot.refit import Keep, find_readers, refit
 from setpoint.one_shot.samples import first_batches
-from setpoint.sensor.consumer import find_consumers
+from setpoint.sensor.consumer import find_consumers, layers_by_weight
 from setpoint.sensor.elimination import energy_shares
 from setpoint.sensor.listener import Listener
 from setpoint.sensor.reconstruction import norm_scale
@@ -72,7 +72,7 @@ def compress(
     verify: bool = True,
     optimizer: Optimizer | None = None,
 ) -> Compressed:
-    """Cut a trained model to a budget at once, in place, and fit what reads the cut units anew; nothing is trained.
+    """Cut a trained model to a budget at once, in place, and refit the layers that read cut units; nothing is trained.
 
     1. *Score.* What `ReconstructionSensor` reads in training is read in forwards on the data.
     2. *Cut.* The units of least score per saving go until the budget is met. Four fifths of an even cut's width stay in
@@ -125,6 +125,8 @@ def compress(
     check_free(model)
     optimizers = () if optimizer is None else real_optimizers(optimizer)
     check_trains(optimizers, model)
+    for each in optimizers:
+        check_optimizer(each)
     goal = one_budget(budget)
     for name, tensor in model.named_parameters():
         # Not known of 8-bit floats; minus infinity may be a mask.
@@ -178,6 +180,7 @@ def _candidates(
     frozen = {each.place: each.reason for each in traced.frozen}
     widths = widths_of(traced.groups)
     found: list[Group] = []
+    layers = layers_by_weight(model)
     for group in traced.groups if groups is None else groups:
         if not isinstance(group, Group):
             raise GroupError(f"groups holds {a_type(group)}: give groups of find_groups(model, example)")
@@ -188,12 +191,12 @@ def _candidates(
             )
         if not group.lossless:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
-        elif not find_consumers(group, model):
+        elif not find_consumers(group, model, layers):
             frozen[group.name] = "the units are read by something else than linear layers and convolutions"
         else:
             found.append(group)
     if verify and found:
-        for name in failing_groups(model, few_rows(example)[0], tuple(found)):
+        for name in tried(model, example, tuple(found), traced.key)[0]:
             frozen[name] = "cutting it on a copy did not behave like masking it"
     active = tuple(group for group in found if group.name not in frozen)
     check_blocks(active)
@@ -203,7 +206,8 @@ def _candidates(
 
 def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]) -> dict[str, np.ndarray]:
     """Saliency of all units, from one pass over the data."""
-    consumers = tuple(each for group in groups for each in find_consumers(group, model))
+    layers = layers_by_weight(model)
+    consumers = tuple(each for group in groups for each in find_consumers(group, model, layers))
     each_time = -(-_ROWS // len(batches))
     listener = Listener(consumers, model, each_time, each_time * len(batches), training=False)
     try:
@@ -250,7 +254,7 @@ def _choose(
         lost = [name for name, units in saliency.items() if np.isinf(units).any()]
         raise BudgetError(
             "no cut of the units that the data come to meets the budget: the data do not come to what reads "
-            f"{lost[:3]}. Give data that run through the whole model, or ask for more"
+            f"{lost[:3]}. Give data that run through the whole model, or a larger budget"
         )
     best = max(found, key=lambda each: each.total)  # the first of equal ones: of the highest floor
     return {name: ladder.keep(best.rungs[name]) for name, ladder in best.ladders.items()}
@@ -258,13 +262,15 @@ def _choose(
 
 @contextmanager
 def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Inside, whatever is raised leaves the tensors as they were; inside it no shape may have changed by then."""
-    before = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+    """Inside, whatever is raised leaves tensors and gradients as they were; no shape may have changed by then."""
+    held = list(named_tensors(model).values())
+    held += [each.grad for each in model.parameters() if each.grad is not None]
+    before = [each.detach().clone() for each in held]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for name, tensor in named_tensors(model).items():
-                tensor.copy_(before[name])
+            for tensor, values in zip(held, before, strict=True):
+                tensor.copy_(values)
         torch.clear_autocast_cache()
         raise

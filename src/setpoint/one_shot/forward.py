@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from setpoint.errors import ExampleError, SetpointError
+from setpoint.eval_mode import in_eval_mode
 from setpoint.groups.example import Example, inputs_of
 
 Norms = Literal["running", "batch", "renewed"]
@@ -23,28 +24,25 @@ class EnoughSeen(Exception):  # noqa: N818 - no error: it ends a forward of whic
 @contextmanager
 def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
     """Inside, the model is in eval mode, its norms as said; its modes are restored at the end."""
-    modes = [(module, module.training) for module in model.modules()]
     batch_norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
     before = [(each.momentum, each.num_batches_tracked) for each in batch_norms]
     handles: list[Any] = []
     try:
-        model.eval()
-        for each in batch_norms if norms != "running" else ():
-            each.train()
-            each.momentum = 0.0  # it keeps what it has
-            if norms == "renewed":
-                each.reset_running_stats()
-                handles.append(each.register_forward_pre_hook(_weighing(), with_kwargs=True))
-            elif each.num_batches_tracked is not None:
-                each.num_batches_tracked = each.num_batches_tracked.clone()  # counted in train mode all the same
-        yield
+        with in_eval_mode(model):
+            for each in batch_norms if norms != "running" else ():
+                each.train()
+                each.momentum = 0.0  # it keeps what it has
+                if norms == "renewed":
+                    each.reset_running_stats()
+                    handles.append(each.register_forward_pre_hook(_weighing(), with_kwargs=True))
+                elif each.num_batches_tracked is not None:
+                    each.num_batches_tracked = each.num_batches_tracked.clone()  # counted in train mode all the same
+            yield
     finally:
         for handle in handles:
             handle.remove()
         for each, (momentum, counted) in zip(batch_norms, before, strict=True):
             each.momentum, each.num_batches_tracked = momentum, counted
-        for module, training in modes:
-            module.training = training
 
 
 def _weighing() -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:

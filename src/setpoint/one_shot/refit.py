@@ -18,7 +18,7 @@ from setpoint.errors import ExampleError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group
 from setpoint.one_shot.forward import EnoughSeen, run
-from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows
+from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows, layers_by_weight
 from setpoint.sensor.elimination import moment_of, regular
 from setpoint.sensor.padding import Padding
 from setpoint.warn import warn
@@ -49,8 +49,9 @@ def find_readers(model: nn.Module, groups: tuple[Group, ...], keep: Keep) -> tup
     """The weights that lose inputs, apart from those that are also something else, as a tied embedding is."""
     layers: dict[int, set[str]] = {}
     stays: dict[int, np.ndarray] = {}
+    known = layers_by_weight(model)
     for group in groups:
-        for each in find_consumers(group, model) if not keep[group.name].all() else ():
+        for each in find_consumers(group, model, known) if not keep[group.name].all() else ():
             layer: Any = model.get_submodule(each.layer)
             weight = layer.weight
             layers.setdefault(id(weight), set()).add(each.layer)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.verify import Trial, few_rows
+from setpoint.actuator.tried import on_few_rows
+from setpoint.actuator.verify import Trial
 from setpoint.errors import LoopError, VerificationError
 from setpoint.groups.export import Example, computed
 from setpoint.groups.group import Group
@@ -36,9 +37,7 @@ def check_regrowth(
         )
     if not verify:
         return 0.0
-    few, share = few_rows(example)
-    verify_probe(host.model, few, groups)
-    return 6 * share
+    return 6 * on_few_rows(lambda rows: verify_probe(host.model, rows, groups), example)[1]
 
 
 def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from setpoint.files import replace_text
 from setpoint.report.drawing import drawing, scheme
 from setpoint.report.figures import Figure
 from setpoint.report.numbers import NOTHING
@@ -31,9 +32,7 @@ def document(title: str, body: str) -> str:
 def save(page: str, target: Path) -> Path:
     """Write a page completely or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(target)
+    replace_text(target, page)
     return target
 
 

@@ -15,8 +15,9 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
 from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.users_hooks import without_users_hooks
 from setpoint.resources.median import Measured, median_of
-from setpoint.resources.replica import Replica, fresh_replica, strip, users_hooks
+from setpoint.resources.replica import Replica, fresh_replica
 from setpoint.spending.seconds import Stopwatch
 
 _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
@@ -71,7 +72,7 @@ class Inference:
         """
         watch, times = Stopwatch(synchronize=True), []
         model = self.model
-        undone = (preserved_rng_state, _untouched_buffers, untouched_attributes, _without_hooks)
+        undone = (preserved_rng_state, _untouched_buffers, untouched_attributes, without_users_hooks)
         with ExitStack() as after:
             for untouched in undone:
                 after.enter_context(untouched(model))
@@ -120,15 +121,3 @@ def _untouched_buffers(model: nn.Module) -> Iterator[None]:
             for buffer, version, value in kept:
                 if buffer._version != version:
                     buffer.copy_(value)
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    before = [(hooks, dict(hooks)) for module in model.modules() for hooks, _ in users_hooks(module)]
-    strip(model)
-    try:
-        yield
-    finally:
-        for hooks, all_of_them in before:
-            hooks.clear()
-            hooks.update(all_of_them)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.groups.example import Example, computed, inputs_of, mapped, tensors_of, untouched_attributes
 from setpoint.groups.group import Group
+from setpoint.groups.users_hooks import strip
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,17 +126,3 @@ def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
             return torch.tensor(number, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
     new = mode.from_tensor(tensor.detach())
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
-def strip(model: nn.Module) -> None:
-    """Take the user's hooks off."""
-    for module in model.modules():
-        for hooks, users in users_hooks(module):
-            for key in users:
-                del hooks[key]
-
-
-def users_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], list[int]]]:
-    """A module's tables of hooks, each with the keys of those that are the user's own; torch's compute a weight."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-        yield hooks, [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]

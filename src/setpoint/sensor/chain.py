@@ -11,6 +11,7 @@ from setpoint.distributed import Ranks
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Hooking, Reading, Sensor, Shared, takes_back
+from setpoint.sensor.stride import Listening
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class SensorChain:
     The whole is calibrated if every part is, in the same unit.
 
     Raises:
-        ValueError: when there is no sensor.
+        ValueError: when there is no sensor, or for one that reads only the steps before a decision.
 
     >>> from setpoint import TaylorSensor
     >>> from setpoint.states.hankel import HankelSensor
@@ -49,12 +50,23 @@ class SensorChain:
     def __init__(self, *sensors: Sensor[Any]) -> None:
         if not sensors:
             raise ValueError("a chain needs at least one sensor")
+        for each in sensors:
+            if isinstance(each, Listening):
+                raise ValueError(
+                    f"{type(each).__name__} reads only the steps before a decision, and the others of a chain read "
+                    "steps all along: give it to attach alone"
+                )
         self.sensors = sensors
 
     @property
     def averages_hooks(self) -> bool:
         """Whether what the sensors read by hooks can be averaged over ranks."""
         return all(getattr(each, "averages_hooks", False) for each in self.sensors if isinstance(each, Hooking))
+
+    @property
+    def reads_shards(self) -> bool:
+        """Whether all of its sensors read shards."""
+        return all(getattr(each, "reads_shards", False) for each in self.sensors)
 
     def over(self, ranks: Ranks) -> SensorChain:
         """The chain where gradients are averaged over ranks."""

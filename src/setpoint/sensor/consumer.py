@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from setpoint.distributed import plain_kind, unsharded_tensor
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.padding import Positions
+from setpoint.sensor.tap import parameter_named
 
 _GOLDEN = 0.6180339887498949
 
@@ -70,30 +71,47 @@ class Consumer:
         return torch.from_numpy(self.channels.ravel()).to(like.device)
 
 
-def find_consumers(group: Group, model: nn.Module) -> tuple[Consumer, ...]:
-    """Every layer that reads the units of a group; none where one of its readers is not such a layer."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+Layers = Mapping[int, Sequence[tuple[str, nn.Module]]]
+"""Name and layer by the id of the weight: several where it is tied."""
+
+
+def layers_by_weight(model: nn.Module) -> Layers:
+    """All layers of a model that have a weight."""
+    found: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            found.setdefault(id(layer.weight), []).append((name, layer))
+    return found
+
+
+def find_consumers(group: Group, model: nn.Module, layers: Layers | None = None) -> tuple[Consumer, ...]:
+    """Every layer that reads the units of a group; none where one of its readers is not such a layer.
+
+    Args:
+        layers: `layers_by_weight(model)`, which whoever asks for many groups finds once.
+    """
+    layers = layers_by_weight(model) if layers is None else layers
     found: list[Consumer] = []
     for place in group.slices:
         if place.role == "consume":
-            of_place = tuple(_consumers(place, group, model, parameters.get(place.tensor)))
+            of_place = tuple(_consumers(place, group, layers, parameter_named(model, place.tensor)))
             if not of_place:
                 return ()
             found += of_place
     return tuple(found)
 
 
-def _consumers(place: Slice, group: Group, model: nn.Module, weight: object) -> Iterator[Consumer]:
+def _consumers(place: Slice, group: Group, layers: Layers, weight: nn.Parameter | None) -> Iterator[Consumer]:
     """The layers that a parameter is the weight of: several where it is tied, none where there is no parameter."""
     counts = np.bincount(place.index[place.index >= 0], minlength=group.num_units)
     uneven = not len(counts) or counts.min() < 1 or bool((counts != counts[0]).any())
-    if not isinstance(weight, nn.Parameter) or group.kind != "unit" or uneven:
+    if weight is None or group.kind != "unit" or uneven:
         return
     order = np.argsort(place.index, kind="stable")
     channels = order[len(order) - int(counts.sum()) :].reshape(group.num_units, -1)
     num_offsets = math.prod(weight.shape[2:])
-    for name, layer in model.named_modules():
-        if getattr(layer, "weight", None) is weight and input_dim(layer) == place.dim:
+    for name, layer in layers.get(id(weight), ()):
+        if input_dim(layer) == place.dim:
             yield Consumer(group.name, name, channels, num_offsets)
 
 

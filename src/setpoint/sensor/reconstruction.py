@@ -16,7 +16,7 @@ from setpoint.errors import GroupError
 from setpoint.given import counts
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group
-from setpoint.sensor.consumer import Consumer, by_column, find_consumers
+from setpoint.sensor.consumer import Consumer, by_column, find_consumers, layers_by_weight
 from setpoint.sensor.elimination import Map, energy_shares, flops_of
 from setpoint.sensor.listener import Listener, rows_kept
 from setpoint.sensor.reading import Reading
@@ -61,10 +61,10 @@ class ReconstructionSensor:
     a share of what the layer gives, so that layers can be compared; summed over the layers that read the group, and
     never falling along the order of removal. Units that repeat others are cheap, however large their weights.
 
-    No unit of the loss is in it, and no gradient: a `Budget` can be met by it, and a `Price` cannot. Where the output
+    It uses no gradient and is not in units of the loss, so it works with a `Budget` and not a `Price`. Where the output
     goes into a BatchNorm, each output counts in units of the deviation that the norm divides by, times its scale.
 
-    What layers are given, hooks note in ordinary training forwards: up to `rows` positions of each forward, picked
+    Hooks record what layers are given in ordinary training forwards: up to `rows` positions of each forward, picked
     evenly and without random numbers, in the `steps` steps before a decision; at most `rows * steps` in all, and at
     most 8 million numbers a layer. After the decision they are dropped: a reading in between shows nothing. Nothing is
     multiplied before a reading. Then G, P and the removals are worked out in float64, layer by layer; units of a layer
@@ -123,11 +123,13 @@ class ReconstructionSensor:
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups that linear layers and convolutions read, and nothing else."""
-        return tuple(group for group in groups if find_consumers(group, model))
+        layers = layers_by_weight(model)
+        return tuple(group for group in groups if find_consumers(group, model, layers))
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> ReconstructionState:
         """Nothing seen yet, hooks on the model; GroupError for a group that is not `readable`."""
-        unreadable = sorted(group.name for group in groups if not find_consumers(group, model))
+        readable = {group.name for group in self.readable(groups, model)}
+        unreadable = sorted(group.name for group in groups if group.name not in readable)
         if unreadable:
             raise GroupError(
                 f"groups {unreadable} are read by something else than linear layers and convolutions, so that the "
@@ -266,7 +268,8 @@ class ReconstructionSensor:
 
 
 def _consumers(groups: tuple[Group, ...], model: nn.Module) -> tuple[Consumer, ...]:
-    return tuple(consumer for group in groups for consumer in find_consumers(group, model))
+    layers = layers_by_weight(model)
+    return tuple(consumer for group in groups for consumer in find_consumers(group, model, layers))
 
 
 def norm_scale(model: nn.Module, norm: str) -> Tensor | float:

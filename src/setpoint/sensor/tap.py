@@ -19,13 +19,20 @@ _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def tappable(group: Group, model: nn.Module) -> frozenset[str]:
     """Names of the frozen outgoing weights that taps can read, of a group that trained weights write; else none."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {place.tensor: parameter_named(model, place.tensor) for place in group.slices}
+    parameters = {name: each for name, each in found.items() if each is not None}
     writers = [place.tensor for place in group.slices if place.role != "consume"]
     if not any(name in parameters and parameters[name].requires_grad for name in writers):
         return frozenset()
     readers = [place for place in group.slices if place.role == "consume" and place.tensor in parameters]
     frozen = [place for place in readers if not parameters[place.tensor].requires_grad]
     return frozenset(place.tensor for place in frozen if _layer(place, model) is not None)
+
+
+def parameter_named(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of a qualified name, None where a buffer has it, without a look at all others."""
+    owner, _, key = name.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(key)
 
 
 def _layer(place: Slice, model: nn.Module) -> nn.Module | None:

@@ -42,8 +42,8 @@ def original_costs(
     for each in budgets:
         if each.relative and each.resource in METERED:
             raise BudgetError(
-                f"the model was cut before, so that the {each.resource} of the dense model, of which a fraction of "
-                f"{each.limit:g} is asked for, is not known: give Budget.total(..., of={each.resource!r})"
+                f"the model was cut before, so the {each.resource} of the dense model are not known, and a fraction "
+                f"of {each.limit:g} has no meaning: give Budget.total(..., of={each.resource!r})"
             )
     with lifted(model):
         found = repeated(trace(model, example), passes)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from setpoint.eval_mode import in_eval_mode
 from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group
 from setpoint.groups.selective import selective_kind, selective_layer
@@ -93,17 +94,14 @@ class SelectiveSensor:
 
             return hook
 
-        modes = [(module, module.training) for module in model.modules()]
         handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
         try:
-            model.eval()
             args, kwargs = inputs_of(self.example)
-            model(*args, **kwargs)
+            with in_eval_mode(model):
+                model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, training in modes:
-                module.training = training
         return found
 
 
