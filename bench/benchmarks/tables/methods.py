@@ -173,32 +173,47 @@ def readme_table(root: Path) -> str:
     return "\n".join([*lines, "", *(f"* {line}" for line in below)])
 
 
+LONGER = ("-long", "-taught")
+"""How names of methods end that train for longer, or are taught by a dense run."""
+
+
 def _of_equal_steps(folder: Path) -> list[Row]:
     """Rows of a results folder, but for masks, and for methods that train longer or are taught."""
     rows = summary_rows(read_results(folder))
-    return [row for row in rows if row.density is None and not row.method.endswith(("-long", "-taught"))]
+    return [row for row in rows if row.density is None and not row.method.partition("@")[0].endswith(LONGER)]
 
 
 def bill_table(root: Path) -> str:
-    """Fine-tuning for as many steps as the dense run's training FLOPs pay for, beside equal steps."""
+    """Fine-tuning for as many steps as the dense run's training FLOPs pay for, beside equal steps and the dense run."""
     methods = ("setpoint", "setpoint-long", "cubic-long")
+    others = ("setpoint", "dense", "cubic-long")
+    heads = [*(f"`{each}`" for each in methods), "bill", *(f"`setpoint-long` − `{each}`" for each in others)]
     lines = [
-        f"| model | FLOPs / step | dense | {' | '.join(f'`{each}`' for each in methods)} | bill | gain, points |",
-        f"|---|---:|---:|{'---:|' * len(methods)}---:|---:|",
+        f"| model | FLOPs / step | dense | {' | '.join(heads)} |",
+        f"|---|{'---:|' * (2 + len(heads))}",
     ]
     for folder, (model, _) in PRETRAINED.items():
-        rows = summary_rows(read_results(root / folder))
+        results = read_results(root / folder)
+        rows = summary_rows(results)
         dense = next(row for row in rows if row.method == "dense")
         for budget in (0.5, 0.25):
-            here = {row.method: row for row in rows if row.budget == budget}
+            here: dict[str, Row] = {"dense": dense}
+            for row in sorted((row for row in rows if row.budget == budget), key=lambda row: row.value.mean):
+                here[row.method.partition("@")[0]] = row  # of several learning rates the best
             if "setpoint-long" not in here:
                 continue
             long = here["setpoint-long"]
+            cells = {
+                each: [cell for cell in results.cells if (cell.method, cell.budget) == (row.method, row.budget)]
+                for each, row in here.items()
+            }
             found = (_with_seeds(here[each]) if each in here else NOTHING for each in methods)
-            spent = percent(long.train_flops_ratio)
-            gain = marked(long.differences.get("setpoint"), long.metric)
-            cells = (model.partition(",")[0], percent(budget), _with_seeds(dense), *found, spent, gain)
-            lines.append(f"| {' | '.join(cells)} |")
+            apart = (
+                marked(difference(cells["setpoint-long"], cells[each]), long.metric) if each in here else NOTHING
+                for each in others
+            )
+            start = (model.partition(",")[0], percent(budget), _with_seeds(dense))
+            lines.append(f"| {' | '.join((*start, *found, percent(long.train_flops_ratio), *apart))} |")
     return "\n".join(lines)
 
 
