@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
@@ -622,3 +623,99 @@ def test_an_error_on_the_way_leaves_gradients_as_they_were(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="no memory"):
         setpoint.compress(model, [(x,)], "50% flops")
     assert all(torch.equal(a, b.grad) for a, b in zip(before, model.parameters(), strict=True) if b.grad is not None)
+
+
+def _small_images(norms_in_training: bool) -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
+    """A net that knows which quadrant is bright, and its data; its norms may be constants of other data."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 4, (512,))
+    images = 3.0 + torch.randn(512, 1, 8, 8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[0, 4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 2.0
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(512, 4)),
+    )
+    for _ in range(40):
+        model(torch.randn(32, 1, 8, 8))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(6):
+        for x, y in zip(images.split(32), labels.split(32), strict=True):
+            model.train()
+            for norm in (model[1], model[4]):
+                norm.train(norms_in_training)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval(), list(zip(images.split(64), labels.split(64), strict=True))
+
+
+def _accuracy_on(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
+    model.eval()
+    return float(torch.cat([model(x).argmax(1) == y for x, y in data]).double().mean())
+
+
+def test_norms_that_were_constants_stay_constants() -> None:
+    """Claim: a net that was fine-tuned with its norms in eval mode keeps statistics and accuracy, with a warning."""
+    model, data = _small_images(norms_in_training=False)
+    before, means = _accuracy_on(model, data), set(model[1].running_mean.tolist())
+    with pytest.warns(UserWarning, match="count as constants of the training"):
+        setpoint.compress(model, data, "90% flops")
+    assert before > 0.9 and _accuracy_on(model, data) > before - 0.03
+    assert set(model[1].running_mean.tolist()) <= means
+
+
+def test_norms_that_were_trained_get_new_statistics() -> None:
+    """Claim: of an ordinary net the statistics become those of the cut model, without a warning."""
+    model, data = _small_images(norms_in_training=True)
+    before = _accuracy_on(model, data)
+    setpoint.compress(model, data, "60% flops")
+    given: list[Tensor] = []
+    model[4].register_forward_pre_hook(lambda norm, args: given.append(args[0]))
+    assert before > 0.9 and _accuracy_on(model, data) > before - 0.05
+    torch.testing.assert_close(model[4].running_mean, torch.cat(given).mean((0, 2, 3)), rtol=0.2, atol=0.1)
+
+
+class TwoTasks(nn.Module):
+    """A trunk with two heads, of which a forward takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.main, self.aux, self.aux_norm = (
+            nn.Conv2d(16, 8, 3, padding=1),
+            nn.Conv2d(16, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, task: str = "main") -> Tensor:
+        """Scores of one task."""
+        x = torch.relu(self.norm(self.trunk(x)))
+        x = self.main(x) if task == "main" else self.aux_norm(self.aux(x))
+        scores: Tensor = self.head(torch.relu(x).mean((2, 3)))
+        return scores
+
+
+def test_what_the_data_do_not_reach_is_told_and_left_alone() -> None:
+    """Claim: weights that may read cut units are named, their norm keeps its statistics, and they are not refitted."""
+    torch.manual_seed(0)
+    model = TwoTasks()
+    for _ in range(20):
+        model(2 + torch.randn(32, 3, 8, 8), "aux")
+        model(2 + torch.randn(32, 3, 8, 8))
+    kept = model.aux_norm.running_mean.clone()
+    with pytest.warns(UserWarning, match="the example does not reach aux.weight"):
+        compressed = setpoint.compress(model, [(2 + torch.randn(32, 3, 8, 8),) for _ in range(4)], "60% flops")
+    assert torch.equal(model.aux_norm.running_mean, kept) and set(compressed.refitted) == {"main", "head"}
+
+
+def test_batches_of_one_sample_are_told_where_norms_need_more() -> None:
+    """Claim: statistics of single samples are a poor source, and a warning says so."""
+    model, data = _small_images(norms_in_training=True)
+    single = [(x[:1], y[:1]) for x, y in data for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.warns(UserWarning, match="every batch has one sample"):
+            setpoint.compress(model, single, "80% flops")

@@ -313,3 +313,20 @@ def test_cached_logits_need_one_key_a_sample_and_one_length() -> None:
     teacher.cached_logits(["long"], torch.randn(1, 6, 8))
     with pytest.raises(ValueError, match=r"shapes \[\(4, 3\), \(6, 3\)\]: pad every sample"):
         teacher.cached_logits(["short", "long"], torch.randn(2, 6, 8))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 3, 8, 8)], ids=["one score", "a map with classes before it"])
+def test_logits_that_teach_nothing_or_the_wrong_thing_are_refused(shape: tuple[int, ...]) -> None:
+    """Claim: a single score has no distribution, and of a map the last dim is its width: both are refused by shape."""
+    teacher = Teacher(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Move classes to the end"):
+        teacher.loss(torch.zeros(()), torch.randn(shape), torch.randn(shape))
+
+
+def test_a_teacher_answers_in_eval_mode_whatever_holds_it() -> None:
+    """Claim: as a part of a module in train mode it drops nothing out and keeps its statistics."""
+    teacher = Teacher(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)))
+    whole = nn.ModuleDict({"teacher": teacher.model, "student": nn.Linear(4, 3)})
+    x, norm = torch.randn(16, 4), teacher.model[1]
+    whole.train()
+    assert torch.equal(teacher.logits(x), teacher.logits(x)) and int(norm.num_batches_tracked) == 0

@@ -98,6 +98,7 @@ class Teacher:
             ValueError: when the teacher returns no logits, and for the model that is pruned.
         """
         self._check_other()
+        self.model.eval()  # as a part of a module that was set to train mode it would be in that mode, too
         shapes = _form((args, kwargs))
         if shapes in self._flops_by_shapes:
             outputs = self.model(*args, **kwargs)
@@ -172,7 +173,7 @@ class Teacher:
             mask: as in `loss`.
 
         Raises:
-            ValueError: when the shapes differ.
+            ValueError: when the shapes differ, or are not those of logits.
         """
         if own.shape != taught.shape:
             raise ValueError(
@@ -181,6 +182,12 @@ class Teacher:
             )
         if own.dim() < 2:
             raise ValueError(f"logits have classes last, behind a dim of rows: got shape {tuple(own.shape)}")
+        if own.dim() > 3 or own.shape[-1] < 2:
+            raise ValueError(
+                "logits have two classes or more in their last dim, behind a dim of rows or two of rows and positions: "
+                f"got shape {tuple(own.shape)}. Move classes to the end and flatten the rest, as in "
+                "logits.movedim(1, -1).flatten(0, -2); a single score has no distribution to learn"
+            )
         if mask is not None:
             if mask.shape != own.shape[:-1]:
                 raise ValueError(f"the mask has shape {tuple(mask.shape)} for logits of shape {tuple(own.shape)}")

@@ -106,6 +106,8 @@ def export(model: nn.Module, example: Example) -> Exported:
             line.
     """
     inputs_of(example)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError("a scripted model has no Python code that can be followed: give it before torch.jit.script")
     if type(model).forward is nn.Module.forward and "forward" not in vars(model):
         raise ExampleError(
             f'{type(model).__name__} has no forward: name the method that training calls, attach(..., method="name")'

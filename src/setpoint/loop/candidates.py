@@ -118,7 +118,7 @@ def unit_candidates(
         frozen |= failed
     check_some(active, frozen)
     costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(host.model, active)}
-    _warn_of_unreached(host.model, found, active)
+    warn_of_unreached(host.model, found, active)
     return Candidates(active, frozen, costs, passes)
 
 
@@ -220,7 +220,7 @@ def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
     return replace(found, groups=groups, contractions=contractions)
 
 
-def _warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
+def warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
     """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
     lengths = {len(part.index) for group in groups for part in group.slices}
     # A tied weight has several names, and is reached by any of them.

@@ -36,10 +36,10 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import Trace, trace
 from setpoint.host.optimizers import real_optimizers
-from setpoint.loop.candidates import check_some, restricted
+from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
 from setpoint.one_shot.compressed import Compressed
-from setpoint.one_shot.forward import run
-from setpoint.one_shot.refit import Keep, find_readers, refit
+from setpoint.one_shot.forward import batch_norms_of, norms_were_constant, run
+from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
 from setpoint.one_shot.samples import first_batches
 from setpoint.sensor.consumer import find_consumers, layers_by_weight
 from setpoint.sensor.elimination import energy_shares
@@ -47,6 +47,7 @@ from setpoint.sensor.listener import Listener
 from setpoint.sensor.reconstruction import norm_scale
 from setpoint.spending.checks import check_reachable
 from setpoint.spending.original import original_costs
+from setpoint.warn import warn
 from setpoint.words import a_type
 
 _FLOORS = (0.8, 0.25, 0.0)
@@ -81,7 +82,8 @@ def compress(
        change the layer's outputs least, `(G_kk + r I)^-1 ((G + r I) W)_k`, G the second moment of what the layer is
        given by then and r = .01 mean(diag G); a bias with them. Heads are refitted in the output projection. A weight
        that is also used otherwise, as a tied embedding, stays as it is.
-    4. *Renew.* Running statistics of BatchNorms become the means over the data.
+    4. *Renew.* Running statistics of BatchNorms become the means over the data, unless most are far from the data's:
+       then they were constants in the training, and stay.
 
     The model can then be saved (`setpoint.save`), used, or trained on as any other, with a new optimizer or the one
     given. A budget that the model meets already changes nothing. An exception leaves the model as it was.
@@ -144,16 +146,18 @@ def compress(
         check_reachable(goal, original.get(goal.resource, before[goal.resource]), cheapest(cost, active))
         with _unchanged_on_error(model):
             keep = _choose(cost, active, _scores(model, active, batches), limit, even=even)
-            readers = find_readers(model, active, keep)
+            fitted: tuple[Reader, ...] = ()
             if not all(each.all() for each in keep.values()):
-                refit(model, readers, batches)
+                renews = _renews(model, batches)
+                fitted = refit(model, find_readers(model, active, keep), batches, "batch" if renews else "running")
                 # Masked before the norms' statistics are renewed: these are of the cut model then.
                 mask(model, None, active, keep)
-                run(model, batches, "renewed")
+                if renews:
+                    run(model, batches, "renewed")
             cut = shrink(model, optimizers, active, keep)
         carry(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
-    refitted = tuple(name for reader in readers for name in reader.layers)
+    refitted = tuple(name for reader in fitted for name in reader.layers)
     seen = sum(map(samples_in, batches))
     return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
 
@@ -201,7 +205,21 @@ def _candidates(
     active = tuple(group for group in found if group.name not in frozen)
     check_blocks(active)
     check_some(active, frozen)
+    warn_of_unreached(model, traced, active)
     return active, frozen
+
+
+def _renews(model: nn.Module, batches: Sequence[Example]) -> bool:
+    """Whether BatchNorms get new statistics; warns where they do not, or where the data are a poor source of them."""
+    if norms_were_constant(model, batches):
+        warn(
+            "most BatchNorms have running statistics far from those of the data. They count as constants of the "
+            "training, and stay. If they are none, give data that are prepared as in training"
+        )
+        return False
+    if batch_norms_of(model) and all(samples_in(each) == 1 for each in batches):
+        warn("every batch has one sample, and BatchNorms get the statistics of single samples: give batches of several")
+    return True
 
 
 def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]) -> dict[str, np.ndarray]:

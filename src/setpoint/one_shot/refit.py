@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from setpoint.errors import ExampleError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group
-from setpoint.one_shot.forward import EnoughSeen, run
+from setpoint.one_shot.forward import EnoughSeen, Norms, run
 from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows, layers_by_weight
 from setpoint.sensor.elimination import moment_of, regular
 from setpoint.sensor.padding import Padding
@@ -79,7 +79,9 @@ def refitted(
     return torch.cholesky_solve(target, torch.linalg.cholesky(ridge[kept][:, kept]))
 
 
-def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example]) -> None:
+def refit(
+    model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example], norms: Norms = "batch"
+) -> tuple[Reader, ...]:
     """Fit the weights of all readers anew, one after the other as the forward comes to them; what goes becomes 0.
 
     Each sees what the layers before it give by then, among them the units that go, which nothing reads any more in the
@@ -88,11 +90,18 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
 
     Warns where a layer has far fewer rows of data than inputs to fit.
 
+    Args:
+        norms: what BatchNorms use meanwhile.
+
+    Returns:
+        Those that were fitted: all that the data come to.
+
     Raises:
         ExampleError: where a layer is given NaN or infinity.
     """
     thin: dict[str, tuple[float, str]] = {}
-    for reader in _in_order(model, readers, batches):
+    fitted_ones = _in_order(model, readers, batches)
+    for reader in fitted_ones:
         layer, weight = _weight_of(model, reader)
         channels = by_column(layer, weight.detach())
         found = torch.zeros_like(channels)
@@ -100,7 +109,7 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
         bias: Any = layer.bias if len(reader.layers) == 1 else None
         shift = torch.zeros(channels.shape[-1], dtype=torch.float64)
         for block in _blocks(len(channels), channels.shape[1]):
-            moment = _moment(model, reader, batches, block)
+            moment = _moment(model, reader, batches, block, norms)
             if not torch.isfinite(moment).all():
                 raise ExampleError(
                     f"{reader.layers[0]} is given NaN or infinity on the data: look for it in the data and the weights"
@@ -131,6 +140,7 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
             f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "
             "may be far from the dense one: give more batches"
         )
+    return tuple(fitted_ones)
 
 
 def _blocks(channels: int, offsets: int) -> list[slice]:
@@ -157,7 +167,7 @@ def _in_order(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Exa
 
 
 def _moment(
-    model: nn.Module, reader: Reader, batches: Sequence[Example], block: slice
+    model: nn.Module, reader: Reader, batches: Sequence[Example], block: slice, norms: Norms
 ) -> Float64[Tensor, "columns columns"]:
     """Second moment of what the layers are given, by column of these channels, with a last column of ones."""
     layer, weight = _weight_of(model, reader)
@@ -180,7 +190,7 @@ def _moment(
     try:
         with _hooked(model, dict.fromkeys(reader.layers, look)):
             calls.append(0)
-            run(model, batches, "batch", lambda: calls.append(0))
+            run(model, batches, norms, lambda: calls.append(0))
     finally:
         padding.stop()
     return total[0]
