@@ -154,6 +154,7 @@ def compress(
                 mask(model, None, active, keep)
                 if renews:
                     run(model, batches, "renewed")
+                    _warn_of_single_samples(model, batches)
             cut = shrink(model, optimizers, active, keep)
         carry(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
@@ -210,16 +211,19 @@ def _candidates(
 
 
 def _renews(model: nn.Module, batches: Sequence[Example]) -> bool:
-    """Whether BatchNorms get new statistics; warns where they do not, or where the data are a poor source of them."""
+    """Whether BatchNorms get new statistics; warns where they do not."""
     if norms_were_constant(model, batches):
         warn(
             "most BatchNorms have running statistics far from those of the data. They count as constants of the "
             "training, and stay. If they are none, give data that are prepared as in training"
         )
         return False
-    if batch_norms_of(model) and all(samples_in(each) == 1 for each in batches):
-        warn("every batch has one sample, and BatchNorms get the statistics of single samples: give batches of several")
     return True
+
+
+def _warn_of_single_samples(model: nn.Module, batches: Sequence[Example]) -> None:
+    if batch_norms_of(model) and all(samples_in(each) == 1 for each in batches):
+        warn("every batch has one sample, and BatchNorms got the statistics of single samples: give batches of several")
 
 
 def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]) -> dict[str, np.ndarray]:
