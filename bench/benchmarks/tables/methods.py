@@ -150,9 +150,11 @@ PRETRAINED = {
 
 def readme_table(root: Path) -> str:
     """Fine-tuned pretrained models at two budgets; below, an over-trained small model, and models that are cut."""
-    lines = ["| fine-tuned model | FLOPs / step | Setpoint | best open loop | dense | seeds |", f"|---|{'---:|' * 5}"]
+    heads = ("FLOPs / step", "Setpoint", "best open loop", "dense", "seeds", "Setpoint, more steps")
+    lines = [f"| fine-tuned model | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for folder, (model, _) in PRETRAINED.items():
         rows = _of_equal_steps(root / folder)
+        longer = [row for row in summary_rows(read_results(root / folder)) if row.method == f"{SETPOINT}-long"]
         dense = next(row for row in rows if row.method == "dense")
         for budget in (0.5, 0.25):
             best = _best_of_families([row for row in rows if row.budget == budget])
@@ -167,6 +169,7 @@ def readme_table(root: Path) -> str:
                 f"{_accuracy(rival)} %",
                 f"{_accuracy(dense)} %",
                 seeds[0] if len(set(seeds)) == 1 else " / ".join(seeds),
+                *(f"{_accuracy(row)} % ({row.num_seeds})" for row in longer if row.budget == budget),
             )
             lines.append(f"| {' | '.join(cells)} |")
     below = (over_trained_line(root / "law-language.json"), models_cut_line(root / "coverage" / "torch_pruning.json"))
@@ -417,7 +420,9 @@ def tuning_table(root: Path) -> str:
     found: dict[tuple[str, str, float | None], dict[float, list[Cell]]] = {}
     for name, of_folder in by_folder.items():
         for cell in of_folder:
-            key = (name, cell.method.partition("@")[0], cell.budget)
+            # A folder may be named for a variant of its task, or hold the small rival, too.
+            task = name if name.startswith(cell.task) else cell.task
+            key = (task, cell.method.partition("@")[0], cell.budget)
             found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
     for (task, method, budget), by_rate in sorted(found.items(), key=lambda each: (*each[0][:2], -(each[0][2] or 1))):
         row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}
