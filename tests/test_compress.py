@@ -719,3 +719,18 @@ def test_batches_of_one_sample_are_told_where_norms_need_more() -> None:
         warnings.simplefilter("ignore")
         with pytest.warns(UserWarning, match="every batch has one sample"):
             setpoint.compress(model, single, "80% flops")
+
+
+def test_scores_do_not_depend_on_how_many_layers_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: where what layers are given does not fit at once, further passes over the data give the same cut."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    data, cut, passes = [(torch.randn(64, 16),) for _ in range(4)], [], []
+    run = compressing.run
+    monkeypatch.setattr(compressing, "run", lambda *args: (passes.append(len(cut)), run(*args))[1])
+    for numbers in (1 << 26, 1):
+        monkeypatch.setattr(compressing, "_MOST_NUMBERS", numbers)
+        cut.append(copy.deepcopy(dense))
+        setpoint.compress(cut[-1], data, "50% flops")
+    assert all(map(torch.equal, cut[0].state_dict().values(), cut[1].state_dict().values()))
+    assert passes.count(2) == passes.count(1) + 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.attached import check_free
@@ -41,7 +41,7 @@ from setpoint.one_shot.compressed import Compressed
 from setpoint.one_shot.forward import batch_norms_of, norms_were_constant, run
 from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
 from setpoint.one_shot.samples import first_batches
-from setpoint.sensor.consumer import find_consumers, layers_by_weight
+from setpoint.sensor.consumer import Consumer, find_consumers, layers_by_weight
 from setpoint.sensor.elimination import energy_shares
 from setpoint.sensor.listener import Listener
 from setpoint.sensor.reconstruction import norm_scale
@@ -60,6 +60,8 @@ _USED_UP = 0.9
 
 _ROWS = 8192
 """Rows of what a layer is given that a score is made of, at most."""
+_MOST_NUMBERS = 1 << 26
+"""Numbers that layers are given and that are held at once, about: 256 MiB in float32. More take further passes."""
 
 
 def compress(
@@ -227,9 +229,25 @@ def _warn_of_single_samples(model: nn.Module, batches: Sequence[Example]) -> Non
 
 
 def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Saliency of all units, from one pass over the data."""
+    """Saliency of all units, from passes over the data in each of which some groups are read."""
+    found = dict[str, np.ndarray]()
     layers = layers_by_weight(model)
-    consumers = tuple(each for group in groups for each in find_consumers(group, model, layers))
+    part, numbers = list[Consumer](), 0
+    for group in groups:
+        readers = find_consumers(group, model, layers)
+        more = sum(each.num_units * each.num_columns * _ROWS for each in readers)
+        if part and numbers + more > _MOST_NUMBERS:
+            found |= _scores_of(part, model, batches)
+            part, numbers = [], 0
+        part += readers
+        numbers += more
+    found |= _scores_of(part, model, batches)
+    # What the data does not come to is not known to be worthless: it stays.
+    return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
+
+
+def _scores_of(consumers: Sequence[Consumer], model: nn.Module, batches: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Saliency by group of what these layers read, from one pass over the data."""
     each_time = -(-_ROWS // len(batches))
     listener = Listener(consumers, model, each_time, each_time * len(batches), training=False)
     try:
@@ -237,18 +255,16 @@ def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Examp
         norms, noted = dict(listener.norms), listener.take()
     finally:
         listener.stop()
-    found = {}
-    for group in groups:
-        maps = [
-            (rows, consumer.weight(model) * norm_scale(model, norms.get(consumer.layer, "")))
-            for consumer, rows in zip(consumers, noted, strict=True)
-            if consumer.group == group.name and rows is not None
-        ]
-        # What the data does not come to is not known to be worthless: it stays.
-        found[group.name] = energy_shares(maps) if maps else np.full(group.num_units, np.inf)
-        if np.isnan(found[group.name]).any():
+    maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for consumer, rows in zip(consumers, noted, strict=True):
+        if rows is not None:
+            weight = consumer.weight(model) * norm_scale(model, norms.get(consumer.layer, ""))
+            maps.setdefault(consumer.group, []).append((rows, weight))
+    found = {name: energy_shares(of_group) for name, of_group in maps.items()}
+    for name, saliency in found.items():
+        if np.isnan(saliency).any():
             raise ExampleError(
-                f"what reads {group.name} is given NaN or infinity on the data: look for it in the data and the weights"
+                f"what reads {name} is given NaN or infinity on the data: look for it in the data and the weights"
             )
     return found
 
