@@ -52,8 +52,6 @@ def fine_tuning_goals_table(root: Path) -> str:
         small = [model.to_small(budget) for model in models]
         words = f"{words}: ahead of the small pretrained model (its FLOPs)"
         lines.append(_line(words, small, _above(small, 0.0)))
-    equal = [model.to_small(model.nearest_to_small()) for model in models]
-    lines.append(_line("at about its FLOPs: ahead of the small pretrained model", equal, _above(equal, 0.0)))
     for budget, most in MOST_FLOPS.items():
         shares = [model.training_flops(budget) for model in models]
         words = f"{percent(budget)} of the FLOPs: training FLOPs at most {percent(most)} of dense"
@@ -86,16 +84,9 @@ class _Model:
     def to_small(self, budget: float) -> tuple[Difference | None, str]:
         if not self.small:
             return None, ""
-        return difference(self.of(SETPOINT, budget), self.small), f" ({percent(self._share_of_small())})"
-
-    def nearest_to_small(self) -> float:
-        """Of Setpoint's budgets the one that costs about what the small model does."""
-        budgets = sorted({cell.budget for cell in self.cells if cell.method == SETPOINT and cell.budget is not None})
-        return min(budgets, key=lambda budget: abs(budget - self._share_of_small()))
-
-    def _share_of_small(self) -> float:
         dense = self.of("dense", None)[0].final_flops or 1.0
-        return (self.small[0].final_flops or 0.0) / dense if self.small else 0.0
+        share = (self.small[0].final_flops or 0.0) / dense
+        return difference(self.of(SETPOINT, budget), self.small), f" ({percent(share)})"
 
     def training_flops(self, budget: float) -> float:
         ours, dense = (

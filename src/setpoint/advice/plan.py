@@ -132,7 +132,7 @@ class Advice:
                          f"{100 * self.best_gain:.1f} % less reducible loss")  # fmt: skip
         lines.append(
             f"  by final size in place of average size, which fits Setpoint's tests better: "
-            f"{_compared(*self.gain_by_final_size)} reducible loss"
+            f"{_compared(*self.gain_by_final_size)}"
         )
         if self.bill is not None:
             lines.append(
