@@ -154,7 +154,7 @@ def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
-    """Claim: rates are swept at a ratio of 4, and the best is taken at 1; at 16 they are swept anew; seed 0 is first."""
+    """Claim: rates are swept at a ratio of 4, and the best is taken at 1; at 16 they are swept anew; seed 0 first."""
     rows: list[dict[str, Any]] = []
     for cell in law.larger(rows, optimal=100):
         if not any(cell.same(row) for row in rows):  # a run that is there is not made again
