@@ -625,7 +625,7 @@ def test_an_error_on_the_way_leaves_gradients_as_they_were(monkeypatch: pytest.M
     assert all(torch.equal(a, b.grad) for a, b in zip(before, model.parameters(), strict=True) if b.grad is not None)
 
 
-def _small_images(norms_in_training: bool) -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
+def _small_images(norms_in_training: bool, statistics: int = 40) -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
     """A net that knows which quadrant is bright, and its data; its norms may be constants of other data."""
     torch.manual_seed(0)
     labels = torch.randint(0, 4, (512,))
@@ -637,7 +637,7 @@ def _small_images(norms_in_training: bool) -> tuple[nn.Sequential, list[tuple[Te
         *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(512, 4)),
     )
-    for _ in range(40):
+    for _ in range(statistics):
         model(torch.randn(32, 1, 8, 8))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(6):
@@ -664,6 +664,15 @@ def test_norms_that_were_constants_stay_constants() -> None:
         setpoint.compress(model, data, "90% flops")
     assert before > 0.9 and _accuracy_on(model, data) > before - 0.03
     assert set(model[1].running_mean.tolist()) <= means
+
+
+def test_norms_that_never_saw_data_stay_where_their_weights_were_trained() -> None:
+    """Claim: a net that was trained with its norms in eval mode from the beginning keeps their first statistics."""
+    model, data = _small_images(norms_in_training=False, statistics=0)
+    before = _accuracy_on(model, data)
+    with pytest.warns(UserWarning, match="count as constants of the training"):
+        setpoint.compress(model, data, "90% flops")
+    assert before > 0.9 and _accuracy_on(model, data) > before - 0.03 and not model[1].running_mean.any()
 
 
 def test_norms_that_were_trained_get_new_statistics() -> None:

@@ -32,9 +32,9 @@ def batch_norms_of(model: nn.Module) -> list[Any]:
 
 
 def _settled(norm: Any) -> bool:
-    """Whether running statistics are more than the first values, which say nothing of any data."""
+    """Whether running statistics are more than the first values of a norm, or its weights were trained with these."""
     if not norm.running_mean.any() and bool((norm.running_var == 1).all()):
-        return False
+        return norm.affine and (bool((norm.weight != 1).any()) or bool(norm.bias.any()))
     updates = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
     # Weights of old checkpoints come without a number of updates.
     return not updates or norm.momentum is None or (1 - norm.momentum) ** updates < _FIRST_VALUES
