@@ -474,7 +474,7 @@ class StoresItsLoss(nn.Module):
         return self.returns
 
 
-@pytest.mark.parametrize("returns", [None, "done", torch.tensor(3)], ids=["nothing", "a text", "a whole number"])
+@pytest.mark.parametrize("returns", [None, "done", torch.tensor(3)], ids=["nothing", "a text", "an integer"])
 def test_a_forward_whose_output_is_not_seen_is_refused(returns: Any) -> None:
     """Claim: trials and costs go by backward passes from the output, so a forward without one is refused by name."""
     model = StoresItsLoss(returns)
@@ -483,8 +483,8 @@ def test_a_forward_whose_output_is_not_seen_is_refused(returns: Any) -> None:
         _attach(model, optimizer)
 
 
-def test_blocks_may_be_whole_numbers_of_numpy() -> None:
-    """Claim: groups of a user's own may count in NumPy's whole numbers."""
+def test_blocks_may_be_integers_of_numpy() -> None:
+    """Claim: groups of a user's own may count in NumPy's integers."""
     model = _mlp()
     found = setpoint.find_groups(model, (torch.zeros(4, 6),))
     groups = [replace(each, multiple_of=np.int64(4), min_units=np.int32(4)) for each in found]

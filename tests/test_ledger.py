@@ -176,7 +176,7 @@ def test_the_end_of_a_run_is_the_last_line(tmp_path: Path) -> None:
 
 
 def test_several_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
-    """Claim: where all ranks save the ledger to one path, each save succeeds, the file is whole, nothing stays."""
+    """Claim: where all ranks save the ledger to one path, each save succeeds, the file is complete, nothing stays."""
     path, ledger = tmp_path / "run.jsonl", _ledger()
     with ThreadPoolExecutor(4) as writers:
         for each in [writers.submit(ledger.save, path) for _ in range(200)]:

@@ -326,7 +326,7 @@ def test_logits_that_teach_nothing_or_the_wrong_thing_are_refused(shape: tuple[i
 def test_a_teacher_answers_in_eval_mode_whatever_holds_it() -> None:
     """Claim: as a part of a module in train mode it drops nothing out and keeps its statistics."""
     teacher = Teacher(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)))
-    whole = nn.ModuleDict({"teacher": teacher.model, "student": nn.Linear(4, 3)})
+    holder = nn.ModuleDict({"teacher": teacher.model, "student": nn.Linear(4, 3)})
     x, norm = torch.randn(16, 4), teacher.model[1]
-    whole.train()
+    holder.train()
     assert torch.equal(teacher.logits(x), teacher.logits(x)) and int(norm.num_batches_tracked) == 0

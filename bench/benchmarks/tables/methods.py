@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -148,13 +149,18 @@ PRETRAINED = {
 """By results folder what a table calls the model, and the folder of the small pretrained model where there is one."""
 
 
+SMALL = {small for _, small in PRETRAINED.values() if small}
+"""Tasks of the small pretrained models."""
+
+
 def readme_table(root: Path) -> str:
     """Fine-tuned pretrained models at two budgets; below, an over-trained small model, and models that are cut."""
-    heads = ("FLOPs / step", "Setpoint", "best open loop", "dense", "seeds", "Setpoint, more steps")
+    heads = ("FLOPs / step", "Setpoint", "best open loop", "dense", "seeds", "more steps (− dense)")
     lines = [f"| fine-tuned model | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for folder, (model, _) in PRETRAINED.items():
         rows = _of_equal_steps(root / folder)
-        longer = [row for row in summary_rows(read_results(root / folder)) if row.method == f"{SETPOINT}-long"]
+        cells_of = _cells_by_method(root / folder)
+        full_bill = cells_of("dense", None)
         dense = next(row for row in rows if row.method == "dense")
         for budget in (0.5, 0.25):
             best = _best_of_families([row for row in rows if row.budget == budget])
@@ -169,7 +175,7 @@ def readme_table(root: Path) -> str:
                 f"{_accuracy(rival)} %",
                 f"{_accuracy(dense)} %",
                 seeds[0] if len(set(seeds)) == 1 else " / ".join(seeds),
-                *(f"{_accuracy(row)} % ({row.num_seeds})" for row in longer if row.budget == budget),
+                _with_difference(cells_of(f"{SETPOINT}-long", budget), full_bill),
             )
             lines.append(f"| {' | '.join(cells)} |")
     below = (over_trained_line(root / "law-language.json"), models_cut_line(root / "coverage" / "torch_pruning.json"))
@@ -186,6 +192,21 @@ def _of_equal_steps(folder: Path) -> list[Row]:
     return [row for row in rows if row.density is None and not row.method.partition("@")[0].endswith(LONGER)]
 
 
+def _cells_by_method(folder: Path) -> Callable[[str, float | None], list[Cell]]:
+    """The runs of a method at a budget."""
+    cells = read_results(folder).cells
+    return lambda method, budget: [cell for cell in cells if (cell.method, cell.budget) == (method, budget)]
+
+
+def _with_difference(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
+    """The mean in per cent, and in brackets how far it lies above the others' by seed, in points."""
+    apart = difference(ours, theirs)
+    if apart is None:
+        return NOTHING
+    points = f"{100 * apart.mean:+.1f}".replace("-", "−")
+    return f"{100 * statistics.fmean(cell.value for cell in ours):.1f} % ({points})"
+
+
 def bill_table(root: Path) -> str:
     """Fine-tuning for as many steps as the dense run's training FLOPs pay for, beside equal steps and the dense run."""
     methods = ("setpoint", "setpoint-long", "cubic-long")
@@ -196,8 +217,7 @@ def bill_table(root: Path) -> str:
         f"|---|{'---:|' * (2 + len(heads))}",
     ]
     for folder, (model, _) in PRETRAINED.items():
-        results = read_results(root / folder)
-        rows = summary_rows(results)
+        rows, cells_of = summary_rows(read_results(root / folder)), _cells_by_method(root / folder)
         dense = next(row for row in rows if row.method == "dense")
         for budget in (0.5, 0.25):
             here: dict[str, Row] = {"dense": dense}
@@ -206,10 +226,7 @@ def bill_table(root: Path) -> str:
             if "setpoint-long" not in here:
                 continue
             long = here["setpoint-long"]
-            cells = {
-                each: [cell for cell in results.cells if (cell.method, cell.budget) == (row.method, row.budget)]
-                for each, row in here.items()
-            }
+            cells = {each: cells_of(row.method, row.budget) for each, row in here.items()}
             found = (_with_seeds(here[each]) if each in here else NOTHING for each in methods)
             apart = (
                 marked(difference(cells["setpoint-long"], cells[each]), long.metric) if each in here else NOTHING
@@ -420,9 +437,8 @@ def tuning_table(root: Path) -> str:
     found: dict[tuple[str, str, float | None], dict[float, list[Cell]]] = {}
     for name, of_folder in by_folder.items():
         for cell in of_folder:
-            # A folder may be named for a variant of its task, or hold the small rival, too.
-            task = name if name.startswith(cell.task) else cell.task
-            key = (task, cell.method.partition("@")[0], cell.budget)
+            # A folder is named for its task or a variant of it, and may hold the small rival, too.
+            key = (cell.task if cell.task in SMALL else name, cell.method.partition("@")[0], cell.budget)
             found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
     for (task, method, budget), by_rate in sorted(found.items(), key=lambda each: (*each[0][:2], -(each[0][2] or 1))):
         row = {rate: next(iter(summary_rows(Results(tuple(runs))))) for rate, runs in by_rate.items()}

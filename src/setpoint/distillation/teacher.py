@@ -98,7 +98,8 @@ class Teacher:
             ValueError: when the teacher returns no logits, and for the model that is pruned.
         """
         self._check_other()
-        self.model.eval()  # as a part of a module that was set to train mode it would be in that mode, too
+        if self.model.training:  # a module that holds it was set to train mode
+            self.model.eval()
         shapes = _form((args, kwargs))
         if shapes in self._flops_by_shapes:
             outputs = self.model(*args, **kwargs)

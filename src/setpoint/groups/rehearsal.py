@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from setpoint.groups.example import Example, computed
 from setpoint.groups.opaque import Staging
 from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.users_hooks import is_users
 
 
 class Rehearsal:
@@ -164,9 +165,7 @@ def _stand_in(tensor: torch.Tensor, kind: Any) -> torch.Tensor:
 def hook_tables(model: nn.Module) -> dict[int, Any]:
     """The copy's tables of hooks, by id: without the user's, but with torch's, which compute weights (weight norm)."""
     return {
-        id(table): OrderedDict(
-            (k, hook) for k, hook in table.items() if type(hook).__module__.startswith("torch.nn.utils")
-        )
+        id(table): OrderedDict((k, hook) for k, hook in table.items() if not is_users(hook))
         for module in model.modules()
         for name, table in vars(module).items()
         if isinstance(table, OrderedDict) and "_hooks" in name

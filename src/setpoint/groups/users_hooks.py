@@ -9,10 +9,15 @@ from typing import Any
 from torch import nn
 
 
+def is_users(hook: Any) -> bool:
+    """Whether a hook is not torch's own."""
+    return not type(hook).__module__.startswith("torch.nn.utils")
+
+
 def users_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], list[int]]]:
     """A module's tables of hooks, each with the keys of those that are the user's own."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-        yield hooks, [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]
+        yield hooks, [key for key, hook in hooks.items() if is_users(hook)]
 
 
 def has_users_hooks(model: nn.Module) -> bool:

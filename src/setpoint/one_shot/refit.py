@@ -100,8 +100,8 @@ def refit(
         ExampleError: where a layer is given NaN or infinity.
     """
     thin: dict[str, tuple[float, str]] = {}
-    fitted_ones = _in_order(model, readers, batches)
-    for reader in fitted_ones:
+    readers = _in_order(model, readers, batches)
+    for reader in readers:
         layer, weight = _weight_of(model, reader)
         channels = by_column(layer, weight.detach())
         found = torch.zeros_like(channels)
@@ -140,7 +140,7 @@ def refit(
             f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "
             "may be far from the dense one: give more batches"
         )
-    return tuple(fitted_ones)
+    return tuple(readers)
 
 
 def _blocks(channels: int, offsets: int) -> list[slice]:

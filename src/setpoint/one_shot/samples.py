@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from setpoint.errors import ExampleError
 from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
-from setpoint.one_shot.forward import without_training
+from setpoint.one_shot.forward import batch_norms_of, without_training
 from setpoint.words import a_type
 
 _LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
@@ -40,7 +40,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found: list[Example] = []
     form: Callable[[Any], Example] | None = None
-    normalised = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules())
+    normalised = bool(batch_norms_of(model))
     seen = 0
     for number, batch in _with_rows(data):
         batch = mapped(lambda tensor: tensor.detach().to(device), batch)

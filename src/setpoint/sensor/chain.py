@@ -63,11 +63,6 @@ class SensorChain:
         """Whether what the sensors read by hooks can be averaged over ranks."""
         return all(getattr(each, "averages_hooks", False) for each in self.sensors if isinstance(each, Hooking))
 
-    @property
-    def reads_shards(self) -> bool:
-        """Whether all of its sensors read shards."""
-        return all(getattr(each, "reads_shards", False) for each in self.sensors)
-
     def over(self, ranks: Ranks) -> SensorChain:
         """The chain where gradients are averaged over ranks."""
         return SensorChain(*(each.over(ranks) if isinstance(each, Shared) else each for each in self.sensors))
