@@ -219,13 +219,17 @@ class FaintlyWide(nn.Module):
         return self.b(torch.tanh(self.a(x))) * (1 + 3e-6 * len(self.a.bias))
 
 
-def test_a_large_model_with_batch_norm_is_tried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: batch norm is not tried in float32, where rounding alone may differ by more than is allowed."""
+def test_a_large_model_with_batch_norm_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: its batch norms are in eval mode, so rounding does not grow; the model's are not; wrong statistics show."""
     monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
     model, inputs, groups = residual()
-    seen: set[torch.dtype] = set()
-    model.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
-    assert failing_groups(model, inputs, groups) == () and seen == {torch.float64}
+    seen: set[tuple[torch.dtype, bool]] = set()
+    model.norm.register_forward_pre_hook(lambda module, args: seen.add((args[0].dtype, module.training)))
+    assert failing_groups(model, inputs, groups) == () and seen == {(torch.float32, False)} and model.norm.training
+    norm = next(each for each in groups[1].slices if each.tensor == "norm.running_var")
+    turned = replace(norm, index=norm.index[::-1].copy())
+    wrong = damage(groups, "inner", slices=(*(each for each in groups[1].slices if each is not norm), turned))
+    assert failing_groups(model, inputs, wrong) == ("inner",) and (torch.float64, True) in seen
 
 
 def test_statistics_that_were_left_out_are_found() -> None:
