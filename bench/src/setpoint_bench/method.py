@@ -32,6 +32,7 @@ from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.long import Long
 from setpoint_bench.methods.movement import Movement
 from setpoint_bench.methods.post_training import PostTraining
+from setpoint_bench.methods.quick import Quick
 from setpoint_bench.methods.refitted import Refitted
 from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint_bench.methods.sparse import Sparse
@@ -179,6 +180,8 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-reconstruction", sensor=ReconstructionSensor),
     Setpoint("setpoint-waiting", WaitingController()),
     Refitted("setpoint-refitted"),
+    Quick("setpoint-quick"),
+    Quick("setpoint-quicker", share=0.2),
     Fitted("fitted", Schedule()),
     Fitted("fitted-even", Schedule(), even=True),
     Fitted("fitted-first"),
@@ -188,7 +191,8 @@ ABLATION_METHODS: tuple[Method, ...] = (
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
 what their readers cannot make up for (`reconstruction`); cuts that wait for the loss (`waiting`); readers that are
-fitted anew at each cut (`refitted`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or
+fitted anew at each cut (`refitted`); seconds that decide among blocks whose worth differs by up to a twentieth or a
+fifth (`quick`, `quicker`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or
 before the first step.
 """
 

@@ -689,12 +689,19 @@ def _is_bound(kind: type) -> bool:
 
 
 def _function_in(held: Any) -> Any:
-    """What a method, a property or a part of a function is made of; anything else as it is."""
+    """What a method, a property or a part of a function is made of; anything else as it is.
+
+    A method of a library that saves or loads is wrapped at the first `attach`. What counts is what was there before.
+    """
     if isinstance(held, (staticmethod, classmethod, MethodType)):
-        return held.__func__
-    if isinstance(held, property):
-        return held.fget
-    return held.func if isinstance(held, partial) else held
+        held = held.__func__
+    elif isinstance(held, property):
+        held = held.fget
+    elif isinstance(held, partial):
+        held = held.func
+    wrapped = getattr(held, "__wrapped__", None) if isinstance(held, FunctionType) else None
+    own = wrapped is not None and _OWN in Path(held.__code__.co_filename).parents
+    return _function_in(wrapped) if own else held
 
 
 def _is_simple(held: Any) -> bool:
