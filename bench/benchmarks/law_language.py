@@ -14,7 +14,7 @@ comes a pair of twice the final size, which confirms or contradicts what was fou
 
 The larger models have four layers and a residual stream twice as wide, and a step has four times the windows. They have
 a calibration of their own, and runs at 1, 4 and 16 times their optimal tokens that start at the final size or at twice
-that.
+that, and at 1 and 4 also at four times.
 
 A finished run is a row of the file and is not run again. Nothing else is kept of an interrupted one.
 """
@@ -96,13 +96,16 @@ RATES = {
     "pair": LOW_RATES,
     "larger calibration": (0.004, 0.008, 0.016),
     "larger": (0.004, 0.008, 0.002),
-    "larger, long": (0.004, 0.002),
+    "larger, starts of 4": (0.008, 0.004, 0.016),
 }
 """Those that are swept."""
 LARGER_SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)
 LARGER_BUDGETS = (1_350, 400, 4_000)
 """Of the calibration of larger models; at the first one rates are swept."""
 LARGER_ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0))
+LARGER_STARTS_OF_4 = (("even", 4.0), ("setpoint", 4.0))
+LARGER_LONG_RATES = {"small": (0.004, 0.002, 0.001), "even": (0.004, 0.002, 0.008), "setpoint": (0.004, 0.002, 0.008)}
+"""By arm of the larger models, the rates that are swept at a ratio of 16."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -507,26 +510,29 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
 
 
 def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
-    """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken elsewhere.
+    """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken at 1.
 
-    Seed 0 comes first, then the other seeds. Rates are swept once more at 16, where the longest runs come last.
+    Seed 0 comes first, then the other seeds. Rates are swept once more at 16, with all seeds at the best. Starts of 4
+    come last, at seed 0.
     """
-    for rate in RATES["larger"]:
-        yield from (Cell("larger", *arm, 4.0, 4 * optimal, rate, 0) for arm in LARGER_ARMS)
 
-    def best(ratio: float, rates: Sequence[float]) -> dict[tuple[str, float], float]:
-        return {
-            arm: best_rate(rows, rates, kind="larger", arm=arm[0], start=arm[1], ratio=ratio) for arm in LARGER_ARMS
-        }
+    def of(arm: tuple[str, float], ratio: float, rate: float, seed: int = 0) -> Cell:
+        return Cell("larger", *arm, ratio, round(ratio * optimal), rate, seed)
 
-    swept = best(4.0, RATES["larger"])
-    for ratio, seed in ((1, 0), (4, 1), (1, 1), (4, 2), (1, 2)):
-        yield from (Cell("larger", *arm, float(ratio), ratio * optimal, swept[arm], seed) for arm in LARGER_ARMS)
-    for rate in RATES["larger, long"]:
-        yield from (Cell("larger", *arm, 16.0, 16 * optimal, rate, 0) for arm in LARGER_ARMS)
-    swept = best(16.0, RATES["larger, long"])
-    for seed in SEEDS[1:]:
-        yield from (Cell("larger", *arm, 16.0, 16 * optimal, swept[arm], seed) for arm in LARGER_ARMS)
+    def best(arm: tuple[str, float], ratio: float, rates: Sequence[float]) -> float:
+        return best_rate(rows, rates, kind="larger", arm=arm[0], start=arm[1], ratio=ratio)
+
+    yield from (of(arm, 4.0, rate) for rate in RATES["larger"] for arm in LARGER_ARMS)
+    swept = {arm: best(arm, 4.0, RATES["larger"]) for arm in LARGER_ARMS}
+    for ratio, seed in ((1.0, 0), (4.0, 1), (1.0, 1), (4.0, 2), (1.0, 2)):
+        yield from (of(arm, ratio, swept[arm], seed) for arm in LARGER_ARMS)
+    yield from (of(arm, 16.0, rate) for arm in LARGER_ARMS for rate in LARGER_LONG_RATES[arm[0]])
+    swept = {arm: best(arm, 16.0, LARGER_LONG_RATES[arm[0]]) for arm in LARGER_ARMS}
+    yield from (of(arm, 16.0, swept[arm], seed) for seed in SEEDS[1:] for arm in LARGER_ARMS)
+    rates = RATES["larger, starts of 4"]
+    yield from (of(arm, 4.0, rate) for arm in LARGER_STARTS_OF_4 for rate in rates)
+    swept = {arm: best(arm, 4.0, rates) for arm in LARGER_STARTS_OF_4}
+    yield from (of(arm, 1.0, swept[arm]) for arm in LARGER_STARTS_OF_4)
 
 
 def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:

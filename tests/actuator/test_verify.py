@@ -220,7 +220,7 @@ class FaintlyWide(nn.Module):
 
 
 def test_a_large_model_with_batch_norm_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: its batch norms are in eval mode, so rounding does not grow; the model's are not; wrong statistics show."""
+    """Claim: batch norms of the copy are in eval mode, so rounding does not grow; wrong statistics are found."""
     monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
     model, inputs, groups = residual()
     seen: set[tuple[torch.dtype, bool]] = set()

@@ -65,8 +65,8 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     """Names of the groups whose cut does not behave like its masked twin; found by bisection.
 
     After each find the remaining groups are tried again, until they pass. A large model is tried in float32 first. This
-    takes half of the memory and time of float64. Batch norms are in eval mode there. If all agree to 1e-4, nothing else is
-    tried; otherwise float64 decides.
+    takes half of the memory and time of float64. Batch norms are in eval mode there. If all agree to 1e-4, nothing
+    else is tried; otherwise float64 decides.
 
     Raises:
         ExampleError: when the model itself does not run on the example.

@@ -10,7 +10,6 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import setpoint
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.cost.cost import Cost
