@@ -682,18 +682,24 @@ def test_a_user_without_a_home_has_no_cache(tries: list[int], monkeypatch: pytes
 
 
 def test_a_model_of_a_library_is_known_in_another_process(folder: Path) -> None:
-    """Claim: a model of Transformers, whose library draws an identifier in each process, has one fingerprint."""
+    """Claim: a model of Transformers, whose library draws an identifier in each process, has one fingerprint.
+
+    So it has after the first `attach` of a process, which wraps methods that save and load.
+    """
     pytest.importorskip("transformers")
     code = (
-        "import torch, transformers, setpoint\n"
+        "import sys, torch, transformers, setpoint\n"
         "sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)\n"
         "config = transformers.LlamaConfig(**sizes, num_hidden_layers=1)\n"
-        "model = transformers.LlamaForCausalLM(config)\n"
         "example = {'input_ids': torch.zeros(2, 8, dtype=torch.long)}\n"
-        "setpoint.attach(model, torch.optim.SGD(model.parameters()), 0.5, example=example, total_steps=9).detach()\n"
+        "for _ in range(int(sys.argv[1])):\n"
+        "    model = transformers.LlamaForCausalLM(config)\n"
+        "    optimizer = torch.optim.SGD(model.parameters())\n"
+        "    setpoint.attach(model, optimizer, 0.5, example=example, total_steps=9).detach()\n"
     )
     kept = []
-    for seed in "1", "2":
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    for seed in "1", "2":  # so many times, too
+        environ = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, seed], check=True, env=environ)
         kept.append(sorted(file.name for file in folder.iterdir()))
     assert kept[0] and kept[0] == kept[1]
