@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from setpoint import cache
 from setpoint.groups.group import Group, Size
 from setpoint.resources import table as table_file
+from setpoint.resources.curve import points
 from setpoint.resources.problem import Problem, pose
 from setpoint.resources.table import Table, environment
 from setpoint.resources.tape import Operand, Operation
@@ -214,3 +215,20 @@ def test_the_oldest_tables_make_room(timed: list[str], tmp_path: Path, monkeypat
     for rows in (8, 16):
         dense_seconds(table, product(rows))
     assert len(list(folder.iterdir())) == 3 and table.file.exists()
+
+
+def test_more_points_are_timed_of_what_takes_most_of_a_step(tmp_path: Path, timed: list[str]) -> None:
+    """Claim: where not all points fit into the limit, the operation with most seconds in the step has more of them."""
+    often, once = product(8), product(16)
+
+    def seconds(problem: Problem, *, coarse: bool) -> float:
+        """Two calls at each point, by bytes, and what a short one takes."""
+        dense = problem.num_bytes(problem.dense)
+        return sum(0.128 * problem.num_bytes(each) / dense + 1e-3 for each in points(problem, coarse=coarse))
+
+    limit = seconds(often, coarse=False) + seconds(once, coarse=True)
+    assert seconds(once, coarse=False) > seconds(once, coarse=True)
+    Table(CPU, tmp_path).time([often, once, often], limit_s=limit * 1.01)
+    rounds = 3
+    assert timed.count(often.key) == rounds * len(points(often, coarse=False))
+    assert timed.count(once.key) == rounds * len(points(once, coarse=True))

@@ -7,6 +7,7 @@ import math
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -166,22 +167,28 @@ class Table:
 
         Rounds over all points are repeated up to three times, while they fit into the limit, and the least time
         of a point counts: what disturbs a measurement only ever adds to it. Where even one round would take
-        longer, fewer points are measured. Pointwise operations share one curve, by the number of entries.
+        longer, fewer points are measured of the operations that take least of the step. Pointwise operations share one
+        curve, by the number of entries.
+
+        Args:
+            problems: one for each call of the step.
+            limit_s: seconds to time for.
 
         Returns:
             None for a problem that does not run by itself.
         """
         wanted = {problem.key: problem for problem in problems}
         flat = {key: on_one_dim(problem) for key, problem in wanted.items()}
-        needed: dict[str, Problem] = {}
-        for key, problem in wanted.items():
-            timed = flat[key] or problem
+        needed, calls = dict[str, Problem](), Counter[str]()
+        for problem in problems:
+            timed = flat[problem.key] or problem
+            calls[timed.key] += 1
             if timed.key not in needed or timed.dense > needed[timed.key].dense:
                 needed[timed.key] = timed
         self._forget_if_busy([problem for problem in needed.values() if not self._lacks(problem)])
         new = [problem for problem in needed.values() if self._lacks(problem)]
         if new:
-            self._time(new, limit_s)
+            self._time(new, calls, limit_s)
             self._write()
         curves = {key: Curve(problem, self._seconds[key]) for key, problem in needed.items() if self._seconds[key]}
         found: dict[str, Curve | None] = {}
@@ -217,7 +224,7 @@ class Table:
             return known is None
         return max(known) < problem.dense if problem.by_entries else problem.dense not in known
 
-    def _time(self, problems: Sequence[Problem], limit_s: float) -> None:
+    def _time(self, problems: Sequence[Problem], calls: Mapping[str, int], limit_s: float) -> None:
         began = time.perf_counter()
         with under_way("timing operations on this device") as show:
             first = {}
@@ -228,7 +235,7 @@ class Table:
                 self._timed.add(problem.key)
                 show(0.1 * (number + 1) / len(problems))
             running = [problem for problem in problems if first[problem.key] is not None]
-            jobs = self._jobs(running, first, limit_s)
+            jobs = _jobs(running, first, calls, limit_s)
             for number in range(_ROUNDS):
                 for done, (problem, point) in enumerate(jobs):
                     before = self._seconds[problem.key].get(point)
@@ -242,15 +249,25 @@ class Table:
                         return
                     show(max(0.1 + 0.9 * (number + done / len(jobs)) / _ROUNDS, min(1.0, elapsed / limit_s)))
 
-    def _jobs(
-        self, problems: Sequence[Problem], first: Mapping[str, float | None], limit_s: float, coarse: bool = False
-    ) -> list[tuple[Problem, Point]]:
-        jobs = [(problem, point) for problem in problems for point in points(problem, coarse=coarse)]
-        estimate = 0.0
-        for problem, point in jobs:
-            dense = problem.num_bytes(problem.dense) or 1.0
-            estimate += 2 * (first[problem.key] or 0.0) * problem.num_bytes(point) / dense + 2 * _LEAST_SECONDS
-        return self._jobs(problems, first, limit_s, True) if estimate > limit_s and not coarse else jobs
+
+def _jobs(
+    problems: Sequence[Problem], first: Mapping[str, float | None], calls: Mapping[str, int], limit_s: float
+) -> list[tuple[Problem, Point]]:
+    """What to time: few points of each problem, and more of those that take most of a step, up to the limit."""
+
+    def estimate(problem: Problem, chosen: Sequence[Point]) -> float:
+        dense, seconds = problem.num_bytes(problem.dense) or 1.0, first[problem.key] or 0.0
+        return sum(2 * seconds * problem.num_bytes(point) / dense + 2 * _LEAST_SECONDS for point in chosen)
+
+    chosen = {problem.key: points(problem, coarse=True) for problem in problems}
+    left = limit_s - sum(estimate(problem, chosen[problem.key]) for problem in problems)
+    for problem in sorted(problems, key=lambda each: -calls[each.key] * (first[each.key] or 0.0)):
+        fine = points(problem, coarse=False)
+        more = estimate(problem, fine) - estimate(problem, chosen[problem.key])
+        if more <= left:
+            left -= more
+            chosen[problem.key] = fine
+    return [(problem, point) for problem in problems for point in chosen[problem.key]]
 
 
 def _seconds(problem: Problem, point: Point, device: torch.device) -> float | None:
