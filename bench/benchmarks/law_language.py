@@ -111,6 +111,10 @@ SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear"
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
 LONG_ARMS = (*ARMS, ("even", 8.0), ("setpoint", 8.0))
 LONGEST_ARMS = (*ARMS, ("even", 8.0))
+LARGER_PAIR, LARGER_PAIR_ARMS = 4.0, (("small", 4.0, 0.002), ("even", 8.0, 0.004))
+"""Of the pair of larger models: its final size, and its arms with the rates that were best at 16 for smaller ones."""
+LARGER_PAIR_RATIO = 8.0
+"""The text holds 14 times the optimal bytes of this size; a run of 8 times takes most of an hour."""
 PAIR, PAIR_ARMS = 2.0, (("small", 2.0), ("even", 4.0), ("setpoint", 4.0))
 """Of the pair: its final size, and its arms, in sizes of the small model."""
 SEEDS = (0, 1, 2)
@@ -122,8 +126,8 @@ class Cell:
     """One run.
 
     Args:
-        kind: "calibration", "arm", or "pair" for the arms of a larger final size; "larger calibration" and "larger" for
-            calibration and arms of the larger models.
+        kind: "calibration", "arm", or "pair" for the arms of a larger final size; "larger calibration", "larger" and
+            "larger pair" for those of the larger models.
         arm: "small" trains one size throughout; "even" and "setpoint" come down to the final one.
         start: size at the beginning, in sizes of the small model.
         ratio: tokens of the model of the final size / its optimal ones; None for the calibration.
@@ -535,6 +539,17 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     yield from (of(arm, 1.0, swept[arm]) for arm in LARGER_STARTS_OF_4)
 
 
+def larger_pair(optimal: int) -> Iterator[Cell]:
+    """The pair of larger models, at seed 0.
+
+    Args:
+        optimal: steps of the final size that its optimal tokens make.
+    """
+    for arm, start, rate in LARGER_PAIR_ARMS:
+        steps = round(LARGER_PAIR_RATIO * optimal)
+        yield Cell("larger pair", arm, start, LARGER_PAIR_RATIO, steps, rate, 0, LARGER_PAIR)
+
+
 def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:
     """Make every run of the larger models that the file does not hold."""
     swept, *others = LARGER_BUDGETS
@@ -546,6 +561,11 @@ def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:
         print(f"optimal for the larger model: {optimal:,.0f} tokens", flush=True)
         results.keep(larger_optimal_tokens=optimal, larger_optimal_steps=round(optimal / LARGER.tokens))
     for cell in larger(results.rows, results.held["larger_optimal_steps"]):
+        run_one(results, bench, cell, pause)
+    if "larger_pair_optimal_steps" not in results.held:
+        optimal = optimal_tokens(calibrated(results.rows, LARGER_BUDGETS, "larger calibration"), LARGER_PAIR, LARGER)
+        results.keep(larger_pair_optimal_tokens=optimal, larger_pair_optimal_steps=round(optimal / LARGER.tokens))
+    for cell in larger_pair(results.held["larger_pair_optimal_steps"]):
         run_one(results, bench, cell, pause)
 
 
