@@ -280,19 +280,24 @@ def _apart(arm: Arm) -> str:
     return f"{_nats(mean)} [{_nats(mean - low)}, {_nats(mean + high)}]"
 
 
-def pair_table(file: Path) -> str:
-    """The pair of a larger final size: what was measured, and what the law of the calibration predicts."""
+def pair_table(file: Path, kind: str = "pair", prefix: str = "") -> str:
+    """The pair of a larger final size: what was measured, and what the law of the calibration predicts.
+
+    Args:
+        kind: "pair" or "larger pair".
+        prefix: of the law's names in the file.
+    """
     data = json.loads(file.read_text(encoding="utf-8"))
     lines = [
         "| r | start | widths | rate | small model's rate | final size | small model | pruned | gain, nats per byte "
         "| law of the calibration | seeds |",
         f"|---:|---:|---|{'---:|' * 8}",
     ]
-    for each in arms_of(data, "pair"):
-        seen = next(row["tokens"] for row in data["rows"] if row["kind"] == "pair" and row["arm"] == "small")
+    for each in arms_of(data, kind, prefix):
+        seen = next(row["tokens"] for row in data["rows"] if row["kind"] == kind and row["arm"] == "small")
         _, *rest = _measured(each)
         cells = (
-            f"{seen / data['pair_optimal_tokens']:.0f}",
+            f"{seen / data[f'{prefix}pair_optimal_tokens']:.0f}",
             *rest,
             "–" if each.predicted is None else _nats(each.predicted),
             f"{each.gain.num}",
