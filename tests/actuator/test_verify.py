@@ -220,16 +220,46 @@ class FaintlyWide(nn.Module):
 
 
 def test_a_large_model_with_batch_norm_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: batch norms of the copy are in eval mode, so rounding does not grow; wrong statistics are found."""
+    """Claim: batch norms of the copy use running statistics, so rounding does not grow; wrong ones are found."""
     monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
     model, inputs, groups = residual()
-    seen: set[tuple[torch.dtype, bool]] = set()
-    model.norm.register_forward_pre_hook(lambda module, args: seen.add((args[0].dtype, module.training)))
-    assert failing_groups(model, inputs, groups) == () and seen == {(torch.float32, False)} and model.norm.training
+    seen: set[torch.dtype] = set()
+    model.norm.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    assert failing_groups(model, inputs, groups) == () and seen == {torch.float32}
     norm = next(each for each in groups[1].slices if each.tensor == "norm.running_var")
     turned = replace(norm, index=norm.index[::-1].copy())
     wrong = damage(groups, "inner", slices=(*(each for each in groups[1].slices if each is not norm), turned))
-    assert failing_groups(model, inputs, wrong) == ("inner",) and (torch.float64, True) in seen
+    assert failing_groups(model, inputs, wrong) == ("inner",) and torch.float64 in seen
+
+
+class Coupled(nn.BatchNorm2d):
+    """Divides by its width, in training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / (np.sqrt(x.shape[1]) if self.training else 1)
+
+
+class AsksTheNorm(Residual):
+    """Divides by its width where its norm is in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / (np.sqrt(len(self.norm.weight)) if self.norm.training else 1)
+
+
+def asked_by_a_hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    """Divides by the width in training."""
+    return output / np.sqrt(output.shape[1]) if module.training else output
+
+
+def test_what_batch_norms_do_in_training_is_tried_in_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a norm's subclass, its hook and its model may ask whether it trains: a wrong cut of a large model shows."""
+    monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
+    subclass, inputs, groups = residual()
+    subclass.norm = Coupled(len(subclass.norm.weight))
+    asking, hooked = AsksTheNorm(), Residual()
+    hooked.norm.register_forward_hook(asked_by_a_hook)
+    for model in (subclass, asking, hooked):
+        assert "inner" in failing_groups(model, inputs, groups), model
 
 
 def test_statistics_that_were_left_out_are_found() -> None:

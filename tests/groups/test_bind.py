@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -119,20 +120,26 @@ def test_what_the_forward_does_not_survive_is_frozen_by_name() -> None:
 
 
 class Scaled(nn.Module):
-    """A scale worked out from the live size, as attention scores have it."""
+    """A scale worked out from the live size, as attention scores have it.
 
-    def __init__(self) -> None:
+    Args:
+        root: computes it.
+    """
+
+    def __init__(self, root: Callable[[int], float] = math.sqrt) -> None:
         super().__init__()
+        self.root = root
         self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x).relu()
-        return self.c((self.b(y) / math.sqrt(y.shape[-1])).relu())
+        return self.c((self.b(y) / self.root(y.shape[-1])).relu())
 
 
-def test_a_number_worked_out_from_a_size_freezes_it() -> None:
+@pytest.mark.parametrize("root", [math.sqrt, np.sqrt, np.int64])
+def test_a_number_worked_out_from_a_size_freezes_it(root: Callable[[int], float]) -> None:
     """Fewer units would scale the others differently, though every shape fits: the group is not pruned, by name."""
-    traced = trace(Scaled(), (torch.randn(3, 5),))
+    traced = trace(Scaled(root), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
     assert any(frozen.place == "a" and "worked out from its size" in frozen.reason for frozen in traced.frozen)
 

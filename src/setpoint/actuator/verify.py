@@ -65,15 +65,16 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     """Names of the groups whose cut does not behave like its masked twin; found by bisection.
 
     After each find the remaining groups are tried again, until they pass. A large model is tried in float32 first. This
-    takes half of the memory and time of float64. Batch norms are in eval mode there. If all agree to 1e-4, nothing
-    else is tried; otherwise float64 decides.
+    takes half of the memory and time of float64. If all agree to 1e-4, nothing else is tried; otherwise float64
+    decides. PyTorch's batch norms normalise by their running statistics in float32. A model with others is tried in
+    float64 at once, and so is one with gradients that are too small to be compared in float32.
 
     Raises:
         ExampleError: when the model itself does not run on the example.
     """
-    if sum(each.numel() for each in model.parameters()) > _LARGE:
+    if sum(each.numel() for each in model.parameters()) > _LARGE and _steadies(model):
         quick = Trial.of(model, example, groups, None, torch.float32)
-        if replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
+        if not quick.faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
     return tuple(name for name, _ in Trial.of(model, example, groups, None).failing())
 
@@ -135,6 +136,12 @@ class Trial:
     def model(self) -> nn.Module:
         """The copy, uncut; made where it is needed."""
         return self.make()
+
+    @property
+    def faint(self) -> bool:
+        """Whether the first pass had gradients whose largest value is below what counts as different."""
+        gradients = self.first.outcome.gradients.values() if self.first else ()
+        return any(0 < _largest([each]) < _LEAST for each in gradients if each.numel())
 
     def passes(self) -> bool:
         """Whether all groups can be cut together."""
@@ -279,7 +286,7 @@ def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
     )
     error = _largest(left - right for left, right in zip(*pieces, strict=True))
     # NaN on both sides proves nothing, so the comparison is written to fail on it.
-    return None if error <= tolerance * max(scale, 1e-3) else f"differs by {error:.2g} where values reach {scale:.2g}"
+    return None if error <= tolerance * max(scale, _LEAST) else f"differs by {error:.2g} where values reach {scale:.2g}"
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
@@ -353,14 +360,31 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
 
 
 def _steady_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
-    """The same with batch norms in eval mode. In training they divide by the deviation of a few samples, where rounding
-    in float32 grows to per cents.
+    """The same with batch norms that normalise by their running statistics, in training mode all the same.
+
+    By the statistics of a few samples, rounding in float32 grows to per cents. A forward may ask for the mode.
     """
     twin = randomised_copy(model, groups)
     for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
+        if type(module) in _BATCH_NORMS:
+            module.forward = partial(_by_running_statistics, module)
     return twin
+
+
+def _by_running_statistics(norm: Any, x: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+"""A subclass may do anything else in training."""
+
+
+def _steadies(model: nn.Module) -> bool:
+    """Whether all batch norms of a model are PyTorch's own, and have running statistics."""
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
+    return all(
+        type(each) in _BATCH_NORMS and each.running_mean is not None and "forward" not in vars(each) for each in norms
+    )
 
 
 _DRAWN = 1_000_003
@@ -445,7 +469,8 @@ def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]
         yield lambda: state() != before
 
 
-_QUICK = 1e-4  # the relative error up to which float32 is enough; errors of right cuts reach 4e-5
+_LEAST = 1e-3  # values below this are compared with it
+_QUICK = 1e-4  # the relative error up to which float32 is enough
 # Relative error allowed, by the narrowest floating-point width that the computation went through.
 _TOLERANCE = {64: 1e-9, 32: 1e-3, 16: 5e-2, 8: 5e-1}
 

@@ -20,9 +20,9 @@ def _is_number(value: object) -> bool:
 class Law:
     """The scaling law of one family of models: `loss = E + A N^-a + B D^-b`.
 
-    N is the number of parameters outside of embeddings, for a run that prunes its mean over the steps (Jin et al.,
-    "The journey matters: average parameter count over pre-training unifies sparse and dense scaling laws", ICLR 2025);
-    D is the number of tokens or samples. A training step costs 6 N FLOPs a token.
+    N is the number of parameters, for a run that prunes its mean over the steps (Jin et al., "The journey matters:
+    average parameter count over pre-training unifies sparse and dense scaling laws", ICLR 2025); D is the number of
+    tokens or samples. A training step costs 6 N FLOPs a token.
 
     Args:
         irreducible: E, loss that neither size nor data takes away.
@@ -31,9 +31,10 @@ class Law:
         data_scale: B.
         data_exponent: b.
         source: where the constants come from.
-        sizes: smallest and largest N that they were fitted on.
+        sizes: smallest and largest N that they were fitted on, or that the law was shown on.
         exponent_errors: standard errors of a and b; None where they are not known.
-        ratios: smallest and largest D / compute-optimal D that they were fitted on, or are meant for.
+        ratios: smallest and largest D / compute-optimal D of the same.
+        embeddings: whether N counts the parameters of embeddings.
 
     Raises:
         UsageError: for a scale or an exponent that is no number above 0, and for pairs that are none.
@@ -52,6 +53,7 @@ class Law:
     sizes: tuple[float, float] = (0.0, math.inf)
     exponent_errors: tuple[float, float] | None = None
     ratios: tuple[float, float] = (0.0, math.inf)
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         for name in ("irreducible", "size_scale", "size_exponent", "data_scale", "data_exponent"):
@@ -80,14 +82,15 @@ class Law:
         ratio = (self.data_exponent * self.data_scale) / (self.size_exponent * self.size_scale)
         return float((ratio * size**self.size_exponent) ** (1 / self.data_exponent))
 
-    def gain(self, ratio: float, average: float, *, final: bool = False) -> float:
+    def gain(self, ratio: float, average: float, *, final: bool = False, cost: float | None = None) -> float:
         """What pruning gains over a small dense model of the same final size and the same training FLOPs.
 
-        With `k = a / b`, relative to the small model's reducible loss: `1 - (x^-a + k r^-b x^b) / (1 + k r^-b)`.
+        With `k = a / b`, relative to the small model's reducible loss: `1 - (x^-a + k r^-b y^b) / (1 + k r^-b)`.
 
         Args:
             ratio: r, data of the small model / its compute-optimal data.
             average: x, mean size of the pruned run over its steps / its final size.
+            cost: y, mean cost of its steps / that of the final size; x where it is not known.
             final: the N of a pruned run is its final size, so x^-a is 1: what is left is the loss by less data. This
                 form is closer to Setpoint's tests, after which it was made (docs/results-law.md).
 
@@ -96,9 +99,10 @@ class Law:
         """
         data: float = self.size_exponent / self.data_exponent * ratio**-self.data_exponent
         by_size = 1.0 if final else average**-self.size_exponent
-        return float(1 - (by_size + data * average**self.data_exponent) / (1 + data))
+        mean_cost = average if cost is None else cost
+        return float(1 - (by_size + data * mean_cost**self.data_exponent) / (1 + data))
 
-    def interval(self, ratio: float, average: float) -> tuple[float, float]:
+    def interval(self, ratio: float, average: float, cost: float | None = None) -> tuple[float, float]:
         """The 95 % interval of `gain` by the errors of a and b, to first order; the gain itself where none are known.
 
         The errors are taken as independent, since published fits do not state how they are correlated. The ratio and
@@ -108,9 +112,10 @@ class Law:
         >>> low < LANGUAGE[1].gain(ratio=16, average=1.5) < high
         True
         """
-        gain, names = self.gain(ratio, average), ("size_exponent", "data_exponent")
+        gain, names = self.gain(ratio, average, cost=cost), ("size_exponent", "data_exponent")
         moved = [
-            replace(self, **{name: getattr(self, name) * (1 + 1e-6)}).gain(ratio, average) - gain for name in names
+            replace(self, **{name: getattr(self, name) * (1 + 1e-6)}).gain(ratio, average, cost=cost) - gain
+            for name in names
         ]
         slopes = [each / (1e-6 * getattr(self, name)) for each, name in zip(moved, names, strict=True)]
         half = 1.96 * math.hypot(
@@ -131,9 +136,10 @@ LANGUAGE = (
         410.7,
         0.28,
         "Hoffmann et al. 2022, arXiv 2203.15556, approach 3",
-        (7e7, 1.6e10),
+        (5.8e7, 4.68e8),
         (0.02, 0.02),
-        (1.0, 64.0),
+        (1.0, 20.0),
+        embeddings=True,
     ),
     Law(
         1.8172,
@@ -142,15 +148,17 @@ LANGUAGE = (
         2085.43,
         0.3658,
         "Besiroglu et al. 2024, arXiv 2404.10102",
-        (7e7, 1.6e10),
+        (5.8e7, 4.68e8),
         (0.02, 0.02),
-        (1.0, 64.0),
+        (1.0, 20.0),
+        embeddings=True,
     ),
 )
 """Two published fits of the same runs: where they disagree, nothing can be said.
 
-Both have the errors of the second, which shows that those of the first are far too small. The ratios are those of the
-design's table.
+Both have the errors of the second, which shows that those of the first are far too small. Sizes and ratios are those on
+which Jin et al. showed the law of the average size, with masks on single weights. N counts embeddings (Pearce and Song
+2024, arXiv 2406.12907).
 """
 
 
@@ -160,17 +168,23 @@ def average_size(start: float, cuts: tuple[float, float]) -> float:
     return first * start + (last - first) * (start + 1) / 2 + (1 - last)
 
 
-def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[float], source: str) -> Law:
+def fit_law(
+    sizes: Sequence[float], data: Sequence[float], losses: Sequence[float], source: str, *, replicas: int = 20
+) -> Law:
     """Fit the constants of a family to measured runs, by the Huber loss of the logarithm (as Hoffmann et al. do).
+
+    The errors of the exponents are standard deviations over fits to losses whose residuals were drawn anew.
 
     Args:
         sizes: parameters outside of embeddings, one a run.
         data: tokens or samples, one a run.
         losses: final losses on data that was not trained on, one a run.
         source: what was measured.
+        replicas: fits for the errors; with 0 no errors are known.
 
     Raises:
-        UsageError: for fewer than six runs, sequences of different lengths, or values that are not above 0.
+        UsageError: for fewer than six runs, sequences of different lengths, values that are not above 0, and runs that no
+            law of this form fits.
 
     >>> truth = Law(1.0, 50.0, 0.5, 80.0, 0.4, "made up")
     >>> runs = [(n, d) for n in (1e3, 1e4, 1e5) for d in (1e4, 1e5, 1e6)]
@@ -192,20 +206,62 @@ def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[floa
         raise UsageError("sizes, data and losses of a law must be finite and above 0")
     if any(len(set(row.tolist())) < 2 for row in rows[:2]):
         raise UsageError("a law needs runs of at least two sizes, and of at least two amounts of data")
-    fits = [_fitted(rows, begin) for begin in ((0.3, 0.3), (0.5, 0.5), (0.3, 0.6), (0.6, 0.3))]
-    _, constants = min(fits, key=lambda fit: fit[0])
+    order = sorted(range(len(losses)), key=lambda number: [float(row[number]) for row in rows])
+    rows = [row[order] for row in rows]  # the same runs in another order have the same law
+    constants = _best(rows)
     e, a, by_size, b, by_data = constants
-    if min(by_size, by_data) <= 0:
-        raise UsageError(
-            "no law of this form fits these runs: losses must fall with the size, and with the data. Measure more "
-            "runs, each with its best learning rate"
-        )
     law = Law(e, a, by_size, b, by_data, source, (float(rows[0].min()), float(rows[0].max())))
+    foretold = torch.tensor([law.loss(n, d) for n, d in zip(*(row.tolist() for row in rows[:2]), strict=True)]).double()
+    residuals = rows[2].log() - foretold.log()
+    if float(residuals.square().mean().sqrt()) > _UNEXPLAINED * float(rows[2].log().std()):
+        raise UsageError(f"{_NO_LAW}: the losses do not follow size and data. {_MEASURE}")
+    found = replace(law, exponent_errors=_errors(rows, foretold, residuals, replicas))
     try:
         ratios = [float(seen) / law.optimal_data(float(size)) for size, seen in zip(*rows[:2], strict=True)]
     except (OverflowError, ZeroDivisionError):  # exponents near 0: no amount of data is optimal
-        return law
-    return replace(law, ratios=(min(ratios), max(ratios)))
+        return found
+    return replace(found, ratios=(min(ratios), max(ratios)))
+
+
+_UNEXPLAINED = 0.5
+"""A fit whose errors are larger than this share of the spread of the losses says nothing."""
+_NO_LAW = "no law of this form fits these runs"
+_MEASURE = "Measure more runs, each with its best learning rate"
+
+
+def _best(rows: list[torch.Tensor]) -> tuple[float, ...]:
+    """E, A, a, B, b of the best of several searches.
+
+    Raises:
+        UsageError: where an exponent is not above 0, or a constant no finite number.
+    """
+    try:
+        fits = [_fitted(rows, begin) for begin in ((0.3, 0.3), (0.5, 0.5), (0.3, 0.6), (0.6, 0.3))]
+    except OverflowError as error:
+        raise UsageError(f"{_NO_LAW}: a constant would be infinite. {_MEASURE}") from error
+    _, constants = min(fits, key=lambda fit: fit[0])
+    if min(constants[2], constants[4]) <= 0:
+        raise UsageError(f"{_NO_LAW}: losses must fall with the size, and with the data. {_MEASURE}")
+    return constants
+
+
+def _errors(
+    rows: list[torch.Tensor], foretold: torch.Tensor, residuals: torch.Tensor, replicas: int
+) -> tuple[float, float] | None:
+    """Standard errors of a and b; None where too few fits find a law."""
+    generator, found = torch.Generator().manual_seed(0), list[tuple[float, float]]()
+    wider = residuals * math.sqrt(len(residuals) / max(1, len(residuals) - 5))  # the fit takes five degrees of freedom
+    for _ in range(replicas):
+        drawn = wider[torch.randint(len(wider), (len(wider),), generator=generator)]
+        try:
+            constants = _best([*rows[:2], foretold * drawn.exp()])
+        except UsageError:
+            continue
+        found.append((constants[2], constants[4]))
+    if len(found) < 2:
+        return None
+    by_size, by_data = torch.tensor(found, dtype=torch.float64).std(0).tolist()
+    return by_size, by_data
 
 
 def _fitted(rows: list[torch.Tensor], exponents: tuple[float, float]) -> tuple[float, tuple[float, ...]]:

@@ -269,8 +269,8 @@ class _Notes(TorchFunctionMode):
         kwargs = kwargs or {}
         values = (*args, *kwargs.values())
         name = getattr(func, "__name__", "")
-        kinds = (int, float) if name in _ARITHMETIC else (float,)
-        self.numbers.extend(value for value in values if type(value) in kinds)
+        kinds = (int, float, np.integer, np.floating) if name in _ARITHMETIC else (float, np.floating)
+        self.numbers.extend(float(value) for value in values if isinstance(value, kinds) and type(value) is not bool)
         if not (args and isinstance(args[0], torch.Tensor) and args[0].dim() == 0):  # a norm in training counts batches
             self.code.append(name)
             self.code.extend(value for value in _flat(values) if type(value) is int)
