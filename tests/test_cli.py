@@ -473,7 +473,8 @@ def test_a_plan_names_its_options() -> None:
     assert "--size N, or MODEL with --budget" in invoke("plan", "--tokens", "1e9").stderr
     for bill in ("--seconds", "--joules"):
         assert "give --batch N" in invoke("plan", "own.py:build", "--budget", "50%", bill, "5").stderr
-    assert "--samples" in invoke("plan", "--samples", "1e6", "--size", "1e6").stderr  # no constants, so no such option
+    assert "needs the constants of a family" in invoke("plan", "--samples", "1e6", "--size", "1e6").stderr
+    assert "cuts must be two shares" in invoke("plan", "--ratio", "8", "--cuts", "0.5").stderr
 
 
 def test_a_plan_is_refused_before_the_model_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +483,7 @@ def test_a_plan_is_refused_before_the_model_is_traced(tmp_path: Path, monkeypatc
     (tmp_path / "own.py").write_text(OWN_MODEL, encoding="utf-8")
     plan = ("plan", f"{tmp_path}/own.py:build", "--tokens", "1e10", "--budget")
     refused = invoke(*plan, "50% flops")
-    assert refused.exit_code == 2 and "own.py:build does not take: give --ratio R" in refused.stderr
+    assert refused.exit_code == 2 and "own.py:build does not take: give --laws FILE" in refused.stderr
     assert (
         "plan takes one budget of flops or params"
         in invoke(*plan[:1], "/nowhere.py:build", *plan[2:], "8 ms latency").stderr

@@ -293,6 +293,7 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
         ],
         **{split: bench.loss(model, split) for split in HELD_OUT},
         "seconds": round(time.perf_counter() - began, 1),
+        "code": machine()["code"],
     }
 
 

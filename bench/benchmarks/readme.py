@@ -158,6 +158,7 @@ def filled(text: str) -> str:
             "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
             "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),
             "law-pair": lambda: pair_table(RESULTS / "law-language.json"),
+            "law-larger-pair": lambda: pair_table(RESULTS / "law-language.json", "larger pair", "larger_"),
             "law-rates": lambda: rates_table(RESULTS / "law-language.json"),
             "law-images": lambda: images_table(RESULTS / "law-images.json", RESULTS / "cifar10-mini"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),

@@ -216,9 +216,14 @@ def plan(
     target: Annotated[str | None, typer.Argument(help="The dense model, as inspect takes it.", metavar="MODEL")] = None,
     budget: Annotated[str | None, typer.Option(help="Budget per step of MODEL, such as 25% (of the FLOPs).")] = None,
     input: Annotated[str | None, typer.Option("--input", help="Shape of the example of MODEL, with commas.")] = None,
-    size: Annotated[float | None, typer.Option(help="Parameters of the finished model outside of embeddings.")] = None,
+    size: Annotated[
+        float | None, typer.Option(help="Parameters of the finished model; the published laws count embeddings.")
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
+    samples: Annotated[
+        float | None, typer.Option(help="The same of a model that is given no tokens; needs --laws.")
+    ] = None,
     flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Bill in seconds on this machine, timed in steps of at most --batch.")
@@ -230,6 +235,10 @@ def plan(
     start: Annotated[
         float | None, typer.Option(help="Size to start from, as a multiple of the final size; by default 2.")
     ] = None,
+    cuts: Annotated[str, typer.Option(help="Begin and end of the cuts, as shares of the steps.")] = "0.25,0.75",
+    laws: Annotated[
+        Path | None, typer.Option(help="JSON file of your own laws, as setpoint.advice.law.save_laws writes it.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say whether pruning while training from scratch pays, from which start size, and for how many steps.
@@ -239,10 +248,12 @@ def plan(
     with errors_as_messages():
         from dataclasses import replace
 
+        from setpoint.advice.law import LANGUAGE, load_laws
         from setpoint.advice.plan import budget_per_step, counts_tokens
         from setpoint.advice.plan import plan as advise
 
-        basis = {"--ratio": ratio, "--tokens": tokens, "--flops": flops, "--seconds": seconds, "--joules": joules}
+        basis = {"--ratio": ratio, "--tokens": tokens, "--samples": samples, "--flops": flops, "--seconds": seconds}
+        basis["--joules"] = joules
         given = [name for name, value in basis.items() if value is not None]
         if len(given) != 1:
             raise misuse(
@@ -262,11 +273,14 @@ def plan(
             budget_per_step(budget)
             print(f"building and tracing {target}", file=sys.stderr)
         model, example = (None, None) if target is None else _load(target, shape)
-        if example is not None and ratio is None and not counts_tokens(example):
+        if laws is None and samples is not None:
+            raise misuse("--samples needs the constants of a family: give --laws FILE, or count --tokens")
+        if laws is None and example is not None and ratio is None and not counts_tokens(example):
             raise misuse(
                 f"the published constants are of language models and count tokens, which {target} does not take: give "
-                "--ratio R, its data / compute-optimal data"
+                "--laws FILE with constants of its family, or --ratio R, its data / compute-optimal data"
             )
+        between: Any = tuple(numbers(cuts, "--cuts", float))
         found = advise(
             model,
             budget,
@@ -274,11 +288,14 @@ def plan(
             size=size,
             ratio=ratio,
             tokens=tokens,
+            samples=samples,
             flops=flops,
             seconds=seconds,
             joules=joules,
             batch=batch,
             start=start,
+            cuts=between,
+            laws=LANGUAGE if laws is None else load_laws(laws),
         )
         if batch is None:  # the example's own is only large enough to trace with
             found = replace(found, batch=None, steps=None, small_steps=None)
@@ -325,7 +342,7 @@ def make_app() -> typer.Typer:
         epilog=examples(
             "setpoint plan --size 2e8 --tokens 5e10",
             "setpoint plan gpt2 --budget 50% --tokens 1e10",
-            "setpoint plan --ratio 16",
+            "setpoint plan --ratio 8",
         )
     )(plan)
     made.command(epilog=examples("setpoint watch run.jsonl", "setpoint watch run.jsonl --once"))(watch)

@@ -252,7 +252,7 @@ def asked_by_a_hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
 
 
 def test_what_batch_norms_do_in_training_is_tried_in_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a norm's subclass, its hook and its model may ask whether it trains: a wrong cut of a large model shows."""
+    """Claim: a norm's subclass, its hook and its model may ask whether it trains: a wrong cut shows all the same."""
     monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
     subclass, inputs, groups = residual()
     subclass.norm = Coupled(len(subclass.norm.weight))

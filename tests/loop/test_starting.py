@@ -318,7 +318,7 @@ def test_states_that_do_not_go_together_are_refused() -> None:
     run.train(25)
     state = run.saved()
     for settings, words in (
-        ({"total_steps": 50}, r"its total_steps are 40, .* 50: to make it longer, attach with 40"),
+        ({"total_steps": 50}, r"its total_steps are 40, .* 50: attach with 40, and say loop.total_steps = 50"),
     ):
         other = Run(seed=1, example=(batch(0)[0],), **settings)
         other.load(state, "model", "optimizer")

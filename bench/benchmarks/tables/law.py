@@ -232,9 +232,10 @@ def forms_table(file: Path) -> str:
         "| final size |",
         f"|---:|---:|---:|{'---:|' * 4}",
     ]
-    for kind, prefix in (("arm", ""), ("larger", "larger_")):
+    for kind, prefix in (("arm", ""), ("pair", ""), ("larger", "larger_"), ("larger pair", "larger_")):
         arms = arms_of(data, kind, prefix)
         for ratio in sorted({each.ratio for each in arms}):
+            seen = _ratio_of(data, kind, prefix) if kind.endswith("pair") else ratio
             errors: list[tuple[float, float]] = []
             shares: list[tuple[float, float]] = []
             for each in arms:
@@ -247,7 +248,7 @@ def forms_table(file: Path) -> str:
                 size = max(each.size for each in arms)
                 nats = (f"{statistics.fmean(column):.4f}" for column in zip(*errors, strict=True))
                 percent = (f"{100 * statistics.fmean(column):.1f} %" for column in zip(*shares, strict=True))
-                lines.append(f"| {size:,.0f} | {ratio:g} | {len(errors)} | {' | '.join((*nats, *percent))} |")
+                lines.append(f"| {size:,.0f} | {seen:.0f} | {len(errors)} | {' | '.join((*nats, *percent))} |")
     return "\n".join(lines)
 
 
@@ -294,16 +295,21 @@ def pair_table(file: Path, kind: str = "pair", prefix: str = "") -> str:
         f"|---:|---:|---|{'---:|' * 8}",
     ]
     for each in arms_of(data, kind, prefix):
-        seen = next(row["tokens"] for row in data["rows"] if row["kind"] == kind and row["arm"] == "small")
         _, *rest = _measured(each)
         cells = (
-            f"{seen / data[f'{prefix}pair_optimal_tokens']:.0f}",
+            f"{_ratio_of(data, kind, prefix):.0f}",
             *rest,
             "–" if each.predicted is None else _nats(each.predicted),
             f"{each.gain.num}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _ratio_of(data: Mapping[str, Any], kind: str, prefix: str) -> float:
+    """The bytes of a pair's small model / its optimal ones."""
+    seen = next(row["tokens"] for row in data["rows"] if row["kind"] == kind and row["arm"] == "small")
+    return float(seen / data[f"{prefix}pair_optimal_tokens"])
 
 
 def rates_table(file: Path, kind: str = "arm") -> str:
@@ -333,13 +339,16 @@ def rates_table(file: Path, kind: str = "arm") -> str:
 
 def over_trained_line(file: Path) -> str:
     """Setpoint's runs at the largest r that has three seeds, from each start, beside the small model."""
-    arms = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.arm == "setpoint"]
+    data = json.loads(file.read_text(encoding="utf-8"))
+    arms = [arm for arm in arms_of(data) if arm.arm == "setpoint"]
     largest = max(arm.ratio for arm in arms if arm.gain.num >= 3)
     there = sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
     starts = _listed([f"{arm.start:g}" for arm in there])
     losses = _listed([f"{arm.loss:.3f}" for arm in there])
+    by_law = largest * data["optimal_tokens"] / _law(data["law"]).optimal_data(params(built(1.0)))
     return (
-        f"A tiny language model was trained from scratch on {largest:g} times the data that is optimal for its size. "
+        f"A tiny language model was trained from scratch on {by_law:.0f} to {largest:g} times the data that is optimal "
+        f"for its size, by two estimates. "
         f"Small from the start, "
         f"it ends at {there[0].small:.3f} nats per byte; less is better. From a start {starts} times as large it ends "
         f"at {losses} for the same FLOPs ({there[0].gain.num} seeds)."

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
+from pathlib import Path
 
 import torch
 
 from setpoint.errors import UsageError
+from setpoint.files import replace_text
 
 
 def _is_number(value: object) -> bool:
@@ -162,29 +165,55 @@ which Jin et al. showed the law of the average size, with masks on single weight
 """
 
 
+def save_laws(laws: Sequence[Law], path: Path) -> None:
+    """Write laws to a JSON file, from which `load_laws` and `setpoint plan --laws` read them."""
+    replace_text(path, json.dumps([asdict(law) for law in laws], indent=1) + "\n")
+
+
+def load_laws(path: Path) -> tuple[Law, ...]:
+    """The laws of a JSON file: a list of objects with the arguments of `Law`, of which the first six are needed.
+
+    Raises:
+        UsageError: if the file cannot be read, or holds anything else.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "laws.json"
+    >>> save_laws(LANGUAGE, file)
+    >>> load_laws(file) == LANGUAGE
+    True
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        given = [{**each} for each in (held if isinstance(held, list) else [held])]
+        pairs = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in each.items()} for each in given
+        ]
+        return tuple(Law(**each) for each in pairs)
+    except (OSError, ValueError, TypeError) as error:
+        needed = ", ".join(each.name for each in fields(Law)[:6])
+        raise UsageError(f"{path} holds no laws ({error}): it is a JSON list of objects with {needed}") from error
+
+
 def average_size(start: float, cuts: tuple[float, float]) -> float:
     """The mean size of a run over its steps / its final size, for a size that falls in a straight line between cuts."""
     first, last = cuts
     return first * start + (last - first) * (start + 1) / 2 + (1 - last)
 
 
-def fit_law(
-    sizes: Sequence[float], data: Sequence[float], losses: Sequence[float], source: str, *, replicas: int = 20
-) -> Law:
+def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[float], source: str) -> Law:
     """Fit the constants of a family to measured runs, by the Huber loss of the logarithm (as Hoffmann et al. do).
 
-    The errors of the exponents are standard deviations over fits to losses whose residuals were drawn anew.
+    The errors of the exponents follow from the residuals, to first order.
 
     Args:
         sizes: parameters outside of embeddings, one a run.
         data: tokens or samples, one a run.
         losses: final losses on data that was not trained on, one a run.
         source: what was measured.
-        replicas: fits for the errors; with 0 no errors are known.
 
     Raises:
-        UsageError: for fewer than six runs, sequences of different lengths, values that are not above 0, and runs that no
-            law of this form fits.
+        UsageError: for fewer than six runs, sequences of different lengths, values that are not above 0, and for runs
+            that no law of this form fits.
 
     >>> truth = Law(1.0, 50.0, 0.5, 80.0, 0.4, "made up")
     >>> runs = [(n, d) for n in (1e3, 1e4, 1e5) for d in (1e4, 1e5, 1e6)]
@@ -215,7 +244,7 @@ def fit_law(
     residuals = rows[2].log() - foretold.log()
     if float(residuals.square().mean().sqrt()) > _UNEXPLAINED * float(rows[2].log().std()):
         raise UsageError(f"{_NO_LAW}: the losses do not follow size and data. {_MEASURE}")
-    found = replace(law, exponent_errors=_errors(rows, foretold, residuals, replicas))
+    found = replace(law, exponent_errors=_errors(law, rows[0], rows[1], residuals))
     try:
         ratios = [float(seen) / law.optimal_data(float(size)) for size, seen in zip(*rows[:2], strict=True)]
     except (OverflowError, ZeroDivisionError):  # exponents near 0: no amount of data is optimal
@@ -245,23 +274,21 @@ def _best(rows: list[torch.Tensor]) -> tuple[float, ...]:
     return constants
 
 
-def _errors(
-    rows: list[torch.Tensor], foretold: torch.Tensor, residuals: torch.Tensor, replicas: int
-) -> tuple[float, float] | None:
-    """Standard errors of a and b; None where too few fits find a law."""
-    generator, found = torch.Generator().manual_seed(0), list[tuple[float, float]]()
-    wider = residuals * math.sqrt(len(residuals) / max(1, len(residuals) - 5))  # the fit takes five degrees of freedom
-    for _ in range(replicas):
-        drawn = wider[torch.randint(len(wider), (len(wider),), generator=generator)]
-        try:
-            constants = _best([*rows[:2], foretold * drawn.exp()])
-        except UsageError:
-            continue
-        found.append((constants[2], constants[4]))
-    if len(found) < 2:
+def _errors(law: Law, size: torch.Tensor, data: torch.Tensor, residuals: torch.Tensor) -> tuple[float, float] | None:
+    """Standard errors of a and b: of least squares on log losses, to first order. None with no run to spare."""
+    spare = len(residuals) - 5
+    if spare < 1:
         return None
-    by_size, by_data = torch.tensor(found, dtype=torch.float64).std(0).tolist()
-    return by_size, by_data
+    by_size = law.size_scale * size**-law.size_exponent
+    by_data = law.data_scale * data**-law.data_exponent
+    loss = law.irreducible + by_size + by_data
+    # Columns: derivatives of the log loss by log E, log A, log B, a and b.
+    slopes = [law.irreducible / loss, by_size / loss, by_data / loss]
+    slopes += [-by_size * size.log() / loss, -by_data * data.log() / loss]
+    columns = torch.stack(slopes, 1)
+    covariance = torch.linalg.pinv(columns.T @ columns) * (residuals.square().sum() / spare)
+    of_size, of_data = covariance.diagonal()[3:].clamp(min=0).sqrt().tolist()
+    return of_size, of_data
 
 
 def _fitted(rows: list[torch.Tensor], exponents: tuple[float, float]) -> tuple[float, tuple[float, ...]]:

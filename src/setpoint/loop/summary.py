@@ -219,14 +219,12 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
         passes: backward passes since the last step.
     """
     if summary.budget_met and (unspent := _unspent(summary)):
-        warn(
-            f"{unspent}. In a Trainer, SetpointCallback(..., total_steps=N) with the steps of the dense run fixes the "
-            "bill, and a larger max_steps uses it up"
-        )
+        warn(f"{unspent}. In a Trainer SetpointCallback(..., total_steps=N) does, with a larger max_steps")
     if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
         return
+    known = {**summary.spent, **summary.metered}
     words = [
-        f"a step takes {amount(summary.spent[name], name)}, the limit is {amount(limit, name)}"
+        f"a step takes {amount(known[name], name)}, the limit is {amount(limit, name)}"
         for name, limit in summary.limit.items()
         if name not in summary.limit_run
     ] + [

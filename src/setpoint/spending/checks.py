@@ -92,7 +92,8 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
         raise BudgetError(
             f"a budget of {amount(limit, resource)} per {'step' if resource == 'latency' else 'inference'} is "
             f"{limit / dense:,.0f} times what the dense model takes, so nothing would be cut: ask for less than "
-            f"{amount(dense, resource)}. A number without a unit is in seconds, '8 ms {resource}' in milliseconds"
+            f"{amount(dense, resource)}. If you gave a number without a unit, it is in seconds, and '8 ms {resource}' "
+            "in milliseconds"
         )
     if limit > dense * (1.0 if resource in ("flops", "params") else 1.5):  # seconds and bytes are measured
         warn(
