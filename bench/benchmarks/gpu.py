@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -116,9 +117,21 @@ SMALL = {
 }
 
 
-def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bool) -> dict[str, Any]:
-    """Seconds, bytes and joules of a training step of the three networks, and what Setpoint's own work took."""
+LEAST_ROUNDS = 2
+
+
+def measure(
+    subject: Subject, device: torch.device, rounds: int, *, compiled: bool, seconds: float = math.inf
+) -> dict[str, Any]:
+    """Seconds, bytes and joules of a training step of the networks, and what Setpoint's own work took.
+
+    Args:
+        rounds: turns of each network, fewer but two at least where time runs out.
+        compiled: whether compiled networks take turns, too; not where half of the time is over before.
+        seconds: to measure for.
+    """
     torch.manual_seed(SEED)
+    start = time.perf_counter()
     dense = subject.build().to(device).train()
     example = _moved(subject.example(), device)
     before = time.perf_counter()
@@ -127,6 +140,7 @@ def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bo
     even, even_flops = _even(copy.deepcopy(dense), example)
     fine, fine_summary = _pruned(copy.deepcopy(dense), example, subject.steps, device, blocks_of="cpu")
     models = {"dense": dense, "even": even, "Setpoint": ours, FINE: fine}
+    compiled = compiled and time.perf_counter() - start < seconds / 2
     modes_of = {name: ("eager", "compiled") if compiled and name != FINE else ("eager",) for name in models}
     turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes_of[name]} for name in models}
     joules: dict[str, list[float | None]] = {name: [] for name in models}
@@ -141,7 +155,9 @@ def measure(subject: Subject, device: torch.device, rounds: int, *, compiled: bo
             _wait(device)
             first[name, mode] = time.perf_counter() - begun
             steps[name, mode]()
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
         for (name, mode), step in steps.items():
             meter = Joules(find_energy_meter([device])[0])
             _wait(device)
@@ -302,17 +318,27 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny networks, for the tests")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--minutes", type=float, default=9.0, help="leave out compiled networks and turns beyond these")
     args = parser.parse_args()
-    device, networks = best_device(), {}
+    device, networks = best_device(), dict[str, Any]()
+    until = time.perf_counter() + 60 * args.minutes
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"on {hardware}", flush=True)
-    for name, subject in (SMALL if args.small else FULL).items():
-        networks[name] = found = measure(subject, device, args.rounds, compiled=not args.eager)
-        seconds = {arm: median(each["eager"]) for arm, each in found["step_seconds"].items()}
-        told = ", ".join(f"{arm} {1e3 * value:.1f} ms" for arm, value in seconds.items())
-        print(f"{name}: {told} a step", flush=True)
-    sparse = semi_structured(device, 256 if args.small else 8192, args.rounds)
-    found = {"hardware": hardware, "seed": SEED, "fraction": FRACTION, "networks": networks, "semi_structured": sparse}
+    subjects = SMALL if args.small else FULL
+    found = {"hardware": hardware, "seed": SEED, "fraction": FRACTION, "networks": networks, "semi_structured": None}
+    for number, (name, subject) in enumerate(subjects.items()):
+        seconds = (until - time.perf_counter()) / (len(subjects) - number)
+        try:
+            networks[name] = measure(subject, device, args.rounds, compiled=not args.eager, seconds=seconds)
+        except torch.OutOfMemoryError as error:
+            networks[name] = {"why_not": str(error).splitlines()[0]}
+            print(f"{name}: {networks[name]['why_not']}", flush=True)
+        else:
+            medians = {arm: median(each["eager"]) for arm, each in networks[name]["step_seconds"].items()}
+            told = ", ".join(f"{arm} {1e3 * value:.1f} ms" for arm, value in medians.items())
+            print(f"{name}: {told} a step", flush=True)
+        keep(found, args.out, shown={"networks": list(networks)})  # what follows may fail
+    found["semi_structured"] = semi_structured(device, 256 if args.small else 8192, args.rounds)
     keep(found, args.out, shown={"networks": list(networks)})
 
 

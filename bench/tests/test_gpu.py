@@ -87,3 +87,28 @@ def test_full_networks_are_the_ones_named(gpu: ModuleType) -> None:
     for name, (least, most) in {"ResNet-50": (25, 26), "ViT-S": (21, 23), "GPT-2 124 M": (124, 125)}.items():
         with torch.device("meta"):
             assert least <= sum(each.numel() for each in gpu.FULL[name].build().parameters()) / 1e6 <= most
+
+
+def test_what_fails_leaves_the_rest(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a network without memory gets a row that says so; what was measured before a failure is in the file."""
+
+    def measured(subject: object, *rest: object, **settings: object) -> dict[str, object]:
+        if subject is gpu.SMALL["GPT"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "measure", measured)
+    monkeypatch.setattr(gpu, "SMALL", {name: gpu.SMALL[name] for name in ("GPT", "BERT")})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--out", str(tmp_path / "g")])
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    from tables.gpu import gpu_table
+
+    text = gpu_table(tmp_path / "g")
+    assert "| GPT | not measured: CUDA out of memory. Tried to allocate 2 GiB. |" in text and "was stopped" in text
+
+
+def test_no_time_leaves_compiled_networks_and_turns_out(gpu: ModuleType) -> None:
+    """Claim: with no seconds a network takes two turns, eager."""
+    found = gpu.measure(gpu.SMALL["BERT"], torch.device("cpu"), 4, compiled=True, seconds=0.0)
+    assert all(list(each) == ["eager"] and len(each["eager"]) == 2 for each in found["step_seconds"].values())

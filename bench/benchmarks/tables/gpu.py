@@ -25,6 +25,9 @@ def gpu_table(file: Path) -> str:
         f"|---|---|{'---:|' * 10}",
     ]
     for name, found in data["networks"].items():
+        if "why_not" in found:
+            lines.append(f"| {name} | not measured: {found['why_not']} |{' |' * 10}")
+            continue
         seconds, flops, run = found["step_seconds"], found["flops"], found["run"]
         shares = " / ".join(percent(flops[arm] / flops["dense"]) for arm in ("even", "Setpoint", FINE))
         for mode in seconds["dense"]:
@@ -43,7 +46,9 @@ def gpu_table(file: Path) -> str:
             )
             lines.append(f"| {' | '.join(cells)} |")
     sparse = data["semi_structured"]
-    if "forward_seconds" in sparse:
+    if sparse is None:
+        told = "not measured, the script was stopped before"
+    elif "forward_seconds" in sparse:
         turns = sparse["forward_seconds"]
         told = (
             f"linear layers of width {sparse['width']:,} take {_share(turns['2:4'], turns['dense'])} of the dense time"
