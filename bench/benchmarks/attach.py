@@ -1,13 +1,14 @@
 """What `attach` costs, in training steps: with nothing kept, with an equal model known, and before, in turns.
 
     python bench/benchmarks/attach.py --base ../base --out results/attach.json
-    python bench/benchmarks/attach.py --base ../base --out results/attach.json --tables    with a budget of latency
+    python bench/benchmarks/attach.py --base ../base --out results/attach.json --budget latency
 
 Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once. A pair is
 one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
 before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
-Rows of models that are not measured stay in the file. With `--tables` the model is known, and the budget is one of
-latency: operations and whole steps are timed the first time, and found in the cache the second time.
+Rows of models that are not measured stay in the file. With a `--budget` of latency, memory or energy the model is
+known. What such a budget learns from copies is learnt the first time, and found in the cache the second time. Joules are
+stated watts times seconds.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ import setpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
+KEPT = {"latency": "tables", "memory": "memory", "energy": "energy"}
+"""Under which name of a model's row the file holds a budget."""
 
 
 def resnet18() -> tuple[nn.Module, Any]:
@@ -89,7 +92,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 def attached(model: nn.Module, example: Any, resource: str = "flops") -> None:
     """Attach to a model in training, and leave it."""
-    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of=resource)
+    watts = 45.0 if resource == "energy" else None
+    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of=resource, watts=watts)
     setpoint.attach(model, optimizer, budget, example=example, total_steps=1000).detach()
 
 
@@ -143,7 +147,7 @@ def in_process(name: str, tree: Path, resource: str) -> dict[str, Any]:
             "OMP_NUM_THREADS": "1",
             "SETPOINT_CACHE": "on",
         }
-        command = [sys.executable, __file__, "--one", name, *(["--tables"] if resource != "flops" else [])]
+        command = [sys.executable, __file__, "--one", name, "--budget", resource]
         run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings})
     record: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return record
@@ -166,10 +170,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "attach.json")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--tables", action="store_true", help="with a budget of latency; Llama-8B has no data for it")
+    parser.add_argument("--budget", default="flops", choices=["flops", *KEPT], help="Llama-8B has no data for others")
     parser.add_argument("--one", choices=list(MODELS), help="measure this model in this process and print the record")
     arguments = parser.parse_args()
-    resource = "latency" if arguments.tables else "flops"
+    resource = arguments.budget
     if arguments.one:
         print(json.dumps(measure(arguments.one, resource)))
         return
@@ -179,7 +183,7 @@ def main() -> None:
     known = json.loads(arguments.out.read_text(encoding="utf-8"))["models"] if arguments.out.exists() else {}
     rows: dict[str, Any] = dict(known)
     for name in arguments.models:
-        if arguments.tables and name == "llama-8b":
+        if resource != "flops" and name == "llama-8b":
             continue
         runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
         loads = [os.getloadavg()[0]]
@@ -197,8 +201,8 @@ def main() -> None:
             "runs": runs,
         }
         before = rows.get(name, {})
-        tables = {"tables": before["tables"]} if "tables" in before else {}
-        rows[name] = {**before, "tables": found} if arguments.tables else {**found, **tables}
+        others = {key: before[key] for key in KEPT.values() if key in before}
+        rows[name] = {**found, **others} if resource == "flops" else {**before, KEPT[resource]: found}
         shown = (f"{kind} {row['seconds_median']:.2f} s ({row.get('steps_median', float('nan')):.2f} steps)"
                 for kind, row in found.items() if kind in ("cold", "warm", "before"))  # fmt: skip
         print(f"{name}: {', '.join(shown)}", flush=True)

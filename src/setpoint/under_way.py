@@ -1,7 +1,8 @@
-"""What is under way: a line on a terminal while something takes its time; nothing in pipes."""
+"""What is under way: a line on a terminal while something takes its time, and a record of the log elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ _SCREEN: list[Any] = []
 def under_way(what: str) -> Iterator[Callable[[float], None]]:
     """While inside, tell on a terminal's stderr that this is under way, and for how long; the line goes away again.
 
-    Of several processes of `torchrun` the first does. Gives a function that takes the share that is done.
+    Elsewhere the logger `setpoint` says so at INFO. Of several processes of `torchrun` the first does. Gives a function that takes the share that is done.
 
     >>> with under_way("measuring") as show:
     ...     show(0.5)
@@ -24,6 +25,8 @@ def under_way(what: str) -> Iterator[Callable[[float], None]]:
     if _SCREEN:
         yield from _line(_SCREEN[-1], f"  {what}")
     elif not _on_terminal() or os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") == "0":
+            logging.getLogger("setpoint").info("%s", what)
         yield lambda share: None
     else:
         from rich.console import Console

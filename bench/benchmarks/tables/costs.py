@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attach import KEPT
+
 from setpoint.report.numbers import NOTHING, duration, human
 from tables.words import made_on, threads_text
 
@@ -239,17 +241,22 @@ def attach_table(path: Path) -> str:
     for name, row in data["models"].items():
         found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
         lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
-    timed = {name: row["tables"] for name, row in data["models"].items() if "tables" in row}
+    timed = [
+        (resource, name, row[key])
+        for resource, key in KEPT.items()
+        for name, row in data["models"].items()
+        if key in row
+    ]
     if timed:
         lines += [
             "",
-            "| budget of latency | pairs | first time | timed before | first time, before |",
-            f"|---|---:|{'---:|' * 3}",
+            "| budget | model | pairs | first time | learnt before | first time, before |",
+            f"|---|---|---:|{'---:|' * 3}",
         ]
-    for name, row in timed.items():
+    for resource, name, row in timed:
         found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
-        lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
-    dates = sorted(row["date"][:10] for row in (*data["models"].values(), *timed.values()))
+        lines.append(f"| {resource} | `{name}` | {row['pairs']} | {' | '.join(found)} |")
+    dates = sorted(row["date"][:10] for row in (*data["models"].values(), *(row for _, _, row in timed)))
     about = data["environment"]
     where = f"{data['what'].capitalize()}. {about['cpu']}, seed {data['seed']}, torch {about['torch']}, {dates[-1]}."
     return "\n".join([*lines, "", where])

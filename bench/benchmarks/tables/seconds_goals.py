@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attach import KEPT
+
 from setpoint.report.numbers import NOTHING, digits, duration, percent
 
 ATTACHED = {"resnet18": ("ResNet-18", 3.0), "minilm": ("MiniLM-L6", 1.5)}
@@ -84,12 +86,12 @@ def _attaching(folder: Path) -> Iterator[Goal]:
         now, before = ([run["cold_s"] for run in models[name]["runs"].get(tree, ())] for tree in ("now", "before"))
         begun = "groups" if name == "llama-8b" else "`attach`"  # the structure alone: it has no weights to attach to
         yield Goal(f"{begun} of {what}, first time", limit, duration, now, before)
-    for name, (what, _) in {**ATTACHED, **FOUND}.items():
-        if "tables" in models[name]:
-            runs = models[name]["tables"]["runs"]
-            now, before = ([run["cold_s"] for run in runs.get(tree, ())] for tree in ("now", "before"))
-            words = f"`attach` of {what} with a budget of latency, operations timed the first time"
-            yield Goal(words, TABLES_S, duration, now, before)
+    for resource, key in KEPT.items():
+        for name, (what, _) in {**ATTACHED, **FOUND}.items():
+            if key in models[name]:
+                runs = models[name][key]["runs"]
+                now, before = ([run["cold_s"] for run in runs.get(tree, ())] for tree in ("now", "before"))
+                yield Goal(f"`attach` of {what} with a budget of {resource}, first time", TABLES_S, duration, now, before)
 
 
 def _own_work(folder: Path) -> Iterator[Goal]:

@@ -228,6 +228,8 @@ class _Description:
                 raise NoFingerprintError(f"{name} is {a_type(tensor)}")
             if name in buffers and not self._is_statistic(model, name):
                 self._content(tensor)
+            elif name in buffers and tensor.is_floating_point() and not tensor.is_meta:
+                self.text("finite" if bool(tensor.isfinite().all()) else "not finite")
 
     def _hooks(self, module: nn.Module) -> None:
         """Hooks in their order, each by its number among the module's: PyTorch counts those of a whole process."""
@@ -240,7 +242,7 @@ class _Description:
                 self.value(hook)
 
     def _is_statistic(self, model: nn.Module, name: str) -> bool:
-        """Whether a buffer is an average that training moves: its numbers decide on nothing."""
+        """Whether a buffer is an average that training moves: its numbers decide on nothing, if they are finite."""
         owner, _, _ = name.rpartition(".")
         averages = (nn.modules.batchnorm._NormBase, torch.nn.utils.parametrizations._SpectralNorm)
         return isinstance(model.get_submodule(owner), averages)

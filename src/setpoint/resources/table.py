@@ -247,7 +247,8 @@ class Table:
                     elapsed = time.perf_counter() - began
                     if number and elapsed > limit_s:
                         return
-                    show(max(0.1 + 0.9 * (number + done / len(jobs)) / _ROUNDS, min(1.0, elapsed / limit_s)))
+                    least = 0.9 if number == 0 else 1.0  # the first round is finished, however long it takes
+                    show(max(0.1 + 0.9 * (number + done / len(jobs)) / _ROUNDS, min(least, elapsed / limit_s)))
 
 
 def _jobs(
