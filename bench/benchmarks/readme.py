@@ -76,6 +76,7 @@ from tables.variants import (
     even_table,
     feedback_table,
     price_table,
+    quick_line,
     recipe_table,
     returns_table,
 )
@@ -182,6 +183,7 @@ def filled(text: str) -> str:
             "calibration": lambda: calibration_table(RESULTS / "calibration.json"),
             "ablation": lambda: ablation_table(RESULTS / "ablation.json"),
             "recipe": lambda: recipe_table(RESULTS / "ablation.json"),
+            "recipe-seconds": lambda: quick_line(RESULTS / "widths.json"),
             "returns": lambda: returns_table(RESULTS / "returns.json"),
             "even": lambda: even_table(RESULTS / "even.json"),
             "price": lambda: price_table(RESULTS / "price.json"),

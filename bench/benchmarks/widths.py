@@ -1,18 +1,22 @@
 """Seconds of a training step: the widths that Setpoint found, beside even widths of the same FLOPs.
 
     python bench/benchmarks/widths.py --out results/widths.json
+    python bench/benchmarks/widths.py --out results/widths.json --runs RUNS [MORE RUNS]    methods that look at seconds
 
 Each model of the committed results (first seed) is cut again to its widths. A model with the same share of units in
 each group is cut to the same FLOPs in whole blocks. They take turns with the dense model; a turn is a few training
-steps of the task's recipe, on one thread. Run it on an otherwise idle machine.
+steps of the task's recipe, on one thread. Run it on an otherwise idle machine. With `--runs` the models of `setpoint`,
+`setpoint-quick` and `setpoint-quicker` take turns, as the folders have them at seed 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +41,7 @@ from setpoint_bench.task import Task, dense_widths
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 TASKS = ("cifar10", "cifar10-mini", "shakespeare", "shakespeare-mini", "finetune", "banking77", "clothing", "resnet56")
 ENOUGH_S = 1.0
+BY_SECONDS = (SETPOINT, "setpoint-quick", "setpoint-quicker")
 
 
 def step_of(task: Task, model: nn.Module) -> Callable[[], None]:
@@ -57,6 +62,36 @@ def cut(dense: nn.Module, groups: tuple[Group, ...], widths: Mapping[str, int]) 
     model = copy.deepcopy(dense)
     setpoint.shrink(model, None, groups, {g.name: np.arange(g.num_units) < widths[g.name] for g in groups})
     return model
+
+
+def timed(task: Task, models: Mapping[str, nn.Module], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each model in each turn."""
+    steps = {arm: step_of(task, model) for arm, model in models.items()}
+    turns: dict[str, list[float]] = {arm: [] for arm in steps}
+    for number in range(rounds + 1):
+        for arm, step in steps.items():
+            began, count = time.perf_counter(), 0
+            while count < 2 or time.perf_counter() - began < ENOUGH_S:
+                step()
+                count += 1
+            if number:
+                turns[arm].append((time.perf_counter() - began) / count)
+    return turns
+
+
+def beside(folder: Path, rounds: int) -> dict[str, Any]:
+    """The row of a folder of runs: seconds of a step at the widths of each method."""
+    rows = [row for row in read_lines(folder / FILE, FILE, []) if row["seed"] == 0 and row["method"] in BY_SECONDS]
+    budget = min(row["budget"] for row in rows if row["method"] != SETPOINT)
+    chosen = {row["method"]: row for row in rows if row["budget"] == budget}
+    task = task_named(rows[0]["task"])
+    torch.manual_seed(0)
+    dense = task.build(dense_widths(task)).train()
+    traced = trace(copy.deepcopy(dense), task.example())
+    full = widths_of(traced.groups)
+    models = {name: cut(dense, traced.groups, {**full, **chosen[name]["widths"]}) for name in BY_SECONDS}
+    print(f"{rows[0]['task']}: {', '.join(models)}", flush=True)
+    return {"task": rows[0]["task"], "budget": budget, "step_seconds": timed(task, models, rounds)}
 
 
 def found_by_setpoint(name: str) -> list[dict[str, Any]]:
@@ -81,16 +116,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         even = {**full, **landing_widths(cost, full, full, free, flops)}
         models = {"dense": copy.deepcopy(dense), "even": cut(dense, traced.groups, even)}
         models["Setpoint"] = cut(dense, traced.groups, found)
-        steps = {arm: step_of(task, model) for arm, model in models.items()}
-        turns: dict[str, list[float]] = {arm: [] for arm in steps}
-        for number in range(rounds + 1):
-            for arm, step in steps.items():
-                began, count = time.perf_counter(), 0
-                while count < 2 or time.perf_counter() - began < ENOUGH_S:
-                    step()
-                    count += 1
-                if number:
-                    turns[arm].append((time.perf_counter() - began) / count)
+        turns = timed(task, models, rounds)
         ratios = [ours / theirs for ours, theirs in zip(turns["Setpoint"], turns["even"], strict=True)]
         rows.append(
             {
@@ -113,8 +139,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--tasks", default=",".join(TASKS), help="with commas")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--runs", type=Path, nargs="+", help="folders that `setpoint bench --out` wrote")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.runs:
+        held = json.loads(args.out.read_text(encoding="utf-8")) if args.out else {}
+        found = [beside(folder, args.rounds) for folder in args.runs]
+        keep({**held, "rounds": args.rounds, "by_seconds": found, "by_seconds_date": str(date.today())}, args.out, {})
+        return
     rows = [row for name in args.tasks.split(",") for row in measure(name, args.rounds)]
     keep(
         {"seed": 0, "rounds": args.rounds, "median_ratio": median(row["ratio"] for row in rows), "rows": rows},

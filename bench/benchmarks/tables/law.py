@@ -15,6 +15,7 @@ from law_language import BUDGETS, LARGER, LARGER_BUDGETS, SHORT, built, calibrat
 
 from setpoint.advice.law import Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
+from setpoint.report.numbers import NOTHING
 from setpoint_bench.report.folder import read_lines
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.statistics import Difference, paired
@@ -368,25 +369,32 @@ def images_table(file: Path, once: Path) -> str:
         if (row["task"], row["budget"]) in shown and row["split"] == "test":
             rows.append({**row, "passes": 1})
     lines = [
-        "| labels | passes | FLOPs / step | small model | pruned | gain, points | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| labels | passes | FLOPs / step | dense, as many passes | small, as many passes | small model | pruned "
+        "| gain, points | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for task, budget, passes in sorted({(row["task"], -row["budget"], row["passes"]) for row in rows}):
-        here = [row for row in rows if (row["task"], -row["budget"], row["passes"]) == (task, budget, passes)]
-        small, pruned = (
-            {row["seed"]: row["value"] for row in here if row["method"] == method}
-            for method in ("small-long", "setpoint")
-        )
+    values: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        cell = row["task"], row["passes"], row["budget"], row["method"]
+        values.setdefault(cell, {})[row["seed"]] = 100 * row["value"]
+    cells = {(task, -budget, passes) for task, passes, budget, method in values if method == "setpoint"}
+    for task, share, passes in sorted(cells):
+        small, pruned = (values.get((task, passes, -share, method), {}) for method in ("small-long", "setpoint"))
         seeds = sorted(small.keys() & pruned.keys())
         if seeds:
-            gain = paired([100 * (pruned[seed] - small[seed]) for seed in seeds])
-            means = (f"{100 * statistics.fmean(values[seed] for seed in seeds):.2f} %" for values in (small, pruned))
+            gain = paired([pruned[seed] - small[seed] for seed in seeds])
+            others = (values.get((task, passes, None, "dense"), {}), values.get((task, passes, -share, "small"), {}))
+            compared = ({seed: each[seed] for seed in seeds} for each in (small, pruned))
             labels = "a fifth wrong" if task.endswith("noisy") else "as they are"
             lines.append(
-                f"| {labels} | {passes:g} x | {-100 * budget:.0f} % "
-                f"| {' | '.join(means)} | {_points(gain)} | {len(seeds)} |"
+                f"| {labels} | {passes:g} x | {-100 * share:.0f} % "
+                f"| {' | '.join(map(_mean_points, (*others, *compared)))} | {_points(gain)} | {len(seeds)} |"
             )
     return "\n".join([*lines, "", rows_made_on([{**row["environment"], "date": row["date"]} for row in rows])])
+
+
+def _mean_points(values: Mapping[int, float]) -> str:
+    return f"{statistics.fmean(values.values()):.2f} %" if values else NOTHING
 
 
 def _points(gain: Difference) -> str:

@@ -91,7 +91,9 @@ def _attaching(folder: Path) -> Iterator[Goal]:
             if key in models[name]:
                 runs = models[name][key]["runs"]
                 now, before = ([run["cold_s"] for run in runs.get(tree, ())] for tree in ("now", "before"))
-                yield Goal(f"`attach` of {what} with a budget of {resource}, first time", TABLES_S, duration, now, before)
+                yield Goal(
+                    f"`attach` of {what} with a budget of {resource}, first time", TABLES_S, duration, now, before
+                )
 
 
 def _own_work(folder: Path) -> Iterator[Goal]:
