@@ -17,7 +17,8 @@ _SCREEN: list[Any] = []
 def under_way(what: str) -> Iterator[Callable[[float], None]]:
     """While inside, tell on a terminal's stderr that this is under way, and for how long; the line goes away again.
 
-    Elsewhere the logger `setpoint` says so at INFO. Of several processes of `torchrun` the first does. Gives a function that takes the share that is done.
+    Elsewhere the logger `setpoint` says so at INFO. Of several processes of `torchrun` the first does. Gives a function
+    that takes the share that is done.
 
     >>> with under_way("measuring") as show:
     ...     show(0.5)
