@@ -93,7 +93,8 @@ def seconds(function: Callable[[], object]) -> float:
 def attached(model: nn.Module, example: Any, resource: str = "flops") -> None:
     """Attach to a model in training, and leave it."""
     watts = 45.0 if resource == "energy" else None
-    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of=resource, watts=watts)
+    share = 0.9 if resource == "memory" else 0.5  # of a language model's memory the embeddings alone are half
+    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(share, of=resource, watts=watts)
     setpoint.attach(model, optimizer, budget, example=example, total_steps=1000).detach()
 
 

@@ -66,15 +66,16 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
 
     After each find the remaining groups are tried again, until they pass. A large model is tried in float32 first. This
     takes half of the memory and time of float64. If all agree to 1e-4, nothing else is tried; otherwise float64
-    decides. PyTorch's batch norms normalise by their running statistics in float32. A model with others is tried in
-    float64 at once, and so is one with gradients that are too small to be compared in float32.
+    decides. PyTorch's batch norms normalise by their running statistics in float32, which may leave gradients that are
+    too small to be compared. Such a model is tried in float64, and so is one with other norms over a batch.
 
     Raises:
         ExampleError: when the model itself does not run on the example.
     """
     if sum(each.numel() for each in model.parameters()) > _LARGE and _steadies(model):
         quick = Trial.of(model, example, groups, None, torch.float32)
-        if not quick.faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
+        faint = quick.faint and any(type(each) in _BATCH_NORMS for each in model.modules())
+        if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
     return tuple(name for name, _ in Trial.of(model, example, groups, None).failing())
 
