@@ -32,6 +32,7 @@ from setpoint.cost.flops import flops_cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint_bench.catalogue import task_named
+from setpoint_bench.environment import machine
 from setpoint_bench.report.folder import read_lines
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.summary import SETPOINT
@@ -142,14 +143,21 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", help="folders that `setpoint bench --out` wrote")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    held = json.loads(args.out.read_text(encoding="utf-8")) if args.out and args.out.exists() else {}
     if args.runs:
-        held = json.loads(args.out.read_text(encoding="utf-8")) if args.out else {}
         found = [beside(folder, args.rounds) for folder in args.runs]
-        keep({**held, "rounds": args.rounds, "by_seconds": found, "by_seconds_date": str(date.today())}, args.out, {})
+        about = {"rounds": args.rounds, "date": str(date.today()), "environment": {**machine(), "threads": 1}}
+        keep({**held, "by_seconds": {**about, "rows": found}}, args.out, {"rows": len(found)})
         return
     rows = [row for name in args.tasks.split(",") for row in measure(name, args.rounds)]
     keep(
-        {"seed": 0, "rounds": args.rounds, "median_ratio": median(row["ratio"] for row in rows), "rows": rows},
+        {
+            "seed": 0,
+            "rounds": args.rounds,
+            "median_ratio": median(row["ratio"] for row in rows),
+            "rows": rows,
+            **({"by_seconds": held["by_seconds"]} if "by_seconds" in held else {}),
+        },
         args.out,
         shown={"rows": len(rows)},
     )

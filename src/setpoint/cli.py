@@ -222,7 +222,8 @@ def plan(
     ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
     samples: Annotated[
-        float | None, typer.Option(help="The same of a model that is given no tokens; needs --laws.")
+        float | None,
+        typer.Option(help="Samples that a small model would be trained on, if it is given no tokens; needs --laws."),
     ] = None,
     flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
     seconds: Annotated[
@@ -269,18 +270,18 @@ def plan(
             raise misuse(
                 f"{given[0]} needs the size of a step, on which its pace depends: give --batch N, such as --batch 8192"
             )
+        if laws is None and samples is not None:
+            raise misuse("--samples needs the constants of a family: give --laws FILE, or count --tokens")
+        known, between = LANGUAGE if laws is None else load_laws(laws), tuple(numbers(cuts, "--cuts", float))
         if target is not None:
             budget_per_step(budget)
             print(f"building and tracing {target}", file=sys.stderr)
         model, example = (None, None) if target is None else _load(target, shape)
-        if laws is None and samples is not None:
-            raise misuse("--samples needs the constants of a family: give --laws FILE, or count --tokens")
         if laws is None and example is not None and ratio is None and not counts_tokens(example):
             raise misuse(
                 f"the published constants are of language models and count tokens, which {target} does not take: give "
                 "--laws FILE with constants of its family, or --ratio R, its data / compute-optimal data"
             )
-        between: Any = tuple(numbers(cuts, "--cuts", float))
         found = advise(
             model,
             budget,
@@ -295,7 +296,7 @@ def plan(
             batch=batch,
             start=start,
             cuts=between,
-            laws=LANGUAGE if laws is None else load_laws(laws),
+            laws=known,
         )
         if batch is None:  # the example's own is only large enough to trace with
             found = replace(found, batch=None, steps=None, small_steps=None)

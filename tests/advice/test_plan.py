@@ -502,8 +502,8 @@ def test_constants_that_are_none_and_runs_that_show_nothing_are_refused() -> Non
         replace(OWN, irreducible=math.nan)
     with pytest.raises(UsageError, match="size_scale of a law must be a number"):
         replace(OWN, size_scale="400")
-    with pytest.raises(UsageError, match="at least two sizes"):
-        fit_law([1e4] * 6, [1e5, 1e6] * 3, [3.0, 2.5] * 3, "one size")
+    with pytest.raises(UsageError, match="at least three sizes"):
+        fit_law([1e4, 1e5] * 3, [1e5, 1e6, 1e7] * 2, [3.0, 2.5] * 3, "two sizes")
     with pytest.raises(UsageError, match="must be numbers"):
         fit_law(["a"] * 6, [1e5] * 6, [3.0] * 6, "words")  # type: ignore[list-item]
     sizes, data = [1e3, 1e4, 1e5] * 3, [1e4] * 3 + [1e5] * 3 + [1e6] * 3
@@ -514,7 +514,7 @@ def test_constants_that_are_none_and_runs_that_show_nothing_are_refused() -> Non
     beyond = 3 * found.ratios[1]
     assert found.ratios[0] < found.ratios[1]
     assert any("the law was shown for ratios" in note for note in setpoint.plan(ratio=beyond, laws=found).notes)
-    assert not any("is meant for" in note for note in setpoint.plan(ratio=found.ratios[1] / 2, laws=found).notes)
+    assert not any("was shown for" in note for note in setpoint.plan(ratio=found.ratios[1] / 2, laws=found).notes)
 
 
 def test_a_fit_knows_its_errors_and_no_order_of_runs() -> None:

@@ -18,6 +18,7 @@ import setpoint.cost.wanted
 from golden.models import GPT, ResNet, mlp
 from setpoint.actuator.shrink import named_tensors
 from setpoint.errors import BudgetError, CheckpointError, LoopError, NotBegunError, OptimizerError
+from setpoint.loop.resume import check_same_run
 
 STEPS = 40
 
@@ -318,7 +319,7 @@ def test_states_that_do_not_go_together_are_refused() -> None:
     run.train(25)
     state = run.saved()
     for settings, words in (
-        ({"total_steps": 50}, r"its total_steps are 40, .* 50: attach with 40, and say loop.total_steps = 50"),
+        ({"total_steps": 50}, r"its total_steps are 40, .* 50: attach with 40, and set loop.total_steps = 50"),
     ):
         other = Run(seed=1, example=(batch(0)[0],), **settings)
         other.load(state, "model", "optimizer")
@@ -335,6 +336,13 @@ def test_states_that_do_not_go_together_are_refused() -> None:
     damaged.load(state, "model", "optimizer")
     with pytest.raises(CheckpointError):
         damaged.attach()
+
+
+def test_the_length_of_a_bill_is_not_to_be_set() -> None:
+    """Claim: the error of another length tells nobody with a bill to set `loop.total_steps`, which is refused there."""
+    facts = {"budgets": [("flops", 0.5, "step", True), ("flops", 1.0, "run", True)], "total_steps": 200}
+    with pytest.raises(CheckpointError, match="here they are 200: attach with 100$"):
+        check_same_run({**facts, "total_steps": 100}, facts)
 
 
 def test_a_run_is_made_longer_as_the_error_says() -> None:

@@ -22,8 +22,13 @@ PARTS = (
     ("widths by saliency", "bounded by a floor of 0.5", "setpoint-level@min_density=0.5", "setpoint"),
     ("widths by saliency", "bounded by a floor of 0.7", "setpoint-level", "setpoint"),
     ("widths and units by saliency", "left out: even widths by magnitude", "setpoint", "setpoint-magnitude"),
-    ("seconds among blocks of about equal worth", "added, within 5 %", "setpoint-quick", "setpoint"),
-    ("seconds among blocks of about equal worth", "added, within 20 %", "setpoint-quicker", "setpoint"),
+    ("seconds among blocks of about equal worth", "added, worth changed by 5 % at most", "setpoint-quick", "setpoint"),
+    (
+        "seconds among blocks of about equal worth",
+        "added, worth changed by 20 % at most",
+        "setpoint-quicker",
+        "setpoint",
+    ),
     ("saliency by reconstruction", "in place of gradients", "setpoint-reconstruction", "setpoint"),
     ("readers fitted at each cut", "alone, with even widths", "fitted-even", "setpoint-magnitude"),
     ("readers fitted at each cut", "added", "setpoint-refitted", "setpoint"),
@@ -92,9 +97,9 @@ def recipe_table(path: Path) -> str:
 
 def quick_line(path: Path) -> str:
     """What a step takes at widths that are chosen by seconds as well, of what it takes at Setpoint's."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = json.loads(path.read_text(encoding="utf-8"))["by_seconds"]
     found = []
-    for row in data["by_seconds"]:
+    for row in data["rows"]:
         ratios = {
             method: [ours / theirs for ours, theirs in zip(turns, row["step_seconds"]["setpoint"], strict=True)]
             for method, turns in row["step_seconds"].items()
@@ -103,8 +108,8 @@ def quick_line(path: Path) -> str:
         told = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in ratios.values()]
         found.append(f"{' and '.join(told)} on {PAIRS[row['task']]}")
     return (
-        "Of the seconds of a step at Setpoint's widths, `setpoint-quick` and `setpoint-quicker` take "
-        f"{', '.join(found)} (seed 0, {data['rounds']} turns)."
+        "A step at the widths of `setpoint-quick` and `setpoint-quicker` takes these shares of a step at Setpoint's: "
+        f"{', '.join(found)} (seed 0, {data['rounds']} turns, {data['environment']['cpu']}, {data['date']})."
     )
 
 

@@ -56,7 +56,7 @@ METHODS: Mapping[str, str] = {
     "setpoint-reconstruction": "As setpoint; units are ranked by what the layers that read them cannot make up for.",
     "setpoint-waiting": "As setpoint; the next cut waits until the loss has recovered from the last one.",
     "setpoint-quick": "As setpoint; of blocks of about equal worth the one goes that saves more seconds.",
-    "setpoint-quicker": "As setpoint-quick; blocks count as equal whose worth differs by up to a fifth.",
+    "setpoint-quicker": "As setpoint-quick; worth is changed by up to a fifth, and not by up to a twentieth.",
     "setpoint-refitted": "As setpoint; what reads the cut units is fitted anew at each cut.",
     "fitted": "Cut by compress along Setpoint's schedule; each time what reads the cut units is fitted anew.",
     "fitted-even": "As fitted, all groups at the same density.",

@@ -191,9 +191,9 @@ ABLATION_METHODS: tuple[Method, ...] = (
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
 what their readers cannot make up for (`reconstruction`); cuts that wait for the loss (`waiting`); readers that are
-fitted anew at each cut (`refitted`); seconds that decide among blocks whose worth differs by up to a twentieth or a
-fifth (`quick`, `quicker`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or
-before the first step.
+fitted anew at each cut (`refitted`); worth that is lower by up to a twentieth or a fifth where FLOPs take long
+(`quick`, `quicker`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before the first
+step.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (

@@ -66,8 +66,9 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
 
     After each find the remaining groups are tried again, until they pass. A large model is tried in float32 first. This
     takes half of the memory and time of float64. If all agree to 1e-4, nothing else is tried; otherwise float64
-    decides. PyTorch's batch norms normalise by their running statistics in float32, which may leave gradients that are
-    too small to be compared. Such a model is tried in float64, and so is one with other norms over a batch.
+    decides. In float32 PyTorch's batch norms normalise by their running statistics. Float64 decides where gradients
+    come out too small to be compared then. A model is tried in float64 at once if it has instance norms, SyncBatchNorm,
+    a subclass of a batch norm, or a batch norm without running statistics.
 
     Raises:
         ExampleError: when the model itself does not run on the example.
@@ -140,9 +141,10 @@ class Trial:
 
     @property
     def faint(self) -> bool:
-        """Whether the first pass had gradients whose largest value is below what counts as different."""
-        gradients = self.first.outcome.gradients.values() if self.first else ()
-        return any(0 < _largest([each]) < _LEAST for each in gradients if each.numel())
+        """Whether a gradient of the first pass may be too small for its errors to show; so too where none was kept."""
+        if self.first is None:
+            return True
+        return any(0 < _largest([each]) < _LEAST for each in self.first.outcome.gradients.values() if each.numel())
 
     def passes(self) -> bool:
         """Whether all groups can be cut together."""
@@ -361,9 +363,10 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
 
 
 def _steady_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
-    """The same with batch norms that normalise by their running statistics, in training mode all the same.
+    """A `randomised_copy` whose batch norms normalise by their running statistics, in training mode.
 
-    By the statistics of a few samples, rounding in float32 grows to per cents. A forward may ask for the mode.
+    Rounding in float32 grows to per cents where the statistics are those of a few samples. The mode stays, since a
+    forward may ask for it.
     """
     twin = randomised_copy(model, groups)
     for module in twin.modules():

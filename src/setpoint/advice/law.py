@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,11 +37,12 @@ class Law:
         source: where the constants come from.
         sizes: smallest and largest N that they were fitted on, or that the law was shown on.
         exponent_errors: standard errors of a and b; None where they are not known.
-        ratios: smallest and largest D / compute-optimal D of the same.
+        ratios: smallest and largest D / compute-optimal D that it was fitted on, or shown on.
         embeddings: whether N counts the parameters of embeddings.
 
     Raises:
-        UsageError: for a scale or an exponent that is no number above 0, and for pairs that are none.
+        UsageError: for a scale or an exponent that is no number above 0, for pairs that are none, and for a source that
+            is no text.
 
     >>> law = Law(1.69, 406.4, 0.34, 410.7, 0.28, "Hoffmann et al. 2022")
     >>> round(100 * law.gain(ratio=16, average=2.5), 1), round(100 * law.gain(ratio=1, average=2.5), 1)
@@ -59,6 +61,8 @@ class Law:
     embeddings: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not isinstance(self.embeddings, bool):
+            raise UsageError("source of a law is a text, and embeddings is True or False")
         for name in ("irreducible", "size_scale", "size_exponent", "data_scale", "data_exponent"):
             value, signed = getattr(self, name), name == "irreducible"
             if not _is_number(value) or not (-math.inf if signed else 0) < value < math.inf:
@@ -165,13 +169,22 @@ which Jin et al. showed the law of the average size, with masks on single weight
 """
 
 
-def save_laws(laws: Sequence[Law], path: Path) -> None:
-    """Write laws to a JSON file, from which `load_laws` and `setpoint plan --laws` read them."""
-    replace_text(path, json.dumps([asdict(law) for law in laws], indent=1) + "\n")
+def save_laws(laws: Sequence[Law] | Law, path: Path | str) -> None:
+    """Write laws to a JSON file, from which `load_laws` and `setpoint plan --laws` read them.
+
+    A range without an end is left out, since JSON has no infinity.
+    """
+    held = [asdict(law) for law in ([laws] if isinstance(laws, Law) else laws)]
+    plain = [{key: value for key, value in law.items() if not _is_endless(value)} for law in held]
+    replace_text(Path(path), json.dumps(plain, indent=1) + "\n")
 
 
-def load_laws(path: Path) -> tuple[Law, ...]:
-    """The laws of a JSON file: a list of objects with the arguments of `Law`, of which the first six are needed.
+def _is_endless(value: object) -> bool:
+    return isinstance(value, tuple) and math.inf in value
+
+
+def load_laws(path: Path | str) -> tuple[Law, ...]:
+    """The laws of a JSON file: a list of objects, or one, with the arguments of `Law`, of which six are needed.
 
     Raises:
         UsageError: if the file cannot be read, or holds anything else.
@@ -183,15 +196,15 @@ def load_laws(path: Path) -> tuple[Law, ...]:
     True
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
         given = [{**each} for each in (held if isinstance(held, list) else [held])]
-        pairs = [
+        pairs: list[dict[str, Any]] = [
             {key: tuple(value) if isinstance(value, list) else value for key, value in each.items()} for each in given
         ]
         return tuple(Law(**each) for each in pairs)
     except (OSError, ValueError, TypeError) as error:
         needed = ", ".join(each.name for each in fields(Law)[:6])
-        raise UsageError(f"{path} holds no laws ({error}): it is a JSON list of objects with {needed}") from error
+        raise UsageError(f"{path} holds no laws ({error}): write a JSON list of objects with {needed}") from error
 
 
 def average_size(start: float, cuts: tuple[float, float]) -> float:
@@ -203,7 +216,7 @@ def average_size(start: float, cuts: tuple[float, float]) -> float:
 def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[float], source: str) -> Law:
     """Fit the constants of a family to measured runs, by the Huber loss of the logarithm (as Hoffmann et al. do).
 
-    The errors of the exponents follow from the residuals, to first order.
+    The errors of the exponents are those of least squares, to first order. With few runs they are too small.
 
     Args:
         sizes: parameters outside of embeddings, one a run.
@@ -233,8 +246,8 @@ def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[floa
         raise UsageError(f"sizes, data and losses of a law must be numbers: {error}") from error
     if not all(bool((row > 0).all() and row.isfinite().all()) for row in rows):
         raise UsageError("sizes, data and losses of a law must be finite and above 0")
-    if any(len(set(row.tolist())) < 2 for row in rows[:2]):
-        raise UsageError("a law needs runs of at least two sizes, and of at least two amounts of data")
+    if any(len(set(row.tolist())) < 3 for row in rows[:2]):
+        raise UsageError("a law needs runs of at least three sizes, and of at least three amounts of data")
     order = sorted(range(len(losses)), key=lambda number: [float(row[number]) for row in rows])
     rows = [row[order] for row in rows]  # the same runs in another order have the same law
     constants = _best(rows)
@@ -242,7 +255,8 @@ def fit_law(sizes: Sequence[float], data: Sequence[float], losses: Sequence[floa
     law = Law(e, a, by_size, b, by_data, source, (float(rows[0].min()), float(rows[0].max())))
     foretold = torch.tensor([law.loss(n, d) for n, d in zip(*(row.tolist() for row in rows[:2]), strict=True)]).double()
     residuals = rows[2].log() - foretold.log()
-    if float(residuals.square().mean().sqrt()) > _UNEXPLAINED * float(rows[2].log().std()):
+    unexplained = float((residuals.square().sum() / max(1, len(residuals) - 5)).sqrt())
+    if unexplained > _UNEXPLAINED * float(rows[2].log().std()):
         raise UsageError(f"{_NO_LAW}: the losses do not follow size and data. {_MEASURE}")
     found = replace(law, exponent_errors=_errors(law, rows[0], rows[1], residuals))
     try:

@@ -77,12 +77,14 @@ class Advice:
             Setpoint's own work. A budget of parameters fixes no FLOPs, so there the numbers may differ by much.
         notes: what weakens the advice.
         sources: of the constants.
-        best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes.
+        best_start: size from which the laws predict the largest gain, of 2, 4 and 8 final sizes, with FLOPs in
+            proportion to size.
         best_gain: what all laws predict from there at least.
         gain_by_final_size: as `gain`, by the form of the laws in which a pruned run has its final size. It is closer
             to Setpoint's tests than the published form, and never above 0.
         small_tokens: tokens or samples that the bill pays for with the small model, from the start.
         small_steps: optimizer steps of that, where the batch is known.
+        in_proportion: whether FLOPs were taken in proportion to size. A model has its own.
     """
 
     verdict: str
@@ -105,6 +107,7 @@ class Advice:
     gain_by_final_size: tuple[float, float]
     small_tokens: float | None = None
     small_steps: int | None = None
+    in_proportion: bool = True
 
     @property
     def pays(self) -> bool:
@@ -135,7 +138,8 @@ class Advice:
         lines.append(f"  a start at {self.start:.3g} times the final size, cut between {self.cuts[0]:.0%} and "
                      f"{self.cuts[1]:.0%} of the steps: {_compared(*self.gain)} reducible loss than a small dense "
                      f"model of the same training FLOPs, as predicted{self._within()}")  # fmt: skip
-        if self.best_gain > max(0.0, min(self.gain)) and not math.isclose(self.best_start, self.start, rel_tol=0.05):
+        best = self.best_gain > max(0.0, min(self.gain)) and not math.isclose(self.best_start, self.start, rel_tol=0.05)
+        if best and self.in_proportion:
             lines.append(f"  by the law alone a start at {self.best_start:g} times gains most:"
                          f"{' at least' if len(self.sources) > 1 else ''} {100 * self.best_gain:.1f} % less reducible "
                          "loss")  # fmt: skip
@@ -304,7 +308,7 @@ def plan(
         verdict, advice, size, (min(ratios), max(ratios)), start, average, cuts, (low, high), interval,
         bill, None, batch, None,
         tuple(notes), tuple(law.source for law in laws), best, min(gains_of(best)),
-        (min(finals), max(finals)),
+        (min(finals), max(finals)), in_proportion=known is None,
     )  # fmt: skip
     if bill is None or cost is None or data is None:
         return found
@@ -368,8 +372,8 @@ def _notes(
     if size is not None and not all(law.sizes[0] <= size <= law.sizes[1] for law in laws):
         sizes = max(law.sizes[0] for law in laws), min(law.sizes[1] for law in laws)
         notes.append(
-            f"the constants were fitted on {sizes[0]:.2g} to {sizes[1]:.2g} parameters, this is {size:.2g}: "
-            "the ratio is extrapolated"
+            f"the law was fitted or shown on {sizes[0]:.2g} to {sizes[1]:.2g} parameters, this is {size:.2g}: the law "
+            "is extrapolated"
         )
     beyond = [law for law, ratio in zip(laws, ratios, strict=True) if not law.ratios[0] <= ratio <= law.ratios[1]]
     if beyond:

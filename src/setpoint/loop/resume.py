@@ -63,8 +63,8 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             advice = AGAIN
             if name == "total_steps":
                 billed = any(per == "run" for _, _, per, _ in own["budgets"])
-                longer = "" if billed else f", and say loop.total_steps = {value} once it has begun to make it longer"
-                advice = f"attach with {found}{longer}"
+                change = "" if billed else f", and set loop.total_steps = {value} once it has begun"
+                advice = f"attach with {found}{change}"
             theirs, ours = (_short(each, other) for each, other in ((found, value), (value, found)))
             raise CheckpointError(
                 f"the state is of another run: its {name} are {theirs}, here they are {ours}: {advice}"

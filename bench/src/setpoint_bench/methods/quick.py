@@ -32,7 +32,8 @@ class Quick:
 
         r = seconds saved / FLOPs saved,    seen = saliency * clip(median r / r, 1 - share, 1 + share).
 
-    So seconds decide between two blocks whose worth differs by less than the share, and rarely otherwise. Operations
+    So a worth is changed by the share at most. Seconds decide between two blocks whose worth differs by about twice the
+    share or less. Operations
     are timed on this device before the training, as for a budget of latency; this counts as Setpoint's own work.
 
     Args:
