@@ -27,7 +27,7 @@ def under_way(what: str) -> Iterator[Callable[[float], None]]:
         yield from _line(_SCREEN[-1], f"  {what}")
     elif not _on_terminal() or os.environ.get("RANK", "0") != "0":
         if os.environ.get("RANK", "0") == "0":
-            logging.getLogger("setpoint").info("%s", what)
+            logging.getLogger("setpoint").info("%s ...", what)
         yield lambda share: None
     else:
         from rich.console import Console
