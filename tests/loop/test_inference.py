@@ -234,7 +234,8 @@ def test_milliseconds_given_as_seconds(machine: Machine) -> None:
     """A budget of inference that can only be in milliseconds is refused, with what to ask for and the unit."""
     made = answering(machine)
     with pytest.raises(
-        BudgetError, match=r"2 s per inference is .* ask for less than .* ms\. If you gave a number without a unit, it is in seconds"
+        BudgetError,
+        match=r"2 s per inference is .* ask for less than .* ms\. .* a number without a unit, it is in seconds",
     ):
         train(made, Budget.total(2.0, of="inference"), 20)
 

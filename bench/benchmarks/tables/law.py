@@ -248,7 +248,11 @@ def forms_table(file: Path) -> str:
             if errors:
                 size = max(each.size for each in arms)
                 nats = (f"{statistics.fmean(column):.4f}" for column in zip(*errors, strict=True))
-                percent = (f"{100 * statistics.fmean(column):.1f} %" for column in zip(*shares, strict=True))
+                known = all(min(share) > 0 for share in shares)  # else the loss is below the law's E
+                percent = (
+                    f"{100 * statistics.fmean(column):.1f} %" if known else NOTHING
+                    for column in zip(*shares, strict=True)
+                )
                 lines.append(f"| {size:,.0f} | {seen:.0f} | {len(errors)} | {' | '.join((*nats, *percent))} |")
     return "\n".join(lines)
 

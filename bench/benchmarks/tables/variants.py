@@ -26,7 +26,7 @@ PARTS = (
     (
         "seconds among blocks of about equal worth",
         "added, worth changed by 20 % at most",
-        "setpoint-quicker",
+        "setpoint-quick@share=0.2",
         "setpoint",
     ),
     ("saliency by reconstruction", "in place of gradients", "setpoint-reconstruction", "setpoint"),
@@ -108,7 +108,8 @@ def quick_line(path: Path) -> str:
         told = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in ratios.values()]
         found.append(f"{' and '.join(told)} on {PAIRS[row['task']]}")
     return (
-        "A step at the widths of `setpoint-quick` and `setpoint-quicker` takes these shares of a step at Setpoint's: "
+        "A step at the widths of `setpoint-quick` and `setpoint-quick@share=0.2` takes these shares of a step at "
+        "Setpoint's: "
         f"{', '.join(found)} (seed 0, {data['rounds']} turns, {data['environment']['cpu']}, {data['date']})."
     )
 

@@ -181,7 +181,6 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-waiting", WaitingController()),
     Refitted("setpoint-refitted"),
     Quick("setpoint-quick"),
-    Quick("setpoint-quicker", share=0.2),
     Fitted("fitted", Schedule()),
     Fitted("fitted-even", Schedule(), even=True),
     Fitted("fitted-first"),
@@ -191,9 +190,8 @@ ABLATION_METHODS: tuple[Method, ...] = (
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
 few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
 what their readers cannot make up for (`reconstruction`); cuts that wait for the loss (`waiting`); readers that are
-fitted anew at each cut (`refitted`); worth that is lower by up to a twentieth or a fifth where FLOPs take long
-(`quick`, `quicker`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before the first
-step.
+fitted anew at each cut (`refitted`); worth that is lower by up to a twentieth where FLOPs take long (`quick`). The
+`fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before the first step.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (
