@@ -34,8 +34,8 @@ import setpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
-KEPT = {"latency": "tables", "memory": "memory", "energy": "energy"}
-"""Under which name of a model's row the file holds a budget."""
+BUDGETS = ("latency", "memory", "energy")
+"""Those that learn from copies; a model's row holds each under its name."""
 
 
 def resnet18() -> tuple[nn.Module, Any]:
@@ -171,7 +171,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "attach.json")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--budget", default="flops", choices=["flops", *KEPT], help="Llama-8B has no data for others")
+    parser.add_argument(
+        "--budget", default="flops", choices=["flops", *BUDGETS], help="Llama-8B has no data for others"
+    )
     parser.add_argument("--one", choices=list(MODELS), help="measure this model in this process and print the record")
     arguments = parser.parse_args()
     resource = arguments.budget
@@ -202,8 +204,8 @@ def main() -> None:
             "runs": runs,
         }
         before = rows.get(name, {})
-        others = {key: before[key] for key in KEPT.values() if key in before}
-        rows[name] = {**found, **others} if resource == "flops" else {**before, KEPT[resource]: found}
+        others = {budget: before[budget] for budget in BUDGETS if budget in before}
+        rows[name] = {**found, **others} if resource == "flops" else {**before, resource: found}
         shown = (f"{kind} {row['seconds_median']:.2f} s ({row.get('steps_median', float('nan')):.2f} steps)"
                 for kind, row in found.items() if kind in ("cold", "warm", "before"))  # fmt: skip
         print(f"{name}: {', '.join(shown)}", flush=True)

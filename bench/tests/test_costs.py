@@ -99,7 +99,7 @@ def test_one_pair_has_no_range(growth: ModuleType, tmp_path: Path) -> None:
         "date": "2026-01-01",
         "pairs": 2,
         "cold": spread,
-        "tables": {"date": "2026-01-01", "pairs": 1, "cold": found},
+        "latency": {"date": "2026-01-01", "pairs": 1, "cold": found},
     }
     file = tmp_path / "attach.json"
     file.write_text(json.dumps({**ABOUT, "what": "seconds", "models": {"net": row}}), encoding="utf-8")

@@ -25,9 +25,10 @@ def under_way(what: str) -> Iterator[Callable[[float], None]]:
     """
     if _SCREEN:
         yield from _line(_SCREEN[-1], f"  {what}")
-    elif not _on_terminal() or os.environ.get("RANK", "0") != "0":
-        if os.environ.get("RANK", "0") == "0":
-            logging.getLogger("setpoint").info("%s ...", what)
+    elif os.environ.get("RANK", "0") != "0":
+        yield lambda share: None
+    elif not _on_terminal():
+        logging.getLogger("setpoint").info("%s ...", what)
         yield lambda share: None
     else:
         from rich.console import Console

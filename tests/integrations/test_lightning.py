@@ -418,7 +418,7 @@ def test_what_overrules_a_bill_is_said_at_the_start(tmp_path: Path, least: dict[
 def test_without_the_steps_of_the_dense_run_the_bill_is_one_of_max_steps(tmp_path: Path) -> None:
     """Claim: such a run ends at `max_steps`, and the warning says what uses the bill up."""
     callback = SetpointCallback({"flops": "50%", "flops/run": "100%"})
-    said = r"of the bill is unused.*SetpointCallback\(\.\.\., total_steps=N\).*larger max_steps"
+    said = r"of the bill is unused.*SetpointCallback\(\.\.\., total_steps=N\), N dense steps, and a larger max_steps"
     with pytest.warns(UserWarning, match=said):
         trainer(tmp_path, callback).fit(Classifier(), data(), data())
     summary = callback.summary

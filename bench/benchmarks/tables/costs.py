@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attach import KEPT
+from attach import BUDGETS
 
 from setpoint.report.numbers import NOTHING, duration, human
 from tables.words import made_on, threads_text
@@ -241,12 +241,8 @@ def attach_table(path: Path) -> str:
     for name, row in data["models"].items():
         found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
         lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
-    timed = [
-        (resource, name, row[key])
-        for resource, key in KEPT.items()
-        for name, row in data["models"].items()
-        if key in row
-    ]
+    models = data["models"].items()
+    timed = [(budget, name, row[budget]) for budget in BUDGETS for name, row in models if budget in row]
     if timed:
         lines += [
             "",

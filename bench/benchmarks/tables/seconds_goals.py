@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attach import KEPT
+from attach import BUDGETS
 
 from setpoint.report.numbers import NOTHING, digits, duration, percent
 
@@ -86,10 +86,10 @@ def _attaching(folder: Path) -> Iterator[Goal]:
         now, before = ([run["cold_s"] for run in models[name]["runs"].get(tree, ())] for tree in ("now", "before"))
         begun = "groups" if name == "llama-8b" else "`attach`"  # the structure alone: it has no weights to attach to
         yield Goal(f"{begun} of {what}, first time", limit, duration, now, before)
-    for resource, key in KEPT.items():
+    for resource in BUDGETS:
         for name, (what, _) in {**ATTACHED, **FOUND}.items():
-            if key in models[name]:
-                runs = models[name][key]["runs"]
+            if resource in models[name]:
+                runs = models[name][resource]["runs"]
                 now, before = ([run["cold_s"] for run in runs.get(tree, ())] for tree in ("now", "before"))
                 yield Goal(
                     f"`attach` of {what} with a budget of {resource}, first time", TABLES_S, duration, now, before

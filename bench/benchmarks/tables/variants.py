@@ -106,11 +106,11 @@ def quick_line(path: Path) -> str:
             if method != "setpoint"
         }
         told = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in ratios.values()]
-        found.append(f"{' and '.join(told)} on {PAIRS[row['task']]}")
+        found.append(f"On {PAIRS[row['task']]} it is {' and '.join(told)}.")
     return (
-        "A step at the widths of `setpoint-quick` and `setpoint-quick@share=0.2` takes these shares of a step at "
-        "Setpoint's: "
-        f"{', '.join(found)} (seed 0, {data['rounds']} turns, {data['environment']['cpu']}, {data['date']})."
+        "The next numbers are seconds of a step, as a share of a step at Setpoint's widths, for `setpoint-quick` and "
+        f"`setpoint-quick@share=0.2`. {' '.join(found)} Seed 0, {data['rounds']} turns, {data['environment']['cpu']}, "
+        f"{data['date']}."
     )
 
 

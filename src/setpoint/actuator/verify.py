@@ -73,9 +73,9 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     Raises:
         ExampleError: when the model itself does not run on the example.
     """
-    if sum(each.numel() for each in model.parameters()) > _LARGE and _steadies(model):
+    if sum(each.numel() for each in model.parameters()) > _LARGE and _has_plain_norms(model):
         quick = Trial.of(model, example, groups, None, torch.float32)
-        faint = quick.faint and any(type(each) in _BATCH_NORMS for each in model.modules())
+        faint = any(type(each) in _BATCH_NORMS for each in model.modules()) and quick.faint
         if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
     return tuple(name for name, _ in Trial.of(model, example, groups, None).failing())
@@ -106,7 +106,7 @@ class Trial:
         widened = partial(_widened, dtype=dtype)
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
         args, kwargs = mapped(_lively, inputs_of(without_cache(model, example)))
-        copied = randomised_copy if dtype == torch.float64 else _steady_copy
+        copied = randomised_copy if dtype == torch.float64 else _copy_on_running_statistics
         trial = cls(lambda: copied(model, groups), args, kwargs, groups, keep)
         wide = replace(
             trial,
@@ -362,7 +362,7 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     return twin
 
 
-def _steady_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
+def _copy_on_running_statistics(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     """A `randomised_copy` whose batch norms normalise by their running statistics, in training mode.
 
     Rounding in float32 grows to per cents where the statistics are those of a few samples. The mode stays, since a
@@ -383,7 +383,7 @@ _BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 """A subclass may do anything else in training."""
 
 
-def _steadies(model: nn.Module) -> bool:
+def _has_plain_norms(model: nn.Module) -> bool:
     """Whether all batch norms of a model are PyTorch's own, and have running statistics."""
     norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
     return all(

@@ -112,8 +112,8 @@ class Law:
     def interval(self, ratio: float, average: float, cost: float | None = None) -> tuple[float, float]:
         """The 95 % interval of `gain` by the errors of a and b, to first order; the gain itself where none are known.
 
-        The errors are taken as independent, since published fits do not state how they are correlated. The ratio and
-        the form of the law are taken as true.
+        The errors are taken as independent, those of `fit_law` too. Published fits do not state how theirs are
+        correlated. The ratio and the form of the law are taken as true.
 
         >>> low, high = LANGUAGE[1].interval(ratio=16, average=1.5)
         >>> low < LANGUAGE[1].gain(ratio=16, average=1.5) < high

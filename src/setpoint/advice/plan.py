@@ -28,7 +28,7 @@ from setpoint.spending.checks import check_reachable
 
 START = 2.0
 """Size to start from, as a multiple of the final size, where none is given: in the tests of language models no start
-was ahead, and in most of them this one was the least behind."""
+was clearly ahead, and in most of them this one was the least behind."""
 STARTS = (2.0, 4.0, 8.0)
 """Sizes among which the law's best is named."""
 TESTED = 10.0

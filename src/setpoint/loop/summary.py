@@ -219,7 +219,7 @@ def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
         passes: backward passes since the last step.
     """
     if summary.budget_met and (unspent := _unspent(summary)):
-        warn(f"{unspent}. In a Trainer give SetpointCallback(..., total_steps=N) and a larger max_steps")
+        warn(f"{unspent}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger max_steps")
     if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
         return
     known = {**summary.spent, **summary.metered}
