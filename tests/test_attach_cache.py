@@ -434,6 +434,63 @@ def test_an_installed_file_that_changes_counts(tries: list[int], library: tuple[
     assert len(tries) == 2
 
 
+HIDDEN = """
+import torch
+from torch import nn
+
+class Settings:
+    __slots__ = ("way",)
+
+SETTINGS = Settings()
+SETTINGS.way = 0
+
+WAYS = {
+    "factor": lambda x, y, z, way: x * (1.0 + way),
+    "wiring": lambda x, y, z, way: x + (y, z)[way],
+    "function": lambda x, y, z, way: (torch.relu, torch.sigmoid)[way](x),
+    "method": lambda x, y, z, way: (x.relu, x.sigmoid)[way](),
+    "aten": lambda x, y, z, way: (torch.ops.aten.relu, torch.ops.aten.sigmoid)[way](x),
+    "overload": lambda x, y, z, way: (torch.ops.aten.relu.default, torch.ops.aten.sigmoid.default)[way](x),
+    "weight": lambda x, y, z, way: x,
+    "keyword": lambda x, y, z, way: nn.functional.gelu(x, approximate=("none", "tanh")[way]),
+    "dim": lambda x, y, z, way: x + (x.T, x)[way].sum(),
+}
+
+class Block(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        y, z = (self.b(x), self.c(x)) if self.what != "weight" or SETTINGS.way else (self.c(x), self.b(x))
+        return self.d(torch.relu(WAYS[self.what](x, y, z, SETTINGS.way)) + y.relu() + z.tanh())
+"""
+"""A library whose settings are in a slot, which no look at its module shows."""
+
+
+@pytest.mark.parametrize(
+    "what", ["factor", "wiring", "function", "method", "aten", "overload", "weight", "keyword", "dim"]
+)
+def test_a_forward_that_goes_another_way_is_tried(
+    what: str, tries: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: where hidden settings change an operation, a number or which tensors are read, nothing is known."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "hidden_library.py").write_text(HIDDEN)
+    importlib.invalidate_caches()
+    library = importlib.import_module("hidden_library")
+    monkeypatch.delitem(sys.modules, "hidden_library")
+    sys.modules["hidden_library"] = library
+    for way, expected in ((0, 1), (0, 1), (1, 2), (0, 2)):
+        library.SETTINGS.way = way
+        attached(library.Block(what))
+        assert len(tries) == expected
+
+
 PYTHON = {
     "metaclass": "class Meta(type):\n    flag = FLAG\nclass Made(Net, metaclass=Meta): pass",
     "singledispatch": "import functools\n@functools.singledispatch\ndef of(x): return 1\n"

@@ -13,8 +13,8 @@ comes a pair of twice the final size, which confirms or contradicts what was fou
     python bench/benchmarks/law_language.py --out results/law-language.json --larger   ten times the size
 
 The larger models have four layers and a residual stream twice as wide, and a step has four times the windows. They have
-a calibration of their own, and runs at 1, 4 and 16 times their optimal tokens that start at the final size or at twice
-that, and at 1 and 4 also at four times.
+a calibration of their own, and runs at 1, 4 and 16 times their optimal tokens that start at the final size, at twice or
+at four times that, and at 16 also at eight times.
 
 A finished run is a row of the file and is not run again. Nothing else is kept of an interrupted one.
 """
@@ -106,6 +106,8 @@ LARGER_ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0))
 LARGER_STARTS_OF_4 = (("even", 4.0), ("setpoint", 4.0))
 LARGER_LONG_RATES = {"small": (0.004, 0.002, 0.001), "even": (0.004, 0.002, 0.008), "setpoint": (0.004, 0.002, 0.008)}
 """By arm of the larger models, the rates that are swept at a ratio of 16."""
+LARGER_LONG_STARTS = (("even", 4.0, 0.004), ("even", 8.0, 0.004), ("even", 4.0, 0.008), ("even", 8.0, 0.008))
+"""Starts at a ratio of 16 beyond those of 2, with the rates that are swept."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -293,7 +295,9 @@ def trained(bench: Bench, cell: Cell, report: Callable[[float], None]) -> dict[s
         ],
         **{split: bench.loss(model, split) for split in HELD_OUT},
         "seconds": round(time.perf_counter() - began, 1),
-        "code": machine()["code"],
+        **{key: machine()[key] for key in ("code", "cpu", "torch")},
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -330,8 +334,7 @@ class Results:
 
     def keep(self, **found: Any) -> None:
         """Write what was found; an interrupted write leaves the old file."""
-        self.held |= {"environment": {**machine(), "threads": torch.get_num_threads()}, **found}
-        self.held["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self.held |= found
         self.out.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(f"  {json.dumps(row)}" for row in self.rows)
         rest = json.dumps({key: value for key, value in self.held.items() if key != "rows"}, indent=1)
@@ -518,7 +521,7 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken at 1.
 
     Seed 0 comes first, then the other seeds. Rates are swept once more at 16, with all seeds at the best. Starts of 4
-    come last, at seed 0.
+    and of 8 come last, at seed 0.
     """
 
     def of(arm: tuple[str, float], ratio: float, rate: float, seed: int = 0) -> Cell:
@@ -538,6 +541,7 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     yield from (of(arm, 4.0, rate) for arm in LARGER_STARTS_OF_4 for rate in rates)
     swept = {arm: best(arm, 4.0, rates) for arm in LARGER_STARTS_OF_4}
     yield from (of(arm, 1.0, swept[arm]) for arm in LARGER_STARTS_OF_4)
+    yield from (of((arm, start), 16.0, rate) for arm, start, rate in LARGER_LONG_STARTS)
 
 
 def larger_pair(optimal: int) -> Iterator[Cell]:

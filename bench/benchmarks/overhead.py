@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,13 @@ import setpoint
 from setpoint.groups.kept import random_keep
 from setpoint.sensor.stride import sensed_every
 from setpoint_bench.catalogue import task_named
-from setpoint_bench.environment import environment
+from setpoint_bench.environment import environment, machine
 from setpoint_bench.results import load_results
 from setpoint_bench.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-RUNS = (("finetune", 300), ("banking77", 300), ("cifar10-mini", 2000), ("shakespeare-mini", 2000))
+RUNS = {"finetune": 300, "banking77": 300, "cifar10-mini": 2000, "shakespeare-mini": 2000}
 """Tasks and steps of the whole runs."""
 
 
@@ -187,11 +187,12 @@ def run_of(tree: Path, name: str, steps: int, data: Path | None, cache: Path) ->
     return {"seconds": result.seconds, "own_seconds": result.overhead_seconds}
 
 
-def whole_runs(base: Path | None, data: Path | None, pairs: int) -> dict[str, Any]:
+def whole_runs(names: Sequence[str], base: Path | None, data: Path | None, pairs: int) -> dict[str, Any]:
     """For each task and tree what runs took: `first` with an empty cache, `known` right after it."""
     trees = {"now": ROOT, **({"before": base.resolve()} if base else {})}
     found: dict[str, Any] = {}
-    for name, steps in RUNS:
+    for name in names:
+        steps = RUNS[name]
         runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
         for pair in range(pairs):
             for tree in list(trees)[:: -1 if pair % 2 else 1]:
@@ -200,7 +201,8 @@ def whole_runs(base: Path | None, data: Path | None, pairs: int) -> dict[str, An
                 runs[tree].append(both)
                 shares = (f"{when} {run['own_seconds'] / run['seconds']:.2%}" for when, run in both.items())
                 print(f"{name}, {steps} steps, {tree}: own work {', '.join(shares)}", flush=True)
-        found[name] = {"steps": steps, "runs": runs}
+        made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": {**machine(), "threads": 1}}
+        found[name] = {**made, "steps": steps, "runs": runs}
     return found
 
 
@@ -212,12 +214,24 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a checkout of the version to compare whole runs with")
     parser.add_argument("--data", type=Path, help="folder that holds the data")
     parser.add_argument("--pairs", type=int, default=2, help="of whole runs")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        choices=list(RUNS),
+        help="measure whole runs of these tasks alone; the rest of the file stays",
+    )
     arguments = parser.parse_args()
     os.environ["SETPOINT_CACHE"] = "off"  # every discovery finds everything out
+    runs = whole_runs(arguments.runs or list(RUNS), arguments.base, arguments.data, arguments.pairs)
+    if arguments.runs:
+        kept = json.loads(arguments.out.read_text(encoding="utf-8"))
+        kept["whole_runs"] |= runs
+        arguments.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        return
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": 0,
-        "whole_runs": whole_runs(arguments.base, arguments.data, arguments.pairs),
+        "whole_runs": runs,
         "environment": environment(task_named("digits")),
         "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10-mini", "shakespeare-mini")},
         "resnet50": resizing(),

@@ -156,7 +156,7 @@ def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
     """Claim: rates are swept at a ratio of 4, and the best is taken at 1; at 16 they are swept anew; seed 0 first.
 
-    Starts of 4 are swept at 4 as well, and come last.
+    Starts of 4 are swept at 4 as well, and come last; two rates of larger starts are swept at 16.
     """
     rows: list[dict[str, Any]] = []
     for cell in law.larger(rows, optimal=100):
@@ -166,8 +166,9 @@ def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
     assert {cell["rate"] for cell in rows[9:24] if cell["arm"] != "even"} == {0.004}
     assert {cell["rate"] for cell in rows[24:33]} == {0.001, 0.002, 0.004, 0.008}
     assert [cell["rate"] for cell in rows[33:39]] == 2 * [0.004, 0.008, 0.004]
-    assert [cell["start"] for cell in rows[39:]] == 8 * [4.0] and [cell["rate"] for cell in rows[45:]] == [0.008, 0.004]
-    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 9 * [0] + 3 * [1] + 3 * [2] + 8 * [0]
+    assert [cell["start"] for cell in rows[39:]] == [*9 * [4.0], 8.0, 4.0, 8.0]
+    assert [cell["rate"] for cell in rows[45:]] == [0.008, 0.004, 0.004, 0.004, 0.008, 0.008]
+    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 9 * [0] + 3 * [1] + 3 * [2] + 12 * [0]
     assert {(row["ratio"], row["steps"]) for row in rows} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 
 

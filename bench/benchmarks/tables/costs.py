@@ -11,7 +11,7 @@ from typing import Any
 from attach import BUDGETS
 
 from setpoint.report.numbers import NOTHING, duration, human
-from tables.words import made_on, threads_text
+from tables.words import made_on, rows_made_on
 
 
 def overhead_table(path: Path) -> str:
@@ -26,7 +26,7 @@ def overhead_table(path: Path) -> str:
             f"{row['sensing_share_median']:.2%}, mean {row['sensing_share_mean']:.2%} "
             f"(step with / without: {row['slowdown_median']:+.2%}, quartiles {low:+.2%} to {high:+.2%}) |"
         )
-    for name, row in data.get("whole_runs", {}).items():
+    for name, row in data["whole_runs"].items():
         for when, word in (("first", "new"), ("known", "known")):
             trees = {tree: [run[when] for run in runs] for tree, runs in row["runs"].items()}
             shown = (f"{_share_of_runs(runs)} {tree}" for tree, runs in trees.items())
@@ -34,6 +34,7 @@ def overhead_table(path: Path) -> str:
             lines.append(
                 f"| own work in a run of `{name}`, {row['steps']:,} steps, {took}, {word} | {', '.join(shown)} |"
             )
+    runs = [{**row["environment"], "date": row["date"]} for row in data["whole_runs"].values()]
     resnet = data["resnet50"]
     lines += [
         f"| `find_groups(resnet50)`, best of {len(resnet['find_groups_seconds'])} | "
@@ -42,8 +43,7 @@ def overhead_table(path: Path) -> str:
         f"{resnet['resize_in_steps']:.2f} of a training step at batch {resnet['batch']} |",
         f"| `import setpoint` beside `import torch` | {data['import']['added_seconds_median']:+.2f} s |",
         "",
-        f"{data['environment']['cpu']}, {threads_text(data['environment'])}, seed {data['seed']}, torch "
-        f"{data['environment']['torch']}, {data['date'][:10]}.",
+        f"Whole runs: {rows_made_on(runs)} The rest: {made_on(data)} Seed {data['seed']}.",
     ]
     return "\n".join(lines)
 
@@ -198,29 +198,34 @@ def compiled_table(path: Path) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| task | run | whole run | first step | step at first | last step | cuts | recompilations | their time | "
-        "of the first step | ahead of eager from step |",
+        "| task | run | whole run | first compiled step | step at first | last step | cuts | recompilations | "
+        "their time | of the first compiled step | ahead of eager from step |",
         f"|---|---|{'---:|' * 9}",
     ]
-    for task, runs in data["runs"].items():
+    for task, measured in data["tasks"].items():
         middles = {
-            name: {key: statistics.median(row[key] for row in rounds) for key in rounds[0] if key != "budget_met"}
-            for name, rounds in runs.items()
+            name: {
+                key: statistics.median(row[key] for row in rounds)
+                for key, value in rounds[0].items()
+                if key != "budget_met" and value is not None
+            }
+            for name, rounds in measured["runs"].items()
         }
-        for name, rounds in runs.items():
+        for name, rounds in measured["runs"].items():
             middle, eager = middles[name], middles[f"eager, {name.rpartition(', ')[2]}"]
             ends = [row["seconds"] for row in rounds]
             apart = f" ({duration(min(ends))} to {duration(max(ends))})" if len(ends) > 1 else ""
-            keys = ("first_step_seconds", "dense_step_seconds", "last_step_seconds")
-            share = middle["recompile_seconds"] / middle["first_step_seconds"]
+            keys = ("first_compiled_seconds", "dense_step_seconds", "last_step_seconds")
+            steps = [duration(middle[key]) if key in middle else NOTHING for key in keys]
+            share = middle["recompile_seconds"] / middle.get("first_compiled_seconds", 1.0)
             again = f"{middle['recompiles']:g} | {duration(middle['recompile_seconds'])} | {share:.2f}"
             lines.append(
-                f"| {task}, {data['steps'][task]:,} steps | {name} | {duration(middle['seconds'])}{apart} | "
-                f"{' | '.join(duration(middle[key]) for key in keys)} | {middle['resizes']:g} | "
-                f"{again if middle['recompiles'] else '– | – | –'} | {_ahead(data['steps'][task], middle, eager)} |"
+                f"| {task}, {measured['steps']:,} steps | {name} | {duration(middle['seconds'])}{apart} | "
+                f"{' | '.join(steps)} | {middle['resizes']:g} | "
+                f"{again if middle['recompiles'] else '– | – | –'} | {_ahead(measured['steps'], middle, eager)} |"
             )
-    how = f"Medians of {len(rounds)} rounds" if len(rounds) > 1 else "One run each"
-    return "\n".join([*lines, "", f"{how}. {made_on(data)}"])
+    made = rows_made_on([{**each["environment"], "date": each["date"]} for each in data["tasks"].values()])
+    return "\n".join([*lines, "", f"A row without a range is one run, others are medians. {made}"])
 
 
 def _ahead(steps: int, compiled: Mapping[str, float], eager: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from setpoint_bench.report.folder import read_lines
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.statistics import Difference, paired
 from setpoint_bench.results import FILE
-from tables.words import made_on, rows_made_on
+from tables.words import rows_made_on
 
 WIDTHS = {"even": "even", "setpoint": "Setpoint's own"}
 
@@ -192,7 +192,13 @@ def measured_table(file: Path, predicted: Path, kind: str = "arm", prefix: str =
             f"{each.gain.num}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", made_on({**data, **_of(data, prefix)})])
+    of = {**data, **_of(data, prefix)}
+    made = [
+        row if "cpu" in row else {**of["environment"], "date": of["date"]}  # older rows do not name their machine
+        for row in data["rows"]
+        if row["kind"] == kind
+    ]
+    return "\n".join([*lines, "", rows_made_on(made)])
 
 
 def _measured(arm: Arm) -> Iterator[str]:

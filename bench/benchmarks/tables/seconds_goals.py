@@ -112,13 +112,15 @@ def _own_work(folder: Path) -> Iterator[Goal]:
 
 
 def _compiled(folder: Path) -> Iterator[Goal]:
-    for task, runs in _record(folder, "compiled")["runs"].items():
-        for how in ("compiled", "compiled by block"):
+    for task, measured in _record(folder, "compiled")["tasks"].items():
+        runs = measured["runs"]
+        for how in ("compiled", "compiled by block", "compiled after the last cut"):
             pruned = runs.get(f"{how}, pruned", ())
             if not pruned or (how == "compiled" and "compiled by block, pruned" in runs):
                 continue
-            again = [run["recompile_seconds"] / run["first_step_seconds"] for run in pruned]
-            yield Goal(f"compiling again in `{task}`, {how}, of the first time", AGAIN, digits, again)
+            if how != "compiled after the last cut":
+                again = [run["recompile_seconds"] / run["first_compiled_seconds"] for run in pruned]
+                yield Goal(f"compiling again in `{task}`, {how}, of the first time", AGAIN, digits, again)
             eager = runs["eager, pruned"]
             whole = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(pruned, eager, strict=True)]
             yield Goal(f"whole run of `{task}`, pruned: {how}, of eager", 1.0, digits, whole)

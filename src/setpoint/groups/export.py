@@ -66,6 +66,11 @@ class Exported:
     staging: Staging
     refused: ExportError | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the graph is that of the whole model, and no values of tensors have decided on it."""
+        return self.refused is None and not self.staging.by_data and not self.staging.reasons
+
 
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
@@ -94,16 +99,12 @@ def _without_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: nn.Module, example: Example) -> Exported:
-    """The graph of `model(*example)`.
-
-    Where the code of a library decides by values of a tensor, the graph holds the path of the example. A part of the
-    model that cannot be exported is an opaque call in it.
+def check_example(model: nn.Module, example: Example) -> None:
+    """Check what can be seen of a model and an example before a forward.
 
     Raises:
-        ExampleError: the model does not accept the example.
-        ExportError: no static graph can hold the model's own forward (control flow by data, say); the message names the
-            line.
+        ExampleError: the model has no forward, no shapes yet, or is on another device than the example.
+        ExportError: the model is scripted.
     """
     inputs_of(example)
     if isinstance(model, torch.jit.ScriptModule):
@@ -116,6 +117,19 @@ def export(model: nn.Module, example: Example) -> Exported:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
+
+
+def export(model: nn.Module, example: Example) -> Exported:
+    """The graph of `model(*example)`, which `check_example` has accepted.
+
+    Where the code of a library decides by values of a tensor, the graph holds the path of the example. A part of the
+    model that cannot be exported is an opaque call in it.
+
+    Raises:
+        ExampleError: the model does not accept the example.
+        ExportError: no static graph can hold the model's own forward (control flow by data, say); the message names the
+            line.
+    """
     staging = Staging.whole(example)
     first: ExportError | None = None
     for _ in range(_ATTEMPTS):

@@ -1,6 +1,6 @@
 """A fingerprint: a digest of all that decides on what is found in a model, so that equal models are tried out once.
 
-It covers the exported graph, and with it whatever the forward did at the example; the code behind it, as bytecode,
+It covers the calls of a forward at the example; the code behind them, as bytecode,
 with the functions, classes, modules and values that this code names or imports; attributes, hooks, buffers and
 constants of all modules; shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else,
 such as code in C of the user's own, has no fingerprint, and is tried out each time. Nor has code of the user's own
@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -62,12 +62,14 @@ class NoFingerprintError(Exception):
     """A model holds what nothing is known about."""
 
 
-def fingerprint(model: nn.Module, example: Example, program: Any) -> str:
+def fingerprint(model: nn.Module, example: Example, calls: str) -> str:
     """The digest, in hexadecimal; "" for a model that has none.
 
     Args:
-        program: the exported graph of the model at the example.
+        calls: digest of what its forward does at the example; "" where that is not known.
     """
+    if not calls:
+        return ""
     try:
         description = _Description(model, example)
         for part in (_versions(), _modes()):
@@ -75,9 +77,7 @@ def fingerprint(model: nn.Module, example: Example, program: Any) -> str:
         description.library()
         description.model(model)
         description.example(example)
-        description.graph(program.graph_module)
-        description.text(*(f"{each.kind} {each.arg} {each.target}" for each in program.graph_signature.input_specs))
-        description.value(dict(program.constants))
+        description.text(calls)
         description.unreached()
         return description.digest
     except Exception:  # noqa: BLE001 - foreign objects may raise anything when they are looked at; none is known then
@@ -268,26 +268,6 @@ class _Description:
             if not function.__module__.startswith("setpoint."):
                 self.text(str(op))
                 self.value(function)
-
-    def graph(self, graph: fx.GraphModule) -> None:
-        """Every node, with shapes and the module that it belongs to; graphs inside it, too."""
-        for node in graph.graph.nodes:
-            named: Any = lambda each: _Named(each.name)  # noqa: E731 - it returns no argument of a graph
-            args, kwargs = fx.map_arg((node.args, node.kwargs), named)
-            self.text(node.op, node.name, str(node.target), repr(args), repr(kwargs))
-            for leaf in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-                if isinstance(leaf, Tensor):
-                    self.text(f"{tuple(leaf.shape)} {leaf.dtype} {leaf.device} {leaf.requires_grad}")
-                else:
-                    self.text(repr(leaf))
-            for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-                self.text(path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}")
-            if node.op == "get_attr":
-                inner = getattr(graph, str(node.target), None)
-                if isinstance(inner, fx.GraphModule):
-                    self.graph(inner)
-                else:
-                    self.value(inner)
 
     def value(self, value: Any) -> None:
         """Anything that a module or its code may hold.

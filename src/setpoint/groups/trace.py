@@ -21,9 +21,10 @@ from setpoint.groups.blocks import device_type_of
 from setpoint.groups.build import OwnDim, build
 from setpoint.groups.encoded import decode_groups, decode_size, encode_groups, encode_size
 from setpoint.groups.example import Example, without_cache
-from setpoint.groups.export import Exported, export, module_of, plain_path
+from setpoint.groups.export import Exported, check_example, export, module_of, plain_path
 from setpoint.groups.fingerprint import fingerprint
 from setpoint.groups.follow_data import known, shape_of
+from setpoint.groups.followed import followed
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.one_at_a_time import one_at_a_time
 from setpoint.groups.opaque import Staging
@@ -95,16 +96,17 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 def _trace(model: nn.Module, example: Example) -> Trace:
     example = without_cache(model, example)
-    exported = export(model, example)
-    # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
-    import setpoint.groups.rules  # noqa: F401
-
-    staging = exported.staging
-    plain = exported.refused is None and not staging.by_data and not staging.reasons
-    key = fingerprint(model, example, exported.program) if plain and keeps() else ""
+    check_example(model, example)
+    # The forward comes first: it may load what a library loads when it is asked for.
+    key = fingerprint(model, example, followed(model, example)) if keeps() else ""
     found = _recalled(key, model)
     if found is None:
+        exported = export(model, example)
+        # Imported here: registering the rules looks up hundreds of ops, for which a model that is known need not wait.
+        import setpoint.groups.rules  # noqa: F401
+
         found = _found(model, example, exported)
+        key = key if exported.plain else ""
         keep(key, _encoded(found))
     groups, refused = find_states(model, found.groups)
     frozen = (*found.frozen, *(Frozen(place, why) for place, why in refused.items()))

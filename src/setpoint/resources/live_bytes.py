@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages: dict[int, tuple[weakref.ref[Any], int, int]] = {}
         self._number = 0
         for tensor in held:
-            self._see(tensor)
+            self.see(tensor)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self.see(leaf)
         return result
 
     def __exit__(self, *ending: Any) -> None:
@@ -55,7 +55,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._noted = None
         super().__exit__(*ending)  # type: ignore[no-untyped-call]
 
-    def _see(self, tensor: Tensor) -> None:
+    def see(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, unless it has been seen."""
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()

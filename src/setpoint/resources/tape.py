@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_flatten, tree_leaves
 
 from setpoint.errors import CostError
 from setpoint.groups.group import Size
 from setpoint.groups.walk import op_name
 from setpoint.resources.lengths import Lengths
-from setpoint.resources.live_bytes import LiveBytes
+from setpoint.resources.live_bytes import LiveBytes, Noted
 from setpoint.uncollected import uncollected
 
 
@@ -108,23 +107,55 @@ _Take = tuple[list[_Call], list[tuple[int, _Shape]], list[tuple[int, bool]]]
 _COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", "device", "is_pinned")
 
 
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, calls: list[_Call]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._noted = calls
+class _Calls(LiveBytes):
+    """Notes each call besides the storages: one mode for both, since a mode costs more than what it notes."""
+
+    def __init__(self, held: Iterable[Tensor], noted: Noted, calls: list[_Call]) -> None:
+        super().__init__(held, noted)
+        self._calls = calls
+        self._specs: dict[Any, TreeSpec] = {}
+        self._shapes: dict[Any, _Shape] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace in ("prim", "profiler"):
-            return func(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
-        seen = tuple(_Shape.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        leaves, spec = self._flat(args, kwargs)
+        seen = tuple(self.shape(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         result = func(*args, **kwargs)
-        outputs = tuple(_Shape.of(leaf) for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
-        self._noted.append((func, seen, spec, outputs))
+        made = [result] if isinstance(result, Tensor) else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        for each in made:
+            self.see(each)
+        self._calls.append((func, seen, spec, tuple(map(self.shape, made))))
         return result
+
+    def shape(self, tensor: Tensor) -> _Shape:
+        """The shape of a tensor; a step has few different ones."""
+        key = tensor.shape, tensor.stride() if tensor.layout == torch.strided else (), tensor.dtype
+        found = self._shapes.get(key)
+        if found is None:
+            found = self._shapes[key] = _Shape.of(tensor)
+        return found
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
+        """`tree_flatten((args, kwargs))`; for arguments that are leaves or lists of leaves the nesting is kept."""
+        leaves, nesting = list[Any](), list[Any]()
+        for value in (*args, *kwargs.values()):
+            kind = type(value)
+            if kind not in SUPPORTED_NODES:
+                leaves.append(value)
+                nesting.append(None)
+            elif kind in (list, tuple) and not any(type(each) in SUPPORTED_NODES for each in value):
+                leaves += value
+                nesting.append((kind, len(value)))
+            else:
+                return tree_flatten((args, kwargs))
+        key = len(args), tuple(kwargs), tuple(nesting)
+        if key not in self._specs:
+            self._specs[key] = tree_flatten((args, kwargs))[1]
+        return leaves, self._specs[key]
 
 
 def _take(made: Trainee) -> _Take:
@@ -138,7 +169,7 @@ def _take(made: Trainee) -> _Take:
 
     held = made.held()
     torch.clear_autocast_cache()  # a step casts each weight once
-    with uncollected(), LiveBytes(held, noted), _Calls(calls):
+    with uncollected(), _Calls(held, noted, calls):
         made.step()
     return taken
 
