@@ -107,7 +107,7 @@ _Take = tuple[list[_Call], list[tuple[int, _Shape]], list[tuple[int, bool]]]
 _COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", "device", "is_pinned")
 
 
-class _Calls(LiveBytes):
+class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
     """Notes each call besides the storages: one mode for both, since a mode costs more than what it notes."""
 
     def __init__(self, held: Iterable[Tensor], noted: Noted, calls: list[_Call]) -> None:
