@@ -221,6 +221,8 @@ def main() -> None:
         help="measure whole runs of these tasks alone; the rest of the file stays",
     )
     arguments = parser.parse_args()
+    if arguments.runs and not arguments.out.exists():
+        parser.error(f"there is no {arguments.out} to keep the rest of: leave out --runs")
     os.environ["SETPOINT_CACHE"] = "off"  # every discovery finds everything out
     runs = whole_runs(arguments.runs or list(RUNS), arguments.base, arguments.data, arguments.pairs)
     if arguments.runs:
