@@ -134,7 +134,9 @@ def test_the_headline_says_what_was_measured() -> None:
     assert gain.start == 2 and setpoint.plan(ratio=16, start=8).start == 8
     assert "by the law alone a start at 8 times" in str(setpoint.plan(ratio=16))
     assert "by the law alone" not in str(setpoint.plan(ratio=16, start=8)) + str(loss)
-    assert "by the law alone a start at 2 times gains most: at least 1.6 %" in str(setpoint.plan(ratio=4, start=8))
+    assert "larger starts lost more" in str(setpoint.plan(ratio=16))
+    smaller = str(setpoint.plan(ratio=4, start=8))
+    assert "by the law alone a start at 2 times gains most: at least 1.6 %" in smaller and "lost more" not in smaller
     (headline, *_), (other, *_) = (str(each).splitlines() for each in (gain, loss))
     assert headline.startswith("Train the small model. The published law predicts a gain from pruning. ")
     assert other.startswith("Train the small model. The published law predicts a loss from pruning. ")

@@ -142,7 +142,7 @@ class Advice:
         if best and self.in_proportion:
             lines.append(f"  by the law alone a start at {self.best_start:g} times gains most:"
                          f"{' at least' if len(self.sources) > 1 else ''} {100 * self.best_gain:.1f} % less reducible "
-                         "loss")  # fmt: skip
+                         f"loss{'; in the tests larger starts lost more' if self.best_start > self.start else ''}")  # fmt: skip
         lines.append(
             f"  by final size in place of average size, which fits Setpoint's tests better: "
             f"{_compared(*self.gain_by_final_size)}"
