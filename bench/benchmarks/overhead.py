@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -187,23 +187,28 @@ def run_of(tree: Path, name: str, steps: int, data: Path | None, cache: Path) ->
     return {"seconds": result.seconds, "own_seconds": result.overhead_seconds}
 
 
-def whole_runs(names: Sequence[str], base: Path | None, data: Path | None, pairs: int) -> dict[str, Any]:
-    """For each task and tree what runs took: `first` with an empty cache, `known` right after it."""
+def whole_run(name: str, base: Path | None, data: Path | None, pairs: int) -> dict[str, Any]:
+    """For each tree what runs of a task took: `first` with an empty cache, `known` right after it."""
     trees = {"now": ROOT, **({"before": base.resolve()} if base else {})}
-    found: dict[str, Any] = {}
-    for name in names:
-        steps = RUNS[name]
-        runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
-        for pair in range(pairs):
-            for tree in list(trees)[:: -1 if pair % 2 else 1]:
-                with tempfile.TemporaryDirectory() as folder:
-                    both = {when: run_of(trees[tree], name, steps, data, Path(folder)) for when in ("first", "known")}
-                runs[tree].append(both)
-                shares = (f"{when} {run['own_seconds'] / run['seconds']:.2%}" for when, run in both.items())
-                print(f"{name}, {steps} steps, {tree}: own work {', '.join(shares)}", flush=True)
-        made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": {**machine(), "threads": 1}}
-        found[name] = {**made, "steps": steps, "runs": runs}
-    return found
+    steps = RUNS[name]
+    runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
+    for pair in range(pairs):
+        for tree in list(trees)[:: -1 if pair % 2 else 1]:
+            with tempfile.TemporaryDirectory() as folder:
+                both = {when: run_of(trees[tree], name, steps, data, Path(folder)) for when in ("first", "known")}
+            runs[tree].append(both)
+            shares = (f"{when} {run['own_seconds'] / run['seconds']:.2%}" for when, run in both.items())
+            print(f"{name}, {steps} steps, {tree}: own work {', '.join(shares)}", flush=True)
+    made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": {**machine(), "threads": 1}}
+    return {**made, "steps": steps, "runs": runs}
+
+
+def write(out: Path, result: dict[str, Any]) -> None:
+    """Replace the file at once."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, out)
 
 
 def main() -> None:
@@ -213,7 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--base", type=Path, help="a checkout of the version to compare whole runs with")
     parser.add_argument("--data", type=Path, help="folder that holds the data")
-    parser.add_argument("--pairs", type=int, default=2, help="of whole runs")
+    parser.add_argument("--pairs", type=int, default=2, choices=range(1, 100), metavar="N", help="of whole runs")
     parser.add_argument(
         "--runs",
         nargs="+",
@@ -221,26 +226,25 @@ def main() -> None:
         help="measure whole runs of these tasks alone; the rest of the file stays",
     )
     arguments = parser.parse_args()
-    if arguments.runs and not arguments.out.exists():
-        parser.error(f"there is no {arguments.out} to keep the rest of: leave out --runs")
-    os.environ["SETPOINT_CACHE"] = "off"  # every discovery finds everything out
-    runs = whole_runs(arguments.runs or list(RUNS), arguments.base, arguments.data, arguments.pairs)
     if arguments.runs:
+        if arguments.base is None:
+            parser.error("--runs replaces rows that have an older version beside this one: give --base")
         kept = json.loads(arguments.out.read_text(encoding="utf-8"))
-        kept["whole_runs"] |= runs
-        arguments.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        for name in arguments.runs:
+            kept["whole_runs"][name] = whole_run(name, arguments.base, arguments.data, arguments.pairs)
+            write(arguments.out, kept)
         return
+    os.environ["SETPOINT_CACHE"] = "off"  # every discovery finds everything out
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": 0,
-        "whole_runs": runs,
+        "whole_runs": {name: whole_run(name, arguments.base, arguments.data, arguments.pairs) for name in RUNS},
         "environment": environment(task_named("digits")),
         "sensing": {name: sensing(name, arguments.rounds) for name in ("cifar10-mini", "shakespeare-mini")},
         "resnet50": resizing(),
         "import": importing(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(arguments.out, result)
     for name, numbers in result["sensing"].items():
         shares = f"{numbers['sensing_share_median']:.2%} (mean {numbers['sensing_share_mean']:.2%})"
         print(f"{name}: sensing {shares} of a step of {numbers['step_seconds']:.3f} s; "

@@ -164,11 +164,11 @@ def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
             rows.append({**vars(cell), "validation": abs(cell.rate - (0.008 if cell.arm == "even" else 0.004))})
     assert {cell["rate"] for cell in rows[9:24] if cell["arm"] == "even"} == {0.008}
     assert {cell["rate"] for cell in rows[9:24] if cell["arm"] != "even"} == {0.004}
-    assert {cell["rate"] for cell in rows[24:33]} == {0.001, 0.002, 0.004, 0.008}
-    assert [cell["rate"] for cell in rows[33:39]] == 2 * [0.004, 0.008, 0.004]
-    assert [cell["start"] for cell in rows[39:]] == [*9 * [4.0], 8.0, 4.0, 8.0]
-    assert [cell["rate"] for cell in rows[45:]] == [0.008, 0.004, 0.004, 0.004, 0.008, 0.008]
-    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 9 * [0] + 3 * [1] + 3 * [2] + 12 * [0]
+    assert {cell["rate"] for cell in rows[24:32]} == {0.001, 0.002, 0.004, 0.008}
+    assert [cell["rate"] for cell in rows[32:38]] == 2 * [0.004, 0.008, 0.004]
+    assert [cell["start"] for cell in rows[38:]] == [*9 * [4.0], 8.0, 4.0, 8.0]
+    assert [cell["rate"] for cell in rows[44:]] == [0.008, 0.004, 0.004, 0.004, 0.008, 0.008]
+    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 8 * [0] + 3 * [1] + 3 * [2] + 12 * [0]
     assert {(row["ratio"], row["steps"]) for row in rows} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 
 

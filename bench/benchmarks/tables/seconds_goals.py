@@ -116,7 +116,7 @@ def _compiled(folder: Path) -> Iterator[Goal]:
         runs = measured["runs"]
         for how in ("compiled", "compiled by block", "compiled after the last cut"):
             pruned = runs.get(f"{how}, pruned", ())
-            if not pruned or (how == "compiled" and "compiled by block, pruned" in runs):
+            if not pruned:
                 continue
             if how != "compiled after the last cut":
                 again = [run["recompile_seconds"] / run["first_compiled_seconds"] for run in pruned]

@@ -37,6 +37,7 @@ UNPROVEN = (
     "Setpoint's tests, on language models of 5 and 51 thousand parameters, found no gain at ratios of 1 to 64 by the "
     "best sizes at equal FLOPs, which are 0.2 to 10 by a fitted law"
 )
+LARGER_STARTS = "; in the tests larger starts lost more"
 UNPROVEN_OF_OTHERS = f"{UNPROVEN}, though a law that was measured for these models predicted one"
 OF_LANGUAGE = (
     "the constants are of language models: for a model that is given no tokens the gain is a guess. On images, at 4 "
@@ -142,7 +143,7 @@ class Advice:
         if best and self.in_proportion:
             lines.append(f"  by the law alone a start at {self.best_start:g} times gains most:"
                          f"{' at least' if len(self.sources) > 1 else ''} {100 * self.best_gain:.1f} % less reducible "
-                         f"loss{'; in the tests larger starts lost more' if self.best_start > self.start else ''}")  # fmt: skip
+                         f"loss{LARGER_STARTS if self.best_start > self.start else ''}")  # fmt: skip
         lines.append(
             f"  by final size in place of average size, which fits Setpoint's tests better: "
             f"{_compared(*self.gain_by_final_size)}"
