@@ -218,7 +218,7 @@ def test_a_damaged_file_is_not_believed(tries: list[int], folder: Path) -> None:
     """Claim: what is cut off, no text, another's or changed is found out anew, and replaced."""
     first = facts(attached(Net()))
     files = sorted(folder.iterdir())
-    assert len(files) == 2
+    assert len(files) == 3
     for number, spoil in enumerate(SPOILS):
         for file in files:
             spoil(file)
@@ -435,14 +435,16 @@ def test_an_installed_file_that_changes_counts(tries: list[int], library: tuple[
 
 
 HIDDEN = """
+import numpy as np
 import torch
 from torch import nn
 
 class Settings:
-    __slots__ = ("way",)
+    __slots__ = ("way", "tables")
 
 SETTINGS = Settings()
 SETTINGS.way = 0
+SETTINGS.tables = torch.tensor((0, 1)), torch.tensor((0, 2))
 
 WAYS = {
     "factor": lambda x, y, z, way: x * (1.0 + way),
@@ -454,7 +456,25 @@ WAYS = {
     "weight": lambda x, y, z, way: x,
     "keyword": lambda x, y, z, way: nn.functional.gelu(x, approximate=("none", "tanh")[way]),
     "dim": lambda x, y, z, way: x + (x.T, x)[way].sum(),
+    "slice": lambda x, y, z, way: x + y[:, (slice(0, 3), slice(3, 6))[way]].sum(1, keepdim=True),
+    "slice that is set": lambda x, y, z, way: set_slice(x, y, way),
+    "index of NumPy": lambda x, y, z, way: x + y[:, np.int64(way)].mean(),
+    "array of NumPy": lambda x, y, z, way: x + y[:, np.array((0, 1 + way))].mean(),
+    "table": lambda x, y, z, way: x + y[:, SETTINGS.tables[way]].mean(),
+    "autocast": lambda x, y, z, way: under_autocast(x, way),
+    "unpacked": lambda x, y, z, way: (lambda a, b, *rest: x * (a, b)[way])(*y),
 }
+
+INDEXED = ("index of NumPy", "array of NumPy", "table")
+
+def set_slice(x, y, way):
+    z = x.clone()
+    z[:, (slice(0, 3), slice(3, 6))[way]] = y[:, 0:3]
+    return z
+
+def under_autocast(x, way):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(way)):
+        return (x @ x.T @ x).float()
 
 class Block(nn.Module):
     def __init__(self, what):
@@ -462,17 +482,34 @@ class Block(nn.Module):
         self.what = what
         self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
 
-    def forward(self, x):
-        x = torch.relu(self.a(x))
+    def forward(self, given):
+        x = torch.relu(self.a(given))
         y, z = (self.b(x), self.c(x)) if self.what != "weight" or SETTINGS.way else (self.c(x), self.b(x))
-        return self.d(torch.relu(WAYS[self.what](x, y, z, SETTINGS.way)) + y.relu() + z.tanh())
+        read = given if self.what in INDEXED else y
+        return self.d(torch.relu(WAYS[self.what](x, read, z, SETTINGS.way)) + y.relu() + z.tanh())
 """
 """A library whose settings are in a slot, which no look at its module shows."""
 
 
-@pytest.mark.parametrize(
-    "what", ["factor", "wiring", "function", "method", "aten", "overload", "weight", "keyword", "dim"]
-)
+@pytest.mark.parametrize("address", [lambda x: x.data_ptr(), lambda x: x.untyped_storage().data_ptr()])
+def test_code_that_takes_an_address_is_not_followed(address: Callable[[Tensor], int], folder: Path) -> None:
+    """Claim: a forward that goes by the address of a tensor is refused by name, and never runs where it would be 0."""
+
+    def scaled_by(x: Tensor) -> Tensor:
+        assert address(x) != 0
+        return x * 1.0
+
+    for _ in range(2):
+        with pytest.raises(setpoint.errors.ExportError):
+            attached(changed(Net(), forward=lambda x: nn.functional.relu(scaled_by(x))))
+    assert not folder.exists()
+
+
+WAYS = ["factor", "wiring", "function", "method", "aten", "overload", "weight", "keyword", "dim", "slice"]
+WAYS += ["slice that is set", "index of NumPy", "array of NumPy", "table", "autocast", "unpacked"]
+
+
+@pytest.mark.parametrize("what", WAYS)
 def test_a_forward_that_goes_another_way_is_tried(
     what: str, tries: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,7 +734,7 @@ def test_hooks_count_by_their_order(how: str, tries: list[int], folder: Path) ->
     """Claim: models with equal hooks are equal, whatever number PyTorch gave the hooks in this process."""
     for _ in range(3):
         attached(HOOKED[how]())  # type: ignore[arg-type]
-    assert len(tries) == 1 and len(list(folder.iterdir())) == 2
+    assert len(tries) == 1 and len(list(folder.iterdir())) == 3
 
 
 def test_hooks_in_another_order_are_others(tries: list[int]) -> None:

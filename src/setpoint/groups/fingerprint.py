@@ -1,8 +1,7 @@
-"""A fingerprint: a digest of all that decides on what is found in a model, so that equal models are tried out once.
+"""A fingerprint: a digest of what decides on what is found in a model, so that equal models are tried out once.
 
-It covers the calls of a forward at the example; the code behind them, as bytecode,
-with the functions, classes, modules and values that this code names or imports; attributes, hooks, buffers and
-constants of all modules; shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else,
+It covers the code of a model, as bytecode, with the functions, classes, modules and values that this code names or
+imports; attributes, hooks and buffers of all modules; shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else,
 such as code in C of the user's own, has no fingerprint, and is tried out each time. Nor has code of the user's own
 that asks what may change: the clock, chance, files, the environment, or a table by a name that it computes.
 """
@@ -62,14 +61,8 @@ class NoFingerprintError(Exception):
     """A model holds what nothing is known about."""
 
 
-def fingerprint(model: nn.Module, example: Example, calls: str) -> str:
-    """The digest, in hexadecimal; "" for a model that has none.
-
-    Args:
-        calls: digest of what its forward does at the example; "" where that is not known.
-    """
-    if not calls:
-        return ""
+def fingerprint(model: nn.Module, example: Example) -> str:
+    """The digest, in hexadecimal; "" for a model that has none."""
     try:
         description = _Description(model, example)
         for part in (_versions(), _modes()):
@@ -77,7 +70,6 @@ def fingerprint(model: nn.Module, example: Example, calls: str) -> str:
         description.library()
         description.model(model)
         description.example(example)
-        description.text(calls)
         description.unreached()
         return description.digest
     except Exception:  # noqa: BLE001 - foreign objects may raise anything when they are looked at; none is known then

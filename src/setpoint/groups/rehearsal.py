@@ -42,16 +42,16 @@ class Rehearsal:
         prepare: Callable[[nn.Module], None] = lambda twin: None,
         *,
         other_mode: bool = False,
-        with_data: bool = True,
+        faked: bool = False,
     ) -> tuple[torch.Size, ...]:
         """Shapes of what a copy returns, or what its forward raises.
 
         Args:
             prepare: gets each copy before it runs.
             other_mode: the copy is in train mode where the model is in eval mode, and in eval mode where it is not.
-            with_data: whether a copy with data is tried where no other runs.
+            faked: whether only fake tensors will do, which nobody can take for others.
         """
-        kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds[: 3 if with_data else 2]
+        kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds[1:2] if faked else self._kinds
         with _quiet():
             for kind in kinds:
                 if kind is None:

@@ -22,7 +22,7 @@ from setpoint.groups.build import OwnDim, build
 from setpoint.groups.encoded import decode_groups, decode_size, encode_groups, encode_size
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.export import Exported, check_example, export, module_of, plain_path
-from setpoint.groups.fingerprint import fingerprint
+from setpoint.groups.fingerprint import digest, fingerprint
 from setpoint.groups.follow_data import known, shape_of
 from setpoint.groups.followed import followed
 from setpoint.groups.group import Group, Size, widths_of
@@ -97,8 +97,10 @@ def trace(model: nn.Module, example: Example) -> Trace:
 def _trace(model: nn.Module, example: Example) -> Trace:
     example = without_cache(model, example)
     check_example(model, example)
-    # The forward comes first: it may load what a library loads when it is asked for.
-    key = fingerprint(model, example, followed(model, example)) if keeps() else ""
+    before = fingerprint(model, example) if keeps() else ""
+    # Only of a model that was exported once is it known that its forward runs on tensors without data: code in C that
+    # is given one would take the address 0 for that of its data.
+    key = digest(before, followed(model, example)) if recall(before) else ""
     found = _recalled(key, model)
     if found is None:
         exported = export(model, example)
@@ -106,11 +108,23 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         import setpoint.groups.rules  # noqa: F401
 
         found = _found(model, example, exported)
-        key = key if exported.plain else ""
-        keep(key, _encoded(found))
+        key = _kept(found, model, example, before) if before and exported.plain else ""
     groups, refused = find_states(model, found.groups)
     frozen = (*found.frozen, *(Frozen(place, why) for place, why in refused.items()))
     return replace(found, groups=groups, frozen=frozen, key=key)
+
+
+def _kept(found: Trace, model: nn.Module, example: Example, before: str) -> str:
+    """Keep what was found, and give its key; "" where the forward cannot be followed.
+
+    A first forward may load parts of a library, so the model's fingerprint may be another one now.
+    """
+    calls, key = followed(model, example), ""
+    for each in dict.fromkeys((fingerprint(model, example), before)):
+        key = digest(each, calls)
+        keep(key, _encoded(found))
+        keep(each if key else "", {"exported": True})
+    return key
 
 
 def _encoded(found: Trace) -> dict[str, Any]:
