@@ -106,8 +106,8 @@ LARGER_ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0))
 LARGER_STARTS_OF_4 = (("even", 4.0), ("setpoint", 4.0))
 LARGER_LONG_RATES = {"small": (0.004, 0.002, 0.001), "even": (0.004, 0.002, 0.008), "setpoint": (0.004, 0.002)}
 """By arm of the larger models, the rates that are swept at a ratio of 16."""
-LARGER_LONG_STARTS = (("even", 4.0, 0.004), ("even", 8.0, 0.004), ("even", 4.0, 0.008), ("even", 8.0, 0.008))
-"""Starts at a ratio of 16 beyond those of 2, with the rates that are swept."""
+LARGER_LONG_STARTS = (("even", 4.0, 0.004), ("even", 8.0, 0.004), ("even", 4.0, 0.008))
+"""Starts at a ratio of 16 beyond those of 2, with the rates that are tried."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))

@@ -1,9 +1,10 @@
 """A fingerprint: a digest of what decides on what is found in a model, so that equal models are tried out once.
 
 It covers the code of a model, as bytecode, with the functions, classes, modules and values that this code names or
-imports; attributes, hooks and buffers of all modules; shapes, kinds and ties of tensors; modes of PyTorch; and versions. What holds anything else,
-such as code in C of the user's own, has no fingerprint, and is tried out each time. Nor has code of the user's own
-that asks what may change: the clock, chance, files, the environment, or a table by a name that it computes.
+imports; attributes, hooks and buffers of all modules; shapes, kinds and ties of tensors; modes of PyTorch; and
+versions. What holds anything else, such as code in C of the user's own, has no fingerprint, and is tried out each time.
+Nor has code of the user's own that asks what may change: the clock, chance, files, the environment, or a table by a
+name that it computes.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ class Rehearsal:
             other_mode: the copy is in train mode where the model is in eval mode, and in eval mode where it is not.
             faked: whether only fake tensors will do, which nobody can take for others.
         """
-        kinds = (self._enough[other_mode],) if other_mode in self._enough else self._kinds[1:2] if faked else self._kinds
+        kinds = (
+            (self._enough[other_mode],) if other_mode in self._enough else self._kinds[1:2] if faked else self._kinds
+        )
         with _quiet():
             for kind in kinds:
                 if kind is None:
