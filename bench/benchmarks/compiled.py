@@ -118,7 +118,6 @@ def trained(name: str, compiled: str, pruned: bool, steps: int, seed: int, data:
     return {
         "seconds": time.perf_counter() - start,
         "loss": float(loss.detach()),
-        "first_step_seconds": durations[0],
         "first_compiled_seconds": None if compiles is None else durations[compiles],
         "dense_step_seconds": statistics.median(durations[1 : max(2, steps // 25)]),
         "last_step_seconds": statistics.median(durations[-max(1, steps // 5) :]),

@@ -68,7 +68,7 @@ class Exported:
 
     @property
     def plain(self) -> bool:
-        """Whether the graph is that of the whole model, and no values of tensors have decided on it."""
+        """Whether the graph holds all of the model, and no values of tensors have decided on it."""
         return self.refused is None and not self.staging.by_data and not self.staging.reasons
 
 

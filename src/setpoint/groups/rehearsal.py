@@ -49,7 +49,7 @@ class Rehearsal:
         Args:
             prepare: gets each copy before it runs.
             other_mode: the copy is in train mode where the model is in eval mode, and in eval mode where it is not.
-            faked: whether only fake tensors will do, which nobody can take for others.
+            faked: only fake tensors are tried.
         """
         kinds = (
             (self._enough[other_mode],) if other_mode in self._enough else self._kinds[1:2] if faked else self._kinds

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_flatten, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from setpoint.errors import CostError
 from setpoint.groups.group import Size
@@ -104,11 +104,13 @@ _Call = tuple[Any, tuple[Any, ...], TreeSpec, tuple[_Shape, ...]]
 _Take = tuple[list[_Call], list[tuple[int, _Shape]], list[tuple[int, bool]]]
 """Calls, storages and events at one width vector."""
 
+_CONTAINERS = (list, tuple, dict)
+"""What the arguments of an operation may be nested in."""
 _COSTLESS = ("_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", "device", "is_pinned")
 
 
 class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
-    """Notes each call besides the storages: one mode for both, since a mode costs more than what it notes."""
+    """Notes calls and storages: one mode for both, since a mode costs more than what it notes."""
 
     def __init__(self, held: Iterable[Tensor], noted: Noted, calls: list[_Call]) -> None:
         super().__init__(held, noted)
@@ -144,10 +146,10 @@ class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
         leaves, nesting = list[Any](), list[Any]()
         for value in (*args, *kwargs.values()):
             kind = type(value)
-            if kind not in SUPPORTED_NODES:
+            if not isinstance(value, _CONTAINERS):
                 leaves.append(value)
                 nesting.append(None)
-            elif kind in (list, tuple) and not any(type(each) in SUPPORTED_NODES for each in value):
+            elif kind in (list, tuple) and not any(isinstance(each, _CONTAINERS) for each in value):
                 leaves += value
                 nesting.append((kind, len(value)))
             else:
