@@ -79,7 +79,7 @@ class Rehearsal:
         twin = copy.deepcopy(self.model, {**self._tensors(kind), **hook_tables(self.model)})
         staging = self._staging.with_tensors({id(x): _stand_in(x, kind) for x in self._staging.tensors})
         meta = isinstance(kind, torch.device)
-        quickly: Any = _ByShape() if meta else nullcontext()  # type: ignore[no-untyped-call]
+        quickly: Any = nullcontext() if kind is None else _ByShape()  # type: ignore[no-untyped-call]
         with kind or nullcontext(), _taken_for_fake(meta), preserved_rng_state(self.model), quickly:
             if other_mode:
                 twin.train(not self.model.training)
@@ -102,15 +102,22 @@ class Rehearsal:
 
 
 class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers some operations on the meta device by a shape: torch works through their arithmetic in Python there.
+    """Answers some operations on tensors without data by a shape: torch works through their arithmetic in Python.
 
-    Where sizes do not fit, torch answers, with its own error.
+    Where sizes do not fit, torch answers, with its own error. It also answers for single numbers, which fake tensors
+    may know.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = _SHAPED.get(func)
-        found = None if answer is None or kwargs or not args[0].is_meta else answer(*args)
+        answer = None if kwargs else _SHAPED.get(func)
+        found = answer(*args) if answer is not None and _is_without_data(args[0]) else None
         return func(*args, **(kwargs or {})) if found is None else found
+
+
+def _is_without_data(x: torch.Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return x.is_meta or (isinstance(x, FakeTensor) and x.numel() > 1)
 
 
 def _batch_norm(x: torch.Tensor, *_: Any) -> Any:

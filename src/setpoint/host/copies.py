@@ -276,7 +276,7 @@ def _holders() -> list[Any]:
     if _looked and not plain:
         return list(_made)
     _looked.append(True)
-    found = [each for each in gc.get_objects() if type(each) in kinds]
+    found = [each for each in gc.get_referrers(*kinds) if type(each) in kinds]  # an object refers to its class
     for each in found:
         if isinstance(each, nn.Module):
             _made.setdefault(each, None)
