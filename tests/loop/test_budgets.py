@@ -74,10 +74,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     made = Machine()
     tape = costing._tape
 
-    def recorded(make: Any, groups: tuple[Group, ...], seen: Any) -> Tape:
+    def recorded(make: Any, groups: tuple[Group, ...], seen: Any, peaks: Any) -> Tape:
         inner = make.args[0]
         key = f"{inner.func} {inner.args[0]} {groups} {[x.shape for x in inner.args[-2]]}"
-        return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups, []))
+        return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups, [], None))
 
     monkeypatch.setattr(costing, "_tape", recorded)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -55,7 +55,7 @@ def recorded(model: nn.Module, optimizer: Optimizer, example: Any) -> tuple[str,
     traced = trace(model, example)
     groups = tuple(group for group in traced.groups if group.lossless)
     make = partial(costing.replica, model, (optimizer,), example, groups)
-    return tape_key(model, (optimizer,), groups, traced.key, "step"), partial(costing._tape, make, groups, [])
+    return tape_key(model, (optimizer,), groups, traced.key, "step"), partial(costing._tape, make, groups, [], None)
 
 
 def never() -> Tape:

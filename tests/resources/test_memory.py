@@ -82,7 +82,7 @@ def narrowed(make: Any, groups: tuple[Group, ...]) -> Tape:
     """The step of one copy that becomes narrower; nothing else is tried."""
     vectors, apart = narrowing_widths(groups)
     assert apart
-    return _narrowed(make, groups, vectors, lambda share: None, [])
+    return _narrowed(make, groups, vectors, lambda share: None, [], None)
 
 
 def test_weights_are_cast_once_at_every_width() -> None:
@@ -114,7 +114,7 @@ def test_a_copy_that_fails_leaves_nothing(ends: str) -> None:
                 copy.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
             yield copy
 
-    assert _tape(make, groups, []).operations
+    assert _tape(make, groups, [], None).operations
     gc.collect()
     assert len(left) == 1 and left[0]() is None
 
@@ -138,7 +138,7 @@ def test_copies_without_data_are_recorded_instead(most: int, why: str) -> None:
             raise torch.OutOfMemoryError("no room")
         return replica(model, (torch.optim.SGD(model.parameters()),), example, groups, widths, data=False)
 
-    cost = MemoryCost(_tape(make, groups, []))
+    cost = MemoryCost(_tape(make, groups, [], None))
     assert made[0] is not bool(most) and not any(made[1:]), why
     fewer = {group.name: 4 for group in groups}
     with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, fewer, data=True) as copy:

@@ -15,6 +15,8 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources import costing
 from setpoint.resources.latency import LatencyCost
+from setpoint.resources.lengths import narrowing_widths
+from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import Replica, replica
 from setpoint.resources.table import Table
 from setpoint.spending import seconds as seconds_file
@@ -72,17 +74,18 @@ def test_slow_steps_are_timed_while_they_are_recorded(
 
     seen: list[costing.Reading] = []
     table = Table(torch.device("cpu"))
-    cost = LatencyCost(costing._tape(make, groups, seen), groups, table)
+    cost = LatencyCost(costing._tape(make, groups, seen, None), groups, table)
     fitted, joules = costing._calibrated(cost, table, make, groups, None, seen)
     assert copies == [True] * (1 if slow else 2) and joules == []
-    assert [dict(widths) for widths, _ in seen] == (costing._narrowing(groups) if slow else [])
+    least = costing._narrowing(groups)[-1]
+    assert [dict(widths) for widths, _ in seen] == ([*narrowing_widths(groups)[0], least] if slow else [])
     assert all(taken > 0 for _, taken in seen) and fitted.total(widths_of(groups)) > 0
 
 
 def test_where_no_seconds_are_asked_for_no_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the step of a slow model is recorded for its memory at no more widths than the tape needs."""
+    """Claim: the step of a slow model is recorded at no more widths than the tape needs, and one more checks memory."""
     monkeypatch.setattr(costing, "_SLOW_S", 0.0)
-    model, example = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)), (torch.randn(32, 16),)
+    model, example = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 8)), (torch.randn(32, 16),)
     optimizer, groups, steps = torch.optim.AdamW(model.parameters()), trace(model, example).groups, list[int]()
     step = Replica.step
 
@@ -95,5 +98,13 @@ def test_where_no_seconds_are_asked_for_no_step_is_timed(monkeypatch: pytest.Mon
     def make(widths: Mapping[str, int], *, data: bool) -> Any:
         return replica(model, (optimizer,), example, groups, widths, data=data)
 
-    assert costing._tape(make, groups, None).operations
-    assert len(steps) == 1 + len(costing.narrowing_widths(groups)[0])  # the first makes the optimizer's state
+    vectors = narrowing_widths(groups)[0]
+    assert costing._tape(make, groups, None, None).operations
+    assert len(steps) == 1 + len(vectors)  # the first makes the optimizer's state
+    steps.clear()
+    peaks = list[costing.Reading]()
+    cost = MemoryCost(costing._tape(make, groups, None, peaks))
+    assert len(steps) == 1 + len(vectors) + len(peaks) and len(peaks) == 1
+    assert peaks[0][0] not in vectors
+    assert [cost.total(widths) for widths, _ in peaks] == pytest.approx([peak for _, peak in peaks], rel=1e-3)
+    assert costing._peaks(make, groups) == peaks  # a copy of their own

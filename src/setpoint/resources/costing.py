@@ -28,7 +28,7 @@ from setpoint.resources.inference import inference_replica
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.resources.kept_tape import kept_tape, tape_key
 from setpoint.resources.latency import Fit, LatencyCost, fit_steps
-from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
+from setpoint.resources.lengths import halfway, held_at_two, narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import first, replica
@@ -117,16 +117,18 @@ def cost_out(
     if wanted & {"memory", "latency", "energy"}:
         make = tally.over(partial(replica, model, optimizers, example, groups), share, begun=1)
         seen = list[Reading]() if table is not None and meter is None else None
-        tape = kept_tape(tape_key(model, optimizers, groups, fingerprint, "step"), partial(_tape, make, groups, seen))
+        peaks = list[Reading]() if "memory" in wanted and device.type == "cpu" else None  # a GPU's has the live model
+        kept = tape_key(model, optimizers, groups, fingerprint, "step")
+        tape = kept_tape(kept, partial(_tape, make, groups, seen, peaks))
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
-            if device.type == "cpu":  # the allocator of a GPU counts the live model, too
+            if peaks is not None:
                 checked = tape_key(model, optimizers, groups, fingerprint, "error of memory")
                 known = recall(checked)
                 if isinstance(known, float):
                     errors["memory"] = known
                 else:
-                    errors["memory"] = _memory_error(memory, make, groups)
+                    errors["memory"] = _memory_error(memory, peaks or _peaks(make, groups))
                     keep(checked, errors["memory"])
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
@@ -143,7 +145,7 @@ def cost_out(
         key = tape_key(model, (), groups, fingerprint, "pass") if inference_example is None else ""
         passed = list[Reading]()
         passing = LatencyCost(
-            kept_tape(key, partial(_tape, answer, groups, passed)), groups, table, resource="inference"
+            kept_tape(key, partial(_tape, answer, groups, passed, None)), groups, table, resource="inference"
         )
         costs["inference"] = _calibrated(passing, table, answer, groups, None, passed)[0]
     for name, cost in costs.items():
@@ -155,15 +157,16 @@ def cost_out(
     return Costing(costs, sources, errors, step_seconds, meter, idle, tally.steps)
 
 
-def _memory_error(memory: Cost, make: Make, groups: tuple[Group, ...]) -> float:
-    """Median relative error of predicted bytes on one copy, at other widths than those of the tape."""
-    off, narrowing = [], narrowing_widths(groups, seed=1)[0][2:]
-    with make(narrowing[0], data=True) as copy:
-        left = cut_groups(groups, first(groups, narrowing[0]))
-        for number, widths in enumerate(narrowing):
-            left = copy.narrow(left, widths) if number else left
-            off.append(abs(memory.total(widths) / peak_bytes(copy.step, copy.held()) - 1.0))
-    return statistics.median(off)
+def _memory_error(memory: Cost, peaks: Sequence[Reading]) -> float:
+    """Median relative error of predicted bytes."""
+    return statistics.median(abs(memory.total(widths) / peak - 1.0) for widths, peak in peaks)
+
+
+def _peaks(make: Make, groups: tuple[Group, ...]) -> list[Reading]:
+    """Bytes of a step of a copy of its own, at other widths than those of the tape."""
+    widths = halfway(groups, *narrowing_widths(groups)[0][1:3])
+    with make(widths, data=True) as copy:
+        return [(widths, peak_bytes(copy.step, copy.held()))]
 
 
 def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:
@@ -174,8 +177,10 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
     return EnergyCost(latency, watts, stated=True)
 
 
-def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None) -> Tape:
-    """The recorded step; what slow ones took is added to `seen`, where that is asked for.
+def _tape(
+    make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, peaks: list[Reading] | None
+) -> Tape:
+    """The recorded step; what slow ones took is added to `seen`, and bytes between to `peaks`, where asked for.
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
@@ -189,7 +194,7 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None) -> 
         with under_way("recording a step") as show:
             if apart:
                 with suppress(Exception):  # an error that is kept would keep the copy's memory
-                    return _narrowed(make, groups, narrow, show, seen)
+                    return _narrowed(make, groups, narrow, show, seen, peaks)
             try:
                 return record(partial(make, data=False), trial_widths(groups))
             except CostError as error:
@@ -213,8 +218,9 @@ def _narrowed(
     vectors: Sequence[Mapping[str, int]],
     show: Callable[[float], None],
     seen: list[Reading] | None,
+    peaks: list[Reading] | None,
 ) -> Tape:
-    """The step of one copy, which becomes narrower from one width vector to the next; `seen` as in `_tape`."""
+    """The step of one copy, which becomes narrower from one vector to the next; `seen` and `peaks` as in `_tape`."""
 
     def copies() -> Generator[Narrowing, None, None]:
         with make(vectors[0], data=True) as copy:
@@ -227,6 +233,10 @@ def _narrowed(
                 with watch:
                     yield copy  # whoever asks for the next one has recorded a step
                 taken.append((widths, watch.seconds))
+                if peaks is not None and number == 1:  # in the middle, at other widths than those of the tape
+                    between = halfway(groups, *vectors[1:3])
+                    left = copy.narrow(left, between)
+                    peaks.append((between, peak_bytes(copy.step, copy.held())))
             if seen is not None and taken[-1][1] >= _SLOW_S and all(each.device.type == "cpu" for each in copy.held()):
                 seen.extend(_plain(copy, left, taken, _narrowing(groups)[-1]))
 
@@ -283,7 +293,8 @@ def _calibrated(
 
 def _narrowing(groups: tuple[Group, ...]) -> list[dict[str, int]]:
     """Widths to time whole steps at: dense, then each narrower than the one before, down to the least."""
-    return [*narrowing_widths(groups)[0], {group.name: lowest_width(group) for group in groups}]
+    least = {group.name: lowest_width(group) for group in groups}
+    return [widths_of(groups), *narrowing_widths(groups)[0][1:], least]
 
 
 def _timed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,9 +139,14 @@ def _encoded(tape: Tape) -> dict[str, Any] | None:
     """The tape in JSON's own kinds; None where an operation has an argument of another kind."""
     operands, specs, targets = _Pool(), _Pool(), _Pool()
 
+    @cache
     def operand(each: Operand) -> int:
         shape = list(map(encode_size, each.shape))
         return operands.place([shape, list(each.order), list(each.expanded), _name(each.dtype)])
+
+    @cache
+    def spec(each: pytree.TreeSpec) -> int:
+        return specs.place(pytree.treespec_dumps(each))
 
     def leaf(each: Any) -> Any:
         if isinstance(each, Operand):
@@ -159,7 +165,7 @@ def _encoded(tape: Tape) -> dict[str, Any] | None:
             [
                 targets.place(str(each.target)),
                 list(map(leaf, each.leaves)),
-                specs.place(pytree.treespec_dumps(each.spec)),
+                spec(each.spec),
                 list(map(operand, each.outputs)),
             ]
             for each in tape.operations

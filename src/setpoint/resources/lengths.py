@@ -12,7 +12,7 @@ from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 
 _MAX_VECTORS, _DRAWS = 16, 100
-_BANDS = ((0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
+_BANDS = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
 """Densities of the groups at the widths between dense and the least."""
 
 
@@ -41,10 +41,10 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
 
 
 def narrowing_widths(groups: Sequence[Group], seed: int = 0) -> tuple[list[dict[str, int]], bool]:
-    """Dense widths, then three that are nowhere wider than those before; and whether they tell all groups apart.
+    """Widths below dense, each nowhere wider than those before; and whether they tell all groups apart.
 
     Each group has densities of its own, so that products of widths and all else do not shrink in proportion. Groups of
-    few units, as heads are, may be too many to be told apart.
+    few units, as heads are, may be too many to be told apart. Dense widths are left out: a step there takes longest.
     """
     generator, seen = np.random.default_rng(seed), set[tuple[int, ...]]()
     reach = {group.name: _reach(group) for group in groups}
@@ -52,13 +52,22 @@ def narrowing_widths(groups: Sequence[Group], seed: int = 0) -> tuple[list[dict[
     for name, widths in reach.items():
         for _ in range(_DRAWS):
             wanted = widths[0] * np.array([generator.uniform(*band) for band in _BANDS])
-            columns[name] = [widths[0], *(widths[int(np.abs(np.array(widths) - near).argmin())] for near in wanted)]
+            columns[name] = [_nearest(widths, near) for near in wanted]
             direction = _direction(columns[name])[0]
             if len(widths) == 1 or (any(direction) and direction not in seen):
                 break
         seen.add(direction)
-    vectors = [{name: column[row] for name, column in columns.items()} for row in range(1 + len(_BANDS))]
+    vectors = [{name: column[row] for name, column in columns.items()} for row in range(len(_BANDS))]
     return vectors, _told_apart(reach, vectors)
+
+
+def halfway(groups: Sequence[Group], wide: Mapping[str, int], narrow: Mapping[str, int]) -> dict[str, int]:
+    """Widths between two others, in the middle of them where whole blocks reach it."""
+    return {each.name: _nearest(_reach(each), (wide[each.name] + narrow[each.name]) / 2) for each in groups}
+
+
+def _nearest(widths: Sequence[int], wanted: float) -> int:
+    return min(widths, key=lambda width: abs(width - wanted))
 
 
 def _reach(group: Group) -> list[int]:
