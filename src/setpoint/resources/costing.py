@@ -177,9 +177,7 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
     return EnergyCost(latency, watts, stated=True)
 
 
-def _tape(
-    make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, peaks: list[Reading] | None
-) -> Tape:
+def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, peaks: list[Reading] | None) -> Tape:
     """The recorded step; what slow ones took is added to `seen`, and bytes between to `peaks`, where asked for.
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
