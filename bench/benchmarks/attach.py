@@ -6,7 +6,7 @@
 Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once. A pair is
 one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
 before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
-Rows of models that are not measured stay in the file. With a `--budget` of latency, memory or energy the model is
+Rows of models that are not measured stay in the file, and those of other processors. With a `--budget` of latency, memory or energy the model is
 known. What such a budget learns from copies is learnt the first time, and found in the cache the second time. Joules
 are stated watts times seconds.
 """
@@ -183,8 +183,10 @@ def main() -> None:
     from setpoint_bench.environment import machine  # a process that measures needs no benchmark
 
     trees = {"now": ROOT, **({"before": arguments.base.resolve()} if arguments.base else {})}
-    known = json.loads(arguments.out.read_text(encoding="utf-8"))["models"] if arguments.out.exists() else {}
-    rows: dict[str, Any] = dict(known)
+    about = {**machine(), "threads": 1}
+    kept = json.loads(arguments.out.read_text(encoding="utf-8"))["machines"] if arguments.out.exists() else []
+    others = [each for each in kept if each["environment"]["cpu"] != about["cpu"]]
+    rows: dict[str, Any] = {name: row for each in kept if each not in others for name, row in each["models"].items()}
     for name in arguments.models:
         if resource != "flops" and name == "llama-8b":
             continue
@@ -195,6 +197,7 @@ def main() -> None:
                 runs[tree].append(in_process(name, trees[tree], resource))
             loads.append(os.getloadavg()[0])
         found = {
+            "code": about["code"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "pairs": arguments.pairs,
             "load_average_range": [min(loads), max(loads)],
@@ -204,16 +207,15 @@ def main() -> None:
             "runs": runs,
         }
         before = rows.get(name, {})
-        others = {budget: before[budget] for budget in BUDGETS if budget in before}
-        rows[name] = {**found, **others} if resource == "flops" else {**before, resource: found}
+        budgets = {budget: before[budget] for budget in BUDGETS if budget in before}
+        rows[name] = {**found, **budgets} if resource == "flops" else {**before, resource: found}
         shown = (f"{kind} {row['seconds_median']:.2f} s ({row.get('steps_median', float('nan')):.2f} steps)"
                 for kind, row in found.items() if kind in ("cold", "warm", "before"))  # fmt: skip
         print(f"{name}: {', '.join(shown)}", flush=True)
         result = {
             "what": "processor seconds on one thread",
-            "environment": {**machine(), "threads": 1},
             "seed": 0,
-            "models": rows,
+            "machines": [*others, {"environment": about, "models": rows}],
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -241,25 +241,26 @@ def attach_table(path: Path) -> str:
     if not path.exists():
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
-    kinds = ("cold", "warm", "before")
-    lines = ["| model | pairs | first time | known model | first time, before |", f"|---|---:|{'---:|' * 3}"]
-    for name, row in data["models"].items():
-        found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
-        lines.append(f"| `{name}` | {row['pairs']} | {' | '.join(found)} |")
-    models = data["models"].items()
-    timed = [(budget, name, row[budget]) for budget in BUDGETS for name, row in models if budget in row]
+    kinds, made = ("cold", "warm", "before"), list[dict[str, Any]]()
+    lines = ["| model | processor | pairs | first time | known model | first time, before |"]
+    lines.append(f"|---|---|---:|{'---:|' * 3}")
+    found = [(each["environment"], name, row) for each in data["machines"] for name, row in each["models"].items()]
+    timed = [(about, budget, name, row[budget]) for budget in BUDGETS for about, name, row in found if budget in row]
+
+    def line(first: str, about: dict[str, Any], row: dict[str, Any]) -> str:
+        made.append({**about, "date": row["date"]})
+        shown = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
+        return f"| {first} | {about['cpu']} | {row['pairs']} | {' | '.join(shown)} |"
+
+    lines += [line(f"`{name}`", about, row) for about, name, row in found]
     if timed:
         lines += [
             "",
-            "| budget | model | pairs | first time | learnt before | first time, before |",
-            f"|---|---|---:|{'---:|' * 3}",
+            "| budget | model | processor | pairs | first time | learnt before | first time, before |",
+            f"|---|---|---|---:|{'---:|' * 3}",
         ]
-    for resource, name, row in timed:
-        found = [_seconds_and_steps(row[kind], row["pairs"]) if kind in row else NOTHING for kind in kinds]
-        lines.append(f"| {resource} | `{name}` | {row['pairs']} | {' | '.join(found)} |")
-    dates = sorted(row["date"][:10] for row in (*data["models"].values(), *(row for _, _, row in timed)))
-    about = data["environment"]
-    where = f"{data['what'].capitalize()}. {about['cpu']}, seed {data['seed']}, torch {about['torch']}, {dates[-1]}."
+    lines += [line(f"{budget} | `{name}`", about, row) for about, budget, name, row in timed]
+    where = f"{data['what'].capitalize()}. Seed {data['seed']}. {rows_made_on(made)}"
     return "\n".join([*lines, "", where])
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,12 @@ def _widths(folder: Path) -> Iterator[Goal]:
 
 
 def _attaching(folder: Path) -> Iterator[Goal]:
-    models = _record(folder, "attach")["models"]
+    for each in _record(folder, "attach")["machines"]:
+        for goal in _attaching_there(each["models"]):
+            yield replace(goal, what=f"{goal.what} ({each['environment']['cpu']})")
+
+
+def _attaching_there(models: Mapping[str, Any]) -> Iterator[Goal]:
     for name, (what, limit) in ATTACHED.items():
         now, before = (
             [run["cold_s"] / run["step_s"] for run in models[name]["runs"].get(tree, ())] for tree in ("now", "before")

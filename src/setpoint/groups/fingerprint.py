@@ -595,7 +595,7 @@ class _Description:
             attributes = {**vars(type(held)), **getattr(held, "__dict__", {})}
             for table in (held, *attributes.values()):
                 for entry, each in tuple(dict.items(table)) if isinstance(table, dict) else ():
-                    if self._of_user(each):
+                    if isinstance(each, _MAY_BE_OF_A_USER) and self._of_user(each):  # of plain values tables are long
                         self.text(key, str(entry))
                         self.value(each)
 
@@ -652,6 +652,7 @@ class _Description:
         self._hash.update(content)
 
 
+_MAY_BE_OF_A_USER = (FunctionType, type, staticmethod, classmethod, MethodType, property, partial)
 _MADE_IN_PYTHON = 1 << 9
 """The flag of classes that are made while a program runs."""
 

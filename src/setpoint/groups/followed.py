@@ -31,9 +31,9 @@ class _UnknownError(Exception):
 
 
 def followed(model: nn.Module, example: Example) -> str:
-    """The digest, in hexadecimal; "" where no forward on fake tensors runs, or a call has what no digest holds.
+    """The digest, in hexadecimal; "" where no forward without data runs, or a call has what no digest holds.
 
-    Tensors on the meta device would be quicker, but autocast leaves them alone.
+    Tensors on the meta device would be quicker, but autocast leaves them alone, and code may ask for the device.
     """
     calls = _Calls()
 
@@ -45,7 +45,7 @@ def followed(model: nn.Module, example: Example) -> str:
 
     try:
         with calls:
-            shapes = Rehearsal(model, example).run(prepare, faked=True)
+            shapes = Rehearsal(model, example).run(prepare, exactly=True)
     except Exception:  # noqa: BLE001 - any failure of a foreign forward counts
         return ""
     calls.text("returned", *map(str, shapes))

@@ -34,6 +34,8 @@ class Rehearsal:
         self.model = model
         self._staging = staging or Staging.whole(example)
         self._kinds: tuple[Any, ...] = (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True), None)
+        tensors = (*model.parameters(), *model.buffers(), *self._staging.tensors)
+        self._exact = self._kinds[:1] if all(each.is_meta for each in tensors) else self._kinds[1:2]
         self._enough: dict[bool, Any] = {}
         self._stand_ins: dict[Any, dict[int, Any]] = {}
 
@@ -42,18 +44,17 @@ class Rehearsal:
         prepare: Callable[[nn.Module], None] = lambda twin: None,
         *,
         other_mode: bool = False,
-        faked: bool = False,
+        exactly: bool = False,
     ) -> tuple[torch.Size, ...]:
         """Shapes of what a copy returns, or what its forward raises.
 
         Args:
             prepare: gets each copy before it runs.
             other_mode: the copy is in train mode where the model is in eval mode, and in eval mode where it is not.
-            faked: only fake tensors are tried.
+            exactly: only tensors of the model's own device, without data, are tried.
         """
-        kinds = (
-            (self._enough[other_mode],) if other_mode in self._enough else self._kinds[1:2] if faked else self._kinds
-        )
+        tried = self._exact if exactly else self._kinds
+        kinds = (self._enough[other_mode],) if other_mode in self._enough else tried
         with _quiet():
             for kind in kinds:
                 if kind is None:
