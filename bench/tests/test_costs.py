@@ -102,7 +102,9 @@ def test_one_pair_has_no_range(growth: ModuleType, tmp_path: Path) -> None:
         "latency": {"date": "2026-01-01", "pairs": 1, "cold": found},
     }
     file = tmp_path / "attach.json"
-    file.write_text(json.dumps({**ABOUT, "what": "seconds", "machines": [{**ABOUT, "models": {"net": row}}]}), encoding="utf-8")
+    file.write_text(
+        json.dumps({**ABOUT, "what": "seconds", "machines": [{**ABOUT, "models": {"net": row}}]}), encoding="utf-8"
+    )
     from tables.costs import attach_table
 
     several, one = (line for line in attach_table(file).splitlines() if "`net`" in line)
