@@ -6,9 +6,9 @@
 Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once. A pair is
 one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
 before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
-Rows of models that are not measured stay in the file, and those of other processors. With a `--budget` of latency, memory or energy the model is
-known. What such a budget learns from copies is learnt the first time, and found in the cache the second time. Joules
-are stated watts times seconds.
+Rows of models that are not measured stay in the file, and those of other processors. With a `--budget` of latency,
+memory or energy the model is known. What such a budget learns from copies is learnt the first time, and found in the
+cache the second time. Joules are stated watts times seconds.
 """
 
 from __future__ import annotations
