@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from law_language import BUDGETS, LARGER, LARGER_BUDGETS, SHORT, built, calibrated, optimal_tokens, params
+from law_language import BUDGETS, LARGER, LARGER_BUDGETS, LARGER_PAIR, SHORT, built, calibrated, optimal_tokens, params
 
 from setpoint.advice.law import Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
@@ -500,6 +500,31 @@ def _by_law(constants: Sequence[float], size: int, taken: float) -> str:
     )
 
 
+def pair_optimal_line(file: Path) -> str:
+    """The ratio of the very small pair, by two ways."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    (size,) = {row["size"] for row in data["rows"] if row["kind"] == "pair" and row["arm"] == "small"}
+    return f"The *r* of the pair is as uncertain. {_ratio_by_law(data, 'pair', '', size)}"
+
+
+def larger_pair_optimal_line(file: Path) -> str:
+    """The ratio of the pair of larger models, by three ways."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    (size,) = {row["size"] for row in data["rows"] if row["kind"] == "larger pair" and row["arm"] == "small"}
+    runs = calibrated(data["rows"], sorted(LARGER_BUDGETS)[1:], "larger calibration")
+    fewer = optimal_tokens(runs, LARGER_PAIR, LARGER)
+    ratio = data["larger_pair_optimal_tokens"] / fewer * _ratio_of(data, "larger pair", "larger_")
+    return (
+        f"This *r* is the least certain one, since the best size of no budget of the calibration is as large. Without "
+        f"the smallest budget it would be {ratio:.2g}. {_ratio_by_law(data, 'larger pair', 'larger_', size)}"
+    )
+
+
+def _ratio_by_law(data: Mapping[str, Any], kind: str, prefix: str, size: int) -> str:
+    taken = data[f"{prefix}pair_optimal_tokens"] * _ratio_of(data, kind, prefix)
+    return f"By the fitted law it would be {taken / _law(data[f'{prefix}law']).optimal_data(size):.2g}."
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %".replace("-", "−")
 
@@ -517,40 +542,98 @@ def _line(arms: Sequence[Arm], start: float, by: str) -> list[tuple[float, float
     return points
 
 
-WIDTH, HEIGHT, LEFT, TOP, WIDE, HIGH = 880, 398, 70, 80, 780, 250
+WIDTH, LEFT, TOP, WIDE, HIGH, APART = 880, 70, 106, 780, 220, 80
+RATIOS = (0.7, 96.0)
 COLORS = {2.0: BLUE, 4.0: ORANGE, 8.0: OTHERS[0]}
+FORMS = {"line": "predicted", "line dashed": "by_final"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The part of the picture that shows one final size.
+
+    Args:
+        arms: what was measured.
+        extra: arms of another final size, drawn as squares.
+        title: says which sizes these are.
+        top: of its drawing, in the picture.
+    """
+
+    arms: Sequence[Arm]
+    extra: Sequence[Arm]
+    title: str
+    top: float
+
+    def parts(self) -> Iterator[str]:
+        """Its grid, lines and points."""
+        arms = [*self.arms, *self.extra]
+        lines = {
+            (look, start): line
+            for look, by in FORMS.items()
+            for start in COLORS
+            if (line := _line(self.arms, start, by))
+        }
+        ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
+        ends += [end for line in lines.values() for _, end in line]
+        low, high = min(-0.01, *ends), max(0.01, *ends)
+
+        def at(ratio: float, gain: float) -> tuple[float, float]:
+            across = math.log(ratio / RATIOS[0]) / math.log(RATIOS[-1] / RATIOS[0])
+            return LEFT + WIDE * across, self.top + HIGH * (high - gain) / (high - low)
+
+        yield f'<text x="{LEFT}" y="{self.top - 8}">{self.title}</text>'
+        step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 8)
+        for mark in np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step:
+            y = at(1.0, mark)[1]
+            yield f'<path class="{"zero" if abs(mark) < step / 2 else "grid"}" d="M{LEFT} {y:.1f}h{WIDE}"/>'
+            yield f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:+.3g}</text>'
+        for ratio in (1, 2, 4, 8, 16, 32, 64):
+            x = at(ratio, 0.0)[0]
+            yield f'<text class="soft" x="{x:.1f}" y="{self.top + HIGH + 20}" text-anchor="middle">{ratio}</text>'
+        for (look, start), line in lines.items():
+            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in line))
+            yield f'<path class="{look} s{start:g}" d="M{path}"/>'
+        for each in arms:
+            apart = 1.05 if each.arm == "setpoint" else 1 / 1.05
+            x, y = at(each.ratio * apart * (1 + 0.02 * (math.log2(each.start) - 2)), each.gain.mean)
+            if each.gain.low is not None and each.gain.high is not None:
+                top, bottom = at(1.0, each.gain.high)[1], at(1.0, each.gain.low)[1]
+                yield f'<path class="line s{each.start:g}" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>'
+            look = f's{each.start:g} {"own" if each.arm == "setpoint" else "even"}'
+            if each in self.extra:
+                yield f'<rect class="{look}" stroke-width="2" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
+            else:
+                yield f'<circle class="{look}" stroke-width="2" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
 
 
 def write_law_picture(file: Path, out: Path) -> Path:
-    """Draw the gain against r: the law of the calibration as lines if there is one, measured points with intervals.
+    """Draw the gain against r, a panel for each size: the law of the calibration as lines, measured points.
 
     A filled point is of Setpoint's own widths, an open one of even widths. The SVG follows the reader's light or dark
     scheme.
     """
     data = json.loads(file.read_text(encoding="utf-8"))
-    arms, ratios = arms_of(data), (0.7, 96.0)
-    forms = {"line": "predicted", "line dashed": "by_final"}
-    lines = {(look, start): line for look, by in forms.items() for start in COLORS if (line := _line(arms, start, by))}
-    ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
-    ends += [end for line in lines.values() for _, end in line]
-    low, high = min(-0.01, *ends), max(0.01, *ends)
-
-    def at(ratio: float, gain: float) -> tuple[float, float]:
-        across = math.log(ratio / ratios[0]) / math.log(ratios[-1] / ratios[0])
-        return LEFT + WIDE * across, TOP + HIGH * (high - gain) / (high - low)
+    panels = [Panel(small := arms_of(data), (), _sized(small), TOP)]
+    if larger := arms_of(data, "larger", "larger_"):
+        pair = arms_of(data, "larger pair", "larger_")
+        title = f"{_sized(larger)}; squares: {_sized(pair)}" if pair else _sized(larger)
+        panels.append(Panel(larger, pair, title, TOP + HIGH + APART))
+    every = [each for panel in panels for each in (*panel.arms, *panel.extra)]
+    height = panels[-1].top + HIGH + 68
 
     light = "".join(f".s{start:g} {{ stroke: {color}; color: {color}; }} " for start, color in COLORS.items())
     dark = "".join(
         f".s{start:g} {{ stroke: {DARK[color]}; color: {DARK[color]}; }} " for start, color in COLORS.items()
     )
     drawn = "filled: Setpoint's own widths, open: even widths"
-    if lines:
+    law = any(each.predicted is not None for each in every)
+    if law:
         drawn += ", line: law of the calibration, dashed: its form of final sizes"
-    if any(each.gain.low is not None for each in arms):
+    if any(each.gain.low is not None for each in every):
         drawn += ", bar: 95 %"
     title = "Gain in nats per byte against r, tokens / compute-optimal tokens of the small model"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{title}">',
         "<style>text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
         ".soft { fill: #5a6575; } .ground { fill: #ffffff; } .grid { stroke: #e1e6ec; } .zero { stroke: #5a6575; } "
@@ -558,34 +641,20 @@ def write_law_picture(file: Path, out: Path) -> Path:
         f".own {{ fill: currentColor; }} .even {{ fill: #ffffff; }} {light}"
         "@media (prefers-color-scheme: dark) { text { fill: #e6eaf0; } .soft { fill: #a3acb9; } "
         f".grid {{ stroke: #2a3441; }} .ground, .even {{ fill: #12181f; }} {dark}}}</style>",
-        f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
-        f'<text x="{LEFT}" y="{HEIGHT - 12}">r = tokens / compute-optimal tokens of the small model</text>',
+        f'<rect class="ground" width="{WIDTH}" height="{height}" rx="6"/>',
+        f'<text x="{LEFT}" y="{height - 12}">r = tokens / compute-optimal tokens of the small model</text>',
         f'<text x="{LEFT}" y="44">gain over the small model, nats per byte</text>',
         f'<text class="soft" x="{LEFT}" y="62">{drawn}</text>',
     ]
-    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 8)
-    for mark in np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step:
-        y = at(1.0, mark)[1]
-        parts.append(f'<path class="{"zero" if abs(mark) < step / 2 else "grid"}" d="M{LEFT} {y:.1f}h{WIDE}"/>')
-        parts.append(f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:+.3g}</text>')
-    for ratio in (1, 2, 4, 8, 16, 32, 64):
-        x = at(ratio, 0.0)[0]
-        parts.append(f'<text class="soft" x="{x:.1f}" y="{TOP + HIGH + 20}" text-anchor="middle">{ratio}</text>')
-    for (look, start), line in lines.items():
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (at(*point) for point in line))
-        parts.append(f'<path class="{look} s{start:g}" d="M{path}"/>')
-    for place, start in enumerate(start for start in COLORS if lines or any(each.start == start for each in arms)):
+    for place, start in enumerate(start for start in COLORS if law or any(each.start == start for each in every)):
         x = LEFT + 130 * place
         parts.append(
             f'<path class="line s{start:g}" d="M{x} 18h26"/><text x="{x + 32}" y="22">start at {start:g} x</text>'
         )
-    for each in arms:
-        apart = 1.05 if each.arm == "setpoint" else 1 / 1.05
-        x, y = at(each.ratio * apart * (1 + 0.02 * (math.log2(each.start) - 2)), each.gain.mean)
-        if each.gain.low is not None and each.gain.high is not None:
-            top, bottom = at(1.0, each.gain.high)[1], at(1.0, each.gain.low)[1]
-            parts.append(f'<path class="line s{each.start:g}" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
-        look = "own" if each.arm == "setpoint" else "even"
-        parts.append(f'<circle class="s{each.start:g} {look}" stroke-width="2" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+    parts += [part for panel in panels for part in panel.parts()]
     out.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
     return out
+
+
+def _sized(arms: Sequence[Arm]) -> str:
+    return f"final size {max(each.size for each in arms):,.0f} parameters"
