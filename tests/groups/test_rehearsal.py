@@ -147,3 +147,64 @@ def test_sizes_that_do_not_fit_are_refused_as_by_torch(place: str, shape: tuple[
 
     with pytest.raises(RuntimeError):
         Rehearsal(Answered(), (torch.randn(2, 3, 4),)).run(prepare)
+
+
+def norm_of(x: Tensor, width: int = 3, training: bool = True) -> tuple[Tensor, ...]:
+    """A batch norm as torch calls it itself, which checks no sizes."""
+    weight, mean = torch.ones(width), torch.zeros(width)
+    return torch.native_batch_norm(x, weight, weight, mean, weight, training, 0.1, 1e-5)
+
+
+CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "a norm": norm_of,
+    "a norm that knows its statistics": lambda x: norm_of(x, training=False),
+    "a softmax": lambda x: torch._safe_softmax(x, -1),
+    "a softmax across": lambda x: torch._safe_softmax(x.transpose(0, 1), -1),
+    "a softmax in float64": lambda x: torch._safe_softmax(x, -1, torch.float64),
+    "a product": lambda x: torch.addmm(x[0, 0], x[0], x[0].t() @ x[0]),
+    "a sum": lambda x: x + x.transpose(0, 1).contiguous().transpose(0, 1),
+    "a single number": lambda x: (torch.tensor(2.0) + torch.tensor(1.0)).item() * x,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_fake_tensors_are_answered_as_real_ones(call: str) -> None:
+    """Claim: shapes, strides and dtypes of what is answered by a shape are those of real tensors."""
+    found: list[list[Any]] = []
+
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            made = CALLS[call](x)
+            made = made if isinstance(made, tuple) else (made,)
+            found.append([(each.shape, each.stride(), each.dtype) for each in made])
+            return x
+
+    x = torch.randn(4, 3, 4)
+    Calls()(x)
+    Rehearsal(Calls(), (x,)).run(exactly=True)
+    assert found[0] == found[1]
+
+
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "a norm of other channels": lambda x: norm_of(x, width=2),
+    "a softmax along no dim": lambda x: torch._safe_softmax(x, 3),
+    "a product of two dtypes": lambda x: torch.addmm(x[0, 0], x[0].bfloat16(), x[0].t() @ x[0]),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_what_torch_refuses_is_refused_on_fake_tensors(call: str) -> None:
+    """Claim: no answer by a shape stands where torch, given fake tensors, raises or gives another dtype."""
+
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            made = WRONG[call](x)
+            assert not isinstance(made, Tensor) or made.dtype == x.dtype
+            return x
+
+    rehearsal = Rehearsal(Calls(), (torch.randn(4, 3, 4),))
+    if call == "a product of two dtypes":
+        rehearsal.run(exactly=True)  # torch answers in float32
+    else:
+        with pytest.raises((RuntimeError, IndexError)):
+            rehearsal.run(exactly=True)

@@ -599,7 +599,7 @@ class Panel:
             if each.gain.low is not None and each.gain.high is not None:
                 top, bottom = at(1.0, each.gain.high)[1], at(1.0, each.gain.low)[1]
                 yield f'<path class="line s{each.start:g}" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>'
-            look = f's{each.start:g} {"own" if each.arm == "setpoint" else "even"}'
+            look = f"s{each.start:g} {'own' if each.arm == 'setpoint' else 'even'}"
             if each in self.extra:
                 yield f'<rect class="{look}" stroke-width="2" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
             else:

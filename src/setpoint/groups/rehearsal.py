@@ -35,7 +35,7 @@ class Rehearsal:
         self._staging = staging or Staging.whole(example)
         self._kinds: tuple[Any, ...] = (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True), None)
         tensors = (*model.parameters(), *model.buffers(), *self._staging.tensors)
-        self._exact = self._kinds[:1] if all(each.is_meta for each in tensors) else self._kinds[1:2]
+        self._exact = self._kinds[:2] if all(each.is_meta for each in tensors) else self._kinds[1:2]
         self._enough: dict[bool, Any] = {}
         self._stand_ins: dict[Any, dict[int, Any]] = {}
 
@@ -51,7 +51,8 @@ class Rehearsal:
         Args:
             prepare: gets each copy before it runs.
             other_mode: the copy is in train mode where the model is in eval mode, and in eval mode where it is not.
-            exactly: only tensors of the model's own device, without data, are tried.
+            exactly: only fake tensors are tried, which know their device, and before them the meta device for a model
+                that is there.
         """
         tried = self._exact if exactly else self._kinds
         kinds = (self._enough[other_mode],) if other_mode in self._enough else tried
@@ -121,9 +122,13 @@ def _is_without_data(x: torch.Tensor) -> bool:
     return x.is_meta or (isinstance(x, FakeTensor) and x.numel() > 1)
 
 
-def _batch_norm(x: torch.Tensor, *_: Any) -> Any:
-    """Its sizes have been checked above, in what chooses the kernel."""
-    return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+def _batch_norm(x: torch.Tensor, *given: Any) -> Any:
+    *tensors, training, _, _ = given
+    channels = x.shape[1:2]
+    if not channels or any(each is not None and each.shape != channels for each in tensors):
+        return None
+    saved = channels if training else (0,)
+    return torch.empty_like(x), x.new_empty(saved), x.new_empty(saved)
 
 
 def _layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
@@ -136,7 +141,13 @@ def _layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, e
 
 def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
     fits = bias.dim() == 1 and left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
+    fits = fits and bias.dtype == left.dtype == right.dtype
     return left.new_empty(left.shape[0], right.shape[1]) if fits and bias.shape[0] == right.shape[1] else None
+
+
+def _softmax(x: torch.Tensor, dim: int, dtype: Any = None) -> Any:
+    fits = dtype is None and -x.dim() <= dim < x.dim()
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if fits else None
 
 
 def _alike(left: torch.Tensor, right: Any, *_: Any) -> Any:
@@ -148,7 +159,7 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.addmm.default: _addmm,
-    torch.ops.aten._safe_softmax.default: lambda x, dim: torch.empty_like(x),
+    torch.ops.aten._safe_softmax.default: _softmax,
     torch.ops.aten.add.Tensor: _alike,
     torch.ops.aten.mul.Tensor: _alike,
     torch.ops.aten.gelu.default: lambda x: torch.empty_like(x),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -54,7 +53,7 @@ class Costing:
     """The costs of a run beyond FLOPs and parameters.
 
     Args:
-        errors: by resource, median relative error of the prediction on copies; absent where not known.
+        errors: by resource, relative error of the prediction on copies, the median of several; absent where not known.
         step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
         idle_watts: power drawn while this process rests, as measured; None where joules are not asked for or metered.
         steps: made on copies, in steps of the dense model by FLOPs.
@@ -117,9 +116,10 @@ def cost_out(
     if wanted & {"memory", "latency", "energy"}:
         make = tally.over(partial(replica, model, optimizers, example, groups), share, begun=1)
         seen = list[Reading]() if table is not None and meter is None else None
-        peaks = list[Reading]() if "memory" in wanted and device.type == "cpu" else None  # a GPU's has the live model
-        kept = tape_key(model, optimizers, groups, fingerprint, "step")
-        tape = kept_tape(kept, partial(_tape, make, groups, seen, peaks))
+        # The allocator of a GPU counts the live model, too.
+        peaks = list[Reading]() if "memory" in wanted and device.type == "cpu" else None
+        key = tape_key(model, optimizers, groups, fingerprint, "step")
+        tape = kept_tape(key, partial(_tape, make, groups, seen, peaks))
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if peaks is not None:
@@ -128,7 +128,8 @@ def cost_out(
                 if isinstance(known, float):
                     errors["memory"] = known
                 else:
-                    errors["memory"] = _memory_error(memory, peaks or _peaks(make, groups))
+                    ((widths, peak),) = peaks or [_peak(make, groups)]
+                    errors["memory"] = abs(memory.total(widths) / peak - 1.0)
                     keep(checked, errors["memory"])
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
@@ -157,16 +158,20 @@ def cost_out(
     return Costing(costs, sources, errors, step_seconds, meter, idle, tally.steps)
 
 
-def _memory_error(memory: Cost, peaks: Sequence[Reading]) -> float:
-    """Median relative error of predicted bytes."""
-    return statistics.median(abs(memory.total(widths) / peak - 1.0) for widths, peak in peaks)
+def _peak(make: Make, groups: tuple[Group, ...]) -> Reading:
+    """Bytes of a step of a copy of its own."""
+    narrow = narrowing_widths(groups, dense=False)[0][-1]
+    with make(narrow, data=True) as copy:
+        return _narrower(copy, cut_groups(groups, first(groups, narrow)), narrow)
 
 
-def _peaks(make: Make, groups: tuple[Group, ...]) -> list[Reading]:
-    """Bytes of a step of a copy of its own, at other widths than those of the tape."""
-    widths = halfway(groups, *narrowing_widths(groups)[0][1:3])
-    with make(widths, data=True) as copy:
-        return [(widths, peak_bytes(copy.step, copy.held()))]
+def _narrower(copy: Narrowing, left: tuple[Group, ...], widths: Mapping[str, int]) -> Reading:
+    """Bytes of a step at widths that are narrower than those of a copy, where blocks reach any."""
+    least = {each.name: lowest_width(each) for each in left}
+    between = halfway(left, widths, least)
+    chosen = least if between == widths else between
+    copy.narrow(left, chosen)
+    return chosen, peak_bytes(copy.step, copy.held())
 
 
 def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:
@@ -178,7 +183,7 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
 
 
 def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, peaks: list[Reading] | None) -> Tape:
-    """The recorded step; what slow ones took is added to `seen`, and bytes between to `peaks`, where asked for.
+    """The recorded step; seconds of slow steps are added to `seen`, and bytes to `peaks`, where these are asked for.
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
@@ -187,7 +192,7 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, pea
     does save.
     Whatever goes wrong in foreign code becomes one error that says what to do.
     """
-    narrow, apart = narrowing_widths(groups)
+    narrow, apart = narrowing_widths(groups, dense=False)
     try:
         with under_way("recording a step") as show:
             if apart:
@@ -231,12 +236,10 @@ def _narrowed(
                 with watch:
                     yield copy  # whoever asks for the next one has recorded a step
                 taken.append((widths, watch.seconds))
-                if peaks is not None and number == 1:  # in the middle, at other widths than those of the tape
-                    between = halfway(groups, *vectors[1:3])
-                    left = copy.narrow(left, between)
-                    peaks.append((between, peak_bytes(copy.step, copy.held())))
             if seen is not None and taken[-1][1] >= _SLOW_S and all(each.device.type == "cpu" for each in copy.held()):
                 seen.extend(_plain(copy, left, taken, _narrowing(groups)[-1]))
+            elif peaks is not None:  # not between two recorded steps: an optimizer that counts may change with them
+                peaks.append(_narrower(copy, left, vectors[-1]))
 
     with closing(copies()) as narrowing:
         return record_each(narrowing, vectors)
@@ -292,7 +295,7 @@ def _calibrated(
 def _narrowing(groups: tuple[Group, ...]) -> list[dict[str, int]]:
     """Widths to time whole steps at: dense, then each narrower than the one before, down to the least."""
     least = {group.name: lowest_width(group) for group in groups}
-    return [widths_of(groups), *narrowing_widths(groups)[0][1:], least]
+    return [*narrowing_widths(groups, dense=True)[0], least]
 
 
 def _timed(

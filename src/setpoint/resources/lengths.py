@@ -14,6 +14,7 @@ from setpoint.groups.group import Group, Size
 _MAX_VECTORS, _DRAWS = 16, 100
 _BANDS = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
 """Densities of the groups at the widths between dense and the least."""
+_FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
 
 
 def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
@@ -40,25 +41,37 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     return vectors
 
 
-def narrowing_widths(groups: Sequence[Group], seed: int = 0) -> tuple[list[dict[str, int]], bool]:
-    """Widths below dense, each nowhere wider than those before; and whether they tell all groups apart.
+def narrowing_widths(groups: Sequence[Group], *, dense: bool) -> tuple[list[dict[str, int]], bool]:
+    """Four width vectors, each nowhere wider than those before; and whether they tell all groups apart.
 
     Each group has densities of its own, so that products of widths and all else do not shrink in proportion. Groups of
-    few units, as heads are, may be too many to be told apart. Dense widths are left out: a step there takes longest.
+    few units, as heads are, may be too many to be told apart.
+
+    Args:
+        dense: whether the dense widths come first. They do so, too, where narrower ones do not tell the groups apart.
+            A step there takes longest.
     """
-    generator, seen = np.random.default_rng(seed), set[tuple[int, ...]]()
     reach = {group.name: _reach(group) for group in groups}
+    for bands in (_FROM_DENSE,) if dense else (_BANDS, _FROM_DENSE):
+        vectors = _vectors(reach, bands)
+        if apart := _told_apart(reach, vectors):
+            break
+    return vectors, apart
+
+
+def _vectors(reach: Mapping[str, Sequence[int]], bands: Sequence[tuple[float, float]]) -> list[dict[str, int]]:
+    """A width vector for each band of densities."""
+    generator, seen = np.random.default_rng(0), set[tuple[int, ...]]()
     columns = dict[str, list[int]]()
     for name, widths in reach.items():
         for _ in range(_DRAWS):
-            wanted = widths[0] * np.array([generator.uniform(*band) for band in _BANDS])
+            wanted = widths[0] * np.array([generator.uniform(*band) for band in bands])
             columns[name] = [_nearest(widths, near) for near in wanted]
             direction = _direction(columns[name])[0]
             if len(widths) == 1 or (any(direction) and direction not in seen):
                 break
         seen.add(direction)
-    vectors = [{name: column[row] for name, column in columns.items()} for row in range(len(_BANDS))]
-    return vectors, _told_apart(reach, vectors)
+    return [{name: column[row] for name, column in columns.items()} for row in range(len(bands))]
 
 
 def halfway(groups: Sequence[Group], wide: Mapping[str, int], narrow: Mapping[str, int]) -> dict[str, int]:
