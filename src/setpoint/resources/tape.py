@@ -203,8 +203,8 @@ def _solved(takes: Sequence[_Take], vectors: Sequence[Mapping[str, int]]) -> Tap
             single = [name for name, width in vector.items() if width == 1 < vectors[0][name]]
             out = f", or leave out by `groups=` what becomes a single unit ({', '.join(single)})" if single else ""
             raise CostError(
-                f"the training step makes other operations at widths {dict(vector)} than at wider ones, so its cost is no "
-                f"function of widths: hold it to a budget of 'flops' or 'params'{out}"
+                f"the training step makes other operations at widths {dict(vector)} than at wider ones, so its cost is "
+                f"no function of widths: hold it to a budget of 'flops' or 'params'{out}"
             )
     lengths = Lengths(vectors)
     operations = [_operation(lengths, seen) for seen in zip(*(calls for calls, _, _ in takes), strict=True)]
