@@ -113,8 +113,11 @@ SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear"
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
 LONG_ARMS = (*ARMS, ("even", 8.0), ("setpoint", 8.0))
 LONGEST_ARMS = (*ARMS, ("even", 8.0))
-LARGER_PAIR, LARGER_PAIR_ARMS = 4.0, (("small", 4.0, 0.002), ("even", 8.0, 0.004), ("small", 4.0, 0.004))
-"""Of the pair of larger models: its final size, and its arms with rates that were good at 16 for smaller ones."""
+LARGER_PAIR = 4.0
+LARGER_PAIR_ARMS = tuple(("small", 4.0, rate) for rate in (0.002, *LOW_RATES)) + tuple(
+    ("even", 8.0, rate) for rate in LOW_RATES
+)
+"""Of the pair of larger models: its final size, and its arms with rates."""
 LARGER_PAIR_RATIO = 8.0
 """The text holds 14 times the optimal bytes of this size; a run of 8 times takes most of an hour."""
 PAIR, PAIR_ARMS = 2.0, (("small", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -520,8 +523,9 @@ def run_all(results: Results, bench: Bench, pause: Path | None) -> None:
 def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken at 1.
 
-    Seed 0 comes first, then the other seeds. Rates are swept once more at 16, with all seeds at the best. Starts of 4
-    and of 8 come last, at seed 0; at 16 with even widths alone.
+    Seed 0 comes first, then the other seeds. Rates are swept once more at 16, with all seeds at the best. Then come
+    starts of 4, whose rates are swept at 4 and 1, and starts of 8; at 16 with even widths alone. A second rate at 1 and
+    the other seeds of starts come last.
     """
 
     def of(arm: tuple[str, float], ratio: float, rate: float, seed: int = 0) -> Cell:
@@ -538,10 +542,12 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     swept = {arm: best(arm, 16.0, LARGER_LONG_RATES[arm[0]]) for arm in LARGER_ARMS}
     yield from (of(arm, 16.0, swept[arm], seed) for seed in SEEDS[1:] for arm in LARGER_ARMS)
     rates = RATES["larger, starts of 4"]
-    yield from (of(arm, 4.0, rate) for arm in LARGER_STARTS_OF_4 for rate in rates)
-    swept = {arm: best(arm, 4.0, rates) for arm in LARGER_STARTS_OF_4}
-    yield from (of(arm, 1.0, swept[arm]) for arm in LARGER_STARTS_OF_4)
+    yield from (of(arm, ratio, rate) for ratio in (4.0, 1.0) for arm in LARGER_STARTS_OF_4 for rate in rates)
     yield from (of((arm, start), 16.0, rate) for arm, start, rate in LARGER_LONG_STARTS)
+    yield from (of(arm, 1.0, LOW_RATES[1]) for arm in LARGER_ARMS)
+    for seed in SEEDS[1:]:
+        yield from (of(arm, 1.0, best(arm, 1.0, LOW_RATES), seed) for arm in LARGER_ARMS)
+        yield from (of(arm, ratio, best(arm, ratio, rates), seed) for ratio in (1.0, 4.0) for arm in LARGER_STARTS_OF_4)
 
 
 def larger_pair(optimal: int) -> Iterator[Cell]:

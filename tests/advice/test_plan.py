@@ -92,7 +92,7 @@ def test_advice_for_a_size_and_tokens() -> None:
     assert 6 * 1e8 * mean(2) * advice.tokens == pytest.approx(advice.bill)
     same = setpoint.plan(size=1e8, flops=advice.bill, laws=[OWN])
     assert same.ratio == pytest.approx(advice.ratio)
-    assert str(advice).startswith("Nothing is known. The given law predicts a gain from pruning. Setpoint's tests, ")
+    assert str(advice).startswith("This is uncertain. The given law predicts a gain from pruning. Setpoint's tests, ")
     assert advice.advice == "unknown" and str(advice).count(UNPROVEN) == 1
     assert "less reducible loss than a small dense model" in str(advice)
     assert "steps" in str(advice) and "Hoffmann" in str(advice)
@@ -182,7 +182,7 @@ def test_the_interval_follows_from_the_errors_of_the_exponents() -> None:
 def test_nothing_is_advised_beyond_what_was_tested(ratio: float, advice: str) -> None:
     """Claim: the advice never becomes rosier where less is known, and the dictionary says the same as the text."""
     found = setpoint.plan(ratio=ratio)
-    words = {"train the small model": "Train the small model. ", "unknown": "Nothing is known. "}[advice]
+    words = {"train the small model": "Train the small model. ", "unknown": "This is uncertain. "}[advice]
     assert found.advice == found.to_dict()["advice"] == advice and str(found).startswith(words)
 
 

@@ -356,13 +356,19 @@ def over_trained_line(file: Path) -> str:
     there = sorted((arm for arm in arms if arm.ratio == largest), key=lambda arm: arm.start)
     starts = _listed([f"{arm.start:g}" for arm in there])
     losses = _listed([f"{arm.loss:.3f}" for arm in there])
+
+    def rates(arm: str, start: float) -> int:
+        of = (row for row in data["rows"] if row["kind"] == "arm" and (row["arm"], row["start"]) == (arm, start))
+        return len({row["rate"] for row in of if row["ratio"] == largest and row["seed"] == 0})
+
     by_law = largest * data["optimal_tokens"] / _law(data["law"]).optimal_data(params(built(1.0)))
     return (
         f"A tiny language model was trained from scratch on {by_law:.0f} to {largest:g} times the data that is optimal "
         f"for its size, by two estimates. "
         f"Small from the start, "
         f"it ends at {there[0].small:.3f} nats per byte; less is better. From a start {starts} times as large it ends "
-        f"at {losses} for the same FLOPs ({there[0].gain.num} seeds)."
+        f"at {losses} for the same FLOPs ({there[0].gain.num} seeds). The small model had {rates('small', 1.0)} learning "
+        f"rates to choose from, the others {_listed([f'{rates(arm.arm, arm.start)}' for arm in there])}."
     )
 
 

@@ -131,7 +131,7 @@ class Advice:
     def __str__(self) -> str:
         tests = next((note for note in self.notes if note.startswith(UNPROVEN)), "")
         law = "The published law" if tests == UNPROVEN else "The given law"
-        does = "Nothing is known" if self.advice == "unknown" else "Train the small model"
+        does = "This is uncertain" if self.advice == "unknown" else "Train the small model"
         says = {"prune": "predicts a gain from pruning", "train the small model": "predicts a loss from pruning"}
         headline = f"{does}. {law} {says.get(self.verdict, 'says nothing certain, since its fits disagree')}."
         lines = [f"{headline} {tests}." if tests else headline]
