@@ -161,6 +161,7 @@ def filled(text: str) -> str:
             "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
             "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),
             "law-pair": lambda: pair_table(RESULTS / "law-language.json"),
+            "law-larger-pair-rates": lambda: rates_table(RESULTS / "law-language.json", "larger pair"),
             "law-pair-optimal": lambda: pair_optimal_line(RESULTS / "law-language.json"),
             "law-larger-pair-optimal": lambda: larger_pair_optimal_line(RESULTS / "law-language.json"),
             "law-larger-pair": lambda: pair_table(RESULTS / "law-language.json", "larger pair", "larger_"),

@@ -325,11 +325,12 @@ def _ratio_of(data: Mapping[str, Any], kind: str, prefix: str) -> float:
 
 def rates_table(file: Path, kind: str = "arm") -> str:
     """By ratio and learning rate, the small model beside even starts of 2 at seed 0; the best of a ratio is bold."""
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if row["kind"] == kind]
     found = {
         (row["ratio"], row["arm"], row["rate"]): row["test"]
         for row in rows
-        if row["kind"] == kind and row["seed"] == 0 and (row["arm"], row["start"]) in (("small", 1.0), ("even", 2.0))
+        if row["seed"] == 0
+        and (row["arm"], row["start"] / row.get("final", 1.0)) in (("small", 1.0), ("even", 2.0))  # older rows lack it
     }
     rates = sorted({rate for _, _, rate in found})
     lines = [

@@ -34,11 +34,12 @@ STARTS = (2.0, 4.0, 8.0)
 TESTED = 10.0
 """Up to this ratio, by a law that was fitted to them, the direct tests found no gain."""
 UNPROVEN = (
-    "Setpoint's tests, on language models of 5 and 51 thousand parameters, found no gain at ratios of 1 to 64 by the "
-    "best sizes at equal FLOPs, which are 0.2 to 10 by a fitted law"
+    "Setpoint's tests found no gain at ratios of 1 to 64 for language models of 5 thousand parameters, and of 1 to 16 "
+    "for 51 thousand, but a slight one in a single pair of 200 thousand; the ratios are by the best sizes at equal "
+    "FLOPs, and 0.2 to 10 by a fitted law"
 )
 LARGER_STARTS = "; in the tests larger starts lost more"
-UNPROVEN_OF_OTHERS = f"{UNPROVEN}, though a law that was measured for these models predicted one"
+UNPROVEN_OF_OTHERS = f"{UNPROVEN}; a law that was measured for these models predicted gains"
 OF_LANGUAGE = (
     "the constants are of language models: for a model that is given no tokens the gain is a guess. On images, at 4 "
     "and 16 times the passes of a task, pruned and small models were level"
@@ -145,7 +146,7 @@ class Advice:
                          f"{' at least' if len(self.sources) > 1 else ''} {100 * self.best_gain:.1f} % less reducible "
                          f"loss{LARGER_STARTS if self.best_start > self.start else ''}")  # fmt: skip
         lines.append(
-            f"  by final size in place of average size, which fits Setpoint's tests better: "
+            f"  by final size in place of average size, which fits most of Setpoint's tests better: "
             f"{_compared(*self.gain_by_final_size)}"
         )
         if self.bill is not None:
