@@ -92,7 +92,9 @@ def test_advice_for_a_size_and_tokens() -> None:
     assert 6 * 1e8 * mean(2) * advice.tokens == pytest.approx(advice.bill)
     same = setpoint.plan(size=1e8, flops=advice.bill, laws=[OWN])
     assert same.ratio == pytest.approx(advice.ratio)
-    assert str(advice).startswith("This is uncertain. The given law predicts a gain from pruning. Setpoint's tests found ")
+    assert str(advice).startswith(
+        "This is uncertain. The given law predicts a gain from pruning. Setpoint's tests found "
+    )
     assert advice.advice == "unknown" and str(advice).count(UNPROVEN) == 1
     assert "less reducible loss than a small dense model" in str(advice)
     assert "steps" in str(advice) and "Hoffmann" in str(advice)
