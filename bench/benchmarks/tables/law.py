@@ -368,8 +368,8 @@ def over_trained_line(file: Path) -> str:
         f"for its size, by two estimates. "
         f"Small from the start, "
         f"it ends at {there[0].small:.3f} nats per byte; less is better. From a start {starts} times as large it ends "
-        f"at {losses} for the same FLOPs ({there[0].gain.num} seeds). The small model had {rates('small', 1.0)} learning "
-        f"rates to choose from, the others {_listed([f'{rates(arm.arm, arm.start)}' for arm in there])}."
+        f"at {losses} for the same FLOPs ({there[0].gain.num} seeds). The small model had {rates('small', 1.0)} "
+        f"learning rates to choose from, the others {_listed([f'{rates(arm.arm, arm.start)}' for arm in there])}."
     )
 
 
