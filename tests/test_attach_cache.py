@@ -25,6 +25,8 @@ from setpoint.actuator import tried
 from setpoint.cache import cache_folder, keep, recall
 from setpoint.errors import GroupError, UsageError
 from setpoint.groups.group import Group
+from setpoint.resources import costing
+from setpoint.resources.kept_tape import tape_key
 from setpoint.resources.table import Table
 
 
@@ -97,6 +99,40 @@ def test_an_equal_model_is_tried_once(tries: list[int]) -> None:
     assert len(tries) == 1
     assert facts(attached(Net(), verify="always")) == facts(first)
     assert len(tries) == 2
+
+
+@pytest.mark.parametrize("of", ["flops", "memory"])
+def test_a_model_without_an_example_is_known(of: str, tries: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: where the first step gives the example, an equal model is neither tried nor recorded a second time."""
+    recorded: list[int] = []
+    plain = costing._tape
+    monkeypatch.setattr(costing, "_tape", lambda *given: recorded.append(1) or plain(*given))
+    for _ in range(2):
+        model = Net(width=32)
+        optimizer = torch.optim.AdamW(model.parameters())
+        loop = setpoint.attach(model, optimizer, setpoint.Budget.fraction(0.8, of=of), total_steps=10)
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        assert loop.groups
+        loop.detach()
+    assert len(tries) == 1 and len(recorded) == (of == "memory")
+
+
+@pytest.mark.parametrize("where", ["a tensor", "an optimizer"])
+def test_hooks_of_the_user_make_a_model_unknown(where: str, tries: list[int]) -> None:
+    """Claim: a hook of the user's on a weight is not known; one on an optimizer keeps the recorded step from being."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    key = tape_key(model, (optimizer,), (), "a fingerprint", "step")
+    assert key
+    if where == "a tensor":
+        model.a.weight.register_hook(lambda grad: grad)
+        for _ in range(2):
+            attached(model)
+        assert len(tries) == 2
+    else:
+        optimizer.register_step_pre_hook(lambda *given: None)
+        assert tape_key(model, (optimizer,), (), "a fingerprint", "step") == ""
 
 
 def test_the_cache_can_be_turned_off(tries: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ from setpoint.groups.by_method import MethodForward
 from setpoint.groups.example import Example, tensors_of
 from setpoint.groups.follow_data import is_library
 from setpoint.groups.lookups import Import, Lookups, changing, is_constant, lookups
+from setpoint.groups.users_hooks import is_setpoints
 from setpoint.groups.walk import registered
 from setpoint.words import a_type
 
@@ -629,7 +630,8 @@ class _Description:
 
     def _outside(self, tensor: Tensor) -> None:
         """All of a tensor but its numbers."""
-        if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        tables = [getattr(tensor, name, None) or {} for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+        if not all(is_setpoints(hook) for table in tables for hook in table.values()):  # a loop that waits has one
             raise NoFingerprintError("a tensor has hooks")
         strided = tensor.layout == torch.strided
         self.text(f"{type(tensor).__name__} {tuple(tensor.shape)} {tensor.dtype} {tensor.device} {tensor.layout}")

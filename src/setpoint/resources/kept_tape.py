@@ -18,6 +18,7 @@ from setpoint.errors import CostError
 from setpoint.groups.encoded import decode_size, encode_groups, encode_size
 from setpoint.groups.fingerprint import digest
 from setpoint.groups.group import Group, Size
+from setpoint.groups.users_hooks import is_setpoints
 from setpoint.resources.tape import Operand, Operation, Storage, Tape
 
 _OPTIMIZERS = (
@@ -74,11 +75,8 @@ def _described(optimizer: Optimizer, names: Mapping[int, str]) -> list[Any]:
             raise CostError("a parameter is not the model's")
         return names[id(parameter)]
 
-    if (
-        type(optimizer) not in _OPTIMIZERS
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-    ):
+    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
+    if type(optimizer) not in _OPTIMIZERS or not all(map(is_setpoints, hooks)):  # a loop that waits has some
         raise CostError("another kind of optimizer")
     groups = [
         [
