@@ -34,6 +34,7 @@ class Goal:
         shown: writes a value.
         now: of this version.
         before: of an older version, measured in turn; may be empty.
+        processors: on which it was measured.
     """
 
     what: str
@@ -41,13 +42,15 @@ class Goal:
     shown: Callable[[float], str]
     now: Sequence[float]
     before: Sequence[float] = ()
+    processors: Sequence[str] = ()
 
     @property
     def line(self) -> str:
         """Its line of the table."""
         reached = "yes" if statistics.median(self.now) <= self.limit else "**no**"
         return (
-            f"| {self.what} | {self.shown(self.limit)} | {self._of(self.before)} | {self._of(self.now)} | {reached} |"
+            f"| {self.what} | {', '.join(dict.fromkeys(map(_short, self.processors)))} | {self.shown(self.limit)} "
+            f"| {self._of(self.before)} | {self._of(self.now)} | {reached} |"
         )
 
     def _of(self, values: Sequence[float]) -> str:
@@ -59,7 +62,7 @@ class Goal:
 
 def seconds_goals_table(folder: Path) -> str:
     """Every goal in seconds, from the records of a folder."""
-    lines = ["| what | goal | before | now (range) | reached |", f"|---|{'---:|' * 3}---|"]
+    lines = ["| what | processor | goal | before | now (range) | reached |", f"|---|---|{'---:|' * 3}---|"]
     parts = (_widths, _attaching, _own_work, _compiled, _growth)
     return "\n".join([*lines, *(goal.line for part in parts for goal in part(folder))])
 
@@ -69,16 +72,26 @@ def _record(folder: Path, name: str) -> dict[str, Any]:
     return record
 
 
+def _processors(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (str(record["environment"]["cpu"]),)
+
+
+def _short(processor: str) -> str:
+    """The name without marks and frequency."""
+    return processor.replace("(R)", "").partition(" @")[0].removesuffix(" Processor")
+
+
 def _widths(folder: Path) -> Iterator[Goal]:
-    ratios = [row["ratio"] for row in _record(folder, "widths")["rows"] if row["task"] in FULL_TASKS]
+    record = _record(folder, "widths")
+    ratios = [row["ratio"] for row in record["rows"] if row["task"] in FULL_TASKS]
     what = f"seconds of a step: widths that were found, of even ones at equal FLOPs ({', '.join(FULL_TASKS)})"
-    yield Goal(what, WIDTHS, digits, ratios)
+    yield Goal(what, WIDTHS, digits, ratios, processors=_processors(record))
 
 
 def _attaching(folder: Path) -> Iterator[Goal]:
     for each in _record(folder, "attach")["machines"]:
         for goal in _attaching_there(each["models"]):
-            yield replace(goal, what=f"{goal.what} ({each['environment']['cpu']})")
+            yield replace(goal, processors=_processors(each))
 
 
 def _attaching_there(models: Mapping[str, Any]) -> Iterator[Goal]:
@@ -111,9 +124,9 @@ def _own_work(folder: Path) -> Iterator[Goal]:
                 for tree in ("now", "before")
             )
             what = f"own work in a run of `{name}`, {found['steps']:,} steps, {words}"
-            yield Goal(what, limit, percent, now, before)
-    resize = record["resnet50"]["resize_in_steps"]
-    yield Goal("a cut of ResNet-50 with AdamW, in training steps", RESIZE_STEPS, digits, [resize])
+            yield Goal(what, limit, percent, now, before, _processors(found))
+    resize, what = record["resnet50"]["resize_in_steps"], "a cut of ResNet-50 with AdamW, in training steps"
+    yield Goal(what, RESIZE_STEPS, digits, [resize], processors=_processors(record))
 
 
 def _compiled(folder: Path) -> Iterator[Goal]:
@@ -125,14 +138,17 @@ def _compiled(folder: Path) -> Iterator[Goal]:
                 continue
             if how != "compiled after the last cut":
                 again = [run["recompile_seconds"] / run["first_compiled_seconds"] for run in pruned]
-                yield Goal(f"compiling again in `{task}`, {how}, of the first time", AGAIN, digits, again)
+                what = f"compiling again in `{task}`, {how}, of the first time"
+                yield Goal(what, AGAIN, digits, again, processors=_processors(measured))
             eager = runs["eager, pruned"]
             whole = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(pruned, eager, strict=True)]
-            yield Goal(f"whole run of `{task}`, pruned: {how}, of eager", 1.0, digits, whole)
+            what = f"whole run of `{task}`, pruned: {how}, of eager"
+            yield Goal(what, 1.0, digits, whole, processors=_processors(measured))
 
 
 def _growth(folder: Path) -> Iterator[Goal]:
-    for row in _record(folder, "growth")["models"]:
+    record = _record(folder, "growth")
+    for row in record["models"]:
         if row["units"] == DECISION_UNITS:
             what = f"a decision over {row['units']:,} units, {row['layers']} layers"
-            yield Goal(what, DECISION_S, duration, row["rounds"]["decision_s"])
+            yield Goal(what, DECISION_S, duration, row["rounds"]["decision_s"], processors=_processors(record))

@@ -178,7 +178,10 @@ def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: En
     if meter is not None and joules:
         return fit_energy(latency, joules, meter.source)
     if watts is None:
-        raise CostError("the energy meter gave no reading while copies of the model were trained: give watts=")
+        raise CostError(
+            "the energy meter gave no reading while copies of the model were trained: give the budget the power that a "
+            "training step draws, as in Budget.fraction(0.5, of='energy', watts=W)"
+        )
     return EnergyCost(latency, watts, stated=True)
 
 

@@ -128,7 +128,11 @@ class Table:
                 raise ValueError("it holds a fit of nothing")
         except FileNotFoundError:
             return nothing
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except OSError as error:
+            if warns:
+                warn(f"the latency table {self.file} cannot be read ({error}): operations are timed again")
+            return nothing
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if warns:
                 warn(f"the latency table {self.file} is damaged ({error}) and is timed again")
             return nothing
