@@ -544,7 +544,7 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     rates = RATES["larger, starts of 4"]
     yield from (of(arm, ratio, rate) for ratio in (4.0, 1.0) for arm in LARGER_STARTS_OF_4 for rate in rates)
     yield from (of((arm, start), 16.0, rate) for arm, start, rate in LARGER_LONG_STARTS)
-    yield from (of(arm, 1.0, LOW_RATES[1]) for arm in LARGER_ARMS)
+    yield from (of(arm, 1.0, rate) for arm in LARGER_ARMS for rate in LOW_RATES)
     for seed in SEEDS[1:]:
         yield from (of(arm, 1.0, best(arm, 1.0, LOW_RATES), seed) for arm in LARGER_ARMS)
         yield from (of(arm, ratio, best(arm, ratio, rates), seed) for ratio in (1.0, 4.0) for arm in LARGER_STARTS_OF_4)

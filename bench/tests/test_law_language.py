@@ -156,7 +156,8 @@ def test_the_pair_has_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
     """Claim: rates are swept at a ratio of 4, and the best is taken at 1; at 16 they are swept anew; seed 0 first.
 
-    Starts of 4 are swept at 4 as well, and come last; larger starts at 16 have rates of their own.
+    Starts of 4 are swept at 4 and 1 as well; larger starts at 16 have rates of their own. Two rates at 1 and the other
+    seeds of starts of 4 come last.
     """
     rows: list[dict[str, Any]] = []
     for cell in law.larger(rows, optimal=100):
@@ -166,9 +167,11 @@ def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
     assert {cell["rate"] for cell in rows[9:24] if cell["arm"] != "even"} == {0.004}
     assert {cell["rate"] for cell in rows[24:32]} == {0.001, 0.002, 0.004, 0.008}
     assert [cell["rate"] for cell in rows[32:38]] == 2 * [0.004, 0.008, 0.004]
-    assert [cell["start"] for cell in rows[38:]] == [*9 * [4.0], 8.0, 4.0]
-    assert [cell["rate"] for cell in rows[44:]] == [0.008, 0.004, 0.004, 0.004, 0.008]
-    assert [row["seed"] for row in rows] == 12 * [0] + 6 * [1] + 6 * [2] + 8 * [0] + 3 * [1] + 3 * [2] + 11 * [0]
+    assert [cell["start"] for cell in rows[38:]] == [*13 * [4.0], 8.0, 4.0, 1.0, 2.0, 2.0, *8 * [4.0]]
+    assert [cell["rate"] for cell in rows[50:56]] == [0.004, 0.004, 0.008, 0.008, 0.004, 0.008]
+    assert [cell["rate"] for cell in rows[56:]] == 4 * [0.008, 0.004]
+    seeds = 12 * [0] + 6 * [1] + 6 * [2] + 8 * [0] + 3 * [1] + 3 * [2] + 18 * [0] + 4 * [1] + 4 * [2]
+    assert [row["seed"] for row in rows] == seeds
     assert {(row["ratio"], row["steps"]) for row in rows} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 
 

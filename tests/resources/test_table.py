@@ -197,7 +197,7 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(timed: list[str], 
     """Claim: where the file cannot be replaced it is said, the timing goes on, and no temporary file stays."""
     file = Table(CPU, tmp_path).file
     file.mkdir(parents=True)
-    with pytest.warns(UserWarning, match="is damaged"):
+    with pytest.warns(UserWarning, match="cannot be read"):
         table = Table(CPU, tmp_path)
     with pytest.warns(UserWarning, match="cannot be kept"):
         assert dense_seconds(table, product()) == pytest.approx(0.064)
