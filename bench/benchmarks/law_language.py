@@ -106,8 +106,11 @@ LARGER_ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0))
 LARGER_STARTS_OF_4 = (("even", 4.0), ("setpoint", 4.0))
 LARGER_LONG_RATES = {"small": (0.004, 0.002, 0.001), "even": (0.004, 0.002, 0.008), "setpoint": (0.004, 0.002)}
 """By arm of the larger models, the rates that are swept at a ratio of 16."""
-LARGER_LONG_STARTS = (("even", 4.0, 0.004), ("even", 8.0, 0.004), ("even", 4.0, 0.008))
-"""Starts at a ratio of 16 beyond those of 2, with the rates that are tried."""
+LARGER_LONG_STARTS = (
+    *(("even", 4.0, 0.004, 0), ("even", 8.0, 0.004, 0), ("even", 4.0, 0.008, 0)),
+    *(("even", 4.0, 0.008, 1), ("setpoint", 4.0, 0.008, 0)),
+)
+"""Starts at a ratio of 16 beyond those of 2, with the rates that are tried, and seeds."""
 CUTS = (0.25, 0.75)
 SCHEDULE = Schedule(warmup=CUTS[0], settle=CUTS[1], land=CUTS[1], shape="linear")
 ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -524,8 +527,8 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     """Arms of the larger models: rates are swept at a ratio of 4, and each arm's best is taken at 1.
 
     Seed 0 comes first, then the other seeds. Rates are swept once more at 16, with all seeds at the best. Then come
-    starts of 4, whose rates are swept at 4 and 1, and starts of 8; at 16 with even widths alone. A second rate at 1 and
-    the other seeds of starts come last.
+    starts of 4, whose rates are swept at 4 and 1, and larger starts at 16. A second rate at 1 and the other seeds of
+    starts of 4 come last.
     """
 
     def of(arm: tuple[str, float], ratio: float, rate: float, seed: int = 0) -> Cell:
@@ -543,7 +546,7 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
     yield from (of(arm, 16.0, swept[arm], seed) for seed in SEEDS[1:] for arm in LARGER_ARMS)
     rates = RATES["larger, starts of 4"]
     yield from (of(arm, ratio, rate) for ratio in (4.0, 1.0) for arm in LARGER_STARTS_OF_4 for rate in rates)
-    yield from (of((arm, start), 16.0, rate) for arm, start, rate in LARGER_LONG_STARTS)
+    yield from (of((arm, start), 16.0, rate, seed) for arm, start, rate, seed in LARGER_LONG_STARTS)
     yield from (of(arm, 1.0, rate) for arm in LARGER_ARMS for rate in LOW_RATES)
     for seed in SEEDS[1:]:
         yield from (of(arm, 1.0, best(arm, 1.0, LOW_RATES), seed) for arm in LARGER_ARMS)
