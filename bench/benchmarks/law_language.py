@@ -107,8 +107,11 @@ LARGER_STARTS_OF_4 = (("even", 4.0), ("setpoint", 4.0))
 LARGER_LONG_RATES = {"small": (0.004, 0.002, 0.001), "even": (0.004, 0.002, 0.008), "setpoint": (0.004, 0.002)}
 """By arm of the larger models, the rates that are swept at a ratio of 16."""
 LARGER_LONG_STARTS = (
-    *(("even", 4.0, 0.004, 0), ("even", 8.0, 0.004, 0), ("even", 4.0, 0.008, 0)),
-    *(("even", 4.0, 0.008, 1), ("setpoint", 4.0, 0.008, 0)),
+    ("even", 4.0, 0.004, 0),
+    ("even", 8.0, 0.004, 0),
+    ("even", 4.0, 0.008, 0),
+    ("even", 4.0, 0.008, 1),
+    ("setpoint", 4.0, 0.008, 0),
 )
 """Starts at a ratio of 16 beyond those of 2, with the rates that are tried, and seeds."""
 CUTS = (0.25, 0.75)
@@ -117,8 +120,12 @@ ARMS = (("small", 1.0), ("even", 2.0), ("setpoint", 2.0), ("even", 4.0), ("setpo
 LONG_ARMS = (*ARMS, ("even", 8.0), ("setpoint", 8.0))
 LONGEST_ARMS = (*ARMS, ("even", 8.0))
 LARGER_PAIR = 4.0
-LARGER_PAIR_ARMS = tuple(("small", 4.0, rate) for rate in (0.002, *LOW_RATES)) + tuple(
-    ("even", 8.0, rate) for rate in LOW_RATES
+LARGER_PAIR_ARMS = (
+    ("small", 4.0, 0.002),
+    ("small", 4.0, 0.004),
+    ("small", 4.0, 0.008),
+    ("even", 8.0, 0.004),
+    ("even", 8.0, 0.008),
 )
 """Of the pair of larger models: its final size, and its arms with rates."""
 LARGER_PAIR_RATIO = 8.0

@@ -83,7 +83,7 @@ class Advice:
             proportion to size.
         best_gain: what all laws predict from there at least.
         gain_by_final_size: as `gain`, by the form of the laws in which a pruned run has its final size. It is closer
-            to Setpoint's tests than the published form, and never above 0.
+            to most of Setpoint's tests than the published form, and never above 0.
         small_tokens: tokens or samples that the bill pays for with the small model, from the start.
         small_steps: optimizer steps of that, where the batch is known.
         in_proportion: whether FLOPs were taken in proportion to size. A model has its own.

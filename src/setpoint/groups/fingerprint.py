@@ -48,13 +48,12 @@ from torch.utils.hooks import RemovableHandle
 
 from setpoint.groups.by_method import MethodForward
 from setpoint.groups.example import Example, tensors_of
-from setpoint.groups.follow_data import is_library
+from setpoint.groups.follow_data import PACKAGE, is_library
 from setpoint.groups.lookups import Import, Lookups, changing, is_constant, lookups
 from setpoint.groups.users_hooks import is_setpoints
 from setpoint.groups.walk import registered
 from setpoint.words import a_type
 
-_OWN = Path(__file__).parents[1]
 _MOST_THINGS = 300_000
 _MOST_BYTES = 64 * 2**20
 
@@ -85,13 +84,13 @@ def digest(*facts: str) -> str:
 
 @cache
 def _own_files() -> tuple[str, ...]:
-    files = [(str(each.relative_to(_OWN)), each.stat()) for each in sorted(_OWN.rglob("*.py"))]
+    files = [(str(each.relative_to(PACKAGE)), each.stat()) for each in sorted(PACKAGE.rglob("*.py"))]
     return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
 
 
 def _versions() -> list[str]:
     own = str(vars(sys.modules["setpoint"]).get("__version__"))  # this file may not import what lies above it
-    return [sys.version, own, torch.__version__, np.__version__, str(_OWN), *_own_files()]
+    return [sys.version, own, torch.__version__, np.__version__, str(PACKAGE), *_own_files()]
 
 
 def _modes() -> list[str]:
@@ -678,7 +677,7 @@ def _function_in(held: Any) -> Any:
     elif isinstance(held, partial):
         held = held.func
     wrapped = getattr(held, "__wrapped__", None) if isinstance(held, FunctionType) else None
-    own = wrapped is not None and _OWN in Path(held.__code__.co_filename).parents
+    own = wrapped is not None and PACKAGE in Path(held.__code__.co_filename).parents
     return _function_in(wrapped) if own else held
 
 
@@ -718,7 +717,7 @@ def _is_module(names: Mapping[str, Any], path: tuple[str, ...]) -> bool:
 @cache
 def _is_file_of_library(file: str) -> bool:
     path, standard = Path(file), Path(inspect.__file__).parent
-    return is_library(file) or _OWN in path.parents or standard in path.parents or file.startswith("<frozen ")
+    return is_library(file) or PACKAGE in path.parents or standard in path.parents or file.startswith("<frozen ")
 
 
 def _is_library(name: str) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _TORCH = Path(torch.__file__).parent
-_OWN = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
+"""The folder of this package."""
 _STANDARD = Path(sysconfig.get_path("stdlib"))
 
 DRAWS = (1.0 - 2.0**-24, 0.0)
@@ -116,7 +117,7 @@ def is_code(file: str) -> bool:
     path = Path(file)
     if _TORCH in path.parents:
         return _TORCH / "nn" in path.parents and path.name != "module.py"
-    if file.startswith("<") or _OWN in path.parents or {"jaxtyping", "beartype"} & set(path.parts):
+    if file.startswith("<") or PACKAGE in path.parents or {"jaxtyping", "beartype"} & set(path.parts):
         return False
     return _STANDARD not in path.parents or _installed(path)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from setpoint.groups.example import Example, computed
@@ -29,8 +30,6 @@ class Rehearsal:
     """
 
     def __init__(self, model: nn.Module, example: Example, staging: Staging | None = None) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         self.model = model
         self._staging = staging or Staging.whole(example)
         self._kinds: tuple[Any, ...] = (torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True), None)
@@ -117,8 +116,6 @@ class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_without_data(x: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return x.is_meta or (isinstance(x, FakeTensor) and x.numel() > 1)
 
 

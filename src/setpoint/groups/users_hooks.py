@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-_OWN = Path(__file__).parents[1]
+from setpoint.groups.follow_data import PACKAGE
 
 
 def is_users(hook: Any) -> bool:
@@ -24,7 +24,7 @@ def is_setpoints(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     code = getattr(inspect.unwrap(getattr(hook, "__func__", hook)), "__code__", None)
-    return code is not None and _OWN in Path(code.co_filename).parents
+    return code is not None and PACKAGE in Path(code.co_filename).parents
 
 
 def users_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], list[int]]]:

@@ -151,13 +151,8 @@ class Paying:
         """Check that the bill pays for a run.
 
         Raises:
-            BudgetError: where it does not pay for two steps, or what decisions spend is not known before.
+            BudgetError: where it does not pay for two steps.
         """
-        if any(each.resource == "inference" for each in self._target.budgets):
-            raise BudgetError(
-                "a bill cannot be kept beside a budget of inference: each decision times forward passes, as many as "
-                "the clock asks for. Leave the bill out, and give the number of steps"
-            )
         account, left = self._account, self._left()
         if left < 2 * account.step_flops:
             asked, spent, step, least = (

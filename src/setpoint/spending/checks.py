@@ -41,10 +41,19 @@ def check_budgets(budget: Any) -> tuple[Budget, ...]:
 
 
 def with_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget | None]:
-    """The budgets that the controller is held to, and the bill that decides the run's length, if there is one."""
+    """The budgets that the controller is held to, and the bill that decides the run's length, if there is one.
+
+    Raises:
+        BudgetError: for a bill beside a budget for which decisions spend what is not known before.
+    """
     per_step = tuple(each for each in budgets if each.per == "step")
     if not per_step or len(per_step) == len(budgets):
         return budgets, None
+    if any(each.resource == "inference" for each in per_step):
+        raise BudgetError(
+            "a bill cannot be kept beside a budget of inference: each decision times forward passes, as many as the "
+            "clock asks for. Leave the bill out, and give the number of steps"
+        )
     return per_step, next(each for each in budgets if each.per == "run")
 
 
