@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,7 +98,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 def _trace(model: nn.Module, example: Example) -> Trace:
     example = without_cache(model, example)
     check_example(model, example)
-    before = fingerprint(model, example) if keeps() else ""
+    before, loaded = fingerprint(model, example) if keeps() else "", len(sys.modules)
     # Only of a model that was exported once is it known that its forward runs on tensors without data: code in C that
     # is given one would take the address 0 for that of its data.
     key = digest(before, followed(model, example)) if recall(before) else ""
@@ -108,19 +109,18 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         import setpoint.groups.rules  # noqa: F401
 
         found = _found(model, example, exported)
-        key = _kept(found, model, example, before) if before and exported.plain else ""
+        if before and exported.plain:  # a first forward may load parts of a library, which changes the fingerprint
+            now = before if len(sys.modules) == loaded else fingerprint(model, example)
+            key = _kept(found, followed(model, example), dict.fromkeys((now, before)))
     groups, refused = find_states(model, found.groups)
     frozen = (*found.frozen, *(Frozen(place, why) for place, why in refused.items()))
     return replace(found, groups=groups, frozen=frozen, key=key)
 
 
-def _kept(found: Trace, model: nn.Module, example: Example, before: str) -> str:
-    """Keep what was found, and give its key; "" where the forward cannot be followed.
-
-    A first forward may load parts of a library, so the model's fingerprint may be another one now.
-    """
-    calls, key = followed(model, example), ""
-    for each in dict.fromkeys((fingerprint(model, example), before)):
+def _kept(found: Trace, calls: str, fingerprints: Iterable[str]) -> str:
+    """Keep what was found under each fingerprint, and give the last key; "" where the forward cannot be followed."""
+    key = ""
+    for each in fingerprints:
         key = digest(each, calls)
         keep(key, _encoded(found))
         keep(each if key else "", {"exported": True})
