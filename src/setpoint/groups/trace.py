@@ -98,7 +98,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 def _trace(model: nn.Module, example: Example) -> Trace:
     example = without_cache(model, example)
     check_example(model, example)
-    before, loaded = fingerprint(model, example) if keeps() else "", len(sys.modules)
+    before, loaded = fingerprint(model, example) if keeps() else "", _loaded(model)
     # Only of a model that was exported once is it known that its forward runs on tensors without data: code in C that
     # is given one would take the address 0 for that of its data.
     key = digest(before, followed(model, example)) if recall(before) else ""
@@ -110,11 +110,17 @@ def _trace(model: nn.Module, example: Example) -> Trace:
 
         found = _found(model, example, exported)
         if before and exported.plain:  # a first forward may load parts of a library, which changes the fingerprint
-            now = before if len(sys.modules) == loaded else fingerprint(model, example)
+            now = before if _loaded(model) == loaded else fingerprint(model, example)
             key = _kept(found, followed(model, example), dict.fromkeys((now, before)))
     groups, refused = find_states(model, found.groups)
     frozen = (*found.frozen, *(Frozen(place, why) for place, why in refused.items()))
     return replace(found, groups=groups, frozen=frozen, key=key)
+
+
+def _loaded(model: nn.Module) -> int:
+    """How many files are loaded of the libraries that the model's classes are from, but for PyTorch's."""
+    libraries = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
+    return sum(name.partition(".")[0] in libraries for name in sys.modules)
 
 
 def _kept(found: Trace, calls: str, fingerprints: Iterable[str]) -> str:
