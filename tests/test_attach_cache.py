@@ -24,6 +24,7 @@ import setpoint
 from setpoint.actuator import tried
 from setpoint.cache import cache_folder, keep, recall
 from setpoint.errors import GroupError, UsageError
+from setpoint.groups.fingerprint import fingerprint
 from setpoint.groups.group import Group
 from setpoint.resources import costing
 from setpoint.resources.kept_tape import tape_key
@@ -573,15 +574,81 @@ PYTHON = {
     "class Made(Net):\n    held = Held()",
     "own repr": "class Number(int):\n    def __repr__(self): return 'a number'\nclass Made(Net):\n"
     "    held = Number(FLAG)",
+    "attribute of a partial": "import functools\nact = functools.partial(abs)\nact.flag = FLAG\n"
+    "class Made(Net):\n    held = act",
+    "subclass of property": "class Lazy(property):\n    flag = FLAG\nclass Made(Net):\n    held = Lazy(lambda self: 1)",
+    "end of a long pattern": "import re\nclass Made(Net):\n    held = re.compile('a' * 300 + str(FLAG))",
+    "member of an enum": "import enum\nclass Way(enum.Enum):\n    ONE = 1\nWay.ONE.flag = FLAG\n"
+    "class Made(Net):\n    held = Way.ONE",
+    "attribute of a logger": "import logging\nlog = logging.getLogger('of this test')\nlog.flag = FLAG\n"
+    "class Made(Net):\n    held = log",
 }
 
 
 @pytest.mark.parametrize("what", list(PYTHON))
 def test_state_in_corners_of_python_counts(what: str, tries: list[int]) -> None:
-    """Claim: metaclasses, functions by type, private slots and numbers with a text of their own are looked into."""
+    """Claim: what Python holds besides plain attributes is looked into: metaclasses, slots, partials, enums."""
     for flag, expected in ((1, 1), (1, 1), (2, 2)):
         attached(made_by(PYTHON[what], FLAG=flag))
         assert len(tries) == expected
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """A norm with a buffer of its own."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(6)
+        self.register_buffer("scale", torch.tensor(scale))
+
+
+def with_numbers(name: str, value: float) -> Net:
+    net = Net()
+    with torch.no_grad():
+        net.state_dict()[name].fill_(value)
+    return net
+
+
+def with_norm(scale: float) -> Net:
+    net = Net()
+    net.norm = OwnNorm(scale)
+    return net
+
+
+NUMBERS: dict[str, tuple[Callable[[], Net], Callable[[], Net]]] = {
+    "buffer of a norm of the user's": (lambda: with_norm(1.0), lambda: with_norm(2.0)),
+    "sign of weights": (lambda: with_numbers("a.weight", 1.0), lambda: with_numbers("a.weight", -1.0)),
+    "weights that are no numbers": (Net, lambda: with_numbers("a.weight", float("nan"))),
+    "infinite weights": (Net, lambda: with_numbers("a.weight", float("inf"))),
+    "variances that are no numbers": (Net, lambda: with_numbers("norm.running_var", float("nan"))),
+}
+
+
+@pytest.mark.parametrize("what", list(NUMBERS))
+def test_numbers_that_decide_count(what: str, folder: Path) -> None:
+    """Claim: what can decide whether a cut passes is in the key: other buffers, signs, and what is not finite."""
+    example = (torch.randn(4, 3),)
+    first, second = (fingerprint(make(), example) for make in NUMBERS[what])
+    assert first and second and first != second
+    assert fingerprint(NUMBERS[what][0](), example) == first
+
+
+def test_attach_refuses_what_only_its_numbers_refuse(tries: list[int]) -> None:
+    """Claim: a root of negative weights keeps a group whole, also where a like model with positive ones was cut."""
+
+    class Rooted(nn.Module):
+        def __init__(self, sign: float) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 16), nn.Linear(16, 2)
+            self.scale = nn.Parameter(torch.full((16,), sign))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = torch.relu(self.a(x)) * self.scale.sqrt()
+            return self.b(hidden)
+
+    attached(Rooted(1.0))
+    with pytest.warns(UserWarning, match="not pruned"), pytest.raises(GroupError):
+        attached(Rooted(-1.0))
+    assert len(tries) == 2
 
 
 HELPER = """

@@ -19,9 +19,10 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from math import isfinite
 from pathlib import Path
 from types import (
     BuiltinFunctionType,
@@ -147,6 +148,14 @@ _OF_A_FILE |= {"__spec__", "__annotations__", "__annotate__", "__conditional_ann
 _OF_A_PROCESS = {"SESSION_ID", "_original_object_hash"}
 """What Transformers draws anew in each process: an identifier for downloads, and a hash of its settings."""
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
+_WRAPPERS = (staticmethod, classmethod, property, cached_property, partial)
+_OF_A_WRAPPER = {*_HIDDEN, "__name__", "__wrapped__", "__type_params__", "func", "attrname", "lock"}
+"""What Python notes there of the function."""
+_STATISTICS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.modules.batchnorm._NormBase: ("running_mean", "running_var", "num_batches_tracked"),
+    torch.nn.utils.parametrizations._SpectralNorm: ("_u", "_v"),
+}
+_MANY = 8
 
 
 @dataclass(frozen=True)
@@ -221,8 +230,8 @@ class _Description:
                 raise NoFingerprintError(f"{name} is {a_type(tensor)}")
             if name in buffers and not self._is_statistic(model, name):
                 self._content(tensor)
-            elif name in buffers and tensor.is_floating_point() and not tensor.is_meta:
-                self.text("finite" if bool(tensor.isfinite().all()) else "not finite")
+            else:
+                self._range(tensor)
 
     def _hooks(self, module: nn.Module) -> None:
         """Hooks in their order, each by its number among the module's: PyTorch counts those of a whole process."""
@@ -235,10 +244,22 @@ class _Description:
                 self.value(hook)
 
     def _is_statistic(self, model: nn.Module, name: str) -> bool:
-        """Whether a buffer is an average that training moves: its numbers decide on nothing, if they are finite."""
-        owner, _, _ = name.rpartition(".")
-        averages = (nn.modules.batchnorm._NormBase, torch.nn.utils.parametrizations._SpectralNorm)
-        return isinstance(model.get_submodule(owner), averages)
+        """Whether a buffer is an average that training moves: like weights, it decides by its range alone."""
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        return any(isinstance(module, kind) and key in keys for kind, keys in _STATISTICS.items())
+
+    def _range(self, tensor: Tensor) -> None:
+        """What of the numbers of a weight can decide whether a cut passes: cuts are tried at about these numbers."""
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
+            return
+        try:
+            least, most = (float(end) for end in tensor.detach().aminmax())
+        except NotImplementedError:  # of narrow types PyTorch compares no entries
+            return
+        self.text("finite" if isfinite(least) and isfinite(most) else "not finite")
+        if tensor.numel() >= _MANY:  # fewer random numbers often have one sign
+            self.text(str(least >= 0), str(most <= 0))
 
     def example(self, example: Example) -> None:
         """What the inputs are made of; of tensors all but the numbers, unless these are none."""
@@ -295,13 +316,17 @@ class _Description:
         if isinstance(value, Tensor):
             self._outside(value)
             self._content(value)
-        elif isinstance(value, np.ndarray) and value.dtype != object:
+        elif kind is np.ndarray and value.dtype != object:
             self.text(str(value.dtype), str(value.shape))
             self._add(value.tobytes())
-        elif isinstance(value, (np.generic, enum.Enum, Path, re.Pattern, UnionType, GenericAlias)):
+        elif isinstance(value, re.Pattern):
+            self.text(repr(value.pattern), str(value.flags))
+        elif isinstance(value, enum.Enum):
             self.text(repr(value))
-            if isinstance(value, enum.Enum):
-                self.of_class(kind, made=True)
+            self.of_class(kind, made=True)
+            self._attributes(value, {"__objclass__"})
+        elif isinstance(value, (np.generic, Path, UnionType, GenericAlias)):
+            self.text(repr(value))
         elif isinstance(value, FunctionType):
             self._function(value)
         elif isinstance(value, MethodType):
@@ -316,19 +341,20 @@ class _Description:
         elif isinstance(value, RemovableHandle):  # it only takes a hook away
             self.text("handle")
         elif isinstance(value, (staticmethod, classmethod)):
-            self.value(value.__func__)
+            self._wrapper(value, value.__func__)
         elif isinstance(value, property):
-            self._values((value.fget, value.fset))
+            self._wrapper(value, value.fget, value.fset)
         elif isinstance(value, cached_property):
-            self.value(value.func)
+            self._wrapper(value, value.func)
         elif isinstance(value, partial):
-            self._values((value.func, value.args, value.keywords))
+            self._wrapper(value, value.func, value.args, value.keywords)
         elif isinstance(value, weakref.ref):
             self.value(value())
         elif isinstance(value, MappingProxyType):
             self.value(dict(value))
         elif isinstance(value, logging.Logger):
             self.text("logger", str(value.getEffectiveLevel()))
+            self._attributes(value, vars(logging.Logger("")).keys())
         elif isinstance(value, _LOCKS):
             self.text("lock")
         else:
@@ -337,6 +363,19 @@ class _Description:
     def _values(self, values: Iterable[Any]) -> None:
         for each in values:
             self.value(each)
+
+    def _wrapper(self, value: Any, *parts: Any) -> None:
+        """What holds functions, by these; a class of the user's own that does so, by what it adds, too."""
+        self._values(parts)
+        if type(value) not in _WRAPPERS:
+            self.of_class(type(value), made=True)
+        self._attributes(value, _OF_A_WRAPPER)
+
+    def _attributes(self, value: Any, but: Container[str]) -> None:
+        for name, held in getattr(value, "__dict__", {}).items():
+            if name not in but:
+                self.text(name)
+                self.value(held)
 
     def _object(self, value: Any, kind: type) -> None:
         """An object by its class, what it contains, and its attributes."""
@@ -361,10 +400,7 @@ class _Description:
         for name in slots:
             self.text(name)
             self.value(getattr(value, name, None))
-        for name, each in (attributes or {}).items():
-            if name not in _OF_A_PROCESS:
-                self.text(name)
-                self.value(each)
+        self._attributes(value, _OF_A_PROCESS)
 
     def _contents(self, value: Any) -> None:
         self.text(str(len(value)))
