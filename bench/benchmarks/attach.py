@@ -180,7 +180,9 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, resource)))
         return
-    from setpoint_bench.environment import machine  # a process that measures needs no benchmark
+    from record import commit_of  # a process that measures needs no benchmark
+
+    from setpoint_bench.environment import machine
 
     trees = {"now": ROOT, **({"before": arguments.base.resolve()} if arguments.base else {})}
     about = {**machine(), "threads": 1}
@@ -203,7 +205,11 @@ def main() -> None:
             "load_average_range": [min(loads), max(loads)],
             "cold": summary(runs["now"], "cold_s"),
             "warm": summary(runs["now"], "warm_s"),
-            **({"before": summary(runs["before"], "cold_s")} if "before" in trees else {}),
+            **(
+                {"base": commit_of(arguments.base), "before": summary(runs["before"], "cold_s")}
+                if "before" in trees
+                else {}
+            ),
             "runs": runs,
         }
         before = rows.get(name, {})

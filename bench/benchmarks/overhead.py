@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torchvision
+from record import commit_of
 
 import setpoint
 from setpoint.groups.kept import random_keep
@@ -200,7 +201,7 @@ def whole_run(name: str, base: Path | None, data: Path | None, pairs: int) -> di
             shares = (f"{when} {run['own_seconds'] / run['seconds']:.2%}" for when, run in both.items())
             print(f"{name}, {steps} steps, {tree}: own work {', '.join(shares)}", flush=True)
     made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": {**machine(), "threads": 1}}
-    return {**made, "steps": steps, "runs": runs}
+    return {**made, "steps": steps, **({"base": commit_of(base)} if base else {}), "runs": runs}
 
 
 def write(out: Path, result: dict[str, Any]) -> None:

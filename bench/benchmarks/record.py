@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any
 import torch
 
 from setpoint_bench.environment import machine
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit of a checkout, in eight digits."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=8", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def keep(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any] | None = None) -> None:

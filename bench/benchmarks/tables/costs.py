@@ -43,9 +43,20 @@ def overhead_table(path: Path) -> str:
         f"{resnet['resize_in_steps']:.2f} of a training step at batch {resnet['batch']} |",
         f"| `import setpoint` beside `import torch` | {data['import']['added_seconds_median']:+.2f} s |",
         "",
+        _before(data["whole_runs"]),
         f"Whole runs: {rows_made_on(runs)} The rest: {made_on(data)} Seed {data['seed']}.",
     ]
     return "\n".join(lines)
+
+
+def _before(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which older version stands beside rows, by their names."""
+    names: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if "base" in row:
+            names.setdefault(row["base"], []).append(f"`{name}`")
+    shown = (f"commit {base} for {', '.join(each)}" for base, each in names.items())
+    return f"Before: {'; '.join(shown)}."
 
 
 def _share_of_runs(runs: Sequence[Mapping[str, float]]) -> str:
@@ -260,7 +271,11 @@ def attach_table(path: Path) -> str:
             f"|---|---|---|---:|{'---:|' * 3}",
         ]
     lines += [line(f"{budget} | `{name}`", about, row) for about, budget, name, row in timed]
-    where = f"{data['what'].capitalize()}. Seed {data['seed']}. {rows_made_on(made)}"
+    bases = sorted(
+        {row["base"] for _, _, row in found if "base" in row} | {r["base"] for *_, r in timed if "base" in r}
+    )
+    before = f"Before: commit {' or '.join(bases)}. " if bases else ""
+    where = f"{data['what'].capitalize()}. Seed {data['seed']}. {before}{rows_made_on(made)}"
     return "\n".join([*lines, "", where])
 
 
