@@ -206,7 +206,7 @@ def test_a_machine_that_slows_down_after_the_landing(machine: Machine) -> None:
     loop, _ = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 120, live, controller=early))
     summary = loop.summary
     assert summary is not None and summary.metered["latency"] > summary.limit["latency"]
-    assert not summary.budget_met and "; it was met at step " in summary.reason, summary.reason
+    assert not summary.budget_met and "; by its decisions it was met at step " in summary.reason, summary.reason
 
 
 def test_a_counter_that_never_moves(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

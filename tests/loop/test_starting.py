@@ -154,6 +154,95 @@ def test_accumulation_is_seen() -> None:
     assert found[1].final_flops == 3 * found[0].final_flops and found[1].budget_met
 
 
+def _look(model: nn.Module, x: Tensor) -> None:
+    model(x)
+
+
+def _wrong_shape(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+
+
+def _wrong_loss(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(RuntimeError):
+        model(x).view(7, 7).sum().backward()
+
+
+def _discarded(model: nn.Module, x: Tensor) -> None:
+    for _ in range(5):
+        model(x).square().mean().backward()
+    model.zero_grad()
+
+
+def _set_to_zero(model: nn.Module, x: Tensor) -> None:
+    model(x).square().mean().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+
+
+def _few_rows(model: nn.Module, x: Tensor) -> None:
+    _discarded(model, x[:2])
+
+
+BEFORE = [_look, _wrong_shape, _wrong_loss, _discarded, _set_to_zero, _few_rows]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("before", BEFORE, ids=[each.__name__.strip("_") for each in BEFORE])
+def test_calls_that_are_no_part_of_the_first_step_do_not_count(before: Callable[..., None], passes: int) -> None:
+    """Claim: a look, a call that raises, and gradients that are discarded change neither FLOPs nor example."""
+    found = []
+    for ahead in (before, lambda model, x: None):
+        torch.manual_seed(0)
+        model, x = mlp(6, 24, 3), torch.randn(8, 6)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
+        ahead(model, x)
+        _train(model, (x,), loop, optimizer, 20, passes)
+        found.append(loop.finish())
+    assert found[0].dense_flops == found[1].dense_flops and found[0].final_flops == found[1].final_flops
+
+
+def test_steps_that_a_scaler_skips_do_not_count() -> None:
+    """Claim: FLOPs of a run whose first steps overflow, so that its GradScaler skips them, are those of any other."""
+    found = []
+    for scale in (2.0**10, 2.0**127):
+        torch.manual_seed(0)
+        model, scaler = mlp(6, 24, 3), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
+        made = skipped = 0
+        while made < 20:
+            scaler.scale(64 * model(8 * torch.ones(8, 6)).square().mean()).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            before = scaler.get_scale()
+            scaler.update()
+            optimizer.zero_grad()
+            done = scaler.get_scale() >= before
+            made, skipped = made + done, skipped + (not done)
+        found.append((skipped, loop.finish().dense_flops))
+    assert found[0][0] == 0 < found[1][0] and found[0][1] == found[1][1]
+
+
+def test_two_calls_before_one_backward_both_count() -> None:
+    """Claim: where one backward pass goes through two calls, as in a comparison of two inputs, both count."""
+    found = []
+    for both in (False, True):
+        torch.manual_seed(0)
+        model = mlp(6, 24, 3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
+        for _ in range(20):
+            first = model(torch.randn(8, 6))
+            second = model(torch.randn(8, 6)) if both else 0.0
+            optimizer.zero_grad()
+            (first - second).square().mean().backward()
+            optimizer.step()
+        found.append(loop.finish().dense_flops)
+    assert found[1] == 2 * found[0]
+
+
 def test_autocast_and_keywords_are_noted() -> None:
     """Claim: what is traced is the forward as it was called, with its keywords and under its autocast."""
 

@@ -41,6 +41,27 @@ def test_a_storage_counts_once() -> None:
     assert (live.live_bytes, live.peak_bytes) == (400, 400)
 
 
+def test_a_slice_does_not_count_the_whole() -> None:
+    """Claim: of a storage that was there before, held slices count with what they cover, and other views not at all."""
+    data = torch.ones(100, 10)
+    with LiveBytes([data[:2], data[2:3]]) as live:
+        batch = data[5:9]
+        assert live.live_bytes == 4 * 30
+        doubled = batch.view(-1) * 2
+        assert live.live_bytes == 4 * 30 + 4 * 40
+        del doubled
+        data.add_(1)
+    assert (live.live_bytes, live.peak_bytes) == (4 * 30, 4 * 30 + 4 * 40)
+
+
+def test_a_storage_that_is_resized_counts_anew() -> None:
+    """Claim: an operation that makes a storage longer adds the difference, also where a slice of it was held."""
+    x = torch.ones(10)
+    with LiveBytes([x[:5]]) as live:
+        x.resize_(20)
+    assert live.live_bytes == 4 * 15
+
+
 def test_events_come_in_order() -> None:
     """Storages are numbered as they are made and named when they go."""
     events: list[tuple[str, int]] = []

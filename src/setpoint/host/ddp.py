@@ -69,6 +69,7 @@ class DDP(Local):
         if first:
             check_unsharded(self.model)
         self._joining.check(regrows=regrows, by_hooks=by_hooks)
+        self._priced.check()
 
     def complete(self) -> bool:
         return self._joining.all_made()

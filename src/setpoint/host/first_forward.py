@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from setpoint.errors import LoopError
 from setpoint.groups.example import Example, example_of, mapped, num_samples, tensors_of
 from setpoint.groups.one_at_a_time import elsewhere
+from setpoint.sensor.sentinel import Sentinels, graph_task
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100
@@ -29,16 +30,41 @@ _REDIRECTS = ("lightning", "pytorch_lightning")
 
 
 @dataclass
-class _Call:
-    """Inputs of a module, which change no more, and how often it was called with such ones until now."""
+class _Pass:
+    """One call of a module.
+
+    Args:
+        tasks: numbers of the backward passes that went through what it returned.
+    """
+
+    tasks: set[int] = field(default_factory=set)
+
+    def follow(self, returned: Any) -> None:
+        """Note backward passes through what the call has returned."""
+        for each in pytree.tree_leaves(returned):
+            if isinstance(each, Tensor) and each.grad_fn is not None:
+                each.register_hook(self._note)  # type: ignore[no-untyped-call]
+
+    def _note(self, _: Tensor) -> None:
+        self.tasks.add(graph_task())
+
+
+@dataclass
+class _Calls:
+    """Calls of a module with inputs of one kind: the first inputs, which change no more, and all calls until now."""
 
     inputs: Any
     kind: Any
-    count: int = 1
+    autocast: tuple[str, torch.dtype, bool] | None
+    passes: list[_Pass] = field(default_factory=list)
 
 
 class FirstForward:
     """Notes inputs and autocast of the first forward pass in training, and counts the passes; it draws no numbers.
+
+    Only those passes count whose gradients are there when it is asked: none that raised, that nothing went back
+    through, or whose gradients were discarded, as after a step that a GradScaler skips. Where no gradient can be
+    followed, as of sharded weights, all that something went back through count, and else all.
 
     Where a training loop does not call the model itself, but parts of it (`self.decoder(self.encoder(x))` in a
     `training_step`), it notes the calls of the outermost of these.
@@ -51,37 +77,47 @@ class FirstForward:
 
     def __init__(self, called: nn.Module, model: nn.Module, method: str = "forward") -> None:
         self._model, self._method = model, method
-        self._calls: dict[str, list[_Call]] = {}
-        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._calls: dict[str, list[_Calls]] = {}
+        self._running: dict[str, _Pass] = {}
+        self._gradients = Sentinels(model.parameters())
+        self._gradients.start()
         self._handles: list[Any] = []
         if method != "forward":
             model.__dict__[method] = _NotedMethod(model, method, _Note("", weakref.ref(self)))
             return
         # Hooks inside of compiled code would have it compiled again.
         modules = model.named_modules() if called is model else (("", called),)
-        self._handles = [
-            module.register_forward_pre_hook(_Note(name, weakref.ref(self)), with_kwargs=True)
-            for name, module in modules
-            if not name or next(module.parameters(), None) is not None  # a loss or a metric is no part of interest
-        ]
+        for name, module in modules:
+            if not name or next(module.parameters(), None) is not None:  # a loss or a metric is no part of interest
+                note = _Note(name, weakref.ref(self))
+                self._handles += [
+                    module.register_forward_pre_hook(note, with_kwargs=True),
+                    module.register_forward_hook(_Returned(note)),
+                ]
 
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins; one of `torch.export`, on tensors without data, is none of the user's."""
+        self._running.pop(name, None)  # one that raised
         exporting = torch.compiler.is_exporting() and not elsewhere()
         trains = torch.is_grad_enabled() and self._model.training and not exporting
         if not trains or self._inside(name) or _redirected(module) or detect_fake_mode((args, kwargs)) is not None:
             return
-        if not self._calls:
-            device = next((each.device.type for each in self._model.parameters()), "cpu")
-            if torch.is_autocast_enabled(device):
-                self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+        device, autocast = next((each.device.type for each in self._model.parameters()), "cpu"), None
+        if torch.is_autocast_enabled(device):
+            autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
         inputs = mapped(_apart, (args, dict(kwargs)))
-        kind, calls = _kind(inputs), self._calls.setdefault(name, [])
-        same = calls[:1] if not name else [each for each in calls if each.kind == kind]
-        if same:
-            same[0].count += 1
-        else:
-            calls.append(_Call(inputs, kind))
+        kind, calls = (_kind(inputs), autocast), self._calls.setdefault(name, [])
+        like = next((each for each in calls if each.kind == kind), None)
+        if like is None:
+            like = _Calls(inputs, kind, autocast)
+            calls.append(like)
+        like.passes.append(_Pass())
+        self._running[name] = like.passes[-1]
+
+    def returned(self, name: str, output: Any) -> None:
+        """A forward has ended."""
+        if name in self._running:
+            self._running.pop(name).follow(output)
 
     def _inside(self, name: str) -> bool:
         """Whether a module is a part of one that was called: that one calls it, now or when it is checkpointed."""
@@ -95,16 +131,30 @@ class FirstForward:
 
     @property
     def passes(self) -> int:
-        """Calls with such inputs as the example has."""
-        return math.gcd(*(each.count for calls in self._outermost().values() for each in calls))
+        """Calls with such inputs as the example has; all calls of the model count as such."""
+        counted = self._counted()
+        if "" in counted:
+            return sum(number for _, number in counted[""])
+        return math.gcd(*(number for calls in counted.values() for _, number in calls))
 
     @property
     def elements(self) -> int:
         """Calls of the model x elements of the largest input of the first; 0 where parts of it were called."""
         return self.passes * num_elements(self.example()) if self.called else 0
 
-    def _outermost(self) -> dict[str, list[_Call]]:
-        return {name: calls for name, calls in self._calls.items() if not self._inside(name)}
+    def _counted(self) -> dict[str, list[tuple[_Calls, int]]]:
+        """By name of a module, the kinds of its calls that count, and how many these are."""
+        outermost = {name: calls for name, calls in self._calls.items() if not self._inside(name)}
+        every = [one for calls in outermost.values() for each in calls for one in each.passes]
+        there = self._gradients.tasks
+        counts = [one for one in every if one.tasks & there] or [one for one in every if one.tasks] or every
+        chosen = set(map(id, counts))
+        numbers = {
+            name: [(each, sum(id(one) in chosen for one in each.passes)) for each in calls]
+            for name, calls in outermost.items()
+        }
+        found = {name: [(each, number) for each, number in calls if number] for name, calls in numbers.items()}
+        return {name: calls for name, calls in found.items() if calls}
 
     def example(self) -> Example:
         """The inputs; those of all calls of one pass, by name of the module, where parts were called.
@@ -118,14 +168,15 @@ class FirstForward:
                 "attach an example=(x,), or call the model that attach was given. After torch.compile that is "
                 "the compiled model. A model in eval mode is not training: call model.train()"
             )
-        if "" in self._calls:
-            args, kwargs = self._calls[""][0].inputs
+        counted = self._counted()
+        if "" in counted:
+            args, kwargs = counted[""][0][0].inputs
             return example_of(self._model, args, kwargs, self._method)
         passes = self.passes
         return (
             {
-                name: [each.inputs for each in calls for _ in range(each.count // passes)]
-                for name, calls in self._outermost().items()
+                name: [each.inputs for each, number in calls for _ in range(number // passes)]
+                for name, calls in counted.items()
             },
         )
 
@@ -147,10 +198,12 @@ class FirstForward:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """As it was in that forward."""
-        if self._autocast is None:
+        counted = self._counted()
+        autocast = next(iter(counted.values()))[0][0].autocast if counted else None
+        if autocast is None:
             yield
             return
-        device, dtype, cached = self._autocast
+        device, dtype, cached = autocast
         with torch.autocast(device, dtype=dtype, cache_enabled=cached):
             yield
 
@@ -158,7 +211,7 @@ class FirstForward:
         """Targets behind one pass where the inputs hold one for each token, None where they do not say."""
         example = self.example()
         if "" not in self._calls:
-            return num_samples(next(iter(self._outermost().values()))[0].inputs[0])
+            return num_samples(next(iter(self._counted().values()))[0][0].inputs[0])
         for name in _TARGETS if isinstance(example, Mapping) else ():
             labels = example.get(name)
             if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
@@ -170,6 +223,7 @@ class FirstForward:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._gradients.stop()
         if self._method != "forward":
             self._model.__dict__.pop(self._method, None)
 
@@ -206,11 +260,27 @@ class _Note:
         if first is not None and not torch.compiler.is_compiling():
             first.note(self._name, module, args, kwargs)
 
+    def returned(self, output: Any) -> None:
+        """The module has returned this."""
+        first = None if self._first is None else self._first()
+        if first is not None and not torch.compiler.is_compiling():
+            first.returned(self._name, output)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
         return _Note()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Note, ()
+
+
+class _Returned:
+    """The hook after the forward of one module, copied as that before it."""
+
+    def __init__(self, note: _Note) -> None:
+        self._note = note
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._note.returned(output)
 
 
 class _NotedMethod:
@@ -221,7 +291,9 @@ class _NotedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.note(self.model, args, kwargs)
-        return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        self.note.returned(output)
+        return output
 
 
 def _apart(tensor: Tensor) -> Tensor:

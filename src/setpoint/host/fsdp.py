@@ -136,6 +136,7 @@ class FSDP(Local):
         _reshard(self.model)
         if first:
             check_unwrapped(self.model)
+        self._priced.check()
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
         return self._gathered({part.tensor for group in groups for part in group.slices}, agree)

@@ -17,6 +17,7 @@ from setpoint.host.compiled import Recompiled, Recompiling
 from setpoint.host.copies import Copies
 from setpoint.host.refuse import check_unsharded, check_unwrapped
 from setpoint.host.together import SharedLosses, shared_reading, together
+from setpoint.host.trained import Trained
 from setpoint.sensor.reading import Reading
 
 Agreed = Callable[[], None]
@@ -33,7 +34,7 @@ class Local:
     ) -> None:
         self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
         self.compiled = compiled
-        self._code = Recompiling(lambda seconds, count: None, ())  # until a loop begins
+        self._code, self._priced = Recompiling(lambda seconds, count: None, ()), Trained(())  # until a loop begins
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
@@ -82,7 +83,7 @@ class Local:
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, groups: tuple[Group, ...]
     ) -> None:
-        self._code = Recompiling(recompiled, groups)
+        self._code, self._priced = Recompiling(recompiled, groups), Trained(self.optimizers)
         self.averages.begin()
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
@@ -90,6 +91,7 @@ class Local:
         if first:
             check_unsharded(self.model)
             check_unwrapped(self.model)
+        self._priced.check()
 
     def complete(self) -> bool:
         return True

@@ -49,7 +49,8 @@ def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], d
     """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
     held = {id(p) for each in host.optimizers for settings in each.param_groups for p in settings["params"]}
     trained = {name for name, p in host.model.named_parameters() if p.requires_grad and id(p) not in held}
-    strangers = {group.name: _UNTRAINED for group in groups if any(piece.tensor in trained for piece in group.slices)}
+    missing = {group.name: sorted(trained & {piece.tensor for piece in group.slices}) for group in groups}
+    strangers = {name: f"{', '.join(tensors)} {_UNTRAINED}" for name, tensors in missing.items() if tensors}
     return tuple(group for group in groups if group.name not in strangers), strangers
 
 
@@ -73,11 +74,10 @@ _LOSSY = " (allow_lossy=True prunes it all the same)"
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
     """Check that there is anything to prune."""
     if not groups:
-        if strangers := [name for name, why in frozen.items() if why == _UNTRAINED]:
-            listed = strangers if len(strangers) <= 4 else [*strangers[:3], f"{len(strangers) - 3} more"]
-            layers, verb = ("layers", "are") if len(strangers) > 1 else ("layer", "is")
-            names = " and ".join(filter(None, (", ".join(listed[:-1]), listed[-1])))
-            raise GroupError(f"{layers} {names} {verb} {_UNTRAINED}: pass them all. Nothing else can be pruned")
+        if strangers := [why for why in frozen.values() if why.endswith(_UNTRAINED)]:
+            more = f"; and so in {len(strangers) - 2} more groups" if len(strangers) > 2 else ""
+            help = "give all optimizers, and all tensors of a layer to one. Nothing else can be pruned"
+            raise GroupError(f"{'; '.join(strangers[:2])}{more}: {help}")
         reasons = "; ".join(f"{place}: {reason}" for place, reason in list(frozen.items())[:8]) or "no dim at all"
         more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
         lossy = [name for name, why in frozen.items() if why.endswith(_LOSSY)]

@@ -191,6 +191,7 @@ class Starting:
             raise
         passes = max(1, first.passes)
         inputs = Inputs(example, passes, passes * (first.samples() or num_samples(example)))
+        first.stop()
         with first.autocast(), first.calling():
             try:
                 self._begin(inputs, hooks)
@@ -201,7 +202,6 @@ class Starting:
                     f"{error}. Training did not call the model itself, but its parts one by one: if it calls another "
                     'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
                 ) from error
-        first.stop()
         self._unwatch()
         hooks.begin(grad_scale)
 

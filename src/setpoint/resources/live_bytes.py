@@ -20,9 +20,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes in the tensors that are alive while it is active, and their peak.
 
     Every storage that an operation makes counts from there until nothing holds it any more, those that
-    autograd saves included. What kernels allocate inside themselves does not show.
+    autograd saves included. What kernels allocate inside themselves does not show. A view makes no storage: a batch
+    that is a slice of all data does not count with these.
 
     Args:
+        held: tensors that are there from the beginning; of a storage only what they cover counts.
         noted: called whenever a storage is made or gone, in order; storages are numbered as they come.
 
     >>> with LiveBytes() as live:
@@ -37,9 +39,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
         self._noted = noted
         self._storages: dict[int, tuple[weakref.ref[Any], int, int]] = {}
+        self._hidden: dict[int, int] = {}  # bytes of a storage that are not counted
         self._number = 0
         for tensor in held:
-            self.see(tensor)
+            self._hold(tensor)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +50,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.see(leaf)
+                self.see(leaf, (args, kwargs))
         return result
 
     def __exit__(self, *ending: Any) -> None:
@@ -55,8 +58,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._noted = None
         super().__exit__(*ending)  # type: ignore[no-untyped-call]
 
-    def see(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor, unless it has been seen."""
+    def see(self, tensor: Tensor, given: Any = ()) -> None:
+        """Count the storage of a tensor that an operation has returned, unless it has been seen or given."""
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -64,11 +67,28 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known, size = self._storages.get(key), storage.nbytes()
         if known is not None:
             reference, number, before = known
+            size -= self._hidden.get(key, 0)
             self._storages[key] = (reference, number, size)
             self._count(size - before)
+        elif not any(_storage_of(each) == key for each in tree_leaves(given)):
+            self._new(tensor, key, size)
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Count what a tensor covers of its storage."""
+        if tensor.layout != torch.strided:
             return
+        key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        if key not in self._storages:
+            self._new(tensor, key, 0)
+            self._hidden[key] = size
+        reference, number, before = self._storages[key]
+        counted = min(size, before + tensor.numel() * tensor.element_size())
+        self._storages[key], self._hidden[key] = (reference, number, counted), size - counted
+        self._count(counted - before)
+
+    def _new(self, tensor: Tensor, key: int, size: int) -> None:
         self._number += 1
-        reference = weakref.ref(storage, partial(self._gone, key))
+        reference = weakref.ref(tensor.untyped_storage(), partial(self._gone, key))
         self._storages[key] = (reference, self._number, size)
         self._count(size)
         if self._noted:
@@ -76,6 +96,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _gone(self, key: int, _: Any) -> None:
         _, number, size = self._storages.pop(key)
+        self._hidden.pop(key, None)
         self.live_bytes -= size
         if self._noted:
             self._noted("gone", number, None)
@@ -83,6 +104,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, size: int) -> None:
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+def _storage_of(value: Any) -> int | None:
+    strided = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if strided else None
 
 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor] = (), device: torch.device | None = None) -> int:

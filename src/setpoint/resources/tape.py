@@ -129,7 +129,7 @@ class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         made = [result] if isinstance(result, Tensor) else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         for each in made:
-            self.see(each)
+            self.see(each, leaves)
         self._calls.append((func, seen, spec, tuple(map(self.shape, made))))
         return result
 

@@ -58,7 +58,7 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
     limits = target.limit
     to_come = 0 if spending.bill else max(0, total_steps - step)  # a bill pays for no fixed number
     after = f"after {step:,} of {counted(total_steps, 'step')}"
-    still = f"; it was met at step {last.step:,}" if last is not None and last.budget_met else ""
+    met_at = f" met at step {last.step:,}" if last is not None and last.budget_met else ""
     left = list[str]()
     for name, limit in spending.limit_run.items():
         spent, rest = spending.runs.spent()[name], spending.expected(name, widths) * to_come
@@ -71,10 +71,10 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         seen, dense = settled.get(name, spending.expected(name, widths)), target.dense_cost(name)
         margin = max(1e-12, spending.meter.margin(name))
         if name not in target.runs and seen > limit * (1 + margin):
-            spent, asked = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %"
+            spent, asked, was = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %", "; it was"
             if name in METERED:
-                spent, asked = f"{amount(seen, name)} ({spent})", amount(limit, name)
-            return False, f"{spent} {after}, {asked} asked for{still}"
+                spent, asked, was = f"{amount(seen, name)} ({spent})", amount(limit, name), "; by its decisions it was"
+            return False, f"{spent} {after}, {asked} asked for{was + met_at if met_at else ''}"
         uncut = name in METERED and widths == spending.dense_widths  # it is the dense model, whatever a clock says
         left += [of_dense(1.0 if uncut else seen / dense, name)] * (name not in target.runs)
     if last is not None and last.budget_met:
