@@ -112,6 +112,8 @@ LARGER_LONG_STARTS = (
     ("even", 4.0, 0.008, 0),
     ("even", 4.0, 0.008, 1),
     ("setpoint", 4.0, 0.008, 0),
+    ("even", 4.0, 0.008, 2),
+    ("setpoint", 4.0, 0.008, 1),
 )
 """Starts at a ratio of 16 beyond those of 2, with the rates that are tried, and seeds."""
 CUTS = (0.25, 0.75)
@@ -121,13 +123,15 @@ LONG_ARMS = (*ARMS, ("even", 8.0), ("setpoint", 8.0))
 LONGEST_ARMS = (*ARMS, ("even", 8.0))
 LARGER_PAIR = 4.0
 LARGER_PAIR_ARMS = (
-    ("small", 4.0, 0.002),
-    ("small", 4.0, 0.004),
-    ("small", 4.0, 0.008),
-    ("even", 8.0, 0.004),
-    ("even", 8.0, 0.008),
+    ("small", 4.0, 0.002, 0),
+    ("small", 4.0, 0.004, 0),
+    ("small", 4.0, 0.008, 0),
+    ("even", 8.0, 0.004, 0),
+    ("even", 8.0, 0.008, 0),
+    ("small", 4.0, 0.004, 1),
+    ("even", 8.0, 0.004, 1),
 )
-"""Of the pair of larger models: its final size, and its arms with rates."""
+"""Of the pair of larger models: its final size, and its arms with rates and seeds."""
 LARGER_PAIR_RATIO = 8.0
 """The text holds 14 times the optimal bytes of this size; a run of 8 times takes most of an hour."""
 PAIR, PAIR_ARMS = 2.0, (("small", 2.0), ("even", 4.0), ("setpoint", 4.0))
@@ -561,14 +565,14 @@ def larger(rows: Sequence[Mapping[str, Any]], optimal: int) -> Iterator[Cell]:
 
 
 def larger_pair(optimal: int) -> Iterator[Cell]:
-    """The pair of larger models, at seed 0.
+    """The pair of larger models: rates at seed 0, and the best of them at another seed.
 
     Args:
         optimal: steps of the final size that its optimal tokens make.
     """
-    for arm, start, rate in LARGER_PAIR_ARMS:
+    for arm, start, rate, seed in LARGER_PAIR_ARMS:
         steps = round(LARGER_PAIR_RATIO * optimal)
-        yield Cell("larger pair", arm, start, LARGER_PAIR_RATIO, steps, rate, 0, LARGER_PAIR)
+        yield Cell("larger pair", arm, start, LARGER_PAIR_RATIO, steps, rate, seed, LARGER_PAIR)
 
 
 def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:
