@@ -134,7 +134,7 @@ def test_a_second_optimizer_that_was_not_given_keeps_its_tensors() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
     loop = attach(model, (torch.randn(4, 6),), trained=model[2:])
     assert list(loop.widths) == ["2"]
-    without = "0.bias, 0.weight trained by no optimizer that attach was given"
+    without = "0.weight, 0.bias: trained by no optimizer that attach was given"
     with pytest.raises(GroupError, match=f"^{without}: give all optimizers, and all tensors of a layer"):
         other = mlp()
         attach(other, (torch.randn(4, 6),), trained=other[2])

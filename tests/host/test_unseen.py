@@ -298,15 +298,15 @@ def test_a_run_without_a_miss_says_nothing() -> None:
         assert re.search("last decision was not made", loop.summary.reason)
 
 
-@pytest.mark.parametrize("later", ["unfrozen", "a new group"])
+@pytest.mark.parametrize("later", ["unfrozen", "a new group", "exchanged"])
 @pytest.mark.parametrize("waits", [True, False])
 def test_weights_that_are_trained_later_are_warned_of(later: str, waits: bool) -> None:
-    """Claim: weights that were frozen when the loop began, or are new to the optimizer, are warned of, once."""
+    """Claim: weights that were frozen when the loop began, and are not later, are warned of, once."""
     model = build()
     first, second = list(model[0].parameters()), list(model[2].parameters())  # type: ignore[index, union-attr]
     for each in first:
         each.requires_grad_(False)
-    optimizer = torch.optim.SGD([*first, *second] if later == "unfrozen" else second, 0.01)
+    optimizer = torch.optim.SGD(second if later == "a new group" else [*first, *second], 0.01)
     options: dict[str, Any] = {} if waits else {"example": (torch.zeros(8, 6),)}
     loop = setpoint.attach(model, optimizer, 0.5, total_steps=40, **options)
     train(model, optimizer, 3)
@@ -314,18 +314,21 @@ def test_weights_that_are_trained_later_are_warned_of(later: str, waits: bool) -
         each.requires_grad_(True)
     if later == "a new group":
         optimizer.add_param_group({"params": first})
-    with pytest.warns(UserWarning, match="trains 4 tensors now, and trained 2 when the loop began"):
+    if later == "exchanged":
+        second[1].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias are trained now, and were frozen when the loop began"):
         train(model, optimizer, 1)
     train(model, optimizer, 3)
     loop.detach()
 
 
 def test_weights_that_are_frozen_later_are_no_news() -> None:
-    """Claim: a model of which less is trained later costs less than is reported, so nothing is said."""
+    """Claim: nothing is said of a model of which less is trained later, nor of weights that are not the model's."""
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = attached(model, optimizer)
     train(model, optimizer, 2)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     model[0].requires_grad_(False)  # type: ignore[index, operator]
     train(model, optimizer, 2)
     model[0].requires_grad_(True)  # type: ignore[index, operator]

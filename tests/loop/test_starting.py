@@ -154,44 +154,22 @@ def test_accumulation_is_seen() -> None:
     assert found[1].final_flops == 3 * found[0].final_flops and found[1].budget_met
 
 
-def _look(model: nn.Module, x: Tensor) -> None:
-    model(x)
-
-
 def _wrong_shape(model: nn.Module, x: Tensor) -> None:
     with pytest.raises(RuntimeError):
         model(x[:, :2])
 
 
-def _wrong_loss(model: nn.Module, x: Tensor) -> None:
-    with pytest.raises(RuntimeError):
-        model(x).view(7, 7).sum().backward()
-
-
-def _discarded(model: nn.Module, x: Tensor) -> None:
-    for _ in range(5):
-        model(x).square().mean().backward()
-    model.zero_grad()
-
-
-def _set_to_zero(model: nn.Module, x: Tensor) -> None:
-    model(x).square().mean().backward()
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        parameter.grad.zero_()
-
-
-def _few_rows(model: nn.Module, x: Tensor) -> None:
-    _discarded(model, x[:2])
-
-
-BEFORE = [_look, _wrong_shape, _wrong_loss, _discarded, _set_to_zero, _few_rows]
+def _evaluated(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+    model.train()
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-@pytest.mark.parametrize("before", BEFORE, ids=[each.__name__.strip("_") for each in BEFORE])
-def test_calls_that_are_no_part_of_the_first_step_do_not_count(before: Callable[..., None], passes: int) -> None:
-    """Claim: a look, a call that raises, and gradients that are discarded change neither FLOPs nor example."""
+@pytest.mark.parametrize("before", [_wrong_shape, _evaluated], ids=["raised", "evaluated"])
+def test_calls_that_are_no_training_do_not_count(before: Callable[..., None], passes: int) -> None:
+    """Claim: a call that raises, without gradients or in eval mode changes neither FLOPs nor example."""
     found = []
     for ahead in (before, lambda model, x: None):
         torch.manual_seed(0)
@@ -202,6 +180,103 @@ def test_calls_that_are_no_part_of_the_first_step_do_not_count(before: Callable[
         _train(model, (x,), loop, optimizer, 20, passes)
         found.append(loop.finish())
     assert found[0].dense_flops == found[1].dense_flops and found[0].final_flops == found[1].final_flops
+
+
+def _look(model: nn.Module, x: Tensor) -> None:
+    model(x)
+
+
+def _discarded(model: nn.Module, x: Tensor) -> None:
+    model(x).square().mean().backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("before", [_look, _discarded], ids=["look", "discarded"])
+def test_calls_before_the_first_step_that_the_second_lacks_are_warned_of(before: Callable[..., None]) -> None:
+    """Claim: what cannot be known at the first step is said after the second, and no hook stays behind."""
+    torch.manual_seed(0)
+    model, x = mlp(6, 24, 3), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
+    before(model, x)
+    _train(model, (x,), loop, optimizer, 1)
+    with pytest.warns(
+        UserWarning, match="called the model 2 times before its first step, and 1 time before its second"
+    ):
+        _train(model, (x,), loop, optimizer, 1)
+    output = model(x)
+    assert not output._backward_hooks and not any(each._forward_hooks for each in model.modules())
+    output.square().mean().backward()
+    loop.detach()
+
+
+def test_the_last_call_before_the_first_step_is_the_example() -> None:
+    """Claim: a look at two rows costs a warning, and not a plan for two rows."""
+    torch.manual_seed(0)
+    model, x = mlp(6, 24, 3), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
+    with pytest.warns(UserWarning, match="called the model 2 times"):
+        model(x[:2])
+        _train(model, (x,), loop, optimizer, 20)
+    alone = mlp(6, 24, 3)
+    optimizer = torch.optim.SGD(alone.parameters(), 0.01)
+    of_eight = setpoint.attach(alone, optimizer, "50% flops", total_steps=20, example=(x,))
+    _train(alone, (x,), of_eight, optimizer, 20)
+    assert loop.finish().dense_flops == 2 * of_eight.finish().dense_flops
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter whose second factor is zero, so that the first gets zero gradients in its first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 24), nn.Linear(24, 3)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 24, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.body.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.body(x) + self.up(self.down(x))))
+        return out
+
+
+def _twice(model: nn.Module, x: Tensor, optimizer: Any) -> None:
+    """As an optimizer that looks for flat minima does: the gradients of the first pass are used and discarded."""
+    model(x).square().mean().backward()
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+
+
+def _detached(model: nn.Module, x: Tensor, optimizer: Any) -> None:
+    """One call without a backward pass through what it returns."""
+    (model(x) - model(x).detach() + 1).square().mean().backward()
+
+
+def _penalty(model: nn.Module, x: Tensor, optimizer: Any) -> None:
+    z = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(z).sum(), z, create_graph=True)
+    (model(x).square().mean() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("of", [lambda: mlp(6, 24, 3), Adapted], ids=["plain", "adapter"])
+@pytest.mark.parametrize("step", [_twice, _detached, _penalty])
+def test_all_calls_of_unusual_steps_count(step: Callable[..., None], of: Callable[[], nn.Module]) -> None:
+    """Claim: both calls of a step count, also where gradients of one are taken away or none go through it."""
+    torch.manual_seed(0)
+    model, x = of(), torch.randn(8, 6)
+    single = of()
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.01)
+    loop = setpoint.attach(model, optimizer, 1.0, total_steps=5)
+    for _ in range(5):
+        step(model, x, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer = torch.optim.SGD([each for each in single.parameters() if each.requires_grad], 0.01)
+    once = setpoint.attach(single, optimizer, 1.0, total_steps=5)
+    _train(single, (x,), once, optimizer, 5)
+    assert loop.finish().dense_flops == 2 * once.finish().dense_flops
 
 
 def test_steps_that_a_scaler_skips_do_not_count() -> None:

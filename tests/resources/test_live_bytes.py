@@ -42,24 +42,32 @@ def test_a_storage_counts_once() -> None:
 
 
 def test_a_slice_does_not_count_the_whole() -> None:
-    """Claim: of a storage that was there before, held slices count with what they cover, and other views not at all."""
-    data = torch.ones(100, 10)
+    """Claim: of a storage that was there before, what held slices or a first view of it cover counts, and no more."""
+    data, table = torch.ones(100, 10), torch.ones(50, 10)
     with LiveBytes([data[:2], data[2:3]]) as live:
         batch = data[5:9]
-        assert live.live_bytes == 4 * 30
+        rows = table[5:9]
+        assert live.live_bytes == 4 * (30 + 40)
         doubled = batch.view(-1) * 2
-        assert live.live_bytes == 4 * 30 + 4 * 40
+        assert live.live_bytes == 4 * (30 + 40 + 40)
         del doubled
         data.add_(1)
-    assert (live.live_bytes, live.peak_bytes) == (4 * 30, 4 * 30 + 4 * 40)
+        table[9:30].add_(1)
+    assert (live.live_bytes, live.peak_bytes) == (4 * 70, 4 * 110)
+    del rows
 
 
 def test_a_storage_that_is_resized_counts_anew() -> None:
-    """Claim: an operation that makes a storage longer adds the difference, also where a slice of it was held."""
-    x = torch.ones(10)
+    """Claim: an operation that makes a storage longer adds the difference, and one that gives it back takes it away."""
+    x, out = torch.ones(10), torch.empty(0)
     with LiveBytes([x[:5]]) as live:
         x.resize_(20)
-    assert live.live_bytes == 4 * 15
+        assert live.live_bytes == 4 * 15
+        torch.mm(torch.ones(3, 4), torch.ones(4, 5), out=out)
+        assert live.live_bytes == 4 * (15 + 15)
+        x.untyped_storage().resize_(0)
+        x.resize_(0)
+        assert live.live_bytes == 4 * 15
 
 
 def test_events_come_in_order() -> None:

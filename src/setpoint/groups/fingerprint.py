@@ -149,7 +149,8 @@ _OF_A_PROCESS = {"SESSION_ID", "_original_object_hash"}
 """What Transformers draws anew in each process: an identifier for downloads, and a hash of its settings."""
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 _WRAPPERS = (staticmethod, classmethod, property, cached_property, partial)
-_OF_A_WRAPPER = {*_HIDDEN, "__name__", "__wrapped__", "__type_params__", "func", "attrname", "lock"}
+_OF_A_WRAPPER = {*_HIDDEN, "__name__", "__wrapped__", "__type_params__"}
+_OF_A_PROPERTY = {*_OF_A_WRAPPER, "func", "attrname", "lock"}
 """What Python notes there of the function."""
 _STATISTICS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.modules.batchnorm._NormBase: ("running_mean", "running_var", "num_batches_tracked"),
@@ -250,7 +251,8 @@ class _Description:
         return any(isinstance(module, kind) and key in keys for kind, keys in _STATISTICS.items())
 
     def _range(self, tensor: Tensor) -> None:
-        """What of the numbers of a weight can decide whether a cut passes: cuts are tried at about these numbers."""
+        """Whether numbers of a weight are finite, and whether many have one sign: cuts are tried at about these."""
+        tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
             return
         try:
@@ -369,7 +371,7 @@ class _Description:
         self._values(parts)
         if type(value) not in _WRAPPERS:
             self.of_class(type(value), made=True)
-        self._attributes(value, _OF_A_WRAPPER)
+        self._attributes(value, _OF_A_PROPERTY if isinstance(value, cached_property) else _OF_A_WRAPPER)
 
     def _attributes(self, value: Any, but: Container[str]) -> None:
         for name, held in getattr(value, "__dict__", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -15,56 +16,63 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
+from setpoint.distributed import local
 from setpoint.errors import LoopError
 from setpoint.groups.example import Example, example_of, mapped, num_samples, tensors_of
 from setpoint.groups.one_at_a_time import elsewhere
-from setpoint.sensor.sentinel import Sentinels, graph_task
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100
 """Class index that PyTorch's and transformers' losses leave out."""
 
 
+_SCALER = inspect.getfile(torch.amp.GradScaler)
 _REDIRECTS = ("lightning", "pytorch_lightning")
 """Packages that send a `training_step` through the forward of the wrapper and the model, in place of its own."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pass:
-    """One call of a module.
+    """One call of a module that has returned.
 
     Args:
-        tasks: numbers of the backward passes that went through what it returned.
+        went_back: whether a backward pass has gone through what it returned.
     """
 
-    tasks: set[int] = field(default_factory=set)
+    went_back: bool = False
+    handles: list[Any] = field(default_factory=list)
 
     def follow(self, returned: Any) -> None:
         """Note backward passes through what the call has returned."""
         for each in pytree.tree_leaves(returned):
             if isinstance(each, Tensor) and each.grad_fn is not None:
-                each.register_hook(self._note)  # type: ignore[no-untyped-call]
+                self.handles.append(each.register_hook(self._note))  # type: ignore[no-untyped-call]
 
     def _note(self, _: Tensor) -> None:
-        self.tasks.add(graph_task())
+        self.went_back = True
+
+    def stop(self) -> None:
+        """Leave no hook on a tensor."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Calls:
-    """Calls of a module with inputs of one kind: the first inputs, which change no more, and all calls until now."""
+    """Calls of a module with inputs of one kind, and inputs of one of them, which change no more."""
 
-    inputs: Any
     kind: Any
-    autocast: tuple[str, torch.dtype, bool] | None
+    inputs: Any = None
+    autocast: tuple[str, torch.dtype, bool] | None = None
     passes: list[_Pass] = field(default_factory=list)
 
 
 class FirstForward:
-    """Notes inputs and autocast of the first forward pass in training, and counts the passes; it draws no numbers.
+    """Notes inputs and autocast of the last forward pass in training, and counts the passes; it draws no numbers.
 
-    Only those passes count whose gradients are there when it is asked: none that raised, that nothing went back
-    through, or whose gradients were discarded, as after a step that a GradScaler skips. Where no gradient can be
-    followed, as of sharded weights, all that something went back through count, and else all.
+    A call that raises does not count. Where a GradScaler skips steps, neither do passes whose gradients were discarded
+    before another one begins.
 
     Where a training loop does not call the model itself, but parts of it (`self.decoder(self.encoder(x))` in a
     `training_step`), it notes the calls of the outermost of these.
@@ -78,9 +86,8 @@ class FirstForward:
     def __init__(self, called: nn.Module, model: nn.Module, method: str = "forward") -> None:
         self._model, self._method = model, method
         self._calls: dict[str, list[_Calls]] = {}
-        self._running: dict[str, _Pass] = {}
-        self._gradients = Sentinels(model.parameters())
-        self._gradients.start()
+        self._running: dict[str, _Calls] = {}
+        self._skipped: set[_Pass] = set()
         self._handles: list[Any] = []
         if method != "forward":
             model.__dict__[method] = _NotedMethod(model, method, _Note("", weakref.ref(self)))
@@ -102,27 +109,54 @@ class FirstForward:
         trains = torch.is_grad_enabled() and self._model.training and not exporting
         if not trains or self._inside(name) or _redirected(module) or detect_fake_mode((args, kwargs)) is not None:
             return
+        if not any(map(_has_gradient, self._model.parameters())):
+            self._skipped |= {each for each in self._every() if each.went_back}
         device, autocast = next((each.device.type for each in self._model.parameters()), "cpu"), None
         if torch.is_autocast_enabled(device):
             autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
         inputs = mapped(_apart, (args, dict(kwargs)))
-        kind, calls = (_kind(inputs), autocast), self._calls.setdefault(name, [])
-        like = next((each for each in calls if each.kind == kind), None)
-        if like is None:
-            like = _Calls(inputs, kind, autocast)
-            calls.append(like)
-        like.passes.append(_Pass())
-        self._running[name] = like.passes[-1]
+        self._running[name] = _Calls(_kind(inputs) if name else None, inputs, autocast)
 
     def returned(self, name: str, output: Any) -> None:
         """A forward has ended."""
-        if name in self._running:
-            self._running.pop(name).follow(output)
+        now = self._running.pop(name, None)
+        if now is None:
+            return
+        calls = self._calls.setdefault(name, [])
+        like = next((each for each in calls if each.kind == now.kind), None)
+        if like is None:
+            like = now
+            calls.append(like)
+        if not name:  # a first call may be a look at few rows
+            like.inputs, like.autocast = now.inputs, now.autocast
+        like.passes.append(_Pass())
+        like.passes[-1].follow(output)
+
+    def _every(self) -> list[_Pass]:
+        return [one for calls in self._calls.values() for each in calls for one in each.passes]
+
+    def step_begins(self) -> None:
+        """An optimizer is about to step; if a GradScaler has it step, passes of those that it skipped do not count."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename != _SCALER:
+            frame = frame.f_back
+        if frame is None:
+            return
+        for calls in self._calls.values():
+            for each in calls:
+                each.passes = [one for one in each.passes if one not in self._skipped]
+        left = {name: [each for each in calls if each.passes] for name, calls in self._calls.items()}
+        self._calls = {name: calls for name, calls in left.items() if calls}
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that count, of the model or its parts."""
+        return sum(len(each.passes) for calls in self._outermost().values() for each in calls)
 
     def _inside(self, name: str) -> bool:
         """Whether a module is a part of one that was called: that one calls it, now or when it is checkpointed."""
         above = [name[:at] for at, letter in enumerate(name) if letter == "."] + ([""] if name else [])
-        return any(each in self._calls for each in above)
+        return any(each in self._calls or each in self._running for each in above)
 
     @property
     def called(self) -> bool:
@@ -131,30 +165,16 @@ class FirstForward:
 
     @property
     def passes(self) -> int:
-        """Calls with such inputs as the example has; all calls of the model count as such."""
-        counted = self._counted()
-        if "" in counted:
-            return sum(number for _, number in counted[""])
-        return math.gcd(*(number for calls in counted.values() for _, number in calls))
+        """Calls with such inputs as the example has."""
+        return math.gcd(*(len(each.passes) for calls in self._outermost().values() for each in calls))
 
     @property
     def elements(self) -> int:
         """Calls of the model x elements of the largest input of the first; 0 where parts of it were called."""
         return self.passes * num_elements(self.example()) if self.called else 0
 
-    def _counted(self) -> dict[str, list[tuple[_Calls, int]]]:
-        """By name of a module, the kinds of its calls that count, and how many these are."""
-        outermost = {name: calls for name, calls in self._calls.items() if not self._inside(name)}
-        every = [one for calls in outermost.values() for each in calls for one in each.passes]
-        there = self._gradients.tasks
-        counts = [one for one in every if one.tasks & there] or [one for one in every if one.tasks] or every
-        chosen = set(map(id, counts))
-        numbers = {
-            name: [(each, sum(id(one) in chosen for one in each.passes)) for each in calls]
-            for name, calls in outermost.items()
-        }
-        found = {name: [(each, number) for each, number in calls if number] for name, calls in numbers.items()}
-        return {name: calls for name, calls in found.items() if calls}
+    def _outermost(self) -> dict[str, list[_Calls]]:
+        return {name: calls for name, calls in self._calls.items() if not self._inside(name)}
 
     def example(self) -> Example:
         """The inputs; those of all calls of one pass, by name of the module, where parts were called.
@@ -168,15 +188,14 @@ class FirstForward:
                 "attach an example=(x,), or call the model that attach was given. After torch.compile that is "
                 "the compiled model. A model in eval mode is not training: call model.train()"
             )
-        counted = self._counted()
-        if "" in counted:
-            args, kwargs = counted[""][0][0].inputs
+        if "" in self._calls:
+            args, kwargs = self._calls[""][0].inputs
             return example_of(self._model, args, kwargs, self._method)
         passes = self.passes
         return (
             {
-                name: [each.inputs for each, number in calls for _ in range(number // passes)]
-                for name, calls in counted.items()
+                name: [each.inputs for each in calls for _ in range(len(each.passes) // passes)]
+                for name, calls in self._outermost().items()
             },
         )
 
@@ -198,8 +217,7 @@ class FirstForward:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """As it was in that forward."""
-        counted = self._counted()
-        autocast = next(iter(counted.values()))[0][0].autocast if counted else None
+        autocast = next((calls[0].autocast for calls in self._outermost().values()), None)
         if autocast is None:
             yield
             return
@@ -211,7 +229,7 @@ class FirstForward:
         """Targets behind one pass where the inputs hold one for each token, None where they do not say."""
         example = self.example()
         if "" not in self._calls:
-            return num_samples(next(iter(self._counted().values()))[0][0].inputs[0])
+            return num_samples(next(iter(self._outermost().values()))[0].inputs[0])
         for name in _TARGETS if isinstance(example, Mapping) else ():
             labels = example.get(name)
             if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
@@ -223,7 +241,8 @@ class FirstForward:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._gradients.stop()
+        for each in self._every():
+            each.stop()
         if self._method != "forward":
             self._model.__dict__.pop(self._method, None)
 
@@ -294,6 +313,10 @@ class _NotedMethod:
         output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
         self.note.returned(output)
         return output
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(local(parameter.grad).any())
 
 
 def _apart(tensor: Tensor) -> Tensor:

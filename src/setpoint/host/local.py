@@ -34,7 +34,7 @@ class Local:
     ) -> None:
         self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
         self.compiled = compiled
-        self._code, self._priced = Recompiling(lambda seconds, count: None, ()), Trained(())  # until a loop begins
+        self._code, self._priced = Recompiling(lambda seconds, count: None, ()), Trained(model)  # until a loop begins
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
@@ -83,7 +83,7 @@ class Local:
     def begin(
         self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, groups: tuple[Group, ...]
     ) -> None:
-        self._code, self._priced = Recompiling(recompiled, groups), Trained(self.optimizers)
+        self._code, self._priced = Recompiling(recompiled, groups), Trained(self.model)
         self.averages.begin()
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:

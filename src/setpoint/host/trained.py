@@ -1,33 +1,28 @@
-"""Trained: how many weights the optimizers train; those that were frozen when a loop began have no price in it."""
+"""Trained: weights that were frozen when a loop began have no price in it, and may be trained later."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
 
-from torch.optim import Optimizer
+from torch import nn
 
 from setpoint.warn import warn
 
 
 class Trained:
-    """Warns once when optimizers train more tensors than they did at first."""
+    """Warns once when weights of a model are trained that were frozen at first."""
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers: Sequence[Optimizer] = optimizers
-        self._first = _count(optimizers)
+    def __init__(self, model: nn.Module) -> None:
+        self._frozen = [(name, weakref.ref(each)) for name, each in model.named_parameters() if not each.requires_grad]
 
     def check(self) -> None:
-        """Compare with what was trained at first."""
-        now = _count(self._optimizers)
-        if now <= self._first:
+        """Look whether any of them is trained now."""
+        found = [name for name, each in self._frozen if (weight := each()) is not None and weight.requires_grad]
+        if not found:
             return
-        self._optimizers = ()
+        self._frozen = []
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         warn(
-            f"the optimizer trains {now} tensors now, and trained {self._first} when the loop began: FLOPs are still "
-            "counted as for those, so a step takes more than the loop reports. Call loop.detach(), and attach again"
+            f"{', '.join(found[:3])}{more} are trained now, and were frozen when the loop began: FLOPs are counted as "
+            "they were then, so a step takes more than the loop reports. Call loop.detach(), and attach again"
         )
-
-
-def _count(optimizers: Sequence[Optimizer]) -> int:
-    groups = (settings["params"] for each in optimizers for settings in each.param_groups)
-    return sum(parameter.requires_grad for parameters in groups for parameter in parameters)

@@ -49,8 +49,9 @@ def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], d
     """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
     held = {id(p) for each in host.optimizers for settings in each.param_groups for p in settings["params"]}
     trained = {name for name, p in host.model.named_parameters() if p.requires_grad and id(p) not in held}
-    missing = {group.name: sorted(trained & {piece.tensor for piece in group.slices}) for group in groups}
-    strangers = {name: f"{', '.join(tensors)} {_UNTRAINED}" for name, tensors in missing.items() if tensors}
+    missing = {g.name: list(dict.fromkeys(p.tensor for p in g.slices if p.tensor in trained)) for g in groups}
+    more = {name: f" and {len(tensors) - 3} more" if len(tensors) > 3 else "" for name, tensors in missing.items()}
+    strangers = {name: f"{', '.join(all_[:3])}{more[name]}: {_UNTRAINED}" for name, all_ in missing.items() if all_}
     return tuple(group for group in groups if group.name not in strangers), strangers
 
 

@@ -30,6 +30,7 @@ from setpoint.groups.place import implied, is_call, read_size
 from setpoint.host.carrying import Carrying, brought, forget
 from setpoint.host.first_forward import FirstForward, num_elements
 from setpoint.host.host import Host
+from setpoint.host.second_step import SecondStep, as_often_as, more_than
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_groups, check_loading, check_optimizers
@@ -106,6 +107,7 @@ class Starting:
         check_method(host.model, method)
         self._loop, self._host, self._build, self._resume = loop, host, build, resume
         self._first: FirstForward | None = None
+        self._second: SecondStep | None = None
         self._carrying: Carrying | None = None
         self._hooks: StepHooks | None = None
         self._called, self._method = called, method
@@ -122,26 +124,14 @@ class Starting:
         complete(self._host.model, example)
         self._begin(Inputs.of(example))
         self._carry()
-        if self._loop.spending.bill and not self._host.compiled:
-            known = num_elements(example)
-            self._unlisten = self._loop.on_step(lambda news: self._compare(known))
+        if self._loop.spending.bill:
+            self._watch(partial(more_than, num_elements(example)))
 
-    def _compare(self, known: int) -> None:
-        """After the first two steps: warn if the model was given twice as much in the second as the example has."""
-        if self._loop.summary is not None:
-            return
-        if self._first is None:
-            self._first = FirstForward(self._host.model, self._host.model, self._method)
-            return
-        self._unlisten()
-        self._first.stop()
-        given = self._first.elements
-        if given >= 2 * known > 0:
-            warn(
-                f"in its second step the model was given {given:,} elements of input, and the example has {known:,}: "
-                "FLOPs are counted by the example. If all steps are like this, the run spends about "
-                f"{given / known:.2g} times its bill. Give the batch of a whole step, or leave the example out"
-            )
+    def _watch(self, compare: Callable[[FirstForward], str]) -> None:
+        """Look at the second step, too."""
+        if not self._host.compiled:
+            self._second = SecondStep(self._host.model, self._method, compare)
+            self._second.listen(self._loop.on_step)
 
     def at_first_step(self) -> None:
         """Begin when the first optimizer is about to step, with what the model was called with until then."""
@@ -164,7 +154,7 @@ class Starting:
 
     def stop(self) -> None:
         """Leave model and optimizers alone; may be called again."""
-        for each in (self._first, self._carrying):
+        for each in (self._first, self._second, self._carrying):
             if each is not None:
                 each.stop()
         if self._hooks is not None:
@@ -184,6 +174,7 @@ class Starting:
         first, hooks = self._first, self._hooks
         assert first is not None and hooks is not None, "the hooks are there from at_first_step on"
         ATTACHED.discard(self._host.model)
+        first.step_begins()
         try:
             example = first.example()
         except BaseException:
@@ -203,6 +194,7 @@ class Starting:
                     'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
                 ) from error
         self._unwatch()
+        self._watch(partial(as_often_as, first.num_calls))
         hooks.begin(grad_scale)
 
     def _unwatch(self) -> None:

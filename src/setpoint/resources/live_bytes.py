@@ -20,11 +20,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes in the tensors that are alive while it is active, and their peak.
 
     Every storage that an operation makes counts from there until nothing holds it any more, those that
-    autograd saves included. What kernels allocate inside themselves does not show. A view makes no storage: a batch
-    that is a slice of all data does not count with these.
+    autograd saves included. What kernels allocate inside themselves does not show. Of a storage that was there before,
+    as behind a batch that is a slice of all data, no more counts than what the first view of it covers.
 
     Args:
-        held: tensors that are there from the beginning; of a storage only what they cover counts.
+        held: tensors that are there from the beginning; of a storage that they share no more counts than their entries.
         noted: called whenever a storage is made or gone, in order; storages are numbered as they come.
 
     >>> with LiveBytes() as live:
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*ending)  # type: ignore[no-untyped-call]
 
     def see(self, tensor: Tensor, given: Any = ()) -> None:
-        """Count the storage of a tensor that an operation has returned, unless it has been seen or given."""
+        """Count the storage of what an operation has returned; of one that was given to it, what the tensor covers."""
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -67,10 +67,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known, size = self._storages.get(key), storage.nbytes()
         if known is not None:
             reference, number, before = known
-            size -= self._hidden.get(key, 0)
+            size = max(0, size - self._hidden.get(key, 0))
             self._storages[key] = (reference, number, size)
             self._count(size - before)
-        elif not any(_storage_of(each) == key for each in tree_leaves(given)):
+        elif any(_storage_of(each) == key for each in tree_leaves(given)):
+            self._hold(tensor)
+        else:
             self._new(tensor, key, size)
 
     def _hold(self, tensor: Tensor) -> None:

@@ -1,0 +1,71 @@
+"""The second step: whether the model is given as much in it as FLOPs are counted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from setpoint.host.first_forward import FirstForward
+from setpoint.warn import warn
+from setpoint.words import counted
+
+
+class SecondStep:
+    """Notes calls of the model between the first step and the second, and then warns of what `compare` says of them.
+
+    Args:
+        method: what the training loop calls of the model.
+        compare: gets what was noted, and returns a sentence, or "".
+    """
+
+    def __init__(self, model: nn.Module, method: str, compare: Callable[[FirstForward], str]) -> None:
+        self._make, self._compare = partial(FirstForward, model, model, method), compare
+        self._noted: FirstForward | None = None
+        self._unlisten: Callable[[], object] = lambda: None
+
+    def listen(self, on_step: Callable[[Callable[[Any], None]], Callable[[], object]]) -> None:
+        """Have this called after each step."""
+        self._unlisten = on_step(lambda _: self._stepped())
+
+    def _stepped(self) -> None:
+        if self._noted is None:
+            self._noted = self._make()
+            return
+        noted = self._noted
+        noted.step_begins()
+        self.stop()
+        if noted.num_calls and (said := self._compare(noted)):
+            warn(said)
+
+    def stop(self) -> None:
+        """Leave the model alone; may be called again."""
+        self._unlisten()
+        if self._noted is not None:
+            self._noted.stop()
+
+
+def more_than(known: int, noted: FirstForward) -> str:
+    """Where the model was given at least twice the elements that its example has."""
+    given = noted.elements
+    if not given >= 2 * known > 0:
+        return ""
+    return (
+        f"in its second step the model was given {given:,} elements of input, and the example has {known:,}: "
+        "FLOPs are counted by the example. If all steps are like this, the run spends about "
+        f"{given / known:.2g} times its bill. Give the batch of a whole step, or leave the example out"
+    )
+
+
+def as_often_as(first: int, noted: FirstForward) -> str:
+    """Where the model was called more or less often than before the first step."""
+    now = noted.num_calls
+    if now == first:
+        return ""
+    return (
+        f"training called the model {counted(first, 'time')} before its first step, and {counted(now, 'time')} before "
+        "its second: FLOPs are counted as for the first. A look at an output counts, too, and so does a backward pass "
+        "whose gradients were discarded. Then call loop.detach() and attach again, or give attach an example"
+    )
