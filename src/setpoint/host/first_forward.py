@@ -236,13 +236,22 @@ class FirstForward:
                 return max(1, int((labels != _IGNORED).sum()))
         return None
 
+    def again(self) -> FirstForward:
+        """Forget all calls, and note those from now on."""
+        self._forget()
+        return self
+
+    def _forget(self) -> None:
+        for each in self._every():
+            each.stop()
+        self._calls, self._running, self._skipped = {}, {}, set()
+
     def stop(self) -> None:
-        """Take the hooks away; may be called again."""
+        """Take the hooks away, and keep no inputs; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for each in self._every():
-            each.stop()
+        self._forget()
         if self._method != "forward":
             self._model.__dict__.pop(self._method, None)
 

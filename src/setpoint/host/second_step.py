@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
-
-from torch import nn
 
 from setpoint.host.first_forward import FirstForward
 from setpoint.warn import warn
@@ -17,12 +14,12 @@ class SecondStep:
     """Notes calls of the model between the first step and the second, and then warns of what `compare` says of them.
 
     Args:
-        method: what the training loop calls of the model.
+        notes: begins to note calls; called after the first step.
         compare: gets what was noted, and returns a sentence, or "".
     """
 
-    def __init__(self, model: nn.Module, method: str, compare: Callable[[FirstForward], str]) -> None:
-        self._make, self._compare = partial(FirstForward, model, model, method), compare
+    def __init__(self, notes: Callable[[], FirstForward], compare: Callable[[FirstForward], str]) -> None:
+        self._notes, self._compare = notes, compare
         self._noted: FirstForward | None = None
         self._unlisten: Callable[[], object] = lambda: None
 
@@ -32,12 +29,13 @@ class SecondStep:
 
     def _stepped(self) -> None:
         if self._noted is None:
-            self._noted = self._make()
+            self._noted = self._notes()
             return
         noted = self._noted
         noted.step_begins()
+        said = self._compare(noted) if noted.num_calls else ""
         self.stop()
-        if noted.num_calls and (said := self._compare(noted)):
+        if said:
             warn(said)
 
     def stop(self) -> None:

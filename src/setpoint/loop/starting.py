@@ -125,13 +125,16 @@ class Starting:
         self._begin(Inputs.of(example))
         self._carry()
         if self._loop.spending.bill:
-            self._watch(partial(more_than, num_elements(example)))
+            notes = partial(FirstForward, self._host.model, self._host.model, self._method)
+            self._watch(notes, partial(more_than, num_elements(example)))
 
-    def _watch(self, compare: Callable[[FirstForward], str]) -> None:
-        """Look at the second step, too."""
+    def _watch(self, notes: Callable[[], FirstForward], compare: Callable[[FirstForward], str]) -> None:
+        """Look at the second step, too, but for compiled code, which hooks would have compiled again."""
         if not self._host.compiled:
-            self._second = SecondStep(self._host.model, self._method, compare)
+            self._second = SecondStep(notes, compare)
             self._second.listen(self._loop.on_step)
+        elif self._first is not None:
+            self._first.stop()
 
     def at_first_step(self) -> None:
         """Begin when the first optimizer is about to step, with what the model was called with until then."""
@@ -182,7 +185,6 @@ class Starting:
             raise
         passes = max(1, first.passes)
         inputs = Inputs(example, passes, passes * (first.samples() or num_samples(example)))
-        first.stop()
         with first.autocast(), first.calling():
             try:
                 self._begin(inputs, hooks)
@@ -194,7 +196,7 @@ class Starting:
                     'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
                 ) from error
         self._unwatch()
-        self._watch(partial(as_often_as, first.num_calls))
+        self._watch(first.again, partial(as_often_as, first.num_calls))
         hooks.begin(grad_scale)
 
     def _unwatch(self) -> None:
