@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -226,6 +228,48 @@ def test_the_last_call_before_the_first_step_is_the_example() -> None:
     assert loop.finish().dense_flops == 2 * of_eight.finish().dense_flops
 
 
+def test_few_batches_of_different_lengths_are_held() -> None:
+    """Claim: before the first step no more than five batches stay alive, however many lengths there are."""
+    model = mlp(6, 24, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
+    alive = []
+    for rows in range(1, 17):
+        x = torch.randn(rows, 6)
+        alive.append(weakref.ref(x.untyped_storage()))
+        model(x).square().mean().backward()
+        del x
+    gc.collect()
+    assert sum(each() is not None for each in alive) <= 5
+    optimizer.step()
+    assert loop.groups
+    loop.detach()
+
+
+class Recursive(nn.Module):
+    """A model that calls itself on both halves of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(6, 24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if len(x) <= 4 else torch.cat([self(x[:4]), self(x[4:])])
+
+
+def test_a_model_that_calls_itself_is_called_once() -> None:
+    """Claim: calls from inside of a call of the same model are no passes of their own."""
+    found = []
+    for options in ({}, {"example": (torch.randn(8, 6),)}):
+        torch.manual_seed(0)
+        model = Recursive()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        loop = setpoint.attach(model, optimizer, 1.0, total_steps=3, **options)  # type: ignore[arg-type]
+        _train(model, (torch.randn(8, 6),), loop, optimizer, 3)
+        found.append(loop.finish().dense_flops)
+    assert found[0] == found[1]
+
+
 class Adapted(nn.Module):
     """A layer with an adapter whose second factor is zero, so that the first gets zero gradients in its first step."""
 
@@ -275,7 +319,7 @@ def test_all_calls_of_unusual_steps_count(step: Callable[..., None], of: Callabl
         optimizer.zero_grad()
     optimizer = torch.optim.SGD([each for each in single.parameters() if each.requires_grad], 0.01)
     once = setpoint.attach(single, optimizer, 1.0, total_steps=5)
-    _train(single, (x,), once, optimizer, 5)
+    _train(single, (x.clone().requires_grad_(step is _penalty),), once, optimizer, 5)  # as the first call is given
     assert loop.finish().dense_flops == 2 * once.finish().dense_flops
 
 

@@ -26,6 +26,8 @@ _IGNORED = -100
 """Class index that PyTorch's and transformers' losses leave out."""
 
 
+_MOST_KINDS = 4
+"""Inputs of so many kinds are held beside those of the last call."""
 _SCALER = inspect.getfile(torch.amp.GradScaler)
 _REDIRECTS = ("lightning", "pytorch_lightning")
 """Packages that send a `training_step` through the forward of the wrapper and the model, in place of its own."""
@@ -60,7 +62,7 @@ class _Pass:
 
 @dataclass(eq=False)
 class _Calls:
-    """Calls of a module with inputs of one kind, and inputs of one of them, which change no more."""
+    """Calls of a module with inputs of one kind, and the first of these inputs, which change no more."""
 
     kind: Any
     inputs: Any = None
@@ -69,10 +71,11 @@ class _Calls:
 
 
 class FirstForward:
-    """Notes inputs and autocast of the last forward pass in training, and counts the passes; it draws no numbers.
+    """Notes inputs and autocast of forward passes in training, and counts the passes; it draws no numbers.
 
-    A call that raises does not count. Where a GradScaler skips steps, neither do passes whose gradients were discarded
-    before another one begins.
+    The example is of the kind of inputs that most calls of the model had, and of equally many the last: a first call
+    may be a look at a few rows. A call that raises does not count. Where a GradScaler skips steps, neither do passes
+    whose gradients were discarded before another one begins.
 
     Where a training loop does not call the model itself, but parts of it (`self.decoder(self.encoder(x))` in a
     `training_step`), it notes the calls of the outermost of these.
@@ -104,10 +107,17 @@ class FirstForward:
 
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins; one of `torch.export`, on tensors without data, is none of the user's."""
-        self._running.pop(name, None)  # one that raised
+        if name in self._running and not _calls_itself(module):
+            del self._running[name]  # one that raised
         exporting = torch.compiler.is_exporting() and not elsewhere()
         trains = torch.is_grad_enabled() and self._model.training and not exporting
-        if not trains or self._inside(name) or _redirected(module) or detect_fake_mode((args, kwargs)) is not None:
+        if (
+            not trains
+            or name in self._running
+            or self._inside(name)
+            or _redirected(module)
+            or detect_fake_mode((args, kwargs)) is not None
+        ):
             return
         if not any(map(_has_gradient, self._model.parameters())):
             self._skipped |= {each for each in self._every() if each.went_back}
@@ -115,20 +125,20 @@ class FirstForward:
         if torch.is_autocast_enabled(device):
             autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
         inputs = mapped(_apart, (args, dict(kwargs)))
-        self._running[name] = _Calls(_kind(inputs) if name else None, inputs, autocast)
+        self._running[name] = _Calls(_kind(inputs), inputs, autocast)
 
-    def returned(self, name: str, output: Any) -> None:
+    def returned(self, name: str, module: nn.Module, output: Any) -> None:
         """A forward has ended."""
-        now = self._running.pop(name, None)
-        if now is None:
+        if name not in self._running or _calls_itself(module):
             return
-        calls = self._calls.setdefault(name, [])
-        like = next((each for each in calls if each.kind == now.kind), None)
+        now, calls = self._running.pop(name), self._calls.setdefault(name, [])
+        like = next((each for each in calls if _equal(each.kind, now.kind)), None)
         if like is None:
             like = now
             calls.append(like)
-        if not name:  # a first call may be a look at few rows
-            like.inputs, like.autocast = now.inputs, now.autocast
+            held = [each for each in calls[:-1] if each.inputs is not None]
+            if not name and len(held) >= _MOST_KINDS:  # such as batches of different lengths
+                min(held, key=lambda each: len(each.passes)).inputs = None
         like.passes.append(_Pass())
         like.passes[-1].follow(output)
 
@@ -165,7 +175,9 @@ class FirstForward:
 
     @property
     def passes(self) -> int:
-        """Calls with such inputs as the example has."""
+        """Calls with such inputs as the example has; of the model all calls."""
+        if "" in self._calls:
+            return sum(len(each.passes) for each in self._calls[""])
         return math.gcd(*(len(each.passes) for calls in self._outermost().values() for each in calls))
 
     @property
@@ -175,6 +187,10 @@ class FirstForward:
 
     def _outermost(self) -> dict[str, list[_Calls]]:
         return {name: calls for name, calls in self._calls.items() if not self._inside(name)}
+
+    def _most(self, name: str) -> _Calls:
+        held = [each for each in self._calls[name] if each.inputs is not None]
+        return max(reversed(held), key=lambda each: len(each.passes))
 
     def example(self) -> Example:
         """The inputs; those of all calls of one pass, by name of the module, where parts were called.
@@ -189,7 +205,7 @@ class FirstForward:
                 "the compiled model. A model in eval mode is not training: call model.train()"
             )
         if "" in self._calls:
-            args, kwargs = self._calls[""][0].inputs
+            args, kwargs = self._most("").inputs
             return example_of(self._model, args, kwargs, self._method)
         passes = self.passes
         return (
@@ -217,7 +233,8 @@ class FirstForward:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """As it was in that forward."""
-        autocast = next((calls[0].autocast for calls in self._outermost().values()), None)
+        name = next(iter(self._outermost()), None)
+        autocast = None if name is None else self._most(name).autocast
         if autocast is None:
             yield
             return
@@ -272,6 +289,22 @@ def _kind(inputs: Any) -> Any:
     return structure, [(each.shape, each.dtype) if isinstance(each, Tensor) else type(each) for each in leaves]
 
 
+def _equal(left: Any, right: Any) -> bool:
+    try:
+        return bool(left == right)
+    except (ValueError, RuntimeError):  # of types of the user's, which may hold arrays
+        return False
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether this call of a module is made by another one of it."""
+    frame, calls = inspect.currentframe(), 0
+    while frame is not None and calls < 2:
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls > 1
+
+
 def num_elements(example: Example) -> int:
     """Elements of the example's largest tensor, whatever order the inputs come in."""
     return max((tensor.numel() for tensor in tensors_of(example)), default=0)
@@ -288,11 +321,11 @@ class _Note:
         if first is not None and not torch.compiler.is_compiling():
             first.note(self._name, module, args, kwargs)
 
-    def returned(self, output: Any) -> None:
+    def returned(self, module: nn.Module, output: Any) -> None:
         """The module has returned this."""
         first = None if self._first is None else self._first()
         if first is not None and not torch.compiler.is_compiling():
-            first.returned(self._name, output)
+            first.returned(self._name, module, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
         return _Note()
@@ -308,7 +341,7 @@ class _Returned:
         self._note = note
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._note.returned(output)
+        self._note.returned(module, output)
 
 
 class _NotedMethod:
@@ -320,7 +353,7 @@ class _NotedMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.note(self.model, args, kwargs)
         output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-        self.note.returned(output)
+        self.note.returned(self.model, output)
         return output
 
 
