@@ -203,7 +203,7 @@ def test_calls_before_the_first_step_that_the_second_lacks_are_warned_of(before:
     before(model, x)
     _train(model, (x,), loop, optimizer, 1)
     with pytest.warns(
-        UserWarning, match="called the model 2 times before its first step, and 1 time before its second"
+        UserWarning, match="made 1 call of the model without using the gradients, and 0 before its second"
     ):
         _train(model, (x,), loop, optimizer, 1)
     output = model(x)
@@ -212,13 +212,13 @@ def test_calls_before_the_first_step_that_the_second_lacks_are_warned_of(before:
     loop.detach()
 
 
-def test_the_last_call_before_the_first_step_is_the_example() -> None:
-    """Claim: a look at two rows costs a warning, and not a plan for two rows."""
+def test_a_look_is_not_the_example() -> None:
+    """Claim: the example is the first call that a backward pass goes through, so a look at two rows costs a warning."""
     torch.manual_seed(0)
     model, x = mlp(6, 24, 3), torch.randn(8, 6)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
-    with pytest.warns(UserWarning, match="called the model 2 times"):
+    with pytest.warns(UserWarning, match="made 1 call of the model without using"):
         model(x[:2])
         _train(model, (x,), loop, optimizer, 20)
     alone = mlp(6, 24, 3)
@@ -229,21 +229,36 @@ def test_the_last_call_before_the_first_step_is_the_example() -> None:
 
 
 def test_few_batches_of_different_lengths_are_held() -> None:
-    """Claim: before the first step no more than five batches stay alive, however many lengths there are."""
+    """Claim: one batch stays alive until the first step, and four where no backward pass has shown which counts."""
     model = mlp(6, 24, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
-    alive = []
-    for rows in range(1, 17):
-        x = torch.randn(rows, 6)
-        alive.append(weakref.ref(x.untyped_storage()))
-        model(x).square().mean().backward()
-        del x
-    gc.collect()
-    assert sum(each() is not None for each in alive) <= 5
+    for looks, most in ((True, 4), (False, 1)):
+        alive = []
+        for rows in range(1, 17):
+            x = torch.randn(rows, 6)
+            alive.append(weakref.ref(x.untyped_storage()))
+            model(x) if looks else model(x).square().mean().backward()
+            del x
+        gc.collect()
+        assert sum(each() is not None for each in alive) <= most
     optimizer.step()
     assert loop.groups
     loop.detach()
+
+
+@pytest.mark.parametrize("counts", [(4, 2, 4, 2), (1, 3, 2, 1)])
+def test_steps_of_different_lengths_are_no_news(counts: tuple[int, ...]) -> None:
+    """Claim: nothing is said where the last step of an epoch accumulates fewer batches, or a shorter one."""
+    model = mlp(6, 24, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, 1.0, total_steps=len(counts))
+    for passes in counts:
+        for number in range(passes):
+            model(torch.randn(8 - number, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.finish().dense_flops > 0
 
 
 class Recursive(nn.Module):
@@ -256,16 +271,23 @@ class Recursive(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) if len(x) <= 4 else torch.cat([self(x[:4]), self(x[4:])])
 
+    def loss(self, x: Tensor) -> Tensor:
+        return self.net(x).square().mean() if len(x) <= 4 else self.loss(x[:4]) + self.loss(x[4:])
 
-def test_a_model_that_calls_itself_is_called_once() -> None:
+
+@pytest.mark.parametrize("method", ["forward", "loss"])
+def test_a_model_that_calls_itself_is_called_once(method: str) -> None:
     """Claim: calls from inside of a call of the same model are no passes of their own."""
     found = []
     for options in ({}, {"example": (torch.randn(8, 6),)}):
         torch.manual_seed(0)
         model = Recursive()
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        loop = setpoint.attach(model, optimizer, 1.0, total_steps=3, **options)  # type: ignore[arg-type]
-        _train(model, (torch.randn(8, 6),), loop, optimizer, 3)
+        loop = setpoint.attach(model, optimizer, 1.0, total_steps=3, method=method, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            (model if method == "forward" else model.loss)(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
         found.append(loop.finish().dense_flops)
     assert found[0] == found[1]
 
@@ -323,7 +345,8 @@ def test_all_calls_of_unusual_steps_count(step: Callable[..., None], of: Callabl
     assert loop.finish().dense_flops == 2 * once.finish().dense_flops
 
 
-def test_steps_that_a_scaler_skips_do_not_count() -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["after the step", "before the backward pass"])
+def test_steps_that_a_scaler_skips_do_not_count(late: bool) -> None:
     """Claim: FLOPs of a run whose first steps overflow, so that its GradScaler skips them, are those of any other."""
     found = []
     for scale in (2.0**10, 2.0**127):
@@ -333,11 +356,15 @@ def test_steps_that_a_scaler_skips_do_not_count() -> None:
         loop = setpoint.attach(model, optimizer, "50% flops", total_steps=20)
         made = skipped = 0
         while made < 20:
-            scaler.scale(64 * model(8 * torch.ones(8, 6)).square().mean()).backward()  # type: ignore[no-untyped-call]
+            loss = 64 * model(8 * torch.ones(8, 6)).square().mean()
+            if late:
+                optimizer.zero_grad()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             before = scaler.get_scale()
             scaler.update()
-            optimizer.zero_grad()
+            if not late:
+                optimizer.zero_grad()
             done = scaler.get_scale() >= before
             made, skipped = made + done, skipped + (not done)
         found.append((skipped, loop.finish().dense_flops))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,18 +18,18 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
-from setpoint.distributed import local
 from setpoint.errors import LoopError
 from setpoint.groups.example import Example, example_of, mapped, num_samples, tensors_of
 from setpoint.groups.one_at_a_time import elsewhere
+from setpoint.sensor.sentinel import graph_task
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100
 """Class index that PyTorch's and transformers' losses leave out."""
 
 
-_MOST_KINDS = 4
-"""Inputs of so many kinds are held beside those of the last call."""
+_MOST_HELD = 4
+"""Inputs of so many calls are held until a backward pass goes through one."""
 _SCALER = inspect.getfile(torch.amp.GradScaler)
 _REDIRECTS = ("lightning", "pytorch_lightning")
 """Packages that send a `training_step` through the forward of the wrapper and the model, in place of its own."""
@@ -38,26 +40,20 @@ class _Pass:
     """One call of a module that has returned.
 
     Args:
-        went_back: whether a backward pass has gone through what it returned.
+        followed: whether it returned what a backward pass can go through.
+        task: number of the backward pass that went through it, -1 as long as none did.
+        discarded: whether gradients were gone before the next call or the next backward pass began.
     """
 
-    went_back: bool = False
+    followed: bool = False
+    task: int = -1
+    discarded: bool = False
     handles: list[Any] = field(default_factory=list)
 
-    def follow(self, returned: Any) -> None:
-        """Note backward passes through what the call has returned."""
-        for each in pytree.tree_leaves(returned):
-            if isinstance(each, Tensor) and each.grad_fn is not None:
-                self.handles.append(each.register_hook(self._note))  # type: ignore[no-untyped-call]
-
-    def _note(self, _: Tensor) -> None:
-        self.went_back = True
-
-    def stop(self) -> None:
-        """Leave no hook on a tensor."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+    @property
+    def unused(self) -> bool:
+        """Whether it is known that no gradient of it is there."""
+        return self.followed and (self.task < 0 or self.discarded)
 
 
 @dataclass(eq=False)
@@ -65,17 +61,28 @@ class _Calls:
     """Calls of a module with inputs of one kind, and the first of these inputs, which change no more."""
 
     kind: Any
-    inputs: Any = None
-    autocast: tuple[str, torch.dtype, bool] | None = None
+    inputs: Any
     passes: list[_Pass] = field(default_factory=list)
 
 
-class FirstForward:
-    """Notes inputs and autocast of forward passes in training, and counts the passes; it draws no numbers.
+@dataclass(eq=False)
+class _Begun:
+    """A call that has yet to return.
 
-    The example is of the kind of inputs that most calls of the model had, and of equally many the last: a first call
-    may be a look at a few rows. A call that raises does not count. Where a GradScaler skips steps, neither do passes
-    whose gradients were discarded before another one begins.
+    Args:
+        error: the exception that was handled when it began.
+    """
+
+    inputs: Any
+    autocast: tuple[str, torch.dtype, bool] | None
+    error: BaseException | None
+
+
+class FirstForward:
+    """Notes inputs and autocast of the first forward pass in training, and counts the passes; it draws no numbers.
+
+    A call that raises does not count. If the first step comes from a GradScaler, neither do passes whose gradients were
+    discarded: the scaler skipped those steps. All other calls count; `num_unused` of them may be no part of a step.
 
     Where a training loop does not call the model itself, but parts of it (`self.decoder(self.encoder(x))` in a
     `training_step`), it notes the calls of the outermost of these.
@@ -89,8 +96,9 @@ class FirstForward:
     def __init__(self, called: nn.Module, model: nn.Module, method: str = "forward") -> None:
         self._model, self._method = model, method
         self._calls: dict[str, list[_Calls]] = {}
-        self._running: dict[str, _Calls] = {}
-        self._skipped: set[_Pass] = set()
+        self._running: dict[str, _Begun] = {}
+        self._held: list[tuple[_Pass, _Begun]] = []  # calls of the model of which one is the example
+        self._autocast: tuple[str, torch.dtype, bool] | None = None
         self._handles: list[Any] = []
         if method != "forward":
             model.__dict__[method] = _NotedMethod(model, method, _Note("", weakref.ref(self)))
@@ -102,45 +110,59 @@ class FirstForward:
                 note = _Note(name, weakref.ref(self))
                 self._handles += [
                     module.register_forward_pre_hook(note, with_kwargs=True),
-                    module.register_forward_hook(_Returned(note)),
+                    module.register_forward_hook(_Returned(note), always_call=True),
                 ]
 
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins; one of `torch.export`, on tensors without data, is none of the user's."""
         if name in self._running and not _calls_itself(module):
-            del self._running[name]  # one that raised
+            del self._running[name]  # one that was interrupted
         exporting = torch.compiler.is_exporting() and not elsewhere()
         trains = torch.is_grad_enabled() and self._model.training and not exporting
-        if (
-            not trains
-            or name in self._running
-            or self._inside(name)
-            or _redirected(module)
-            or detect_fake_mode((args, kwargs)) is not None
-        ):
+        if not trains or name in self._running or self._inside(name):
             return
-        if not any(map(_has_gradient, self._model.parameters())):
-            self._skipped |= {each for each in self._every() if each.went_back}
+        if _redirected(module) or detect_fake_mode((args, kwargs)) is not None:
+            return
+        self._look_for_discarded()
         device, autocast = next((each.device.type for each in self._model.parameters()), "cpu"), None
         if torch.is_autocast_enabled(device):
             autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
         inputs = mapped(_apart, (args, dict(kwargs)))
-        self._running[name] = _Calls(_kind(inputs), inputs, autocast)
+        self._running[name] = _Begun(inputs, autocast, sys.exc_info()[1])
 
     def returned(self, name: str, module: nn.Module, output: Any) -> None:
-        """A forward has ended."""
+        """A forward has ended, or raised."""
         if name not in self._running or _calls_itself(module):
             return
-        now, calls = self._running.pop(name), self._calls.setdefault(name, [])
-        like = next((each for each in calls if _equal(each.kind, now.kind)), None)
+        begun, made = self._running.pop(name), _Pass()
+        if sys.exc_info()[1] is not begun.error:
+            return
+        for each in pytree.tree_leaves(output):
+            if isinstance(each, Tensor) and each.grad_fn is not None:
+                made.followed = True
+                made.handles.append(each.register_hook(partial(self._went_back, made)))  # type: ignore[no-untyped-call]
+        calls, kind = self._calls.setdefault(name, []), _kind(begun.inputs)
+        if not any(map(len, self._calls.values())):
+            self._autocast = begun.autocast
+        like = next((each for each in calls if not name or _equal(each.kind, kind)), None)
         if like is None:
-            like = now
+            like = _Calls(kind, begun.inputs if name else None)
             calls.append(like)
-            held = [each for each in calls[:-1] if each.inputs is not None]
-            if not name and len(held) >= _MOST_KINDS:  # such as batches of different lengths
-                min(held, key=lambda each: len(each.passes)).inputs = None
-        like.passes.append(_Pass())
-        like.passes[-1].follow(output)
+        like.passes.append(made)
+        if not name and all(each.task < 0 for each, _ in self._held):  # until a backward pass has shown which counts
+            self._held = [*self._held, (made, begun)][-_MOST_HELD:]
+
+    def _went_back(self, one: _Pass, _: Tensor) -> None:
+        """A backward pass begins to go through what a call has returned."""
+        if one.task != graph_task():
+            self._look_for_discarded()
+            one.task = graph_task()
+
+    def _look_for_discarded(self) -> None:
+        """Where no weight has a gradient, those of earlier backward passes were discarded."""
+        if all(each.grad is None for each in self._model.parameters()):
+            for each in self._every():
+                each.discarded |= each.task not in (-1, graph_task())
 
     def _every(self) -> list[_Pass]:
         return [one for calls in self._calls.values() for each in calls for one in each.passes]
@@ -154,14 +176,14 @@ class FirstForward:
             return
         for calls in self._calls.values():
             for each in calls:
-                each.passes = [one for one in each.passes if one not in self._skipped]
+                each.passes = [one for one in each.passes if not one.discarded]
         left = {name: [each for each in calls if each.passes] for name, calls in self._calls.items()}
         self._calls = {name: calls for name, calls in left.items() if calls}
 
     @property
-    def num_calls(self) -> int:
-        """Calls that count, of the model or its parts."""
-        return sum(len(each.passes) for calls in self._outermost().values() for each in calls)
+    def num_unused(self) -> int:
+        """Calls that may be no part of a step: nothing went back through them, or their gradients were discarded."""
+        return sum(one.unused for calls in self._outermost().values() for each in calls for one in each.passes)
 
     def _inside(self, name: str) -> bool:
         """Whether a module is a part of one that was called: that one calls it, now or when it is checkpointed."""
@@ -175,9 +197,7 @@ class FirstForward:
 
     @property
     def passes(self) -> int:
-        """Calls with such inputs as the example has; of the model all calls."""
-        if "" in self._calls:
-            return sum(len(each.passes) for each in self._calls[""])
+        """Calls with such inputs as the example has."""
         return math.gcd(*(len(each.passes) for calls in self._outermost().values() for each in calls))
 
     @property
@@ -187,10 +207,6 @@ class FirstForward:
 
     def _outermost(self) -> dict[str, list[_Calls]]:
         return {name: calls for name, calls in self._calls.items() if not self._inside(name)}
-
-    def _most(self, name: str) -> _Calls:
-        held = [each for each in self._calls[name] if each.inputs is not None]
-        return max(reversed(held), key=lambda each: len(each.passes))
 
     def example(self) -> Example:
         """The inputs; those of all calls of one pass, by name of the module, where parts were called.
@@ -205,7 +221,8 @@ class FirstForward:
                 "the compiled model. A model in eval mode is not training: call model.train()"
             )
         if "" in self._calls:
-            args, kwargs = self._most("").inputs
+            used = (begun for one, begun in self._held if one.task >= 0)
+            args, kwargs = next(used, self._held[0][1]).inputs
             return example_of(self._model, args, kwargs, self._method)
         passes = self.passes
         return (
@@ -233,12 +250,12 @@ class FirstForward:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """As it was in that forward."""
-        name = next(iter(self._outermost()), None)
-        autocast = None if name is None else self._most(name).autocast
-        if autocast is None:
+        if "" in self._calls:
+            self._autocast = next((begun.autocast for one, begun in self._held if one.task >= 0), self._autocast)
+        if self._autocast is None:
             yield
             return
-        device, dtype, cached = autocast
+        device, dtype, cached = self._autocast
         with torch.autocast(device, dtype=dtype, cache_enabled=cached):
             yield
 
@@ -255,20 +272,18 @@ class FirstForward:
 
     def again(self) -> FirstForward:
         """Forget all calls, and note those from now on."""
-        self._forget()
-        return self
-
-    def _forget(self) -> None:
         for each in self._every():
-            each.stop()
-        self._calls, self._running, self._skipped = {}, {}, set()
+            for handle in each.handles:
+                handle.remove()
+        self._calls, self._running, self._held = {}, {}, []
+        return self
 
     def stop(self) -> None:
         """Take the hooks away, and keep no inputs; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forget()
+        self.again()
         if self._method != "forward":
             self._model.__dict__.pop(self._method, None)
 
@@ -292,7 +307,7 @@ def _kind(inputs: Any) -> Any:
 def _equal(left: Any, right: Any) -> bool:
     try:
         return bool(left == right)
-    except (ValueError, RuntimeError):  # of types of the user's, which may hold arrays
+    except Exception:  # noqa: BLE001 - of types of the user's, which may hold arrays
         return False
 
 
@@ -349,16 +364,20 @@ class _NotedMethod:
 
     def __init__(self, model: nn.Module, method: str, note: _Note) -> None:
         self.model, self.method, self.note = model, method, note
+        self._depth = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.note(self.model, args, kwargs)
-        output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-        self.note.returned(self.model, output)
-        return output
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(local(parameter.grad).any())
+        if not self._depth:  # a call from inside of another one is none of the training loop's
+            self.note(self.model, args, kwargs)
+        self._depth += 1
+        output = None
+        try:
+            output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+            return output
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self.note.returned(self.model, output)
 
 
 def _apart(tensor: Tensor) -> Tensor:

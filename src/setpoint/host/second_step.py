@@ -33,7 +33,7 @@ class SecondStep:
             return
         noted = self._noted
         noted.step_begins()
-        said = self._compare(noted) if noted.num_calls else ""
+        said = self._compare(noted)
         self.stop()
         if said:
             warn(said)
@@ -57,13 +57,12 @@ def more_than(known: int, noted: FirstForward) -> str:
     )
 
 
-def as_often_as(first: int, noted: FirstForward) -> str:
-    """Where the model was called more or less often than before the first step."""
-    now = noted.num_calls
-    if now == first:
+def without_unused(first: int, noted: FirstForward) -> str:
+    """Where so many calls before the first step were of no use, and fewer before the second."""
+    if noted.num_unused >= first:
         return ""
     return (
-        f"training called the model {counted(first, 'time')} before its first step, and {counted(now, 'time')} before "
-        "its second: FLOPs are counted as for the first. A look at an output counts, too, and so does a backward pass "
-        "whose gradients were discarded. Then call loop.detach() and attach again, or give attach an example"
+        f"before its first step training made {counted(first, 'call')} of the model without using the gradients, and "
+        f"{noted.num_unused} before its second: FLOPs of a step are counted with those of the first. If they were a "
+        "look at an output or a pass that was discarded, call loop.detach() and attach again, or give attach an example"
     )

@@ -30,7 +30,7 @@ from setpoint.groups.place import implied, is_call, read_size
 from setpoint.host.carrying import Carrying, brought, forget
 from setpoint.host.first_forward import FirstForward, num_elements
 from setpoint.host.host import Host
-from setpoint.host.second_step import SecondStep, as_often_as, more_than
+from setpoint.host.second_step import SecondStep, more_than, without_unused
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_groups, check_loading, check_optimizers
@@ -196,7 +196,10 @@ class Starting:
                     'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
                 ) from error
         self._unwatch()
-        self._watch(first.again, partial(as_often_as, first.num_calls))
+        if first.num_unused:
+            self._watch(first.again, partial(without_unused, first.num_unused))
+        else:
+            first.stop()
         hooks.begin(grad_scale)
 
     def _unwatch(self) -> None:
