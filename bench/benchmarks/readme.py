@@ -40,6 +40,7 @@ from tables.law import (
     larger_optimal_line,
     larger_pair_optimal_line,
     law_table,
+    earlier_cuts_line,
     least_error_line,
     measured_table,
     optimal_line,
@@ -148,16 +149,15 @@ def filled(text: str) -> str:
             "distributed": lambda: distributed_table(RESULTS / "distributed.json"),
             "frameworks": lambda: frameworks_table(RESULTS / "frameworks.json"),
             "law": lambda: law_table(RESULTS / "law.json"),
-            "law-measured": lambda: measured_table(RESULTS / "law-language.json", RESULTS / "law.json"),
+            "law-measured": lambda: measured_table(RESULTS / "law-language.json"),
             "law-larger-calibration": lambda: calibration_runs_table(
                 RESULTS / "law-language.json", "larger calibration", "larger_"
             ),
-            "law-larger": lambda: measured_table(
-                RESULTS / "law-language.json", RESULTS / "law.json", "larger", "larger_"
-            ),
+            "law-larger": lambda: measured_table(RESULTS / "law-language.json", "larger", "larger_"),
+            "law-earlier-cuts": lambda: earlier_cuts_line(RESULTS / "law-language.json"),
             "law-errors": lambda: errors_table(RESULTS / "law-language.json"),
             "law-forms": lambda: forms_table(RESULTS / "law-language.json"),
-            "law-least-error": lambda: least_error_line(RESULTS / "law-language.json", RESULTS / "law.json"),
+            "law-least-error": lambda: least_error_line(RESULTS / "law-language.json"),
             "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
             "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),
             "law-pair": lambda: pair_table(RESULTS / "law-language.json"),

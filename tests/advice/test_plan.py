@@ -196,7 +196,15 @@ def test_what_is_extrapolated_is_said() -> None:
     plain = Law(1.0, 50.0, 0.5, 80.0, 0.4, "by hand")
     assert "the law does not say on which ratios it was measured" in setpoint.plan(ratio=4, laws=plain).notes
     given = setpoint.plan(build(), "25% flops", example=(torch.zeros(4, 8, dtype=torch.long),), ratio=4)
-    assert given.size is not None and given.size < 7e7 and not any("extrapolated" in note for note in given.notes)
+    assert given.size is not None and given.size < 7e7 and any("extrapolated" in note for note in given.notes)
+
+
+def test_the_tests_say_nothing_of_larger_models() -> None:
+    """Claim: where the laws predict a gain, the advice for models far larger than those of the tests is "unknown"."""
+    for size, advice in ((5e4, "train the small model"), (7e9, "unknown")):
+        found = setpoint.plan(size=size, ratio=8)
+        assert found.verdict == "prune" and found.advice == advice
+    assert setpoint.plan(size=7e9, ratio=0.5).advice == "train the small model"
 
 
 def build() -> nn.Module:

@@ -33,6 +33,8 @@ STARTS = (2.0, 4.0, 8.0)
 """Sizes among which the law's best is named."""
 TESTED = 10.0
 """Up to this ratio, by a law that was fitted to them, the direct tests found no gain."""
+TESTED_SIZE = 64_000.0
+"""Up to so many parameters, embeddings included; a pair of larger models had a slight gain."""
 UNPROVEN = (
     "Setpoint's tests found no gain at ratios of 1 to 64 for language models of 5 thousand parameters, and of 1 to 16 "
     "for 51 thousand, but a slight one in a single pair of 200 thousand; the ratios are by the best sizes at equal "
@@ -56,7 +58,7 @@ class Advice:
             `"undecided"`. So it is for laws of one's own where 0 is in `interval`.
         advice: what to do: `"train the small model"` or `"unknown"`. Setpoint's tests count for more than the laws. By
             the published ones a predicted gain, or an open question, is `"train the small model"` up to the largest
-            ratio that was tested, and `"unknown"` beyond. By laws of one's own a predicted gain is `"unknown"`, since
+            ratio and size that were tested, and `"unknown"` beyond. By laws of one's own a predicted gain is `"unknown"`, since
             the tests found none where such a law predicted one.
         size: N_f, parameters of the finished model as the laws count them: the published ones count embeddings. None
             where only a ratio was given.
@@ -296,10 +298,10 @@ def plan(
     interval = min(lows), max(highs)
     sure = (low, high) if published else interval
     verdict = "prune" if sure[0] > 0 else "train the small model" if sure[1] <= 0 else "undecided"
-    tested = published and max(ratios) <= TESTED
+    tested = published and max(ratios) <= TESTED and (size is None or size <= TESTED_SIZE)
     advice = "train the small model" if tested or verdict == "train the small model" else "unknown"
     bill = cost * data if cost and data else None
-    notes = _notes(None if ratio else size, ratios, laws, published=published, gains=high > 0)
+    notes = _notes(size, ratios, laws, published=published, gains=high > 0)
     if published and example is not None:
         notes.append(OF_TOKENS if counts_tokens(example) else OF_LANGUAGE)
     if start > STARTS[-1]:
