@@ -34,13 +34,13 @@ from tables.fine_tuning import fine_tuning_goals_table, passes_table
 from tables.gpu import gpu_table
 from tables.law import (
     calibration_runs_table,
+    earlier_cuts_line,
     errors_table,
     forms_table,
     images_table,
     larger_optimal_line,
     larger_pair_optimal_line,
     law_table,
-    earlier_cuts_line,
     least_error_line,
     measured_table,
     optimal_line,

@@ -288,8 +288,8 @@ def least_error_line(file: Path) -> str:
     return (
         f"The reducible loss is hardly known, but it is at most the loss itself. So at r = 16 the measured shares are "
         f"{_percent(max(arm.gain.mean / arm.small for arm in there))} at best, and the fits of others miss them by "
-        f"{min(errors):.1f} to {max(errors):.1f} points at least. An error below 3 % of the reducible loss was the goal. "
-        f"It is missed in {missed} of {len(errors)} rows for certain."
+        f"{min(errors):.1f} to {max(errors):.1f} points at least. An error below 3 % of the reducible loss was the "
+        f"goal. It is missed in {missed} of {len(errors)} rows for certain."
     )
 
 
@@ -306,8 +306,8 @@ def earlier_cuts_line(file: Path) -> str:
     for arm, words in WIDTHS.items():
         early, late = best("larger, earlier cuts", arm), best("larger", arm)
         texts.append(
-            f"{words} widths {_nats(small - early['test'])} in place of {_nats(small - late['test'])} nats per byte, at a "
-            f"mean size of {early['average_size']:,.0f} in place of {late['average_size']:,.0f} parameters"
+            f"{words} widths {_nats(small - early['test'])} in place of {_nats(small - late['test'])} nats per byte, "
+            f"at a mean size of {early['average_size']:,.0f} in place of {late['average_size']:,.0f} parameters"
         )
     return f"At r = 4, from a start of 2 and with one seed: {'; '.join(texts)}."
 

@@ -58,8 +58,8 @@ class Advice:
             `"undecided"`. So it is for laws of one's own where 0 is in `interval`.
         advice: what to do: `"train the small model"` or `"unknown"`. Setpoint's tests count for more than the laws. By
             the published ones a predicted gain, or an open question, is `"train the small model"` up to the largest
-            ratio and size that were tested, and `"unknown"` beyond. By laws of one's own a predicted gain is `"unknown"`, since
-            the tests found none where such a law predicted one.
+            ratio and size that were tested, and `"unknown"` beyond. By laws of one's own a predicted gain is
+            `"unknown"`, since the tests found none where such a law predicted one.
         size: N_f, parameters of the finished model as the laws count them: the published ones count embeddings. None
             where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
