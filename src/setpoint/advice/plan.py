@@ -34,11 +34,11 @@ STARTS = (2.0, 4.0, 8.0)
 TESTED = 10.0
 """Up to this ratio, by a law that was fitted to them, the direct tests found no gain."""
 TESTED_SIZE = 64_000.0
-"""Up to so many parameters, embeddings included; a pair of larger models had a slight gain."""
+"""Up to so many parameters, embeddings included; of larger models two pairs were level in the mean."""
 UNPROVEN = (
     "Setpoint's tests found no gain at ratios of 1 to 64 for language models of 5 thousand parameters, and of 1 to 16 "
-    "for 51 thousand, but a slight one in a single pair of 200 thousand; the ratios are by the best sizes at equal "
-    "FLOPs, and 0.2 to 10 by a fitted law"
+    "for 51 thousand, and none at 8 in the mean of two pairs of 200 thousand; the ratios are by the best sizes at "
+    "equal FLOPs, and 0.2 to 10 by a fitted law"
 )
 LARGER_STARTS = "; in the tests larger starts lost more"
 UNPROVEN_OF_OTHERS = f"{UNPROVEN}; a law that was measured for these models predicted gains"
