@@ -278,14 +278,18 @@ class FirstForward:
         self._calls, self._running, self._held = {}, {}, []
         return self
 
-    def stop(self) -> None:
-        """Take the hooks away, and keep no inputs; may be called again."""
+    def unhook(self) -> None:
+        """Take the hooks away, and note nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.again()
         if self._method != "forward":
             self._model.__dict__.pop(self._method, None)
+
+    def stop(self) -> None:
+        """Take the hooks away, and keep no inputs; may be called again."""
+        self.unhook()
+        self.again()
 
 
 def _by_parts(self: nn.Module, parts: Mapping[str, Any]) -> list[Any]:

@@ -185,6 +185,9 @@ class Starting:
             raise
         passes = max(1, first.passes)
         inputs = Inputs(example, passes, passes * (first.samples() or num_samples(example)))
+        unused = first.num_unused
+        if not unused:  # with hooks no equal model would be known
+            first.unhook()
         with first.autocast(), first.calling():
             try:
                 self._begin(inputs, hooks)
@@ -196,8 +199,8 @@ class Starting:
                     'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
                 ) from error
         self._unwatch()
-        if first.num_unused:
-            self._watch(first.again, partial(without_unused, first.num_unused))
+        if unused:
+            self._watch(first.again, partial(without_unused, unused))
         else:
             first.stop()
         hooks.begin(grad_scale)
