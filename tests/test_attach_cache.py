@@ -633,7 +633,7 @@ def test_numbers_that_decide_count(what: str, folder: Path) -> None:
 
 
 def test_attach_refuses_what_only_its_numbers_refuse(tries: list[int]) -> None:
-    """Claim: a root of negative weights keeps a group whole, also where a like model with positive ones was cut."""
+    """Claim: roots of negative weights keep a group from being cut, also after a like model with positive ones."""
 
     class Rooted(nn.Module):
         def __init__(self, sign: float) -> None:

@@ -315,7 +315,7 @@ def _twice(model: nn.Module, x: Tensor, optimizer: Any) -> None:
 
 
 def _detached(model: nn.Module, x: Tensor, optimizer: Any) -> None:
-    """One call without a backward pass through what it returns."""
+    """One call that no backward pass reaches."""
     (model(x) - model(x).detach() + 1).square().mean().backward()
 
 

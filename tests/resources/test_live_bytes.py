@@ -41,7 +41,7 @@ def test_a_storage_counts_once() -> None:
     assert (live.live_bytes, live.peak_bytes) == (400, 400)
 
 
-def test_a_slice_does_not_count_the_whole() -> None:
+def test_a_slice_counts_with_what_it_covers() -> None:
     """Claim: of a storage that was there before, what held slices or a first view of it cover counts, and no more."""
     data, table = torch.ones(100, 10), torch.ones(50, 10)
     with LiveBytes([data[:2], data[2:3]]) as live:

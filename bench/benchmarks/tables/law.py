@@ -306,10 +306,11 @@ def earlier_cuts_line(file: Path) -> str:
     for arm, words in WIDTHS.items():
         early, late = best("larger, earlier cuts", arm), best("larger", arm)
         texts.append(
-            f"{words} widths {_nats(small - early['test'])} in place of {_nats(small - late['test'])} nats per byte, "
-            f"at a mean size of {early['average_size']:,.0f} in place of {late['average_size']:,.0f} parameters"
+            f"With {words} widths the gain was {_nats(small - early['test'])} in place of "
+            f"{_nats(small - late['test'])} nats per byte. The mean size was {early['average_size']:,.0f} in place of "
+            f"{late['average_size']:,.0f} parameters."
         )
-    return f"At r = 4, from a start of 2 and with one seed: {'; '.join(texts)}."
+    return f"These are at r = 4, from a start of 2, of seed 0. {' '.join(texts)}"
 
 
 def _bold(gain: Difference) -> str:

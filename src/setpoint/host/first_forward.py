@@ -140,7 +140,7 @@ class FirstForward:
         for each in pytree.tree_leaves(output):
             if isinstance(each, Tensor) and each.grad_fn is not None:
                 made.followed = True
-                made.handles.append(each.register_hook(partial(self._went_back, made)))  # type: ignore[no-untyped-call]
+                made.handles.append(each.register_hook(partial(self._backward_begins, made)))  # type: ignore[no-untyped-call]
         calls, kind = self._calls.setdefault(name, []), _kind(begun.inputs)
         if not any(map(len, self._calls.values())):
             self._autocast = begun.autocast
@@ -152,7 +152,7 @@ class FirstForward:
         if not name and all(each.task < 0 for each, _ in self._held):  # until a backward pass has shown which counts
             self._held = [*self._held, (made, begun)][-_MOST_HELD:]
 
-    def _went_back(self, one: _Pass, _: Tensor) -> None:
+    def _backward_begins(self, one: _Pass, _: Tensor) -> None:
         """A backward pass begins to go through what a call has returned."""
         if one.task != graph_task():
             self._look_for_discarded()
