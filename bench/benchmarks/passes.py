@@ -1,14 +1,16 @@
-"""Runs of a task at a multiple of its passes, gathered in one file.
+"""Runs of a task at a multiple of its passes, or made again, gathered in one file.
 
     setpoint bench --task cifar10-mini --epochs 40 --methods setpoint,small-long --budgets 0.25 --seeds 0,1,2 --out RUNS
-    python bench/benchmarks/passes.py RUNS [MORE RUNS] --out results/law-images.json
-    setpoint bench --task resnet56 --epochs 12 --methods dense,setpoint,cubic --budgets 0.5,0.25 --out RUNS
-    python bench/benchmarks/passes.py RUNS [MORE RUNS] --out results/fine-tuning-passes.json
+    setpoint bench --task resnet56 --epochs 12 --methods dense,setpoint,cubic --budgets 0.5,0.25 --out MORE
+    python bench/benchmarks/passes.py RUNS MORE --out results/passes.json
+    setpoint bench --task finetune --methods setpoint --budgets 0.5,0.25 --seeds 0,1,2,3,4 --out AGAIN
+    python bench/benchmarks/passes.py AGAIN --out results/again.json
 
-Both are four times the passes of their task. The first is the image arm of the law: `small-long` is as small from the
-start, and trains for the same FLOPs as the pruned model by the same recipe; `cifar10-mini-noisy` is the task with a
-fifth of the training labels wrong. The second has `resnet20` beside it, at as many passes. Rows that the file holds
-stay.
+The first two are four times the passes of their task. The first is the image arm of the law: `small-long` is as small
+from the start, and trains for the same FLOPs as the pruned model by the same recipe; `cifar10-mini-noisy` is the task
+with a fifth of the training labels wrong. The second has `resnet20` beside it, at as many passes. The last has the
+task's own passes: it is compared with the table of the task, whose runs an older version made. Rows that the file
+holds stay.
 """
 
 from __future__ import annotations

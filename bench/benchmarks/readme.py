@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tables.costs import (
+    again_table,
     attach_table,
     bench_quick_table,
     compiled_table,
@@ -47,6 +48,7 @@ from tables.law import (
     pair_optimal_line,
     pair_table,
     rates_table,
+    worth_line,
     write_law_picture,
 )
 from tables.lost import write_lost_picture
@@ -157,6 +159,7 @@ def filled(text: str) -> str:
             "law-earlier-cuts": lambda: earlier_cuts_line(RESULTS / "law-language.json"),
             "law-errors": lambda: errors_table(RESULTS / "law-language.json"),
             "law-forms": lambda: forms_table(RESULTS / "law-language.json"),
+            "law-worth": lambda: worth_line(RESULTS / "law-language.json"),
             "law-least-error": lambda: least_error_line(RESULTS / "law-language.json"),
             "law-larger-optimal": lambda: larger_optimal_line(RESULTS / "law-language.json"),
             "law-larger-rates": lambda: rates_table(RESULTS / "law-language.json", "larger"),
@@ -166,7 +169,7 @@ def filled(text: str) -> str:
             "law-larger-pair-optimal": lambda: larger_pair_optimal_line(RESULTS / "law-language.json"),
             "law-larger-pair": lambda: pair_table(RESULTS / "law-language.json", "larger pair", "larger_"),
             "law-rates": lambda: rates_table(RESULTS / "law-language.json"),
-            "law-images": lambda: images_table(RESULTS / "law-images.json", RESULTS / "cifar10-mini"),
+            "law-images": lambda: images_table(RESULTS / "passes.json", RESULTS / "cifar10-mini"),
             "law-optimal": lambda: optimal_line(RESULTS / "law-language.json"),
             "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
             "readme": lambda: readme_table(RESULTS),
@@ -176,10 +179,9 @@ def filled(text: str) -> str:
             "bench-quick": lambda: bench_quick_table(RESULTS / "bench-quick.json"),
             "compiled": lambda: compiled_table(RESULTS / "compiled.json"),
             "fine-tuning-goals": lambda: fine_tuning_goals_table(RESULTS),
-            "fine-tuning-passes": lambda: passes_table(
-                RESULTS / "fine-tuning-passes.json", RESULTS, "resnet56", "resnet20"
-            ),
+            "fine-tuning-passes": lambda: passes_table(RESULTS / "passes.json", RESULTS, "resnet56", "resnet20"),
             "one-shot": lambda: one_shot_table(RESULTS / "one-shot.json"),
+            "again": lambda: again_table(RESULTS / "again.json", RESULTS),
             "seconds-goals": lambda: seconds_goals_table(RESULTS),
             "growth": lambda: growth_table(RESULTS / "growth.json"),
             "widths": lambda: widths_table(RESULTS / "widths.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -241,8 +242,8 @@ def test_errors_of_the_law_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert small - pruned == pytest.approx(gain - predicted, abs=2.1e-4)
 
 
-def test_a_table_compares_two_forms_of_the_law_by_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: by r the errors are the mean distances of the arms' gains, and final sizes are closer but for one pair."""
+def test_a_table_compares_three_forms_of_the_law_by_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: by r the errors are the mean distances of the arms' gains, and the page says which form is closest."""
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
     from tables.law import arms_of, forms_table
 
@@ -256,6 +257,32 @@ def test_a_table_compares_two_forms_of_the_law_by_their_errors(monkeypatch: pyte
     assert row[2] == f"{len(there)}"
     errors = [abs(arm.gain.mean - arm.by_final) for arm in there if arm.by_final is not None]
     assert float(row[4]) == pytest.approx(sum(errors) / len(errors), abs=1e-4)
+    assert float(row[8].removesuffix(" %")) < 3 < float(row[7].removesuffix(" %"))
+    closest = {(row[0], row[1]): min((3, 4, 5), key=lambda column: float(row[column])) for row in cells}
+    assert [closest["51,264", r] for r in ("1", "4", "16")] == [4, 5, 5]
+    assert closest["8,800", "26"] == 4 and closest["200,064", "8"] == 3
+
+
+def test_bytes_that_are_worth_less_have_the_exponent_that_made_the_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: k is found again from gains that follow the form exactly, and 0 is the form of final sizes."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
+    from tables.law import arms_of, gain_by_worth, worth_exponent
+
+    from setpoint.advice.law import Law
+
+    law = Law(1.7, 11.0, 0.47, 168.0, 0.44, "made up")
+    pruned, small = {"tokens": 4e6, "average_size": 10_000.0, "size": 4624.0}, {"tokens": 8e6, "size": 4624.0}
+    gain = gain_by_worth(law, pruned, small)
+    assert gain(0.0) == pytest.approx(law.loss(4624, 8e6) - law.loss(4624, 4e6))
+    assert gain(0.8) == pytest.approx(law.loss(4624, 8e6) - law.loss(4624, 4e6 * (10_000 / 4624) ** -0.8))
+
+    arms = arms_of(json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8")))
+    exact = [
+        dataclasses.replace(arm, gain=dataclasses.replace(arm.gain, mean=arm.by_worth(0.37)))
+        for arm in arms
+        if arm.by_worth is not None
+    ]
+    assert len(exact) > 10 and worth_exponent(exact) == pytest.approx(0.37)
 
 
 def test_the_optimal_data_of_the_page_are_those_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,3 +66,21 @@ def test_the_table_sets_cut_models_beside_dense_and_small_ones(tmp_path: Path, m
     ]
     assert rows[1][4].startswith("−3.00") and rows[1][5].startswith("−1.00") and rows[4][4].startswith("−0.30")
     assert rows[4][5] == "–", "no seed is common"
+
+
+def test_runs_made_again_stand_beside_those_of_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a gain is paired by seed and above 0 where the run is better, for a loss too; other seeds are left out."""
+    script("passes", monkeypatch)  # makes the tables importable
+    from tables.costs import again_table
+
+    before = [_row("text", "setpoint", 0.5, seed, 1.9 + seed / 10, metric="loss") for seed in range(4)]
+    _write(tmp_path / "text", [*before, _row("text", "setpoint", 0.5, 0, 9.9, metric="loss") | {"split": "validation"}])
+    _write(tmp_path / "big", [_row("big", "dense", None, 0, 0.88, metric="accuracy")])
+    again = [_row("text", "setpoint", 0.5, seed, 1.88 + seed / 10) for seed in range(1, 5)]
+    again.append(_row("big", "dense", None, 0, 0.87))
+    (tmp_path / "again.json").write_text(json.dumps({"rows": again}), encoding="utf-8")
+    table = again_table(tmp_path / "again.json", tmp_path).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")][2:]
+    assert rows[0] == ["`big`", "`dense`", "100 %", "88.00 %", "87.00 %", "−1.00 (n = 1)", "1"]
+    assert rows[1][:5] == ["`text`", "`setpoint`", "50.0 %", "2.1000", "2.0800"]
+    assert rows[1][5].strip("*").startswith("+0.0200 [+0.0200") and rows[1][6] == "3"

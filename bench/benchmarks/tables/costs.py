@@ -10,8 +10,12 @@ from typing import Any
 
 from attach import BUDGETS
 
-from setpoint.report.numbers import NOTHING, duration, human
-from tables.words import made_on, rows_made_on
+from setpoint.report.numbers import NOTHING, duration, human, percent
+from setpoint_bench.report.folder import read_lines
+from setpoint_bench.report.packed import file_of
+from setpoint_bench.report.statistics import paired
+from setpoint_bench.results import FILE
+from tables.words import made_on, marked, rows_made_on
 
 
 def overhead_table(path: Path) -> str:
@@ -340,3 +344,33 @@ def frameworks_table(path: Path) -> str:
         framework = " ".join(filter(None, (name, each["version"])))  # a script has no version
         lines.append(f"| {framework} | {each['lines']} | {cells} |")
     return "\n".join([*lines, "", made_on(data)])
+
+
+def again_table(file: Path, root: Path) -> str:
+    """Runs that were made again, beside those of the tables under `root`: the paired difference by seed.
+
+    A difference above 0 is better than before, for a loss as well as for an accuracy.
+    """
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| task | method | FLOPs / step | in the tables | made again | gain | seeds |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for task in sorted({row["task"] for row in rows}):
+        earlier = [row for row in read_lines(file_of(root / task, FILE), FILE, []) if row["split"] == "test"]
+        metric = earlier[0]["metric"]
+        points, better = metric == "accuracy", -1.0 if metric == "loss" else 1.0
+        cells = {(row["method"], row["budget"]) for row in rows if row["task"] == task}
+        for method, budget in sorted(cells, key=lambda cell: (cell[0], -(cell[1] or 1.0))):
+            before, after = (
+                {row["seed"]: row["value"] for row in found if (row["method"], row["budget"]) == (method, budget)}
+                for found in (earlier, [row for row in rows if row["task"] == task])
+            )
+            seeds = sorted(before.keys() & after.keys())
+            if not seeds:
+                continue
+            means = (statistics.fmean(values[seed] for seed in seeds) for values in (before, after))
+            shown = " | ".join(f"{100 * mean:.2f} %" if points else f"{mean:.4f}" for mean in means)
+            gain = marked(paired([better * (after[seed] - before[seed]) for seed in seeds]), metric)
+            lines.append(f"| `{task}` | `{method}` | {percent(budget or 1.0)} | {shown} | {gain} | {len(seeds)} |")
+    return "\n".join([*lines, "", rows_made_on([{**row["environment"], "date": row["date"]} for row in rows])])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Arm:
         gain: of the pruned model, in nats per byte.
         predicted: the same by the law of the calibration, from average sizes and tokens; None where there is no law.
         by_final: the same with final sizes in place of average ones.
+        by_worth: the same with final sizes, and bytes that are worth less, for an exponent of `gain_by_worth`.
         ends: 95 % interval of what is predicted, and of the small model's reducible loss by the law.
         reducible: the small model's reducible loss, by the law.
         off: measured loss less the law's, of the small model and of the pruned one; None where there is no law.
@@ -87,6 +88,7 @@ class Arm:
     gain: Difference
     predicted: float | None
     by_final: float | None
+    by_worth: Callable[[float], float] | None
     ends: tuple[float, float] | None
     reducible: float | None
     off: tuple[float, float] | None
@@ -126,6 +128,7 @@ def arms_of(data: Mapping[str, Any], kind: str = "arm", prefix: str = "") -> lis
                     ours["test"], theirs["test"], paired([plain["test"] - cut["test"] for cut, plain in pairs]),
                     None if law is None else _predicted(law, ours, theirs),
                     None if law is None else _predicted(law, ours, theirs, size="size"),
+                    None if law is None else gain_by_worth(law, ours, theirs),
                     None if low is None else (low, high),
                     None if law is None else theirs["test"] - law.irreducible,
                     None if law is None else (_off(law, theirs), _off(law, ours)),
@@ -175,6 +178,25 @@ def _law(constants: Sequence[float]) -> Law:
 def _predicted(law: Law, pruned: Mapping[str, float], small: Mapping[str, float], size: str = "average_size") -> float:
     """The gain in nats per byte that the law predicts, from sizes, average or final ones, and tokens."""
     return law.loss(small[size], small["tokens"]) - law.loss(pruned[size], pruned["tokens"])
+
+
+def gain_by_worth(law: Law, pruned: Mapping[str, float], small: Mapping[str, float]) -> Callable[[float], float]:
+    """By k, the gain if a pruned run's bytes D are worth `D (mean size / final size)^-k` to its final size."""
+
+    def gain(exponent: float) -> float:
+        bytes_worth = pruned["tokens"] * (pruned["average_size"] / pruned["size"]) ** -exponent
+        return law.loss(small["size"], small["tokens"]) - law.loss(pruned["size"], bytes_worth)
+
+    return gain
+
+
+def worth_exponent(arms: Sequence[Arm]) -> float:
+    """The k, in hundredths up to 2, with the smallest mean distance between measured and predicted gains."""
+
+    def error(exponent: float) -> float:
+        return sum(abs(arm.gain.mean - arm.by_worth(exponent)) for arm in arms if arm.by_worth is not None)
+
+    return min((step / 100 for step in range(201)), key=error)
 
 
 def _published(ratio: float, pruned: Mapping[str, float], small: Mapping[str, float], prefix: str) -> tuple[float, ...]:
@@ -247,26 +269,33 @@ def errors_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+FITTED_TO = (1.0, 4.0)  # the ratios of the very small model that k is fitted to
+
+
 def forms_table(file: Path) -> str:
-    """How far two forms of the law of each calibration are from the measured gains: of average and of final size."""
+    """How far three forms of the law of each calibration are from the measured gains.
+
+    They take the average size, the final size, and the final size with bytes that are worth less.
+    """
     data = json.loads(file.read_text(encoding="utf-8"))
+    exponent = worth_exponent([arm for arm in arms_of(data) if arm.ratio in FITTED_TO])
     lines = [
-        "| final size | r | compared | error, average size | error, final size | of reducible loss: average size "
-        "| final size |",
-        f"|---:|---:|---:|{'---:|' * 4}",
+        "| final size | r | compared | error, average size | error, final size | error, bytes worth less "
+        "| of reducible loss: average size | final size | bytes worth less |",
+        f"|---:|---:|---:|{'---:|' * 6}",
     ]
     for kind, prefix in (("arm", ""), ("pair", ""), ("larger", "larger_"), ("larger pair", "larger_")):
         arms = arms_of(data, kind, prefix)
         for ratio in sorted({each.ratio for each in arms}):
             seen = _ratio_of(data, kind, prefix) if kind.endswith("pair") else ratio
-            errors: list[tuple[float, float]] = []
-            shares: list[tuple[float, float]] = []
+            errors: list[tuple[float, ...]] = []
+            shares: list[tuple[float, ...]] = []
             for each in arms:
-                if each.ratio != ratio or each.predicted is None or each.by_final is None or each.reducible is None:
+                if each.ratio != ratio or each.predicted is None or each.by_final is None or each.by_worth is None:
                     continue  # of another r, or no law fits
-                both = abs(each.gain.mean - each.predicted), abs(each.gain.mean - each.by_final)
-                errors.append(both)
-                shares.append((both[0] / each.reducible, both[1] / each.reducible))
+                forms = (each.predicted, each.by_final, each.by_worth(exponent))
+                errors.append(tuple(abs(each.gain.mean - form) for form in forms))
+                shares.append(tuple(error / (each.reducible or math.nan) for error in errors[-1]))
             if errors:
                 size = max(each.size for each in arms)
                 nats = (f"{statistics.fmean(column):.4f}" for column in zip(*errors, strict=True))
@@ -277,6 +306,25 @@ def forms_table(file: Path) -> str:
                 )
                 lines.append(f"| {size:,.0f} | {seen:.0f} | {len(errors)} | {' | '.join((*nats, *percent))} |")
     return "\n".join(lines)
+
+
+def worth_line(file: Path) -> str:
+    """The exponent k of bytes that are worth less: as it was fitted, and as other rows alone would have it."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    arms, larger = arms_of(data), arms_of(data, "larger", "larger_")
+    fitted = [arm for arm in arms if arm.ratio in FITTED_TO]
+    alone = _listed(
+        [
+            f"{worth_exponent([arm for arm in group if arm.ratio == ratio]):.2f} at r = {ratio:g}"
+            + ("" if group is arms else " with ten times the size")
+            for group in (arms, larger)
+            for ratio in sorted({arm.ratio for arm in group})
+        ]
+    )
+    return (
+        f"k = {worth_exponent(fitted):.2f} is fitted to the {len(fitted)} rows of the very small model at r = 1 and 4. "
+        f"Each group of rows alone would give {alone}."
+    )
 
 
 def least_error_line(file: Path) -> str:
@@ -417,7 +465,8 @@ def _listed(words: Sequence[str]) -> str:
 
 def images_table(file: Path, once: Path) -> str:
     """Pruned models beside small ones of the same training FLOPs, at the task's own passes and at multiples of them."""
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    every = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in every if row["task"].startswith(once.name)]  # of the task, and with wrong labels
     shown = {(row["task"], row["budget"]) for row in rows}
     for row in read_lines(file_of(once, FILE), FILE, []):  # of the task as it is
         if (row["task"], row["budget"]) in shown and row["split"] == "test":
@@ -573,12 +622,15 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %".replace("-", "−")
 
 
-def _line(arms: Sequence[Arm], start: float, by: str) -> list[tuple[float, float]]:
+Form = Callable[[Arm], float | None]
+
+
+def _line(arms: Sequence[Arm], start: float, form: Form) -> list[tuple[float, float]]:
     """(r, gain) that a form of the law predicts for the even arms of a start: the numbers of the tables."""
     points = sorted(
-        (each.ratio, getattr(each, by))
+        (each.ratio, gain)
         for each in arms
-        if (each.arm, each.start) == ("even", start) and getattr(each, by) is not None
+        if (each.arm, each.start) == ("even", start) and (gain := form(each)) is not None
     )
     if len(points) == 1:  # a dash, as one point is no line
         ((ratio, gain),) = points
@@ -589,7 +641,6 @@ def _line(arms: Sequence[Arm], start: float, by: str) -> list[tuple[float, float
 WIDTH, LEFT, TOP, WIDE, HIGH, APART = 880, 70, 106, 780, 220, 80
 RATIOS = (0.7, 96.0)
 COLORS = {2.0: BLUE, 4.0: ORANGE, 8.0: OTHERS[0]}
-FORMS = {"line": "predicted", "line dashed": "by_final"}
 
 
 @dataclass(frozen=True)
@@ -601,21 +652,23 @@ class Panel:
         extra: arms of another final size, drawn as squares.
         title: says which sizes these are.
         top: of its drawing, in the picture.
+        forms: of the law, by the look of their lines.
     """
 
     arms: Sequence[Arm]
     extra: Sequence[Arm]
     title: str
     top: float
+    forms: Mapping[str, Form]
 
     def parts(self) -> Iterator[str]:
         """Its grid, lines and points."""
         arms = [*self.arms, *self.extra]
         lines = {
             (look, start): line
-            for look, by in FORMS.items()
+            for look, form in self.forms.items()
             for start in COLORS
-            if (line := _line(self.arms, start, by))
+            if (line := _line(self.arms, start, form))
         }
         ends = [end for each in arms for end in (each.gain.low, each.gain.high, each.gain.mean) if end is not None]
         ends += [end for line in lines.values() for _, end in line]
@@ -657,11 +710,17 @@ def write_law_picture(file: Path, out: Path) -> Path:
     scheme.
     """
     data = json.loads(file.read_text(encoding="utf-8"))
-    panels = [Panel(small := arms_of(data), (), _sized(small), TOP)]
+    small = arms_of(data)
+    exponent = worth_exponent([arm for arm in small if arm.ratio in FITTED_TO])
+    forms: dict[str, Form] = {
+        "line": lambda arm: arm.predicted,
+        "line dashed": lambda arm: None if arm.by_worth is None else arm.by_worth(exponent),
+    }
+    panels = [Panel(small, (), _sized(small), TOP, forms)]
     if larger := arms_of(data, "larger", "larger_"):
         pair = arms_of(data, "larger pair", "larger_")
         title = f"{_sized(larger)}; squares: {_sized(pair)}" if pair else _sized(larger)
-        panels.append(Panel(larger, pair, title, TOP + HIGH + APART))
+        panels.append(Panel(larger, pair, title, TOP + HIGH + APART, forms))
     every = [each for panel in panels for each in (*panel.arms, *panel.extra)]
     height = panels[-1].top + HIGH + 68
 
@@ -672,7 +731,7 @@ def write_law_picture(file: Path, out: Path) -> Path:
     drawn = "filled: Setpoint's own widths, open: even widths"
     law = any(each.predicted is not None for each in every)
     if law:
-        drawn += ", line: law of the calibration, dashed: its form of final sizes"
+        drawn += ", line: law of the calibration, dashed: final sizes, bytes worth less"
     if any(each.gain.low is not None for each in every):
         drawn += ", bar: 95 %"
     title = "Gain in nats per byte against r, tokens / compute-optimal tokens of the small model"
