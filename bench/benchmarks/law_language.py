@@ -114,6 +114,8 @@ LARGER_LONG_STARTS = (
     ("setpoint", 4.0, 0.008, 0),
     ("even", 4.0, 0.008, 2),
     ("setpoint", 4.0, 0.008, 1),
+    ("setpoint", 8.0, 0.004, 0),
+    ("setpoint", 4.0, 0.008, 2),
 )
 """Starts at a ratio of 16 beyond those of 2, with the rates that are tried, and seeds."""
 CUTS = (0.25, 0.75)

@@ -15,7 +15,7 @@ from torch import nn
 
 import setpoint
 from setpoint.advice.law import LANGUAGE, Law, average_size, fit_law, load_laws, save_laws
-from setpoint.advice.plan import OF_LANGUAGE, OF_TOKENS, UNPROVEN, UNPROVEN_OF_OTHERS
+from setpoint.advice.plan import OF_ANY_SIZE, OF_LANGUAGE, OF_TOKENS, UNPROVEN, UNPROVEN_OF_OTHERS
 from setpoint.controller.schedule import Schedule
 from setpoint.errors import BudgetError, UsageError
 from setpoint.resources.measure_step import measure_step
@@ -112,7 +112,7 @@ def test_small_models_are_left_alone_and_open_questions_stay_open() -> None:
     ratio = next(r for r in (1.5, 2, 3, 5, 8) if signs[0].gain(r, 1.5) * signs[1].gain(r, 1.5) < 0)
     open_question = setpoint.plan(ratio=ratio, start=2, laws=signs)
     assert open_question.verdict == "undecided" and open_question.advice == "unknown"
-    published = setpoint.plan(ratio=1.5)
+    published = setpoint.plan(ratio=1.5, size=5e4)
     assert published.verdict == "undecided" and published.advice == "train the small model"  # the tests know
 
 
@@ -132,7 +132,7 @@ def test_the_published_laws_are_of_language() -> None:
 
 def test_the_headline_says_what_was_measured() -> None:
     """Claim: what the project's tests found comes first, beside what the published law predicts; the start is small."""
-    gain, loss = setpoint.plan(ratio=8), setpoint.plan(ratio=0.3)
+    gain, loss = setpoint.plan(ratio=8, size=5e4), setpoint.plan(ratio=0.3)
     assert gain.start == 2 and setpoint.plan(ratio=16, start=8).start == 8
     assert "by the law alone a start at 8 times" in str(setpoint.plan(ratio=16))
     assert "by the law alone" not in str(setpoint.plan(ratio=16, start=8)) + str(loss)
@@ -142,7 +142,7 @@ def test_the_headline_says_what_was_measured() -> None:
     (headline, *_), (other, *_) = (str(each).splitlines() for each in (gain, loss))
     assert headline.startswith("Train the small model. The published law predicts a gain from pruning. ")
     assert other.startswith("Train the small model. The published law predicts a loss from pruning. ")
-    assert headline.endswith("0.2 to 10 by a fitted law.") and other.endswith("0.2 to 10 by a fitted law.")
+    assert all(each.endswith("By a fitted law they are 0.2 to 10.") for each in (headline, other))
     assert "4.0 to 5.7 % less reducible loss" in str(setpoint.plan(ratio=16)) and "% more reducible loss" in str(loss)
 
 
@@ -183,7 +183,7 @@ def test_the_interval_follows_from_the_errors_of_the_exponents() -> None:
 )
 def test_nothing_is_advised_beyond_what_was_tested(ratio: float, advice: str) -> None:
     """Claim: the advice never becomes rosier where less is known, and the dictionary says the same as the text."""
-    found = setpoint.plan(ratio=ratio)
+    found = setpoint.plan(ratio=ratio, size=5e4)
     words = {"train the small model": "Train the small model. ", "unknown": "This is uncertain. "}[advice]
     assert found.advice == found.to_dict()["advice"] == advice and str(found).startswith(words)
 
@@ -205,6 +205,29 @@ def test_the_tests_say_nothing_of_larger_models() -> None:
         found = setpoint.plan(size=size, ratio=8)
         assert found.verdict == "prune" and found.advice == advice
     assert setpoint.plan(size=7e9, ratio=0.5).advice == "train the small model"
+
+
+def test_without_a_size_the_tests_say_nothing() -> None:
+    """Claim: a ratio alone is of any model, so a predicted gain is "unknown" and a note asks for the size."""
+    found = setpoint.plan(ratio=5)
+    assert found.verdict == "prune" and found.advice == "unknown" and OF_ANY_SIZE in str(found)
+    assert setpoint.plan(ratio=5, size=5e4).advice == "train the small model"
+    loses = setpoint.plan(ratio=0.5)
+    assert loses.advice == "train the small model" and OF_ANY_SIZE not in loses.notes
+
+
+@pytest.mark.parametrize(
+    ("law", "given", "said"),
+    [
+        (Law(1, 10, 0.5, 100, 0.001, "own"), {"size": 1e5, "samples": 1e7}, "compute-optimal for 1e\\+05 parameters"),
+        (Law(1, 1e-300, 0.001, 1e300, 0.001, "own"), {"size": 1e5, "samples": 1e7}, "give ratio="),
+        (Law(1, 10, 0.5, 100, 2000, "own"), {"ratio": 0.5}, "no number at r = 0.5"),
+    ],
+)
+def test_a_law_without_an_answer_is_an_error_that_names_it(law: Law, given: dict[str, float], said: str) -> None:
+    """Claim: exponents for which no data are optimal, or no gain is a number, are refused in words."""
+    with pytest.raises(UsageError, match=said):
+        setpoint.plan(**given, laws=law)  # type: ignore[arg-type]
 
 
 def build() -> nn.Module:
@@ -564,4 +587,4 @@ def test_published_laws_are_known_in_any_order() -> None:
     """Claim: the advice depends on which laws are given, and not on their order or number."""
     for laws in (LANGUAGE, LANGUAGE[::-1], LANGUAGE[1]):
         found = setpoint.plan(ratio=8, laws=laws)
-        assert found.advice == "train the small model" and found.notes == (UNPROVEN,)
+        assert found.advice == "unknown" and found.notes == (UNPROVEN, OF_ANY_SIZE)

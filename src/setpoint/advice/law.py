@@ -104,10 +104,16 @@ class Law:
         >>> LANGUAGE[0].gain(ratio=16, average=2.5, final=True) < 0
         True
         """
-        data: float = self.size_exponent / self.data_exponent * ratio**-self.data_exponent
         by_size = 1.0 if final else average**-self.size_exponent
         mean_cost = average if cost is None else cost
-        return float(1 - (by_size + data * mean_cost**self.data_exponent) / (1 + data))
+        try:
+            data: float = self.size_exponent / self.data_exponent * ratio**-self.data_exponent
+            return float(1 - (by_size + data * mean_cost**self.data_exponent) / (1 + data))
+        except (OverflowError, ZeroDivisionError):
+            raise UsageError(
+                f"the gain by the law of {self.source!r} is no number at r = {ratio:.3g}: its exponents are "
+                f"{self.size_exponent:.3g} and {self.data_exponent:.3g}"
+            ) from None
 
     def interval(self, ratio: float, average: float, cost: float | None = None) -> tuple[float, float]:
         """The 95 % interval of `gain` by the errors of a and b, to first order; the gain itself where none are known.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,12 +35,13 @@ STARTS = (2.0, 4.0, 8.0)
 TESTED = 10.0
 """Up to this ratio, by a law that was fitted to them, the direct tests found no gain."""
 TESTED_SIZE = 64_000.0
-"""Up to so many parameters, embeddings included; of larger models two pairs were level in the mean."""
+"""Up to so many parameters, embeddings included; a larger pair was level in the mean of two seeds."""
 UNPROVEN = (
-    "Setpoint's tests found no gain at ratios of 1 to 64 for language models of 5 thousand parameters, and of 1 to 16 "
-    "for 51 thousand, and none at 8 in the mean of two pairs of 200 thousand; the ratios are by the best sizes at "
-    "equal FLOPs, and 0.2 to 10 by a fitted law"
+    "Setpoint's tests found no gain at ratios of 1 to 64 for language models of 5 thousand parameters, at 1 to 16 for "
+    "51 thousand, and at 8 for 200 thousand, in the mean of two seeds. These ratios are by the best sizes at equal "
+    "FLOPs. By a fitted law they are 0.2 to 10"
 )
+OF_ANY_SIZE = "no size is given, and the tests are of small models: with size= the advice may be another"
 LARGER_STARTS = "; in the tests larger starts lost more"
 UNPROVEN_OF_OTHERS = f"{UNPROVEN}; a law that was measured for these models predicted gains"
 OF_LANGUAGE = (
@@ -57,9 +59,9 @@ class Advice:
         verdict: what the laws say: `"prune"` where all predict a gain, `"train the small model"` where none does, else
             `"undecided"`. So it is for laws of one's own where 0 is in `interval`.
         advice: what to do: `"train the small model"` or `"unknown"`. Setpoint's tests count for more than the laws. By
-            the published ones a predicted gain, or an open question, is `"train the small model"` up to the largest
-            ratio and size that were tested, and `"unknown"` beyond. By laws of one's own a predicted gain is
-            `"unknown"`, since the tests found none where such a law predicted one.
+            the published ones a predicted gain, or an open question, is `"train the small model"` up to a ratio of 10
+            and the size that was tested, and `"unknown"` beyond, and where no size is given. By laws of one's own a
+            predicted gain is `"unknown"`, since the tests found none where such a law predicted one.
         size: N_f, parameters of the finished model as the laws count them: the published ones count embeddings. None
             where only a ratio was given.
         ratio: r, data of the small model / its compute-optimal data, lowest and highest of the laws.
@@ -219,7 +221,7 @@ def plan(
     Raises:
         UsageError: without a size or without data or bill, for values that cannot be, and for a family without laws.
 
-    >>> print(plan(ratio=8).verdict, "by the law; advice:", plan(ratio=8).advice)
+    >>> print(plan(ratio=8, size=5e4).verdict, "by the law; advice:", plan(ratio=8, size=5e4).advice)
     prune by the law; advice: train the small model
     """
     for name, value, least, most in (
@@ -298,10 +300,12 @@ def plan(
     interval = min(lows), max(highs)
     sure = (low, high) if published else interval
     verdict = "prune" if sure[0] > 0 else "train the small model" if sure[1] <= 0 else "undecided"
-    tested = published and max(ratios) <= TESTED and (size is None or size <= TESTED_SIZE)
+    tested = published and max(ratios) <= TESTED and size is not None and size <= TESTED_SIZE
     advice = "train the small model" if tested or verdict == "train the small model" else "unknown"
     bill = cost * data if cost and data else None
     notes = _notes(size, ratios, laws, published=published, gains=high > 0)
+    if published and size is None and advice == "unknown":
+        notes.append(OF_ANY_SIZE)
     if published and example is not None:
         notes.append(OF_TOKENS if counts_tokens(example) else OF_LANGUAGE)
     if start > STARTS[-1]:
@@ -366,7 +370,13 @@ def _pair(value: Any) -> bool:
 
 def _ratio(law: Law, size: float | None, data: float | None) -> float:
     assert size is not None and data is not None, "checked by plan"
-    return data / law.optimal_data(size)
+    with suppress(OverflowError, ZeroDivisionError):
+        if 0 < (optimal := law.optimal_data(size)) < math.inf:
+            return data / optimal
+    raise UsageError(
+        f"by the law of {law.source!r} no number of tokens or samples is compute-optimal for {size:.3g} parameters, "
+        f"since its exponents are {law.size_exponent:.3g} and {law.data_exponent:.3g}: give ratio=, or another law"
+    )
 
 
 def _notes(
