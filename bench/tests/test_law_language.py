@@ -169,10 +169,10 @@ def test_the_larger_models_take_the_best_rates(law: ModuleType) -> None:
     assert {cell["rate"] for cell in rows[24:32]} == {0.001, 0.002, 0.004, 0.008}
     assert [cell["rate"] for cell in rows[32:38]] == 2 * [0.004, 0.008, 0.004]
     assert [cell["start"] for cell in rows[38:]] == [*13 * [4.0], 8.0, *5 * [4.0], 8.0, 4.0, 1.0, 2.0, 2.0, *8 * [4.0]]
-    assert [cell["rate"] for cell in rows[50:60]] == [0.004, 0.004, *6 * [0.008], 0.004, 0.008]
-    assert [cell["rate"] for cell in rows[60:]] == 4 * [0.008, 0.004]
+    assert [cell["rate"] for cell in rows[50:62]] == [0.004, 0.004, *5 * [0.008], 0.004, *2 * [0.008], 0.004, 0.008]
+    assert [cell["rate"] for cell in rows[62:]] == 4 * [0.008, 0.004]
     seeds = 12 * [0] + 6 * [1] + 6 * [2] + 8 * [0] + 3 * [1] + 3 * [2] + 15 * [0]
-    seeds += [1, 0, 2, 1] + 3 * [0] + 4 * [1] + 4 * [2]
+    seeds += [1, 0, 2, 1, 0, 2] + 3 * [0] + 4 * [1] + 4 * [2]
     assert [row["seed"] for row in rows] == seeds
     assert {(row["ratio"], row["steps"]) for row in rows} == {(1.0, 100), (4.0, 400), (16.0, 1600)}
 

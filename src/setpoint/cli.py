@@ -519,6 +519,8 @@ def _inspect(
         from setpoint.report import group_spending
 
         shown = group_spending.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
+        for line in group_spending.spending_lines(shown):
+            screen.print(line, soft_wrap=True, markup=False, highlight=False)
         screen.print(group_spending.spending_table(shown))
         answer["spending"] = asdict(shown)
     if out is not None:

@@ -103,6 +103,7 @@ class OneLine(TyperGroup):
                 said = " ".join(told().split()).removesuffix(".")
                 for what in ("integer", "number"):
                     said = said.replace(f"Input should be a valid {what}, unable to parse string as", "it takes")
+                said = said.replace("it takes a number", "it takes a number, such as 0.5 or 2e8")
                 dot = "" if said.endswith("?") else "."
                 then = f"{dot} {at.command_path} -h shows examples" if at is not None else ""
                 print(f"error: {said}{then}", file=sys.stderr)

@@ -60,3 +60,53 @@ def test_frozen_parameters_save_their_gradient() -> None:
     x = (torch.randn(2, 4),)
     traced = trace(model, x)
     assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)
+
+
+class Recurrent(nn.Module):
+    """A recurrent network behind a layer or alone; its first state is given by a parameter, or zero."""
+
+    def __init__(self, cell: type[nn.RNNBase], *, front: bool, learnt: bool, frozen: str, **more: bool | int) -> None:
+        super().__init__()
+        self.front = nn.Linear(6, 6) if front else nn.Identity()
+        self.rnn = cell(6, 5, batch_first=True, **more)  # type: ignore[arg-type]
+        self.first = nn.Parameter(torch.randn(2 * self.rnn.num_layers, 3, 5)) if learnt else None
+        self.head = nn.Linear(10, 2)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(frozen not in name if frozen else True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The head of the last step."""
+        return self.head(self.rnn(self.front(x), self.first)[0][:, -1])
+
+
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("frozen", ["", "rnn", "weight_hh", "l0", "front"])
+def test_recurrent_networks_cost_what_they_do(cell: type[nn.RNNBase], front: bool, learnt: bool, frozen: str) -> None:
+    """Neither input that is data nor a first state of zeros is charged for a gradient; frozen weights save theirs."""
+    model = Recurrent(cell, front=front, learnt=learnt, frozen=frozen, bidirectional=True, num_layers=2)
+    x = (torch.randn(3, 4, 6),)
+    traced = trace(model, x)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.RNNCell])
+def test_a_single_step_costs_what_it_does(cell: type[nn.RNNCellBase]) -> None:
+    """A cell that is called by hand is charged for the gradients of what is computed, and of nothing that is given."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = cell(6, 5)  # type: ignore[call-arg, arg-type]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = x.new_zeros(len(x), 5)
+            for step in range(3):
+                state = self.cell(x[:, step], state)
+            return state
+
+    x = (torch.randn(2, 3, 6),)
+    model = Steps()
+    traced = trace(model, x)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from setpoint.cost.wanted import fraction, wanted
+from setpoint.cost.wanted import fraction, is_time, wanted
 from setpoint.errors import BudgetError
 
 
@@ -45,6 +45,16 @@ def test_a_unit_that_says_the_resource_is_enough(text: str, resource: str, limit
     """Claim: FLOPs, bytes and joules need no word for the resource; milli and mega are told apart."""
     found = wanted(text)
     assert (found.resource, found.limit, found.per, found.relative) == (resource, limit, per, False)
+
+
+def test_a_period_may_be_named_in_words() -> None:
+    """Claim: "per step" is what a budget is without it, and a mapping takes "per run" as it takes "/run"."""
+    assert wanted("4 MFLOPs per step") == wanted("4 MFLOPs") and wanted("50% flops PER STEP") == wanted(0.5)
+    assert wanted("8 ms latency per step") == wanted("8 ms latency") and not is_time("8 ms latency per step")
+    assert wanted({"flops": 0.5, "flops per run": "60%"}) == wanted({"flops": 0.5, "flops/run": "60%"})
+    assert wanted({"flops per step": 0.5}) == wanted(0.5)
+    with pytest.raises(BudgetError, match="'4 ms latency' for a training"):
+        wanted("4 ms per step")
 
 
 @pytest.mark.parametrize(

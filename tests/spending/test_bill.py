@@ -359,8 +359,37 @@ def test_longer_sequences_than_the_example_are_warned_of() -> None:
     model(tokens).square().mean().backward()
     optimizer.step()
     model(tokens).square().mean().backward()
-    with pytest.warns(UserWarning, match=r"128 elements of input, and the example has 32.*about 4 times its bill"):
+    with pytest.warns(
+        UserWarning, match=r"128 elements of input, and the example has 32.*about 4 times what is counted"
+    ):
         optimizer.step()
+    loop.detach()
+
+
+@pytest.mark.parametrize(
+    ("budget", "warned"),
+    [
+        ("2.5 kFLOPs", True),
+        ("250 kFLOPs per run", True),
+        ("50%", False),
+        ("50% flops per run", False),
+        ("600 params", False),
+    ],
+)
+def test_a_budget_in_flops_is_warned_of_micro_batches_too(budget: str, warned: bool) -> None:
+    """Claim: FLOPs that the user names are counted by the example, so larger steps are told; shares are right."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    optimizer, x = torch.optim.AdamW(model.parameters(), 1e-3), torch.randn(4, 8)
+    loop = setpoint.attach(model, optimizer, budget, example=(x[:1],), total_steps=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+    said = [str(each.message) for each in caught]
+    assert any("has 8: FLOPs are counted by the example" in each for each in said) is warned, said
+    assert not any(module._forward_pre_hooks for module in model.modules())
     loop.detach()
 
 

@@ -375,6 +375,24 @@ def earlier_cuts_line(file: Path) -> str:
     return f"These are at r = 4, from a start of 2, of seed 0. {' '.join(texts)}"
 
 
+def made_again_line(file: Path) -> str:
+    """Runs of each arm that were made again, of the very small and of the larger model, beside those of the tables."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    names = ("arm", "start", "ratio", "rate", "seed")
+    texts = []
+    for kind in ("arm", "larger"):
+        committed = {tuple(row[name] for name in names): row for row in rows if row["kind"] == kind}
+        again = [row for row in rows if row["kind"] == f"{kind}, made again"]
+        apart = [row["test"] - committed[tuple(row[name] for name in names)]["test"] for row in again]
+        other = [each for each in apart if abs(each) >= 5e-5]
+        size = max(row["size"] for row in again)
+        texts.append(f"Of {size:,.0f} parameters {len(apart) - len(other)} of {len(apart)} give the same loss")
+        if other:
+            texts[-1] += f", and the others are worse by {min(other):.4f} to {max(other):.4f} nats per byte"
+    made = rows_made_on([row for row in rows if row["kind"].endswith("made again")])
+    return f"One run of each arm at r = 1, of seed 0, was made again. {'. '.join(texts)}. {made}"
+
+
 def _bold(gain: Difference) -> str:
     text = _with_interval(gain)
     return f"**{text}**" if gain.clear else text

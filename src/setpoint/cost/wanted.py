@@ -41,7 +41,7 @@ _SAYS = {
 
 _AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
 _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNORECASE)
-_RUN = re.compile(r"\s+per\s+run\s*$", re.IGNORECASE)
+_PER = re.compile(r"\s+per\s+(?P<per>run|step)\s*$", re.IGNORECASE)
 
 
 def wanted(budget: Any) -> Any:
@@ -68,8 +68,8 @@ def wanted(budget: Any) -> Any:
     True
     >>> wanted("3 GFLOPs") == wanted("3 GFLOPs flops") == wanted({"flops": "3 G"})
     True
-    >>> wanted("50% flops per run").per
-    'run'
+    >>> wanted("50% flops per run").per, wanted("4 MFLOPs per step").per, wanted({"flops per run": 0.5}).per
+    ('run', 'step', 'run')
     >>> [(each.limit, each.per) for each in wanted({"flops": "25%", "flops/run": "100%"})]
     [(0.25, 'step'), (1.0, 'run')]
     """
@@ -121,7 +121,7 @@ def is_time(text: Any) -> bool:
     >>> is_time("4 ms"), is_time("4 ms latency")
     (True, False)
     """
-    value, unit = _parsed(_RUN.sub("", text) if isinstance(text, str) else text)
+    value, unit = _parsed(_PER.sub("", text) if isinstance(text, str) else text)
     return value is not None and unit in _SECONDS
 
 
@@ -129,7 +129,8 @@ def _by_words(text: str) -> Budget:
     value, unit = _parsed(text)
     if value is not None and unit in ("", "%"):
         return _share(text, value / 100 if unit else value, "flops", "step")
-    words, run = _RUN.subn("", text)
+    period = _PER.search(text)
+    words, run = _PER.sub("", text), period is not None and period["per"].lower() == "run"
     per, (value, unit) = "run" if run else "step", _parsed(words)
     if value is not None and unit in _SAYS:
         return Budget.total(value * UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
@@ -151,7 +152,8 @@ def _by_words(text: str) -> Budget:
 
 def _per(key: str) -> tuple[str, str]:
     """Resource and period of a mapping's key, such as "flops" or "flops/run"."""
-    resource, _, per = key.partition("/")
+    period = _PER.search(key)
+    resource, _, per = (_PER.sub("", key), "", period["per"].lower()) if period else key.partition("/")
     if per not in ("", "step", "run"):
         raise BudgetError(f"{key!r} is not understood: write the resource alone, or {resource}/run for the whole run")
     return _resource(resource), per or "step"

@@ -52,8 +52,8 @@ def more_than(known: int, noted: FirstForward) -> str:
         return ""
     return (
         f"in its second step the model was given {given:,} elements of input, and the example has {known:,}: "
-        "FLOPs are counted by the example. If all steps are like this, the run spends about "
-        f"{given / known:.2g} times its bill. Give the batch of a whole step, or leave the example out"
+        "FLOPs are counted by the example. If all steps are like this, training spends about "
+        f"{given / known:.2g} times what is counted. Give the batch of a whole step, or leave the example out"
     )
 
 

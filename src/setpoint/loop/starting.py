@@ -124,7 +124,8 @@ class Starting:
         complete(self._host.model, example)
         self._begin(Inputs.of(example))
         self._carry()
-        if self._loop.spending.bill:
+        spending = self._loop.spending
+        if spending.bill or any(each.resource == "flops" and not each.relative for each in spending.budgets):
             notes = partial(FirstForward, self._host.model, self._host.model, self._method)
             self._watch(notes, partial(more_than, num_elements(example)))
 

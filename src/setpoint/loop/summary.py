@@ -139,8 +139,8 @@ class Summary:
             cost.append(f"{amount(self.theoretical_flops, 'flops')} if masked weights cost nothing")
         for name, limit in self.limit.items():
             if name not in self.limit_run:
-                how = "metered" if name in self.metered else "predicted"
-                spent = "" if name == "flops" else f"{amount(self.metered.get(name, self.spent[name]), name)} {how}, "
+                how = " metered" if name in self.metered else "" if name == "params" else " predicted"
+                spent = "" if name == "flops" else f"{amount(self.metered.get(name, self.spent[name]), name)}{how}, "
                 cost.append(f"{spent}a budget of {amount(limit, name)}")
         for name, limit in self.limit_run.items():
             cost.append(f"{amount(self.spent_run[name], name)} of {amount(limit, name)} for the run")

@@ -83,17 +83,21 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
     )
 
 
-def spending_table(found: Spending) -> Table:
-    """The spending for a terminal."""
-    title = (
+def spending_lines(found: Spending) -> tuple[str, str]:
+    """What a step and a pass spend, and what is known of energy."""
+    idle = "" if found.idle_watts is None else f", {found.idle_watts:.3g} W at rest"
+    return (
         f"one training step: {duration(found.seconds)} (at least {duration(found.least_seconds)}), "
         f"{human(found.memory_bytes, 'B')} at its peak (at least {human(found.least_memory_bytes, 'B')}); "
         f"one inference: {duration(found.inference_seconds)} (at least {duration(found.least_inference_seconds)}); "
-        f"modelled, seconds of a step within {percent(found.error)} on copies"
+        f"modelled, seconds of a step within {percent(found.error)} on copies",
+        f"energy {found.energy}{idle}",
     )
-    idle = "" if found.idle_watts is None else f", {found.idle_watts:.3g} W at rest"
-    table = Table("group", "seconds that go with it", "of a step", "bytes", "of the peak", title=title)
-    table.caption = f"energy {found.energy}{idle}"
+
+
+def spending_table(found: Spending) -> Table:
+    """The spending by group, for a terminal."""
+    table = Table("group", "seconds that go with it", "of a step", "bytes", "of the peak")
     for group in found.groups:
         shares = percent(group.seconds / found.seconds), percent(group.memory_bytes / found.memory_bytes)
         table.add_row(group.name, duration(group.seconds), shares[0], human(group.memory_bytes, "B"), shares[1])

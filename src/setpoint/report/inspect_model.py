@@ -13,7 +13,7 @@ from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.errors import UsageError
 from setpoint.groups.export import Example, inputs_of, tensors_of
-from setpoint.groups.group import widths_of
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Frozen, trace
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.report.parameters import Part, params_along, parts, share_along
@@ -29,6 +29,7 @@ class GroupReport:
     """One group for readers. Fields of the same name as in `Group` have its meaning.
 
     Args:
+        each: entries along a dim of the weight that writes it: 4 where a unit is four channels.
         kept_whole: why `attach` does not prune it by default; empty if it may be pruned.
         params: parameters that lie along its units; one may lie along units of two groups.
         flops_share: share of the model's FLOPs saved by cutting this group alone to its fewest units.
@@ -40,11 +41,19 @@ class GroupReport:
     num_units: int
     min_units: int
     multiple_of: int
+    each: int
     kept_whole: str
     params: int
     params_share: float
     flops_share: float
     places: tuple[tuple[str, int | None, str], ...]
+
+    @property
+    def units(self) -> str:
+        """So many units in words: "16 channels", or "4 units of 4 channels". A head has many entries by its nature."""
+        if self.each == 1 or self.what == "head":
+            return counted(self.num_units, self.what)
+        return f"{counted(self.num_units, 'unit')} of {self.each} {self.what}s"
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
             num_units=group.num_units,
             min_units=low,
             multiple_of=group.multiple_of,
+            each=_each(group),
             kept_whole=whole[group.name],
             params=along,
             params_share=along / total if total else 0.0,
@@ -122,6 +132,11 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
         frozen=found.frozen,
         parts=parts(model, found.groups, [name for name, why in whole.items() if why]),
     )
+
+
+def _each(group: Group) -> int:
+    written = next((place for place in group.slices if place.role == "produce" and place.dim is not None), None)
+    return 1 if written is None else int((written.index >= 0).sum()) // group.num_units
 
 
 def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Example]:

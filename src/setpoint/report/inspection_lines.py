@@ -67,14 +67,14 @@ def nothing(found: Inspection) -> str:
 
 
 def _largest(pruned: Sequence[GroupReport]) -> str:
-    alike: dict[tuple[str, int, str, str], list[str]] = {}
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for group in sorted(pruned, key=lambda group: -group.flops_share):
         saved = percent(group.flops_share)
-        alike.setdefault((skeleton(group.name), group.num_units, group.what, saved), []).append(group.name)
+        alike.setdefault((skeleton(group.name), group.units, saved), []).append(group.name)
     shares, line, total = {group.name: group.flops_share for group in pruned}, "most FLOPs: ", 0.0
-    for (_, units, what, saved), names in alike.items():
+    for (_, units, saved), names in alike.items():
         several = len(names) > 1
-        size = f"{f'{len(names)} x ' if several else ''}{counted(units, what)}, {saved}{' each' if several else ''}"
+        size = f"{f'{len(names)} x ' if several else ''}{units}, {saved}{' each' if several else ''}"
         named = [f"layer {name}" if name.isdigit() else name for name in fold(names)]  # "0" alone reads as a number
         more = f"{', '.join(named)} ({size})"
         if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:

@@ -54,7 +54,7 @@ def inspection_tree(found: Inspection) -> Tree:
 def _likeness(group: GroupReport) -> Hashable:
     """Key of a branch: equal for groups that differ only in the numbers of their names."""
     places = {(skeleton(tensor), dim, role) for tensor, dim, role in group.places}
-    sizes = (group.num_units, group.min_units, group.multiple_of, group.params, round(group.flops_share, 4))
+    sizes = (group.num_units, group.each, group.min_units, group.multiple_of, group.params, round(group.flops_share, 4))
     return skeleton(group.name), group.what, sizes, skeleton(group.kept_whole), frozenset(places)
 
 
@@ -62,7 +62,7 @@ def _line(groups: Sequence[GroupReport]) -> str:
     first, several = groups[0], len(groups) > 1
     line = (
         f"[bold]{escape(', '.join(fold(group.name for group in groups)))}[/]: "
-        f"{f'{len(groups)} groups of ' if several else ''}{counted(first.num_units, first.what)}, "
+        f"{f'{len(groups)} groups of ' if several else ''}{first.units}, "
         f"at least {first.min_units}, in steps of {first.multiple_of}; {human(first.params)} parameters, "
         f"{percent(first.flops_share)} of the FLOPs{' each' if several else ''}"
     )

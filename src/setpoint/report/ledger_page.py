@@ -33,7 +33,7 @@ def read_ledger(file: Path) -> Record:
         said = f"the ledger {file} cannot be read: there is no such file; "
         raise ReportError(f"{said}a run writes it by log_to(loop, {str(file)!r})") from error
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # hands may have written it
-        said = f"the ledger {file} cannot be read ({error}): loop.ledger.save(file) writes one"
+        said = f"the ledger {file} cannot be read: {error}"
         raise ReportError(said) from error
 
 

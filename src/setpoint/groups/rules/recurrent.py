@@ -45,12 +45,16 @@ def _recurrent(
             walk.freeze_all(value, "a recurrent network with projections")
         return None
     hidden, inputs = _hidden(walk, x, starts), x.labels[-1]
-    positions = math.prod(x.shape[:-1])
+    positions, reading, begun = math.prod(x.shape[:-1]), x.grad, any(start.grad for start in starts)
+    first = positions // x.shape[1 if batch_first else 0]  # positions of the first step, whose state is given
     for layer in range(num_layers):
         of_layer = parameters[layer * per_cell * num_directions : (layer + 1) * per_cell * num_directions]
+        writing = reading or begun or any(each.grad for each in of_layer)
         for direction in range(num_directions):
-            _cell(walk, of_layer[direction * per_cell : (direction + 1) * per_cell], inputs, hidden, positions)
+            cell = of_layer[direction * per_cell : (direction + 1) * per_cell]
+            _cell(walk, cell, inputs, hidden, (positions, reading), ((first, begun), (positions - first, writing)))
         inputs = None if hidden is None else np.tile(hidden, num_directions)
+        reading = writing
     zero = all(start.zero for start in starts)
     outputs = Value(out[0].shape, (*x.labels[:-1], inputs), zero=zero)
     last = tuple(Value(part.shape, (*(None,) * (part.ndim - 1), hidden), zero=zero) for part in out[1:])
@@ -65,7 +69,8 @@ def _one_step(
     starts = [states] if isinstance(states, Value) else list(states)
     hidden = _hidden(walk, x, starts)
     given = [parameter for parameter in parameters if parameter is not None]
-    _cell(walk, given, x.labels[-1], hidden, math.prod(x.shape[:-1]))
+    positions = math.prod(x.shape[:-1])
+    _cell(walk, given, x.labels[-1], hidden, (positions, x.grad), ((positions, starts[0].grad),))
     zero = all(start.zero for start in starts)
     results = tuple(Value(start.shape, (*x.labels[:-1], hidden), zero=zero) for start in starts)
     return results if isinstance(out, tuple) else results[0]
@@ -81,8 +86,20 @@ def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
     return hidden
 
 
-def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels, positions: int) -> None:
-    """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`."""
+def _cell(
+    walk: Walk,
+    parameters: Sequence[Value],
+    inputs: DimLabels,
+    hidden: DimLabels,
+    read: tuple[int, bool],
+    carried: Sequence[tuple[int, bool]],
+) -> None:
+    """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`.
+
+    Args:
+        read: at how many positions it reads x, and whether x needs a gradient.
+        carried: the same of the hidden state; one that is given needs none where all later ones do.
+    """
     assert walk.node is not None
     from_input, from_hidden, *biases = parameters
     gates = None if hidden is None else np.tile(hidden, _GATES[op_name(walk.node.target).removesuffix("_cell")])
@@ -93,8 +110,11 @@ def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: Di
         walk.unite(gates, value.labels[0], "the first hidden state is data")
     walk.unite(from_input.labels[1], inputs, "data of a fixed size meets this dim")
     walk.unite(from_hidden.labels[1], hidden, "the first hidden state is data")
-    for weight in (from_input, from_hidden):
-        walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), 2)
+    for weight, parts in ((from_input, (read,)), (from_hidden, carried)):
+        for positions, grad in parts:
+            if positions:
+                dims = list(zip(weight.shape, weight.labels, strict=True))
+                walk.contract(positions, dims, weight.grad + grad)
 
 
 @rule("setpoint::diagonal_scan")
