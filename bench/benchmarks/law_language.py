@@ -148,7 +148,7 @@ class Cell:
 
     Args:
         kind: "calibration", "arm", or "pair" for the arms of a larger final size; "larger calibration", "larger" and
-            "larger pair" for those of the larger models.
+            "larger pair" for those of the larger models; "arm, made again" and "larger, made again".
         arm: "small" trains one size throughout; "even" and "setpoint" come down to the final one.
         start: size at the beginning, in sizes of the small model.
         ratio: tokens of the model of the final size / its optimal ones; None for the calibration.
@@ -596,6 +596,18 @@ def run_larger(results: Results, bench: Bench, pause: Path | None) -> None:
         run_one(results, bench, cell, pause)
 
 
+def made_again(rows: Sequence[Mapping[str, Any]], kind: str) -> Iterator[Cell]:
+    """A run of each arm at a ratio of 1 and seed 0, with the best of its rates, as another kind of row.
+
+    Args:
+        kind: "arm" or "larger".
+    """
+    there = [row for row in rows if (row["kind"], row["ratio"], row["seed"]) == (kind, 1.0, 0)]
+    for arm, start in sorted({(row["arm"], row["start"]) for row in there}, key=ARMS.index):
+        best = min((row for row in there if (row["arm"], row["start"]) == (arm, start)), key=lambda r: r["validation"])
+        yield Cell(f"{kind}, made again", arm, start, 1.0, best["steps"], best["rate"], 0)
+
+
 def run_one(results: Results, bench: Bench, cell: Cell, pause: Path | None) -> None:
     """Make one run unless the file holds it, and say how it goes."""
     if results.row(cell) is not None:
@@ -676,6 +688,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fit", action="store_true", help="only fit the constants to the calibration that is there")
     parser.add_argument("--larger", action="store_true", help="the runs of ten times the size")
+    parser.add_argument("--again", action="store_true", help="one run of each arm at r = 1, with those of the file")
     parser.add_argument("--pause-while", type=Path, help="begin no run while this file is there")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -686,5 +699,8 @@ if __name__ == "__main__":
         fit(kept, runs, long_runs(kept.rows, "larger"), "larger_")
     elif given.fit:
         fit(kept, calibrated(kept.rows), [*long_runs(kept.rows, "arm"), *long_runs(kept.rows, "pair")])
+    elif given.again:
+        for cell in made_again(kept.rows, "larger" if given.larger else "arm"):
+            run_one(kept, shared, cell, given.pause_while)
     else:
         (run_larger if given.larger else run_all)(kept, shared, given.pause_while)

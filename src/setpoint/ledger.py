@@ -128,7 +128,7 @@ class Ledger:
         header = json_object(lines[0]) if lines else None
         if not header or header.get("ledger") != FORMAT:
             raise CheckpointError(
-                f"{path} is not a Setpoint ledger of format {FORMAT}: give a file that Ledger.save or log_to= wrote"
+                f"{path} is not a Setpoint ledger of format {FORMAT}: give a file that Ledger.save or log_to wrote"
             )
         ledger = cls({key: value for key, value in header.items() if key != "ledger"})
         for number, line in enumerate(lines[1:], start=2):

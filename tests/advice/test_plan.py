@@ -212,6 +212,7 @@ def test_without_a_size_the_tests_say_nothing() -> None:
     found = setpoint.plan(ratio=5)
     assert found.verdict == "prune" and found.advice == "unknown" and OF_ANY_SIZE in str(found)
     assert setpoint.plan(ratio=5, size=5e4).advice == "train the small model"
+    assert OF_ANY_SIZE not in setpoint.plan(ratio=16).notes  # no size would change it
     loses = setpoint.plan(ratio=0.5)
     assert loses.advice == "train the small model" and OF_ANY_SIZE not in loses.notes
 
@@ -222,6 +223,8 @@ def test_without_a_size_the_tests_say_nothing() -> None:
         (Law(1, 10, 0.5, 100, 0.001, "own"), {"size": 1e5, "samples": 1e7}, "compute-optimal for 1e\\+05 parameters"),
         (Law(1, 1e-300, 0.001, 1e300, 0.001, "own"), {"size": 1e5, "samples": 1e7}, "give ratio="),
         (Law(1, 10, 0.5, 100, 2000, "own"), {"ratio": 0.5}, "no number at r = 0.5"),
+        (Law(1, 1, 5, 1, 154, "own"), {"ratio": 0.01}, "no number at r = 0.01"),
+        (Law(1, 1, 1e300, 1, 5, "own"), {"ratio": 1e-5}, "no number at r = 1e-05"),
     ],
 )
 def test_a_law_without_an_answer_is_an_error_that_names_it(law: Law, given: dict[str, float], said: str) -> None:

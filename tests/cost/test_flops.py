@@ -63,32 +63,40 @@ def test_frozen_parameters_save_their_gradient() -> None:
 
 
 class Recurrent(nn.Module):
-    """A recurrent network behind a layer or alone; its first state is given by a parameter, or zero."""
+    """A recurrent network behind a layer or alone; its first state is given by parameters ("h", "c"), or zero."""
 
-    def __init__(self, cell: type[nn.RNNBase], *, front: bool, learnt: bool, frozen: str, **more: bool | int) -> None:
+    def __init__(self, cell: type[nn.RNNBase], *, front: bool, learnt: str, frozen: str) -> None:
         super().__init__()
         self.front = nn.Linear(6, 6) if front else nn.Identity()
-        self.rnn = cell(6, 5, batch_first=True, **more)  # type: ignore[arg-type]
-        self.first = nn.Parameter(torch.randn(2 * self.rnn.num_layers, 3, 5)) if learnt else None
+        self.rnn = cell(6, 5, batch_first=True, bidirectional=True, num_layers=2)  # type: ignore[call-arg, arg-type]
+        self.first = nn.ParameterList(nn.Parameter(torch.randn(4, 3, 5), requires_grad=name in learnt) for name in "hc")
         self.head = nn.Linear(10, 2)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(frozen not in name if frozen else True)
+            if frozen and frozen in name:
+                parameter.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The head of the last step."""
-        return self.head(self.rnn(self.front(x), self.first)[0][:, -1])
+        states = (self.first[0], self.first[1]) if isinstance(self.rnn, nn.LSTM) else self.first[0]
+        return self.head(self.rnn(self.front(x), states)[0][:, -1])
 
 
-@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
+NO_TF32 = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # flags() sets it, too
+
+
+@NO_TF32
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN, nn.LSTM])
 @pytest.mark.parametrize("front", [False, True])
-@pytest.mark.parametrize("learnt", [False, True])
-@pytest.mark.parametrize("frozen", ["", "rnn", "weight_hh", "l0", "front"])
-def test_recurrent_networks_cost_what_they_do(cell: type[nn.RNNBase], front: bool, learnt: bool, frozen: str) -> None:
-    """Neither input that is data nor a first state of zeros is charged for a gradient; frozen weights save theirs."""
-    model = Recurrent(cell, front=front, learnt=learnt, frozen=frozen, bidirectional=True, num_layers=2)
+@pytest.mark.parametrize("learnt", ["", "h", "c"])
+@pytest.mark.parametrize("frozen", ["", "rnn", "weight_hh", "l0", "reverse", "l1", "front"])
+def test_recurrent_networks_cost_what_they_do(cell: type[nn.RNNBase], front: bool, learnt: str, frozen: str) -> None:
+    """What is data is charged for no gradient, nor is a first state that is given; frozen weights save theirs."""
+    model = Recurrent(cell, front=front, learnt=learnt, frozen=frozen)
     x = (torch.randn(3, 4, 6),)
     traced = trace(model, x)
-    assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)
+    with torch.backends.mkldnn.flags(enabled=False):  # the counter knows no fused LSTM
+        counted = count(model, x)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == counted
 
 
 @pytest.mark.parametrize("cell", [nn.GRUCell, nn.RNNCell])
@@ -108,5 +116,59 @@ def test_a_single_step_costs_what_it_does(cell: type[nn.RNNCellBase]) -> None:
 
     x = (torch.randn(2, 3, 6),)
     model = Steps()
+    traced = trace(model, x)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)
+
+
+@NO_TF32
+@pytest.mark.parametrize("front", [False, True])
+def test_an_lstm_with_projections_costs_what_it_does(front: bool) -> None:
+    """It is not pruned, and its FLOPs are counted all the same, so that a share of them is one of the model's."""
+
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Linear(6, 6) if front else nn.Identity()
+            self.rnn = nn.LSTM(6, 8, proj_size=4, num_layers=2, bidirectional=True)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.rnn(self.front(x))[0])
+
+    model, x = Projected(), (torch.randn(3, 2, 6),)
+    traced = trace(model, x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        counted = count(model, x)
+    assert flops_cost(traced).total(widths_of(traced.groups)) == counted
+
+
+@pytest.mark.parametrize("mode", ["", "no_grad", "detach", "straight through", "nested", "both"])
+def test_what_no_gradient_goes_through_is_not_charged_for_one(mode: str) -> None:
+    """Layers behind `detach()` or under `no_grad` have no backward pass; those beside a straight-through value do."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16))
+            self.head = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.features(x))
+
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            if mode == "no_grad":
+                with torch.no_grad():
+                    return self.trunk(x)
+            if mode == "nested":
+                with torch.no_grad():
+                    y = self.trunk[0](x).relu()
+                    with torch.enable_grad():
+                        return self.trunk[2](y)
+            y = self.trunk(x)
+            if mode == "straight through":
+                return y + (y.round() - y).detach()
+            return y.detach() if mode == "detach" else y + self.trunk(2 * x).detach() if mode == "both" else y
+
+    model, x = Two(), (torch.randn(5, 8),)
     traced = trace(model, x)
     assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)

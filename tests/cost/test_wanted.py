@@ -53,8 +53,12 @@ def test_a_period_may_be_named_in_words() -> None:
     assert wanted("8 ms latency per step") == wanted("8 ms latency") and not is_time("8 ms latency per step")
     assert wanted({"flops": 0.5, "flops per run": "60%"}) == wanted({"flops": 0.5, "flops/run": "60%"})
     assert wanted({"flops per step": 0.5}) == wanted(0.5)
+    assert wanted("50% per step") == wanted("50%") and wanted("50% per run") == wanted("50% flops per run")
+    assert wanted({"flops / run": 0.5}) == wanted({"flops/Run": 0.5}) == wanted({" flops per run ": 0.5})
     with pytest.raises(BudgetError, match="'4 ms latency' for a training"):
         wanted("4 ms per step")
+    with pytest.raises(BudgetError, match=r"it stands in the key, as in \{'flops/run': '4 MFLOPs'\}"):
+        wanted({"flops": "4 MFLOPs per run"})
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_page_of_many_groups_and_decisions_is_small(tmp_path: Path) -> None:
 def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
     """Anything else is an error that says how a ledger is written, and leaves no page."""
     (tmp_path / "notes.jsonl").write_text("not json\n", encoding="utf-8")
-    with pytest.raises(ReportError, match=r"Ledger\.save or log_to= wrote"):
+    with pytest.raises(ReportError, match=r"Ledger\.save or log_to wrote"):
         write_ledger_page(tmp_path / "notes.jsonl")
     assert not (tmp_path / "notes.html").exists()
 

@@ -393,6 +393,38 @@ def test_a_budget_in_flops_is_warned_of_micro_batches_too(budget: str, warned: b
     loop.detach()
 
 
+@pytest.mark.parametrize(
+    ("rows", "given"),
+    [((2, 60), 62), ((60, 2), 62), ((4, 1), 0), ((4, 1, 1), 0)],
+    ids=["grows", "shrinks", "rest", "two"],
+)
+def test_calls_of_unequal_sizes_are_added_up(rows: tuple[int, ...], given: int) -> None:
+    """Claim: the warning names what all calls of the step were given, whichever came first; a small rest is none."""
+    model, optimizer = build()
+    loop = setpoint.attach(model, optimizer, "20 kFLOPs", example=(X[:4],), total_steps=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for some in rows:
+                model(X[:1].expand(some, -1)).square().mean().backward()
+            optimizer.step()
+    loop.detach()
+    said = [str(each.message) for each in caught if "in its second step" in str(each.message)]
+    assert len(said) == bool(given), said
+    assert not given or f"given {given * X.shape[1]:,} elements" in said[0]
+
+
+def test_a_look_at_the_output_is_no_larger_step() -> None:
+    """Claim: a call that no backward pass goes through is left out, though it is in training and has gradients on."""
+    model, optimizer = build()
+    loop = setpoint.attach(model, optimizer, {"flops": "25%", "flops/run": "100%"}, example=(X,), total_steps=100)
+    for _ in range(3):  # warnings are errors
+        nn.functional.cross_entropy(model(X), Y).backward()
+        model(X).argmax(1)
+        optimizer.step()
+    loop.detach()
+
+
 def test_a_copy_of_the_model_is_not_counted() -> None:
     """Claim: what a copy is given while inputs are counted raises no warning of a micro-batch: warnings are errors."""
     loop, model, optimizer = attached({"flops": "25%", "flops/run": "100%"})

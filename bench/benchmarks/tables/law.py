@@ -27,7 +27,7 @@ from law_language import (
 
 from setpoint.advice.law import LANGUAGE, Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
-from setpoint.report.numbers import NOTHING
+from setpoint.report.numbers import NOTHING, signed
 from setpoint_bench.installed_text import VOCABULARY
 from setpoint_bench.report.folder import read_lines
 from setpoint_bench.report.packed import file_of
@@ -330,7 +330,27 @@ def worth_line(file: Path) -> str:
         f"{100 * _error_by_worth(law, [arm for arm in arms if arm.ratio == 16], exponent):.1f} % "
         f"[{100 * least:.1f}, {100 * most:.1f}] of the reducible loss. The intervals are over "
         f"{len(errors)} refits of the law of the calibration, of which {sum(error < 0.03 for error in errors)} come "
-        f"below 3 %. Each group of rows alone would give k = {_listed(alone)}."
+        f"below 3 %. {_worth_of_runs_made_again(data, law)}Each group of rows alone would give k = {_listed(alone)}."
+    )
+
+
+def _worth_of_runs_made_again(data: Mapping[str, Any], law: Law) -> str:
+    """What k and the error at r = 16 would be with the runs that were made again in place of the first ones."""
+    names = ("arm", "start", "ratio", "rate", "seed")
+    again = {tuple(row[each] for each in names): row for row in data["rows"] if row["kind"] == "arm, made again"}
+    if not again:
+        return ""
+    rows = [
+        {**again.get(tuple(row[each] for each in names), row), "kind": "arm"}
+        for row in data["rows"]
+        if row["kind"] == "arm"
+    ]
+    arms = arms_of({**data, "rows": rows})
+    exponent = worth_exponent(law, [arm for arm in arms if arm.ratio in FITTED_TO])
+    error = _error_by_worth(law, [arm for arm in arms if arm.ratio == 16], exponent)
+    return (
+        f"With the runs at r = 1 that were made again in place of the same ones, k would be {exponent:.2f} and this "
+        f"error {100 * error:.1f} %. "
     )
 
 
@@ -386,9 +406,9 @@ def made_again_line(file: Path) -> str:
         apart = [row["test"] - committed[tuple(row[name] for name in names)]["test"] for row in again]
         other = [each for each in apart if abs(each) >= 5e-5]
         size = max(row["size"] for row in again)
-        texts.append(f"Of {size:,.0f} parameters {len(apart) - len(other)} of {len(apart)} give the same loss")
-        if other:
-            texts[-1] += f", and the others are worse by {min(other):.4f} to {max(other):.4f} nats per byte"
+        same = f"With {size:,.0f} parameters {len(apart) - len(other)} of {len(apart)} runs have the same loss"
+        ends = " to ".join(signed(end, 4) for end in sorted({min(other), max(other)})) if other else ""
+        texts.append(f"{same}. The loss of the others differs by {ends} nats per byte" if other else same)
     made = rows_made_on([row for row in rows if row["kind"].endswith("made again")])
     return f"One run of each arm at r = 1, of seed 0, was made again. {'. '.join(texts)}. {made}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -101,19 +102,23 @@ class Law:
             final: the N of a pruned run is its final size, so x^-a is 1: what is left is the loss by less data. This
                 form is closer to Setpoint's tests, after which it was made (docs/results-law.md).
 
+        Raises:
+            UsageError: where it is no finite number.
+
         >>> LANGUAGE[0].gain(ratio=16, average=2.5, final=True) < 0
         True
         """
         by_size = 1.0 if final else average**-self.size_exponent
         mean_cost = average if cost is None else cost
-        try:
+        with suppress(OverflowError, ZeroDivisionError):
             data: float = self.size_exponent / self.data_exponent * ratio**-self.data_exponent
-            return float(1 - (by_size + data * mean_cost**self.data_exponent) / (1 + data))
-        except (OverflowError, ZeroDivisionError):
-            raise UsageError(
-                f"the gain by the law of {self.source!r} is no number at r = {ratio:.3g}: its exponents are "
-                f"{self.size_exponent:.3g} and {self.data_exponent:.3g}"
-            ) from None
+            gain = float(1 - (by_size + data * mean_cost**self.data_exponent) / (1 + data))
+            if math.isfinite(gain):
+                return gain
+        raise UsageError(
+            f"the gain by the law of {self.source!r} is no number at r = {ratio:.3g}: its exponents are "
+            f"{self.size_exponent:.3g} and {self.data_exponent:.3g}"
+        )
 
     def interval(self, ratio: float, average: float, cost: float | None = None) -> tuple[float, float]:
         """The 95 % interval of `gain` by the errors of a and b, to first order; the gain itself where none are known.

@@ -43,7 +43,7 @@ UNPROVEN = (
 )
 OF_ANY_SIZE = "no size is given, and the tests are of small models: with size= the advice may be another"
 LARGER_STARTS = "; in the tests larger starts lost more"
-UNPROVEN_OF_OTHERS = f"{UNPROVEN}; a law that was measured for these models predicted gains"
+UNPROVEN_OF_OTHERS = f"{UNPROVEN}. A law that was measured for these models predicted gains"
 OF_LANGUAGE = (
     "the constants are of language models: for a model that is given no tokens the gain is a guess. On images, at 4 "
     "and 16 times the passes of a task, pruned and small models were level"
@@ -304,7 +304,7 @@ def plan(
     advice = "train the small model" if tested or verdict == "train the small model" else "unknown"
     bill = cost * data if cost and data else None
     notes = _notes(size, ratios, laws, published=published, gains=high > 0)
-    if published and size is None and advice == "unknown":
+    if published and size is None and advice == "unknown" and max(ratios) <= TESTED:
         notes.append(OF_ANY_SIZE)
     if published and example is not None:
         notes.append(OF_TOKENS if counts_tokens(example) else OF_LANGUAGE)

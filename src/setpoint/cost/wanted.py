@@ -49,8 +49,9 @@ def wanted(budget: Any) -> Any:
 
     A number is a fraction of the dense model's FLOPs per optimizer step, and so is a number or a percentage alone in a
     text, `"0.5"` or `"50%"`. Other texts have an amount and a resource, `"50% flops"`, `"8 ms latency"`, `"40% of flops
-    per run"`; where the unit says the resource, it is enough: `"3 GFLOPs"`, `"4 GiB"`. A mapping has an amount by
-    resource, with "flops/run" for the bill of the whole run: beside budgets per step it decides how many steps there
+    per run"`; where the unit says the resource, it is enough: `"3 GFLOPs"`, `"4 GiB"`. A budget is per step, and may
+    say so: `"8 ms latency per step"`. A mapping has an amount by resource, with "flops/run" or "flops per run" for the
+    bill of the whole run: beside budgets per step it decides how many steps there
     are (`loop.total_steps`). Up to 1, FLOPs and parameters are fractions.
 
     Raises:
@@ -126,12 +127,11 @@ def is_time(text: Any) -> bool:
 
 
 def _by_words(text: str) -> Budget:
-    value, unit = _parsed(text)
-    if value is not None and unit in ("", "%"):
-        return _share(text, value / 100 if unit else value, "flops", "step")
     period = _PER.search(text)
     words, run = _PER.sub("", text), period is not None and period["per"].lower() == "run"
     per, (value, unit) = "run" if run else "step", _parsed(words)
+    if value is not None and unit in ("", "%"):
+        return _share(text, value / 100 if unit else value, "flops", per)
     if value is not None and unit in _SAYS:
         return Budget.total(value * UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
     if is_time(words):
@@ -153,7 +153,8 @@ def _by_words(text: str) -> Budget:
 def _per(key: str) -> tuple[str, str]:
     """Resource and period of a mapping's key, such as "flops" or "flops/run"."""
     period = _PER.search(key)
-    resource, _, per = (_PER.sub("", key), "", period["per"].lower()) if period else key.partition("/")
+    before, _, after = (_PER.sub("", key), "", period["per"]) if period else key.partition("/")
+    resource, per = before.strip(), after.strip().lower()
     if per not in ("", "step", "run"):
         raise BudgetError(f"{key!r} is not understood: write the resource alone, or {resource}/run for the whole run")
     return _resource(resource), per or "step"
@@ -172,6 +173,11 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
         return Budget.fraction(value, of=resource, per=per)
     if value is not None and unit == "%":
         return _share(amount, value / 100, resource, per)
+    if isinstance(amount, str) and (period := _PER.search(amount)):
+        raise BudgetError(
+            f"the budget of {resource} {amount!r} names a period: in a mapping it stands in the key, as in "
+            f"{{'{resource}/{period['per'].lower()}': {_PER.sub('', amount)!r}}}"
+        )
     if value is None or unit not in UNITS[resource]:
         units = {"flops": "GFLOPs", "params": "M", "memory": "GiB", "latency": "ms", "inference": "ms", "energy": "J"}
         raise BudgetError(

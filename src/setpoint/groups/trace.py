@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -276,30 +276,53 @@ def _walk(model: nn.Module, program: Any, staging: Staging) -> tuple[Walk, list[
     return walk, dims
 
 
-def _run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
-    """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too."""
+def _run(
+    walk: Walk,
+    graph: fx.GraphModule,
+    env: dict[fx.Node, Any],
+    numbers: dict[tuple[str, str], int],
+    *,
+    backward: bool = True,
+) -> Any:
+    """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too.
+
+    `backward` says whether a backward pass comes to the outputs.
+    """
     read = _read(graph.graph)
+    reached = _read(graph.graph, but=_detaches) if backward else set()
     for node in graph.graph.nodes:
         walk.node, walk.module = node, module_of(node)
         if node.op == "get_attr":
             env[node] = getattr(graph, str(node.target), None)
         elif node.op == "output":
-            walk.unread = False
+            walk.unread, walk.backward = False, True
             return fx.map_arg(node.args[0], lambda n: env[n])
         elif node.op != "placeholder":
             _count_call(walk, node, numbers)
-            walk.unread = node not in read
-            env[node] = _visit(walk, node, env, numbers)
+            walk.unread, walk.backward = node not in read, node in reached
+            found = _visit(walk, node, env, numbers)
+            detached = _detaches(node)
+            env[node] = pytree.tree_map_only(Value, _without_gradient, found) if detached else found
     return None
 
 
-def _read(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the outputs depend on, and all nodes that write into a tensor."""
+def _detaches(node: fx.Node) -> bool:
+    """Whether no gradient goes through a node: `x.detach()`, or a block under `torch.no_grad()`."""
+    name = op_name(node.target)
+    return name in ("detach", "detach_") or (name == "wrap_with_set_grad_enabled" and not node.args[0])
+
+
+def _without_gradient(value: Value) -> Value:
+    return replace(value, grad=False)
+
+
+def _read(graph: fx.Graph, but: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
+    """Nodes that the outputs depend on, and all nodes that write into a tensor; not through those that are left out."""
     read: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         writes = op_name(node.target).endswith("_") and not op_name(node.target).startswith("_")
         if node.op == "output" or writes or node in read:
-            read.update(node.all_input_nodes, {node})
+            read.update(() if but(node) else node.all_input_nodes, {node})
     return read
 
 
@@ -310,10 +333,8 @@ def _run_inner(walk: Walk, node: fx.Node, args: Sequence[Any], numbers: dict[tup
         return None
     graph, inputs = args[graphs[0]], args[graphs[0] + 1 :]
     places = [inner for inner in graph.graph.nodes if inner.op == "placeholder"]
-    result = _run(walk, graph, dict(zip(places, inputs, strict=True)), numbers)
-    if op_name(node.target) == "wrap_with_set_grad_enabled" and not args[0]:
-        return pytree.tree_map_only(Value, lambda value: replace(value, grad=False), result)
-    return result
+    backward = walk.backward and not _detaches(node)
+    return _run(walk, graph, dict(zip(places, inputs, strict=True)), numbers, backward=backward)
 
 
 def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:

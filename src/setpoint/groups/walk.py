@@ -73,6 +73,7 @@ class Walk:
     node: fx.Node | None = None  # the node being visited
     module: str = ""  # qualified name of the module whose own forward holds the node
     unread: bool = False  # whether nothing reads the node, so that its values do not matter
+    backward: bool = True  # whether a backward pass from the outputs comes to the node
     alike_atoms: set[int] = field(default_factory=set)  # of dims whose entries are copies or constants
     call_index: int = 0
     opaque: frozenset[str] = frozenset()  # modules that Python code around them sees as a single call
@@ -132,7 +133,7 @@ class Walk:
     def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
         assert self.node is not None
-        gradients = 0 if self.unread else num_gradients
+        gradients = num_gradients if self.backward and not self.unread else 0
         op = op_name(self.node.target)
         self.contracts.append(Contract(self.module, op, 2.0 * coefficient, tuple(dims), gradients))
 

@@ -40,11 +40,13 @@ class _Pass:
     """One call of a module that has returned.
 
     Args:
+        elements: of its largest input.
         followed: whether it returned what a backward pass can go through.
         task: number of the backward pass that went through it, -1 as long as none did.
         discarded: whether gradients were gone before the next call or the next backward pass began.
     """
 
+    elements: int = 0
     followed: bool = False
     task: int = -1
     discarded: bool = False
@@ -134,7 +136,8 @@ class FirstForward:
         """A forward has ended, or raised."""
         if name not in self._running or _calls_itself(module):
             return
-        begun, made = self._running.pop(name), _Pass()
+        begun = self._running.pop(name)
+        made = _Pass(max((each.numel() for each in tensors_of(begun.inputs)), default=0))
         if sys.exc_info()[1] is not begun.error:
             return
         for each in pytree.tree_leaves(output):
@@ -202,8 +205,10 @@ class FirstForward:
 
     @property
     def elements(self) -> int:
-        """Calls of the model x elements of the largest input of the first; 0 where parts of it were called."""
-        return self.passes * num_elements(self.example()) if self.called else 0
+        """What calls of the model were given, each by its largest input, but for unused ones; 0 for calls of parts."""
+        if not self.called:
+            return 0
+        return sum(one.elements for calls in self._calls[""] for one in calls.passes if not one.unused)
 
     def _outermost(self) -> dict[str, list[_Calls]]:
         return {name: calls for name, calls in self._calls.items() if not self._inside(name)}

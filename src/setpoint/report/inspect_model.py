@@ -29,7 +29,7 @@ class GroupReport:
     """One group for readers. Fields of the same name as in `Group` have its meaning.
 
     Args:
-        each: entries along a dim of the weight that writes it: 4 where a unit is four channels.
+        each: entries of a unit along a dim of the weight that writes it: 4 where it is four channels, or four gates.
         kept_whole: why `attach` does not prune it by default; empty if it may be pruned.
         params: parameters that lie along its units; one may lie along units of two groups.
         flops_share: share of the model's FLOPs saved by cutting this group alone to its fewest units.
@@ -50,10 +50,10 @@ class GroupReport:
 
     @property
     def units(self) -> str:
-        """So many units in words: "16 channels", or "4 units of 4 channels". A head has many entries by its nature."""
-        if self.each == 1 or self.what == "head":
+        """So many units in words: "16 channels", or "4 units of 4 channels". A neuron is one, whatever its gates."""
+        if self.each == 1 or self.what != "channel":
             return counted(self.num_units, self.what)
-        return f"{counted(self.num_units, 'unit')} of {self.each} {self.what}s"
+        return f"{counted(self.num_units, 'unit')} of {self.each} channels"
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ def _parameters(found: Mapping[str, Any]) -> str:
     )
 
 
+def _units(group: Mapping[str, Any]) -> str:
+    several = group["each"] > 1 and group["what"] == "channel"
+    return f"units of {group['each']} channels" if several else f"{group['what']}s"
+
+
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     if not groups:
         return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
@@ -116,7 +121,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [
             escape(group["name"]),
-            pair(f"{group['num_units']:,}", f"{group['what']}s"),
+            pair(f"{group['num_units']:,}", _units(group)),
             f"{group['min_units']:,}",
             f"{group['multiple_of']}",
             pair(human(group["params"]), percent(group["params_share"])),

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape as plain
 from rich.table import Table
 
-from setpoint.errors import ReportError
+from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
 from setpoint.report import resources
 from setpoint.report.numbers import NOTHING, duration, human
@@ -33,7 +33,8 @@ def read_ledger(file: Path) -> Record:
         said = f"the ledger {file} cannot be read: there is no such file; "
         raise ReportError(f"{said}a run writes it by log_to(loop, {str(file)!r})") from error
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # hands may have written it
-        said = f"the ledger {file} cannot be read: {error}"
+        known = isinstance(error, CheckpointError)  # it names the file, and says what to do
+        said = str(error) if known else f"the ledger {file} cannot be read ({error}): loop.ledger.save(file) writes one"
         raise ReportError(said) from error
 
 

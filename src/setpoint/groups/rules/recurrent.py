@@ -39,22 +39,30 @@ def _recurrent(
     starts = [states] if isinstance(states, Value) else list(states)
     num_directions = 2 if bidirectional else 1
     num_cells = num_layers * num_directions
-    per_cell = 4 if has_biases else 2
-    if len(parameters) != per_cell * num_cells or len({start.shape[-1] for start in starts}) > 1:
+    plain = len({start.shape[-1] for start in starts}) == 1 and len(parameters) == (4 if has_biases else 2) * num_cells
+    if not plain:
         for value in (x, *starts, *parameters):
             walk.freeze_all(value, "a recurrent network with projections")
-        return None
-    hidden, inputs = _hidden(walk, x, starts), x.labels[-1]
+    per_cell = len(parameters) // num_cells
+    hidden = _hidden(walk, x, starts) if plain else None
     positions, reading, begun = math.prod(x.shape[:-1]), x.grad, any(start.grad for start in starts)
+    inputs, given = x.labels[-1], starts[0].grad
     first = positions // x.shape[1 if batch_first else 0]  # positions of the first step, whose state is given
     for layer in range(num_layers):
         of_layer = parameters[layer * per_cell * num_directions : (layer + 1) * per_cell * num_directions]
-        writing = reading or begun or any(each.grad for each in of_layer)
         for direction in range(num_directions):
             cell = of_layer[direction * per_cell : (direction + 1) * per_cell]
-            _cell(walk, cell, inputs, hidden, (positions, reading), ((first, begun), (positions - first, writing)))
+            written = reading or begun or any(each.grad for each in cell)
+            if plain:
+                _cell(walk, cell, inputs, hidden)
+            _contract(walk, cell[0], ((positions, reading),))
+            _contract(walk, cell[1], ((first, given), (positions - first, written)))
+            if not plain:
+                _contract(walk, cell[-1], ((positions, written),))
         inputs = None if hidden is None else np.tile(hidden, num_directions)
-        reading = writing
+        reading = reading or begun or any(each.grad for each in of_layer)
+    if not plain:
+        return None
     zero = all(start.zero for start in starts)
     outputs = Value(out[0].shape, (*x.labels[:-1], inputs), zero=zero)
     last = tuple(Value(part.shape, (*(None,) * (part.ndim - 1), hidden), zero=zero) for part in out[1:])
@@ -70,7 +78,9 @@ def _one_step(
     hidden = _hidden(walk, x, starts)
     given = [parameter for parameter in parameters if parameter is not None]
     positions = math.prod(x.shape[:-1])
-    _cell(walk, given, x.labels[-1], hidden, (positions, x.grad), ((positions, starts[0].grad),))
+    _cell(walk, given, x.labels[-1], hidden)
+    _contract(walk, given[0], ((positions, x.grad),))
+    _contract(walk, given[1], ((positions, starts[0].grad),))
     zero = all(start.zero for start in starts)
     results = tuple(Value(start.shape, (*x.labels[:-1], hidden), zero=zero) for start in starts)
     return results if isinstance(out, tuple) else results[0]
@@ -86,20 +96,8 @@ def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
     return hidden
 
 
-def _cell(
-    walk: Walk,
-    parameters: Sequence[Value],
-    inputs: DimLabels,
-    hidden: DimLabels,
-    read: tuple[int, bool],
-    carried: Sequence[tuple[int, bool]],
-) -> None:
-    """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`.
-
-    Args:
-        read: at how many positions it reads x, and whether x needs a gradient.
-        carried: the same of the hidden state; one that is given needs none where all later ones do.
-    """
+def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels) -> None:
+    """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`."""
     assert walk.node is not None
     from_input, from_hidden, *biases = parameters
     gates = None if hidden is None else np.tile(hidden, _GATES[op_name(walk.node.target).removesuffix("_cell")])
@@ -110,11 +108,13 @@ def _cell(
         walk.unite(gates, value.labels[0], "the first hidden state is data")
     walk.unite(from_input.labels[1], inputs, "data of a fixed size meets this dim")
     walk.unite(from_hidden.labels[1], hidden, "the first hidden state is data")
-    for weight, parts in ((from_input, (read,)), (from_hidden, carried)):
-        for positions, grad in parts:
-            if positions:
-                dims = list(zip(weight.shape, weight.labels, strict=True))
-                walk.contract(positions, dims, weight.grad + grad)
+
+
+def _contract(walk: Walk, weight: Value, read: Sequence[tuple[int, bool]]) -> None:
+    """FLOPs of one matrix: at how many positions it reads its input, and whether that needs a gradient there."""
+    for positions, grad in read:
+        if positions:
+            walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), weight.grad + grad)
 
 
 @rule("setpoint::diagonal_scan")
