@@ -86,9 +86,19 @@ NO_TF32 = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"
 
 @NO_TF32
 @pytest.mark.parametrize("cell", [nn.GRU, nn.RNN, nn.LSTM])
-@pytest.mark.parametrize("front", [False, True])
-@pytest.mark.parametrize("learnt", ["", "h", "c"])
-@pytest.mark.parametrize("frozen", ["", "rnn", "weight_hh", "l0", "reverse", "l1", "front"])
+@pytest.mark.parametrize(
+    ("front", "learnt", "frozen"),
+    [
+        (False, "", ""),
+        (True, "", ""),
+        (False, "h", "l0"),
+        (False, "c", "reverse"),
+        (True, "", "weight_hh"),
+        (True, "c", "front"),
+        (False, "", "rnn"),
+        (True, "h", "l1"),
+    ],
+)
 def test_recurrent_networks_cost_what_they_do(cell: type[nn.RNNBase], front: bool, learnt: str, frozen: str) -> None:
     """What is data is charged for no gradient, nor is a first state that is given; frozen weights save theirs."""
     model = Recurrent(cell, front=front, learnt=learnt, frozen=frozen)

@@ -45,6 +45,11 @@ class SecondStep:
             self._noted.stop()
 
 
+def counts_flops(spending: Any) -> bool:
+    """Whether it matters how many FLOPs a step has: for a bill, and for a budget of FLOPs that is no share."""
+    return bool(spending.bill) or any(each.resource == "flops" and not each.relative for each in spending.budgets)
+
+
 def more_than(known: int, noted: FirstForward) -> str:
     """Where the model was given at least twice the elements that its example has."""
     given = noted.elements

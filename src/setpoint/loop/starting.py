@@ -30,7 +30,7 @@ from setpoint.groups.place import implied, is_call, read_size
 from setpoint.host.carrying import Carrying, brought, forget
 from setpoint.host.first_forward import FirstForward, num_elements
 from setpoint.host.host import Host
-from setpoint.host.second_step import SecondStep, more_than, without_unused
+from setpoint.host.second_step import SecondStep, counts_flops, more_than, without_unused
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_groups, check_loading, check_optimizers
@@ -124,8 +124,7 @@ class Starting:
         complete(self._host.model, example)
         self._begin(Inputs.of(example))
         self._carry()
-        spending = self._loop.spending
-        if spending.bill or any(each.resource == "flops" and not each.relative for each in spending.budgets):
+        if counts_flops(self._loop.spending):
             notes = partial(FirstForward, self._host.model, self._host.model, self._method)
             self._watch(notes, partial(more_than, num_elements(example)))
 

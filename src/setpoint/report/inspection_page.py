@@ -107,7 +107,7 @@ def _parameters(found: Mapping[str, Any]) -> str:
 
 
 def _units(group: Mapping[str, Any]) -> str:
-    several = group["each"] > 1 and group["what"] == "channel"
+    several = group.get("each", 1) > 1 and group["what"] == "channel"  # older files lack it
     return f"units of {group['each']} channels" if several else f"{group['what']}s"
 
 

@@ -33,8 +33,8 @@ def read_ledger(file: Path) -> Record:
         said = f"the ledger {file} cannot be read: there is no such file; "
         raise ReportError(f"{said}a run writes it by log_to(loop, {str(file)!r})") from error
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # hands may have written it
-        known = isinstance(error, CheckpointError)  # it names the file, and says what to do
-        said = str(error) if known else f"the ledger {file} cannot be read ({error}): loop.ledger.save(file) writes one"
+        then = "" if isinstance(error, CheckpointError) else ": loop.ledger.save(file) writes one"
+        said = f"the ledger {file} cannot be read: {error}{then}"
         raise ReportError(said) from error
 
 
