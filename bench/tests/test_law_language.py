@@ -286,6 +286,15 @@ def test_bytes_that_are_worth_less_have_the_exponent_that_made_the_gains(monkeyp
         assert worth_exponent(law, exact) == pytest.approx(exponent)
 
 
+@pytest.mark.parametrize("kind", ["arm", "larger"])
+def test_a_run_of_each_arm_is_made_again_as_the_file_holds_it(law: ModuleType, kind: str) -> None:
+    """Claim: five arms at a ratio of 1, each with its best rate; the file holds them, so none is made twice."""
+    rows = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))["rows"]
+    cells = list(law.made_again(rows, kind))
+    assert [(cell.arm, cell.start) for cell in cells] == list(law.ARMS)
+    assert all(any(cell.same(row) for row in rows) for cell in cells)
+
+
 def test_the_optimal_data_of_the_page_are_those_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: r by the fitted law is the one of the page times the share of data that it says."""
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))

@@ -377,7 +377,7 @@ def test_longer_sequences_than_the_example_are_warned_of() -> None:
     ],
 )
 def test_a_budget_in_flops_is_warned_of_micro_batches_too(budget: str, warned: bool) -> None:
-    """Claim: FLOPs that the user names are counted by the example, so larger steps are told; shares are right."""
+    """Claim: FLOPs that the user names are counted by the example, so more rows are warned of; shares stay right."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
     optimizer, x = torch.optim.AdamW(model.parameters(), 1e-3), torch.randn(4, 8)

@@ -277,8 +277,8 @@ def forms_table(file: Path) -> str:
     exponent = worth_exponent(_law(data["law"]), [arm for arm in arms_of(data) if arm.ratio in FITTED_TO])
     lines = [
         "| final size | r | compared | error, average size | error, final size | error, bytes worth less "
-        "| of reducible loss: average size | final size | bytes worth less |",
-        f"|---:|---:|---:|{'---:|' * 6}",
+        "| of reducible loss: average size | final size | bytes worth less | k by these rows alone |",
+        f"|---:|---:|---:|{'---:|' * 7}",
     ]
     for kind, prefix in (("arm", ""), ("pair", ""), ("larger", "larger_"), ("larger pair", "larger_")):
         arms, law = arms_of(data, kind, prefix), _law(_of(data, prefix)["law"])
@@ -300,12 +300,14 @@ def forms_table(file: Path) -> str:
                     f"{100 * statistics.fmean(column):.1f} %" if known else NOTHING
                     for column in zip(*shares, strict=True)
                 )
-                lines.append(f"| {size:,.0f} | {seen:.0f} | {len(errors)} | {' | '.join((*nats, *percent))} |")
+                alone = signed(worth_exponent(law, [each for each in arms if each.ratio == ratio]), 2)
+                cells = (*nats, *percent, alone.removeprefix("+"))
+                lines.append(f"| {size:,.0f} | {seen:.0f} | {len(errors)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def worth_line(file: Path) -> str:
-    """The exponent k of bytes that are worth less: as fitted, over refits of the law, and by other rows alone."""
+    """The exponent k of bytes that are worth less: as fitted, over refits of the law, and with runs made again."""
     data = json.loads(file.read_text(encoding="utf-8"))
     law, arms = _law(data["law"]), arms_of(data)
     fitted = [arm for arm in arms if arm.ratio in FITTED_TO]
@@ -316,21 +318,13 @@ def worth_line(file: Path) -> str:
         errors.append(_error_by_worth(refit, [arm for arm in arms if arm.ratio == 16], exponents[-1]))
     low, high = np.quantile(exponents, (0.025, 0.975)).tolist()
     least, most = np.quantile(errors, (0.025, 0.975)).tolist()
-    alone = list[str]()
-    for kind, prefix in (("arm", ""), ("pair", ""), ("larger", "larger_"), ("larger pair", "larger_")):
-        here, by = arms_of(data, kind, prefix), _law(_of(data, prefix)["law"])
-        for ratio in sorted({arm.ratio for arm in here}):
-            group = [arm for arm in here if arm.ratio == ratio]
-            seen = _ratio_of(data, kind, prefix) if kind.endswith("pair") else ratio
-            size = max(arm.size for arm in here)
-            alone.append(f"{worth_exponent(by, group):.2f} ({size:,.0f} at r = {seen:.0f})".replace("-", "−"))
     return (
         f"k = {exponent:.2f} [{low:.2f}, {high:.2f}] is fitted to the {len(fitted)} gains of the very small model at "
         f"r = 1 and 4, by their mean distance. At r = 16 its mean error is "
         f"{100 * _error_by_worth(law, [arm for arm in arms if arm.ratio == 16], exponent):.1f} % "
         f"[{100 * least:.1f}, {100 * most:.1f}] of the reducible loss. The intervals are over "
         f"{len(errors)} refits of the law of the calibration, of which {sum(error < 0.03 for error in errors)} come "
-        f"below 3 %. {_worth_of_runs_made_again(data, law)}Each group of rows alone would give k = {_listed(alone)}."
+        f"below 3 %.{_worth_of_runs_made_again(data, law)}"
     )
 
 
@@ -349,8 +343,8 @@ def _worth_of_runs_made_again(data: Mapping[str, Any], law: Law) -> str:
     exponent = worth_exponent(law, [arm for arm in arms if arm.ratio in FITTED_TO])
     error = _error_by_worth(law, [arm for arm in arms if arm.ratio == 16], exponent)
     return (
-        f"With the runs at r = 1 that were made again in place of the same ones, k would be {exponent:.2f} and this "
-        f"error {100 * error:.1f} %. "
+        f" With the runs at r = 1 that were made again in place of the same ones, k would be {exponent:.2f} and this "
+        f"error {100 * error:.1f} %."
     )
 
 
