@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.trace import find_groups
@@ -208,3 +209,87 @@ def test_what_torch_refuses_is_refused_on_fake_tensors(call: str) -> None:
     else:
         with pytest.raises((RuntimeError, IndexError)):
             rehearsal.run(exactly=True)
+
+
+def tensors_of_all_kinds(dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous, transposed, channels last, expanded, sliced and single entries; some dims have length 1."""
+    x = torch.ones(2, 3, 4, 5, dtype=dtype)
+    return [
+        x,
+        x.transpose(1, 2),
+        x.contiguous(memory_format=torch.channels_last),
+        x[:, :1].expand(2, 3, 4, 5),
+        x[:, :, ::2],
+        torch.ones(1, 1, 4, 1, dtype=dtype),
+        torch.ones(3, 1, dtype=dtype),
+        torch.ones(4, 5, dtype=dtype),
+        torch.ones((), dtype=dtype),
+    ]
+
+
+ELEMENTWISE: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x * 2,
+    lambda x: x * 2.0,
+    lambda x: x + 1.5,
+    lambda x: x + True,
+    lambda x: 1 - x * 1j,
+    lambda x: x**3,
+    lambda x: x**2.0,
+    torch.tanh,
+    nn.functional.gelu,
+    lambda x: torch.mul(x, torch.tensor(2.0, dtype=torch.float64)),
+    lambda x: torch.add(x, torch.tensor(3)),
+    lambda x: torch.where(x > 0, torch.tensor(0.0), torch.tensor(1.0)),
+    lambda x: torch.where(x > 0, torch.tensor(0.0), torch.tensor(1.0, dtype=torch.float64)),
+    lambda x: x.softmax(-1),
+    torch.tril,
+    lambda x: torch.tril(x, 1),
+    lambda x: nn.functional.layer_norm(x, x.shape[-1:]),
+    lambda x: x.relu() if x.dim() < 2 else nn.functional.batch_norm(x, None, None, training=True),
+]
+
+
+class Answers(nn.Module):
+    """Takes down what each operation returns on tensors of all kinds, or that it fails."""
+
+    def __init__(self, *, pairs: bool) -> None:
+        super().__init__()
+        self.weight, self.pairs, self.found = nn.Parameter(torch.ones(3, 3)), pairs, []
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        for each in tensors:
+            functions = ELEMENTWISE
+            if self.pairs:
+                functions = [lambda x, y=y: x + y for y in tensors] + [lambda x, y=y: x * y for y in tensors]
+            for function in functions:
+                try:
+                    made = function(each)
+                    self.found.append((tuple(made.shape), made.stride(), made.dtype, made.requires_grad))
+                except (RuntimeError, NotImplementedError, IndexError, ValueError) as error:
+                    self.found.append(type(error))
+        return self.weight.sum()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("exactly", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.complex64])
+def test_operations_answer_as_torch_does(dtype: torch.dtype, exactly: bool, pairs: bool) -> None:
+    """On copies without data, shapes, strides, types and failures are torch's own, of tensors with data or without."""
+    others = [torch.ones(2, 3, 4, 5, dtype=torch.float64)] if pairs else []
+    given = (*tensors_of_all_kinds(dtype), *others)
+    model = Answers(pairs=pairs)
+    model(*given)
+    with_data, twins = list(model.found), []
+    model.found.clear()
+    if exactly:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(*map(mode.from_tensor, given))
+    else:
+        with torch.device("meta"):
+            model(*(each.to("meta") for each in given))
+    without_data = list(model.found)
+    model.found.clear()
+    Rehearsal(model, given).run(twins.append, exactly=exactly)
+    answers = zip(twins[-1].found, with_data, without_data, strict=True)
+    strange = [(number, got, *wanted) for number, (got, *wanted) in enumerate(answers) if got not in wanted]
+    assert not strange

@@ -253,7 +253,7 @@ class Outcome:
         """The kept entries only."""
         dims = cut.dims()
         gradients, buffers = (
-            {name: take(tensor, dims.get(name, {})) for name, tensor in each.items()}
+            {name: take(tensor, dims[name]) if dims.get(name) else tensor for name, tensor in each.items()}
             for each in (self.gradients, self.buffers)
         )
         return Outcome(self.outputs, gradients, buffers, self.drew)

@@ -73,18 +73,24 @@ class Exported:
 
 
 @contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Stop the exporter from looking up source lines of every op: a fifth of its time, and nothing here reads them."""
+def _without_what_nothing_reads() -> Iterator[None]:
+    """Stop the exporter from looking up source lines of every op, and from writing Python code of the graph five times.
+
+    Each takes a fifth of its time. A release of torch may lack either option.
+    """
+    from torch.fx import _lazy_graph_module
+
     config: Any = torch.fx.config
     before = getattr(config, "do_not_emit_stack_traces", None)
-    if before is None:  # a release of torch without the option
-        yield
-        return
-    config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        config.do_not_emit_stack_traces = before
+    lazily = getattr(_lazy_graph_module, "_use_lazy_graph_module", lambda use: nullcontext())
+    with lazily(True):
+        if before is not None:
+            config.do_not_emit_stack_traces = True
+        try:
+            yield
+        finally:
+            if before is not None:
+                config.do_not_emit_stack_traces = before
 
 
 @contextmanager
@@ -184,7 +190,7 @@ def _exported(model: nn.Module, staging: Staging) -> Any:
     with (
         preserved_rng_state(model),
         untouched_attributes(model),
-        _without_stack_traces(),
+        _without_what_nothing_reads(),
         marked_functions(),
         _without_logs(),
         warnings.catch_warnings(action="ignore"),

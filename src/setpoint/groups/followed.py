@@ -104,8 +104,9 @@ class _Calls(TorchFunctionMode):
         self.text(getattr(func, "__module__", None) or "", getattr(of, "__name__", ""), getattr(func, "__name__", ""))
         self.text(*(f"{torch.is_autocast_enabled(kind)} {torch.get_autocast_dtype(kind)}" for kind in _DEVICES))
         self._given(args)
-        self.text(*map(str, kwargs))
-        self._given(kwargs.values())
+        if kwargs:
+            self.text(*map(str, kwargs))
+            self._given(kwargs.values())
         result = func(*args, **kwargs)
         made = tuple(result) if isinstance(result, _TUPLE_ITERATOR) else result  # a tensor is unpacked
         for each in pytree.tree_leaves(made):
@@ -115,22 +116,24 @@ class _Calls(TorchFunctionMode):
         return iter(made) if made is not result else result
 
     def _given(self, values: Iterable[Any]) -> None:
-        for each in pytree.tree_leaves(list(values)):
+        for each in values:
             if isinstance(each, Tensor):
                 if id(each) not in self._names:
                     self._found(each)
                 self._tensor(each)
+            elif isinstance(each, _PLAIN):
+                self.text(type(each).__qualname__, repr(each))
             elif isinstance(each, slice):
                 self.text("slice")
                 self._given((each.start, each.stop, each.step))
             elif isinstance(each, np.ndarray) and each.dtype != object:
                 self._content(each)
-            elif isinstance(each, _PLAIN):
-                self.text(type(each).__qualname__, repr(each))
             elif isinstance(each, type):
                 self.text("class", f"{each.__module__}.{each.__qualname__}")
-            else:
+            elif (leaves := pytree.tree_leaves(each)) and leaves[0] is each:
                 raise _UnknownError(type(each).__qualname__)
+            else:
+                self._given(leaves)
 
     def _found(self, tensor: Tensor) -> None:
         """A tensor that no call has made."""

@@ -110,46 +110,91 @@ class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = None if kwargs else _SHAPED.get(func)
-        found = answer(*args) if answer is not None and _is_without_data(args[0]) else None
-        return func(*args, **(kwargs or {})) if found is None else found
+        # The calls that torch makes to answer are none of the model's: no mode that takes calls down needs to see them.
+        with torch._C.DisableTorchFunction():
+            answer = None if kwargs else _SHAPED.get(func)
+            found = answer(*args) if answer is not None and _is_without_data(args[0]) else None
+            return func(*args, **(kwargs or {})) if found is None else found
 
 
 def _is_without_data(x: torch.Tensor) -> bool:
     return x.is_meta or (isinstance(x, FakeTensor) and x.numel() > 1)
 
 
+def _new(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Contiguous; `new_empty` of a tensor on the meta device is worked out in Python."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
 def _batch_norm(x: torch.Tensor, *given: Any) -> Any:
     *tensors, training, _, _ = given
     channels = x.shape[1:2]
-    if not channels or any(each is not None and each.shape != channels for each in tensors):
+    fits = x.is_floating_point() and all(each is None or each.shape == channels for each in tensors)
+    if not channels or not fits:
         return None
     saved = channels if training else (0,)
-    return torch.empty_like(x), x.new_empty(saved), x.new_empty(saved)
+    return torch.empty_like(x), _new(x, saved), _new(x, saved)
 
 
 def _layer_norm(x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
     inner = tuple(shape)
-    if x.shape[-len(inner) :] != inner or any(each is not None and each.shape != inner for each in (weight, bias)):
+    fits = x.is_floating_point() and all(each is None or each.shape == inner for each in (weight, bias))
+    if not inner or x.shape[-len(inner) :] != inner or not fits:
         return None
     outer = (*x.shape[: x.dim() - len(inner)], *(1 for _ in inner))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(outer), x.new_empty(outer)
+    return _new(x, x.shape), _new(x, outer), _new(x, outer)
 
 
 def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
     fits = bias.dim() == 1 and left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
     fits = fits and bias.dtype == left.dtype == right.dtype
-    return left.new_empty(left.shape[0], right.shape[1]) if fits and bias.shape[0] == right.shape[1] else None
+    return _new(left, (left.shape[0], right.shape[1])) if fits and bias.shape[0] == right.shape[1] else None
 
 
 def _softmax(x: torch.Tensor, dim: int, dtype: Any = None) -> Any:
-    fits = dtype is None and -x.dim() <= dim < x.dim()
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if fits else None
+    return _new(x, x.shape) if dtype is None and -x.dim() <= dim < x.dim() else None
 
 
-def _alike(left: torch.Tensor, right: Any, *_: Any) -> Any:
-    same = isinstance(right, torch.Tensor) and left.dtype == right.dtype and left.shape == right.shape
-    return torch.empty_like(left) if same and left.is_contiguous() and right.is_contiguous() else None
+def _by_number(x: torch.Tensor, number: Any = 0.0) -> Any:
+    """A tensor of floats stays in its type where each entry meets the same real number."""
+    real = not (number.is_complex() if isinstance(number, torch.Tensor) else isinstance(number, complex))
+    if not real or not x.dim() or not x.is_floating_point():
+        return None
+    if not _is_dense_in_some_order(x):
+        return torch.empty_like(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _is_dense_in_some_order(x: torch.Tensor) -> bool:
+    """Whether entries lie in memory without gaps or overlaps: then elementwise arithmetic keeps the strides."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _joined(left: torch.Tensor, right: Any, *_: Any) -> Any:
+    """Arithmetic of two tensors of one type, of which the left has the shape of the result; or with a number."""
+    if not isinstance(right, torch.Tensor) or right.dim() == 0:
+        return _by_number(left, right)
+    fits = left.dtype == right.dtype and left.dim() >= right.dim() and left.is_contiguous()
+    fits = fits and all(there in (here, 1) for here, there in zip(left.shape[::-1], right.shape[::-1], strict=False))
+    return _new(left, left.shape) if fits and (right.is_contiguous() or left.shape != right.shape) else None
+
+
+def _tril(x: torch.Tensor, diagonal: int = 0) -> Any:
+    return _new(x, x.shape) if x.dim() > 1 and x.is_contiguous() else None
+
+
+def _where(condition: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
+    numbers = left.dim() == right.dim() == 0 and left.dtype == right.dtype
+    return torch.empty_like(condition, dtype=left.dtype) if numbers else None
+
+
+def _device(x: torch.Tensor) -> Any:
+    return x.fake_device if isinstance(x, FakeTensor) else None
 
 
 _SHAPED: dict[Any, Callable[..., Any]] = {
@@ -157,9 +202,15 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: _layer_norm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten._safe_softmax.default: _softmax,
-    torch.ops.aten.add.Tensor: _alike,
-    torch.ops.aten.mul.Tensor: _alike,
-    torch.ops.aten.gelu.default: lambda x: torch.empty_like(x),
+    torch.ops.aten.add.Tensor: _joined,
+    torch.ops.aten.mul.Tensor: _joined,
+    torch.ops.aten.mul.Scalar: _by_number,
+    torch.ops.aten.pow.Tensor_Scalar: _by_number,
+    torch.ops.aten.tanh.default: _by_number,
+    torch.ops.aten.gelu.default: _by_number,
+    torch.ops.aten.tril.default: _tril,
+    torch.ops.aten.where.self: _where,
+    torch.ops.prim.device.default: _device,
 }
 
 

@@ -362,7 +362,8 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
         if list(old.shape) == shape:
             continue
         # Its own numbers, where a forward looks at them.
-        new = old.new_empty(shape) if old.is_meta else old.detach()[tuple(map(slice, shape))].clone()
+        made = torch.empty(shape, dtype=old.dtype, device="meta") if old.is_meta else None  # quicker than `new_empty`
+        new = old.detach()[tuple(map(slice, shape))].clone() if made is None else made
         replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in twin.modules():
         for table in (module._parameters, module._buffers):
