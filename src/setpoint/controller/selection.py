@@ -38,7 +38,7 @@ class Selection:
     highest: float = 0.0  # highest worth among the blocks taken on the way down
 
     def size(self, name: str, rung: int, count: int = 1) -> int:
-        """Units in `count` blocks from this rung on."""
+        """Units in `count` blocks from this rung on; negative where the count is."""
         edges = self.ladders[name].edges
         return int(edges[rung + count] - edges[rung])
 
@@ -50,9 +50,7 @@ class Selection:
     def move(self, name: str, count: int) -> None:
         """Go down `count` rungs of a group's ladder, or up when negative. `total` is left to the caller."""
         rung = self.rungs[name]
-        low, high = min(rung, rung + count), max(rung, rung + count)
-        size = self.size(name, low, high - low)
-        self.widths[name] -= size if count > 0 else -size
+        self.widths[name] -= self.size(name, rung, count)
         self.rungs[name] = rung + count
 
 

@@ -53,11 +53,11 @@ class ProductCost:
             variable = tuple(sorted((size for size in term.sizes if size.parts), key=repr))
             merged[variable] = merged.get(variable, 0.0) + term.coefficient * constant
         self.terms = tuple(Term(coefficient, sizes) for sizes, coefficient in merged.items())
-        self._terms_of: dict[str, list[tuple[Term, list[int]]]] = {}
+        self._terms_of: dict[str, list[tuple[float, list[tuple[Size, int]]]]] = {}
         for term in self.terms:
             for name in {name for size in term.sizes for name, _ in size.parts}:
-                per_unit = [sum(each for part, each in size.parts if part == name) for size in term.sizes]
-                self._terms_of.setdefault(name, []).append((term, per_unit))
+                per_unit = [(size, sum(each for part, each in size.parts if part == name)) for size in term.sizes]
+                self._terms_of.setdefault(name, []).append((term.coefficient, per_unit))
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Spending at these widths, in the resource's own unit."""
@@ -66,8 +66,10 @@ class ProductCost:
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
         """`total(widths) - total(widths with num_units fewer units in group)`; O(terms of the group)."""
         saved = 0.0
-        for term, per_unit in self._terms_of.get(group, ()):
-            now = [size.at(widths) for size in term.sizes]
-            fewer = [length - num_units * each for length, each in zip(now, per_unit, strict=True)]
-            saved += term.coefficient * math.prod(now) - term.coefficient * math.prod(fewer)
+        for coefficient, per_unit in self._terms_of.get(group, ()):
+            now = fewer = 1
+            for size, each in per_unit:  # a plain loop, as in `Size.at`
+                length = size.at(widths)
+                now, fewer = now * length, fewer * (length - num_units * each)
+            saved += coefficient * now - coefficient * fewer
         return saved
