@@ -49,4 +49,4 @@ def test_a_run_pays_for_what_it_learns_on_copies() -> None:
         summary = loop.finish()
         return summary.overhead_flops / summary.dense_flops
 
-    assert overhead("60% flops") < 1 and overhead("60% memory") > 3
+    assert overhead("60% flops") < 1 and overhead("60% memory") > 1.5

@@ -80,7 +80,7 @@ def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimize
 
 def narrowed(make: Any, groups: tuple[Group, ...]) -> Tape:
     """The step of one copy that becomes narrower; nothing else is tried."""
-    vectors, apart = narrowing_widths(groups, dense=False)
+    vectors, apart = narrowing_widths(groups, dense=False, timed=False)
     assert apart
     return _narrowed(make, groups, vectors, lambda share: None, [], None)
 

@@ -160,7 +160,7 @@ def cost_out(
 
 def _peak(make: Make, groups: tuple[Group, ...]) -> Reading:
     """Bytes of a step of a copy of its own."""
-    narrow = narrowing_widths(groups, dense=False)[0][-1]
+    narrow = narrowing_widths(groups, dense=False, timed=False)[0][-1]
     with make(narrow, data=True) as copy:
         return _narrower(copy, cut_groups(groups, first(groups, narrow)), narrow)
 
@@ -195,7 +195,7 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, pea
     does save.
     Whatever goes wrong in foreign code becomes one error that says what to do.
     """
-    narrow, apart = narrowing_widths(groups, dense=False)
+    narrow, apart = narrowing_widths(groups, dense=False, timed=seen is not None)
     try:
         with under_way("recording a step") as show:
             if apart:

@@ -12,8 +12,12 @@ from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 
 _MAX_VECTORS, _DRAWS = 16, 100
-_BANDS = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
-"""Densities of the groups at the widths between dense and the least."""
+_BANDS = ((0.75, 0.95), (0.4, 0.6), (0.2, 0.35), (0.12, 0.2))
+"""Densities of the groups at the widths between dense and the least, far apart so that seconds differ."""
+_CLOSE = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
+"""Where groups have few units: more widths are in these bands."""
+_LOW = ((0.4, 0.6), (0.28, 0.4), (0.18, 0.28), (0.1, 0.18))
+"""Where nothing is timed: steps are quicker there."""
 _FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
 
 
@@ -41,7 +45,7 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     return vectors
 
 
-def narrowing_widths(groups: Sequence[Group], *, dense: bool) -> tuple[list[dict[str, int]], bool]:
+def narrowing_widths(groups: Sequence[Group], *, dense: bool, timed: bool = True) -> tuple[list[dict[str, int]], bool]:
     """Four width vectors, each nowhere wider than those before; and whether they tell all groups apart.
 
     Each group has densities of its own, so that products of widths and all else do not shrink in proportion. Groups of
@@ -50,9 +54,11 @@ def narrowing_widths(groups: Sequence[Group], *, dense: bool) -> tuple[list[dict
     Args:
         dense: whether the dense widths come first. They do so, too, where narrower ones do not tell the groups apart.
             A step there takes longest.
+        timed: whether the widths should be about as wide as those of a run.
     """
     reach = {group.name: _reach(group) for group in groups}
-    for bands in (_FROM_DENSE,) if dense else (_BANDS, _FROM_DENSE):
+    narrow = (_BANDS, _CLOSE) if timed else (_LOW, _CLOSE)
+    for bands in (_FROM_DENSE,) if dense else (*narrow, _FROM_DENSE):
         vectors = _vectors(reach, bands)
         if apart := _told_apart(reach, vectors):
             break
