@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import keep
+from record import keep_machine
 from torch import nn
 
 import setpoint
@@ -121,7 +121,7 @@ def main() -> None:
         rows.append(row := json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout))
         shown = ", ".join(f"{kind} {1e3 * row[f'{kind}_s']:.0f} ms" for kind in ("discovery", "decision", "cut"))
         print(f"{row['layers']} layers, width {row['width']}, {row['units']:,} units: {shown}", flush=True)
-    keep({"seed": SEED, "models": rows}, args.out, shown={"models": len(rows)})
+    keep_machine({"seed": SEED, "models": rows}, args.out, shown={"models": len(rows)})
 
 
 if __name__ == "__main__":

@@ -28,15 +28,39 @@ def keep(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any] | 
         out: the file, or None.
         shown: what to print instead of all of it.
     """
-    about = {
+    record = _dated(found)
+    if out is not None:
+        _write(record, out)
+    print(json.dumps(record if shown is None else shown))
+
+
+def keep_machine(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any]) -> None:
+    """Write a record of this processor under `machines`; those of other processors, and all else in the file, stay."""
+    if out is not None:
+        held = held_in(out)
+        record = _dated(found)
+        kept = [each for each in held.get("machines", ()) if each["environment"]["cpu"] != record["environment"]["cpu"]]
+        _write({**held, "machines": [*kept, record]}, out)
+    print(json.dumps(shown))
+
+
+def held_in(file: Path) -> dict[str, Any]:
+    """What a file of results holds; nothing where there is none."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+def _dated(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": {**machine(), "threads": torch.get_num_threads()},
+        **found,
     }
-    record = {**about, **found}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record if shown is None else shown))
+
+
+def _write(record: Mapping[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def keep_rows(rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:

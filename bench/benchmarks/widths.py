@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import keep
+from record import held_in, keep_machine
 from torch import nn
 
 import setpoint
@@ -143,24 +143,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", help="folders that `setpoint bench --out` wrote")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    held = json.loads(args.out.read_text(encoding="utf-8")) if args.out and args.out.exists() else {}
     if args.runs:
         found = [beside(folder, args.rounds) for folder in args.runs]
         about = {"rounds": args.rounds, "date": str(date.today()), "environment": {**machine(), "threads": 1}}
-        keep({**held, "by_seconds": {**about, "rows": found}}, args.out, {"rows": len(found)})
+        record = {**held_in(args.out), "by_seconds": {**about, "rows": found}} if args.out else {}
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps({"rows": len(found)}))
         return
     rows = [row for name in args.tasks.split(",") for row in measure(name, args.rounds)]
-    keep(
-        {
-            "seed": 0,
-            "rounds": args.rounds,
-            "median_ratio": median(row["ratio"] for row in rows),
-            "rows": rows,
-            **({"by_seconds": held["by_seconds"]} if "by_seconds" in held else {}),
-        },
-        args.out,
-        shown={"rows": len(rows)},
-    )
+    middle = median(row["ratio"] for row in rows)
+    found_here = {"seed": 0, "rounds": args.rounds, "median_ratio": middle, "rows": rows}
+    keep_machine(found_here, args.out, shown={"rows": len(rows)})
 
 
 if __name__ == "__main__":

@@ -296,40 +296,43 @@ def growth_table(path: Path) -> str:
     """Discovery, a decision and a cut against depth and width, and the line through the depths."""
     if not path.exists():
         return "Not measured yet."
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| layers | width | parameters | groups | units | discovery | decision | cut |", f"|{'---:|' * 8}"]
-    for row in data["models"]:
-        seconds = [duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")]
-        sizes = [f"{row['layers']}", f"{row['width']:,}", human(row["params"]), f"{row['groups']}", f"{row['units']:,}"]
-        lines.append(f"| {' | '.join([*sizes, *seconds])} |")
-    deep = [row for row in data["models"] if row["width"] == data["models"][0]["width"]]
-    # A cut that was measured once may hold a whole collection of Python's garbage: no line goes through such cuts.
-    repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
-    fitted = [
-        f"{kind} {duration(slope)} a layer"
-        for kind in repeated
-        for slope, _ in [statistics.linear_regression([r["layers"] for r in deep], [r[f"{kind}_s"] for r in deep])]
-    ]
-    once = "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "
-    about = f"Least squares over the depths: {', '.join(fitted)}. {once}Seed {data['seed']}. {made_on(data)}"
-    return "\n".join([*lines, "", about])
+    lines = ["| processor | layers | width | parameters | groups | units | discovery | decision | cut |"]
+    lines.append(f"|---|{'---:|' * 8}")
+    about = []
+    for data in json.loads(path.read_text(encoding="utf-8"))["machines"]:
+        for row in data["models"]:
+            seconds = [duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")]
+            sizes = [f"{row['layers']}", f"{row['width']:,}", human(row["params"])]
+            sizes += [f"{row['groups']}", f"{row['units']:,}"]
+            lines.append(f"| {' | '.join([data['environment']['cpu'], *sizes, *seconds])} |")
+        deep = [row for row in data["models"] if row["width"] == data["models"][0]["width"]]
+        fitted = [
+            f"{kind} {duration(slope)} a layer"
+            for kind in ("discovery", "decision", "cut")
+            for slope, _ in [statistics.linear_regression([r["layers"] for r in deep], [r[f"{kind}_s"] for r in deep])]
+        ]
+        about.append(f"Least squares over the depths: {', '.join(fitted)}. Seed {data['seed']}. {made_on(data)}")
+    return "\n".join([*lines, "", *about])
 
 
 def widths_table(path: Path) -> str:
     """Seconds of a step at Setpoint's widths and at even widths of the same FLOPs."""
     if not path.exists():
         return "Not measured yet."
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| task | budget | FLOPs, even | FLOPs, Setpoint | step, even | step, Setpoint | Setpoint / even |"]
-    lines.append(f"|---|{'---:|' * 6}")
-    for row in data["rows"]:
-        flops, seconds = row["flops"], {arm: statistics.median(each) for arm, each in row["step_seconds"].items()}
-        shares = [f"{100 * flops[arm] / flops['dense']:.1f} %" for arm in ("even", "Setpoint")]
-        times = [f"{100 * seconds[arm] / seconds['dense']:.1f} %" for arm in ("even", "Setpoint")]
-        ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-        lines.append(f"| {row['task']} | {100 * row['budget']:g} % | {' | '.join([*shares, *times, ratio])} |")
-    about = f"Median of the ratios: {data['median_ratio']:.2f}. FLOPs and seconds of a step are shares of dense."
-    return "\n".join([*lines, "", f"{about} Seed {data['seed']}. {made_on(data)}"])
+    lines = ["| processor | task | budget | FLOPs, even | FLOPs, Setpoint | step, even | step, Setpoint |"]
+    lines[0] += " Setpoint / even |"
+    lines.append(f"|---|---|{'---:|' * 6}")
+    about = []
+    for data in json.loads(path.read_text(encoding="utf-8"))["machines"]:
+        for row in data["rows"]:
+            flops, seconds = row["flops"], {arm: statistics.median(each) for arm, each in row["step_seconds"].items()}
+            shares = [f"{100 * flops[arm] / flops['dense']:.1f} %" for arm in ("even", "Setpoint")]
+            times = [f"{100 * seconds[arm] / seconds['dense']:.1f} %" for arm in ("even", "Setpoint")]
+            ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+            what = [data["environment"]["cpu"], row["task"], f"{100 * row['budget']:g} %"]
+            lines.append(f"| {' | '.join([*what, *shares, *times, ratio])} |")
+        about.append(f"Median of the ratios: {data['median_ratio']:.2f}. Seed {data['seed']}. {made_on(data)}")
+    return "\n".join([*lines, "", "FLOPs and seconds of a step are shares of dense.", *about])
 
 
 def frameworks_table(path: Path) -> str:

@@ -82,10 +82,10 @@ def _short(processor: str) -> str:
 
 
 def _widths(folder: Path) -> Iterator[Goal]:
-    record = _record(folder, "widths")
-    ratios = [row["ratio"] for row in record["rows"] if row["task"] in FULL_TASKS]
     what = f"seconds of a step: widths that were found, of even ones at equal FLOPs ({', '.join(FULL_TASKS)})"
-    yield Goal(what, WIDTHS, digits, ratios, processors=_processors(record))
+    for each in _record(folder, "widths")["machines"]:
+        ratios = [row["ratio"] for row in each["rows"] if row["task"] in FULL_TASKS]
+        yield Goal(what, WIDTHS, digits, ratios, processors=_processors(each))
 
 
 def _attaching(folder: Path) -> Iterator[Goal]:
@@ -147,8 +147,8 @@ def _compiled(folder: Path) -> Iterator[Goal]:
 
 
 def _growth(folder: Path) -> Iterator[Goal]:
-    record = _record(folder, "growth")
-    for row in record["models"]:
-        if row["units"] == DECISION_UNITS:
-            what = f"a decision over {row['units']:,} units, {row['layers']} layers"
-            yield Goal(what, DECISION_S, duration, row["rounds"]["decision_s"], processors=_processors(record))
+    for each in _record(folder, "growth")["machines"]:
+        for row in each["models"]:
+            if row["units"] == DECISION_UNITS:
+                what = f"a decision over {row['units']:,} units, {row['layers']} layers"
+                yield Goal(what, DECISION_S, duration, row["rounds"]["decision_s"], processors=_processors(each))
