@@ -175,6 +175,7 @@ class _Description:
         self._alive: list[Any] = []  # so that no two things have one id
         self._bytes = 0
         self._visited: set[str] = set()
+        self._kinds: set[type] = set()
         self._live = True  # whether what is described may run in a forward
         self._later: dict[tuple[int, str], tuple[type, Any]] = {}
         self._mentioned = {"forward"}
@@ -194,10 +195,7 @@ class _Description:
 
     def text(self, *parts: str) -> None:
         """Texts, each with its length, so that no two lists of them are one."""
-        for part in parts:
-            encoded = part.encode(errors="surrogatepass")
-            self._hash.update(b"%d:" % len(encoded))
-            self._hash.update(encoded)
+        self._hash.update("".join([f"{len(part)}:{part}" for part in parts]).encode(errors="surrogatepass"))
 
     def model(self, model: nn.Module) -> None:
         """All modules and tensors, by all names that they have."""
@@ -630,8 +628,10 @@ class _Description:
         elif _is_simple(held):
             self.text(key, repr(held))
         elif not isinstance(held, (ModuleType, Tensor)):
-            attributes = {**vars(type(held)), **getattr(held, "__dict__", {})}
-            for table in (held, *attributes.values()):
+            kind = type(held)
+            shared = () if kind in self._kinds else tuple(vars(kind).values())  # once for all that are of this kind
+            self._kinds.add(kind)
+            for table in (held, *tuple(getattr(held, "__dict__", {}).values()), *shared):
                 for entry, each in tuple(dict.items(table)) if isinstance(table, dict) else ():
                     if isinstance(each, _MAY_BE_OF_A_USER) and self._of_user(each):  # of plain values tables are long
                         self.text(key, str(entry))

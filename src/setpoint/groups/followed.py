@@ -89,10 +89,7 @@ class _Calls(TorchFunctionMode):
 
     def text(self, *parts: str) -> None:
         """Texts, each with its length."""
-        for part in parts:
-            encoded = part.encode(errors="surrogatepass")
-            self._hash.update(b"%d:" % len(encoded))
-            self._hash.update(encoded)
+        self._hash.update("".join([f"{len(part)}:{part}" for part in parts]).encode(errors="surrogatepass"))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
