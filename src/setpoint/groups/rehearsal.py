@@ -179,7 +179,8 @@ def _joined(left: torch.Tensor, right: Any, *_: Any) -> Any:
     """Arithmetic of two tensors of one type, of which the left has the shape of the result; or with a number."""
     if not isinstance(right, torch.Tensor) or right.dim() == 0:
         return _by_number(left, right)
-    fits = left.dtype == right.dtype and left.dim() >= right.dim() and left.is_contiguous()
+    fits = left.dtype == right.dtype and left.device == right.device
+    fits = fits and left.dim() >= right.dim() and left.is_contiguous()
     fits = fits and all(there in (here, 1) for here, there in zip(left.shape[::-1], right.shape[::-1], strict=False))
     return _new(left, left.shape) if fits and (right.is_contiguous() or left.shape != right.shape) else None
 
