@@ -118,7 +118,7 @@ class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_without_data(x: torch.Tensor) -> bool:
-    return x.is_meta or (isinstance(x, FakeTensor) and x.numel() > 1)
+    return x.numel() > 1 if isinstance(x, FakeTensor) else x.is_meta  # a fake one asks Python whether it is
 
 
 def _new(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
