@@ -30,17 +30,17 @@ def keep(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any] | 
     """
     record = _dated(found)
     if out is not None:
-        _write(record, out)
+        write(record, out)
     print(json.dumps(record if shown is None else shown))
 
 
 def keep_machine(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any]) -> None:
-    """Write a record of this processor under `machines`; those of other processors, and all else in the file, stay."""
+    """Write a record under `machines`, in place of all that this processor had; whatever else the file holds stays."""
     if out is not None:
         held = held_in(out)
         record = _dated(found)
         kept = [each for each in held.get("machines", ()) if each["environment"]["cpu"] != record["environment"]["cpu"]]
-        _write({**held, "machines": [*kept, record]}, out)
+        write({**held, "machines": [*kept, record]}, out)
     print(json.dumps(shown))
 
 
@@ -58,7 +58,8 @@ def _dated(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(record: Mapping[str, Any], file: Path) -> None:
+def write(record: Mapping[str, Any], file: Path) -> None:
+    """Write a record, in a folder that is made where there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import held_in, keep_machine
+from record import held_in, keep_machine, write
 from torch import nn
 
 import setpoint
@@ -146,9 +146,8 @@ def main() -> None:
     if args.runs:
         found = [beside(folder, args.rounds) for folder in args.runs]
         about = {"rounds": args.rounds, "date": str(date.today()), "environment": {**machine(), "threads": 1}}
-        record = {**held_in(args.out), "by_seconds": {**about, "rows": found}} if args.out else {}
         if args.out:
-            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write({**held_in(args.out), "by_seconds": {**about, "rows": found}}, args.out)
         print(json.dumps({"rows": len(found)}))
         return
     rows = [row for name in args.tasks.split(",") for row in measure(name, args.rounds)]

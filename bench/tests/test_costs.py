@@ -82,7 +82,7 @@ def test_no_line_goes_through_cuts_that_were_measured_once(growth: ModuleType, t
         for layers in (12, 24)
     ]  # fmt: skip
     file = tmp_path / "growth.json"
-    file.write_text(json.dumps({**ABOUT, "models": rows}), encoding="utf-8")
+    file.write_text(json.dumps({"machines": [{**ABOUT, "models": rows}]}), encoding="utf-8")
     from tables.costs import growth_table
 
     said = growth_table(file).splitlines()[-1]
@@ -110,3 +110,17 @@ def test_one_pair_has_no_range(growth: ModuleType, tmp_path: Path) -> None:
     several, one = (line for line in attach_table(file).splitlines() if "`net`" in line)
     assert "6.45 s, 43.8 steps (40.0 to 47.6) |" in several
     assert "6.45 s, 43.8 steps |" in one
+
+
+def test_a_record_takes_the_place_of_its_own_processors_alone(growth: ModuleType, tmp_path: Path) -> None:
+    """Claim: what other processors have measured stays, and so does all else in the file; no folder need be there."""
+    import record
+
+    file = tmp_path / "new" / "folder" / "growth.json"
+    other = {**ABOUT, "environment": {**ABOUT["environment"], "cpu": "another"}, "models": []}
+    record.write({"machines": [other], "by_seconds": 1}, file)
+    for number in 1, 2:
+        record.keep_machine({"models": [number]}, file, shown={})
+    held = record.held_in(file)
+    assert held["by_seconds"] == 1 and held["machines"][0] == other
+    assert [each["models"] for each in held["machines"]] == [[], [2]]

@@ -114,7 +114,9 @@ def _has_nan(tensor: Tensor) -> bool:
     if not comparable or not (tensor.is_floating_point() or tensor.is_complex()):
         return False
     # A sum takes a fraction of the time, and is finite where no entry is NaN and it does not overflow.
-    return not bool(tensor.detach().sum().isfinite()) and bool(tensor.isnan().any())
+    if tensor.is_floating_point() and bool(tensor.detach().sum().isfinite()):
+        return False
+    return bool(tensor.isnan().any())
 
 
 def check_shared_costs(resources: set[str]) -> None:

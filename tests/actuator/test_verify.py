@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some_keep
 from setpoint.actuator.verify import failing_groups, verify
@@ -199,40 +198,11 @@ def test_a_large_model_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == {torch.float32, torch.float64}
 
 
-class Words(nn.Module):
-    """A large table of words in front of two layers, of which the first is checkpointed by reentrance if asked for."""
-
-    def __init__(self, *, checkpointed: bool = False) -> None:
-        super().__init__()
-        self.table, self.checkpointed = nn.Embedding(50, 4), checkpointed
-        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-    def forward(self, words: Tensor) -> Tensor:
-        x = self.table(words)
-        return self.b(torch.tanh(checkpoint(self.a, x, use_reentrant=True) if self.checkpointed else self.a(x)))
-
-
 def turned_over(right: Group) -> Group:
     """What reads the units reads them in the other order."""
     read = next(each for each in right.slices if each.role == "consume")
     turned = replace(read, index=read.index[::-1].copy())
     return replace(right, slices=(*(each for each in right.slices if each is not read), turned))
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_large_table_gets_no_gradient_in_float32(monkeypatch: pytest.MonkeyPatch, checkpointed: bool) -> None:
-    """Claim: a wrong cut is found without it; where layers get none for lack of it, float64 decides with it."""
-    monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
-    monkeypatch.setattr("setpoint.actuator.verify._TABLE", 100)
-    model, inputs = Words(checkpointed=checkpointed), (torch.arange(8).reshape(4, 2),)
-    (right,) = (each for each in find_groups(Words(), inputs) if each.name == "a")
-    seen = set[tuple[torch.dtype, bool]]()
-    model.table.register_forward_hook(lambda table, args, out: seen.add((out.dtype, table.weight.requires_grad)))
-    assert failing_groups(model, inputs, (right,)) == ()
-    assert ((torch.float64, True) in seen) is checkpointed and (torch.float32, False) in seen
-    assert failing_groups(model, inputs, (turned_over(right),)) == ("a",)
-    assert model.table.weight.requires_grad
 
 
 def test_a_small_difference_in_float32_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:

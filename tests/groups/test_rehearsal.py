@@ -293,3 +293,32 @@ def test_operations_answer_as_torch_does(dtype: torch.dtype, exactly: bool, pair
     answers = zip(twins[-1].found, with_data, without_data, strict=True)
     strange = [(number, got, *wanted) for number, (got, *wanted) in enumerate(answers) if got not in wanted]
     assert not strange
+
+
+class Scaled(nn.Module):
+    """Multiplies by half of a sparse table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("table", torch.eye(2).to_sparse_csr())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.table * 0.5) @ self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_what_has_no_strides_is_left_to_torch() -> None:
+    """Arithmetic on a compressed sparse tensor needs no copy with data."""
+    assert Rehearsal(Scaled(), (torch.ones(2, 4),)).run(exactly=True) == ((2, 3),)
+
+
+def test_a_condition_must_be_one() -> None:
+    """`torch.where` refuses floats as a condition on copies without data, as it does on all others."""
+
+    class Chooses(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.where(x, torch.tensor(0.0), torch.tensor(1.0)).sum()
+
+    with pytest.raises(RuntimeError, match="condition"):
+        Rehearsal(Chooses(4, 3), (torch.ones(2, 4),)).run()

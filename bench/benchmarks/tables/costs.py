@@ -306,13 +306,18 @@ def growth_table(path: Path) -> str:
             sizes += [f"{row['groups']}", f"{row['units']:,}"]
             lines.append(f"| {' | '.join([data['environment']['cpu'], *sizes, *seconds])} |")
         deep = [row for row in data["models"] if row["width"] == data["models"][0]["width"]]
+        # A cut that was measured once may hold a whole collection of Python's garbage: no line goes through such cuts.
+        repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
+        once = (
+            "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "
+        )
         fitted = [
             f"{kind} {duration(slope)} a layer"
-            for kind in ("discovery", "decision", "cut")
+            for kind in repeated
             for slope, _ in [statistics.linear_regression([r["layers"] for r in deep], [r[f"{kind}_s"] for r in deep])]
         ]
-        about.append(f"Least squares over the depths: {', '.join(fitted)}. Seed {data['seed']}. {made_on(data)}")
-    return "\n".join([*lines, "", *about])
+        about.append(f"Least squares over the depths: {', '.join(fitted)}. {once}Seed {data['seed']}. {made_on(data)}")
+    return "\n".join([*lines, "", "\n\n".join(about)])
 
 
 def widths_table(path: Path) -> str:
@@ -332,7 +337,7 @@ def widths_table(path: Path) -> str:
             what = [data["environment"]["cpu"], row["task"], f"{100 * row['budget']:g} %"]
             lines.append(f"| {' | '.join([*what, *shares, *times, ratio])} |")
         about.append(f"Median of the ratios: {data['median_ratio']:.2f}. Seed {data['seed']}. {made_on(data)}")
-    return "\n".join([*lines, "", "FLOPs and seconds of a step are shares of dense.", *about])
+    return "\n".join([*lines, "", "\n\n".join(["FLOPs and seconds of a step are shares of dense.", *about])])
 
 
 def frameworks_table(path: Path) -> str:

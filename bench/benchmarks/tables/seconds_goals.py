@@ -85,7 +85,8 @@ def _widths(folder: Path) -> Iterator[Goal]:
     what = f"seconds of a step: widths that were found, of even ones at equal FLOPs ({', '.join(FULL_TASKS)})"
     for each in _record(folder, "widths")["machines"]:
         ratios = [row["ratio"] for row in each["rows"] if row["task"] in FULL_TASKS]
-        yield Goal(what, WIDTHS, digits, ratios, processors=_processors(each))
+        if ratios:  # a machine may have measured other tasks alone
+            yield Goal(what, WIDTHS, digits, ratios, processors=_processors(each))
 
 
 def _attaching(folder: Path) -> Iterator[Goal]:

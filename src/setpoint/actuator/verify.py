@@ -29,7 +29,6 @@ from setpoint.groups.rng import preserved_rng_state
 _FEW = 4  # samples that a verification looks at
 _LARGE = 10_000_000  # parameters
 _PIECE = 1 << 18  # entries that are compared at a time
-_TABLE = 1 << 22  # entries of a weight, from which on its gradient takes as long as a layer
 
 
 def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None = None) -> None:
@@ -77,7 +76,7 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     if sum(each.numel() for each in model.parameters()) > _LARGE and _has_plain_norms(model):
         quick = Trial.of(model, example, groups, None, torch.float32)
         faint = any(type(each) in _BATCH_NORMS for each in model.modules()) and quick.faint
-        if not faint and quick.sees_every_cut and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
+        if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
     return tuple(name for name, _ in Trial.of(model, example, groups, None).failing())
 
@@ -146,16 +145,6 @@ class Trial:
         if self.first is None:
             return True
         return any(0 < _largest([each]) < _LEAST for each in self.first.outcome.gradients.values() if each.numel())
-
-    @property
-    def sees_every_cut(self) -> bool:
-        """Whether a gradient came to each trained weight that may be cut in the first pass, and to one at least."""
-        if self.first is None or not self.first.spare:
-            return False
-        (copied,) = self.first.spare
-        cut, seen = _touched(copied, self.groups), self.first.outcome.gradients
-        trained = {name for name, each in copied.named_parameters() if each.requires_grad and id(each) in cut}
-        return bool(seen) and trained <= seen.keys()
 
     def passes(self) -> bool:
         """Whether all groups can be cut together."""
@@ -373,24 +362,13 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     return twin
 
 
-def _touched(model: nn.Module, groups: Iterable[Group]) -> set[int]:
-    """Ids of the weights in which units lie; a tied one has several names."""
-    names = {part.tensor for group in groups for part in group.slices}
-    return {id(each) for name, each in model.named_parameters(remove_duplicate=False) if name in names}
-
-
 def _copy_on_running_statistics(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     """A `randomised_copy` whose batch norms normalise by their running statistics, in training mode.
 
     Rounding in float32 grows to per cents where the statistics are those of a few samples. The mode stays, since a
-    forward may ask for it. Large weights in which no units lie, such as a table of words, get no gradient: what goes
-    wrong on the way to them shows in other gradients, and theirs take as long as several layers.
+    forward may ask for it.
     """
     twin = randomised_copy(model, groups)
-    touched = _touched(twin, groups)
-    for each in twin.parameters():
-        if id(each) not in touched and each.numel() > _TABLE and each.is_leaf:
-            each.requires_grad_(False)
     for module in twin.modules():
         if type(module) in _BATCH_NORMS:
             module.forward = partial(_by_running_statistics, module)

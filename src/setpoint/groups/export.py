@@ -76,7 +76,7 @@ class Exported:
 def _without_what_nothing_reads() -> Iterator[None]:
     """Stop the exporter from looking up source lines of every op, and from writing Python code of the graph five times.
 
-    Each takes a fifth of its time. A release of torch may lack either option.
+    Nothing here reads either. A release of torch may lack the options.
     """
     from torch.fx import _lazy_graph_module
 

@@ -118,7 +118,8 @@ class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_without_data(x: torch.Tensor) -> bool:
-    return x.numel() > 1 if isinstance(x, FakeTensor) else x.is_meta  # a fake one asks Python whether it is
+    without = x.numel() > 1 if isinstance(x, FakeTensor) else x.is_meta  # a fake one asks Python whether it is
+    return without and x.layout == torch.strided
 
 
 def _new(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -190,7 +191,7 @@ def _tril(x: torch.Tensor, diagonal: int = 0) -> Any:
 
 
 def _where(condition: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Any:
-    numbers = left.dim() == right.dim() == 0 and left.dtype == right.dtype
+    numbers = condition.dtype == torch.bool and left.dim() == right.dim() == 0 and left.dtype == right.dtype
     return torch.empty_like(condition, dtype=left.dtype) if numbers else None
 
 

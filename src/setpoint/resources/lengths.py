@@ -17,7 +17,7 @@ _BANDS = ((0.75, 0.95), (0.4, 0.6), (0.2, 0.35), (0.12, 0.2))
 _CLOSE = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
 """Where groups have few units: more widths are in these bands."""
 _LOW = ((0.4, 0.6), (0.28, 0.4), (0.18, 0.28), (0.1, 0.18))
-"""Where nothing is timed: steps are quicker there."""
+"""Where nothing is timed: steps are quicker than near the dense widths. What a forward does only there is not seen."""
 _FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
 
 
