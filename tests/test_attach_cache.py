@@ -900,3 +900,25 @@ def test_a_model_of_a_library_is_known_in_another_process(folder: Path) -> None:
         subprocess.run([sys.executable, "-c", code, seed], check=True, env=environ)
         kept.append(sorted(file.name for file in folder.iterdir()))
     assert kept[0] and kept[0] == kept[1]
+
+
+def test_a_classifier_with_labels_is_known() -> None:
+    """Claim: a forward of Transformers that fills its config leaves the user's alone, and the next process knows it."""
+    pytest.importorskip("transformers")
+    code = (
+        "import torch, transformers, setpoint\n"
+        "from setpoint.groups import trace\n"
+        "config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50,\n"
+        "                                 num_hidden_layers=1)\n"
+        "example = {'input_ids': torch.zeros(4, 8, dtype=torch.long), 'labels': torch.tensor([0, 1, 0, 1])}\n"
+        "plain, exported = trace.export, []\n"
+        "trace.export = lambda *args: exported.append(1) or plain(*args)\n"
+        "model = transformers.BertForSequenceClassification(config).train()\n"
+        "optimizer = torch.optim.SGD(model.parameters())\n"
+        "setpoint.attach(model, optimizer, 0.5, example=example, total_steps=9).detach()\n"
+        "assert model.config.problem_type is None\n"
+        "print(len(exported))\n"
+    )
+    command = [sys.executable, "-c", code]
+    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert [each.strip() for each in found] == ["1", "0"]

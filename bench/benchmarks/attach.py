@@ -3,7 +3,8 @@
     python bench/benchmarks/attach.py --base ../base --out results/attach.json
     python bench/benchmarks/attach.py --base ../base --out results/attach.json --budget latency
 
-Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once. A pair is
+Processor seconds on one thread, each run in a fresh process, after torch's exporter has been loaded once, by an
+`attach` of a tiny model, whose seconds are recorded as well. A pair is
 one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
 before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
 Rows of models that are not measured stay in the file, and those of other processors. With a `--budget` of latency,
@@ -116,7 +117,9 @@ def measure(name: str, resource: str) -> dict[str, Any]:
     """Of one model in this process, whose cache folder is empty; for another resource than FLOPs the model is known."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    attached(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),))
+    small = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    step_of(small, (torch.randn(2, 4),))()  # a first step loads parts of PyTorch that are the training's
+    loading_s = seconds(lambda: attached(small, (torch.randn(2, 4),)))
     steps: list[float] = []
 
     def measure_steps() -> None:
@@ -136,7 +139,8 @@ def measure(name: str, resource: str) -> dict[str, Any]:
         found.append(seconds(lambda find=find, model=model, example=example: find(model, example)))
     if not without_data:
         measure_steps()
-    return {"cold_s": found[0], "warm_s": found[1], "step_s": statistics.median(steps) if steps else None}
+    step_s = statistics.median(steps) if steps else None
+    return {"loading_s": loading_s, "cold_s": found[0], "warm_s": found[1], "step_s": step_s}
 
 
 def in_process(name: str, tree: Path, resource: str) -> dict[str, Any]:

@@ -181,14 +181,23 @@ def check_device(model: nn.Module, example: Example) -> None:
 
 @contextmanager
 def untouched_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore every module's attributes afterwards: a forward may store an activation in one."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    """Restore the attributes of modules, and of objects in them: a forward may keep an activation, or fill a config."""
+    modules = tuple(model.modules())
+    objects = {id(each): each for module in modules for each in vars(module).values() if _has_attributes(each)}
+    before = [(each, dict(vars(each))) for each in (*modules, *objects.values())]
     try:
         yield
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for each, attributes in before:
+            now = vars(each)
+            if now.keys() != attributes.keys() or any(now[name] is not value for name, value in attributes.items()):
+                now.clear()
+                now.update(attributes)
+
+
+def _has_attributes(held: Any) -> bool:
+    """Whether this is an object with attributes of its own, and neither a part of the program nor of the model."""
+    return type(getattr(held, "__dict__", None)) is dict and not isinstance(held, (nn.Module, Tensor, ModuleType, type))
 
 
 def computed(model: nn.Module) -> dict[int, Any]:

@@ -82,6 +82,9 @@ def _percent(share: float, rounded: Callable[[float], float] = round) -> str:
     return f"{rounded(100 * share * 10**decimals) / 10**decimals:.{decimals}f} %"
 
 
+_NOTHING_TO_SAVE = 0.99
+
+
 def check_reachable(budget: Budget, dense: float, least: float) -> None:
     """Check that a budget can be met and is in the right unit, given predicted costs, dense and of the narrowest model.
 
@@ -92,10 +95,15 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
     if budget.per == "run":
         return  # RunBudget.check knows what a run spends
     if limit < least:
+        advice = f"Ask for at least '{_percent(least / dense, math.ceil).replace(' ', '')} {resource}'"
+        if least >= _NOTHING_TO_SAVE * dense:
+            advice = (
+                "Narrower layers save next to nothing of it here: hold the model to a budget of 'flops' or 'params'"
+            )
         raise BudgetError(
             f"a budget of {amount(limit, resource)} ({_percent(limit / dense)} of dense) cannot be reached: with every "
-            f"layer at its narrowest the model still needs {amount(least, resource)} ({_percent(least / dense)}). Ask "
-            f"for at least '{_percent(least / dense, math.ceil).replace(' ', '')} {resource}'"
+            f"layer at its narrowest the model still needs {amount(least, resource)} ({_percent(least / dense)}). "
+            f"{advice}"
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
