@@ -5,7 +5,8 @@
 Processor seconds on one thread, each model in a fresh process, after torch's exporter has been loaded once. Depth: 12
 to 96 layers of width 512. Width: 12 layers of width 256 to 8,192. Discovery is `find_groups` with nothing kept. The
 decision is a late one at half of the FLOPs, on random saliency. The cut drops half of each group of a fresh copy. Each
-number is a median of three. Python's garbage is collected before each call, and its collection stays on within it.
+number is a median of three, that of a decision one of fifteen. Python's garbage is collected before each call, and its
+collection stays on within it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.sensor.reading import Reading
 
-SEED, ROUNDS = 0, 3
+SEED, ROUNDS, DECISIONS = 0, 3, 15
 DEPTHS, WIDTHS = (12, 24, 48, 96), (256, 512, 1024, 2048, 4096, 8192)
 MODELS = tuple(dict.fromkeys([*((depth, 512) for depth in DEPTHS), *((12, width) for width in WIDTHS)]))
 
@@ -82,7 +83,7 @@ def measure(layers: int, width: int) -> dict[str, Any]:
     reading = Reading(500, saliency, num_samples=32, num_steps=100)
     controller = PricedController()
     decisions = []
-    for _ in range(ROUNDS):
+    for _ in range(DECISIONS):
         state = controller.init(groups)
         seen = Observation(500, 1000, dense, dense, reading, {"flops": total}, {"flops": 0.5 * total}, {"flops": total})
         decisions.append(seconds(lambda state=state, seen=seen: controller.decide(state, seen, cost, groups)))
