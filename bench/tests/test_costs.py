@@ -123,3 +123,14 @@ def test_a_record_takes_the_place_of_its_own_processors_alone(growth: ModuleType
     held = record.held_in(file)
     assert held["by_seconds"] == 1 and held["machines"][0] == other
     assert [each["models"] for each in held["machines"]] == [[], [2]]
+
+
+def test_a_goal_is_judged_by_the_median_unless_runs_lie_on_both_sides(growth: ModuleType) -> None:
+    """Claim: runs of one thing on both sides of the limit decide nothing; those of several things have a median."""
+    from tables.seconds_goals import Goal
+
+    def reached(now: list[float], same: bool = True) -> str:
+        return Goal("it", 1.0, str, now, same=same).line.split("|")[-2].strip()
+
+    assert [reached([0.8, 1.0]), reached([1.1, 1.2]), reached([0.8, 0.9, 1.1])] == ["yes", "**no**", "undecided"]
+    assert [reached([0.8, 0.9, 1.1], same=False), reached([0.9, 1.1, 1.2], same=False)] == ["yes", "**no**"]

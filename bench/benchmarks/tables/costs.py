@@ -306,7 +306,7 @@ def growth_table(path: Path) -> str:
             sizes += [f"{row['groups']}", f"{row['units']:,}"]
             lines.append(f"| {' | '.join([data['environment']['cpu'], *sizes, *seconds])} |")
         deep = [row for row in data["models"] if row["width"] == data["models"][0]["width"]]
-        # A cut that was measured once may hold a whole collection of Python's garbage: no line goes through such cuts.
+        # A cut that was measured once may hold a full collection of Python's garbage: no line goes through such cuts.
         repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
         once = (
             "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "

@@ -107,8 +107,8 @@ def _attaching_there(models: Mapping[str, Any]) -> Iterator[Goal]:
         yield Goal(f"`attach` of {what}, new model, exporter loaded, in training steps", limit, digits, now, before)
         runs = [run for run in models[name]["runs"]["now"] if "loading_s" in run]
         if runs:
-            whole = [(run["cold_s"] + run["loading_s"]) / run["step_s"] for run in runs]
-            yield Goal(f"`attach` of {what}, new model, all included, in training steps", limit, digits, whole)
+            included = [(run["cold_s"] + run["loading_s"]) / run["step_s"] for run in runs]
+            yield Goal(f"`attach` of {what}, new model, all included, in training steps", limit, digits, included)
     for name, (what, limit) in FOUND.items():
         now, before = ([run["cold_s"] for run in models[name]["runs"].get(tree, ())] for tree in ("now", "before"))
         begun = "groups" if name == "llama-8b" else "`attach`"  # the structure alone: it has no weights to attach to

@@ -361,9 +361,10 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
         shape = [sizes.get(dim, size) for dim, size in enumerate(old.shape)]
         if list(old.shape) == shape:
             continue
-        # Its own numbers, where a forward looks at them.
-        made = torch.empty(shape, dtype=old.dtype, device="meta") if old.is_meta else None  # quicker than `new_empty`
-        new = old.detach()[tuple(map(slice, shape))].clone() if made is None else made
+        if old.is_meta:
+            new = torch.empty(shape, dtype=old.dtype, device="meta")  # quicker than `new_empty`
+        else:
+            new = old.detach()[tuple(map(slice, shape))].clone()  # its own numbers, where a forward looks at them
         replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in twin.modules():
         for table in (module._parameters, module._buffers):
