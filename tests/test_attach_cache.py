@@ -878,47 +878,34 @@ def test_a_user_without_a_home_has_no_cache(tries: list[int], monkeypatch: pytes
     assert table.fit("all") == [1.0] and table.file is None
 
 
-def test_a_model_of_a_library_is_known_in_another_process(folder: Path) -> None:
+def test_models_of_a_library_are_known_in_another_process(folder: Path) -> None:
     """Claim: a model of Transformers, whose library draws an identifier in each process, has one fingerprint.
 
-    So it has after the first `attach` of a process, which wraps methods that save and load.
+    So it has after the first `attach` of a process, which wraps methods that save and load; and where a forward with
+    labels fills a config, since the user's is left alone.
     """
     pytest.importorskip("transformers")
     code = (
         "import sys, torch, transformers, setpoint\n"
-        "sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50)\n"
-        "config = transformers.LlamaConfig(**sizes, num_hidden_layers=1)\n"
-        "example = {'input_ids': torch.zeros(2, 8, dtype=torch.long)}\n"
-        "for _ in range(int(sys.argv[1])):\n"
-        "    model = transformers.LlamaForCausalLM(config)\n"
-        "    optimizer = torch.optim.SGD(model.parameters())\n"
-        "    setpoint.attach(model, optimizer, 0.5, example=example, total_steps=9).detach()\n"
-    )
-    kept = []
-    for seed in "1", "2":  # so many times, too
-        environ = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, seed], check=True, env=environ)
-        kept.append(sorted(file.name for file in folder.iterdir()))
-    assert kept[0] and kept[0] == kept[1]
-
-
-def test_a_classifier_with_labels_is_known() -> None:
-    """Claim: a forward of Transformers that fills its config leaves the user's alone, and the next process knows it."""
-    pytest.importorskip("transformers")
-    code = (
-        "import torch, transformers, setpoint\n"
         "from setpoint.groups import trace\n"
-        "config = transformers.BertConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=50,\n"
-        "                                 num_hidden_layers=1)\n"
-        "example = {'input_ids': torch.zeros(4, 8, dtype=torch.long), 'labels': torch.tensor([0, 1, 0, 1])}\n"
         "plain, exported = trace.export, []\n"
         "trace.export = lambda *args: exported.append(1) or plain(*args)\n"
-        "model = transformers.BertForSequenceClassification(config).train()\n"
-        "optimizer = torch.optim.SGD(model.parameters())\n"
-        "setpoint.attach(model, optimizer, 0.5, example=example, total_steps=9).detach()\n"
+        "sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=9)\n"
+        "tokens, labels = torch.zeros(4, 8, dtype=torch.long), torch.tensor([0, 1, 0, 1])\n"
+        "of_llama = transformers.LlamaForCausalLM, transformers.LlamaConfig, {'input_ids': tokens}\n"
+        "of_bert = transformers.BertForSequenceClassification, transformers.BertConfig\n"
+        "labelled = *of_bert, {**of_llama[2], 'labels': labels}\n"
+        "for made, config, example in [of_llama] * int(sys.argv[1]) + [labelled]:\n"
+        "    model = made(config(**sizes)).train()\n"
+        "    optimizer = torch.optim.SGD(model.parameters())\n"
+        "    setpoint.attach(model, optimizer, 0.5, example=example, total_steps=9).detach()\n"
         "assert model.config.problem_type is None\n"
         "print(len(exported))\n"
     )
-    command = [sys.executable, "-c", code]
-    found = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
-    assert [each.strip() for each in found] == ["1", "0"]
+    kept, exported = [], []
+    for seed in "1", "2":  # so many times, too
+        environ = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code, seed]
+        exported.append(subprocess.run(command, check=True, env=environ, capture_output=True, text=True).stdout.strip())
+        kept.append(sorted(file.name for file in folder.iterdir()))
+    assert exported == ["2", "0"] and kept[0] and kept[0] == kept[1]

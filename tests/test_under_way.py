@@ -1,4 +1,4 @@
-"""A line on a terminal while something takes its time, and nothing anywhere else."""
+"""A line on a terminal or in a notebook while something takes its time, and nothing anywhere else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from jupyter_client.manager import start_new_kernel
 
 import setpoint
 from golden.models import mlp
@@ -128,3 +129,32 @@ def test_a_stderr_that_is_no_file_is_no_terminal(monkeypatch: pytest.MonkeyPatch
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed if stream == "closed" else stream)
     attach().detach()
+
+
+CELL = """
+import torch
+import setpoint
+model = torch.nn.Sequential(torch.nn.Linear(6, 24), torch.nn.ReLU(), torch.nn.Linear(24, 3))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+setpoint.attach(model, optimizer, 0.5, total_steps=9, example=(torch.randn(4, 6),)).detach()
+"""
+
+
+def test_a_notebook_shows_the_line_below_the_cell() -> None:
+    """Claim: the first message of a cell's output names the work, later ones its stages, and the last one is empty."""
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        replies = list[dict[str, Any]]()
+        reply = client.execute_interactive(CELL, output_hook=replies.append, timeout=60)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert reply["content"]["status"] == "ok", reply["content"]
+    shown = [each["content"] for each in replies if each["msg_type"] in ("display_data", "update_display_data")]
+    assert len({each["transient"]["display_id"] for each in shown}) == 1
+    texts = [each["data"]["text/plain"] for each in shown]
+    named = [text for text in texts if text]
+    assert named[0] == "setpoint: attach" and named[1] == "setpoint: attach\n  finding what can be cut"
+    assert any("trying every cut on copies" in text for text in named)
+    assert shown[-1]["data"] == {"text/plain": "", "text/html": ""}
+    assert {each["msg_type"] for each in replies} <= {"display_data", "update_display_data", "status", "execute_input"}

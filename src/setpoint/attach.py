@@ -82,7 +82,7 @@ def attach(
         example: inputs as in training, at the batch shape of one optimizer step on one rank: a tuple or a dict. By
             default the first forward in training is recorded, and the loop begins at the first optimizer step.
         controller: decides what is dropped and when; by default what the budget, price or tolerance asks for.
-        sensor: reads saliencies; by default Taylor's, for as many samples as the example has rows on all ranks.
+        sensor: reads saliencies; by default Taylor's, and others for states; of the samples in the ranks' examples.
         actuator: by default units are cut for good; `Regrowing()` brings some back, `Masking("2:4")` masks weights.
         groups: those of `find_groups(model, example)` that may be pruned; by default all.
         copies: cut like the model: modules with the same tensors, lists of `shadow_params`; known averages are found.

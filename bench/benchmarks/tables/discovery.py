@@ -96,13 +96,14 @@ def models_cut_table(path: Path) -> str:
 
 
 def models_cut_line(path: Path) -> str:
-    """The same as a sentence on two libraries, with how many of the models are Setpoint's own."""
-    models = json.loads(path.read_text(encoding="utf-8"))["models"]
-    ours, theirs = (sum(record[library]["passed"] for record in models) for library in LIBRARIES)
-    own = sum(record["suite"] == "plain" for record in models)
+    """The same in sentences on two libraries and their versions, with how many of the models are Setpoint's own."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    models, versions = record["models"], record["versions"]
+    ours, theirs = (sum(model[library]["passed"] for model in models) for library in LIBRARIES)
+    own = sum(model["suite"] == "plain" for model in models)
     return (
         f"Of {len(models)} models, {own} of them our own, {ours} still ran a training forward and backward after a cut "
-        f"by Setpoint. After a cut by Torch-Pruning {theirs} did."
+        f"by Setpoint {versions['setpoint']}. After a cut by Torch-Pruning {versions['torch-pruning']}, {theirs} did."
     )
 
 

@@ -155,7 +155,7 @@ SMALL = {small for _, small in PRETRAINED.values() if small}
 
 def readme_table(root: Path) -> str:
     """Fine-tuned pretrained models at two budgets; below, an over-trained small model, and models that are cut."""
-    heads = ("FLOPs / step", "Setpoint", "best open loop", "dense", "seeds", "more steps (− dense)")
+    heads = ("FLOPs / step", "Setpoint", "best open loop", "dense", "seeds", "more steps")
     lines = [f"| fine-tuned model | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for folder, (model, _) in PRETRAINED.items():
         rows = _of_equal_steps(root / folder)
@@ -175,7 +175,7 @@ def readme_table(root: Path) -> str:
                 f"{_accuracy(rival)} %",
                 f"{_accuracy(dense)} %",
                 seeds[0] if len(set(seeds)) == 1 else " / ".join(seeds),
-                _with_difference(cells_of(f"{SETPOINT}-long", budget), full_bill),
+                _beside_dense(cells_of(f"{SETPOINT}-long", budget), full_bill),
             )
             lines.append(f"| {' | '.join(cells)} |")
     below = (over_trained_line(root / "law-language.json"), models_cut_line(root / "coverage" / "torch_pruning.json"))
@@ -198,20 +198,26 @@ def _cells_by_method(folder: Path) -> Callable[[str, float | None], list[Cell]]:
     return lambda method, budget: [cell for cell in cells if (cell.method, cell.budget) == (method, budget)]
 
 
-def _with_difference(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
-    """The mean in per cent, and in brackets how far it lies above the others' by seed, in points."""
-    apart = difference(ours, theirs)
-    if apart is None:
-        return NOTHING
-    points = f"{100 * apart.mean:+.1f}".replace("-", "−")
-    return f"{100 * statistics.fmean(cell.value for cell in ours):.1f} % ({points})"
+def _beside_dense(ours: Sequence[Cell], dense: Sequence[Cell]) -> str:
+    """The mean in per cent, and in brackets that of the dense runs with the same seeds."""
+    seeds = {cell.seed for cell in ours}
+    means = [
+        f"{100 * statistics.fmean(cell.value for cell in cells):.1f} %"
+        for cells in (ours, [cell for cell in dense if cell.seed in seeds])
+        if cells
+    ]
+    return f"{means[0]} (dense {means[1]})" if len(means) == 2 else NOTHING
 
 
 def bill_table(root: Path) -> str:
     """Fine-tuning for as many steps as the dense run's training FLOPs pay for, beside equal steps and the dense run."""
     methods = ("setpoint", "setpoint-long", "cubic-long")
     others = ("setpoint", "dense", "cubic-long")
-    heads = [*(f"`{each}`" for each in methods), "bill", *(f"`setpoint-long` − `{each}`" for each in others)]
+    heads = [
+        *(f"`{each}`" for each in methods),
+        "training FLOPs, of dense",
+        *(f"`setpoint-long` − `{each}`" for each in others),
+    ]
     lines = [
         f"| model | FLOPs / step | dense | {' | '.join(heads)} |",
         f"|---|{'---:|' * (2 + len(heads))}",

@@ -25,8 +25,8 @@ def check_plain(model: nn.Module) -> bool:
         name = next((kind for kind in kinds if kind in _REFUSED), "")
         if name:
             raise LoopError(
-                f"{name} is not supported by this version of Setpoint: train in one process, wrap the whole model in "
-                "torch.nn.parallel.DistributedDataParallel and attach to that, or call fully_shard on it"
+                f"{name} is not supported by this version of Setpoint: train on one device (CUDA_VISIBLE_DEVICES=0), "
+                "wrap the whole model in DistributedDataParallel (torchrun, in a Trainer), or call fully_shard on it"
             )
     sharded = any(is_sharded(module) for module in model.modules())
     if not sharded and any(map(is_sharded_tensor, model.parameters())):
