@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -292,6 +293,9 @@ def _calibrated(
     fit = fit_steps(cost, seconds)
     if fit.error < _WORTH_KEEPING:
         table.keep_fit(cost.key, [fit.contractions, fit.others, fit.constant_s, fit.error])
+    elif math.isfinite(fit.error):
+        why = "steps differ from their prediction by %.0f %%, as on a busy machine: the next run times them anew (%s)"
+        logging.getLogger("setpoint").info(why, 100 * fit.error, cost.resource)
     return cost.fitted(fit), joules
 
 
