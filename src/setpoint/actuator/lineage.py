@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.sizes import dense_sizes, note_dense_sizes, record_dense, recorded_dense, recorded_sizes
@@ -58,14 +58,12 @@ def adopt(model: nn.Module, undo: ExitStack) -> None:
 
 
 def shapes_before(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """By name, the shape before the first cut of every tensor that cuts have changed, or that stands where one has.
+    """By every name, the shape before the first cut of a tensor that cuts have changed, or that stands where one has.
 
     Of a dim that is as long as that of the one which was cut it is the dense length, of any other its own.
     """
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, tuple[int, ...]] = {}
     for prefix, record in _records(model):
         for name, dense in record["dense"].items():
@@ -75,7 +73,13 @@ def shapes_before(model: nn.Module) -> dict[str, tuple[int, ...]]:
                 found[f"{prefix}{name}"] = tuple(
                     old if length == new else length for length, new, old in zip(live.shape, now, dense, strict=True)
                 )
-    return {**found, **recorded_dense(model)}
+    return by_every_name({**found, **recorded_dense(model)}, tensors)
+
+
+def by_every_name(shapes: Shapes, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The same, where a tensor has several names: tied, or of a module that two others hold."""
+    known = {id(tensors[name]): shape for name, shape in shapes.items() if name in tensors}
+    return {**{name: known[id(each)] for name, each in tensors.items() if id(each) in known}, **shapes}
 
 
 def sizes_now(model: nn.Module) -> dict[SizePlace, int]:

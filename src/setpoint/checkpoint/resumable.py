@@ -18,7 +18,7 @@ from torch.nn.modules.module import _WrappedHook
 from setpoint.actuator.attached import check_loads
 from setpoint.actuator.carried import KEY, Carried, Hooks, carry
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.lineage import sizes_now
+from setpoint.actuator.lineage import by_every_name, sizes_now
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.actuator.take import take
@@ -213,7 +213,7 @@ class _Load:
         shapes |= {name: tuple(each.shape) for name, each in (carried.transient if carried else {}).items()}
         if shapes == now and (carried is None or dict(carried.sizes) == sizes_now(module)):
             return None
-        before = shapes if carried is None else {**shapes, **carried.dense}
+        before = shapes if carried is None else {**shapes, **by_every_name(carried.dense, tensors)}
         for name, shape in shapes.items() if carried is not None else ():
             was = before[name]
             if shape != now[name] and was != dense[name]:

@@ -18,13 +18,12 @@ from setpoint.groups.walk import Value, Walk
 
 
 def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequence[Value]) -> set[str]:
-    """Names of the groups without which every output still depends on the inputs.
+    """Names of the groups without all of which every output still depends on every input that it depends on.
 
-    One pass over the graph with a set of groups for every value: those that some path from an input avoids. Sets are
-    integers with a bit for each group, and one more that marks a path at all.
+    One pass over the graph for each input finds to each value a path with few groups; those on the way to an output
+    stay. Sets of groups are integers with a bit for each. It takes every input: a mask, say, that reaches the output
+    past a layer is no way round that layer for the data.
     """
-    path = 1 << len(units.groups)
-    avoids = {id(value): path | (path - 1) for value in inputs}
     touched: dict[int, int] = {}
 
     def touches(value: Value) -> int:
@@ -36,17 +35,17 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
                 result |= touched[id(labels)]
         return result
 
-    for _, sources, results in walk.flow:
-        reached = 0
-        for source in sources:
-            reached |= avoids.get(id(source), 0)
-        for result in results:
-            avoids[id(result)] = reached & ~touches(result)
-    answer = path | (path - 1)
-    for output in outputs:
-        if avoids.get(id(output), 0) & path:
-            answer &= avoids[id(output)]
-    return {group.name for position, group in enumerate(units.groups) if answer >> position & 1}
+    staying = 0
+    for start in inputs:
+        crossed = {id(start): 0}
+        for _, sources, results in walk.flow:
+            ways = [crossed[id(source)] for source in sources if id(source) in crossed]
+            if ways:
+                fewest = min(ways, key=lambda way: (way & ~staying).bit_count())
+                crossed |= {id(result): fewest | touches(result) for result in results}
+        for output in outputs:
+            staying |= crossed.get(id(output), 0)
+    return {group.name for position, group in enumerate(units.groups) if not staying >> position & 1}
 
 
 class EmptyForward:

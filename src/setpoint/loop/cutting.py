@@ -145,11 +145,11 @@ class Cutting:
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
         """The groups at the widths of the state."""
         keep = self.kept(state)
-        left = plan_cut(self.dense, keep).entries
+        entries, tensors = plan_cut(self.dense, keep).entries, named_tensors(self.host.model)
+        left = {(id(tensors[name]), dim): int(kept.sum()) for (name, dim), kept in entries.items()}
         own = {}
-        for name, tensor in named_tensors(self.host.model).items():
-            cut = {dim: int(left[name, dim].sum()) for dim in range(tensor.dim()) if (name, dim) in left}
-            own[name] = tuple(cut.get(dim, length) for dim, length in enumerate(tensor.shape))
+        for name, tensor in tensors.items():  # a tensor may have several names, of which a cut has one
+            own[name] = tuple(left.get((id(tensor), dim), length) for dim, length in enumerate(tensor.shape))
         theirs = {name: tuple(shape) for name, shape in state["shapes"].items()}
         if theirs != own:
             differing = sorted(name for name in {*own, *theirs} if own.get(name) != theirs.get(name))

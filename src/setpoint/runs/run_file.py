@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.shrink import named_tensors
 from setpoint.checkpoint import damaged, digest, read_file, write_file
 from setpoint.checkpoint.as_it_was import as_it_was
 from setpoint.checkpoint.kinds import check_kinds
@@ -217,9 +218,10 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
             f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
         )
     cut = {
-        id(part.host.model): {place.tensor for group in part.groups for place in group.slices}
+        id(part.host.model): {id(tensors[place.tensor]) for group in part.groups for place in group.slices}
         for part in parts.values()
         if isinstance(part, Loop)
+        for tensors in [named_tensors(part.host.model)]
     }
     for name, part in parts.items():
         check_kinds(f"{path!r}: {name}", part, states[name])
@@ -258,11 +260,12 @@ def _sort(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_complex(), tensor.is_floating_point()
 
 
-def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str]) -> None:
-    """Check that tensors which no loop cuts have the sizes of those that were saved."""
-    for key, tensor in module.state_dict().items():
+def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[int]) -> None:
+    """Check that tensors which no loop cuts have the sizes of those that were saved; `cut` are ids of the others."""
+    for key, tensor in module.state_dict(keep_vars=True).items():
         other = saved.get(key)
-        if key not in cut and isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.shape != other.shape:
+        both = isinstance(tensor, Tensor) and isinstance(other, Tensor)
+        if both and tensor.shape != other.shape and id(tensor) not in cut:
             raise CheckpointError(
                 f"{path!r} was made for another {name}: {key!r} has shape {tuple(other.shape)} there and "
                 f"{tuple(tensor.shape)} here"
