@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -227,6 +229,36 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert "2.weight, dim 1, reads" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
     assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
+
+
+HARDLY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.large, self.small = nn.Linear(64, 256), nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    def forward(self, x):
+        return self.large(x), self.small(x)
+
+def build():
+    return Net(), (torch.randn(2, 64),)
+"""
+
+
+def test_the_next_step_asks_for_what_can_be_reached(tmp_path: Path) -> None:
+    """Claim: where half of the FLOPs is out of reach the line names a share that attach takes."""
+    file = tmp_path / "model.py"
+    file.write_text(HARDLY, encoding="utf-8")
+    last = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()[-1]
+    share = float(re.search(r"attach\(model, optimizer, ([\d.]+), ", last).group(1))  # type: ignore[union-attr]
+    found = answer("inspect", f"{file}:build")
+    assert 0.5 < found["cheapest_flops"] / found["flops"] <= share < 1 and "half of them is out of reach" in last
+    space: dict[str, Any] = {}
+    exec(HARDLY, space)
+    model, example = space["build"]()
+    setpoint.attach(model, torch.optim.SGD(model.parameters(), 0.1), share, example=example, total_steps=9).detach()
 
 
 def test_the_next_step_of_inspect_can_be_done(tmp_path: Path) -> None:

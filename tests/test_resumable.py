@@ -118,6 +118,64 @@ def test_a_resumable_dense_model_takes_a_cut_state(make: Make) -> None:
     assert dense.state_dict()._metadata[""]["setpoint"].keys() == model.state_dict()._metadata[""]["setpoint"].keys()
 
 
+class TwoNames(nn.Module):
+    """A layer that is an attribute and stands in a container, and weights that are tied along the units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.decoder = nn.Embedding(11, 24), nn.Linear(24, 24), nn.Linear(24, 11)
+        self.layers = nn.ModuleList([self.inner, nn.Linear(24, 24)])
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        out: Tensor = self.decoder(x)
+        return out
+
+
+def run_of_two_names() -> dict[str, Any]:
+    """The parts of a run that is about to begin."""
+    torch.manual_seed(0)
+    model = TwoNames()
+    optimizer, average = torch.optim.Adam(model.parameters()), AveragedModel(model)
+    example = (torch.arange(11)[None],)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=20, example=example, copies=[average])
+    return {"model": model, "optimizer": optimizer, "average": average, "loop": loop}
+
+
+def steps_of_two_names(parts: dict[str, Any], count: int) -> None:
+    """So many steps."""
+    for _ in range(count):
+        tokens = torch.randint(11, (4, 9))
+        nn.functional.cross_entropy(parts["model"](tokens).mT, tokens).backward()
+        parts["optimizer"].step()
+        parts["optimizer"].zero_grad()
+        parts["average"].update_parameters(parts["model"])
+
+
+def test_tensors_with_two_names_are_cut_and_come_back(tmp_path: Path) -> None:
+    """Claim: states of model, average and run load where a cut tensor is tied, or a module is held twice."""
+    parts = run_of_two_names()
+    steps_of_two_names(parts, 10)
+    setpoint.save_run(tmp_path / "run.safetensors", **parts)
+    model, average = parts["model"], parts["average"]
+    assert model.embedding.weight.shape[1] < 24 and model.inner.weight.shape[0] < 24
+    for fresh in (setpoint.resumable(TwoNames()), setpoint.shrink_to(TwoNames(), model.state_dict())):
+        fresh.load_state_dict(through_file(model.state_dict()))
+        assert fresh.decoder.weight is fresh.embedding.weight and fresh.layers[0] is fresh.inner
+        assert torch.equal(fresh(torch.arange(11)[None]), model(torch.arange(11)[None]))
+    setpoint.resumable(AveragedModel(TwoNames())).load_state_dict(through_file(average.state_dict()))
+    again = run_of_two_names()
+    setpoint.load_run(tmp_path / "run.safetensors", **again)
+    for each in (parts, again):
+        torch.manual_seed(1)
+        steps_of_two_names(each, 10)
+        assert each["loop"].finish().budget_met
+    assert all(map(torch.equal, model.parameters(), again["model"].parameters()))
+
+
 @pytest.mark.parametrize("make", [mlp, ResNet, Depthwise, GPT], ids=lambda make: make.__name__)
 def test_shapes_alone_are_enough_where_a_format_drops_the_sizes(make: Make) -> None:
     """Claim: through safetensors the first forward finds the sizes that code writes, with the same bits as a result."""
@@ -135,6 +193,44 @@ def test_a_buffer_without_a_state_needs_carried_sizes() -> None:
     dense.load_state_dict(dict(model.state_dict()))
     with pytest.raises(CheckpointError, match="the buffer 'scale' was cut, and is in no state dict"):
         dense(*EXAMPLES[Scaled])
+
+
+class MadeLater(nn.Module):
+    """A network whose buffer along the units is made in its first forward, and in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 20), nn.Linear(20, 2)
+        self.register_buffer("scale", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if self.scale is None:
+            self.register_buffer("scale", torch.linspace(1, 2, x.shape[1]), persistent=False)
+        out: Tensor = self.last(x * self.scale)
+        return out
+
+
+def test_a_buffer_that_a_forward_makes_comes_back(tmp_path: Path) -> None:
+    """Claim: it has its cut values in a model that has not run yet; a name that no model has is refused."""
+    torch.manual_seed(0)
+    model, x = MadeLater(), torch.randn(8, 6)
+    model(x)
+    groups = setpoint.find_groups(model, (x,))
+    setpoint.shrink(model, None, groups, {groups[0].name: torch.arange(20).numpy() % 3 > 0})
+    assert model.scale is not None and len(model.scale) == 13
+    setpoint.save(model, tmp_path / "small.safetensors")
+    loaded, taken = setpoint.load(tmp_path / "small.safetensors", into=MadeLater()), setpoint.resumable(MadeLater())
+    taken.load_state_dict(through_file(model.state_dict()))
+    for each in (loaded, taken):
+        assert torch.equal(each.scale, model.scale) and torch.equal(each(x), model(x))
+        again = setpoint.resumable(MadeLater())
+        again.load_state_dict(through_file(each.state_dict()))
+        assert torch.equal(again(x), model(x))
+    other = setpoint.resumable(nn.Sequential())
+    other.first, other.last = nn.Linear(6, 20), nn.Linear(20, 2)
+    with pytest.raises(CheckpointError, match="this one has no 'scale'"):
+        other.load_state_dict(through_file(model.state_dict()))
 
 
 @MODELS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -526,7 +527,10 @@ def _inspect(
     if out is not None:
         write_json(out / "inspect.json", answer)
         write_inspection(answer, out / "inspect.html")
-    attach = "setpoint.attach(model, optimizer, 0.5, total_steps=...) prunes to half of the FLOPs"
+    least = found.cheapest_flops / found.flops if found.flops else 0.0
+    share = 0.5 if least <= 0.5 else math.ceil(100 * least) / 100
+    to = "half of the FLOPs" if share == 0.5 else f"{share:.0%} of the FLOPs; half of them is out of reach"
+    attach = f"setpoint.attach(model, optimizer, {share:g}, total_steps=...) prunes to {to}"
     given = [
         target,
         *([] if shape is None else ["--input", ",".join(map(str, shape))]),

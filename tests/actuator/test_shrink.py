@@ -23,8 +23,10 @@ from actuator.hand_made import (
     train_step,
 )
 from setpoint.actuator import shrink as shrink_module
+from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.take import take
 from setpoint.errors import GroupError, OptimizerError
 from setpoint.groups.group import Group, Slice
 
@@ -121,13 +123,17 @@ def test_everything_that_holds_a_parameter_goes_on_working() -> None:
     del loss
 
 
-def test_gradients_of_cut_tensors_go_and_others_stay() -> None:
-    """Claim: a tensor that is cut loses its gradient, one that is not is not touched at all."""
+def test_gradients_are_cut_along_and_others_are_not_touched() -> None:
+    """Claim: a script that logs gradients after the step finds those of the kept entries, and the other objects."""
     model, inputs, groups = mlp()
     train_step(model, adamw(model), inputs)
-    untouched = model[4].bias.grad
-    shrink(model, None, groups, some_keep(groups))
-    assert model[0].weight.grad is None
+    untouched, keep = model[4].bias.grad, some_keep(groups)
+    before = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    shrink(model, None, groups, keep)
+    dims = plan_cut(groups, keep).dims()
+    assert {name for name, each in model.named_parameters() if each.grad is not None} == set(before)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, take(before[name], dims.get(name, {})))
     assert model[4].bias.grad is untouched
 
 

@@ -82,6 +82,38 @@ def test_only_what_something_goes_round_may_vanish(name: str) -> None:
     assert sorted(group.name for group in groups if group.min_units == 0) == MODELS[name][1]
 
 
+class TwoInputs(nn.Module):
+    """A hidden layer, whose output also depends on a second input; with `around` a second layer beside it."""
+
+    def __init__(self, how: str, around: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(6, 12), nn.Linear(12, 6), how
+        self.other, self.back = (nn.Linear(6, 12), nn.Linear(12, 6)) if around else (None, None)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.relu(self.first(x)))
+        if self.other is not None and self.back is not None:
+            y = y + self.back(torch.relu(self.other(x)))
+        if self.how == "masked":
+            return y * other[:, :1]
+        if self.how == "mixed":
+            return other.mean(1, keepdim=True) @ torch.ones(1, len(y)) @ y
+        return torch.where(other[:, :1] > 0, y, torch.zeros(()))
+
+
+@pytest.mark.parametrize("how", ["masked", "mixed", "chosen"])
+def test_another_input_is_no_way_round_a_layer(how: str) -> None:
+    """Claim: where a mask or an adjacency reaches the output past a layer, and the data do not, the layer stays."""
+    (group,) = find_groups(TwoInputs(how), (torch.randn(4, 6), torch.rand(4, 6)))
+    assert group.min_units > 0
+
+
+def test_of_layers_that_go_round_each_other_one_stays() -> None:
+    """Claim: two branches that are added, and nothing else, do not both vanish; else the output were a constant."""
+    groups = find_groups(TwoInputs("masked", around=True), (torch.randn(4, 6), torch.rand(4, 6)))
+    assert sorted(group.min_units > 0 for group in groups) == [False, True]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_branch_without_units_equals_its_masked_twin(name: str) -> None:
     """Outputs, gradients and weights after three further AdamW steps agree to 1e-10."""

@@ -298,3 +298,20 @@ def test_a_constant_example_is_as_good_as_noise() -> None:
     example = (torch.zeros(2, 3, 8, 8),)
     assert failing_groups(model, example, find_groups(model, example)) == ()
     assert not example[0].any()
+
+
+def test_rounding_in_a_sum_that_cancels_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a bias before a norm gets a gradient of rounding alone, which is judged beside the largest gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for width in 6, 64, 64:
+        model.extend([nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU()])
+    model.append(nn.Linear(64, 8))
+    with torch.no_grad():
+        model[9].weight *= 1e6  # type: ignore[operator]
+    example = (torch.randn(64, 6),)
+    groups = find_groups(model, example)
+    verify(model, example, groups)
+    monkeypatch.setattr("setpoint.actuator.verify._ROUNDED", 0.0)
+    with pytest.raises(VerificationError, match=r"gradient of \d\.bias differs"):
+        verify(model, example, groups)

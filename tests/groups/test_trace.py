@@ -242,3 +242,12 @@ def test_unexportable_forward_names_the_line(kind: type[nn.Module], line: str) -
     with pytest.raises(ExportError) as caught:
         find_groups(kind(), (torch.zeros(2, 4),))
     assert line in str(caught.value) and "test_trace.py" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_module_is_refused_by_name() -> None:
+    """Claim: where PyTorch would only say that hooks are not supported, the error names the module and the way out."""
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)))
+    model = nn.Sequential(nn.Linear(6, 6), scripted)
+    with pytest.raises(ExportError, match=r"'1' is a ScriptModule, which takes no hooks"):
+        find_groups(model, (torch.randn(4, 6),))

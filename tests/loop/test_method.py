@@ -121,3 +121,15 @@ def test_bad_methods() -> None:
     model.training_step(batch()).backward()
     with pytest.raises(GroupError, match=r'its parts one by one: .*method="loss"'):
         optimizer.step()
+
+
+def test_a_model_that_was_called_gets_no_advice_on_methods() -> None:
+    """Claim: where training calls the model, and nothing of it can be pruned, the error speaks of no other method."""
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=10)
+    model(torch.randn(4, 6)).square().mean().backward()
+    with pytest.raises(GroupError, match="nothing in this model can be pruned") as caught:
+        optimizer.step()
+    assert "method" not in str(caught.value)
+    loop.detach()

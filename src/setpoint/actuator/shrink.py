@@ -17,7 +17,7 @@ from setpoint.actuator.lineage import adopt, note_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
 from setpoint.actuator.sizes import apply_sizes, check_sizes, record_buffers, record_dense
 from setpoint.actuator.swap import swap
-from setpoint.actuator.take import take
+from setpoint.actuator.take import take, taken_gradient
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.place import call_of, implied, is_call, read_size
@@ -25,12 +25,13 @@ from setpoint.groups.place import call_of, implied, is_call, read_size
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One tensor, its contents after a cut or regrowth, and its state in each optimizer that holds it."""
+    """One tensor, its contents after a cut or regrowth, its state in each optimizer that holds it, and its gradient."""
 
     name: str
     tensor: Tensor
     new: Tensor
     states: tuple[tuple[Optimizer, dict[str, Any]], ...] = ()
+    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +95,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
     tensors = named_tensors(model)
-    single = [name for name, kept in cut.elements.items() if not kept.all()]
-    if single:
+    if single := [name for name, kept in cut.elements.items() if not kept.all()]:
         raise GroupError(f"the units of {single[0]!r} are single weights, which can be masked but not cut: use mask")
     check_lengths(cut, tensors, type(model).__name__)
     changing = {name: tensors[name] for name in cut.dims()}
@@ -105,7 +105,7 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
         # A parameter that was never stepped has no state yet.
         held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
         states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
-        yield Change(name, tensor, take(tensor, dims), states)
+        yield Change(name, tensor, take(tensor, dims), states, taken_gradient(tensor, dims))
 
 
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
@@ -130,8 +130,7 @@ def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
 
 def commit(job: Job, undo: ExitStack) -> None:
     """Put everything new in its place, and note in `undo` how to put everything back; a job is known to fit."""
-    # Before the swaps: it notes the shapes that the tensors have now.
-    before = {change.name: tuple(change.tensor.shape) for change in job.changes}
+    before = {change.name: tuple(change.tensor.shape) for change in job.changes}  # which the swaps change
     adopt(job.module, undo)
     record_dense(job.module, before, undo)
     note_cut(job.module, before, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
@@ -140,6 +139,7 @@ def commit(job: Job, undo: ExitStack) -> None:
             undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
             optimizer.state[change.tensor] = state
         swap(change.tensor, change.new, undo)
+        change.tensor.grad = change.gradient
     apply_sizes(job.module, job.sizes, undo)
     buffers = [change.name for change in job.changes if not isinstance(change.tensor, nn.Parameter)]
     record_buffers(job.module, [name for name in buffers if not is_persistent(job.module, name)], undo)

@@ -35,6 +35,13 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
     return in_format(result.permute([order.index(dim) for dim in range(source.dim())]), source)
 
 
+def taken_gradient(tensor: Tensor, dims: Mapping[int, Int[np.ndarray, " _kept"]]) -> Tensor | None:
+    """The same entries of a parameter's gradient, which the user's loop may read; None for one of another kind."""
+    old = tensor.grad if tensor.is_leaf else None
+    plain = type(old) is Tensor and old.layout == torch.strided and old.shape == tensor.shape
+    return take(old, dims) if plain and old is not None else None
+
+
 def in_format(tensor: Shaped[Tensor, " *small"], like: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *small"]:
     """`tensor` laid out in memory as `like` is (channels_last, say); itself if it already is."""
     order = _order(like)

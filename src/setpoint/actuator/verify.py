@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -263,33 +264,36 @@ class Outcome:
         if len(self.outputs) != len(other.outputs):
             return f"{len(other.outputs)} outputs instead of {len(self.outputs)}"
         for position, (want, got) in enumerate(zip(self.outputs, other.outputs, strict=True)):
-            if why := _differ(want, got, tolerance):
+            if why := _differ(want, got, tolerance, _largest([want]) if want.numel() else 0.0):
                 return f"output {position} {why}"
         for what, wants, gots in (
             ("gradient", self.gradients, other.gradients),
             ("buffer", self.buffers, other.buffers),
         ):
+            scales = {name: _largest([want]) for name, want in wants.items() if want.numel()}
+            # Rounding in a sum that cancels, as a gradient of a bias before a norm, goes by what it is made of.
+            rounded = _ROUNDED * max(filter(math.isfinite, scales.values()), default=0.0)
             for name, want in wants.items():
                 if name not in gots:
                     return f"{what} of {name} is missing"
-                if why := _differ(want, gots[name], tolerance):
+                if why := _differ(want, gots[name], tolerance, scales.get(name, 0.0), rounded):
                     return f"{what} of {name} {why}"
         return None
 
 
-def _differ(want: Tensor, got: Tensor, tolerance: float) -> str | None:
+def _differ(want: Tensor, got: Tensor, tolerance: float, scale: float, rounded: float = 0.0) -> str | None:
     if want.shape != got.shape:
         return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     if tolerance == float("inf") or not want.numel():
         return None
-    scale = _largest([want])
     # In pieces along the first dim: memory that is new for each large tensor takes longer than the arithmetic.
     pieces = (
         torch.split(each, max(1, _PIECE * len(each) // each.numel())) if each.dim() else (each,) for each in (want, got)
     )
     error = _largest(left - right for left, right in zip(*pieces, strict=True))
     # NaN on both sides proves nothing, so the comparison is written to fail on it.
-    return None if error <= tolerance * max(scale, _LEAST) else f"differs by {error:.2g} where values reach {scale:.2g}"
+    fine = error <= tolerance * max(scale, rounded, _LEAST)
+    return None if fine else f"differs by {error:.2g} where values reach {scale:.2g}"
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
@@ -474,6 +478,7 @@ def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]
 
 
 _LEAST = 1e-3  # values below this are compared with it
+_ROUNDED = 1e-6  # so are those below this share of the largest: in float64 that is the rounding of the largest
 _QUICK = 1e-4  # the relative error up to which float32 is enough
 # Relative error allowed, by the narrowest floating-point width that the computation went through.
 _TOLERANCE = {64: 1e-9, 32: 1e-3, 16: 5e-2, 8: 5e-1}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,30 @@ def fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[
 def fill(model: nn.Module, transient: Mapping[str, Tensor], undo: ExitStack) -> None:
     """Give non-persistent buffers, which are in no state dict, the values that came beside it."""
     tensors = named_tensors(model)
-    for name, value in transient.items():
+    for name in not_made(model, transient):
+        make(model, name, transient[name], undo)
+    for name in transient.keys() & tensors.keys():
         undo.callback(tensors[name].copy_, tensors[name].clone())
-        tensors[name].copy_(value)
+        tensors[name].copy_(transient[name])
     record_buffers(model, transient, undo)
+
+
+def not_made(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The buffers of these names that the model's code has declared as None, and makes in a forward."""
+    found = []
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        with suppress(AttributeError):
+            module = model.get_submodule(owner)
+            if key in module._buffers and module._buffers[key] is None:
+                found.append(name)
+    return found
+
+
+def make(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
+    """Give a model a buffer that its code has yet to make, on the device of its parameters."""
+    owner, _, key = name.rpartition(".")
+    device = next((parameter.device for parameter in model.parameters()), value.device)
+    buffers = model.get_submodule(owner)._buffers
+    undo.callback(buffers.__setitem__, key, None)
+    buffers[key] = value.detach().to(device, copy=True)

@@ -32,6 +32,7 @@ from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
 from setpoint.checkpoint.agreeing import check_agreement
 from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.fit import make, not_made
 from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.errors import CheckpointError
@@ -131,11 +132,12 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     pairs = {name: torch.view_as_complex(_pairs(name, stored).clone()) for name in header.complex}
     tensors = stored | pairs
     own, aliases = _stored(into, header.transient)
-    _check_same_names(own, aliases, tensors, header)
+    later = {name: tensors[name] for name in not_made(into, header.transient) if name in tensors}
+    _check_same_names({**own, **later}, aliases, tensors, header)
     for name, tensor in own.items():
         _check_plain(name, tensor)
         _check_shape(name, tensors[name], tensor, header.dense.get(name))
-    _check_noted(into, {*own, *aliases}, header)
+    _check_noted(into, {*own, *aliases}, header, {*later})
     shapes = {name: tuple(tensor.shape) for name, tensor in {**named_tensors(into), **tensors}.items()}
     shapes |= {name: shapes[first] for name, first in aliases.items()}
     check_agreement(into, shapes, header.places())
@@ -143,6 +145,8 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     with ExitStack() as undo:
         for name, tensor in own.items():
             swap(tensor, fresh[name], undo)
+        for name, value in later.items():
+            make(into, name, value, undo)
         adopt(into, undo)
         note_cut(into, header.dense, {name: shapes[name] for name in header.dense}, header.places(), undo)
         _set_sizes(into, header.places(), undo)
@@ -319,10 +323,14 @@ def _check_same_names(
         )
 
 
-def _check_noted(model: nn.Module, names: set[str], header: _Header) -> None:
-    """Check that what the file notes of tensors is of those that it holds, and of buffers that no state dict holds."""
+def _check_noted(model: nn.Module, names: set[str], header: _Header, later: set[str]) -> None:
+    """Check that what the file notes of tensors is of those that it holds, and of buffers that no state dict holds.
+
+    Args:
+        later: names of buffers that the model has yet to make.
+    """
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False) if not is_persistent(model, name)}
-    odd = {*header.dense} - names | {*header.transient} - (buffers & names)
+    odd = {*header.dense} - names - later | {*header.transient} - (buffers & names) - later
     if odd:
         raise CheckpointError(f"the file was made for another model: {min(odd)!r} is no tensor that a cut has changed")
 

@@ -22,7 +22,7 @@ from setpoint.actuator.lineage import by_every_name, sizes_now
 from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.actuator.take import take
-from setpoint.checkpoint.fit import dense_shapes, fill, fit
+from setpoint.checkpoint.fit import dense_shapes, fill, fit, not_made
 from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import Shapes, cut_to, infer
 from setpoint.distributed import is_sharded, unwrapped
@@ -210,7 +210,10 @@ class _Load:
         # What is not there, as in a load that is not strict, stays as it is.
         given = {name: state.get(prefix + name) for name in tensors}
         shapes = {name: tuple(each.shape) if isinstance(each, Tensor) else now[name] for name, each in given.items()}
-        shapes |= {name: tuple(each.shape) for name, each in (carried.transient if carried else {}).items()}
+        beside = carried.transient if carried else {}
+        if unknown := sorted({*beside} - {*tensors, *not_made(module, beside)}):
+            raise CheckpointError(f"the state dict is of another model: this one has no {unknown[0]!r}")
+        shapes |= {name: tuple(each.shape) for name, each in beside.items() if name in tensors}
         if shapes == now and (carried is None or dict(carried.sizes) == sizes_now(module)):
             return None
         before = shapes if carried is None else {**shapes, **by_every_name(carried.dense, tensors)}

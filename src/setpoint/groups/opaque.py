@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from setpoint.errors import ExportError
 from setpoint.groups.example import Example, computed, inputs_of, mapped, tensors_of, with_tensors
 from setpoint.groups.follow_data import DRAWS, Draws
 from setpoint.groups.rng import preserved_rng_state
@@ -146,7 +147,9 @@ def recorded(model: nn.Module, example: Example, staging: Staging, reasons: Mapp
         if (name := names[id(module)]) in reasons:
             results[name].append(mapped(_apart, output))
 
-    for module in twin.modules():
+    for name, module in twin.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ExportError(f"{name!r} is a ScriptModule, which takes no hooks: build it without torch.jit.script")
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after)
     with preserved_rng_state(model), torch.enable_grad(), nullcontext() if draw is None else Draws(draw):

@@ -138,7 +138,7 @@ class Copies:
         else:
             raise GroupError(
                 f"{what} must be a torch.nn.Module, or have a list of tensors named shadow_params, got "
-                f"{type(given).__name__}"
+                f"{type(given).__name__}: keep an average in torch.optim.swa_utils.AveragedModel or in a deepcopy"
             )
         shared = _shared(part.module(), self._model)
         if shared:

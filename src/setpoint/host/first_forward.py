@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch.jit import ScriptModule
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import LoopError
@@ -108,7 +109,8 @@ class FirstForward:
         # Hooks inside of compiled code would have it compiled again.
         modules = model.named_modules() if called is model else (("", called),)
         for name, module in modules:
-            if not name or next(module.parameters(), None) is not None:  # a loss or a metric is no part of interest
+            # A loss or a metric is no part of interest, and compiled scripts take no hooks.
+            if not name or (next(module.parameters(), None) is not None and not isinstance(module, ScriptModule)):
                 note = _Note(name, weakref.ref(self))
                 self._handles += [
                     module.register_forward_pre_hook(note, with_kwargs=True),

@@ -185,14 +185,14 @@ class Starting:
             raise
         passes = max(1, first.passes)
         inputs = Inputs(example, passes, passes * (first.samples() or num_samples(example)))
-        unused = first.num_unused
+        unused, called = first.num_unused, first.called  # an error below would forget it
         if not unused:  # with hooks no equal model would be known
             first.unhook()
         with first.autocast(), first.calling():
             try:
                 self._begin(inputs, hooks)
             except GroupError as error:
-                if first.called:
+                if called:
                     raise
                 raise GroupError(
                     f"{error}. Training did not call the model itself, but its parts one by one: if it calls another "

@@ -264,8 +264,9 @@ def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, An
     """Check that tensors which no loop cuts have the sizes of those that were saved; `cut` are ids of the others."""
     for key, tensor in module.state_dict(keep_vars=True).items():
         other = saved.get(key)
-        both = isinstance(tensor, Tensor) and isinstance(other, Tensor)
-        if both and tensor.shape != other.shape and id(tensor) not in cut:
+        if not isinstance(tensor, Tensor) or not isinstance(other, Tensor) or id(tensor) in cut:
+            continue
+        if tensor.shape != other.shape:
             raise CheckpointError(
                 f"{path!r} was made for another {name}: {key!r} has shape {tuple(other.shape)} there and "
                 f"{tuple(tensor.shape)} here"

@@ -135,7 +135,8 @@ def _convolved(layer: Any, x: Tensor) -> Tensor:
     """The causal convolution over time and its activation; shape (tokens, channels)."""
     weight = layer.conv1d.weight
     convolved = F.conv1d(x.mT, weight, layer.conv1d.bias, padding=weight.shape[2] - 1, groups=len(weight))
-    found: Tensor = layer.act(convolved[..., : x.shape[1]]).mT
+    activation = getattr(layer, "act", F.silu)  # a layer that keeps none calls SiLU itself, as the paper says
+    found: Tensor = activation(convolved[..., : x.shape[1]]).mT
     return found
 
 
@@ -153,8 +154,9 @@ def _mamba2(layer: Any, hidden: Tensor) -> list[_Tokens]:
     _, xbc, low = layer.in_proj(hidden).split([inner, mixed, heads], -1)
     half = (mixed - inner) // 2
     u, inputs, outputs = torch.split(_convolved(layer, xbc).flatten(0, 1), [inner, half, half], -1)
-    steps = F.softplus(low.flatten(0, 1) + layer.dt_bias).clamp(*layer.time_step_limit)
-    each, count = inner // heads, layer.n_groups
+    limits = getattr(layer, "time_step_limit", (0.0, float("inf")))  # and one group, where a layer names none
+    steps = F.softplus(low.flatten(0, 1) + layer.dt_bias).clamp(*limits)
+    each, count = inner // heads, getattr(layer, "n_groups", 1)
     by_token = [values.chunk(count, 1) for values in (u, steps.repeat_interleave(each, 1), inputs, outputs)]
     rates = (-torch.exp(layer.A_log.float())).repeat_interleave(each)[:, None].chunk(count, 0)
     return [_Tokens(*part) for part in zip(*by_token, rates, strict=True)]
