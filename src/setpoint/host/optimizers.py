@@ -31,8 +31,8 @@ def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
     found = tuple(dict.fromkeys(map(real_optimizer, (given,) if one else given)))
     if not found or not all(isinstance(each, Optimizer) for each in found):
         raise OptimizerError(
-            "optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one (the one inside, where a "
-            f"class of your own wraps it); got {given!r:.200}"
+            "optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one (the one inside, where "
+            f"a class of your own wraps it); got {given!r:.200}"
         )
     for each in found:
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(each).__mro__):
