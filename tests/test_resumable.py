@@ -229,7 +229,7 @@ def test_a_buffer_that_a_forward_makes_comes_back(tmp_path: Path) -> None:
         assert torch.equal(again(x), model(x))
     other = setpoint.resumable(nn.Sequential())
     other.first, other.last = nn.Linear(6, 20), nn.Linear(20, 2)
-    with pytest.raises(CheckpointError, match="this one has no 'scale'"):
+    with pytest.raises(CheckpointError, match="yet to make its buffer 'scale'"):
         other.load_state_dict(through_file(model.state_dict()))
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 _SCREEN: list[Any] = []
@@ -57,7 +58,8 @@ def _on(screen: Any, what: str) -> Iterator[Callable[[float], None]]:
 def _display() -> Callable[..., Any] | None:
     """IPython's `display` in a notebook, which is a shell with a kernel; None elsewhere."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if getattr(shell, "kernel", None) is None:
+    session = getattr(getattr(shell, "kernel", None), "session", None)
+    if session is None or session.pid != os.getpid():  # a process that was forked cannot reach the notebook
         return None
     from IPython.display import display
 
@@ -69,17 +71,18 @@ class _Cell:
     """Lines below a notebook's cell, with the methods of Rich's `Progress` that are called here."""
 
     def __init__(self, display: Callable[..., Any]) -> None:
-        self._texts: list[str] = []
-        self._shares: list[float | None] = []
+        self._lines: dict[int, str] = {}
+        self._shares: dict[int, float] = {}
+        self._numbers = count()
         self._drawn = 0.0
         self._handle = display(self._bundle(), raw=True, display_id=True)
 
     def add_task(self, text: str, total: float | None) -> int:
         """A line below the others; its number."""
-        self._texts.append(text)
-        self._shares.append(None)
+        number = next(self._numbers)
+        self._lines[number] = text
         self._draw()
-        return len(self._texts) - 1
+        return number
 
     def update(self, task: int, total: float, completed: float) -> None:
         """Tell which share of the work of a line is done."""
@@ -88,8 +91,9 @@ class _Cell:
             self._draw()
 
     def remove_task(self, task: int) -> None:
-        """Take away the line, and those that were added since."""
-        del self._texts[task:], self._shares[task:]
+        """Take the line away."""
+        self._lines.pop(task)
+        self._shares.pop(task, None)
         self._draw()
 
     def _draw(self) -> None:
@@ -97,8 +101,8 @@ class _Cell:
         self._handle.update(self._bundle(), raw=True)
 
     def _bundle(self) -> dict[str, str]:
-        pairs = zip(self._texts, self._shares, strict=True)
-        text = "\n".join(line if share is None else f"{line} {share:.0%}" for line, share in pairs)
+        shares = {number: f" {share:.0%}" for number, share in self._shares.items()}
+        text = "\n".join(line + shares.get(number, "") for number, line in self._lines.items())
         return {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>" if text else ""}
 
 

@@ -137,6 +137,16 @@ def test_gradients_are_cut_along_and_others_are_not_touched() -> None:
     assert model[4].bias.grad is untouched
 
 
+def test_a_gradient_of_another_type_goes() -> None:
+    """Claim: where a script has given a parameter a gradient that PyTorch would not assign, the cut goes through."""
+    model, inputs, groups = mlp()
+    train_step(model, adamw(model), inputs)
+    gradient = model[0].weight.grad
+    gradient.data = gradient.data.float() if gradient.dtype == torch.float64 else gradient.data.double()
+    shrink(model, None, groups, some_keep(groups))
+    assert model[0].weight.grad is None and model[0].bias.grad is not None
+
+
 def test_nothing_is_a_view_of_the_old_memory() -> None:
     """Claim: after a cut each tensor and moment owns exactly the bytes it needs."""
     model, inputs, groups = residual()

@@ -108,6 +108,24 @@ def test_another_input_is_no_way_round_a_layer(how: str) -> None:
     assert group.min_units > 0
 
 
+class OwnMask(nn.Module):
+    """Words whose padding is masked at the end, by a mask of the words themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.last(torch.relu(self.first(self.embedding(ids))))
+        return y.masked_fill(~(ids != 0).unsqueeze(-1), 0.0) + torch.zeros_like(ids).unsqueeze(-1)
+
+
+def test_a_mask_of_the_data_is_no_way_round_a_layer() -> None:
+    """Claim: a comparison with the data, or their shape alone, carries none of them past a layer."""
+    groups = find_groups(OwnMask(), (torch.randint(1, 20, (4, 6)),))
+    assert len(groups) == 2 and all(group.min_units > 0 for group in groups)
+
+
 def test_of_layers_that_go_round_each_other_one_stays() -> None:
     """Claim: two branches that are added, and nothing else, do not both vanish; else the output were a constant."""
     groups = find_groups(TwoInputs("masked", around=True), (torch.randn(4, 6), torch.rand(4, 6)))

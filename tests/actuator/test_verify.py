@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some_keep
-from setpoint.actuator.verify import failing_groups, verify
+from setpoint.actuator.verify import Outcome, failing_groups, verify
 from setpoint.errors import ExampleError, VerificationError
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
@@ -315,3 +315,11 @@ def test_rounding_in_a_sum_that_cancels_is_no_difference(monkeypatch: pytest.Mon
     monkeypatch.setattr("setpoint.actuator.verify._ROUNDED", 0.0)
     with pytest.raises(VerificationError, match=r"gradient of \d\.bias differs"):
         verify(model, example, groups)
+
+
+def test_a_large_buffer_hides_no_difference_of_another() -> None:
+    """Claim: the floor for rounding is one of gradients; a mask as large as numbers get leaves buffers compared."""
+    stay = torch.zeros(3, dtype=torch.float64)
+    mask = torch.full((3,), torch.finfo(torch.float32).min, dtype=torch.float64)
+    one, other = (Outcome([], {}, {"mean": each, "mask": mask}, False) for each in (stay, stay + 1.0))
+    assert one.difference(other, 1e-9) is not None

@@ -640,3 +640,32 @@ def test_a_forged_state_of_a_loop_is_refused(path: tuple[Any, ...], value: Any, 
     with pytest.raises(CheckpointError):
         again.loop.load_state_dict(put(attached.loop.state_dict(), path))
     assert_untouched(again, before)
+
+
+class Apart(nn.Sequential):
+    """A model whose state holds copies, and takes no arguments."""
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        return {name: value.detach().clone() for name, value in super().state_dict().items()}
+
+
+def test_a_model_with_a_state_dict_of_its_own_is_resumed(tmp_path: Path) -> None:
+    """Claim: names decide what a loop has cut, so a state of copies will do."""
+
+    def build() -> dict[str, Any]:
+        model = Apart(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loop = setpoint.attach(model, optimizer, 0.5, total_steps=20, example=(torch.ones(8, 4),))
+        return {"model": model, "optimizer": optimizer, "loop": loop}
+
+    first, again = build(), build()
+    for _ in range(10):
+        first["model"](torch.randn(8, 4)).square().mean().backward()
+        first["optimizer"].step()
+        first["optimizer"].zero_grad()
+    assert first["model"][0].out_features < 32
+    setpoint.save_run(tmp_path / "run.safetensors", **first)
+    setpoint.load_run(tmp_path / "run.safetensors", **again)
+    assert all(map(torch.equal, first["model"].parameters(), again["model"].parameters()))
+    for each in (first, again):
+        each["loop"].detach()

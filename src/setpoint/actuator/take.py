@@ -38,7 +38,9 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
 def taken_gradient(tensor: Tensor, dims: Mapping[int, Int[np.ndarray, " _kept"]]) -> Tensor | None:
     """The same entries of a parameter's gradient, which the user's loop may read; None for one of another kind."""
     old = tensor.grad if tensor.is_leaf else None
-    plain = type(old) is Tensor and old.layout == torch.strided and old.shape == tensor.shape
+    plain = (
+        type(old) is Tensor and old.layout == torch.strided and old.shape == tensor.shape and old.dtype == tensor.dtype
+    )
     return take(old, dims) if plain and old is not None else None
 
 

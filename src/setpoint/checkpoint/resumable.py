@@ -20,7 +20,7 @@ from setpoint.actuator.carried import KEY, Carried, Hooks, carry
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.lineage import by_every_name, sizes_now
 from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import recorded_buffers
+from setpoint.actuator.sizes import record_dense, recorded_buffers
 from setpoint.actuator.take import take
 from setpoint.checkpoint.fit import dense_shapes, fill, fit, not_made
 from setpoint.checkpoint.given import given_module
@@ -212,7 +212,10 @@ class _Load:
         shapes = {name: tuple(each.shape) if isinstance(each, Tensor) else now[name] for name, each in given.items()}
         beside = carried.transient if carried else {}
         if unknown := sorted({*beside} - {*tensors, *not_made(module, beside)}):
-            raise CheckpointError(f"the state dict is of another model: this one has no {unknown[0]!r}")
+            raise CheckpointError(
+                f"the state dict is of another model, or this one has yet to make its buffer {unknown[0]!r}: declare "
+                "that by register_buffer(name, None, persistent=False) where the model is built, or call the model once"
+            )
         shapes |= {name: tuple(each.shape) for name, each in beside.items() if name in tensors}
         if shapes == now and (carried is None or dict(carried.sizes) == sizes_now(module)):
             return None
@@ -261,8 +264,11 @@ class _Load:
         """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
         check_loads(module)
         undo = fit(module, self.narrow, self.sizes)
+        dense = {} if self.carried is None else self.carried.dense
+        made = {name: dense[name] for name in not_made(module, self.transient) if name in dense}
         try:
             fill(module, self.transient, undo)
+            record_dense(module, made, undo)
         except BaseException:
             _close(undo)
             raise

@@ -430,9 +430,16 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         return fake if isinstance(fake, (int, float, bool)) else None
     finished = finish(walk, None, out, inputs) if finished is None else finished
     walk.flow.append((walk.module, inputs, _values(finished)))
+    if op_name(node.target) in _BY_SHAPE or (isinstance(fake, torch.Tensor) and fake.dtype == torch.bool):
+        walk.no_data.extend(_values(finished))
     if op_name(node.target).endswith("_") and isinstance(finished, Value):
         _hand_up(walk, node, finished, env)
     return finished
+
+
+_BY_SHAPE = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn")}
+_BY_SHAPE |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")}
+"""Operations that read the shape of a tensor alone."""
 
 
 def _has_floats(node: fx.Node) -> bool:

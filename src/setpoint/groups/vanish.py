@@ -21,8 +21,8 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
     """Names of the groups without all of which every output still depends on every input that it depends on.
 
     One pass over the graph for each input finds to each value a path with few groups; those on the way to an output
-    stay. Sets of groups are integers with a bit for each. It takes every input: a mask, say, that reaches the output
-    past a layer is no way round that layer for the data.
+    stay. Sets of groups are integers with a bit for each. Every input counts by itself: a second one that reaches the
+    output past a layer is no way round that layer for the first. Nor is a mask that a comparison has made of it.
     """
     touched: dict[int, int] = {}
 
@@ -35,14 +35,14 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
                 result |= touched[id(labels)]
         return result
 
-    staying = 0
+    staying, closed = 0, {id(value) for value in walk.no_data}
     for start in inputs:
         crossed = {id(start): 0}
         for _, sources, results in walk.flow:
             ways = [crossed[id(source)] for source in sources if id(source) in crossed]
             if ways:
                 fewest = min(ways, key=lambda way: (way & ~staying).bit_count())
-                crossed |= {id(result): fewest | touches(result) for result in results}
+                crossed |= {id(result): fewest | touches(result) for result in results if id(result) not in closed}
         for output in outputs:
             staying |= crossed.get(id(output), 0)
     return {group.name for position, group in enumerate(units.groups) if not staying >> position & 1}

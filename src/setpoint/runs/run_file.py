@@ -217,12 +217,7 @@ def _check_parts(path: str, states: Mapping[str, Any], parts: Mapping[str, Any])
         raise CheckpointError(
             f"{path!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
         )
-    cut = {
-        id(part.host.model): {id(tensors[place.tensor]) for group in part.groups for place in group.slices}
-        for part in parts.values()
-        if isinstance(part, Loop)
-        for tensors in [named_tensors(part.host.model)]
-    }
+    cut = {id(part.host.model): _names_of_cut(part) for part in parts.values() if isinstance(part, Loop)}
     for name, part in parts.items():
         check_kinds(f"{path!r}: {name}", part, states[name])
         if isinstance(part, nn.Module):
@@ -260,13 +255,19 @@ def _sort(tensor: Tensor) -> tuple[bool, bool]:
     return tensor.is_complex(), tensor.is_floating_point()
 
 
-def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[int]) -> None:
-    """Check that tensors which no loop cuts have the sizes of those that were saved; `cut` are ids of the others."""
-    for key, tensor in module.state_dict(keep_vars=True).items():
+def _names_of_cut(loop: Loop) -> set[str]:
+    """Every name of the tensors that a loop cuts; a group has one of a tied tensor."""
+    tensors = named_tensors(loop.host.model)
+    places = {place.tensor for group in loop.groups for place in group.slices}
+    cut = {id(tensors[name]) for name in places if name in tensors}
+    return places | {name for name, tensor in tensors.items() if id(tensor) in cut}
+
+
+def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str]) -> None:
+    """Check that tensors which no loop cuts have the sizes of those that were saved."""
+    for key, tensor in module.state_dict().items():
         other = saved.get(key)
-        if not isinstance(tensor, Tensor) or not isinstance(other, Tensor) or id(tensor) in cut:
-            continue
-        if tensor.shape != other.shape:
+        if key not in cut and isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.shape != other.shape:
             raise CheckpointError(
                 f"{path!r} was made for another {name}: {key!r} has shape {tuple(other.shape)} there and "
                 f"{tuple(tensor.shape)} here"

@@ -135,7 +135,8 @@ def _convolved(layer: Any, x: Tensor) -> Tensor:
     """The causal convolution over time and its activation; shape (tokens, channels)."""
     weight = layer.conv1d.weight
     convolved = F.conv1d(x.mT, weight, layer.conv1d.bias, padding=weight.shape[2] - 1, groups=len(weight))
-    activation = getattr(layer, "act", F.silu)  # a layer that keeps none calls SiLU itself, as the paper says
+    kept = (getattr(layer, name, None) for name in ("act", "activation_fn", "activation"))
+    activation = next(filter(callable, kept), F.silu)  # a layer that keeps none calls SiLU itself, as the papers say
     found: Tensor = activation(convolved[..., : x.shape[1]]).mT
     return found
 
@@ -154,9 +155,10 @@ def _mamba2(layer: Any, hidden: Tensor) -> list[_Tokens]:
     _, xbc, low = layer.in_proj(hidden).split([inner, mixed, heads], -1)
     half = (mixed - inner) // 2
     u, inputs, outputs = torch.split(_convolved(layer, xbc).flatten(0, 1), [inner, half, half], -1)
-    limits = getattr(layer, "time_step_limit", (0.0, float("inf")))  # and one group, where a layer names none
+    # The names are those of Transformers, and of the authors' own code.
+    limits = getattr(layer, "time_step_limit", getattr(layer, "dt_limit", (0.0, float("inf"))))
     steps = F.softplus(low.flatten(0, 1) + layer.dt_bias).clamp(*limits)
-    each, count = inner // heads, getattr(layer, "n_groups", 1)
+    each, count = inner // heads, getattr(layer, "n_groups", getattr(layer, "ngroups", 1))
     by_token = [values.chunk(count, 1) for values in (u, steps.repeat_interleave(each, 1), inputs, outputs)]
     rates = (-torch.exp(layer.A_log.float())).repeat_interleave(each)[:, None].chunk(count, 0)
     return [_Tokens(*part) for part in zip(*by_token, rates, strict=True)]
