@@ -136,7 +136,7 @@ def _convolved(layer: Any, x: Tensor) -> Tensor:
     weight = layer.conv1d.weight
     convolved = F.conv1d(x.mT, weight, layer.conv1d.bias, padding=weight.shape[2] - 1, groups=len(weight))
     kept = (getattr(layer, name, None) for name in ("act", "activation_fn", "activation"))
-    activation = next(filter(callable, kept), F.silu)  # a layer that keeps none calls SiLU itself, as the papers say
+    activation: Any = next(filter(callable, kept), F.silu)  # a layer without one calls SiLU itself, as the papers say
     found: Tensor = activation(convolved[..., : x.shape[1]]).mT
     return found
 
