@@ -126,6 +126,26 @@ def test_a_mask_of_the_data_is_no_way_round_a_layer() -> None:
     assert len(groups) == 2 and all(group.min_units > 0 for group in groups)
 
 
+class Spiking(nn.Module):
+    """Neurons that fire or do not: all that goes on is a comparison."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.first(x) > 0).float()
+        x = (self.second(x) > 0).float()
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_where_all_data_go_through_comparisons_no_layer_vanishes() -> None:
+    """Claim: an output that no input reaches otherwise needs the layers on the way through comparisons."""
+    groups = find_groups(Spiking(), (torch.randn(4, 6),))
+    assert all(group.min_units > 0 for group in groups)
+
+
 def test_of_layers_that_go_round_each_other_one_stays() -> None:
     """Claim: two branches that are added, and nothing else, do not both vanish; else the output were a constant."""
     groups = find_groups(TwoInputs("masked", around=True), (torch.randn(4, 6), torch.rand(4, 6)))

@@ -22,7 +22,8 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
 
     One pass over the graph for each input finds to each value a path with few groups; those on the way to an output
     stay. Sets of groups are integers with a bit for each. Every input counts by itself: a second one that reaches the
-    output past a layer is no way round that layer for the first. Nor is a mask that a comparison has made of it.
+    output past a layer is no way round that layer for the first. Nor is a mask that a comparison has made of it, unless
+    no input reaches the output but through comparisons, as where neurons spike.
     """
     touched: dict[int, int] = {}
 
@@ -35,16 +36,20 @@ def bypassed(walk: Walk, units: Units, inputs: Sequence[Value], outputs: Sequenc
                 result |= touched[id(labels)]
         return result
 
-    staying, closed = 0, {id(value) for value in walk.no_data}
-    for start in inputs:
-        crossed = {id(start): 0}
-        for _, sources, results in walk.flow:
-            ways = [crossed[id(source)] for source in sources if id(source) in crossed]
-            if ways:
-                fewest = min(ways, key=lambda way: (way & ~staying).bit_count())
-                crossed |= {id(result): fewest | touches(result) for result in results if id(result) not in closed}
-        for output in outputs:
-            staying |= crossed.get(id(output), 0)
+    staying, left = 0, {id(output) for output in outputs}
+    for closed in {id(value) for value in walk.no_data}, set[int]():
+        reached = set[int]()
+        for start in inputs if left else ():
+            crossed = {id(start): 0}
+            for _, sources, results in walk.flow:
+                ways = [crossed[id(source)] for source in sources if id(source) in crossed]
+                if ways:
+                    fewest = min(ways, key=lambda way: (way & ~staying).bit_count())
+                    crossed |= {id(result): fewest | touches(result) for result in results if id(result) not in closed}
+            for output in left & crossed.keys():
+                staying |= crossed[output]
+                reached.add(output)
+        left -= reached
     return {group.name for position, group in enumerate(units.groups) if not staying >> position & 1}
 
 
