@@ -43,6 +43,7 @@ RUNS = {
 """What is compiled, and whether the model is pruned."""
 OF_LLAMA = ("eager, pruned", "compiled after the last cut, pruned")
 TASKS = {"cifar10-mini": 1200, "shakespeare-mini": 600, "shakespeare-mini, batch 2": 6000, "llama, batch 4": 24_000}
+TASKS["llama, batch 4, shorter"] = 12_000
 BUDGET = 0.25
 
 
@@ -84,7 +85,7 @@ def trained(name: str, compiled: str, pruned: bool, steps: int, seed: int, data:
     task = task_named("shakespeare-mini" if name == "llama" else name, data=data).with_steps(steps)
     if batch:
         assert isinstance(task, SimpleTask)
-        task = replace(task, recipe=replace(task.recipe, batch=int(batch)))
+        task = replace(task, recipe=replace(task.recipe, batch=int(batch.partition(",")[0])))
     torch.manual_seed(seed)
     model = Llama() if name == "llama" else task.build(dense_widths(task))
     batches = task.batches(seed=seed)

@@ -272,7 +272,8 @@ class Outcome:
         ):
             scales = {name: _largest([want]) for name, want in wants.items() if want.numel()}
             # Rounding in a sum that cancels, as a gradient of a bias before a norm, goes by what it is made of.
-            rounded = _ROUNDED * max(filter(math.isfinite, scales.values()), default=0.0) * (what == "gradient")
+            largest = max(filter(math.isfinite, scales.values()), default=0.0)
+            rounded = _ROUNDED * largest if what == "gradient" else 0.0
             for name, want in wants.items():
                 if name not in gots:
                     return f"{what} of {name} is missing"

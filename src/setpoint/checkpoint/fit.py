@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,7 @@ def not_made(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         owner, _, key = name.rpartition(".")
         with suppress(AttributeError):
-            module = model.get_submodule(owner)
-            if key in module._buffers and module._buffers[key] is None:
+            if getattr(model.get_submodule(owner), key) is None:
                 found.append(name)
     return found
 
@@ -96,6 +96,6 @@ def make(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
     """Give a model a buffer that its code has yet to make, on the device of its parameters."""
     owner, _, key = name.rpartition(".")
     device = next((parameter.device for parameter in model.parameters()), value.device)
-    buffers = model.get_submodule(owner)._buffers
-    undo.callback(buffers.__setitem__, key, None)
-    buffers[key] = value.detach().to(device, copy=True)
+    put = partial(model.get_submodule(owner).register_buffer, key, persistent=False)
+    undo.callback(put, None)
+    put(value.detach().to(device, copy=True))

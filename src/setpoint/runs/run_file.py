@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.lineage import by_every_name
 from setpoint.actuator.shrink import named_tensors
 from setpoint.checkpoint import damaged, digest, read_file, write_file
 from setpoint.checkpoint.as_it_was import as_it_was
@@ -257,10 +258,8 @@ def _sort(tensor: Tensor) -> tuple[bool, bool]:
 
 def _names_of_cut(loop: Loop) -> set[str]:
     """Every name of the tensors that a loop cuts; a group has one of a tied tensor."""
-    tensors = named_tensors(loop.host.model)
-    places = {place.tensor for group in loop.groups for place in group.slices}
-    cut = {id(tensors[name]) for name in places if name in tensors}
-    return places | {name for name, tensor in tensors.items() if id(tensor) in cut}
+    places = {place.tensor: () for group in loop.groups for place in group.slices}
+    return set(by_every_name(places, named_tensors(loop.host.model)))
 
 
 def _check_sizes(path: str, name: str, module: nn.Module, saved: Mapping[str, Any], cut: set[str]) -> None:
