@@ -1,4 +1,4 @@
-# make demo | docs | bench-quick | coverage-suites | test | test-slow | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
+# make demo | docs | bench-quick | coverage-suites | test | guard | test-slow | soak | nightly | check: each builds .venv by itself, and again only when a pyproject.toml has changed.
 # `docs` installs a small part of it.
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer). PYTEST="-k twin" passes options to pytest, JOBS=4 runs it in as many processes.
@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 READY := .venv/.ready
 DOCS_READY := .venv/.docs
 
-.PHONY: help demo docs bench-quick coverage-suites test test-slow soak nightly check clean
+.PHONY: help demo docs bench-quick coverage-suites test guard test-slow soak nightly check clean
 
 help:
 	@echo "make demo    fine-tune a pretrained network to half of its FLOPs and write $(OUT)/report.html"
@@ -31,6 +31,7 @@ help:
 	@echo "make coverage-suites"
 	@echo "             cut every model of $(SUITES) into results/coverage, WORKERS=$(WORKERS) at a time"
 	@echo "make test    run the tests, the doctests and the blocks of the README: all but the slow ones"
+	@echo "make guard   the size, the golden ledgers, the twins and the conformance battery: a few minutes, after each change"
 	@echo "make test-slow"
 	@echo "             run the slow tests: some are marked, the others are listed in tests/slow.txt"
 	@echo "make soak    kill KILLS=$(KILLS) runs and resize a model RESIZES=$(RESIZES) times, 4 ranks: some ten minutes"
@@ -59,6 +60,9 @@ coverage-suites: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST)
+
+guard: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests/test_size.py tests/golden tests/twin tests/conformance $(PYTEST)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu" $(PYTEST)
