@@ -1,4 +1,4 @@
-"""The house keeps its size: what a checker counts, as numbers that only ever go down. `python tests/test_size.py` prints them.
+"""The house keeps its size: counts that only ever go down. `python tests/test_size.py` prints them.
 
 Every count has one bar and no list of exemptions. Whoever lowers a count lowers its bar in the same change.
 """
