@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 import setpoint
 import setpoint.one_shot.compress as compressing
 import setpoint.one_shot.refit as refitting
-from setpoint.controller.landing import free_ladders
+from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import descend, start
 from setpoint.cost.flops import flops_cost
 from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError

@@ -27,7 +27,7 @@ from record import keep
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.controller.landing import landing_widths
+from setpoint.controller.selection import landing_widths
 from setpoint.cost.flops import flops_cost
 from setpoint.errors import DeviceError
 from setpoint.groups.blocks import block_size

@@ -27,7 +27,7 @@ from record import held_in, keep_machine, write
 from torch import nn
 
 import setpoint
-from setpoint.controller.landing import landing_widths
+from setpoint.controller.selection import landing_widths
 from setpoint.cost.flops import flops_cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace

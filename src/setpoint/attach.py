@@ -13,8 +13,8 @@ from setpoint.actuator.actuator import Actuator
 from setpoint.arguments import asks_for_steps, check_parts, check_reads, given_groups, whole_steps
 from setpoint.cache import remembering
 from setpoint.controller.even import EvenController
-from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
+from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.tolerance import Tolerance
 from setpoint.cost.wanted import wanted

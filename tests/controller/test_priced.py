@@ -22,11 +22,11 @@ from controller.plants import (
     run,
     unit_group,
 )
-from setpoint.controller.landing import cheapest, even_density
+from setpoint.controller.aim import Gains
 from setpoint.controller.plan import Controller, Plan
-from setpoint.controller.price import Gains
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.reason import these
+from setpoint.controller.selection import cheapest, even_density
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Size, widths_of

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from controller.plants import chain, lognormal, residual, unit_group
 from setpoint.controller.ladder import Ladder, build_ladder
-from setpoint.controller.landing import cheapest
-from setpoint.controller.selection import Allocation, Selection, add_back, descend, marginal_worth, start
+from setpoint.controller.selection import Allocation, Selection, add_back, cheapest, descend, marginal_worth, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.advice.law import LANGUAGE, Law, average_size
-from setpoint.controller.horizon import spans
-from setpoint.controller.landing import cheapest, landing_widths
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.schedule import Schedule, spans
+from setpoint.controller.selection import cheapest, landing_widths
 from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost

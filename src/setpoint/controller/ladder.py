@@ -1,13 +1,16 @@
-"""A ladder: the blocks that one group can lose at one decision, in the order in which it would lose them."""
+"""A ladder: the blocks that a group can lose at one decision, in the order in which it would lose them; and guards."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float64, Int, Int64
 
 from setpoint.groups.group import Group
+from setpoint.sensor.reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +98,65 @@ def lowest_width(group: Group) -> int:
     if width - first < group.min_units:
         return width
     return width - first - (width - first - group.min_units) // block * block
+
+
+def free_ladders(
+    dense: Mapping[str, int],
+    groups: tuple[Group, ...],
+    saliency: Mapping[str, Float64[np.ndarray, " units"]],
+    floor: Mapping[str, int],
+    slew: float = 1.0,
+) -> dict[str, Ladder]:
+    """Ladders of all groups, by name; any unit may go, and this fraction of a group's at one decision."""
+    return {
+        group.name: build_ladder(
+            group,
+            saliency[group.name],
+            dense=dense[group.name],
+            floor=floor.get(group.name, 0),
+            max_dropped=math.floor(slew * group.num_units),
+            free=np.ones(group.num_units, dtype=bool),
+        )
+        for group in groups
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Guards:
+    """What keeps one noisy reading from costing a whole layer."""
+
+    slew: float  # largest fraction of a group's units to go at one decision; one block always may
+    floor: Mapping[str, int]  # by group, the width that must remain; `min_units` where there is none
+    dwell: int  # decisions that a unit stays after it was brought back
+
+    def without_slew(self) -> Guards:
+        """These guards with the slew limit lifted."""
+        return replace(self, slew=1.0)
+
+    def ladders(
+        self,
+        groups: tuple[Group, ...],
+        reading: Reading,
+        dense: Mapping[str, int],
+        age: Mapping[str, Int64[np.ndarray, " _units"]],
+    ) -> dict[str, Ladder]:
+        """Ladders of all groups, by name; units that each reading makes anew have no age.
+
+        Args:
+            age: by group and active unit, decisions since the unit came back.
+        """
+        return {
+            group.name: build_ladder(
+                group,
+                reading.saliency[group.name],
+                dense=dense[group.name],
+                floor=self.floor.get(group.name, 0),
+                max_dropped=math.floor(self.slew * group.num_units),
+                free=(age[group.name] >= self.dwell) | (group.name in reading.basis),
+            )
+            for group in groups
+        }
+
+
+NO_GUARDS = Guards(slew=1.0, floor={}, dwell=0)
+"""What is left where even the floor and the dwell would make a landing miss: `min_units`."""

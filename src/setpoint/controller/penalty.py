@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from setpoint.controller.landing import free_ladders
+from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with, these
 from setpoint.controller.schedule import Schedule

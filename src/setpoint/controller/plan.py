@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from setpoint.controller.horizon import RunRest
+from setpoint.controller.schedule import RunRest
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price

@@ -10,12 +10,10 @@ from typing import final
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from setpoint.controller.aim import Aim, take_aim
-from setpoint.controller.guards import NO_GUARDS, Guards
-from setpoint.controller.landing import even_density, landing_widths
+from setpoint.controller.aim import Aim, Feedback, Gains, take_aim
+from setpoint.controller.ladder import NO_GUARDS, Guards
 from setpoint.controller.offer import Choice, Offer, most_that_pay, offers_of, together, widened
 from setpoint.controller.plan import Goal, Observation, Plan
-from setpoint.controller.price import Feedback, Gains
 from setpoint.controller.reason import apart, explain_cut, explain_growth, explain_rest, problem_with
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import (
@@ -24,6 +22,8 @@ from setpoint.controller.selection import (
     add_back,
     block_savings,
     descend,
+    even_density,
+    landing_widths,
     marginal_worth,
     start,
     worth_by,

@@ -18,8 +18,8 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.tried import tried
 from setpoint.actuator.try_optimizer import check_optimizer, check_trains
-from setpoint.controller.landing import cheapest, even_density, free_ladders
-from setpoint.controller.selection import Selection, add_back, descend, start
+from setpoint.controller.ladder import free_ladders
+from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost

@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any, final
 
 from setpoint.checkpoint.fields import fields_of
-from setpoint.controller.horizon import next_decision, spans
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.schedule import Schedule, next_decision, spans
 from setpoint.cost.budget import Budget, amount
 from setpoint.errors import BudgetError, CheckpointError
 from setpoint.groups.group import Group, widths_of

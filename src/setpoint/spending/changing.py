@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from setpoint.controller.landing import cheapest
+from setpoint.controller.selection import cheapest
 from setpoint.cost.wanted import wanted
 from setpoint.errors import BudgetError, LoopError
 from setpoint.given import plain_number

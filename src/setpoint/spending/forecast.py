@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from setpoint.controller.landing import free_ladders
+from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import add_back, descend, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost

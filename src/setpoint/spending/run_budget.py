@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from setpoint.controller.horizon import least_run, most_per_step, next_decision, step_limit
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.schedule import Schedule, least_run, most_per_step, next_decision, step_limit
 from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, amount
 from setpoint.errors import BudgetError
 

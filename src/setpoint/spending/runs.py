@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from setpoint.controller.horizon import RunRest, next_decision
 from setpoint.controller.ladder import lowest_width
-from setpoint.controller.landing import cheapest
 from setpoint.controller.plan import Learning
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.schedule import RunRest, Schedule, next_decision
+from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, amount
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.stride import sensed_every

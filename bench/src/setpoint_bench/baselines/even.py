@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from setpoint.controller.ladder import Ladder
-from setpoint.controller.landing import free_ladders, landing_widths
+from setpoint.controller.ladder import Ladder, free_ladders
 from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.selection import Selection, add_back, descend, start, weigh
+from setpoint.controller.selection import Selection, add_back, descend, landing_widths, start, weigh
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all, widths_of
 from setpoint.words import counted

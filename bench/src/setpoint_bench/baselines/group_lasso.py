@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from setpoint.controller.landing import even_cost, even_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
+from setpoint.controller.selection import even_cost, even_density
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.unit_sum import UnitSum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from setpoint.controller.landing import free_ladders
+from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.selection import Selection, add_back, start
 from setpoint.controller.swap import swap

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
-from setpoint.controller.landing import even_cost, even_density
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
+from setpoint.controller.selection import even_cost, even_density
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint_bench.baselines.even import even_plan, nothing_dropped
