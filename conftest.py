@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ SLOW = Path(__file__).parent / "tests" / "slow.txt"
 """Tests by their names: each takes seconds, and others of its kind are run by `make test`."""
 
 torch.set_num_threads(1)
-os.environ["SETPOINT_CACHE"] = "off"  # what is tested is found out each time, and the user's cache is left alone
 
 
 @pytest.fixture(autouse=True)

@@ -248,7 +248,7 @@ def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.Monkey
     model = _mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     names = [group.name for group in setpoint.find_groups(model, (torch.zeros(4, 6),))]
-    monkeypatch.setattr(sys.modules["setpoint.actuator.tried"], "failing_groups", lambda *_: (names[0],))
+    monkeypatch.setattr(sys.modules["setpoint.actuator.verify"], "failing_groups", lambda *_: (names[0],))
     budget = setpoint.Budget.fraction(0.9, of="flops")
     with pytest.warns(UserWarning, match=f"not pruned.*: {names[0]}") as warned:
         loop = _attach(model, optimizer, budget)
@@ -522,5 +522,5 @@ def test_generators_of_devices_that_the_model_is_not_on_are_left_alone(monkeypat
     seeded = list[int]()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     model = _mlp()
-    _attach(model, torch.optim.SGD(model.parameters(), lr=0.1), verify="always").detach()
+    _attach(model, torch.optim.SGD(model.parameters(), lr=0.1)).detach()
     assert seeded == []

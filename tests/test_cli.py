@@ -324,12 +324,11 @@ def test_version_help_and_lists() -> None:
     assert "contains 'qqqqqqqqq': leave the word out to list all models" in invoke("list", "models", "qqqqqqqqq").stderr
 
 
-def test_inspect_spending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_spending(tmp_path: Path) -> None:
     """With --spending a step is timed: its one group holds seconds and bytes, all of it labelled as modelled.
 
     The model is wide, so that its shortest step takes less however busy the machine is.
     """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "model.py"
     file.write_text(OWN_MODEL, encoding="utf-8")
     assert "measured: " in invoke("inspect", f"{file}:wide", "--spending").stdout

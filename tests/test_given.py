@@ -233,7 +233,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a class of groups": ({"groups": setpoint.Budget}, GroupError, "out of find_groups.*got <class"),
     "a number of groups": ({"groups": 3}, GroupError, "out of find_groups.*got 3"),
     "a word for allow_lossy": ({"allow_lossy": "no"}, ValueError, "allow_lossy is True or False, got 'no'"),
-    "a word for verify": ({"verify": "no"}, ValueError, "verify is True, False or \"always\", got 'no'"),
+    "a word for verify": ({"verify": "no"}, ValueError, "verify is True or False, got 'no'"),
     "steps in words": ({"total_steps": "12"}, ValueError, "positive integer, got '12'"),
     "a number of copies": ({"copies": 3}, GroupError, "copies must be a sequence.*got int"),
     "one copy": ({"copies": nn.Linear(6, 3)}, GroupError, r"got Linear: write copies=\(it,\)"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,10 +59,9 @@ def test_attach_tells_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the budget of .* is above")
-def test_measuring_costs_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_measuring_costs_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a budget in seconds shows that operations and whole steps are timed."""
     stream = terminal(monkeypatch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(costing, "_ENOUGH_S", 0.0)
     attach("10 ms latency", verify=False).detach()
     text = stream.getvalue()

@@ -150,7 +150,6 @@ def in_process(name: str, tree: Path, resource: str) -> dict[str, Any]:
             "PYTHONPATH": str(tree / "src"),
             "XDG_CACHE_HOME": folder,
             "OMP_NUM_THREADS": "1",
-            "SETPOINT_CACHE": "on",
         }
         command = [sys.executable, __file__, "--one", name, "--budget", resource]
         run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -49,7 +48,6 @@ def peak_bytes() -> int:
 def measure(target: str) -> dict[str, Any]:
     """Discovery of one model in this process."""
     torch.set_num_threads(1)
-    os.environ["SETPOINT_CACHE"] = "off"  # every round finds everything out
     setpoint.find_groups(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),))
     model, example = gpt(int(target.removeprefix("gpt2-"))) if target.startswith("gpt2-") else named_model(target, None)
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

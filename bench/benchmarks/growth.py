@@ -15,7 +15,6 @@ import argparse
 import copy
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -71,7 +70,6 @@ def seconds(function: Callable[[], object]) -> float:
 def measure(layers: int, width: int) -> dict[str, Any]:
     """Seconds of each kind of work on one model, in this process."""
     torch.set_num_threads(1)
-    os.environ["SETPOINT_CACHE"] = "off"
     setpoint.find_groups(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.randn(2, 4),))
     model, example = llama(layers, width)
     discovery = [seconds(lambda: setpoint.find_groups(model, example)) for _ in range(ROUNDS)]

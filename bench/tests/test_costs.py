@@ -27,7 +27,6 @@ def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_each_kind_of_work_is_a_median(growth: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: discovery and the cut are measured three times, the cut on all units; a decision is fifteen times."""
-    monkeypatch.setenv("SETPOINT_CACHE", "off")  # which it sets, and which is restored by this
     small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), (torch.randn(2, 4),)
     monkeypatch.setattr(growth, "llama", lambda layers, width: small)
     cut, threads, clock = [], torch.get_num_threads(), iter(range(100))

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from setpoint.actuator.shrink import named_tensors
-from setpoint.cache import keeps
 from setpoint.controller.plan import Controller
 from setpoint.cost.budget import METERED
 from setpoint.cost.price import Price
@@ -46,14 +44,9 @@ def check_parts(controller: object, sensor: object, budget: object, **flags: obj
     Raises:
         LoopError: for a class, a name, or an object that lacks a method; for a price, and a sensor whose readings are
             in no unit of the loss, of which it says so by `in_loss = False`.
-        UsageError: for a value of SETPOINT_CACHE that is neither on nor off.
-        ValueError: for a flag that is neither True nor False; `verify` may be "always", too.
+        ValueError: for a flag that is neither True nor False.
     """
-    verify = flags.pop("verify", True)
-    if not isinstance(verify, (bool, np.bool_)) and not (isinstance(verify, str) and verify == "always"):
-        raise ValueError(f'verify is True, False or "always", got {verify!r}')
     check_flags(**flags)
-    keeps()  # a wrong SETPOINT_CACHE is refused here, and not in the middle of a training
     kinds = (("controller", controller, Controller, "PricedController"), ("sensor", sensor, Sensor, "TaylorSensor"))
     for name, part, kind, such in kinds:
         if isinstance(part, type):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.arguments import asks_for_steps, check_parts, check_reads, given_groups, whole_steps
-from setpoint.cache import remembering
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
@@ -62,7 +61,7 @@ def attach(
     groups: Sequence[Group] | None = None,
     copies: Sequence[Any] | None = (),
     allow_lossy: bool = False,
-    verify: bool | Literal["always"] = True,
+    verify: bool = True,
     resume: bool = False,
     even: bool = False,
     method: str = "forward",
@@ -87,7 +86,7 @@ def attach(
         groups: those of `find_groups(model, example)` that may be pruned; by default all.
         copies: cut like the model: modules with the same tensors, lists of `shadow_params`; known averages are found.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
-        verify: leave alone groups whose cut fails on copies of the model; "always" tries those of known models, too.
+        verify: leave alone groups whose cut fails on copies of the model.
         resume: let the states of model and optimizer, as any framework saves them, carry sizes and the loop's state,
             and go on from such states if they have been loaded, or are loaded before the first step.
         even: keep all layers of a kind at one width, and write it into a transformers model's config.
@@ -114,7 +113,7 @@ def attach(
     host, loop, budget = host_of(model, optimizer, copies), Loop(), wanted(budget)
     wished = partial(wish, host, budget, controller, actuator, even)
     choice = _Choice(sensor, groups, allow_lossy, bool(verify))
-    build = remembering(verify != "always")(partial(_build, host, wished, choice, total_steps))
+    build = partial(_build, host, wished, choice, total_steps)
     starting = Starting(loop, host, model, build, resume=resume, method=method)
     if example is not None:
         starting.at_once(example)

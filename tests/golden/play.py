@@ -24,8 +24,6 @@ from golden import runs
 from golden.facts import facts_of
 from golden.models import mlp
 
-os.environ.setdefault("SETPOINT_CACHE", "off")  # everything is found out each time
-
 NAMES = (*runs.RANKS, *runs.ALONE, *(f"{name}-resumed" for name in runs.RESUMED))
 LIMIT_S = 300
 

@@ -49,7 +49,6 @@ def test_the_device_of_a_model_is_that_of_most_weights() -> None:
 def test_groups_have_the_blocks_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: `find_groups` asks for the blocks of the model's own device."""
     monkeypatch.setattr("setpoint.groups.trace.device_type_of", lambda model: "cuda")
-    monkeypatch.setenv("SETPOINT_CACHE", "off")
     model = nn.Sequential(nn.Linear(4, 1024), nn.ReLU(), nn.Linear(1024, 2))
     (group,) = setpoint.find_groups(model, (torch.zeros(1, 4),))
     assert (group.multiple_of, group.min_units) == (64, 64)
@@ -57,7 +56,6 @@ def test_groups_have_the_blocks_of_their_device(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_goes_on_where_blocks_are_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Claim: a run that a CPU began meets its budget on a GPU, in the blocks of that."""
-    monkeypatch.setenv("SETPOINT_CACHE", "off")
 
     def started() -> tuple[setpoint.Loop, nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)

@@ -6,7 +6,6 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +68,7 @@ def train(
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """A machine whose operations take times in closed form and whose clock the test turns."""
     made = Machine()
     tape = costing._tape
@@ -80,8 +79,6 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         return TAPES[key] if key in TAPES else TAPES.setdefault(key, tape(make, groups, [], None))
 
     monkeypatch.setattr(costing, "_tape", recorded)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("SETPOINT_CACHE", "on")
     monkeypatch.setattr(table_file, "_seconds", lambda problem, point, device: made.operation(problem, point))
 
     def timed(make: Any, groups: tuple[Group, ...], device: Any, meter: Any, show: Any) -> Iterator[Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +30,6 @@ from setpoint.resources.table import Table
 from setpoint.resources.tape import Operand, Operation, Tape, record
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is on."""
-    monkeypatch.setenv("SETPOINT_CACHE", "on")
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +79,10 @@ def test_curves_follow_stairs_and_products(step: tuple[tuple[Group, ...], Tape])
     assert worst < 1.0
 
 
-def test_total_is_the_sum_of_the_operations(
-    step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path
-) -> None:
+def test_total_is_the_sum_of_the_operations(step: tuple[tuple[Group, ...], Tape], by_law: list[str]) -> None:
     """Without a fit the cost is the sum of the operations' times; a saving is a difference; it is a `Cost`."""
     groups, tape = step
-    cost = LatencyCost(tape, groups, Table(CPU, tmp_path))
+    cost = LatencyCost(tape, groups, Table(CPU))
     assert isinstance(cost, Cost) and cost.resource == "latency" and not cost.untimed
     by_name = {group.name: group for group in groups}
     for widths in (widths_of(groups), {group.name: group.num_units // 32 * 16 for group in groups}):
@@ -107,28 +97,14 @@ def test_total_is_the_sum_of_the_operations(
         assert cost.saving(dense, group.name, 32) == pytest.approx(cost.total(dense) - cost.total(fewer))
 
 
-def test_a_table_is_timed_once(step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path) -> None:
-    """The second model with the same operations, in another process as it were, times one of them, as a check."""
-    groups, tape = step
-    first = LatencyCost(tape, groups, Table(CPU, tmp_path))
-    assert by_law
-    by_law.clear()
-    second = LatencyCost(tape, groups, Table(CPU, tmp_path))
-    assert len(by_law) == 1 and second.total(widths_of(groups)) == first.total(widths_of(groups))
-    Table(CPU, tmp_path).keep_fit(first.key, [1.0, 2.0, 3.0, 0.1])
-    assert Table(CPU, tmp_path).fit(second.key) == [1.0, 2.0, 3.0, 0.1]
-
-
-def test_pointwise_operations_share_a_curve(
-    step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path
-) -> None:
+def test_pointwise_operations_share_a_curve(step: tuple[tuple[Group, ...], Tape], by_law: list[str]) -> None:
     """The optimizer's operations are timed once each, not once for each shape, and follow their entries."""
     groups, tape = step
     by_name = {group.name: group for group in groups}
     problems = [pose(operation, by_name) for operation in tape.operations]
     steps = [problem for problem in problems if problem.operation.name == "addcdiv_"]
     assert len({problem.key for problem in steps}) > 3  # weights and biases of several shapes
-    curves = Table(CPU, tmp_path).time(problems)
+    curves = Table(CPU).time(problems)
     assert len({key for key in by_law if key.startswith("addcdiv_")}) == 1
     for problem in steps:
         curve = curves[problem.key]
@@ -181,31 +157,6 @@ def test_a_slow_step_is_timed_once(seconds: tuple[float, float], steps: int, mon
     assert len(made) == steps
 
 
-def test_a_table_from_elsewhere_is_refused(
-    step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path
-) -> None:
-    """A file that was timed on another device, or is damaged, is said so and timed again."""
-    groups, tape = step
-    LatencyCost(tape, groups, Table(CPU, tmp_path))
-    file = Table(CPU, tmp_path).file
-    assert file is not None
-    content = json.loads(file.read_text())
-    content["environment"]["name"] = "another processor"
-    file.write_text(json.dumps(content))
-    by_law.clear()
-    with pytest.warns(UserWarning, match=r"timed on .*another processor.*timed again"):
-        table = Table(CPU, tmp_path)
-    LatencyCost(tape, groups, table)
-    assert by_law
-    file.write_text(json.dumps({**content, "format": 1}))  # an older version's: fits to other curves
-    by_law.clear()
-    LatencyCost(tape, groups, Table(CPU, tmp_path))
-    assert by_law
-    file.write_text("{")
-    with pytest.warns(UserWarning, match="damaged"):
-        Table(CPU, tmp_path)
-
-
 def test_types_of_numbers_are_other_problems() -> None:
     """A product in bfloat16 is not answered from timings in float32."""
     group = Group("a", "unit", 32, ())
@@ -229,12 +180,10 @@ def test_types_of_numbers_are_other_problems() -> None:
     assert len(keys) == 2
 
 
-def test_fit_finds_factors_and_constant(
-    step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path
-) -> None:
+def test_fit_finds_factors_and_constant(step: tuple[tuple[Group, ...], Tape], by_law: list[str]) -> None:
     """Steps made as `1.5 contractions + 2 others + 1 ms` give these coefficients back, and an error of zero."""
     groups, tape = step
-    cost = LatencyCost(tape, groups, Table(CPU, tmp_path))
+    cost = LatencyCost(tape, groups, Table(CPU))
     generator = np.random.default_rng(0)
     steps = []
     for _ in range(7):
@@ -248,19 +197,19 @@ def test_fit_finds_factors_and_constant(
     assert (cost.fit.contractions, cost.fit.constant_s) == (Fit().contractions, 0.0)
 
 
-def test_operations_run_alone_on_this_machine(step: tuple[tuple[Group, ...], Tape], tmp_path: Path) -> None:
+def test_operations_run_alone_on_this_machine(step: tuple[tuple[Group, ...], Tape]) -> None:
     """Every operation of a real step can be timed alone, and narrow models are predicted to be quicker."""
     groups, tape = step
-    cost = LatencyCost(tape, groups, Table(CPU, tmp_path))
+    cost = LatencyCost(tape, groups, Table(CPU))
     assert not cost.untimed
     narrow = {group.name: group.min_units for group in groups}
     assert 0 < cost.total(narrow) < cost.total(widths_of(groups))
 
 
-def test_energy_is_power_times_time(step: tuple[tuple[Group, ...], Tape], by_law: list[str], tmp_path: Path) -> None:
+def test_energy_is_power_times_time(step: tuple[tuple[Group, ...], Tape], by_law: list[str]) -> None:
     """A stated power gives joules labelled as modelled; metered steps give power and constant back."""
     groups, tape = step
-    latency = LatencyCost(tape, groups, Table(CPU, tmp_path))
+    latency = LatencyCost(tape, groups, Table(CPU))
     dense = widths_of(groups)
     stated = EnergyCost(latency, 20.0)
     assert stated.total(dense) == pytest.approx(20.0 * latency.total(dense)) and stated.source.startswith("modelled")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-from setpoint.cache import cache_folder as cache_folder
 from setpoint_bench.task import BenchError
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for Setpoint, by the platform's custom; it need not exist yet."""
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "setpoint" / "cache"
+    if sys.platform == "darwin" and not os.environ.get("XDG_CACHE_HOME"):
+        return Path.home() / "Library" / "Caches" / "setpoint"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "setpoint"
 
 
 def find_data(relative: str, given: Path | None = None) -> Path | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapp
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
 from setpoint.groups.rng import preserved_rng_state
+from setpoint.under_way import under_way
+
+Found = TypeVar("Found")
 
 _FEW = 4  # samples that a verification looks at
 _LARGE = 10_000_000  # parameters
@@ -307,6 +310,23 @@ def _largest(tensors: Iterable[Tensor]) -> float:
             least, most = tensor.aminmax()
             found.append(torch.maximum(-least, most))
     return torch.stack(found).max().item()
+
+
+def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[tuple[str, ...], float]:
+    """Names of the groups that fail on a few rows of the example, and the share of the example that was used."""
+    with under_way("trying every cut on copies"):
+        return on_few_rows(lambda rows: failing_groups(model, rows, groups), example)
+
+
+def on_few_rows(find: Callable[[Example], Found], example: Example) -> tuple[Found, float]:
+    """What is found on a few rows of the example, or on all where the model does not run on few; and their share."""
+    few, share = few_rows(example)
+    try:
+        return find(few), share
+    except ExampleError:
+        if share == 1.0:
+            raise
+        return find(example), 1.0
 
 
 def few_rows(example: Example) -> tuple[Example, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -58,7 +57,7 @@ def demo(screen: Console, out: Path, budget: float, seed: int, steps: int) -> di
         BudgetError: for a budget out of reach, before anything is trained.
     """
     moments = list[Pair]()
-    with _one_thread(), _nothing_kept():
+    with _one_thread():
         with screen.status("drawing the images, then trying what can be cut"):
             given, dense, pruned = data(seed), _network(seed), _network(seed)
             # The one with Setpoint first: it refuses a budget out of reach, and nothing was shown or written by then.
@@ -98,19 +97,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """What attach tries is not kept in the user's cache: the demo writes nowhere but to its folder."""
-    before = os.environ.get("SETPOINT_CACHE")
-    os.environ["SETPOINT_CACHE"] = "off"
-    try:
-        yield
-    finally:
-        del os.environ["SETPOINT_CACHE"]
-        if before is not None:
-            os.environ["SETPOINT_CACHE"] = before
 
 
 def _network(seed: int) -> nn.Module:

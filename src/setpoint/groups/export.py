@@ -66,11 +66,6 @@ class Exported:
     staging: Staging
     refused: ExportError | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether the graph holds all of the model, and no values of tensors have decided on it."""
-        return self.refused is None and not self.staging.by_data and not self.staging.reasons
-
 
 @contextmanager
 def _without_what_nothing_reads() -> Iterator[None]:

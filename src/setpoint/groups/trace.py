@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from setpoint.cache import keep, keeps, recall
 from setpoint.distributed import is_sharded
-from setpoint.errors import LoopError, SetpointError
+from setpoint.errors import LoopError
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.bind import bind
 from setpoint.groups.blocks import device_type_of
 from setpoint.groups.build import OwnDim, build
-from setpoint.groups.encoded import decode_groups, decode_size, encode_groups, encode_size
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.export import Exported, check_example, export, module_of, plain_path
-from setpoint.groups.fingerprint import digest, fingerprint
 from setpoint.groups.follow_data import known, shape_of
-from setpoint.groups.followed import followed
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.one_at_a_time import one_at_a_time
 from setpoint.groups.opaque import Staging
@@ -68,14 +62,12 @@ class Trace:
 
     Args:
         unreached: names of parameters that the example does not use.
-        key: the fingerprint of what was traced; "" where there is none.
     """
 
     groups: tuple[Group, ...]
     contractions: tuple[Contraction, ...]
     frozen: tuple[Frozen, ...]
     unreached: tuple[str, ...] = ()
-    key: str = field(default="", compare=False, repr=False)
 
 
 def repeated(traced: Trace, passes: int) -> Trace:
@@ -98,70 +90,14 @@ def trace(model: nn.Module, example: Example) -> Trace:
 def _trace(model: nn.Module, example: Example) -> Trace:
     example = without_cache(model, example)
     check_example(model, example)
-    before, loaded = fingerprint(model, example) if keeps() else "", _loaded(model)
-    # Only of a model that was exported once is it known that its forward runs on tensors without data: code in C that
-    # is given one would take the address 0 for that of its data.
-    key = digest(before, followed(model, example)) if recall(before) else ""
-    found = _recalled(key, model)
-    if found is None:
-        exported = export(model, example)
-        # Imported here: registering the rules looks up hundreds of ops, for which a model that is known need not wait.
-        import setpoint.groups.rules  # noqa: F401
+    exported = export(model, example)
+    # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
+    import setpoint.groups.rules  # noqa: F401
 
-        found = _found(model, example, exported)
-        if before and exported.plain:  # a first forward may load parts of a library, which changes the fingerprint
-            now = before if _loaded(model) == loaded else fingerprint(model, example)
-            key = _kept(found, followed(model, example), dict.fromkeys((now, before)))
+    found = _found(model, example, exported)
     groups, refused = find_states(model, found.groups)
     frozen = (*found.frozen, *(Frozen(place, why) for place, why in refused.items()))
-    return replace(found, groups=groups, frozen=frozen, key=key)
-
-
-def _loaded(model: nn.Module) -> int:
-    """How many files are loaded of the libraries that the model's classes are from, but for PyTorch's."""
-    libraries = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch"}
-    return sum(name.partition(".")[0] in libraries for name in sys.modules)
-
-
-def _kept(found: Trace, calls: str, fingerprints: Iterable[str]) -> str:
-    """Keep what was found under each fingerprint, and give the last key; "" where the forward cannot be followed."""
-    key = ""
-    for each in fingerprints:
-        key = digest(each, calls)
-        keep(key, _encoded(found))
-        keep(each if key else "", {"exported": True})
-    return key
-
-
-def _encoded(found: Trace) -> dict[str, Any]:
-    return {
-        "groups": encode_groups(found.groups),
-        "contractions": [
-            [each.module, each.op, each.coefficient, list(map(encode_size, each.sizes)), each.num_gradients]
-            for each in found.contractions
-        ],
-        "frozen": [[each.place, each.reason] for each in found.frozen],
-        "unreached": list(found.unreached),
-    }
-
-
-def _recalled(key: str, model: nn.Module) -> Trace | None:
-    """What was found in a model of this fingerprint; None where nothing was, or it does not fit this model."""
-    facts = recall(key)
-    if facts is None:
-        return None
-    try:
-        return Trace(
-            decode_groups(facts["groups"], model),
-            tuple(
-                Contraction(str(module), str(op), float(coefficient), tuple(map(decode_size, sizes)), int(number))
-                for module, op, coefficient, sizes, number in facts["contractions"]
-            ),
-            tuple(Frozen(str(place), str(reason)) for place, reason in facts["frozen"]),
-            tuple(map(str, facts["unreached"])),
-        )
-    except (SetpointError, ValueError, KeyError, IndexError, TypeError, AttributeError, zlib.error):
-        return None
+    return replace(found, groups=groups, frozen=frozen)
 
 
 def _found(model: nn.Module, example: Example, exported: Exported) -> Trace:

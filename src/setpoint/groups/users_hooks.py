@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-
-from setpoint.groups.follow_data import PACKAGE
 
 
 def is_users(hook: Any) -> bool:
     """Whether a hook is not torch's own."""
     return not type(hook).__module__.startswith("torch.nn.utils")
-
-
-def is_setpoints(hook: Any) -> bool:
-    """Whether a hook is one of this package's functions or methods, wrapped by PyTorch or not."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    code = getattr(inspect.unwrap(getattr(hook, "__func__", hook)), "__code__", None)
-    return code is not None and PACKAGE in Path(code.co_filename).parents
 
 
 def users_hooks(module: nn.Module) -> Iterator[tuple[dict[int, Any], list[int]]]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.tried import tried
+from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
@@ -115,7 +115,7 @@ def unit_candidates(
     check_copies(host, active)
     passes = 0.0
     if verify:
-        active, failed, passes = _verified(host.model, example, active, found.key)
+        active, failed, passes = _verified(host.model, example, active)
         frozen |= failed
     check_some(active, frozen)
     costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(host.model, active)}
@@ -180,17 +180,12 @@ def _adapter_tensors(model: nn.Module) -> frozenset[str]:
 
 
 def _verified(
-    model: nn.Module, example: Example, groups: tuple[Group, ...], key: str
+    model: nn.Module, example: Example, groups: tuple[Group, ...]
 ) -> tuple[tuple[Group, ...], dict[str, str], float]:
-    """The groups that behave like their masked twins, why the others do not, and the passes that took.
-
-    Args:
-        key: the model's fingerprint. The passes are those that it takes to find out, also where it was known already:
-            equal runs cost the same.
-    """
+    """The groups that behave like their masked twins, why the others do not, and the passes that took."""
     if not groups:
         return groups, {}, 0.0
-    failed, share = tried(model, example, groups, key)
+    failed, share = failing_on_few_rows(model, example, groups)
     if failed:
         _check_numbers(example)
         warn(f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}")

@@ -16,8 +16,8 @@ from setpoint.actuator.attached import check_free
 from setpoint.actuator.carried import carry
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.tried import tried
 from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
 from setpoint.controller.swap import swap, trade
@@ -203,7 +203,7 @@ def _candidates(
         else:
             found.append(group)
     if verify and found:
-        for name in tried(model, example, tuple(found), traced.key)[0]:
+        for name in failing_on_few_rows(model, example, tuple(found))[0]:
             frozen[name] = "cutting it on a copy did not behave like masking it"
     active = tuple(group for group in found if group.name not in frozen)
     check_blocks(active)

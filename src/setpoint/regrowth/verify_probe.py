@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.tried import on_few_rows
-from setpoint.actuator.verify import Trial
+from setpoint.actuator.verify import Trial, on_few_rows
 from setpoint.errors import LoopError, VerificationError
 from setpoint.groups.export import Example, computed
 from setpoint.groups.group import Group

@@ -60,7 +60,7 @@ def spending(model: nn.Module, example: Example, groups: Sequence[str]) -> Spend
     found: tuple[Group, ...] = tuple(group for group in traced.groups if group.name in set(groups))
     optimizer = torch.optim.AdamW(model.parameters())
     resources = {"latency", "memory", "inference"}
-    costing = cost_out(model, (optimizer,), example, found, resources, fingerprint=traced.key)
+    costing = cost_out(model, (optimizer,), example, found, resources)
     latency, memory, inference = (costing.costs[name] for name in ("latency", "memory", "inference"))
     dense, least = widths_of(found), {group.name: lowest_width(group) for group in found}
     each = []

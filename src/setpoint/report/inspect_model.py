@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from setpoint.actuator.tried import tried
+from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
@@ -96,7 +96,7 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     lossless = tuple(group for group in found.groups if group.lossless)
     whole = {g.name: "" if g.lossless else "; ".join(g.notes) or "not lossless" for g in found.groups}
     if verify and lossless:
-        failing = tried(model, example, lossless, found.key)[0]
+        failing = failing_on_few_rows(model, example, lossless)[0]
         whole |= dict.fromkeys(failing, "cutting it on a copy did not behave like masking it")
     pruned = tuple(group for group in found.groups if not whole[group.name])
     fewest = dense | {group.name: lowest_width(group) for group in pruned}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -15,7 +14,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import cut_groups
-from setpoint.cache import keep, recall
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
@@ -26,8 +24,7 @@ from setpoint.resources.counted import Make, Narrowing, Share, Tally
 from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.inference import inference_replica
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
-from setpoint.resources.kept_tape import kept_tape, tape_key
-from setpoint.resources.latency import Fit, LatencyCost, fit_steps
+from setpoint.resources.latency import LatencyCost, fit_steps
 from setpoint.resources.lengths import halfway, held_at_two, narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
@@ -41,10 +38,6 @@ from setpoint.warn import warn
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
 _SLOW_S = 0.2
 """Recorded steps that take longer count as timed."""
-_WORTH_KEEPING = 0.15
-"""A fit with a larger error was made on a busy machine, and is made again next time."""
-
-
 Reading = tuple[Mapping[str, int], float]
 """Widths, and what a step took there."""
 
@@ -83,14 +76,12 @@ def cost_out(
     resources: Collection[str],
     watts: float | None = None,
     inference_example: Example | None = None,
-    fingerprint: str = "",
     share: Share = lambda widths: 1.0,
     pass_share: Share = lambda widths: 1.0,
 ) -> Costing:
     """Build the costs of these resources on copies of the model, which is left alone.
 
-    `watts` is the power of a training step, as the user states it for a machine without an energy meter. With a
-    `fingerprint` of the model its recorded step is kept, if the optimizer is known well enough. `share` and
+    `watts` is the power of a training step, as the user states it for a machine without an energy meter. `share` and
     `pass_share` say what a step of training and a pass take of the FLOPs of a dense step.
 
     Raises:
@@ -119,19 +110,12 @@ def cost_out(
         seen = list[Reading]() if table is not None and meter is None else None
         # The allocator of a GPU counts the live model, too.
         peaks = list[Reading]() if "memory" in wanted and device.type == "cpu" else None
-        key = tape_key(model, optimizers, groups, fingerprint, "step")
-        tape = kept_tape(key, partial(_tape, make, groups, seen, peaks))
+        tape = _tape(make, groups, seen, peaks)
         if "memory" in wanted:
             costs["memory"] = memory = MemoryCost(tape)
             if peaks is not None:
-                checked = tape_key(model, optimizers, groups, fingerprint, "error of memory")
-                known = recall(checked)
-                if isinstance(known, float):
-                    errors["memory"] = known
-                else:
-                    ((widths, peak),) = peaks or [_peak(make, groups)]
-                    errors["memory"] = abs(memory.total(widths) / peak - 1.0)
-                    keep(checked, errors["memory"])
+                ((widths, peak),) = peaks or [_peak(make, groups)]
+                errors["memory"] = abs(memory.total(widths) / peak - 1.0)
             sources["memory"] = "modelled: storages of a recorded step"
         if table is not None and wanted & {"latency", "energy"}:
             latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen or ())
@@ -144,16 +128,13 @@ def cost_out(
     if table is not None and "inference" in wanted:
         asked = example if inference_example is None else inference_example
         answer = tally.over(partial(inference_replica, model, asked, groups), pass_share, begun=0)
-        key = tape_key(model, (), groups, fingerprint, "pass") if inference_example is None else ""
         passed = list[Reading]()
-        passing = LatencyCost(
-            kept_tape(key, partial(_tape, answer, groups, passed, None)), groups, table, resource="inference"
-        )
+        passing = LatencyCost(_tape(answer, groups, passed, None), groups, table, resource="inference")
         costs["inference"] = _calibrated(passing, table, answer, groups, None, passed)[0]
     for name, cost in costs.items():
         if isinstance(cost, LatencyCost) and table is not None:
             errors[name] = cost.fit.error
-            sources[name] = f"modelled: operations timed on this device, kept in {table.name}"
+            sources[name] = "modelled: operations timed on this device"
     errors = {name: error for name, error in errors.items() if math.isfinite(error)}
     idle = idle_watts(meter) if meter is not None else None
     return Costing(costs, sources, errors, step_seconds, meter, idle, tally.steps)
@@ -277,10 +258,7 @@ def _calibrated(
     meter: EnergyMeter | None,
     seen: Sequence[Reading],
 ) -> tuple[LatencyCost, list[Reading]]:
-    """The cost with its scale, which is kept, and joules; `seen` are steps that have been timed already."""
-    kept = table.fit(cost.key)
-    if kept is not None and len(kept) == 4 and meter is None:
-        return cost.fitted(Fit(*kept)), []
+    """The cost with its scale, and joules; `seen` are steps that have been timed already."""
     seconds, joules = list[Reading](seen), list[Reading]()
     if not seconds:
         with under_way(f"timing whole steps ({cost.resource})") as show:
@@ -291,11 +269,6 @@ def _calibrated(
     if not seconds:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     fit = fit_steps(cost, seconds)
-    if fit.error < _WORTH_KEEPING:
-        table.keep_fit(cost.key, [fit.contractions, fit.others, fit.constant_s, fit.error])
-    elif math.isfinite(fit.error):
-        why = "steps differ from their prediction by %.0f %%, as on a busy machine: the next run times them anew (%s)"
-        logging.getLogger("setpoint").info(why, 100 * fit.error, cost.resource)
     return cost.fitted(fit), joules
 
 

@@ -72,7 +72,7 @@ def learn(
         return lambda widths: of.total(widths) / (parts * dense) if of is not None and dense else 0.0
 
     costing = cost_out(
-        host.model, host.optimizers, example, groups, measured, watts, given, found.key,
+        host.model, host.optimizers, example, groups, measured, watts, given,
         share=share(flops_cost(own), calls), pass_share=share(pass_flops),
     )  # fmt: skip
     energy = costing.costs.get("energy")
