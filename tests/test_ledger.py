@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from setpoint.entry import Entry
 from setpoint.errors import CheckpointError
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 
 HEADER = {"total_steps": 40, "groups": {"conv": {"num_units": 4, "what": "channel"}}, "limit": {"flops": 5.0}}
 

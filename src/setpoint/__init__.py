@@ -55,7 +55,7 @@ _MOVED = """
     errors.BudgetError errors.CheckpointError errors.CostError errors.DeviceError errors.ExampleError
     errors.ExportError errors.GroupError errors.LoopError errors.OptimizerError errors.PathError errors.RankError
     errors.StateSpaceError errors.VerificationError groups.group.Group groups.group.SizeBinding groups.group.Slice
-    entry.Entry cost.cost.Cost groups.state_space.StateSpaceLayer sensor.reading.Reading sensor.reading.Sensor
+    ledger.Entry cost.cost.Cost groups.state_space.StateSpaceLayer sensor.reading.Reading sensor.reading.Sensor
     sensor.magnitude.MagnitudeSensor sensor.chain.SensorChain states.selective.SelectiveSensor
     weights.taylor.WeightTaylorSensor regrowth.regrow.regrow weights.semi_structured.to_semi_structured
     controller.plan.Controller controller.plan.Observation loop.explain.Explanation controller.plan.Plan

@@ -1,131 +1,65 @@
-"""Arguments: whether what `attach` is given is of the right kind at all."""
+"""Arguments: numbers and flags as users write them, turned into Python's own, and checked."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import fields
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+import numpy as np
 
-from setpoint.actuator.shrink import named_tensors
-from setpoint.controller.plan import Controller
-from setpoint.cost.budget import METERED
-from setpoint.cost.price import Price
-from setpoint.errors import CostError, GroupError, LoopError
-from setpoint.given import check_flags, did_you_mean, plain_number
-from setpoint.groups.blocks import check_blocks
-from setpoint.groups.group import Group
-from setpoint.sensor.reading import Sensor
-
-_STEPS = "give the optimizer steps of the whole run, such as epochs * len(loader)"
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+from setpoint.messages import did_you_mean
 
 
-def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function; where `total_steps` is missing it says what to give."""
+def plain_number(value: Any) -> Any:
+    """A number of NumPy's, or an array that is one, as Python's own; anything else as it is.
 
-    @wraps(function)
-    def asking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if "total_steps" not in kwargs:
-            meant = "".join(f", got {each}=" for each in kwargs if did_you_mean(each, ("total_steps",)))
-            raise TypeError(f"{function.__name__}() needs total_steps=...{meant}: {_STEPS}")
-        return function(*args, **kwargs)
-
-    return asking
+    >>> plain_number(np.int32(3)), plain_number(np.float16(0.5)), plain_number("half")
+    (3, 0.5, 'half')
+    """
+    single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if single else value
 
 
-def check_parts(controller: object, sensor: object, budget: object, **flags: object) -> None:
-    """Check that controller and sensor are such objects, or None, and that flags are flags.
+def check_settings(settings: Iterable[str], of: Callable[..., Any], passed_on_to: Callable[..., Any]) -> None:
+    """Check that settings which one function passes on are keyword arguments of another.
 
     Raises:
-        LoopError: for a class, a name, or an object that lacks a method; for a price, and a sensor whose readings are
-            in no unit of the loss, of which it says so by `in_loss = False`.
-        ValueError: for a flag that is neither True nor False.
+        TypeError: for any other, with the nearest name.
+
+    >>> check_settings(["revers"], print, sorted)
+    Traceback (most recent call last):
+    TypeError: print() got an unexpected keyword argument 'revers': did you mean reverse? sorted takes key, reverse
     """
-    check_flags(**flags)
-    kinds = (("controller", controller, Controller, "PricedController"), ("sensor", sensor, Sensor, "TaylorSensor"))
-    for name, part, kind, such in kinds:
-        if isinstance(part, type):
-            raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
-        # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
-        lacking = [each for each in vars(kind) if not each.startswith("_") and not hasattr(part, each)]
-        if part is not None and lacking:
-            raise LoopError(
-                f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
-                + " and no ".join(sorted(lacking))
+    own = [name for name, each in inspect.signature(of).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    taken = inspect.signature(passed_on_to).parameters.values()
+    known = [each.name for each in taken if each.kind is each.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"{of.__name__}() got an unexpected keyword argument {name!r}: {did_you_mean(name, [*own, *known])}"
+                f"{passed_on_to.__name__} takes {', '.join(known)}"
             )
-    if isinstance(budget, Price) and not getattr(sensor, "in_loss", True):
-        raise LoopError(
-            f"{type(sensor).__name__} reads in no unit of the loss, so that no Price can be set against it: give a "
-            'budget, such as "50% flops", or leave the sensor to attach'
-        )
 
 
-def whole_steps(total_steps: Any) -> int:
-    """The steps of a run as Python's own number; ValueError for anything but a positive integer."""
-    number = plain_number(total_steps)
-    if type(number) is not int or number < 1:
-        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}: {_STEPS}")
-    return number
+def plain_fields(settings: Any) -> None:
+    """Have all fields of a frozen dataclass hold Python's own numbers; called as it is made."""
+    for each in fields(settings):
+        object.__setattr__(settings, each.name, plain_number(getattr(settings, each.name)))
 
 
-def given_groups(groups: object) -> tuple[Group, ...] | None:
-    """The groups as a tuple, or None; GroupError for what holds anything else, such as their names."""
-    if groups is None:
-        return None
-    found = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, str) else (groups,)
-    strange = [each for each in found if not isinstance(each, Group)]
-    if strange or isinstance(groups, Group):
-        what = f"one of {strange[0]!r}" if strange and isinstance(groups, Iterable) else repr(groups)
-        raise GroupError(
-            f"groups must be a sequence of groups out of find_groups(model, example), or None for all; got {what:.200}"
-        )
-    check_blocks(found)
+def counts(**given: object) -> list[int]:
+    """These settings as Python's own numbers; ValueError for one that is no positive integer."""
+    found = [plain_number(value) for value in given.values()]
+    for name, value in zip(given, found, strict=True):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return found
 
 
-def check_data(model: nn.Module) -> None:
-    """Check that a model's tensors have data, and that no weight is NaN, or raise LoopError by name."""
-    for name, tensor in named_tensors(model).items():
-        if is_lazy(tensor):
-            continue  # discovery says what to do about it
-        if tensor.is_meta:
-            raise LoopError(
-                f"{name!r} is on the meta device and has no data: give the model data first, "
-                "model.to_empty(device=...) and its values, and attach then"
-            )
-        if isinstance(tensor, nn.Parameter) and _has_nan(tensor):
-            raise LoopError(f"{name!r} holds NaN, so nothing can be learnt from it any more: begin with a whole model")
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    comparable = type(tensor) is nn.Parameter and tensor.layout == torch.strided and tensor.dtype.itemsize > 1
-    if not comparable or not (tensor.is_floating_point() or tensor.is_complex()):
-        return False
-    # A sum takes a fraction of the time, and is finite where no entry is NaN and it does not overflow.
-    if tensor.is_floating_point() and bool(tensor.detach().sum().isfinite()):
-        return False
-    return bool(tensor.isnan().any())
-
-
-def check_shared_costs(resources: set[str]) -> None:
-    """Check that costs are the same on all ranks, so that they can follow one plan."""
-    measured = sorted(resources & set(METERED))
-    if measured:
-        raise CostError(
-            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
-            "another cost: use a budget of 'flops' or 'params'"
-        )
-
-
-def check_reads(sensor: object) -> None:
-    """Check that a sensor says that it reads weights of which each rank has a part."""
-    if not getattr(sensor, "reads_shards", False):
-        raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
-            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
-        )
+def check_flags(**flags: object) -> None:
+    """Check that each is True or False, or raise ValueError: any word would count as True, "no" too."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name} is True or False, got {value!r}")

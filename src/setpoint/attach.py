@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.arguments import asks_for_steps, check_parts, check_reads, given_groups, whole_steps
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
@@ -30,6 +29,16 @@ from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.header import header_of
 from setpoint.loop.loop import Loop
 from setpoint.loop.starting import Inputs, Starting
+from setpoint.run_spec import (
+    RunSpec,
+    as_groups,
+    asks_for_steps,
+    check_parts,
+    check_reads,
+    check_spec,
+    usual_sensor,
+    whole_steps,
+)
 from setpoint.sensor.reading import Sensor, Shared, takes_back
 from setpoint.spending.account import Account
 from setpoint.spending.bill import Bill
@@ -39,7 +48,6 @@ from setpoint.spending.original import original_costs
 from setpoint.spending.seconds import Stopwatch
 from setpoint.spending.spending import Spending
 from setpoint.spending.target import Target
-from setpoint.wish import Wish, usual_sensor, wish
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
@@ -109,16 +117,16 @@ def attach(
     (True, True)
     """
     check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
-    total_steps, groups = whole_steps(total_steps), given_groups(groups)
+    total_steps, groups = whole_steps(total_steps), as_groups(groups)
     host, loop, budget = host_of(model, optimizer, copies), Loop(), wanted(budget)
-    wished = partial(wish, host, budget, controller, actuator, even)
+    check = partial(check_spec, host, budget, controller, actuator, even)
     choice = _Choice(sensor, groups, allow_lossy, bool(verify))
-    build = partial(_build, host, wished, choice, total_steps)
+    build = partial(_build, host, check, choice, total_steps)
     starting = Starting(loop, host, model, build, resume=resume, method=method)
     if example is not None:
         starting.at_once(example)
     else:
-        wished()
+        check()
         starting.at_first_step()
     return loop
 
@@ -133,11 +141,13 @@ class _Choice:
     verify: bool
 
 
-def _build(host: Host, wished: Callable[[], Wish], choice: _Choice, total_steps: int, inputs: Inputs) -> dict[str, Any]:
+def _build(
+    host: Host, check: Callable[[], RunSpec], choice: _Choice, total_steps: int, inputs: Inputs
+) -> dict[str, Any]:
     """The parts of a loop, by the names that `Loop.begin` gives them."""
     clock = Stopwatch(synchronize=True)
     with clock, host.unsharded(), preserved_rng_state(host.model), host.together("attach") as facts:
-        want = wished()
+        want = check()
         parts = (_weights if want.masking else _units)(host, want, inputs, choice)
         spending, found = _spending(host, want, parts, total_steps, clock), parts.found
         run = {
@@ -162,11 +172,11 @@ def _build(host: Host, wished: Callable[[], Wish], choice: _Choice, total_steps:
     }
 
 
-def _spending(host: Host, wish: Wish, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
+def _spending(host: Host, spec: RunSpec, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
     """What the run may spend; a budget that cannot be met is refused."""
     found, controller = parts.found, parts.controller
     dense = {name: cost.total(widths_of(found.groups)) for name, cost in found.costs.items()}
-    for each in wish.budgets:
+    for each in spec.budgets:
         before = parts.target.dense_cost(each.resource)
         check_reachable(each, before, cheapest(found.costs[each.resource], found.groups))
     spending = Spending(
@@ -174,7 +184,7 @@ def _spending(host: Host, wish: Wish, parts: _Parts, total_steps: int, clock: St
         found.costs,
         found.groups,
         total_steps=total_steps,
-        schedule=wish.schedule,
+        schedule=spec.schedule,
         sensing_flops=parts.sensor.flops(found.groups, host.model),
         account=Account(clock, parts.meter.steps, dense["flops"], found.passes * dense["flops"]),
         meter=parts.meter,
@@ -183,7 +193,7 @@ def _spending(host: Host, wish: Wish, parts: _Parts, total_steps: int, clock: St
         learning=controller if isinstance(controller, Learning) else None,
         modelled=found.sources,
         check=parts.check,
-        bill=Bill(wish.bill, total_steps) if wish.bill else None,
+        bill=Bill(spec.bill, total_steps) if spec.bill else None,
     )
     spending.runs.check(0, total_steps, found.groups)
     return spending
@@ -214,41 +224,41 @@ class _Parts:
     check: Callable[[Sequence[Budget]], None] = lambda budgets: None
 
 
-def _weights(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
+def _weights(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts:
     """Single weights are masked; nothing is tried out, since a mask is exact on any model."""
     from setpoint.weights.candidates import check_resources, check_run, weight_candidates
     from setpoint.weights.find import Pattern
     from setpoint.weights.patterned import Patterned
     from setpoint.weights.taylor import WeightTaylorSensor
 
-    assert wish.masking is not None
-    pattern = wish.masking.pattern
+    assert spec.masking is not None
+    pattern = spec.masking.pattern
     if host.wrapper:
         raise LoopError(
             "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
             "train in one process, or leave the actuator to attach, which cuts whole units"
         )
     inner = WeightTaylorSensor(inputs.samples) if choice.sensor is None else choice.sensor
-    check_run(wish.goal, (*wish.budgets, *([wish.bill] if wish.bill else [])), wish.controller, inner)
+    check_run(spec.goal, (*spec.budgets, *([spec.bill] if spec.bill else [])), spec.controller, inner)
     found, masks = weight_candidates(host, inputs.example, pattern, choice.groups, inner, inputs.passes)
     widths = widths_of(found.groups)
-    original = original_costs(host.model, inputs.example, wish.budgets, found.costs, widths, inputs.passes)
+    original = original_costs(host.model, inputs.example, spec.budgets, found.costs, widths, inputs.passes)
     return _Parts(
-        wish.controller,
+        spec.controller,
         Patterned(inner, Pattern.named(pattern)),
         type(inner).__name__,
         found,
         lambda spending: masks,
         Meter(),
-        Target(wish.budgets, found.costs, widths, wish.schedule, wish.resource, original),
+        Target(spec.budgets, found.costs, widths, spec.schedule, spec.resource, original),
         check=check_resources,
     )
 
 
-def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
+def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts:
     """Units are cut."""
     example, verify = inputs.example, choice.verify
-    traced, controller, some = repeated(trace(host.model, example), inputs.passes), wish.controller, choice.groups
+    traced, controller, some = repeated(trace(host.model, example), inputs.passes), spec.controller, choice.groups
     even = None
     if isinstance(controller, EvenController):
         from setpoint.configs.even import evened
@@ -266,17 +276,17 @@ def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
 
         found = replace(found, passes=found.passes + check_regrowth(host, example, found.groups, sensor, verify=verify))
     meter, widths = Meter(), widths_of(found.groups)
-    original = original_costs(host.model, example, wish.budgets, found.costs, widths, inputs.passes)
-    if {each.resource for each in wish.goals} & set(METERED):
+    original = original_costs(host.model, example, spec.budgets, found.costs, widths, inputs.passes)
+    if {each.resource for each in spec.goals} & set(METERED):
         from setpoint.resources.learn import learn
 
-        learnt = learn(host, example, traced, found.groups, wish.goals, inputs.passes)
+        learnt = learn(host, example, traced, found.groups, spec.goals, inputs.passes)
         meter, costs, passes = learnt.meter, {**found.costs, **learnt.costs}, found.passes + learnt.passes
         found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header, passes=passes)
-        target = learnt.target(wish.budgets, costs, wish.schedule, wish.resource, original)
+        target = learnt.target(spec.budgets, costs, spec.schedule, spec.resource, original)
     else:
         found = replace(found, header={"calibration": {}, "step_seconds": {}})
-        target = Target(wish.budgets, found.costs, widths, wish.schedule, wish.resource, original)
+        target = Target(spec.budgets, found.costs, widths, spec.schedule, spec.resource, original)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
@@ -287,8 +297,8 @@ def _units(host: Host, wish: Wish, inputs: Inputs, choice: _Choice) -> _Parts:
             return actuator
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
 
-        reserve_bytes = (wish.regrowing or Regrowing()).reserve_bytes
-        lasting = at_once and not isinstance(wish.goal, Tolerance)
+        reserve_bytes = (spec.regrowing or Regrowing()).reserve_bytes
+        lasting = at_once and not isinstance(spec.goal, Tolerance)
         return Regrowth(cutting, controller, spending, reserve_bytes, lasting=lasting)
 
     return _Parts(

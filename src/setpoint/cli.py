@@ -27,7 +27,7 @@ from setpoint.command_line import (
     out_option,
     write_json,
 )
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 
 Kind = Literal["tasks", "methods", "models"]
 GROUP = "setpoint.commands"
@@ -480,8 +480,8 @@ def _call_of(target: str) -> Callable[[], Any]:
     """The function of a file that returns a model or batches; a model itself is not called."""
     from torch import nn
 
+    from setpoint.messages import a_type
     from setpoint.report.own_function import named_errors, own_function
-    from setpoint.words import a_type
 
     if meant := _in_file(target):
         raise misuse(f"{target!r} names no file: did you mean {meant}?")
@@ -545,10 +545,10 @@ def _compress(target: str, data: str, budget: str, even: bool, samples: int, out
     from torch import nn
 
     from setpoint.checkpoint import save
+    from setpoint.messages import a_type
     from setpoint.one_shot.compress import compress, one_budget
     from setpoint.one_shot.samples import are_batches
     from setpoint.report.own_function import check_own_function, is_own_function, named_errors
-    from setpoint.words import a_type
 
     one_budget(budget)
     for each in (target, data):

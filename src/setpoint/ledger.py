@@ -1,4 +1,4 @@
-"""The ledger: an append-only record of every decision and what it cost."""
+"""The ledger: an append-only record of every decision, what it cost and what it led to."""
 
 from __future__ import annotations
 
@@ -6,19 +6,92 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
+from uuid import uuid4
 
 from setpoint.checkpoint.fields import fields_of, json_object
 from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.checkpoint.plain import plain
-from setpoint.entry import Entry
 from setpoint.errors import CheckpointError
-from setpoint.files import replace_text
 
 FORMAT = 1
 """Version of the file format, the value of "ledger" in its first line."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision. `spent`, `reference`, `error` and `price` are by resource, per optimizer step.
+
+    Args:
+        step: optimizer steps done.
+        widths: active units by group, after the decision.
+        dropped: origins (original unit indices) dropped, by group.
+        grown: origins brought back, by group.
+        loss: last observed loss.
+        val: last observed validation loss.
+        seconds: wall-clock seconds since attach.
+        reason: why, and what was skipped.
+        spent: cost per step after the decision, as predicted, and corrected by what meters have read so far.
+        metered: measured cost per step at the widths before the decision, of what a meter reads.
+        predicted: predicted cost at the same widths, of the same resources.
+        reference: what the reference allowed.
+        error: spent / reference - 1.
+        price: loss per unit of resource.
+        saliency: of the dropped units, by group, in the order of `dropped`.
+        worth: saliency / saving of the dropped units' blocks, by group, in the order of `dropped`.
+        sensing_seconds: time spent sensing since the last entry.
+        deciding_seconds: time spent deciding.
+        resizing_seconds: time spent resizing model and optimizer.
+        gain: probed gain of the units brought back, by group, in the order of `grown`.
+        grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
+        probing_seconds: time spent on probing since the last entry.
+        recompiles: how often compiled code was compiled again since the last entry, after the first cut.
+        recompiling_seconds: time that took.
+        num_dropped: where units are single weights, how many were dropped, by group; they are not listed one by one.
+        num_grown: likewise, how many were grown.
+        loss_after: loss of the first step after a decision that changed the model; None until it has been observed.
+        limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
+        spent_run: of budgets of the whole run, what it has spent so far.
+        learning_rate: the highest of the optimizers' groups in the step before the decision.
+    """
+
+    step: int
+    widths: Mapping[str, int]
+    dropped: Mapping[str, list[int]] = field(default_factory=dict)
+    grown: Mapping[str, list[int]] = field(default_factory=dict)
+    loss: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+    spent: Mapping[str, float] = field(default_factory=dict)
+    metered: Mapping[str, float] = field(default_factory=dict)
+    reference: Mapping[str, float] = field(default_factory=dict)
+    error: Mapping[str, float] = field(default_factory=dict)
+    price: Mapping[str, float] = field(default_factory=dict)
+    saliency: Mapping[str, list[float]] = field(default_factory=dict)
+    worth: Mapping[str, list[float]] = field(default_factory=dict)
+    sensing_seconds: float = 0.0
+    deciding_seconds: float = 0.0
+    resizing_seconds: float = 0.0
+    val: float | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    gain: Mapping[str, list[float]] = field(default_factory=dict)
+    grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
+    probing_seconds: float = 0.0
+    recompiles: int = 0
+    recompiling_seconds: float = 0.0
+    num_dropped: Mapping[str, int] = field(default_factory=dict)
+    num_grown: Mapping[str, int] = field(default_factory=dict)
+    loss_after: float | None = None
+    limit: Mapping[str, float] = field(default_factory=dict)
+    spent_run: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: float | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the decision dropped anything or brought anything back."""
+        return any((*self.dropped.values(), *self.grown.values(), *self.num_dropped.values(), *self.num_grown.values()))
 
 
 class Ledger:
@@ -164,3 +237,19 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nan(each) for each in value]
     return value
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8 into a folder that exists. Of two writers the last one wins.
+
+    Raises:
+        OSError: if the folder cannot be written to; then nothing stays behind.
+    """
+    # A name of its own: several processes of one run may write the same file.
+    unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -18,8 +18,8 @@ from torch import nn
 
 import setpoint
 from golden.models import mlp
-from setpoint.entry import Entry
 from setpoint.errors import LoopError
+from setpoint.ledger import Entry
 
 STEPS = 20
 PAGE = Path(__file__).parents[2] / "docs" / "watching.md"

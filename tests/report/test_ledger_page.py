@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 import setpoint
 from loop.test_budgets import Machine, machine, mlp, train
 from setpoint.cli import app
-from setpoint.entry import Entry
 from setpoint.errors import ReportError
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 from setpoint.report.decisions import bill
 from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
 from setpoint.report.page import document

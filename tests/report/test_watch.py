@@ -19,9 +19,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from setpoint.cli import app
-from setpoint.entry import Entry
 from setpoint.errors import ReportError
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 from setpoint.report import resources
 from setpoint.report import watch as watching
 from setpoint.report.record import record_of

@@ -15,7 +15,7 @@ from setpoint.controller.aim import Gains
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reconstruction import ReconstructionSensor

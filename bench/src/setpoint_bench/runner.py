@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from setpoint.words import counted
+from setpoint.messages import counted
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
 from setpoint_bench.own_random import OwnRandom

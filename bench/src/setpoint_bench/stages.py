@@ -16,7 +16,7 @@ from setpoint.actuator.sizes import apply_sizes, check_sizes, recorded_sizes
 from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
 from setpoint.errors import GroupError
-from setpoint.files import replace_text
+from setpoint.ledger import replace_text
 from setpoint_bench.task import BenchError, Task
 
 FILE = "stages.jsonl"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 from setpoint.report.zoo import library_names
 from setpoint_bench.coverage import SEED, Build, Verdict, check
 from setpoint_bench.environment import machine, package_version

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from setpoint.errors import UsageError
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 
 Split = Literal["validation", "test"]
 Metric = Literal["accuracy", "loss"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from setpoint.words import counted
+from setpoint.messages import counted
 from setpoint_bench.environment import code_version
 from setpoint_bench.progress import ProgressBars, turns_bar
 from setpoint_bench.report.columns import MOST_LOAD

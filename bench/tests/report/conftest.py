@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from setpoint.entry import Entry
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 
 STEPS = 1000
 DENSE_FLOPS = 2.4e9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from setpoint.entry import Entry
+from setpoint.ledger import Entry
 from setpoint.report.record import Record
 from setpoint_bench.report.history import Point, loss_around
 

@@ -9,7 +9,7 @@ from weakref import WeakSet
 from torch import nn
 
 from setpoint.errors import LoopError
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """Models that a loop is at work on."""

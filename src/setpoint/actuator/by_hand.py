@@ -16,7 +16,7 @@ from setpoint.actuator.optimizer_state import Optimizers
 from setpoint.actuator.shrink import shrink as shrink_held
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 AnyKeep = Bool[np.ndarray, " _units"] | Bool[Tensor, " _units"] | Sequence[bool]
 

@@ -17,7 +17,7 @@ from setpoint.actuator.lineage import shapes_before, sizes_now
 from setpoint.actuator.sizes import recorded_buffers
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""

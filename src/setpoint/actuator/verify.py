@@ -26,7 +26,7 @@ from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapp
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.under_way import under_way
+from setpoint.progress import progress
 
 Found = TypeVar("Found")
 
@@ -314,7 +314,7 @@ def _largest(tensors: Iterable[Tensor]) -> float:
 
 def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[tuple[str, ...], float]:
     """Names of the groups that fail on a few rows of the example, and the share of the example that was used."""
-    with under_way("trying every cut on copies"):
+    with progress("trying every cut on copies"):
         return on_few_rows(lambda rows: failing_groups(model, rows, groups), example)
 
 

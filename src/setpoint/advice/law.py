@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from setpoint.errors import UsageError
-from setpoint.files import replace_text
+from setpoint.ledger import replace_text
 
 
 def _is_number(value: object) -> bool:

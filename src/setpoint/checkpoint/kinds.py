@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from setpoint.errors import CheckpointError
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 
 def check_kinds(name: str, part: Any, saved: Any) -> None:

@@ -36,7 +36,7 @@ from setpoint.checkpoint.fit import make, not_made
 from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.ordinary_file import ordinary_file
 from setpoint.errors import CheckpointError
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 FORMAT = 1
 """Version of the file format, described in docs/checkpoint-format.md."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from setpoint.errors import CheckpointError
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 _NUMPY = "numpy"
 

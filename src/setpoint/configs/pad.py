@@ -21,10 +21,9 @@ from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import kept_of
 from setpoint.configs.keys import Said, is_configured, keys, numbered
 from setpoint.errors import CheckpointError, ExampleError, GroupError, VerificationError
-from setpoint.eval_mode import in_eval_mode
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.rng import in_eval_mode, preserved_rng_state
 from setpoint.groups.trace import trace
 
 

@@ -13,7 +13,7 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 
 def check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
+from setpoint.arguments import plain_fields
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with, these
@@ -12,7 +13,6 @@ from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
-from setpoint.given import plain_fields
 from setpoint.groups.group import Group, keep_all
 
 

@@ -10,6 +10,7 @@ from typing import final
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from setpoint.arguments import plain_fields
 from setpoint.controller.aim import Aim, Feedback, Gains, take_aim
 from setpoint.controller.ladder import NO_GUARDS, Guards
 from setpoint.controller.offer import Choice, Offer, most_that_pay, offers_of, together, widened
@@ -30,7 +31,6 @@ from setpoint.controller.selection import (
 )
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost
-from setpoint.given import plain_fields
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
 

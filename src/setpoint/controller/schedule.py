@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from setpoint.given import plain_fields
+from setpoint.arguments import plain_fields
 
 
 @dataclass(frozen=True)

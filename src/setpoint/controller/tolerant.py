@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import final
 
+from setpoint.arguments import plain_fields
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
@@ -14,9 +15,8 @@ from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
-from setpoint.given import plain_fields
 from setpoint.groups.group import Group, keep_all
-from setpoint.words import counted
+from setpoint.messages import counted
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from setpoint.arguments import plain_fields
 from setpoint.errors import BudgetError
-from setpoint.given import did_you_mean, plain_fields
+from setpoint.messages import did_you_mean
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from setpoint.arguments import plain_fields
 from setpoint.cost.budget import check_means, check_resource
 from setpoint.errors import BudgetError
-from setpoint.given import plain_fields
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from setpoint.cost.budget import RESOURCES, Budget, check_resource
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 
 _TIMES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0, "h": 3600.0}

@@ -12,11 +12,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from setpoint.actuator.attached import ATTACHED
+from setpoint.arguments import plain_number
 from setpoint.errors import NotBegunError
-from setpoint.given import plain_number
 from setpoint.groups.example import tensors_of
 from setpoint.loop.loop import Loop
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 
 @final

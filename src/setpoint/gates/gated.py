@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from setpoint.arguments import plain_fields
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.gates.net import GateNet
-from setpoint.given import plain_fields
 from setpoint.groups.group import Group
 
 _TINY = 1e-30

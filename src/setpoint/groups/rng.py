@@ -1,7 +1,8 @@
-"""RNG state: preserved, saved and restored, of the generators that everybody shares."""
+"""What a look at a model must leave as it was: RNG states, training modes, and Python's collection of garbage."""
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,39 @@ def preserved_rng_state(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; then each module gets its own mode back, also a frozen norm.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
+    >>> with in_eval_mode(model):
+    ...     model.training
+    False
+    >>> [module.training for module in model.modules()]
+    [True, True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """While inside, cyclic garbage is not collected. Afterwards collection is on if it was before."""
+    # Discovery makes objects by the hundred thousand that stay; each collection would look at all of torch's, too.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def rng_state() -> dict[str, Any]:

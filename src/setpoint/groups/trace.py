@@ -25,13 +25,12 @@ from setpoint.groups.one_at_a_time import one_at_a_time
 from setpoint.groups.opaque import Staging
 from setpoint.groups.product import solve
 from setpoint.groups.rehearsal import Rehearsal
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.rng import gc_paused, preserved_rng_state
 from setpoint.groups.state import find_states
 from setpoint.groups.stated import tie_pieces
 from setpoint.groups.trial import Draft
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
-from setpoint.uncollected import uncollected
-from setpoint.under_way import under_way
+from setpoint.progress import progress
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
             "setpoint.unsharded(model):` on every rank"
         )
-    with preserved_rng_state(model), under_way("finding what can be cut"), uncollected():
+    with preserved_rng_state(model), progress("finding what can be cut"), gc_paused():
         return _trace(model, example)
 
 

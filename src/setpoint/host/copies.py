@@ -23,7 +23,7 @@ from setpoint.distributed import is_sharded_tensor, local, plain_kind
 from setpoint.errors import GroupError
 from setpoint.groups.export import computed
 from setpoint.groups.rehearsal import hook_tables
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 HOLDERS = {
     "AveragedModel": "module",

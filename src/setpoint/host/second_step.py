@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from setpoint.host.first_forward import FirstForward
-from setpoint.warn import warn
-from setpoint.words import counted
+from setpoint.messages import counted, warn
 
 
 class SecondStep:

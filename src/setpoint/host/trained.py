@@ -6,7 +6,7 @@ import weakref
 
 from torch import nn
 
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 
 class Trained:

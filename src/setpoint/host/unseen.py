@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from setpoint.distributed import is_sharded_tensor
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 _MOVES = 3
 """So often weights move between backward passes by other hands before that is said."""

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from setpoint.arguments import check_settings
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError, NotBegunError
-from setpoint.given import check_settings
 from setpoint.integrations.bill import SPENT, came_spent, has_bill, is_spent
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 
 def _package() -> Any:

@@ -14,7 +14,7 @@ from setpoint.actuator.sizes import recorded_sizes
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.place import is_call, read_size
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 try:
     from timm.models import adapt_model_from_string

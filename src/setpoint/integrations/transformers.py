@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.actuator.lift import was_cut
+from setpoint.arguments import check_settings
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.tolerance import Tolerance
 from setpoint.cost.wanted import wanted
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import LoopError, NotBegunError
-from setpoint.given import check_settings
 from setpoint.integrations.bill import SPENT, came_spent, is_spent
 from setpoint.integrations.huggingface import enable_huggingface
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
+from setpoint.messages import warn
 from setpoint.one_shot.forward import without_training
-from setpoint.warn import warn
 
 try:
     from transformers import Trainer, TrainerCallback

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from setpoint.actuator.lift import was_cut
+from setpoint.arguments import check_settings
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.distributed import unwrapped
-from setpoint.entry import Entry
 from setpoint.errors import LoopError
-from setpoint.given import check_settings
 from setpoint.groups.shim import SizedForward
+from setpoint.ledger import Entry
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 from setpoint.loop.telling import News

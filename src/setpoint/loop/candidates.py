@@ -19,9 +19,9 @@ from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
+from setpoint.messages import warn
 from setpoint.sensor.reading import Hooking, Sensor
 from setpoint.sensor.tap import tappable
-from setpoint.warn import warn
 
 
 @dataclass(frozen=True, eq=False)

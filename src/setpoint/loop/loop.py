@@ -16,14 +16,13 @@ from setpoint.actuator.attached import ATTACHED
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.budget import Budget
-from setpoint.entry import Entry
 from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError
 from setpoint.groups.follow import Change, check_follows, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.host.host import Host
 from setpoint.host.unchanged import Unchanged
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.interrupt import uninterrupted
@@ -33,12 +32,12 @@ from setpoint.loop.record import decisions, highest_rate, recorded, refusal, wai
 from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loading, check_optimizers, check_same_run
 from setpoint.loop.summary import Summary, summarise, warn_of_miss
 from setpoint.loop.telling import News, Telling
+from setpoint.messages import warn
 from setpoint.sensor.reading import Hooking, Reading, Sensor
 from setpoint.sensor.stride import Listening, is_sensed
 from setpoint.spending.changing import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line, metrics
 from setpoint.spending.spending import Spending
-from setpoint.warn import warn
 
 
 @runtime_checkable

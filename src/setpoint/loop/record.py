@@ -12,13 +12,12 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Origins
 from setpoint.controller.plan import Plan
-from setpoint.entry import Entry
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
+from setpoint.messages import counted
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
-from setpoint.words import counted
 
 
 def refusal(reading: Reading) -> str:

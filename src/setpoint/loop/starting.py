@@ -35,9 +35,8 @@ from setpoint.loop.hooks import StepHooks
 from setpoint.loop.loop import Loop
 from setpoint.loop.resume import check_groups, check_loading, check_optimizers
 from setpoint.loop.telling import log
-from setpoint.under_way import under_way
-from setpoint.warn import warn
-from setpoint.words import counted
+from setpoint.messages import counted, warn
+from setpoint.progress import progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +243,7 @@ class Starting:
         self._settle()
 
     def _built(self, inputs: Inputs) -> Mapping[str, Any]:
-        with under_way("attach"), called_by(self._host.model, self._method):
+        with progress("attach"), called_by(self._host.model, self._method):
             return self._build(inputs)
 
     def _carried(self) -> dict[str, Any]:

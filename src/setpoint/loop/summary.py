@@ -13,10 +13,9 @@ from setpoint.ledger import Ledger, without_nan
 from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
 from setpoint.loop.record import drop_counts, return_counts
+from setpoint.messages import counted, warn
 from setpoint.spending.spending import Spending
 from setpoint.spending.verdict import totals, verdict
-from setpoint.warn import warn
-from setpoint.words import counted
 
 
 @dataclass(frozen=True)

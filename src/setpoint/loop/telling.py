@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from setpoint.entry import Entry
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 from setpoint.loop.summary import Summary
+from setpoint.messages import counted
 from setpoint.spending.metrics import leading
-from setpoint.words import counted
 
 LOG = logging.getLogger("setpoint")
 

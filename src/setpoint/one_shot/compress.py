@@ -18,6 +18,7 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.actuator.try_optimizer import check_optimizer, check_trains
 from setpoint.actuator.verify import failing_on_few_rows
+from setpoint.arguments import check_flags, counts
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
 from setpoint.controller.swap import swap, trade
@@ -28,7 +29,6 @@ from setpoint.cost.params import params_cost
 from setpoint.cost.wanted import is_time, wanted
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, ExampleError, GroupError
-from setpoint.given import check_flags, counts
 from setpoint.groups.blocks import check_blocks
 from setpoint.groups.example import Example
 from setpoint.groups.example import num_samples as samples_in
@@ -37,6 +37,7 @@ from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import Trace, trace
 from setpoint.host.optimizers import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
+from setpoint.messages import a_type, warn
 from setpoint.one_shot.compressed import Compressed
 from setpoint.one_shot.forward import batch_norms_of, norms_were_constant, run
 from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
@@ -47,8 +48,6 @@ from setpoint.sensor.listener import Listener
 from setpoint.sensor.reconstruction import norm_scale
 from setpoint.spending.checks import check_reachable
 from setpoint.spending.original import original_costs
-from setpoint.warn import warn
-from setpoint.words import a_type
 
 _FLOORS = (0.8, 0.25, 0.0)
 """Least shares of an even cut's width that a group keeps; the next where one leaves the budget unmet, or much unused.

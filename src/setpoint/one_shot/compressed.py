@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from setpoint.cost.budget import amount
-from setpoint.words import counted
+from setpoint.messages import counted
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import ExampleError, SetpointError
-from setpoint.eval_mode import in_eval_mode
 from setpoint.groups.example import Example, inputs_of
+from setpoint.groups.rng import in_eval_mode
 
 Norms = Literal["running", "batch", "renewed"]
 """What a BatchNorm divides by: its running statistics, those of the batch, or these, which also become its new ones."""

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from setpoint.errors import ExampleError
 from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
+from setpoint.messages import a_type
 from setpoint.one_shot.forward import batch_norms_of, without_training
-from setpoint.words import a_type
 
 _LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
 _MOST_EMPTY = 100

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups
+from setpoint.arguments import plain_fields
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan, RegrowingController
 from setpoint.errors import CheckpointError, GroupError
-from setpoint.given import plain_fields
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.fsdp import brackets
 from setpoint.loop.cutting import Cutting, changing
+from setpoint.messages import counted, warn
 from setpoint.regrowth.easing import Easing
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.regrow import Grow, regrow, with_units
@@ -29,8 +30,6 @@ from setpoint.regrowth.reserve import Key, Reserve, held
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 from setpoint.spending.spending import Spending
-from setpoint.warn import warn
-from setpoint.words import counted
 
 Snapshots = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from setpoint.entry import Entry
+from setpoint.ledger import Entry
+from setpoint.messages import counted
 from setpoint.report.figures import BLUE, FAINT, GREY, INK, Figure, Trace, escape, layout, line, scatter
 from setpoint.report.numbers import digits, scale
 from setpoint.report.record import Record
 from setpoint.report.resources import PER, dense_of, dropped, end_of, limit_of, num_dropped, unit_of
-from setpoint.words import counted
 
 BAND = 0.84
 """Share of a group's band that its units fill; a gap to the next band remains."""

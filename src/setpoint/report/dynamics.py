@@ -6,12 +6,12 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
+from setpoint.messages import counted
 from setpoint.report.decisions import MOST_EVENTS, first_widths, height_of, num_events, rows, short
 from setpoint.report.figures import BLUE, GREY, ORANGE, Figure, Trace, escape, layout, scatter
 from setpoint.report.numbers import digits
 from setpoint.report.record import Record
 from setpoint.report.resources import end_of
-from setpoint.words import counted
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from setpoint.errors import UsageError
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Frozen, trace
+from setpoint.messages import a_type, counted
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.report.parameters import Part, params_along, parts, share_along
 from setpoint.report.zoo import named_model, noise
-from setpoint.words import a_type, counted
 
 MOST_NUMBERS = 2**28
 """In an example that is filled with noise: a gigabyte of them."""

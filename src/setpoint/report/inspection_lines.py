@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from setpoint.messages import counted
 from setpoint.report.inspect_model import GroupReport, Inspection
 from setpoint.report.names import fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
-from setpoint.words import counted
 
 _WIDTH = 80
 """Columns of the line of the most FLOPs, as far as names let it fit."""

@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from setpoint.messages import counted
 from setpoint.report.drawing import ink
 from setpoint.report.figures import BLUE, FAINT, ORANGE
 from setpoint.report.names import along, fold, some
 from setpoint.report.numbers import NOTHING, human, percent, share
 from setpoint.report.page import document, html_table, pair, save, width
-from setpoint.words import counted
 
 MOST_ROWS = 24
 """How many modules have a row each; of more, those that hold them have."""

@@ -7,11 +7,11 @@ from collections.abc import Hashable, Sequence
 from rich.markup import escape
 from rich.tree import Tree
 
+from setpoint.messages import counted
 from setpoint.report.inspect_model import GroupReport, Inspection
 from setpoint.report.inspection_lines import nothing
 from setpoint.report.names import along, fold, skeleton, some
 from setpoint.report.numbers import human, percent, share
-from setpoint.words import counted
 
 _MOST_PLACES = 8
 """Lines shown of the places of one group."""

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from setpoint.errors import UsageError
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 
 
 def is_own_function(target: str) -> bool:

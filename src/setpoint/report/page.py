@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from setpoint.files import replace_text
+from setpoint.ledger import replace_text
 from setpoint.report.drawing import drawing, scheme
 from setpoint.report.figures import Figure
 from setpoint.report.numbers import NOTHING

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from setpoint.entry import Entry
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 from setpoint.report.values import integer, mapping, number, quantities
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from setpoint.entry import Entry
+from setpoint.ledger import Entry
+from setpoint.messages import counted
 from setpoint.report.figures import AXES, escape
 from setpoint.report.numbers import digits, human, percent
 from setpoint.report.record import Record
-from setpoint.words import counted
 
 NAMES = {
     "flops": "FLOPs",

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from setpoint.messages import counted
 from setpoint.report import decisions, dynamics, resources
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.page import download, drawn, html_table, width
 from setpoint.report.record import Record
-from setpoint.words import counted
 
 MOST_NAMED = 12
 """Groups that a line of the table of decisions names."""

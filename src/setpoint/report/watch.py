@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from setpoint.errors import ReportError
+from setpoint.messages import counted
 from setpoint.report import resources
 from setpoint.report.ledger_page import read_ledger
 from setpoint.report.numbers import NOTHING, digits, duration, human, percent
 from setpoint.report.record import Record
-from setpoint.words import counted
 
 _BAR = 24
 _SILENT_S = 300.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import UsageError
-from setpoint.given import did_you_mean
+from setpoint.messages import did_you_mean
 
 _MOST_PARAMS = 500_000_000
 """A larger model is built without weights: the copies on which cuts are tried would fill the memory."""

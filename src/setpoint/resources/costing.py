@@ -20,6 +20,8 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, widths_of
+from setpoint.messages import warn
+from setpoint.progress import progress
 from setpoint.resources.counted import Make, Narrowing, Share, Tally
 from setpoint.resources.energy import EnergyCost, fit_energy
 from setpoint.resources.inference import inference_replica
@@ -32,8 +34,6 @@ from setpoint.resources.replica import first, replica
 from setpoint.resources.table import Table
 from setpoint.resources.tape import Tape, Trainee, record, record_each
 from setpoint.spending.seconds import Stopwatch
-from setpoint.under_way import under_way
-from setpoint.warn import warn
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
 _SLOW_S = 0.2
@@ -179,7 +179,7 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, pea
     """
     narrow, apart = narrowing_widths(groups, dense=False, timed=seen is not None)
     try:
-        with under_way("recording a step") as show:
+        with progress("recording a step") as show:
             if apart:
                 with suppress(Exception):  # an error that is kept would keep the copy's memory
                     return _narrowed(make, groups, narrow, show, seen, peaks)
@@ -261,7 +261,7 @@ def _calibrated(
     """The cost with its scale, and joules; `seen` are steps that have been timed already."""
     seconds, joules = list[Reading](seen), list[Reading]()
     if not seconds:
-        with under_way(f"timing whole steps ({cost.resource})") as show:
+        with progress(f"timing whole steps ({cost.resource})") as show:
             for widths, taken, spent in _timed(make, groups, table.device, meter, show):
                 seconds.append((widths, taken))
                 if spent is not None:

@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 POWERCAP = Path("/sys/class/powercap")
 _MOST_WATTS = 1e5

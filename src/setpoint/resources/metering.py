@@ -15,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
+from setpoint.messages import warn
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes, resident_bytes
 from setpoint.resources.median import Measured, median_of
 from setpoint.spending.meter import Meter
 from setpoint.spending.seconds import StepMeter
-from setpoint.warn import warn
 
 _MARGIN = 0.03
 _COLD = 2

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from setpoint.progress import progress
 from setpoint.resources.curve import Curve, Point, points
 from setpoint.resources.problem import Problem, on_one_dim
 from setpoint.spending.seconds import Stopwatch
-from setpoint.under_way import under_way
 
 _ROUNDS = 3
 _LEAST_SECONDS = 5e-4
@@ -68,7 +68,7 @@ class Table:
 
     def _time(self, problems: Sequence[Problem], calls: Mapping[str, int], limit_s: float) -> None:
         began = time.perf_counter()
-        with under_way("timing operations on this device") as show:
+        with progress("timing operations on this device") as show:
             first = {}
             for number, problem in enumerate(problems):
                 first[problem.key] = _seconds(problem, problem.dense, self.device)

@@ -14,10 +14,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from setpoint.errors import CostError
 from setpoint.groups.group import Size
+from setpoint.groups.rng import gc_paused
 from setpoint.groups.walk import op_name
 from setpoint.resources.lengths import Lengths
 from setpoint.resources.live_bytes import LiveBytes, Noted
-from setpoint.uncollected import uncollected
 
 
 class Trainee(Protocol):
@@ -171,7 +171,7 @@ def _take(made: Trainee) -> _Take:
 
     held = made.held()
     torch.clear_autocast_cache()  # a step casts each weight once
-    with uncollected(), _Calls(held, noted, calls):
+    with gc_paused(), _Calls(held, noted, calls):
         made.step()
     return taken
 

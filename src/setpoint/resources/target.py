@@ -12,9 +12,9 @@ from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
+from setpoint.messages import warn
 from setpoint.resources.metering import Metering
 from setpoint.spending.target import Target
-from setpoint.warn import warn
 
 _TRUST = 0.6
 """How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""

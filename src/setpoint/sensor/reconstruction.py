@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from setpoint.arguments import counts
 from setpoint.distributed import Ranks, local, unsharded_tensor
 from setpoint.errors import GroupError
-from setpoint.given import counts
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, by_column, find_consumers, layers_by_weight

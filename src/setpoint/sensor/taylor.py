@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 
+from setpoint.arguments import counts
 from setpoint.distributed import Ranks, local
 from setpoint.errors import GroupError, LoopError
-from setpoint.given import counts
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from setpoint.arguments import plain_number
 from setpoint.controller.selection import cheapest
 from setpoint.cost.wanted import wanted
 from setpoint.errors import BudgetError, LoopError
-from setpoint.given import plain_number
 from setpoint.groups.group import Group
+from setpoint.messages import counted
 from setpoint.spending.checks import check_budgets, check_costed, check_reachable, with_bill
 from setpoint.spending.spending import Spending
-from setpoint.words import counted
 
 
 def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:

@@ -10,7 +10,7 @@ from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amou
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 
 def check_budgets(budget: Any) -> tuple[Budget, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from setpoint.controller.plan import Plan
+from setpoint.messages import counted
 from setpoint.spending.spending import Spending
-from setpoint.words import counted
 
 
 def metrics(

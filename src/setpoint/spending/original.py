@@ -14,7 +14,7 @@ from setpoint.errors import BudgetError
 from setpoint.groups.export import Example
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import repeated, trace
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 
 def original_costs(

@@ -13,11 +13,11 @@ from setpoint.controller.schedule import RunRest, Schedule, next_decision
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, amount
 from setpoint.groups.group import Group, widths_of
+from setpoint.messages import warn
 from setpoint.sensor.stride import sensed_every
 from setpoint.spending.account import Account
 from setpoint.spending.meter import Meter
 from setpoint.spending.target import Target
-from setpoint.warn import warn
 
 LEARNING_SHARE = 0.01
 """A controller that learns never takes more than this share of the FLOPs of the steps so far."""

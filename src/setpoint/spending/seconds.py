@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from setpoint.warn import warn
+from setpoint.messages import warn
 
 
 class Stopwatch:

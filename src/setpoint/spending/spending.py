@@ -11,8 +11,8 @@ from setpoint.controller.plan import Learning, Observation, Plan
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
-from setpoint.entry import Entry
 from setpoint.groups.group import Group, widths_of
+from setpoint.ledger import Entry
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
 from setpoint.spending.bill import Bill, Paying

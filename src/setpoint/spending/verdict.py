@@ -8,9 +8,9 @@ from typing import Any
 
 from setpoint.controller.plan import Plan
 from setpoint.cost.budget import METERED, amount, of_dense
+from setpoint.messages import counted
 from setpoint.spending.break_even import break_even_step
 from setpoint.spending.spending import Spending
-from setpoint.words import counted
 
 
 def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from setpoint.errors import StateSpaceError
 from setpoint.groups.state_space import DiagonalSystem
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 
 @dataclass(frozen=True, eq=False)

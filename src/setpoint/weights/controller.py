@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
+from setpoint.arguments import plain_fields
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
-from setpoint.given import plain_fields
 from setpoint.groups.group import Group
 
 

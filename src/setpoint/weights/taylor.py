@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from setpoint.given import counts
+from setpoint.arguments import counts
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading

@@ -9,7 +9,7 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.selection import Selection, add_back, descend, landing_widths, start, weigh
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all, widths_of
-from setpoint.words import counted
+from setpoint.messages import counted
 
 
 def nothing_dropped(observation: Observation, cost: Cost, groups: tuple[Group, ...], reason: str) -> Plan:

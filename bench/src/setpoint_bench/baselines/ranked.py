@@ -10,7 +10,7 @@ from setpoint.controller.selection import Selection, add_back, start
 from setpoint.controller.swap import swap
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
-from setpoint.words import counted
+from setpoint.messages import counted
 
 
 def ranked_plan(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from setpoint.messages import counted
 from setpoint.report.figures import FAINT, GREY, INK, Figure, Trace, escape, layout
 from setpoint.report.numbers import human, scale
-from setpoint.words import counted
 from setpoint_bench.report.columns import metric_text
 from setpoint_bench.report.looks import marks
 from setpoint_bench.report.statistics import FEWEST_FOR_AN_INTERVAL, Estimate, half_interval

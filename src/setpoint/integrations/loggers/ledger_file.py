@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from setpoint.entry import Entry
-from setpoint.ledger import Ledger
+from setpoint.ledger import Entry, Ledger
 
 
 class LedgerFile:

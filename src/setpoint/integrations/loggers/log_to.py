@@ -16,7 +16,7 @@ from setpoint.integrations.loggers.wandb import WANDB
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 from setpoint.loop.telling import News
-from setpoint.words import a_type
+from setpoint.messages import a_type
 
 LOGGERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": WANDB, "trackio": TRACKIO}
 """By name, in the order in which an object is held against them."""

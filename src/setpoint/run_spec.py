@@ -1,0 +1,261 @@
+"""A run spec: what the user asks of a run, checked, with the leaf folders that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from setpoint.actuator.attached import check_free
+from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.arguments import check_flags, plain_number
+from setpoint.controller.even import EvenController
+from setpoint.controller.goal import check_goal, controller_for
+from setpoint.controller.plan import Controller, RegrowingController
+from setpoint.controller.rolling_back import RollingBack
+from setpoint.controller.schedule import Schedule
+from setpoint.controller.using_up import UsingUp
+from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
+from setpoint.errors import CostError, GroupError, LoopError
+from setpoint.groups.blocks import check_blocks
+from setpoint.groups.group import Group
+from setpoint.host.host import Host
+from setpoint.loop.starting import Inputs
+from setpoint.messages import did_you_mean
+from setpoint.sensor.reading import Sensor
+from setpoint.sensor.taylor import TaylorSensor
+from setpoint.spending.checks import check_budgets, with_bill
+
+if TYPE_CHECKING:
+    from setpoint.regrowth.regrowing import Regrowing
+    from setpoint.weights.masking import Masking
+
+_STEPS = "give the optimizer steps of the whole run, such as epochs * len(loader)"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, eq=False)
+class RunSpec:
+    """What is asked of a run, checked.
+
+    Args:
+        goal: a price or a tolerance, None where there are budgets.
+        budgets: each of another resource.
+        controller: pursues it.
+        masking: how single weights are masked, None where whole units are cut.
+        regrowing: how units rest that may come back; None where none come back.
+        bill: what the run may spend beside budgets per step.
+    """
+
+    goal: Price | Tolerance | None
+    budgets: tuple[Budget, ...]
+    controller: Controller[Any]
+    masking: Masking | None = None
+    regrowing: Regrowing | None = None
+    bill: Budget | None = None
+
+    @property
+    def goals(self) -> tuple[Budget | Price | Tolerance, ...]:
+        """Budgets, or the price or tolerance."""
+        return self.budgets if self.goal is None else (self.goal,)
+
+    @property
+    def resource(self) -> str:
+        """What is saved where there is no budget."""
+        return self.goal.resource if self.goal else "flops"
+
+    @property
+    def schedule(self) -> Schedule:
+        """When decisions are made."""
+        schedule = getattr(self.controller, "schedule", None)
+        return schedule if isinstance(schedule, Schedule) else Schedule()
+
+    @property
+    def revocable(self) -> bool:
+        """Whether a cut that the loss does not stand is taken back, or at least followed by a pause."""
+        able = isinstance(self.controller, RegrowingController) or getattr(self.controller, "pauses", False)
+        return able and not isinstance(self.goal, Tolerance)  # a tolerance judges by itself
+
+    def guarded(self, controller: Controller[Any]) -> Controller[Any]:
+        """The controller, which uses up a run's budget and gives way to the loss once."""
+        using_up = UsingUp(controller)
+        return RollingBack(using_up) if self.revocable else using_up
+
+
+def check_spec(
+    host: Host,
+    budget: Budget | Sequence[Budget] | Price | Tolerance,
+    controller: Controller[Any] | None,
+    actuator: Masking | Regrowing | None,
+    even: bool,
+) -> RunSpec:
+    """Check what is wanted, and whether host and optimizers can give it."""
+    check_free(host.model)
+    check_data(host.model)
+    goal = budget if isinstance(budget, (Price, Tolerance)) else None
+    budgets, bill = ((), None) if isinstance(budget, (Price, Tolerance)) else with_bill(check_budgets(budget))
+    masking, regrowing = _kinds(actuator)
+    if controller is None:
+        controller = controller_for(goal or budgets, regrow=regrowing is not None)
+        if masking:
+            from setpoint.weights.controller import DropAndGrowController
+
+            controller = DropAndGrowController(controller)
+    else:
+        check_goal(goal, controller)
+    if even and masking:
+        raise LoopError("even=True is for units that are cut: Masking(...) keeps every layer as wide as it is")
+    if even and not isinstance(controller, EvenController):
+        controller = EvenController(controller)
+    if regrowing and (isinstance(goal, Price) or not isinstance(controller, RegrowingController)):
+        raise LoopError(
+            f"actuator=Regrowing(...) has no use here: {type(controller).__name__} brings nothing back. Leave the "
+            "actuator to attach, or use a Budget with PricedController(regrow=True), or a Tolerance"
+        )
+    check_trains(host.optimizers, host.model)
+    for each in host.optimizers:
+        check_optimizer(each)
+    found = RunSpec(goal, budgets, controller, masking, regrowing, bill)
+    if not host.alone:
+        check_shared_costs({each.resource for each in found.goals})
+    return found
+
+
+def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
+    """The actuator as what it is; neither where units are cut for good."""
+    if actuator is None:
+        return None, None
+    from setpoint.regrowth.regrowing import Regrowing
+    from setpoint.weights.masking import Masking
+
+    if not isinstance(actuator, (Masking, Regrowing)):
+        raise LoopError(f"actuator is Masking(...) or Regrowing(...), or None to cut units for good; got {actuator!r}")
+    return (actuator, None) if isinstance(actuator, Masking) else (None, actuator)
+
+
+def usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:
+    """Taylor for units; states have sensors of their own."""
+    samples = inputs.samples * host.ranks.count
+    if host.alone and any(group.kind == "state" for group in groups):
+        from setpoint.sensor.chain import SensorChain
+        from setpoint.states.hankel import HankelSensor
+        from setpoint.states.selective import SelectiveSensor
+
+        for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(inputs.example))
+        return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
+    return TaylorSensor(samples)
+
+
+def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function; where `total_steps` is missing it says what to give."""
+
+    @wraps(function)
+    def asking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if "total_steps" not in kwargs:
+            meant = "".join(f", got {each}=" for each in kwargs if did_you_mean(each, ("total_steps",)))
+            raise TypeError(f"{function.__name__}() needs total_steps=...{meant}: {_STEPS}")
+        return function(*args, **kwargs)
+
+    return asking
+
+
+def check_parts(controller: object, sensor: object, budget: object, **flags: object) -> None:
+    """Check that controller and sensor are such objects, or None, and that flags are flags.
+
+    Raises:
+        LoopError: for a class, a name, or an object that lacks a method; for a price, and a sensor whose readings are
+            in no unit of the loss, of which it says so by `in_loss = False`.
+        ValueError: for a flag that is neither True nor False.
+    """
+    check_flags(**flags)
+    kinds = (("controller", controller, Controller, "PricedController"), ("sensor", sensor, Sensor, "TaylorSensor"))
+    for name, part, kind, such in kinds:
+        if isinstance(part, type):
+            raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
+        # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
+        lacking = [each for each in vars(kind) if not each.startswith("_") and not hasattr(part, each)]
+        if part is not None and lacking:
+            raise LoopError(
+                f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
+                + " and no ".join(sorted(lacking))
+            )
+    if isinstance(budget, Price) and not getattr(sensor, "in_loss", True):
+        raise LoopError(
+            f"{type(sensor).__name__} reads in no unit of the loss, so that no Price can be set against it: give a "
+            'budget, such as "50% flops", or leave the sensor to attach'
+        )
+
+
+def whole_steps(total_steps: Any) -> int:
+    """The steps of a run as Python's own number; ValueError for anything but a positive integer."""
+    number = plain_number(total_steps)
+    if type(number) is not int or number < 1:
+        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}: {_STEPS}")
+    return number
+
+
+def as_groups(groups: object) -> tuple[Group, ...] | None:
+    """The groups as a tuple, or None; GroupError for what holds anything else, such as their names."""
+    if groups is None:
+        return None
+    found = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, str) else (groups,)
+    strange = [each for each in found if not isinstance(each, Group)]
+    if strange or isinstance(groups, Group):
+        what = f"one of {strange[0]!r}" if strange and isinstance(groups, Iterable) else repr(groups)
+        raise GroupError(
+            f"groups must be a sequence of groups out of find_groups(model, example), or None for all; got {what:.200}"
+        )
+    check_blocks(found)
+    return found
+
+
+def check_data(model: nn.Module) -> None:
+    """Check that a model's tensors have data, and that no weight is NaN, or raise LoopError by name."""
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            continue  # discovery says what to do about it
+        if tensor.is_meta:
+            raise LoopError(
+                f"{name!r} is on the meta device and has no data: give the model data first, "
+                "model.to_empty(device=...) and its values, and attach then"
+            )
+        if isinstance(tensor, nn.Parameter) and _has_nan(tensor):
+            raise LoopError(f"{name!r} holds NaN, so nothing can be learnt from it any more: begin with a whole model")
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    comparable = type(tensor) is nn.Parameter and tensor.layout == torch.strided and tensor.dtype.itemsize > 1
+    if not comparable or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    # A sum takes a fraction of the time, and is finite where no entry is NaN and it does not overflow.
+    if tensor.is_floating_point() and bool(tensor.detach().sum().isfinite()):
+        return False
+    return bool(tensor.isnan().any())
+
+
+def check_shared_costs(resources: set[str]) -> None:
+    """Check that costs are the same on all ranks, so that they can follow one plan."""
+    measured = sorted(resources & set(METERED))
+    if measured:
+        raise CostError(
+            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
+            "another cost: use a budget of 'flops' or 'params'"
+        )
+
+
+def check_reads(sensor: object) -> None:
+    """Check that a sensor says that it reads weights of which each rank has a part."""
+    if not getattr(sensor, "reads_shards", False):
+        raise LoopError(
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
+            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
+        )

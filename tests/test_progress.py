@@ -1,0 +1,95 @@
+"""A line on a terminal while something takes its time, and nothing anywhere else."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import setpoint
+from golden.models import mlp
+from setpoint.errors import SetpointError
+from setpoint.progress import progress
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        """It is."""
+        return True
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """In the place of stderr; in the test itself, since pytest puts streams of its own there after the fixtures."""
+    stream = Terminal()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def attach(budget: Any = 0.5, **settings: Any) -> setpoint.Loop:
+    """Attach to an MLP at once."""
+    model = mlp(6, 24, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    settings = {"total_steps": 9, "example": (torch.randn(4, 6),), **settings}
+    return setpoint.attach(model, optimizer, budget, **settings)
+
+
+def test_attach_shows_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the line is there before anything is done, names the stages, and is erased at the end."""
+    stream = terminal(monkeypatch)
+    attach().detach()
+    text = stream.getvalue()
+    first = text.index("setpoint: attach")
+    assert first < text.index("finding what can be cut") < text.index("trying every cut on copies")
+    assert text.rpartition("\r")[2] == ""
+
+
+def test_an_error_erases_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: what attach refuses leaves no line behind, and the next attach has one again."""
+    stream = terminal(monkeypatch)
+    with pytest.raises(SetpointError):
+        attach(1e-3)
+    assert stream.getvalue().rpartition("\r")[2] == ""
+    before = len(stream.getvalue())
+    attach().detach()
+    assert "setpoint: attach" in stream.getvalue()[before:]
+
+
+def test_a_share_is_shown_and_stdout_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: the share that is done stands behind the work; what a model prints goes to stdout, as always."""
+    stream = terminal(monkeypatch)
+    with progress("work") as show:
+        show(0.5)
+        print("from the model")
+    assert "setpoint: work 50%" in stream.getvalue()
+    assert capsys.readouterr().out == "from the model\n" and "from the model" not in stream.getvalue()
+
+
+def test_only_the_first_rank_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: processes that share a terminal do not write over each other."""
+    stream = terminal(monkeypatch)
+    monkeypatch.setenv("RANK", "1")
+    with progress("work") as show:
+        show(0.5)
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [None, "a file", "closed"])
+def test_nothing_is_written_where_stderr_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stream: str | None
+) -> None:
+    """Claim: a file stays empty, and a program that has closed stderr or has none is not disturbed."""
+    with (tmp_path / "log").open("w+") as file:
+        if stream == "closed":
+            file.close()
+        monkeypatch.setattr(sys, "stderr", file if stream else None)
+        attach().detach()
+    assert (tmp_path / "log").read_text() == ""
