@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import setpoint
 from setpoint.cli import app
-from setpoint.cost.wanted import fraction
+from setpoint.cost.parse import fraction
 from setpoint.demo.demo import demo
 from setpoint.demo.network import PRETRAINED, Network
 from setpoint.demo.signs import NEW, OLD, draw

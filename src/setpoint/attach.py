@@ -14,8 +14,8 @@ from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.parse import parse_budget
 from setpoint.cost.tolerance import Tolerance
-from setpoint.cost.wanted import wanted
 from setpoint.errors import LoopError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
@@ -118,7 +118,7 @@ def attach(
     """
     check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
     total_steps, groups = whole_steps(total_steps), as_groups(groups)
-    host, loop, budget = host_of(model, optimizer, copies), Loop(), wanted(budget)
+    host, loop, budget = host_of(model, optimizer, copies), Loop(), parse_budget(budget)
     check = partial(check_spec, host, budget, controller, actuator, even)
     choice = _Choice(sensor, groups, allow_lossy, bool(verify))
     build = partial(_build, host, check, choice, total_steps)

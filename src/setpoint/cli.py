@@ -55,7 +55,7 @@ def demo(
     The network and the images come with Setpoint: nothing is downloaded.
     """
     with errors_as_messages():
-        from setpoint.cost.wanted import fraction
+        from setpoint.cost.parse import fraction
 
         share, folder = fraction(budget, "--budget"), out or Path("runs/demo")
         check_folder(folder)

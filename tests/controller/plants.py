@@ -90,7 +90,7 @@ def observe(
     widths = widths_of(groups)
     return Observation(
         step=step,
-        total_steps=total_steps,
+        planned_steps=total_steps,
         widths=widths,
         dense_widths=widths if dense_widths is None else dense_widths,
         reading=reading,

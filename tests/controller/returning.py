@@ -37,8 +37,8 @@ class Returning:
     transferred = property(lambda self: self.inner.transferred)
 
     def decide(self, state: Any, observation: Observation, cost: Any, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
-        at, limit = (observation.step, observation.total_steps), observation.limit[cost.resource]
-        if not self.inner.schedule.settled(observation.step - 1, observation.total_steps):
+        at, limit = (observation.step, observation.planned_steps), observation.limit[cost.resource]
+        if not self.inner.schedule.settled(observation.step - 1, observation.planned_steps):
             low = replace(observation, limit={**observation.limit, cost.resource: self.share * limit})
             return self.inner.decide(state, low, cost, groups)
         state, plan = self.inner.decide(state, observation, cost, groups)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-import setpoint.cost.wanted
+import setpoint.cost.parse
 from golden.models import GPT, ResNet, mlp
 from setpoint.actuator.shrink import named_tensors
 from setpoint.errors import BudgetError, CheckpointError, LoopError, NotBegunError, OptimizerError
@@ -619,15 +619,15 @@ def test_a_cut_model_with_the_optimizer_of_a_dense_one_is_refused(example: bool)
 
 def test_budgets_in_words() -> None:
     """Claim: amounts with units, in text and mappings, are the budgets that they say; anything else is refused."""
-    wanted = setpoint.cost.wanted.wanted
-    assert wanted(np.float32(0.5)) == setpoint.Budget.fraction(0.5, of="flops")
-    assert wanted("40 % of params") == setpoint.Budget.fraction(0.4, of="params")
-    assert wanted("1.5 GFLOPs flops") == setpoint.Budget.total(1.5e9, of="flops")
-    assert wanted("500 us inference") == setpoint.Budget.total(500 * 1e-6, of="inference")
-    assert wanted({"flops": 0.5, "params": 2e6})[1] == setpoint.Budget.total(2e6, of="params")
+    parse = setpoint.cost.parse.parse_budget
+    assert parse(np.float32(0.5)) == setpoint.Budget.fraction(0.5, of="flops")
+    assert parse("40 % of params") == setpoint.Budget.fraction(0.4, of="params")
+    assert parse("1.5 GFLOPs flops") == setpoint.Budget.total(1.5e9, of="flops")
+    assert parse("500 us inference") == setpoint.Budget.total(500 * 1e-6, of="inference")
+    assert parse({"flops": 0.5, "params": 2e6})[1] == setpoint.Budget.total(2e6, of="params")
     for wrong in ("150%", "half flops", "3 GiB latency", "50% speed", {"latency": 0.008}, {"speed": "3 s"}, 5, ""):
         with pytest.raises(BudgetError):
-            wanted(wrong)
+            parse(wrong)
 
 
 @pytest.mark.parametrize("example", [True, False], ids=["example", "no example"])

@@ -51,7 +51,7 @@ def bench(
     Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
     """
     with errors_as_messages():
-        from setpoint.cost.wanted import fraction
+        from setpoint.cost.parse import fraction
 
         _bench(
             task,

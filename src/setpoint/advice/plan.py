@@ -18,7 +18,7 @@ from setpoint.controller.selection import cheapest, landing_widths
 from setpoint.cost.budget import Budget
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.cost.wanted import is_time, wanted
+from setpoint.cost.parse import is_time, parse_budget
 from setpoint.errors import UsageError
 from setpoint.groups.example import Example, in_shapes, inputs_of, num_samples, shapes_of, tensors_of
 from setpoint.groups.group import widths_of
@@ -539,7 +539,7 @@ def budget_per_step(budget: Any) -> Budget:
     if budget is None:
         raise UsageError("give the budget of a step, of flops or params, such as '25%' (--budget 25%)")
     single = budget[0] if isinstance(budget, (list, tuple)) and len(budget) == 1 else budget
-    goal = None if is_time(single) else wanted(single)
+    goal = None if is_time(single) else parse_budget(single)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise UsageError(
             f"plan takes one budget of flops or params per step, such as '25%', and the bill of the run as flops=, "

@@ -148,7 +148,7 @@ def take_aim(
         start: dense cost as metered, None before it is known.
         feedback: what the PI part remembers.
     """
-    resource, step, total_steps = cost.resource, observation.step, observation.total_steps
+    resource, step, total_steps = cost.resource, observation.step, observation.planned_steps
     limit, metered = observation.limit[resource], observation.metered.get(resource)
     spent = cost.total(observation.widths)
     ratio = 1.0 if metered is None else metered / spent

@@ -79,7 +79,7 @@ class PenaltyController:
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
         resource, reading = cost.resource, observation.reading
-        step, total_steps = observation.step, observation.total_steps
+        step, total_steps = observation.step, observation.planned_steps
         rate = self.price.absolute(observation.dense[resource])
         price = rate * self.schedule.progress(step, total_steps)
         problem = problem_with(reading, None, groups)

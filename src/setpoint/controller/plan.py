@@ -26,7 +26,7 @@ class Observation:
 
     Args:
         step: optimizer steps done so far.
-        total_steps: optimizer steps of the whole run.
+        planned_steps: as in a run of how many steps decisions fall: the run's length, unless a budget decides that.
         widths: active units by group.
         dense_widths: units by group of the dense model.
         reading: saliency of every active unit, or None if there is none yet.
@@ -48,7 +48,7 @@ class Observation:
     """
 
     step: int
-    total_steps: int
+    planned_steps: int
     widths: Mapping[str, int]
     dense_widths: Mapping[str, int]
     reading: Reading | None

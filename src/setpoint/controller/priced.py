@@ -262,7 +262,7 @@ class PricedController:
         return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
 
     def _final(self, observation: Observation) -> bool:
-        return not self.regrow or self.schedule.final(observation.step, observation.total_steps)
+        return not self.regrow or self.schedule.final(observation.step, observation.planned_steps)
 
     def _price(self, state: PricedState, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""

@@ -69,7 +69,7 @@ class RollingBack:
         return replace(state, inner=inner), plan
 
     def _back(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Plan | None:
-        excess, step, total_steps = observation.excess, observation.step, observation.total_steps
+        excess, step, total_steps = observation.excess, observation.step, observation.planned_steps
         if excess is None or not left_trend(excess):
             return None
         if sum(self.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:

@@ -105,7 +105,7 @@ class TolerantController:
         problem = problem_with(observation.reading, None, groups)
         if problem:
             return state, Plan(step, everything, reason=problem)
-        final = self.schedule.final(step, observation.total_steps) or step == observation.total_steps
+        final = self.schedule.final(step, observation.planned_steps) or step == observation.planned_steps
         words = ""
         if state.pending:
             excess = observation.excess

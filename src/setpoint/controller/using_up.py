@@ -67,7 +67,7 @@ def _wait(observation: Observation, cost: Cost, plan: Plan) -> int:
     waits = (
         rest.wait(
             observation.step,
-            observation.total_steps,
+            observation.planned_steps,
             lands=plan.budget_met,
             present=rest.factor * cost.total(observation.widths),
             after=rest.factor * cost.total(after),

@@ -206,7 +206,7 @@ def _units(state: PricedState, observation: Observation, cost: Cost, groups: tup
             float(group.what == "head"),
             width / observation.dense_widths[group.name],
             state.age[group.name] / max(1, state.age[group.name].max(initial=0)),
-            observation.step / observation.total_steps,
+            observation.step / observation.planned_steps,
             dearness,
         )
         rows.append(np.stack(np.broadcast_arrays(np.zeros(width), *columns)[1:], axis=1))

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from setpoint.cost.parse import parse_budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.cost.wanted import wanted
 from setpoint.host.carrying import brought
 from setpoint.loop.loop import Loop
 from setpoint.spending.checks import check_budgets, with_bill
@@ -22,7 +22,7 @@ def has_bill(budget: Any) -> bool:
     >>> has_bill({"flops": "50%", "flops/run": "100%"}), has_bill(0.5)
     (True, False)
     """
-    found = wanted(budget)
+    found = parse_budget(budget)
     return not isinstance(found, (Price, Tolerance)) and with_bill(check_budgets(found))[1] is not None
 
 

@@ -14,8 +14,8 @@ from setpoint.actuator.lift import was_cut
 from setpoint.arguments import check_settings
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
+from setpoint.cost.parse import parse_budget
 from setpoint.cost.tolerance import Tolerance
-from setpoint.cost.wanted import wanted
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.errors import LoopError, NotBegunError
 from setpoint.integrations.bill import SPENT, came_spent, is_spent
@@ -61,7 +61,7 @@ class SetpointCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:
         check_settings(settings, SetpointCallback, attach)
         # What is no budget, or none for a Trainer, is refused here, and not when the training begins.
-        if isinstance(wanted(budget), Tolerance):
+        if isinstance(parse_budget(budget), Tolerance):
             raise ValueError(
                 "a Tolerance needs the loss of each step, which a callback of the Trainer is not given: use a budget "
                 "or a Price, or a loop of your own with loop.observe(loss)"

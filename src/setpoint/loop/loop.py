@@ -204,7 +204,7 @@ class Loop:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
-        return self.spending.length
+        return self.spending.run_steps
 
     @total_steps.setter
     def total_steps(self, total_steps: int) -> None:
@@ -307,7 +307,7 @@ class Loop:
         self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
         self.spending.prepare(False)
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
-            due = self.controller.due(self.step + 1, self.spending.total_steps)
+            due = self.controller.due(self.step + 1, self.spending.planned_steps)
             self.actuator.prepare(self.step, due=due, open_still=not self._now.budget_met)
         rng = state["rng_state"]  # None where a framework keeps it itself
         if rng and int(rng["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
@@ -393,7 +393,7 @@ class Loop:
 
     def _sense(self, grad_scale: Tensor | None) -> None:
         """Take in the step under way, if it is one of those that are read; after the last decision none is."""
-        if self._now.budget_met or self.step >= self.spending.total_steps:
+        if self._now.budget_met or self.step >= self.spending.planned_steps:
             self._release()
         elif not self._sensed():
             if self._hooking is not None:
@@ -405,10 +405,10 @@ class Loop:
 
     def _sensed(self) -> bool:
         """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
-        return self._now.overdue or is_sensed(self.sensor, self.step, self.spending.total_steps, self._due)
+        return self._now.overdue or is_sensed(self.sensor, self.step, self.spending.planned_steps, self._due)
 
     def _due(self, step: int) -> bool:
-        return step == self._now.again or self.controller.due(step, self.spending.total_steps)
+        return step == self._now.again or self.controller.due(step, self.spending.planned_steps)
 
     def _release(self) -> None:
         """Take off the model what a sensor reads through; what other hands do to it matters no more."""
@@ -422,7 +422,7 @@ class Loop:
             self._now = now = replace(self._now, step=self.step + 1)
             self.spending.stepped()
             self.actuator.after_step()
-            step, total_steps = now.step, self.spending.total_steps
+            step, total_steps = now.step, self.spending.planned_steps
             if step == self.total_steps + 1:
                 warn(
                     f"the run was to have {self.total_steps:,} steps, and this is step {step:,}: training goes on, "
@@ -443,7 +443,7 @@ class Loop:
 
     def _begin_step(self) -> None:
         """The next step begins."""
-        step, total_steps = self.step, self.spending.total_steps
+        step, total_steps = self.step, self.spending.planned_steps
         due = self._now.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
         open_still = step <= total_steps and not (self._now.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
@@ -459,7 +459,7 @@ class Loop:
             reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self._ledger)
             self.spending.metered(before)
-            problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.total_steps else "")
+            problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
             if not problem:
                 observation, state, plan = self._plan(reading)
         if not problem:
@@ -472,7 +472,7 @@ class Loop:
             self._ledger.append(self._entry(now.plan, before, problem))
         if self._now.budget_met:
             self.actuator.release()
-        elif not problem and self.spending.total_steps != observation.total_steps:  # a bill pays for fewer now
+        elif not problem and self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
             self._go_on()
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
@@ -535,12 +535,12 @@ class Loop:
         if spending.budgets and isinstance(self.controller, Transferring):
             present, limit = cost.total(self.widths), spending.limits[cost.resource]
             self._controller_state = self.controller.transferred(
-                self._controller_state, step=self.step, total_steps=spending.total_steps, present=present, limit=limit
+                self._controller_state, step=self.step, total_steps=spending.planned_steps, present=present, limit=limit
             )
 
     def _reopen_if_over(self) -> None:
         """Where a decision would be due: decide again if meters say that the run will be over its budget."""
-        if self.controller.due(self.step, self.spending.total_steps) and self.spending.over(self.step, self.widths):
+        if self.controller.due(self.step, self.spending.planned_steps) and self.spending.over(self.step, self.widths):
             self._reopen()
 
     def _reopen(self) -> None:

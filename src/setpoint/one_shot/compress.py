@@ -26,7 +26,7 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.cost.wanted import is_time, wanted
+from setpoint.cost.parse import is_time, parse_budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, ExampleError, GroupError
 from setpoint.groups.blocks import check_blocks
@@ -173,7 +173,7 @@ def one_budget(budget: Any) -> Budget:
     takes = f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}"
     if isinstance(budget, str) and not any(letter.isdigit() for letter in budget):
         raise BudgetError(takes)
-    goal = None if is_time(budget) else wanted(budget)
+    goal = None if is_time(budget) else parse_budget(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(f"{takes}: other resources are met in training, by attach")
     return goal

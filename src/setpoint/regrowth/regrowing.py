@@ -148,7 +148,7 @@ class Regrowth:
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """Have resting units present in the coming step, if the controller asks and what may be spent allows it."""
-        total_steps, spending = self._spending.total_steps, self._spending
+        total_steps, spending = self._spending.planned_steps, self._spending
         if open_still and not spending.meter.peak_wanted and self._controller.probe_due(step, total_steps):
             self._begin_probe(step)
         if not self._controller.regrow:

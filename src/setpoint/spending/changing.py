@@ -7,7 +7,7 @@ from typing import Any
 
 from setpoint.arguments import plain_number
 from setpoint.controller.selection import cheapest
-from setpoint.cost.wanted import wanted
+from setpoint.cost.parse import parse_budget
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import Group
 from setpoint.messages import counted
@@ -23,10 +23,10 @@ def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
     """
     if not spending.budgets:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
-    if budget_met or spending.schedule.final(step, spending.total_steps):
+    if budget_met or spending.schedule.final(step, spending.planned_steps):
         raise LoopError(
             f"the budget is frozen at step {step:,}: it may be changed until it is met, and before step "
-            f"{max(1, round(spending.schedule.land * spending.total_steps)):,}. Finish this loop and attach a new one"
+            f"{max(1, round(spending.schedule.land * spending.planned_steps)):,}. Finish this loop and attach a new one"
         )
 
 
@@ -36,7 +36,7 @@ def change_budget(spending: Spending, budget: Any, groups: tuple[Group, ...], st
     Raises:
         BudgetError: when it cannot be met, or is on a resource that this run does not know.
     """
-    budgets, bill = with_bill(check_budgets(wanted(budget)))
+    budgets, bill = with_bill(check_budgets(parse_budget(budget)))
     if bill:
         raise BudgetError("the bill of a run is fixed at attach: change the budgets per step alone")
     spending.check_kind(budgets)
@@ -47,8 +47,8 @@ def change_budget(spending: Spending, budget: Any, groups: tuple[Group, ...], st
         cost, present = spending.costs[each.resource], changed.expected(each.resource, spending.dense_widths)
         least = cheapest(cost, groups) * present / cost.total(spending.dense_widths)
         check_reachable(each, changed.target.original.get(each.resource, present), least)
-    changed.runs.check(step, spending.total_steps, groups)
-    spending.target, spending.runs, spending.total_steps = changed.target, changed.runs, changed.total_steps
+    changed.runs.check(step, spending.planned_steps, groups)
+    spending.target, spending.runs, spending.planned_steps = changed.target, changed.runs, changed.planned_steps
 
 
 def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group, ...], step: int) -> None:
@@ -61,11 +61,11 @@ def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group
     """
     if spending.bill:
         raise LoopError(
-            f"the bill of the run says how long it is, {counted(spending.length, 'step')} as planned now: to say it "
+            f"the bill of the run says how long it is, {counted(spending.run_steps, 'step')} as planned now: to say it "
             "yourself, attach without the budget per run"
         )
     total_steps = plain_number(total_steps)
     if type(total_steps) is not int or total_steps <= step:
         raise ValueError(f"total_steps must be an integer above the {counted(step, 'step')} done, got {total_steps!r}")
     spending.runs.check(step, total_steps, groups)
-    spending.total_steps = total_steps
+    spending.planned_steps = total_steps

@@ -31,7 +31,7 @@ def metrics(
     }
     found = {
         "step": step,
-        "total_steps": spending.length,
+        "total_steps": spending.run_steps,
         "budget_met": last is not None and last.budget_met,
         "decisions": num_decisions,
         "resizes": account.resizes,

@@ -55,7 +55,7 @@ class Spending:
         check: Callable[[Sequence[Budget]], None] = lambda budgets: None,
         bill: Bill | None = None,
     ) -> None:
-        self.costs, self.total_steps, self.schedule = costs, total_steps, schedule
+        self.costs, self.planned_steps, self.schedule = costs, total_steps, schedule
         self.account, self.meter, self.modelled = account, meter, modelled or {}
         self.sensing, self.deciding, self.resizing = account.sensing, account.deciding, account.resizing
         self.probing, self.probed, self.stop = account.probing, account.probed, meter.stop
@@ -70,12 +70,12 @@ class Spending:
         """Be held to these budgets from here on, with these groups."""
         make = self.runs.held_to if isinstance(self.runs, Paying) else self._runs
         self.target, self.runs = target, make(target) if self.bill or target.runs else NoRuns()
-        self.total_steps = self.runs.planned(self.total_steps, groups)
+        self.planned_steps = self.runs.planned(self.planned_steps, groups)
 
     @property
-    def length(self) -> int:
-        """Optimizer steps of the whole run; with a bill it changes, and decisions fall as in `total_steps` steps."""
-        return self.runs.length(self.total_steps)
+    def run_steps(self) -> int:
+        """Optimizer steps of the whole run; with a bill it changes, and decisions fall as in `planned_steps` steps."""
+        return self.runs.length(self.planned_steps)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -100,7 +100,7 @@ class Spending:
             "budgets": [
                 (each.resource, float(each.limit), each.per, each.relative) for each in (*self.budgets, *bills)
             ],
-            "total_steps": self.bill.total_steps if self.bill else self.total_steps,
+            "total_steps": self.bill.total_steps if self.bill else self.planned_steps,
         }
 
     def binding(self, widths: Mapping[str, int]) -> str:
@@ -121,7 +121,7 @@ class Spending:
             "dense": dense,
             "limit": {name: value for name, value in limit.items() if name not in self.target.runs},
             "limit_run": self.limit_run,
-            "total_steps": self.total_steps,
+            "total_steps": self.planned_steps,
             "modelled": dict(self.modelled),
             "measured": dict(self.meter.sources),
         }
@@ -135,7 +135,7 @@ class Spending:
         """An optimizer step is done."""
         self.account.stepped()
         self.meter.stepped()
-        self.total_steps = self.runs.stepped(self.total_steps)
+        self.planned_steps = self.runs.stepped(self.planned_steps)
 
     def sensed(self) -> None:
         """The gradients of a step were read."""
@@ -160,7 +160,7 @@ class Spending:
     def decided(self, groups: tuple[Group, ...], met: bool) -> None:
         """A decision is made, the last one where the budgets per step are met: what is left is planned afresh."""
         self.runs.read_joules(widths_of(groups))
-        self.total_steps = self.runs.planned(self.total_steps, groups, met)
+        self.planned_steps = self.runs.planned(self.planned_steps, groups, met)
 
     def prepare(self, due: bool) -> None:
         """The next step begins: on the clock, unless it is watched for its bytes, as before a decision (`due`)."""
@@ -187,7 +187,7 @@ class Spending:
         self.replan(step, widths)
         return Observation(
             step=step,
-            total_steps=self.total_steps,
+            planned_steps=self.planned_steps,
             widths=widths,
             dense_widths=self.dense_widths,
             reading=reading,
@@ -197,15 +197,15 @@ class Spending:
             metered=self._known,
             seconds_per_step=account.steps.seconds_per_step if self._alone else None,
             seconds_per_resize=account.resizing.last_seconds if account.resizes and self._alone else None,
-            most=self.runs.most(step, self.total_steps, widths),
-            rest=self.runs.rest(step, self.total_steps, widths),
+            most=self.runs.most(step, self.planned_steps, widths),
+            rest=self.runs.rest(step, self.planned_steps, widths),
             learning_flops=max(0.0, account.share_left(LEARNING_SHARE, account.learning_flops)),
             **others,
         )
 
     def replan(self, step: int, widths: Mapping[str, int]) -> None:
         """Find afresh what budgets of the whole run leave for each step."""
-        self.runs.replan(step, self.total_steps, widths)
+        self.runs.replan(step, self.planned_steps, widths)
 
     def expected(self, name: str, widths: Mapping[str, int]) -> float:
         """Cost of a step at these widths, by all that is known."""
@@ -214,11 +214,11 @@ class Spending:
     @property
     def limit_run(self) -> dict[str, float]:
         """By resource of a run budget, what the whole run may spend."""
-        return self.runs.limit(self.total_steps)
+        return self.runs.limit(self.planned_steps)
 
     def spare_flops(self, step: int, widths: Mapping[str, int]) -> float:
         """FLOPs that a budget of the run leaves for other things than steps, until the next decision."""
-        return self.runs.spare_flops(step, self.total_steps, widths)
+        return self.runs.spare_flops(step, self.planned_steps, widths)
 
     def over(self, step: int, widths: Mapping[str, int]) -> bool:
         """Whether meters say that the run will be over its budget at these widths."""
@@ -226,7 +226,7 @@ class Spending:
             return False
         with self.deciding:
             self._take_in(widths)
-            return self.runs.over(step, self.total_steps, widths)
+            return self.runs.over(step, self.planned_steps, widths)
 
     def entry(
         self, step: int, plan: Plan | None, groups: tuple[Group, ...], before: Mapping[str, int], reason: str
@@ -277,5 +277,5 @@ class Spending:
         self.meter.load_state_dict(state["metering"])
         if self.bill:
             self.runs.load_state_dict(state["bill"])
-            self.total_steps = int(state["bill"]["planned"])
+            self.planned_steps = int(state["bill"]["planned"])
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}

@@ -19,7 +19,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
     if "inference" not in meter.read():  # the last decision has cut
         with account.deciding:
             account.sensed(meter.time_inference(widths))
-    if step < spending.length:
+    if step < spending.run_steps:
         spending.runs.read_joules(widths)
     spent = {name: spending.expected(name, widths) for name in spending.costs}
     dense_flops = spending.target.dense_cost("flops")
@@ -29,7 +29,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
     return {
         **asdict(account),
         "steps": step,
-        "total_steps": spending.length,
+        "total_steps": spending.run_steps,
         "dense_flops": dense_flops,
         "final_flops": spent["flops"],
         "final_flops_ratio": spent["flops"] / dense_flops if dense_flops else 1.0,
@@ -54,7 +54,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
 
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
-    total_steps, target = spending.length, spending.target
+    total_steps, target = spending.run_steps, spending.target
     limits = target.limit
     to_come = 0 if spending.bill else max(0, total_steps - step)  # a bill pays for no fixed number
     after = f"after {step:,} of {counted(total_steps, 'step')}"

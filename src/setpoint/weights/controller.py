@@ -76,7 +76,7 @@ class DropAndGrowController:
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
-        step, total_steps = observation.step, observation.total_steps
+        step, total_steps = observation.step, observation.planned_steps
         state, plan = self.inner.decide(state, observation, cost, groups)
         share, reading = self.share(step, total_steps), observation.reading
         dense = not plan.drops() and cost.total(observation.widths) >= observation.dense[cost.resource]

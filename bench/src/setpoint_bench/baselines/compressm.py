@@ -186,7 +186,7 @@ class ToleranceController:
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """Each group by itself."""
-        reading, last = observation.reading, max(self._checks(observation.total_steps))
+        reading, last = observation.reading, max(self._checks(observation.planned_steps))
         assert reading is not None
         keep = {group.name: self._keep(reading.saliency[group.name]) for group in groups}
         going = sum(int((~kept).sum()) for kept in keep.values())

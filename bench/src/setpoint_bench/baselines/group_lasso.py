@@ -79,7 +79,7 @@ class ReconfiguringController:
         assert observation.reading is not None
         norms = observation.reading.saliency
         limit = observation.limit[cost.resource]
-        progress = min(1.0, observation.step / self._last(observation.total_steps))
+        progress = min(1.0, observation.step / self._last(observation.planned_steps))
         final = even_density(cost, observation.widths, observation.dense_widths, groups, limit)
         ramp = limit
         if progress < 1:

@@ -81,7 +81,7 @@ class ScheduledController:
         if problem:
             return state, nothing_dropped(observation, cost, groups, problem)
         assert observation.reading is not None
-        first, last = self._span(observation.total_steps)
+        first, last = self._span(observation.planned_steps)
         progress = (observation.step - first) / (last - first)
         limit = observation.limit[cost.resource]
         final = even_density(cost, observation.widths, observation.dense_widths, groups, limit)

@@ -53,9 +53,9 @@ class WaitingController:
         after, plan = self.inner.decide(state, observation, cost, groups)
         excess, whole = observation.excess, observation.widths == observation.dense_widths
         recovered = whole or (excess is not None and excess.value <= excess.error)
-        if not plan.drops() or recovered or observation.step >= self.stop * observation.total_steps:
+        if not plan.drops() or recovered or observation.step >= self.stop * observation.planned_steps:
             return after, plan
-        again = observation.step + math.ceil(self.step * observation.total_steps)
+        again = observation.step + math.ceil(self.step * observation.planned_steps)
         known = "unknown" if excess is None else f"{excess.value:+.3g}"
         reason = f"waits for the loss, whose distance from its trend before the last cut is {known}"
         return state, replace(plan, keep=keep_all(groups), worth={}, budget_met=False, reason=reason, again=again)

@@ -1,4 +1,4 @@
-"""Wanted: budgets as people write them, such as 0.5, "8 ms latency" or {"latency": "8 ms", "memory": "4 GiB"}."""
+"""Parse what a user wrote into budgets: 0.5, "8 ms latency" or {"latency": "8 ms", "memory": "4 GiB"}."""
 
 from __future__ import annotations
 
@@ -44,34 +44,32 @@ _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNO
 _PER = re.compile(r"\s+per\s+(?P<per>run|step)\s*$", re.IGNORECASE)
 
 
-def wanted(budget: Any) -> Any:
+def parse_budget(budget: Any) -> Any:
     """A budget, or several, from what a user writes; `Budget`, `Price` and `Tolerance` objects are taken as they are.
 
     A number is a fraction of the dense model's FLOPs per optimizer step, and so is a number or a percentage alone in a
     text, `"0.5"` or `"50%"`. Other texts have an amount and a resource, `"50% flops"`, `"8 ms latency"`, `"40% of flops
     per run"`; where the unit says the resource, it is enough: `"3 GFLOPs"`, `"4 GiB"`. A budget is per step, and may
     say so: `"8 ms latency per step"`. A mapping has an amount by resource, with "flops/run" or "flops per run" for the
-    bill of the whole run: beside budgets per step it decides how many steps there
-    are (`loop.total_steps`). Up to 1, FLOPs and parameters are fractions.
+    bill of the whole run: with budgets per step it decides how many steps there are (`loop.total_steps`). Up to 1,
+    FLOPs and parameters are fractions.
 
     Raises:
         BudgetError: for an amount or resource that is not understood.
 
-    >>> wanted(0.5)
+    >>> parse_budget(0.5)
     Budget(resource='flops', limit=0.5, per='step', relative=True, deadband=0.01)
-    >>> wanted("0.5") == wanted("50%") == wanted("50% flops") == wanted("0.5 flops") == wanted(0.5)
+    >>> all(parse_budget(text) == parse_budget(0.5) for text in ("0.5", "50%", "50% flops", "0.5 flops"))
     True
-    >>> [each.limit for each in wanted({"latency": "8 ms", "memory": "4 GiB"})]
+    >>> [budget.limit for budget in parse_budget({"latency": "8 ms", "memory": "4 GiB"})]
     [0.008, 4294967296.0]
-    >>> wanted("4 M parameter") == wanted("4 M params")
+    >>> parse_budget("4 M parameter") == parse_budget("4 M params") == parse_budget({"parameters": "4 M"})
     True
-    >>> wanted("4 M parameters").limit == wanted({"params": 4e6}).limit == wanted({"parameters": "4 M"}).limit
+    >>> parse_budget("3 GFLOPs") == parse_budget("3 GFLOPs flops") == parse_budget({"flops": "3 G"})
     True
-    >>> wanted("3 GFLOPs") == wanted("3 GFLOPs flops") == wanted({"flops": "3 G"})
-    True
-    >>> wanted("50% flops per run").per, wanted("4 MFLOPs per step").per, wanted({"flops per run": 0.5}).per
-    ('run', 'step', 'run')
-    >>> [(each.limit, each.per) for each in wanted({"flops": "25%", "flops/run": "100%"})]
+    >>> [parse_budget(text).per for text in ("50% flops per run", "4 MFLOPs per step", {"flops per run": 0.5})]
+    ['run', 'step', 'run']
+    >>> [(budget.limit, budget.per) for budget in parse_budget({"flops": "25%", "flops/run": "100%"})]
     [(0.25, 'step'), (1.0, 'run')]
     """
     if isinstance(budget, (Budget, Price, Tolerance)):
@@ -85,7 +83,7 @@ def wanted(budget: Any) -> Any:
         found = [_amount(*_per(str(resource)), amount) for resource, amount in budget.items()]
         return found[0] if len(found) == 1 else found
     if isinstance(budget, Sequence):
-        return [wanted(each) for each in budget]
+        return [parse_budget(each) for each in budget]
     return budget
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from setpoint.cost.wanted import fraction, is_time, wanted
+from setpoint.cost.parse import fraction, is_time, parse_budget
 from setpoint.errors import BudgetError
 
 
 @pytest.mark.parametrize("text", ["0.5", "50%", " 50 % ", "5e-1", "50% flops", "0.5 flops", "0.5 of flops"])
 def test_a_number_alone_in_a_text_is_a_fraction_of_the_flops(text: str) -> None:
     """Claim: texts say what numbers say."""
-    assert wanted(text) == wanted(0.5) == wanted({"flops": "0.5"})
+    assert parse_budget(text) == parse_budget(0.5) == parse_budget({"flops": "0.5"})
     assert fraction(text, "--budget") == 0.5
 
 
@@ -19,7 +19,7 @@ def test_a_number_alone_in_a_text_is_a_fraction_of_the_flops(text: str) -> None:
 def test_a_text_that_is_no_fraction_is_refused(text: str) -> None:
     """Claim: a number above 1 alone is no amount, and is refused as a number is."""
     with pytest.raises(BudgetError):
-        wanted(text)
+        parse_budget(text)
     with pytest.raises(BudgetError, match="--budget takes a fraction of the dense FLOPs per step, .* such as 0.5 or"):
         fraction(text, "--budget")
 
@@ -43,22 +43,30 @@ def test_a_fraction_is_of_flops_per_step(text: str) -> None:
 )
 def test_a_unit_that_says_the_resource_is_enough(text: str, resource: str, limit: float, per: str) -> None:
     """Claim: FLOPs, bytes and joules need no word for the resource; milli and mega are told apart."""
-    found = wanted(text)
+    found = parse_budget(text)
     assert (found.resource, found.limit, found.per, found.relative) == (resource, limit, per, False)
 
 
 def test_a_period_may_be_named_in_words() -> None:
     """Claim: "per step" is what a budget is without it, and a mapping takes "per run" as it takes "/run"."""
-    assert wanted("4 MFLOPs per step") == wanted("4 MFLOPs") and wanted("50% flops PER STEP") == wanted(0.5)
-    assert wanted("8 ms latency per step") == wanted("8 ms latency") and not is_time("8 ms latency per step")
-    assert wanted({"flops": 0.5, "flops per run": "60%"}) == wanted({"flops": 0.5, "flops/run": "60%"})
-    assert wanted({"flops per step": 0.5}) == wanted(0.5)
-    assert wanted("50% per step") == wanted("50%") and wanted("50% per run") == wanted("50% flops per run")
-    assert wanted({"flops / run": 0.5}) == wanted({"flops/Run": 0.5}) == wanted({" flops per run ": 0.5})
+    assert parse_budget("4 MFLOPs per step") == parse_budget("4 MFLOPs") and parse_budget(
+        "50% flops PER STEP"
+    ) == parse_budget(0.5)
+    assert parse_budget("8 ms latency per step") == parse_budget("8 ms latency") and not is_time(
+        "8 ms latency per step"
+    )
+    assert parse_budget({"flops": 0.5, "flops per run": "60%"}) == parse_budget({"flops": 0.5, "flops/run": "60%"})
+    assert parse_budget({"flops per step": 0.5}) == parse_budget(0.5)
+    assert parse_budget("50% per step") == parse_budget("50%") and parse_budget("50% per run") == parse_budget(
+        "50% flops per run"
+    )
+    assert (
+        parse_budget({"flops / run": 0.5}) == parse_budget({"flops/Run": 0.5}) == parse_budget({" flops per run ": 0.5})
+    )
     with pytest.raises(BudgetError, match="'4 ms latency' for a training"):
-        wanted("4 ms per step")
+        parse_budget("4 ms per step")
     with pytest.raises(BudgetError, match=r"it stands in the key, as in \{'flops/run': '4 MFLOPs'\}"):
-        wanted({"flops": "4 MFLOPs per run"})
+        parse_budget({"flops": "4 MFLOPs per run"})
 
 
 @pytest.mark.parametrize(
@@ -67,12 +75,12 @@ def test_a_period_may_be_named_in_words() -> None:
 def test_seconds_alone_are_asked_about(text: str, form: str) -> None:
     """Claim: seconds may be those of a step or of a forward pass, so the error shows how to write both."""
     with pytest.raises(BudgetError, match=f"does not say what takes so long: write {form}"):
-        wanted(text)
+        parse_budget(text)
 
 
 @pytest.mark.parametrize("budget", ["150%", "1.5", "150% params", {"params": "150%"}, "120% flops per run"])
 def test_a_share_above_the_dense_model_is_refused_as_it_was_written(budget: object) -> None:
     """Claim: the error quotes the text, and shows a text to write instead: no call in Python."""
     with pytest.raises(BudgetError, match=r"^the budget '1[.25].*' is more than the dense .* '50%'") as raised:
-        wanted(budget)
+        parse_budget(budget)
     assert "Budget" not in str(raised.value)
