@@ -196,7 +196,7 @@ def test_the_controller_sees_the_run_as_it_is() -> None:
         )
         assert loop.price == 0.5
     one, two = script.seen
-    assert (one.step, two.step, two.total_steps) == (3, 6, 10)
+    assert (one.step, two.step, two.planned_steps) == (3, 6, 10)
     assert (one.loss, two.loss, one.val, two.val) == (2.0, 5.0, 1.0, 2.5)
     assert one.reading is not None and one.reading.num_steps == 3
     assert one.reading.num_samples == 8
