@@ -98,7 +98,7 @@ class DropAndGrow:
 
     def update(self, sight: Sight, target: Target, generator: torch.Generator) -> Masks:
         """The masks after one drop and grow."""
-        share = cosine_fraction(sight.step, round(self.end * sight.planned_steps), self.fraction)
+        share = cosine_fraction(sight.step, round(self.end * sight.total_steps), self.fraction)
         return {name: self._dropped_and_grown(sight, name, share, generator) for name in sight.weights}
 
     def _dropped_and_grown(self, sight: Sight, name: str, share: float, generator: torch.Generator) -> Tensor:

@@ -84,7 +84,7 @@ class Gradual:
 
     def update(self, sight: Sight, target: Target, generator: torch.Generator) -> Masks:
         """The largest active weights, as many as the schedule allows."""
-        first, last = self._span(sight.planned_steps)
+        first, last = self._span(sight.total_steps)
         progress = (sight.step - first) / (last - first)
         masks = {}
         for name, weight in sight.weights.items():
