@@ -505,8 +505,9 @@ class FailsAtFirst(setpoint.PricedController):
 def test_a_controller_that_cannot_begin_leaves_no_hook(given: bool) -> None:
     """Claim: what a sensor reads through is off the model where the controller fails as the loop begins."""
     model = _mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    parts = {"controller": FailsAtFirst(), "sensor": setpoint.ReconstructionSensor()}
+    model[2].weight.requires_grad_(False)  # a frozen weight is read through a hook
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    parts = {"controller": FailsAtFirst()}
     with pytest.raises(ValueError, match="not today"):
         loop = _attach(model, optimizer, example=(torch.zeros(4, 6),) if given else None, **parts)
         model(torch.randn(4, 6)).square().mean().backward()

@@ -27,6 +27,7 @@ from setpoint.cost.flops import flops_cost
 from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
+from setpoint.one_shot import score
 from setpoint.one_shot.refit import refitted
 from setpoint.sensor.magnitude import MagnitudeSensor
 
@@ -564,7 +565,7 @@ def test_units_that_no_data_come_to_stay(monkeypatch: pytest.MonkeyPatch) -> Non
     """Claim: where only units could be cut whose readers the data do not come to, the error says so."""
     model = Named()
     everywhere = {"a": np.full(32, np.inf)}
-    monkeypatch.setattr(compressing, "_scores", lambda *_: everywhere)
+    monkeypatch.setattr(compressing, "unit_scores", lambda *_: everywhere)
     before = _state(model)
     with pytest.raises(BudgetError, match=r"the data do not come to what reads \['a'\]"):
         setpoint.compress(model, [torch.randn(64, 8)], 0.5)
@@ -740,10 +741,10 @@ def test_scores_do_not_depend_on_how_many_layers_are_read_at_once(monkeypatch: p
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     data, cut, passes = [(torch.randn(64, 16),) for _ in range(4)], [], []
-    run = compressing.run
-    monkeypatch.setattr(compressing, "run", lambda *args: (passes.append(len(cut)), run(*args))[1])
+    run = score.run
+    monkeypatch.setattr(score, "run", lambda *args: (passes.append(len(cut)), run(*args))[1])
     for numbers in (1 << 26, 1):
-        monkeypatch.setattr(compressing, "_MOST_NUMBERS", numbers)
+        monkeypatch.setattr(score, "_NUMBERS_AT_ONCE", numbers)
         cut.append(copy.deepcopy(dense))
         setpoint.compress(cut[-1], data, "50% flops")
     assert all(map(torch.equal, cut[0].state_dict().values(), cut[1].state_dict().values()))

@@ -33,9 +33,8 @@ from setpoint.cost.flops import flops_cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.loop.candidates import restricted
+from setpoint.one_shot.consumer import Padding, by_column, channel_dim, find_consumers
 from setpoint.one_shot.forward import run
-from setpoint.sensor.consumer import by_column, channel_dim, find_consumers
-from setpoint.sensor.padding import Padding
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.counter import step_flops
 from setpoint_bench.method import method_named

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from setpoint.configs.pad import export_padded
     from setpoint.one_shot.compress import compress
     from setpoint.regrowth.regrowing import Regrowing
-    from setpoint.sensor.reconstruction import ReconstructionSensor
     from setpoint.states.hankel import HankelSensor
     from setpoint.weights.find import find_weights
     from setpoint.weights.masking import Masking
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 _LEAVES = {
     "HankelSensor": "setpoint.states.hankel",
     "Masking": "setpoint.weights.masking",
-    "ReconstructionSensor": "setpoint.sensor.reconstruction",
     "Regrowing": "setpoint.regrowth.regrowing",
     "compress": "setpoint.one_shot.compress",
     "export_padded": "setpoint.configs.pad",
@@ -78,7 +76,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Budget", "HankelSensor", "Ledger", "Loop", "Masking", "Price", "PricedController", "ReconstructionSensor",
+    "Budget", "HankelSensor", "Ledger", "Loop", "Masking", "Price", "PricedController",
     "Regrowing", "Schedule", "SetpointError", "Summary", "TaylorSensor", "Tolerance", "attach", "bake", "compress",
     "enable_checkpointing", "export_padded", "find_groups", "find_weights", "load", "load_run", "plan", "resumable",
     "save", "save_run", "shrink", "shrink_to", "unsharded",

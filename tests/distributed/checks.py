@@ -350,31 +350,6 @@ def adapters() -> None:
         np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
 
 
-def reconstruction(wrap: Callable[[nn.Module], nn.Module] = Parallel) -> None:
-    """What layers are given, on all ranks together, is what they are given in one process, before and after a cut; all
-    ranks read the same to the last bit.
-    """
-    readings = []
-    for alone in (False, True):
-        model = build()
-        called, data = (model, batch) if alone else (wrap(model), share)
-        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}, 9: {}}, regrow=False)
-        # As many rows as there are pixels in a step, so that none is left out.
-        optimizer, loop = attached(called, script, data(0)[0], sensor=setpoint.ReconstructionSensor(rows=16 * 36))
-        for stop in (4, 8):
-            train(called, optimizer, loop, range(stop - 4, stop), data, parts=2)
-            readings.append(loop.reading())
-        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
-        if not alone:
-            ours = [values.tobytes() for values in readings[-1].saliency.values()]
-            assert all(each == ours for each in everywhere(ours))
-        loop.detach()
-    for ranks, one in zip(readings[:2], readings[2:], strict=True):
-        assert ranks.steps_seen == one.steps_seen and min(one.steps_seen.values()) > 2
-        for name, values in ranks.saliency.items():
-            np.testing.assert_allclose(values, one.saliency[name], rtol=1e-7)
-
-
 class Branched(nn.Module):
     """A net with a branch that may be left out, whose outgoing weight is frozen."""
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import setpoint
-from distributed.checks import Still, reconstruction
+from distributed.checks import Still
 from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
@@ -235,11 +235,6 @@ def sharded_adapters() -> None:
     for name, values in readings[0].saliency.items():
         np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
         np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
-
-
-def sharded_reconstruction() -> None:
-    """What layers are given, on all ranks together, is what they are given in one process, before and after a cut."""
-    reconstruction(sharded)
 
 
 def sharded_buffers() -> None:

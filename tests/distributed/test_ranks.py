@@ -22,7 +22,6 @@ CHECKS = {
     "join:2": "ranks that have run out of batches inside join() go along with the others",
     "join_ends:2": "a join() ends well with passes left over, by an exception, and with the loop detached inside",
     "adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
-    "reconstruction:2": "what layers are given is put together of all ranks, as in one process",
     "branches:2": "a branch that runs on some ranks only is read on all of them",
     "averages:2": "an averaged copy that only one rank has is found and cut there",
     "resume:2": "a run goes on bit for bit from one file",

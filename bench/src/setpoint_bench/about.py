@@ -53,7 +53,6 @@ METHODS: Mapping[str, str] = {
     "setpoint-steep": "As setpoint, dense up to 13 % of the run and settled by 17 %.",
     "setpoint-vanish": "As setpoint; groups may be cut down to nothing.",
     "setpoint-level": "As setpoint; no group goes below 0.7 of the density of a uniform cut.",
-    "setpoint-reconstruction": "As setpoint; units are ranked by what the layers that read them cannot make up for.",
     "setpoint-waiting": "As setpoint; the next cut waits until the loss has recovered from the last one.",
     "setpoint-refitted": "As setpoint; what reads the cut units is fitted anew at each cut.",
     "setpoint-quick": "As setpoint; of blocks of about equal worth the one goes that saves more seconds.",

@@ -18,7 +18,6 @@ from setpoint.gates.gated import GatedController
 from setpoint.messages import did_you_mean
 from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint.sensor.reconstruction import ReconstructionSensor
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
@@ -177,7 +176,6 @@ ABLATION_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-steep", PricedController(Schedule(warmup=0.13, settle=0.17))),
     Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
     Setpoint("setpoint-level", PricedController(min_density=0.7)),
-    Setpoint("setpoint-reconstruction", sensor=ReconstructionSensor),
     Setpoint("setpoint-waiting", WaitingController()),
     Refitted("setpoint-refitted"),
     Quick("setpoint-quick"),
@@ -188,10 +186,10 @@ ABLATION_METHODS: tuple[Method, ...] = (
 """More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
 
 An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
-few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); units ranked by
-what their readers cannot make up for (`reconstruction`); cuts that wait for the loss (`waiting`); readers that are
-fitted anew at each cut (`refitted`); worth that is lower by up to a twentieth where FLOPs take long (`quick`). The
-`fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before the first step.
+few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); cuts that wait for
+the loss (`waiting`); readers that are fitted anew at each cut (`refitted`); worth that is lower by up to a twentieth
+where FLOPs take long (`quick`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before
+the first step.
 """
 
 TAUGHT_METHODS: tuple[Method, ...] = (

@@ -149,12 +149,10 @@ def _select(
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
             frozen[group.name] += _LOSSY
     open_groups = tuple(group for group in chosen if group.name not in frozen)
-    by_hooks = getattr(sensor, "by_hooks", tappable)
-    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and by_hooks(group, model)}
+    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
     if host.compiled or not (alone or getattr(sensor, "averages_hooks", False)):
         where = "in compiled code" if host.compiled else f"on several ranks by {type(sensor).__name__}"
-        what = "frozen outgoing weights" if by_hooks is tappable else "inputs of the layers behind it"
-        frozen |= dict.fromkeys(hooked, f"{what} are not read {where}")
+        frozen |= dict.fromkeys(hooked, f"frozen outgoing weights are not read {where}")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}

@@ -34,7 +34,7 @@ from setpoint.loop.summary import Summary, summarise, warn_of_miss
 from setpoint.loop.telling import News, Telling
 from setpoint.messages import warn
 from setpoint.sensor.reading import Hooking, Reading, Sensor
-from setpoint.sensor.stride import Listening, is_sensed
+from setpoint.sensor.stride import sensed_every
 from setpoint.spending.changing import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line, metrics
 from setpoint.spending.spending import Spending
@@ -55,7 +55,7 @@ _FRESH_STEPS = 50  # that are sensed before a last decision is made again
 class Loop:
     """The running control loop, which changes at every step; `setpoint.attach` makes one.
 
-    The loop works through the optimizers' own hooks. The sensor reads before a step (`is_sensed` says before which).
+    The loop works through the optimizers' own hooks. The sensor reads before a step (`sensed_every` says before which).
     A decision after a step is a reading, a plan, a change and a ledger entry. After the last decision the loop only
     counts. A `with` block finishes the loop at its end; after an exception the block only detaches the loop.
 
@@ -119,7 +119,6 @@ class Loop:
         check_follows(self._controller_state, widths)
         self._sensor_state = sensor.init(self._dense, host.model)  # after what may fail, since it may leave hooks
         check_follows(self._sensor_state, widths)
-        self._listening = sensor if isinstance(sensor, Listening) else None
         spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
         self._unchanged = Unchanged(host.model, host.copies, lambda: self.groups)
         self._begun = self._finished = False
@@ -405,7 +404,7 @@ class Loop:
 
     def _sensed(self) -> bool:
         """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
-        return self._now.overdue or is_sensed(self.sensor, self.step, self.spending.planned_steps, self._due)
+        return self._now.overdue or self.step % sensed_every(self.spending.planned_steps) == 0
 
     def _due(self, step: int) -> bool:
         return step == self._now.again or self.controller.due(step, self.spending.planned_steps)
@@ -447,9 +446,6 @@ class Loop:
         due = self._now.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
         open_still = step <= total_steps and not (self._now.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
-        if self._listening is not None:
-            on, state = open_still and self._sensed(), self._sensor_state
-            self._sensor_state = self._listening.listen(state, self.groups, self.host.model, sensed=on)
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.attached import check_free
@@ -28,7 +28,7 @@ from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.cost.parse import is_time, parse_budget
 from setpoint.distributed import unwrapped
-from setpoint.errors import BudgetError, ExampleError, GroupError
+from setpoint.errors import BudgetError, GroupError
 from setpoint.groups.blocks import check_blocks
 from setpoint.groups.example import Example
 from setpoint.groups.example import num_samples as samples_in
@@ -39,13 +39,11 @@ from setpoint.host.optimizers import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
 from setpoint.messages import a_type, warn
 from setpoint.one_shot.compressed import Compressed
+from setpoint.one_shot.consumer import find_consumers, layers_by_weight
 from setpoint.one_shot.forward import batch_norms_of, norms_were_constant, run
 from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
 from setpoint.one_shot.samples import first_batches
-from setpoint.sensor.consumer import Consumer, find_consumers, layers_by_weight
-from setpoint.sensor.elimination import energy_shares
-from setpoint.sensor.listener import Listener
-from setpoint.sensor.reconstruction import norm_scale
+from setpoint.one_shot.score import unit_scores
 from setpoint.spending.checks import check_reachable
 from setpoint.spending.original import original_costs
 
@@ -56,11 +54,6 @@ Nothing is trained that could make up for a group that is far narrower than the 
 """
 _USED_UP = 0.9
 """Share of a budget below which the next floor is tried."""
-
-_ROWS = 8192
-"""Rows of what a layer is given that a score is made of, at most."""
-_MOST_NUMBERS = 1 << 26
-"""Numbers that layers are given and that are held at once, about: 256 MiB in float32. More take further passes."""
 
 
 def compress(
@@ -76,7 +69,8 @@ def compress(
 ) -> Compressed:
     """Cut a trained model to a budget at once, in place, and refit the layers that read cut units; nothing is trained.
 
-    1. *Score.* What `ReconstructionSensor` reads in training is read in forwards on the data.
+    1. *Score.* A unit's score is the share of the next layers' outputs that they cannot make without it, however they
+       are fitted again (`unit_scores`).
     2. *Cut.* The units of least score per saving go until the budget is met. Four fifths of an even cut's width stay in
        each group, where the budget can be used up so.
     3. *Refit.* Layer by layer, in the order of the forward, the weights W on the inputs that stay (k) become those that
@@ -146,7 +140,7 @@ def compress(
         limit = goal.absolute(original.get(goal.resource, before[goal.resource]))
         check_reachable(goal, original.get(goal.resource, before[goal.resource]), cheapest(cost, active))
         with _unchanged_on_error(model):
-            keep = _choose(cost, active, _scores(model, active, batches), limit, even=even)
+            keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
             fitted: tuple[Reader, ...] = ()
             if not all(each.all() for each in keep.values()):
                 renews = _renews(model, batches)
@@ -225,47 +219,6 @@ def _renews(model: nn.Module, batches: Sequence[Example]) -> bool:
 def _warn_of_single_samples(model: nn.Module, batches: Sequence[Example]) -> None:
     if batch_norms_of(model) and all(samples_in(each) == 1 for each in batches):
         warn("every batch has one sample, and BatchNorms got the statistics of single samples: give batches of several")
-
-
-def _scores(model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Saliency of all units, from passes over the data in each of which some groups are read."""
-    found = dict[str, np.ndarray]()
-    layers = layers_by_weight(model)
-    part, numbers = list[Consumer](), 0
-    for group in groups:
-        readers = find_consumers(group, model, layers)
-        more = sum(each.num_units * each.num_columns * _ROWS for each in readers)
-        if part and numbers + more > _MOST_NUMBERS:
-            found |= _scores_of(part, model, batches)
-            part, numbers = [], 0
-        part += readers
-        numbers += more
-    found |= _scores_of(part, model, batches)
-    # What the data does not come to is not known to be worthless: it stays.
-    return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
-
-
-def _scores_of(consumers: Sequence[Consumer], model: nn.Module, batches: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Saliency by group of what these layers read, from one pass over the data."""
-    each_time = -(-_ROWS // len(batches))
-    listener = Listener(consumers, model, each_time, each_time * len(batches), training=False)
-    try:
-        run(model, batches, "running")
-        norms, noted = dict(listener.norms), listener.take()
-    finally:
-        listener.stop()
-    maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for consumer, rows in zip(consumers, noted, strict=True):
-        if rows is not None:
-            weight = consumer.weight(model) * norm_scale(model, norms.get(consumer.layer, ""))
-            maps.setdefault(consumer.group, []).append((rows, weight))
-    found = {name: energy_shares(of_group) for name, of_group in maps.items()}
-    for name, saliency in found.items():
-        if np.isnan(saliency).any():
-            raise ExampleError(
-                f"what reads {name} is given NaN or infinity on the data: look for it in the data and the weights"
-            )
-    return found
 
 
 def _choose(

@@ -18,10 +18,17 @@ from setpoint.errors import ExampleError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group
 from setpoint.messages import counted, warn
+from setpoint.one_shot.consumer import (
+    Padding,
+    by_column,
+    channel_dim,
+    find_consumers,
+    from_columns,
+    input_rows,
+    layers_by_weight,
+)
 from setpoint.one_shot.forward import EnoughSeen, Norms, run
-from setpoint.sensor.consumer import by_column, channel_dim, find_consumers, from_columns, input_rows, layers_by_weight
-from setpoint.sensor.elimination import moment_of, regular
-from setpoint.sensor.padding import Padding
+from setpoint.one_shot.score import moment_of, regular
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 

@@ -11,7 +11,6 @@ from setpoint.distributed import Ranks
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Hooking, Reading, Sensor, Shared, takes_back
-from setpoint.sensor.stride import Listening
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,7 @@ class SensorChain:
     The whole is calibrated if every part is, in the same unit.
 
     Raises:
-        ValueError: when there is no sensor, or for one that reads only the steps before a decision.
+        ValueError: when there is no sensor.
 
     >>> from setpoint import TaylorSensor
     >>> from setpoint.states.hankel import HankelSensor
@@ -50,12 +49,6 @@ class SensorChain:
     def __init__(self, *sensors: Sensor[Any]) -> None:
         if not sensors:
             raise ValueError("a chain needs at least one sensor")
-        for each in sensors:
-            if isinstance(each, Listening):
-                raise ValueError(
-                    f"{type(each).__name__} reads only the steps before a decision, and the others of a chain read "
-                    "steps all along: give it to attach alone"
-                )
         self.sensors = sensors
 
     @property

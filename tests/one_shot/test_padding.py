@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -11,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.sensor.consumer import input_rows
-from setpoint.sensor.padding import Padding, Positions, real_positions
+from setpoint.one_shot.consumer import Padding, Positions, input_rows, real_positions
 
 REAL = torch.tensor([[True, True, False], [True, False, False]])
 
@@ -78,13 +75,11 @@ def test_many_rows_are_picked_evenly() -> None:
 
 
 def test_the_last_mask_counts_and_none_means_no_padding() -> None:
-    """Claim: a forward without a mask after one with a mask has no padding; hooks go with the object, or by `stop`."""
+    """Claim: a forward without a mask after one with a mask has no padding; hooks go by `stop`."""
     model, ids = Tagger(), torch.zeros(2, 3, dtype=torch.long)
     padding = Padding(model)
     model(ids, REAL.long())
     assert padding.real is not None and padding.real.equal(REAL)
-    pickle.loads(pickle.dumps(copy.deepcopy(model)))(ids)  # its hooks are deaf
-    assert padding.real.equal(REAL)
     model(ids)
     assert padding.real is None
     model(ids, REAL.long())
@@ -92,9 +87,7 @@ def test_the_last_mask_counts_and_none_means_no_padding() -> None:
     assert padding.real is None
     model(ids, attention_mask=REAL.long())
     assert padding.real is None and not model._forward_pre_hooks
-    padding = Padding(model)
-    del padding
-    assert not model._forward_pre_hooks and not model.layer._forward_pre_hooks
+    assert not model.layer._forward_pre_hooks
 
 
 def test_pairs_do_not_change_what_positions_say() -> None:
@@ -146,6 +139,7 @@ def test_each_forward_begins_anew() -> None:
         assert padding.real is not None and padding.real.equal(real)
     model(x, torch.ones(2, 3, 3))
     assert padding.real is None
+    padding.stop()
     cross = Cross()
     padding = Padding(cross)
     padding.note(REAL)
@@ -167,21 +161,3 @@ def test_compress_is_the_same_however_far_batches_are_filled_up(filled: int) -> 
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
-
-
-def test_the_sensor_reads_the_same_however_far_batches_are_filled_up() -> None:
-    """Claim: saliency by reconstruction in training leaves padding out."""
-    read = []
-    for filled in (0, 24):
-        torch.manual_seed(0)
-        model, batch = Tagger(), batches(filled)[0]
-        groups = setpoint.find_groups(model, batch)
-        sensor = setpoint.ReconstructionSensor(rows=512)
-        groups = sensor.readable(groups, model)
-        state = sensor.init(groups, model)
-        model(**batch)[:, :8].square().mean().backward()
-        state = sensor.update(state, groups, model)
-        read.append(sensor.read(state, groups, 1).saliency)
-        sensor.release(state)
-    for name, values in read[0].items():
-        assert read[1][name] == pytest.approx(values, rel=1e-4, abs=1e-6)

@@ -1,9 +1,13 @@
-"""A consumer: a layer whose weights read the units of a group, seen as one linear map from columns to outputs."""
+"""A consumer: a layer whose weights read the units of a group, seen as one linear map from columns to outputs.
+
+Here is also what of its input is data: `Padding` finds the positions of a batch that only fill it up.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -11,15 +15,110 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from setpoint.distributed import plain_kind, unsharded_tensor
+from setpoint.distributed import plain_kind
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.padding import Positions
 from setpoint.sensor.tap import parameter_named
 
 _GOLDEN = 0.6180339887498949
+
+_FAR_BELOW = -1e3
+"""A mask adds less than this, in half precision too, to a score that does not count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Flat positions of a batch that hold data.
+
+    Args:
+        total: positions of the batch.
+        index: of those that are no padding.
+    """
+
+    total: int
+    index: Int[Tensor, " real"]
+
+
+class Padding:
+    """Hooks on all modules that take an `attention_mask`, which note it; changes with each forward, until `stop`.
+
+    A mask has a place for each position (2 dims), or for each pair of query and key (4 dims); others change nothing. A
+    position that no query attends to is padding. Where a module is given None, nothing is padding. A mask for keys of
+    another sequence, as in cross attention, does not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.real: Bool[Tensor, "batch positions"] | None = None
+        self._positions: Positions | None = None
+        self._handles = []
+        for module in model.modules():
+            names = _mask_arguments(getattr(type(module), "forward", None))
+            if (names or module is model) and not isinstance(module, torch.jit.ScriptModule):
+                hook = self._hook(names, begins=module is model)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _hook(self, names: tuple[str, ...], *, begins: bool) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if begins:
+                self.begin()
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            other_keys = given.get("key_value_states") is not None or (
+                given.get("encoder_hidden_states") is not None and "encoder_attention_mask" not in names
+            )
+            if names and not other_keys:
+                self.note(given.get("attention_mask"))
+
+        return look
+
+    @property
+    def positions(self) -> Positions | None:
+        """The real positions of this forward; None where nothing is padding. Synchronises, once for each mask."""
+        if self._positions is None and self.real is not None:
+            self._positions = Positions(self.real.numel(), self.real.flatten().nonzero().flatten())
+        return self._positions
+
+    def begin(self) -> None:
+        """The model is called: nothing is known of this forward yet."""
+        self.real = self._positions = None
+
+    def note(self, mask: Any) -> None:
+        """A module is given this mask."""
+        if mask is None:
+            self.begin()
+        # A mask of positions has the last word: libraries let rows of padding attend to everything in a mask of
+        # pairs, so that no softmax is empty.
+        elif isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 4 and self.real is None)):
+            self.real, self._positions = real_positions(mask), None
+
+    def stop(self) -> None:
+        """Take the hooks off, and forget; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self.begin()
+
+
+def real_positions(mask: Tensor) -> Bool[Tensor, "batch positions"]:
+    """Positions that are attended to, of a mask of positions (1 for a token) or of queries and keys, kept or added.
+
+    >>> real_positions(torch.tensor([[1, 1, 0]])), real_positions(torch.tensor([[[[0.0, -1e9]]]]))
+    (tensor([[ True,  True, False]]), tensor([[ True, False]]))
+    """
+    if mask.dim() == 2:
+        return mask != 0
+    attended = mask > _FAR_BELOW if mask.is_floating_point() else mask != 0
+    return attended.any(2).any(1)
+
+
+@lru_cache(maxsize=4096)
+def _mask_arguments(forward: Callable[..., Any] | None) -> tuple[str, ...]:
+    """The arguments of a class's forward, without `self`, if a mask is among them."""
+    try:
+        names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a forward that is no plain function
+        return ()
+    return names if "attention_mask" in names else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +152,9 @@ class Consumer:
         return int(self.channels.shape[1]) * self.num_offsets
 
     def weight(self, model: nn.Module) -> Float[Tensor, "columns outputs"]:
-        """The layer's weights for the units, one unit's columns after the other's; sharded ones are gathered."""
+        """The layer's weights for the units, one unit's columns after the other's."""
         layer = model.get_submodule(self.layer)
-        columns = by_column(layer, unsharded_tensor(layer.weight.detach()))  # type: ignore[operator]
+        columns = by_column(layer, layer.weight.detach())  # type: ignore[operator]
         return columns[self._channels(columns)].flatten(0, 1)
 
     def rows(

@@ -1,14 +1,23 @@
-"""Elimination: units are removed from linear maps one by one, the cheapest first, and the others make up for them."""
+"""Score: the error that a unit's removal leaves in the layers that read it, after these are fitted again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
+
+from setpoint.errors import ExampleError
+from setpoint.groups.example import Example
+from setpoint.groups.group import Group
+from setpoint.one_shot.consumer import Consumer, Padding, find_consumers, layers_by_weight
+from setpoint.one_shot.forward import batch_norms_of, run
 
 RIDGE = 0.01
 """What is added to the diagonal of a second moment, as a share of its mean."""
@@ -22,8 +31,122 @@ _PANEL = 64
 _APART = 1e-12
 """How much a unit is worth more, in shares of the output's energy, than the one that goes before it."""
 
+_ROWS = 8192
+"""Rows of what a layer is given that a score is made of, at most."""
+
+_NUMBERS_AT_ONCE = 1 << 26
+"""Numbers that layers are given and that are held at once, about: 256 MiB in float32. More take further passes."""
+
+_NUMBERS_OF_ONE = 1 << 23
+"""Numbers that are kept of what one layer was given: a wider layer is seen in fewer rows."""
+
 Map = tuple[Float[Tensor, "_units _columns _rows"], Float[Tensor, "_all_columns _outputs"]]
 """A linear map that units feed: what they gave it in some rows, and its weights, unit by unit."""
+
+
+def unit_scores(
+    model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]
+) -> dict[str, Float64[np.ndarray, " _units"]]:
+    """Score of each unit by group, from passes over the data in each of which some groups are read.
+
+    Let a layer with weights W read units x, `y = W^T x`, with `G = E[x x^T]` and `P = (G + ridge)^-1`. The removal of
+    unit j, all other weights being fitted again, costs an error of `trace(W_j^T (P_jj)^-1 W_j)` in y. The cheapest unit
+    goes first, W and P are updated (optimal brain surgeon), and so on. A unit's score is that error as a share of
+    `trace(W^T G W)`, summed over the layers that read the group; it is infinite where the data do not come to them.
+    Where y goes into a BatchNorm, each output counts in units of the deviation that the norm divides by, times its
+    scale.
+
+    Raises:
+        ExampleError: where a layer is given NaN or infinity.
+
+    References:
+        Hassibi, Stork: "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992. Luo, Wu, Lin:
+        "ThiNet", ICCV 2017, and He, Zhang, Sun: "Channel pruning for accelerating very deep neural networks", ICCV 2017
+        (channels by what the next layer can reconstruct).
+    """
+    found = dict[str, np.ndarray]()
+    layers = layers_by_weight(model)
+    part, numbers = list[Consumer](), 0
+    for group in groups:
+        consumers = find_consumers(group, model, layers)
+        more = sum(consumer.num_units * consumer.num_columns * _ROWS for consumer in consumers)
+        if part and numbers + more > _NUMBERS_AT_ONCE:
+            found |= _scores_of(part, model, batches)
+            part, numbers = [], 0
+        part += consumers
+        numbers += more
+    found |= _scores_of(part, model, batches)
+    # What the data does not come to is not known to be worthless: it stays.
+    return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
+
+
+def _scores_of(consumers: Sequence[Consumer], model: nn.Module, batches: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Scores by group of what these layers read, from one pass over the data."""
+    maps: dict[str, list[Map]] = {}
+    for consumer, rows, norm in _rows_given(consumers, model, batches):
+        maps.setdefault(consumer.group, []).append((rows, consumer.weight(model) * _norm_scale(norm)))
+    found = {name: energy_shares(of_group) for name, of_group in maps.items()}
+    for name, scores in found.items():
+        if np.isnan(scores).any():
+            raise ExampleError(
+                f"what reads {name} is given NaN or infinity on the data: look for it in the data and the weights"
+            )
+    return found
+
+
+def _rows_given(
+    consumers: Sequence[Consumer], model: nn.Module, batches: Sequence[Example]
+) -> list[tuple[Consumer, Tensor, nn.Module | None]]:
+    """A sample of the rows that each consumer is given, and the BatchNorm that is given just what it makes, if any.
+
+    A consumer that the data do not come to is left out.
+    """
+    rows_of_batch = -(-_ROWS // len(batches))
+    noted: list[deque[Tensor]] = [deque(maxlen=len(batches)) for _ in consumers]
+    # Weak references, so that no output stays in memory for being looked at.
+    made: dict[str, weakref.ref[Tensor]] = {}
+    norms: dict[str, nn.Module] = {}
+    padding = Padding(model)
+
+    def listen(number: int, consumer: Consumer) -> Any:
+        count = min(rows_of_batch, max(1, _NUMBERS_OF_ONE // (consumer.num_units * consumer.num_columns)))
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor) and x.numel():
+                noted[number].append(consumer.rows(layer, x, count, padding.positions))
+            if isinstance(output, Tensor):
+                made[consumer.layer] = weakref.ref(output)
+
+        return model.get_submodule(consumer.layer).register_forward_hook(look, with_kwargs=True)
+
+    def look_behind(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        for layer, output in made.items():
+            if args and args[0] is not None and output() is args[0]:
+                norms[layer] = norm
+
+    handles = [listen(number, consumer) for number, consumer in enumerate(consumers)]
+    handles += [norm.register_forward_pre_hook(look_behind) for norm in batch_norms_of(model)]
+    try:
+        run(model, batches, "running")
+    finally:
+        for handle in handles:
+            handle.remove()
+        padding.stop()
+    return [
+        (consumer, torch.cat(tuple(rows), 2), norms.get(consumer.layer))
+        for consumer, rows in zip(consumers, noted, strict=True)
+        if rows
+    ]
+
+
+def _norm_scale(norm: Any) -> Tensor | float:
+    """What a BatchNorm multiplies each of its inputs with, without its sign; 1 without a norm or its statistics."""
+    if norm is None or norm.running_var is None:
+        return 1.0
+    deviation = (norm.running_var + norm.eps).sqrt()
+    scale: Tensor = 1.0 / deviation if norm.weight is None else norm.weight.detach().abs() / deviation
+    return scale
 
 
 def regular(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
@@ -78,13 +201,6 @@ def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
             if units.start <= unit < units.stop:
                 one.remove(unit - units.start)
     return saliency
-
-
-def flops_of(num_units: int, num_columns: int, num_outputs: int, num_rows: int) -> float:
-    """FLOPs of the removal of all units from one map: moment, product of the weights, inverse, and all that changes."""
-    columns = num_units * num_columns
-    block = columns / _num_blocks(num_units, num_columns)
-    return columns * block * (2.0 * num_rows + 2.0 * num_outputs + 4.0 * block)
 
 
 def _num_blocks(num_units: int, num_columns: int) -> int:
