@@ -176,35 +176,6 @@ def options() -> None:
     assert len(set(calls)) >= 3  # the hook was given buckets of three sizes
 
 
-def vanishing() -> None:
-    """A branch that vanishes as a whole, and comes back in part, leaves the others averaged, as in one process."""
-    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
-    every, back = {3: {"inner.0": list(range(16))}}, {6: {"inner.0": [2, 7]}}
-    model = build(Still)
-    wrapper = Parallel(model)
-    optimizer, loop = attached(wrapper, Scripted(every, back), share(0)[0])
-    losses = train(wrapper, optimizer, loop, range(5), share)
-    assert loop.widths["inner.0"] == 0
-    losses += train(wrapper, optimizer, loop, range(5, 9), share)
-    assert loop.widths["inner.0"] == 2
-    assert_same_everywhere(model, optimizer)
-    alone = build(Still)
-    of_alone, single = attached(alone, Scripted(every, back), batch(0)[0])
-    np.testing.assert_allclose(
-        np.mean(everywhere(losses), 0), train(alone, of_alone, single, range(9), batch), rtol=1e-9
-    )
-
-
-class Still(Net):
-    """The net with batch norm that does not look at the batch."""
-
-    def train(self, mode: bool = True) -> Still:
-        super().train(mode)
-        for each in (self.norm, self.inner[1]):
-            each.eval()
-        return self
-
-
 def frozen() -> None:
     """A layer that is frozen while others are cut, and then trains again, is averaged again, as in one process."""
     model = build()

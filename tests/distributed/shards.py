@@ -23,13 +23,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import setpoint
-from distributed.checks import Still
 from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
 from setpoint.checkpoint.tree import to_tensors
 from setpoint.distributed import Ranks
-from setpoint.errors import CheckpointError, CostError, GroupError, LoopError, RankError
+from setpoint.errors import CheckpointError, CostError, LoopError, RankError
 from setpoint.host import fsdp as sharding
 from setpoint.runs import run_folder
 from setpoint.sensor.magnitude import MagnitudeSensor
@@ -259,17 +258,6 @@ def sharded_buffers() -> None:
     assert len(seen[-1]) == len(statistics) - len(units)
     torch.testing.assert_close(statistics[units], seen[0][units], rtol=0, atol=0)
     assert len({tuple(each) for each in everywhere(statistics[units].tolist())}) == dist.get_world_size()
-
-
-def sharded_whole() -> None:
-    """A branch that could vanish as a whole keeps a block, since FSDP takes no parameter without entries."""
-    every = {3: {"inner.0": list(range(16))}, 5: {"inner.0": list(range(14))}}
-    model = sharded(build(Still))
-    optimizer, loop = attached(model, Scripted(every, regrow=False), share(0)[0])
-    caught(GroupError, "min_units is 2", lambda: train(model, optimizer, loop, range(4), share))
-    optimizer.zero_grad()
-    train(model, optimizer, loop, range(3, 6), share)
-    assert loop.widths["inner.0"] == 2
 
 
 def sharded_resume() -> None:

@@ -17,7 +17,6 @@ CHECKS = {
     "goals:2": "so are the plans of a tolerance of the loss, and of learned gates",
     "batch_norm:2": "with batch norm and uneven batches a cut run equals its masked twin on the same ranks",
     "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
-    "vanishing:2": "a branch that vanishes as a whole, and comes back, leaves the others averaged",
     "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
     "join:2": "ranks that have run out of batches inside join() go along with the others",
     "join_ends:2": "a join() ends well with passes left over, by an exception, and with the loop detached inside",

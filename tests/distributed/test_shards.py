@@ -18,7 +18,6 @@ CHECKS = {
     "sharded_copies:2": "sharded and whole copies of the model are cut and regrown alike",
     "sharded_adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
     "sharded_buffers:2": "running statistics rest and come back on the rank whose they are",
-    "sharded_whole:2": "no group vanishes as a whole",
     "sharded_refusals:2": "what cannot follow a cut is refused by name",
 }
 

@@ -668,12 +668,3 @@ def test_finding_groups_leaves_all_chance_alone() -> None:
     before = state()
     find_groups(model, (torch.ones(3, 5),))
     assert state() == before
-
-
-def test_heads_may_not_all_go_where_pytorch_cannot_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `scaled_dot_product_attention` of no heads ends the process, one head stays, and other branches may go."""
-    monkeypatch.setattr("setpoint.groups.bind.NEEDS_HEADS", True)
-    groups = find_groups(GPT(), (torch.randint(0, 20, (3, 8)),))
-    kept = [group for group in groups if "attention without heads ends the process" in str(group.notes)]
-    assert len(kept) == 2 and all(group.min_units == 1 for group in kept)
-    assert sum(group.min_units == 0 for group in groups) == 2

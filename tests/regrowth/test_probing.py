@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 import setpoint
 from actuator.hand_made import CASES, Case, residual, some_keep
-from actuator.test_vanish import MODELS as VANISHING
-from actuator.test_vanish import vanished
 from groups.zoo import MODELS as ZOO
 from regrowth.test_regrow import adamw, assert_same, snapshot
 from setpoint.actuator.shrink import named_tensors, shrink
@@ -28,9 +26,6 @@ def case(name: str) -> Case:
     if name in CASES:
         model, inputs, groups = CASES[name]()
         return model.double(), double(inputs), groups
-    if name in VANISHING:
-        model, example, groups, _ = vanished(name)
-        return model, example, groups
     build, example = ZOO[name]
     return build().double(), double(example()), groups_of(name)
 
@@ -40,8 +35,6 @@ def cut(name: str) -> tuple[nn.Module, tuple[Tensor, ...], Reserve]:
     torch.manual_seed(0)
     model, inputs, groups = case(name)
     keep = some_keep(groups) if name in CASES else random_keep(groups)
-    if name in VANISHING:
-        keep = vanished(name)[3]
     step(model, adamw(model), inputs)
     model.zero_grad()
     reserve = Reserve.of(model, groups).rest(model, None, keep)
@@ -60,7 +53,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: tuple[Tenso
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", [*CASES, *ZOO, *VANISHING])
+@pytest.mark.parametrize("name", [*CASES, *ZOO])
 def test_a_probed_step_is_the_shrunk_models_step(name: str) -> None:
     """Claim: with units present, outputs and gradients equal the shrunk model's to 1e-13 in fp64, buffers too;
     and right after the forward pass every parameter, size and forward is the shrunk model's own.

@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 
 import setpoint
 from actuator.hand_made import CASES, masked_step, mlp, residual, some_keep, train_step
-from actuator.test_vanish import MODELS as VANISHING
-from actuator.test_vanish import vanished
 from conformance.test_optimizers import ROWS
 from groups.zoo import MODELS as ZOO
 from setpoint.actuator.mask import mask
@@ -186,22 +184,6 @@ def test_attention_of_part_of_its_width_runs(gone: dict[str, int], back: dict[st
     check(dict(reserve.active))
     regrow(model, None, now, reserve, reserve.origins())
     assert "forward" not in model.attend.__dict__
-
-
-@pytest.mark.parametrize("name", VANISHING)
-def test_a_vanished_block_comes_back(name: str) -> None:
-    """Claim: a branch that lost all its units comes back whole, layers with their own forward, and trains on."""
-    model, example, groups, keep = vanished(name)
-    optimizer = adamw(model)
-    train_step(model, optimizer, example)
-    before = snapshot(model, optimizer)
-    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
-    small = shrink(model, optimizer, groups, keep)
-    assert any(group.num_units == 0 for group in small)
-    train_step(copy.deepcopy(model), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), example)
-    regrow(model, optimizer, small, reserve, dropped(keep))
-    assert_same(snapshot(model, optimizer), before)
-    train_step(model, optimizer, example)
 
 
 def fill(

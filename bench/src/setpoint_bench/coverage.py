@@ -82,7 +82,7 @@ def check(name: str, build: Build) -> Verdict:
     ones frozen; train mode and hooks are as before; and in float64, with randomised weights, the outputs,
     the gradients and the weights after a further step equal the masked twin's. So do, to `FURTHER`, the outputs after
     that step and further cuts: in the other of train and eval mode, with the largest group alone at its fewest units,
-    with all of them there, and a training step without the units of every group that may vanish.
+    and with all of them there.
 
     Args:
         name: what to call the model.
@@ -190,29 +190,16 @@ def _further_errors(
         now = {name: kept[keep[name]] for name, kept in further.items()}
         live, keep = shrink(*small, live, now), further
         mask(*masked, groups, keep)
-        if mode == "step":
-            want, got = _step(*masked, example), _step(*small, example)
-            errors += [_difference(a, b, "an output") for a, b in zip(want.outputs, got.outputs, strict=True)]
-            dims = plan_cut(groups, keep).dims()
-            errors += [
-                _difference(take(want.gradients[name], dims.get(name, {})), gradient, f"the gradient of {name}")
-                for name, gradient in got.gradients.items()
-                if name in want.gradients
-            ]
-        else:
-            errors += _output_errors(small[0], masked[0], example, small[0].training is (mode == "same"))
+        errors += _output_errors(small[0], masked[0], example, small[0].training is (mode == "same"))
     return errors
 
 
 def _further_cuts(groups: tuple[Group, ...], keep: Keep) -> Iterator[tuple[dict[str, np.ndarray], str]]:
-    """Choices within a choice, and how to compare after each: in the same mode, the other one, or by a step."""
+    """Choices within a choice, and how to compare after each: in the same mode or the other one."""
     largest = max(groups, key=lambda group: group.num_units)
     least = {group.name: _first(keep[group.name], max(1, lowest_width(group))) for group in groups}
     yield {**keep, largest.name: least[largest.name]}, "same"
     yield least, "other"
-    gone = {group.name: np.zeros(group.num_units, dtype=bool) for group in groups if group.min_units == 0}
-    if gone:
-        yield {**least, **gone}, "step"
 
 
 def _first(kept: np.ndarray, num: int) -> np.ndarray:

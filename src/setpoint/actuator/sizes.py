@@ -12,7 +12,6 @@ from setpoint.actuator.cut import SizePlace
 from setpoint.errors import GroupError
 from setpoint.groups.place import is_call, read_size, write_size
 from setpoint.groups.shim import get_call_sizes, set_call_sizes
-from setpoint.groups.vanish import fit_forward
 
 _RECORD = "_setpoint_sizes"
 _BUFFERS = "_setpoint_buffers"
@@ -56,12 +55,9 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
             calls.setdefault(name, {})[place] = size
             continue
         assert size is not None, "an attribute always holds a size"
-        # Callbacks run last in, first out: the old size is back before the forward is fitted to it.
-        undo.callback(fit_forward, module)
         present = read_size(module, place)
         write_size(module, place, size)
         undo.callback(partial(write_size, module, place, present))  # only now: what cannot be set cannot be put back
-        fit_forward(module)
     # All calls of a module share one corrected forward, so they are set together.
     for name, places in calls.items():
         module = model.get_submodule(name)

@@ -16,7 +16,7 @@ from torch import nn
 from setpoint.actuator.carried import KEY
 from setpoint.checkpoint.given import given_module
 from setpoint.errors import CheckpointError
-from setpoint.groups import shim, vanish
+from setpoint.groups import shim
 
 _HEAD = '''"""Forwards of a pruned model whose code writes sizes of its own: it belongs to the model's pickle."""
 
@@ -68,7 +68,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     if not (path.suffix == ".py" and path.stem.isidentifier()):
         raise CheckpointError(f"{str(path)!r} is no file that Python can import: name it such as 'small_model.py'")
     baked: nn.Module = copy.deepcopy(given_module("bake", model))
-    corrected = (shim.SizedForward, shim.HeadsForward, vanish.EmptyForward)
+    corrected = (shim.SizedForward, shim.HeadsForward)
     written: ModuleType | None = None
     for module in baked.modules():
         for record in _RECORDS:
@@ -84,8 +84,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
         if not isinstance(forward, corrected):
             continue
         written = _written(path) if written is None else written
-        arguments: list[Any] = [module] if isinstance(forward, vanish.EmptyForward) else [module, dict(forward.sizes)]
-        module.__dict__["forward"] = getattr(written, type(forward).__name__)(*arguments)
+        module.__dict__["forward"] = getattr(written, type(forward).__name__)(module, dict(forward.sizes))
     return baked
 
 
@@ -93,9 +92,8 @@ def _written(path: Path) -> ModuleType:
     """The file's module, written anew."""
     source = inspect.getsource(shim)
     body = source[source.index("_PIECES = ") :]
-    extra = inspect.getsource(vanish.EmptyForward) + "\n\n" + inspect.getsource(vanish.positions)
     try:
-        path.write_text(f"{_HEAD}{body}\n\n{extra}", encoding="utf-8")
+        path.write_text(f"{_HEAD}{body}", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}") from error
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -32,8 +32,7 @@ class Atoms:
         """Atoms for which zero is not absent: (atoms, reason)."""
         self.marks: dict[str, list[Labels]] = {}
         """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding",
-        "alike" (copies and constants), "summed", "measured" (a weight's entries that a norm of it sums up),
-        "squeezed", "unmasked", "resized" (no channel at all cannot be), "attended" (heads)."""
+        "alike" (copies and constants), "summed", "squeezed", "unmasked", "aligned"."""
 
     def __len__(self) -> int:
         return self._count

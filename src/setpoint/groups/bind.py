@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
-import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from setpoint.groups.build import Units
 from setpoint.groups.by_method import MethodForward
@@ -19,7 +16,6 @@ from setpoint.groups.kept import Kept, random_keep
 from setpoint.groups.shim import HEADS, get_call_sizes
 from setpoint.groups.stated import stated
 from setpoint.groups.trial import Draft, Outcome, Places, Trial, call_of, dense_outcome, lost_in_other_mode, outcome_of
-from setpoint.groups.vanish import bypassed, empty
 from setpoint.groups.walk import Call
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
@@ -32,9 +28,6 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.Embedding, "embedding_dim", "weight", 1),
     (nn.PReLU, "num_parameters", "weight", 0),
 )
-
-NEEDS_HEADS = TorchVersion(torch.__version__) < "2.13"
-"""Whether `scaled_dot_product_attention` on a CPU divides by the number of heads: 2.10 does, 2.13 does not."""
 
 _MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile"}
 """Calls that make new dims, which in the graph may be the model's or the data's."""
@@ -58,8 +51,7 @@ def bind(draft: Draft) -> tuple[Units, tuple[Group, ...]]:
         failing = _counted(draft, lost_in_other_mode(draft, placed), f" in {mode} mode") if placed else {}
         failing = failing or _failing(draft, places, dense)
         if not failing:
-            staying, places = _vanishing(draft, places), {**places, **stated(draft, places)}
-            return draft.units, tuple(_vanished(group, staying) for group in _with_sizes(draft, places))
+            return draft.units, _with_sizes(draft, {**places, **stated(draft, places)})
 
 
 def _counted(draft: Draft, calls: Sequence[Call], when: str) -> dict[str, str]:
@@ -221,55 +213,6 @@ class _OtherMode:
         mode = "eval" if self.draft.model.training else "train"
         shapes = "outputs change their shape (where that is a cache, use_cache=False in the example leaves it out)"
         return f"the forward fails in {mode} mode: {turned.error or shapes}"
-
-
-def _vanished(group: Group, staying: Mapping[str, str]) -> Group:
-    """A bypassed group gets `min_units` 0, or a note why it cannot lose all units; any other is unchanged."""
-    if group.name not in staying:
-        return group
-    why = staying[group.name]
-    return (
-        replace(group, notes=(*group.notes, f"the group cannot vanish: {why}")) if why else replace(group, min_units=0)
-    )
-
-
-def _vanishing(draft: Draft, places: Places) -> dict[str, str]:
-    """Bypassed groups: with "" if all units can be dropped, else why not; layers of a stack are tried together."""
-    units, walk = draft.units, draft.walk
-    found = dict.fromkeys(sorted(bypassed(walk, units, walk.inputs, walk.outputs) & draft.lossless), "")
-    for remark, why in (
-        ("measured", "a weight is divided by a norm over its units, which would be 0"),
-        ("resized", "what is resized needs one channel at least"),
-        *((("attended", "attention without heads ends the process in this release of PyTorch"),) * NEEDS_HEADS),
-    ):
-        marked = walk.atoms.marked(remark)
-        for position, group in enumerate(units.groups):
-            if group.name in found and marked[units.group_of == position].any():
-                found[group.name] = why
-
-    for call in walk.calls:
-        conv = isinstance(draft.model.get_submodule(call.module), nn.modules.conv._ConvNd)
-        if call.place.startswith("conv") and not conv:
-            gone = {units.groups[position].name for position in units.among(call.labels)}
-            found |= dict.fromkeys(gone & set(found), "a convolution called as a function needs one group at least")
-
-    @cache
-    def fault(names: frozenset[str]) -> str:
-        outcome = outcome_of(draft, places, Kept(units, empty(sorted(names), units)))
-        return outcome.error or (
-            "" if draft.rehearsal.alike(outcome.shapes, draft.shapes) else "outputs change their shape"
-        )
-
-    fine = frozenset(name for name, why in found.items() if not why)
-    if not fine or not fault(fine):
-        return found
-    alike: dict[str, set[str]] = {}
-    for name in fine:
-        alike.setdefault(re.sub(r"\d+", "0", name), set()).add(name)
-    for names in alike.values():
-        found |= dict.fromkeys(names, fault(frozenset(names)))
-    fine = frozenset(name for name, why in found.items() if not why)
-    return found | dict.fromkeys(fine, fault(fine) if fine else "")
 
 
 def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]) -> dict[str, str]:

@@ -117,8 +117,7 @@ def _call() -> Any:
 
 @rule(CALL)
 def _opaque_call(walk: Walk, out: Value, reads: Sequence[Value], result: Value, name: str) -> Value:
-    """Whatever goes in is frozen, and what comes out is data; it depends on what goes in alone."""
-    walk.inputs[:] = [each for each in walk.inputs if each is not result]
+    """Whatever goes in is frozen, and what comes out is data."""
     for read in reads:
         for labels in read.labels:
             walk.atoms.freeze(labels, name or "model", walk.opaque_calls[name])

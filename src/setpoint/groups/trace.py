@@ -205,8 +205,7 @@ def _walk(model: nn.Module, program: Any, staging: Staging) -> tuple[Walk, list[
         if node.op == "placeholder":
             walk.node, walk.module = node, module_of(node)
             env[node] = _input(model, walk, node, specs.get(node.name), own, dims)
-    walk.outputs.extend(_values(_run(walk, program.graph_module, env, {})))
-    for value in walk.outputs:
+    for value in _values(_run(walk, program.graph_module, env, {})):
         walk.freeze_all(value, "output of the network")
     return walk, dims
 
@@ -294,10 +293,7 @@ def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int
     shape = tuple(int(size) for size in fake.shape)
     if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
         is_input = spec is not None and spec.kind is InputKind.USER_INPUT
-        value = Value(shape, (None,) * len(shape), weight=not is_input, grad=is_input and fake.requires_grad)
-        if is_input:
-            walk.inputs.append(value)
-        return value
+        return Value(shape, (None,) * len(shape), weight=not is_input, grad=is_input and fake.requires_grad)
     name = str(spec.target).removeprefix("model.")
     owner, _, key = name.rpartition(".")
     tensor: torch.Tensor = getattr(model.get_submodule(owner), key)
@@ -365,16 +361,9 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
         return fake if isinstance(fake, (int, float, bool)) else None
     finished = finish(walk, None, out, inputs) if finished is None else finished
     walk.flow.append((walk.module, inputs, _values(finished)))
-    if op_name(node.target) in _BY_SHAPE or (isinstance(fake, torch.Tensor) and fake.dtype == torch.bool):
-        walk.no_data.extend(_values(finished))
     if op_name(node.target).endswith("_") and isinstance(finished, Value):
         _hand_up(walk, node, finished, env)
     return finished
-
-
-_BY_SHAPE = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn")}
-_BY_SHAPE |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty")}
-"""Operations that read the shape of a tensor alone."""
 
 
 def _has_floats(node: fx.Node) -> bool:

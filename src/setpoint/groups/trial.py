@@ -22,7 +22,6 @@ from setpoint.groups.kept import Kept, Labels
 from setpoint.groups.place import write_size
 from setpoint.groups.rehearsal import Rehearsal
 from setpoint.groups.shim import COUNTED, CallSizes, parse, set_call_sizes
-from setpoint.groups.vanish import fit_forward
 from setpoint.groups.walk import Call, Walk
 
 
@@ -294,7 +293,6 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
             calls.setdefault(module, {})[place] = kept.count(labels)
         else:
             write_size(twin.get_submodule(module), place, kept.count(labels))
-            fit_forward(twin.get_submodule(module))
     for module, sizes in calls.items():
         set_call_sizes(twin.get_submodule(module), sizes)
 

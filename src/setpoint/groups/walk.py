@@ -68,9 +68,6 @@ class Walk:
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)  # names of the ops without a rule
     flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)  # module, inputs, results of each op
-    no_data: list[Value] = field(default_factory=list)  # results that say at most where data are: masks, zeros
-    inputs: list[Value] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
     node: fx.Node | None = None  # the node being visited
     module: str = ""  # qualified name of the module whose own forward holds the node
     unread: bool = False  # whether nothing reads the node, so that its values do not matter

@@ -108,8 +108,6 @@ def unit_candidates(
         GroupError: when `wanted` are not the model's groups, or nothing is left.
     """
     groups, frozen = _select(host, found, wanted, sensor, allow_lossy)
-    if host.mesh is not None:  # FSDP takes no parameter without entries, so no group may vanish
-        groups = tuple(replace(each, min_units=max(each.min_units, each.multiple_of)) for each in groups)
     active, strangers = in_hand(host, groups)
     frozen |= strangers
     check_copies(host, active)

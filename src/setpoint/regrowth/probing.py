@@ -19,7 +19,6 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
-from setpoint.groups.vanish import EmptyForward
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.regrowth.reserve import Key, Reserve, corner
 from setpoint.sensor.accumulated import RunningSum
@@ -182,11 +181,6 @@ class Probing:
         if any(table.get(key) is not tensor for table, key, tensor in self._places):
             return  # run with other tensors than the model's own, as torch.func.functional_call does
         undo = ExitStack()
-        for layer in module.modules():
-            if isinstance(layer.__dict__.get("forward"), EmptyForward):  # a norm without channels counts no batches
-                for buffer in layer.buffers(recurse=False):
-                    if id(buffer) not in self._wide:
-                        undo.callback(buffer.copy_, buffer.clone())
         try:
             wide = {id(tensor): self._filled(self._wide[id(tensor)], tensor) for _, _, tensor in self._places}
             for table, key, tensor in self._places:

@@ -39,7 +39,6 @@ def _sdpa(
     batch = _heads(walk, query, key, value, attn_mask, bool(kwargs.get("enable_gqa", False)))
     for labels in batch:
         walk.atoms.mark("batch", labels)
-        walk.atoms.mark("attended", labels)
     inner = contract_dim(walk, query, -1, key, -1)
     if kwargs.get("scale") is None:
         walk.freeze(inner, "the attention scale depends on the head size")

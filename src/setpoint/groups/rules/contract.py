@@ -25,8 +25,8 @@ def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim
     """Labels of a dim that is summed over in both operands; a weight's atoms are marked as reading it."""
     a, b = left.labels[left_dim], right.labels[right_dim]
     for operand, labels in ((left, a), (right, b)):
-        if operand.weight:
-            walk.atoms.mark("measured" if _measures(left, right) else "consume", labels)
+        if operand.weight and not _measures(left, right):
+            walk.atoms.mark("consume", labels)
         if not left.weight and not right.weight:
             walk.atoms.mark("contract", labels)
     if not (left.zero and not walk.copies(a)) and not (right.zero and not walk.copies(b)):

@@ -109,8 +109,6 @@ def _group_norm(
 def _weight_norm(walk: Walk, out: Value, direction: Value, size: Value, dim: int = 0) -> tuple[DimLabels, ...]:
     """`size * direction / |direction|`, with the norm over all dims but one, which zeros do not change."""
     labels = list(direction.labels)
-    for own in (*labels[:dim], *labels[dim:][1:]):
-        walk.atoms.mark("measured", own)
     if size.ndim == 0:  # one norm over all dims
         return direction.labels
     labels[dim] = walk.unite(labels[dim], size.labels[dim])

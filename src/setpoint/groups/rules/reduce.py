@@ -48,7 +48,8 @@ def _sum(walk: Walk, out: Value, x: Value, *args: Any, **kwargs: Any) -> tuple[D
             x = replace(x, zero=False)  # a negative power of zero
     dims = _dims(x, kwargs.get("dim", args[0] if args else None))
     for d in dims:
-        walk.atoms.mark("measured" if x.weight else "summed", x.labels[d])
+        if not x.weight:
+            walk.atoms.mark("summed", x.labels[d])
         if not x.zero or walk.copies(x.labels[d]):
             walk.lossy(x.labels[d], "a sum runs over this dim, where dropped units are not zero")
     return _without(x, dims, bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False)))

@@ -45,12 +45,10 @@ def _col2im(
     return (*x.labels[:-2], own, None, None)
 
 
-def _slides(num_spatial: int, resizes: bool) -> Rule:
+def _slides(num_spatial: int) -> Rule:
     """Windows over the last dims: units along those freeze, the others pass."""
 
     def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
-        if resizes:
-            walk.atoms.mark("resized", x.labels[-1 - num_spatial])  # torch refuses to resize no channels
         for spatial in x.labels[x.ndim - num_spatial :]:
             walk.freeze(spatial, "a window slides over this dim")
         labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
@@ -78,7 +76,7 @@ def _register_windows() -> None:
                 if packet is None:
                     continue
                 overloads = (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
-                rule(*overloads)(_slides(num_spatial, resizes=table is upsample))
+                rule(*overloads)(_slides(num_spatial))
 
 
 _register_windows()
