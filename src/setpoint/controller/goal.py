@@ -51,4 +51,4 @@ def controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool) 
         return PenaltyController(goal)
     if isinstance(goal, Tolerance):
         return TolerantController(goal)
-    return PricedController(deadband=min(each.deadband for each in goal), regrow=regrow)
+    return PricedController(deadband=min(budget.deadband for budget in goal), regrow=regrow)

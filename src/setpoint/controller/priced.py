@@ -146,7 +146,7 @@ class PricedController:
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         """State before the first decision."""
-        return PricedState(age={each.name: np.full(each.num_units, self.dwell, np.int64) for each in groups})
+        return PricedState(age={group.name: np.full(group.num_units, self.dwell, np.int64) for group in groups})
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step."""
@@ -155,7 +155,7 @@ class PricedController:
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
         coming = range(step + 1, step + 1 + self.probe_steps)
-        usable = (self.due(each, total_steps) and not self.schedule.final(each, total_steps) for each in coming)
+        usable = (self.due(later, total_steps) and not self.schedule.final(later, total_steps) for later in coming)
         return self.regrow and any(usable)
 
     def decide(

@@ -31,9 +31,8 @@ class RollBackState:
 class RollingBack:
     """When the loss has left its trend, the last cut comes back and nothing is dropped until the next decision.
 
-    Once in a run, and only while there are decisions to come: the budget has the last word. Where the last cut's units
-    do not
-    rest in full in a reserve, the reference pauses, and nothing comes back.
+    This happens once in a run, and only while decisions are still to come: the budget has the last word. Where the last
+    cut's units are not all in the reserve, the reference pauses, and nothing comes back.
 
     Args:
         inner: decides otherwise.
@@ -72,7 +71,7 @@ class RollingBack:
         excess, step, total_steps = observation.excess, observation.step, observation.planned_steps
         if excess is None or not left_trend(excess):
             return None
-        if sum(self.due(each, total_steps) for each in range(step + 1, total_steps)) < _DECISIONS_LEFT:
+        if sum(self.due(later, total_steps) for later in range(step + 1, total_steps)) < _DECISIONS_LEFT:
             return None
         back, widths = observation.last_dropped, observation.widths
         wider = {name: width + len(back.get(name, ())) for name, width in widths.items()}

@@ -55,7 +55,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        numbers = all(isinstance(each, (int, float)) for each in (self.warmup, self.settle, self.land))
+        numbers = all(isinstance(share, (int, float)) for share in (self.warmup, self.settle, self.land))
         if not numbers or not 0 <= self.warmup < self.settle <= self.land <= 1:
             raise ValueError(
                 "a schedule needs 0 <= warmup < settle <= land <= 1, "
@@ -205,7 +205,7 @@ class RunRest:
             return max(0, min(math.floor(left / saving), most))
 
         until = step + steps(unused)
-        decisions = 1 + sum(self.schedule.due(each, total_steps) for each in range(step + 1, until))
+        decisions = 1 + sum(self.schedule.due(later, total_steps) for later in range(step + 1, until))
         return steps(unused - self.sensing - self.deciding * decisions) if self.deciding else steps(unused)
 
 

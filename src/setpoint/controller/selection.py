@@ -139,7 +139,7 @@ def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, s
     if isinstance(selection.cost, ProductCost):  # a sum of products has no stairs
         best = _weighed(selection, name, count)
     else:
-        best = min(_weighed(selection, name, each) for each in range(count, min(count + _STAIR, left) + 1))
+        best = min(_weighed(selection, name, blocks) for blocks in range(count, min(count + _STAIR, left) + 1))
     selection.worth[name][selection.rungs[name]] = best[0]
     selection.saving[name][selection.rungs[name]] = best[4] / best[3]
     return best
