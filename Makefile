@@ -40,7 +40,7 @@ help:
 	@echo "make clean   remove .venv, caches and runs"
 
 demo: $(READY)
-	$(BIN)/setpoint demo --out $(OUT)
+	$(BIN)/python examples/demo.py --out $(OUT)
 
 docs: $(DOCS_READY)
 	@echo "building the site into $(SITE): under a minute"
@@ -55,7 +55,7 @@ bench-quick: $(READY)
 
 coverage-suites: $(READY)
 	for suite in $(SUITES); do \
-		OMP_NUM_THREADS=1 $(BIN)/setpoint inspect --suite $$suite --workers $(WORKERS) --out results/coverage || exit 1; \
+		OMP_NUM_THREADS=1 $(BIN)/setpoint coverage $$suite --workers $(WORKERS) --out results/coverage || exit 1; \
 	done
 
 test: $(READY)

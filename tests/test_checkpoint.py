@@ -70,7 +70,6 @@ def test_what_is_no_model_is_refused_in_a_sentence(given: Any, name: str, tmp_pa
         lambda: setpoint.resumable(given),
         lambda: setpoint.shrink_to(given, {}),
         lambda: setpoint.bake(given),
-        lambda: setpoint.export_padded(given),
     ):
         with pytest.raises(CheckpointError, match=f"takes a torch.nn.Module, got {name}: give the model itself"):
             call()

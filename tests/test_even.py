@@ -1,4 +1,4 @@
-"""Even widths and padded exports: what a plain reader of transformers models takes, without Setpoint."""
+"""Even widths: what a plain reader of transformers models takes, without Setpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from controller.plants import observe, run, unit_group
 from golden.models import GPT
 from setpoint.actuator.mask import mask
 from setpoint.configs.even import Even, evened
-from setpoint.configs.keys import keys
+from setpoint.configs.families import shared_widths
 from setpoint.controller.even import EvenController
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.cost import ProductCost, Term
-from setpoint.errors import CheckpointError, GroupError, LoopError
+from setpoint.errors import GroupError, LoopError
 from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace, trace
@@ -98,33 +98,14 @@ def cut_evenly(family: str) -> tuple[nn.Module, nn.Module]:
     return small, twin
 
 
-def cut_freely(family: str) -> tuple[nn.Module, nn.Module]:
-    """A model whose layers have lost more units the deeper they lie; and its masked twin."""
-    model, _, traced = built(family)
-    small, twin = copy.deepcopy(model), copy.deepcopy(model)
-    groups, order = tuple(group for group in traced.groups if group.lossless), np.random.default_rng(0)
-    keep = {
-        group.name: order.permutation(group.num_units) >= group.num_units * (1 + number) // (2 + len(groups))
-        for number, group in enumerate(groups)
-    }
-    setpoint.shrink(small, None, groups, keep)
-    mask(twin, None, groups, keep)
-    return small, twin
-
-
 @cache
-def saved(family: str) -> tuple[str, ...]:
-    """Folders of the evenly cut model, and of the padded one, each with an example and the outputs of its twin."""
-    example, folders = built(family)[1], []
-    uneven, uneven_twin = cut_freely(family)
-    padded = setpoint.export_padded(uneven, example)
-    for kind, (model, twin) in {"even": cut_evenly(family), "padded": (padded, uneven_twin)}.items():
-        folder = f"{tempfile.mkdtemp()}/{family}-{kind}"
-        model.save_pretrained(folder)
-        torch.save((example, logits(twin, example)), f"{folder}/example.pt")
-        folders.append(folder)
-    assert padded.num_parameters() <= built(family)[0].num_parameters()
-    return tuple(folders)
+def saved(family: str) -> str:
+    """Folder of the evenly cut model, with an example and the outputs of its twin."""
+    example, folder = built(family)[1], f"{tempfile.mkdtemp()}/{family}"
+    model, twin = cut_evenly(family)
+    model.save_pretrained(folder)
+    torch.save((example, logits(twin, example)), f"{folder}/example.pt")
+    return folder
 
 
 READER = """
@@ -139,18 +120,17 @@ assert not [name for name in sys.modules if name.startswith("setpoint")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_even_and_padded_models_compute_what_their_masked_twins_do(family: str) -> None:
-    """Claim: what from_pretrained makes of either folder has the twin's outputs, to 1e-12 in double precision."""
-    for folder in saved(family):
-        example, want = torch.load(f"{folder}/example.pt")
-        model = getattr(transformers, FAMILIES[family][0]).from_pretrained(folder, dtype=torch.float64)
-        assert not hasattr(model, "_setpoint_sizes")
-        torch.testing.assert_close(logits(model, example), want, rtol=0, atol=1e-12)
+def test_even_models_compute_what_their_masked_twins_do(family: str) -> None:
+    """Claim: what from_pretrained makes of the folder has the twin's outputs, to 1e-12 in double precision."""
+    example, want = torch.load(f"{saved(family)}/example.pt")
+    model = getattr(transformers, FAMILIES[family][0]).from_pretrained(saved(family), dtype=torch.float64)
+    assert not hasattr(model, "_setpoint_sizes")
+    torch.testing.assert_close(logits(model, example), want, rtol=0, atol=1e-12)
 
 
 def test_a_process_without_setpoint_reads_them() -> None:
     """Claim: so it is in a fresh process that never imports Setpoint, in all eight families."""
-    jobs = [[auto, folder] for family, (auto, _) in FAMILIES.items() for folder in saved(family)]
+    jobs = [[auto, saved(family)] for family, (auto, _) in FAMILIES.items()]
     command = [sys.executable, "-W", "ignore", "-c", READER, json.dumps(jobs)]
     told = subprocess.run(command, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1"})
     assert told.returncode == 0, told.stderr[-2000:]
@@ -178,7 +158,7 @@ def test_a_config_says_what_it_can(family: str) -> None:
 def test_widths_that_a_config_refuses_are_left_out() -> None:
     """Claim: Llama's config wants heads that divide the hidden size, so 8 heads of 4 groups go by halves, not to 6."""
     model, _, traced = built("llama")
-    (said,) = keys(model, [group for group in traced.groups if group.what == "head"])
+    (said,) = shared_widths(model, [group for group in traced.groups if group.what == "head"])
     assert len(said.names) == 2 and said.block == 2
     heads = [group for group in even_of("llama").groups if group.what == "head"]
     assert {(group.multiple_of, group.min_units) for group in heads} == {(2, 2)}
@@ -383,15 +363,3 @@ def test_what_cannot_be_even_is_refused_in_a_sentence() -> None:
     with pytest.raises(GroupError, match="even=True leaves nothing to cut"):
         setpoint.attach(model, optimizer, 0.9, groups=one, **settings)
     assert model.config.to_dict() == before
-
-
-def test_what_cannot_be_padded_is_refused_in_a_sentence() -> None:
-    """Claim: a model without a config; units of which zero is not absent."""
-    with pytest.raises(CheckpointError, match="Sequential has none"):
-        setpoint.export_padded(nn.Sequential(nn.Linear(2, 2)))
-    model, example, traced = built("gpt2")
-    small = copy.deepcopy(model)
-    stream = next(group for group in traced.groups if not group.lossless)
-    setpoint.shrink(small, None, (stream,), {stream.name: np.arange(stream.num_units) < 24})
-    with pytest.raises(GroupError, match="would change its outputs"):
-        setpoint.export_padded(small, example)

@@ -107,7 +107,7 @@ def test_the_wheel_installs_and_runs(built: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", PYTHONS)
 def test_the_wheel_works_where_nothing_else_is_installed(built: Path, folder: Path, version: str) -> None:
-    """Claim: on each Python of the classifiers, the wheel and what it requires are enough for README and demo."""
+    """Claim: on each Python of the classifiers, the wheel and what it requires are enough for README and inspect."""
     python = _environment(f"python{version}", folder)
     _install(python, folder, _wheel(built, "setpoint"))
     _use(python, folder)
@@ -115,7 +115,7 @@ def test_the_wheel_works_where_nothing_else_is_installed(built: Path, folder: Pa
 
 @pytest.mark.slow
 def test_the_source_archive_works_where_nothing_else_is_installed(built: Path, folder: Path) -> None:
-    """Claim: the source archive and what it requires are enough for README and demo."""
+    """Claim: the source archive and what it requires are enough for README and inspect."""
     python = _environment(sys.executable, folder)
     _install(python, folder, _archive(built, "setpoint"))
     _use(python, folder)
@@ -123,7 +123,7 @@ def test_the_source_archive_works_where_nothing_else_is_installed(built: Path, f
 
 @pytest.mark.slow
 def test_the_lowest_versions_work(built: Path, folder: Path) -> None:
-    """Claim: the lowest version of every dependency, on the oldest Python, is enough for README and demo."""
+    """Claim: the lowest version of every dependency, on the oldest Python, is enough for README and inspect."""
     python = _environment(f"python{PYTHONS[0]}", folder)
     lowest = dict(map(_lowest, _project()["dependencies"]))
     constraints = folder / "constraints.txt"
@@ -251,8 +251,9 @@ def _use(python: Path, folder: Path) -> None:
 
     command = python.parent / "setpoint"
     assert _run(command, "--version", folder=folder).stdout.startswith(f"setpoint {_project()['version']}, torch ")
-    assert "demo" in _run(command, "--help", folder=folder).stdout
-    demo = _run(command, "demo", "--steps", "20", "--json", "--out", folder / "demo", folder=folder)
-    assert json.loads(demo.stdout)["budget_met"] and (folder / "demo" / "report.html").is_file()
+    assert "inspect" in _run(command, "--help", folder=folder).stdout
+    (folder / "net.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(4, 8)\n")
+    found = _run(command, "inspect", "net.py:build", "--input", "2,4", "--json", folder=folder)
+    assert json.loads(found.stdout)["params"] == 40
     refused = _run(command, "list", "tasks", folder=folder, status=2)
     assert "pip install setpoint-bench" in refused.stderr

@@ -24,9 +24,10 @@ from torch import nn
 
 import setpoint
 from setpoint.groups.export import export
-from setpoint.report.zoo import named_model, transformers_model
+from setpoint.report.target import named_model
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment
+from setpoint_bench.zoo import transformers_model
 
 ROUNDS = 3
 LAYERS = (12, 24, 48)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from record import keep
 
-from setpoint.advice.law import LANGUAGE, average_size
+from setpoint_bench.law import LANGUAGE, average_size
 
 RATIOS = (1.0, 4.0, 16.0, 64.0)
 STARTS = (2.0, 4.0, 8.0)

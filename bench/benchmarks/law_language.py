@@ -39,7 +39,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.advice.law import Law, fit_law
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.flops import flops_cost
@@ -48,6 +47,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint_bench.environment import machine
 from setpoint_bench.installed_text import HELD_OUT, VOCABULARY, InstalledText, installed_text, windows
+from setpoint_bench.law import Law, fit_law
 from setpoint_bench.networks import CharGPT
 from setpoint_bench.task import BenchError
 

@@ -1,4 +1,4 @@
-"""What the benchmark adds to the command line: bench, and report and inspect of many runs and models."""
+"""What the benchmark adds to the command line: bench, coverage, list, and its half of report."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--methods", "rigl@densty=0.1"), "did you mean density?"),
         (("bench", "--task", "digits", "--split", "validate"), "did you mean validation?"),
         (("bench", "--task", "digits", "--methods", "dense,small", "--budgets", "1e-4"), "cost"),
-        (("inspect", "--suite", "tim"), "did you mean timm?"),
+        (("coverage", "tim"), "did you mean timm?"),
         (("bench", "--task", "digits", "--methods", ","), "--methods is empty"),
         (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes a fraction of the dense FLOPs"),
         (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
@@ -100,8 +100,8 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--budgets", "50% params"), "got '50% params', a budget of another kind"),
         (("bench", "--task", "digits", "--epochs", "0"), "at least 1"),
         (("report", "/nowhere"), "results.jsonl"),
-        (("inspect", "--suite", "keras"), "torchvision, timm, transformers, plain"),
-        (("inspect", "--suite", "plain", "--models", "unett"), "did you mean unet"),
+        (("coverage", "keras"), "torchvision, timm, transformers, plain"),
+        (("coverage", "plain", "--models", "unett"), "did you mean unet"),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -292,10 +292,10 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_inspect_a_suite(tmp_path: Path) -> None:
+def test_coverage_of_a_suite(tmp_path: Path) -> None:
     """A suite in a worker process: a table, the record in the folder, and with --json its summary."""
     models = "gated_mlp,many_inputs_and_outputs"
-    command = ("inspect", "--suite", "plain", "--models", models, "--workers", "1", "--out", tmp_path)
+    command = ("coverage", "plain", "--models", models, "--workers", "1", "--out", tmp_path)
     result = invoke(*command)
     found = answer(*command)
     assert list(found)[:6] == [

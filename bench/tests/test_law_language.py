@@ -268,7 +268,7 @@ def test_bytes_that_are_worth_less_have_the_exponent_that_made_the_gains(monkeyp
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
     from tables.law import arms_of, gain_by_worth, worth_exponent
 
-    from setpoint.advice.law import Law
+    from setpoint_bench.law import Law
 
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
     law, arms = Law(*data["law"], source="calibration"), arms_of(data)
@@ -300,7 +300,7 @@ def test_the_optimal_data_of_the_page_are_those_of_the_law(monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "benchmarks"))
     from tables.law import larger_optimal_line
 
-    from setpoint.advice.law import Law
+    from setpoint_bench.law import Law
 
     data = json.loads((ROOT / "results" / "law-language.json").read_text(encoding="utf-8"))
     optimal = Law(*data["larger_law"], source="calibration").optimal_data(51_264)

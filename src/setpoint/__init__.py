@@ -29,8 +29,6 @@ from setpoint.sensor.taylor import TaylorSensor
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from setpoint.advice.plan import plan
-    from setpoint.configs.pad import export_padded
     from setpoint.one_shot.compress import compress
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.states.hankel import HankelSensor
@@ -42,9 +40,7 @@ _LEAVES = {
     "Masking": "setpoint.weights.masking",
     "Regrowing": "setpoint.regrowth.regrowing",
     "compress": "setpoint.one_shot.compress",
-    "export_padded": "setpoint.configs.pad",
     "find_weights": "setpoint.weights.find",
-    "plan": "setpoint.advice.plan",
 }
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 
@@ -78,6 +74,6 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Budget", "HankelSensor", "Ledger", "Loop", "Masking", "Price", "PricedController",
     "Regrowing", "Schedule", "SetpointError", "Summary", "TaylorSensor", "Tolerance", "attach", "bake", "compress",
-    "enable_checkpointing", "export_padded", "find_groups", "find_weights", "load", "load_run", "plan", "resumable",
+    "enable_checkpointing", "find_groups", "find_weights", "load", "load_run", "resumable",
     "save", "save_run", "shrink", "shrink_to", "unsharded",
 ]  # fmt: skip

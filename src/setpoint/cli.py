@@ -1,140 +1,108 @@
-"""The command line: demo, inspect, plan, compress, report, watch and list, and what setpoint-bench adds to it."""
+"""The command line: inspect, compress and report, and what setpoint-bench adds to it.
+
+A command prints for readers, or with --json one object for machines. What a user can put right is one line on stderr
+and exit code 2.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from setpoint.command_line import (
-    Json,
-    OneLine,
-    check_folder,
-    console,
-    errors_as_messages,
-    examples,
-    finish,
-    misuse,
-    names,
-    numbers,
-    out_option,
-    write_json,
-)
-from setpoint.messages import did_you_mean
+from setpoint.errors import SetpointError, UsageError
 
-Kind = Literal["tasks", "methods", "models"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED, MISUSE, INTERRUPTED = 1, 2, 130
+"""Exit codes: runs of a benchmark failed; the command cannot be done as given; Ctrl-C."""
 GROUP = "setpoint.commands"
-"""Entry points of other packages: commands, and the halves of `report` and `inspect` that belong to benchmarks."""
+"""Its entry point `commands` is the module of setpoint-bench with `add_commands(app)` and `report_folder(...)`."""
 LEDGER = "run.jsonl"
-"""A ledger's name in the folder of a run."""
-_LEDGER_START = '{"ledger":'
-PACKED_FILES = ("results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
-RESULT_FILES = ("results.jsonl", "timing.jsonl", *PACKED_FILES)
+RESULT_FILES = ("results.jsonl", "timing.jsonl", "results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
 """Files of a results folder that are no ledgers."""
+_LEDGER_START = '{"ledger":'
+
+_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+_answers: ContextVar[Any] = ContextVar("answers", default=None)
+"""Standard output as it was when a command with --json began: what a user's file prints goes to standard error."""
 
 
-def demo(
-    budget: Annotated[
-        str,
-        typer.Option(help="Part of the dense FLOPs per step that is left at the end: 0.5 or 50%.", metavar="FRACTION"),
-    ] = "0.5",
-    seed: Annotated[int, typer.Option(help="Seed of images, new head and order.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each training: fewer take less time.", min=20)] = 360,
-    out: Annotated[Path | None, out_option("by default runs/demo")] = None,
-    json: Json = False,
-) -> None:
-    """Fine-tune a pretrained network before your eyes: dense, and with Setpoint.
-
-    The network and the images come with Setpoint: nothing is downloaded.
-    """
-    with errors_as_messages():
-        from setpoint.cost.parse import fraction
-
-        share, folder = fraction(budget, "--budget"), out or Path("runs/demo")
-        check_folder(folder)
-        from setpoint.demo import demo as shown
-
-        answer = shown.demo(console(), folder, share, seed, steps)
-        finish(answer, f"open {answer['report']} in a browser")
+def _choose(as_json: bool) -> bool:
+    _as_json.set(as_json)
+    return as_json
 
 
-def report(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
-    ],
-    out: Annotated[Path | None, out_option("by default where the ledger or the results are")] = None,
-    goals: Annotated[
-        bool, typer.Option("--goals", help="Also judge Setpoint's own goals in results.md of a folder of `bench`.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Show what a run decided and spent, and write it as a page.
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", callback=_choose)]
+"""A command that has this option may call `console` and `finish`, which know what was chosen."""
 
-    A run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")`.
 
-    For a folder of `bench` it shows the results as tables, and writes results.md and report.html.
-    """
-    with errors_as_messages():
-        check_folder(out)
-        if folder.is_file() and folder.name in RESULT_FILES:
-            raise misuse(f"{folder} is one file of a results folder: give the folder, {folder.parent}")
-        if any((folder / name).is_file() for name in RESULT_FILES):
-            _added("report-folder", "report FOLDER")(folder, out, goals)
-        else:
-            if goals:
-                raise misuse(f"--goals judges results of the benchmark, and {folder} has none: leave it out")
-            _report_ledger(_only_ledger(folder), out)
+def out_option(otherwise: str) -> Any:
+    """The option --out of a command, and what holds without it."""
+    return typer.Option("--out", help=f"Folder for everything that is written; {otherwise}.", metavar="DIR")
+
+
+# The commands.
 
 
 def inspect(
     target: Annotated[
-        str | None,
+        str,
         typer.Argument(help="A model of torchvision, timm or transformers, or module.py:function.", metavar="MODEL"),
-    ] = None,
+    ],
     input: Annotated[
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
     ] = None,
     groups: Annotated[bool, typer.Option("--groups", help="Show every group, with its places, as a tree.")] = False,
     verify: Annotated[bool, typer.Option(help="Try the cuts on a copy of the model, as attach does.")] = True,
-    spending: Annotated[
-        bool, typer.Option("--spending", help="Also time a training step here: seconds and bytes by group.")
-    ] = False,
-    suite: Annotated[
-        str | None, typer.Option(help="Check a whole family instead: torchvision, timm, transformers or plain.")
-    ] = None,
-    models: Annotated[str | None, typer.Option(help="Which models of the suite, with commas.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that check models of the suite; 0: this one; by default 2.", min=0)
-    ] = None,
     out: Annotated[Path | None, out_option("without it nothing is written")] = None,
     json: Json = False,
 ) -> None:
     """Show in eight lines what can be pruned in a model, how far, and what is not pruned and why."""
     with errors_as_messages():
-        if (target is None) == (suite is None):
-            raise misuse("name either a model to inspect or a whole family with --suite, such as --suite timm")
+        from dataclasses import asdict
+
+        from setpoint.report.inspect_model import inspect_model
+        from setpoint.report.inspection_lines import inspection_lines
+        from setpoint.report.inspection_page import write_inspection
+        from setpoint.report.inspection_tree import inspection_tree
+        from setpoint.report.target import load_target
+
         check_folder(out)
-        if target is not None:
-            if models is not None:
-                raise misuse(f"--models picks from a suite: leave it out to inspect {target}")
-            if workers is not None:
-                raise misuse(f"--workers shares out the models of a suite: leave it out to inspect {target}")
-            shape = None if input is None else tuple(numbers(input, "--input", int))
-            _inspect(target, shape, verify, out, spending, groups)
-        elif suite is not None:
-            if input is not None:
-                raise misuse("--input is for a single model: a suite has inputs of its own")
-            if groups or spending or not verify:
-                raise misuse("--groups, --spending and --no-verify are for a single model: name one, without --suite")
-            chosen = None if models is None else names(models, "--models")
-            _added("inspect-suite", "inspect --suite")(suite, chosen, 2 if workers is None else workers, out)
+        shape = None if input is None else tuple(numbers(input, "--input", int))
+        model, example = load_target(target, shape)
+        found = inspect_model(target, model, example, verify=verify)
+        if verify and not found.verified:
+            print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
+        if groups:
+            console().print(inspection_tree(found))
+        else:
+            for line in inspection_lines(found):
+                _print(line)
+        answer: dict[str, Any] = asdict(found)
+        if out is not None:
+            write_json(out / "inspect.json", answer)
+            write_inspection(answer, out / "inspect.html")
+        least = found.cheapest_flops / found.flops if found.flops else 0.0
+        share = 0.5 if least <= 0.5 else math.ceil(100 * least) / 100
+        to = "half of the FLOPs" if share == 0.5 else f"{share:.0%} of the FLOPs; half of them is out of reach"
+        options = [] if input is None else ["--input", input]
+        again = shlex.join([target, *options, *([] if verify else ["--no-verify"])])
+        attach = f"setpoint.attach(model, optimizer, {share:g}, total_steps=...) prunes to {to}"
+        finish(answer, attach if groups else f"setpoint inspect {again} --groups shows every group")
 
 
 def compress(
@@ -151,159 +119,79 @@ def compress(
     Without --out it is a trial: it says what the budget leaves, and keeps nothing.
     """
     with errors_as_messages():
+        from dataclasses import asdict
+
+        from torch import nn
+
+        from setpoint.checkpoint import save
+        from setpoint.one_shot.compress import compress as cut
+        from setpoint.one_shot.compress import one_budget
+        from setpoint.one_shot.samples import are_batches
+        from setpoint.report.target import call_own, check_own_function
+        from setpoint.messages import a_type
+
         check_folder(out)
-        _compress(target, data, budget, even, samples, out)
+        one_budget(budget)
+        for function in (target, data):
+            check_own_function(function)  # both, before the first one is run
+        if out is None:
+            print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
+        made, batches = call_own(target), call_own(data)
+        if not are_batches(batches):
+            raise UsageError(
+                f"{data} returned {a_type(batches)}; --data needs batches: a DataLoader or another iterable of them"
+            )
+        model = made[0] if isinstance(made, tuple) and made else made  # `inspect` takes a model and its inputs, too
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{target} returned {a_type(model)}: return a torch.nn.Module")
+        found = cut(model, batches, budget, even=even, num_samples=samples)
+        _print(str(found))
+        written, then = None, "--out DIR keeps the model"
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            written = str(out / "model.safetensors")
+            save(model, Path(written))
+            then = f"setpoint.load({written!r}, into=...) reads the model"
+        finish({**asdict(found), "model": written}, then)
 
 
-def watch(
-    file: Annotated[
-        Path, typer.Argument(help="A ledger's file, or its folder; a run may be writing it.", metavar="FILE")
+def report(
+    path: Annotated[
+        Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two looks at the file.", min=0.05)] = 1.0,
+    out: Annotated[Path | None, out_option("by default where the ledger or the results are")] = None,
+    goals: Annotated[
+        bool, typer.Option("--goals", help="Also judge Setpoint's own goals in results.md of a folder of `bench`.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Watch a run: widths by group, cost against reference, and the price.
+    """Show what a run decided and spent, and write it as a page.
 
-    The run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")`.
+    A run writes its ledger by `setpoint.integrations.log_to(loop, "run.jsonl")`.
 
-    Watching ends with the run. Ctrl-C ends the watching alone.
+    For a folder of `bench` it shows the results as tables, and writes results.md and report.html.
     """
     with errors_as_messages():
-        from setpoint.report.ledger_page import read_ledger
-        from setpoint.report.resources import state
-        from setpoint.report.watch import view, watch
+        check_folder(out)
+        if path.is_file() and path.name in RESULT_FILES:
+            raise UsageError(f"{path} is one file of a results folder: give the folder, {path.parent}")
+        if any((path / name).is_file() for name in RESULT_FILES):
+            _of_bench("report FOLDER").report_folder(path, out, goals)
+            return
+        if goals:
+            raise UsageError(f"--goals judges results of the benchmark, and {path} has none: leave it out")
+        from setpoint.report.ledger_page import ledger_tables, page_of, read_ledger, write_ledger_page
+        from setpoint.report.resources import ledger_line, state
 
-        file = _ledger_of(file)
-        if file.is_dir():
-            raise misuse(f"{file} is a folder without {LEDGER}: give the file that a run writes by log_to")
-        screen = console()
-        if once or (json and not file.exists()):  # a machine waits for no file
-            record = read_ledger(file)
-            screen.print(view(record, file.name))
-        else:
-            record = watch(file, screen, every)
-        finish(state(record), f"setpoint report {file} writes a page of the run")
-
-
-def list_names(
-    kind: Annotated[str, typer.Argument(help="tasks, methods or models.", metavar="tasks|methods|models")],
-    word: Annotated[str, typer.Argument(help="Only names that contain it.", metavar="WORD")] = "",
-    json: Json = False,
-) -> None:
-    """List the names that other commands take: tasks and methods of the benchmark, models to inspect."""
-    with errors_as_messages():
-        if kind not in get_args(Kind):
-            hint = did_you_mean(kind, get_args(Kind))
-            raise misuse(f"there is no list of {kind!r}: {hint}use {', '.join(get_args(Kind))}")
-        found: dict[str, str] = _models() if kind == "models" else _added(f"list-{kind}", f"list {kind}")()
-        shown = {name: about for name, about in found.items() if word.lower() in name.lower()}
-        if not shown:
-            near = did_you_mean(word, [name.rpartition(":")[2] for name in found])
-            near = near or f"leave the word out to list all {kind}"
-            raise misuse(f"no name in the list of {kind} contains {word!r}: {near.strip()}")
-        screen = console()
-        for name, about in shown.items():
-            screen.print(f"{name:28} {about}".rstrip(), soft_wrap=True, markup=False, highlight=False)
-        then = {
-            "tasks": "setpoint bench --task NAME --methods dense,small,setpoint",
-            "methods": "setpoint bench --task digits --methods NAME,setpoint",
-            "models": "setpoint inspect NAME",
-        }
-        finish({kind: shown}, then[kind])
-
-
-def plan(
-    target: Annotated[str | None, typer.Argument(help="The dense model, as inspect takes it.", metavar="MODEL")] = None,
-    budget: Annotated[str | None, typer.Option(help="Budget per step of MODEL, such as 25% (of the FLOPs).")] = None,
-    input: Annotated[str | None, typer.Option("--input", help="Shape of the example of MODEL, with commas.")] = None,
-    size: Annotated[
-        float | None, typer.Option(help="Parameters of the finished model; the published laws count embeddings.")
-    ] = None,
-    ratio: Annotated[float | None, typer.Option(help="Data / compute-optimal data, where it is known.")] = None,
-    tokens: Annotated[float | None, typer.Option(help="Tokens that a small model would be trained on.")] = None,
-    samples: Annotated[
-        float | None,
-        typer.Option(help="Samples that a small model would be trained on, if it is given no tokens; needs --laws."),
-    ] = None,
-    flops: Annotated[float | None, typer.Option(help="Bill of the whole run.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="Bill in seconds on this machine, timed in steps of at most --batch.")
-    ] = None,
-    joules: Annotated[
-        float | None, typer.Option(help="Bill in joules as metered here, in steps of at most --batch.")
-    ] = None,
-    batch: Annotated[float | None, typer.Option(help="Tokens of an optimizer step.")] = None,
-    start: Annotated[
-        float | None, typer.Option(help="Size to start from, as a multiple of the final size; by default 2.")
-    ] = None,
-    cuts: Annotated[str, typer.Option(help="Begin and end of the cuts, as shares of the steps.")] = "0.25,0.75",
-    laws: Annotated[
-        Path | None, typer.Option(help="JSON file of your own laws, as setpoint.advice.law.save_laws writes it.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Say whether pruning while training from scratch pays, from which start size, and for how many steps.
-
-    A pretrained model needs no such plan: its training is paid for, so fine-tune and prune it.
-    """
-    with errors_as_messages():
-        from dataclasses import replace
-
-        from setpoint.advice.law import LANGUAGE, load_laws
-        from setpoint.advice.plan import budget_per_step, counts_tokens
-        from setpoint.advice.plan import plan as advise
-
-        basis = {"--ratio": ratio, "--tokens": tokens, "--samples": samples, "--flops": flops, "--seconds": seconds}
-        basis["--joules"] = joules
-        given = [name for name, value in basis.items() if value is not None]
-        if len(given) != 1:
-            raise misuse(
-                f"give exactly one of {', '.join(basis)}, such as --tokens 5e10: got {', '.join(given) or 'none'}"
-            )
-        shape = None if input is None else tuple(numbers(input, "--input", int))
-        beside = [name for name, value in (("--budget", budget), ("--input", input)) if value is not None]
-        if target is None and beside:
-            raise misuse(f"{beside[0]} is for a MODEL: name one, or leave {beside[0]} out")
-        if target is None and size is None and ratio is None:
-            raise misuse("give the final size: --size N, or MODEL with --budget; or --ratio alone")
-        if target is not None and (seconds or joules) and batch is None and shape is None:
-            raise misuse(
-                f"{given[0]} needs the size of a step, on which its pace depends: give --batch N, such as --batch 8192"
-            )
-        if laws is None and samples is not None:
-            raise misuse("--samples needs the constants of a family: give --laws FILE, or count --tokens")
-        known, between = LANGUAGE if laws is None else load_laws(laws), tuple(numbers(cuts, "--cuts", float))
-        if target is not None:
-            budget_per_step(budget)
-            print(f"building and tracing {target}", file=sys.stderr)
-        model, example = (None, None) if target is None else _load(target, shape)
-        if laws is None and example is not None and ratio is None and not counts_tokens(example):
-            raise misuse(
-                f"the published constants are of language models and count tokens, which {target} does not take: give "
-                "--laws FILE with constants of its family, or --ratio R, its data / compute-optimal data"
-            )
-        found = advise(
-            model,
-            budget,
-            example=example,
-            size=size,
-            ratio=ratio,
-            tokens=tokens,
-            samples=samples,
-            flops=flops,
-            seconds=seconds,
-            joules=joules,
-            batch=batch,
-            start=start,
-            cuts=between,
-            laws=known,
-        )
-        if batch is None:  # the example's own is only large enough to trace with
-            found = replace(found, batch=None, steps=None, small_steps=None)
-        console().print(str(found), soft_wrap=True, markup=False, highlight=False)
-        page = "https://github.com/setpoint-developers/setpoint/blob/main/docs/when-it-pays.md"
-        finish(found.to_dict(), f"{page} says what stands behind this")
+        file = _ledger_in(path)
+        page = page_of(file, out)
+        record, screen = read_ledger(file), console()
+        check_folder(page.parent)
+        for table in ledger_tables(record):
+            screen.print(table, width=None if screen.is_terminal else 100)
+        _print(ledger_line(record))
+        write_ledger_page(file, page)
+        finish({"report": str(page), **state(record)}, f"open {page} in a browser")
 
 
 def make_app() -> typer.Typer:
@@ -316,42 +204,30 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    made.callback(epilog=examples("setpoint demo", "setpoint inspect resnet18", "setpoint watch run.jsonl"))(_setpoint)
-    made.command(epilog=examples("setpoint demo", "setpoint demo --budget 25%"))(demo)
-    if entry_points(group=GROUP, name="bench"):
-        lines = (
-            "setpoint bench --task digits",
-            "setpoint bench --task cifar10-mini --methods dense,small,setpoint --budgets 0.5,0.25 --seeds 0,1,2",
-            "setpoint bench --task my_task.py:make --out runs/mine",
-        )
-        made.command("bench", epilog=examples(*lines))(_added("bench", "bench"))
+    made.callback(epilog=examples("setpoint inspect resnet18", "setpoint report run.jsonl"))(_setpoint)
+    models = (
+        "setpoint inspect resnet18",
+        "setpoint inspect timm/resnet18.a1_in1k --groups",
+        "setpoint inspect my_model.py:build --input 2,3,64,64",
+    )
+    made.command(epilog=examples(*models))(inspect)
+    cut = "setpoint compress net.py:build --data net.py:batches --budget 50% --out small"
+    made.command(epilog=examples(cut))(compress)
+    made.command(epilog=examples("setpoint report run.jsonl", "setpoint report runs/digits --out pages"))(report)
+    if entry_points(group=GROUP, name="commands"):
+        _of_bench("bench").add_commands(made)
     else:
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-        made.command("bench", context_settings=anything)(_absent("bench"))
-    made.command(epilog=examples("setpoint report run.jsonl", "setpoint report runs/digits --out pages"))(report)
-    made.command(
-        epilog=examples(
-            "setpoint inspect resnet18",
-            "setpoint inspect timm/resnet18.a1_in1k --groups",
-            "setpoint inspect my_model.py:build --input 2,3,64,64",
-            "setpoint inspect --suite torchvision",
-        )
-    )(inspect)
-    made.command(epilog=examples("setpoint compress net.py:build --data net.py:batches --budget 50% --out small"))(
-        compress
-    )
-    made.command(
-        epilog=examples(
-            "setpoint plan --size 2e8 --tokens 5e10",
-            "setpoint plan gpt2 --budget 50% --tokens 1e10",
-            "setpoint plan --ratio 8",
-        )
-    )(plan)
-    made.command(epilog=examples("setpoint watch run.jsonl", "setpoint watch run.jsonl --once"))(watch)
-    made.command(
-        "list", epilog=examples("setpoint list tasks", "setpoint list methods", "setpoint list models resnet")
-    )(list_names)
+        for name in ("bench", "coverage", "list"):
+            made.command(name, context_settings=anything)(_absent(name))
     return made
+
+
+def __getattr__(name: str) -> Any:
+    # Not made at import: the commands of setpoint-bench import this file, whichever of the two is loaded first.
+    if name == "app":
+        return make_app()
+    raise AttributeError(f"module 'setpoint.cli' has no attribute {name!r}")
 
 
 def _show_version(wanted: bool) -> bool:
@@ -373,41 +249,43 @@ def _setpoint(
     """Prune PyTorch models while they train, to a budget held by a feedback controller."""
 
 
-def _models() -> dict[str, str]:
-    """Models of the libraries that are installed, as `library:name`."""
-    from setpoint.report.zoo import LIBRARIES, library_names
-
-    found: dict[str, str] = {}
-    for each in LIBRARIES:
-        try:
-            found |= dict.fromkeys((f"{each}:{name}" for name in library_names(each)), "")
-        except ImportError:
-            print(f"{each} is not installed: pip install {each}", file=sys.stderr)
+def _of_bench(command: str) -> Any:
+    """The module in which setpoint-bench has its commands."""
+    found = entry_points(group=GROUP, name="commands")
     if not found:
-        raise misuse(f"no library of models is installed: pip install {LIBRARIES[0]} (or {', '.join(LIBRARIES[1:])})")
-    return found
+        raise UsageError(
+            f"`setpoint {command}` is part of the benchmark, a package of its own: pip install setpoint-bench"
+        )
+    return next(iter(found)).load()
 
 
-def _ledger_of(path: Path) -> Path:
-    """The ledger in a folder, as the demo and runs leave it there; a path that has none as it is."""
-    return path / LEDGER if (path / LEDGER).is_file() else path
+def _absent(name: str) -> Callable[[], None]:
+    def command() -> None:
+        """Part of the benchmark: pip install setpoint-bench."""
+        with errors_as_messages():
+            _of_bench(name)
+
+    return command
 
 
-def _only_ledger(path: Path) -> Path:
+def _ledger_in(path: Path) -> Path:
     """The ledger that `report` is given by its file or folder."""
-    path = _ledger_of(path)
+    if (path / LEDGER).is_file():
+        return path / LEDGER
     if not path.exists() and path.suffix != ".jsonl":
-        raise misuse(f"{path} does not exist: give a ledger's file, or a folder with {LEDGER} or {RESULT_FILES[0]}")
+        raise UsageError(f"{path} does not exist: give a ledger's file, or a folder with {LEDGER} or {RESULT_FILES[0]}")
     if not path.is_dir():
         return path
-    found = sorted(each for each in path.glob("*.jsonl") if _is_ledger(each))
+    found = sorted(file for file in path.glob("*.jsonl") if _is_ledger(file))
     if not found:
-        raise misuse(
+        raise UsageError(
             f"neither results of the benchmark ({RESULT_FILES[0]}) nor ledgers (*.jsonl) are in {path}: "
             f'a run writes its ledger by setpoint.integrations.log_to(loop, "{LEDGER}")'
         )
-    listed = ", ".join(each.name for each in found)
-    raise misuse(f"no results of the benchmark in {path}; ledgers found: {listed}. Write: setpoint report {found[0]}")
+    listed = ", ".join(file.name for file in found)
+    raise UsageError(
+        f"no results of the benchmark in {path}; ledgers found: {listed}. Write: setpoint report {found[0]}"
+    )
 
 
 def _is_ledger(file: Path) -> bool:
@@ -417,180 +295,160 @@ def _is_ledger(file: Path) -> bool:
         return lines.read(len(_LEDGER_START)) == _LEDGER_START
 
 
-def _added(name: str, command: str) -> Callable[..., Any]:
-    """What another package does for a command."""
-    found = entry_points(group=GROUP, name=name)
-    if not found:
-        raise misuse(f"`setpoint {command}` is part of the benchmark, a package of its own: pip install setpoint-bench")
-    loaded: Callable[..., Any] = next(iter(found)).load()
-    return loaded
+# What all commands share.
 
 
-def _absent(name: str) -> Callable[[], None]:
-
-    def command() -> None:
-        """Part of the benchmark: pip install setpoint-bench."""
-        with errors_as_messages():
-            _added(name, name)
-
-    return command
-
-
-def _load(target: str, shape: tuple[int, ...] | None) -> tuple[Any, Any]:
-    """The model and example that a command names; an error says what the name is like."""
-    from setpoint.errors import UsageError
-    from setpoint.report.inspect_model import load_target
-    from setpoint.report.own_function import is_own_function
-
-    if is_own_function(target):
-        _call_of(target)
-    elif Path(target).is_file() and not target.endswith(".py"):
-        raise misuse(f"{target} is a file and no model: name a function of a Python file, as module.py:function")
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What a user can put right becomes one line on stderr and exit code 2."""
+    _answers.set(sys.stdout)
     try:
-        return load_target(target, shape)
-    except UsageError as error:
-        raise misuse(_like(target, str(error))) from error
+        with redirect_stdout(sys.stderr) if _as_json.get() else nullcontext():
+            yield
+    except (SetpointError, OSError, ImportError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename} cannot be read or written: {error.strerror}"
+        print(f"error: {message}", file=sys.stderr)
+        raise typer.Exit(MISUSE) from None
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
-def _like(target: str, said: str) -> str:
-    """What is said of a model that is refused; of a name that no library has, what it is like."""
-    from setpoint.report.zoo import LIBRARIES, library_names
+class OneLine(TyperGroup):
+    """Commands that report a misuse in one line, too, and whose help shows flags without a value."""
 
-    if meant := _in_file(target):
-        return f"{target!r} names no file: did you mean {meant}?"
-    if ":" in target or "/" in target or target.endswith(".py"):
-        return said
-    for each in LIBRARIES:
-        with suppress(ImportError):
-            if target in library_names(each):
-                return said
-    if Path(target, "config.json").is_file():
-        return f"unknown model {target!r}: write ./{target} for the folder"
-    hub = "; models of the Hub are written owner/name, such as google-bert/bert-base-uncased"
-    return f"{said}{hub if '-' in target else ''}"
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by its name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _hide_flag_values(command.get_params(ctx))
+        return command
 
+    def get_params(self, ctx: Any) -> Any:
+        """The options of all commands."""
+        return _hide_flag_values(super().get_params(ctx))
 
-def _in_file(target: str) -> str:
-    """What was meant by `module:function`, where there is such a file; empty for anything else."""
-    file, colon, function = target.partition(":")
-    return f"{file}.py:{function}" if colon and Path(f"{file}.py").is_file() else ""
-
-
-def _call_of(target: str) -> Callable[[], Any]:
-    """The function of a file that returns a model or batches; a model itself is not called."""
-    from torch import nn
-
-    from setpoint.messages import a_type
-    from setpoint.report.own_function import named_errors, own_function
-
-    if meant := _in_file(target):
-        raise misuse(f"{target!r} names no file: did you mean {meant}?")
-    with named_errors(target):
-        function = own_function(target)
-    if isinstance(function, nn.Module):
-        name = target.rpartition(":")[2]
-        raise misuse(f"{target} is {a_type(function)} itself: name a function without arguments that returns {name}")
-    return function
-
-
-def _inspect(
-    target: str, shape: tuple[int, ...] | None, verify: bool, out: Path | None, spending: bool, groups: bool
-) -> None:
-    from dataclasses import asdict
-
-    from setpoint.report.inspect_model import inspect_model
-    from setpoint.report.inspection_lines import inspection_lines
-    from setpoint.report.inspection_page import write_inspection
-    from setpoint.report.inspection_tree import inspection_tree
-
-    model, example = _load(target, shape)
-    if spending and any(parameter.is_meta for parameter in model.parameters()):
-        raise misuse(f"{target} is large and read from its shapes alone: leave out --spending, which times a step")
-    found = inspect_model(target, model, example, verify=verify)
-    if verify and not found.verified:
-        print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
-    screen = console()
-    if groups:
-        screen.print(inspection_tree(found))
-    else:
-        for line in inspection_lines(found):
-            screen.print(line, soft_wrap=True, markup=False, highlight=False)
-    answer: dict[str, Any] = asdict(found)
-    if spending:
-        from setpoint.report import group_spending
-
-        shown = group_spending.spending(model, example, [group.name for group in found.groups if not group.kept_whole])
-        for line in group_spending.spending_lines(shown):
-            screen.print(line, soft_wrap=True, markup=False, highlight=False)
-        screen.print(group_spending.spending_table(shown))
-        answer["spending"] = asdict(shown)
-    if out is not None:
-        write_json(out / "inspect.json", answer)
-        write_inspection(answer, out / "inspect.html")
-    least = found.cheapest_flops / found.flops if found.flops else 0.0
-    share = 0.5 if least <= 0.5 else math.ceil(100 * least) / 100
-    to = "half of the FLOPs" if share == 0.5 else f"{share:.0%} of the FLOPs; half of them is out of reach"
-    attach = f"setpoint.attach(model, optimizer, {share:g}, total_steps=...) prunes to {to}"
-    given = [
-        target,
-        *([] if shape is None else ["--input", ",".join(map(str, shape))]),
-        *([] if verify else ["--no-verify"]),
-    ]
-    finish(answer, attach if groups else f"setpoint inspect {shlex.join(given)} --groups shows every group")
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; standing alone, end the process with its exit code."""
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except typer.Abort:
+            code = FAILED
+        except Exception as error:
+            # Not by its class: some versions of Typer raise click's errors, others those of a copy of click.
+            if not hasattr(error, "format_message"):
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+            else:
+                print(f"error: {_misuse(error)}", file=sys.stderr)
+            code = MISUSE
+        sys.exit(code if isinstance(code, int) else 0)
 
 
-def _compress(target: str, data: str, budget: str, even: bool, samples: int, out: Path | None) -> None:
-    from dataclasses import asdict
+def _misuse(error: Any) -> str:
+    """What Typer says of wrong options, in one line, and where examples are."""
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    for kind in ("integer", "number"):
+        message = message.replace(f"Input should be a valid {kind}, unable to parse string as", "it takes")
+    message = message.replace("it takes a number", "it takes a number, such as 0.5 or 2e8")
+    context = getattr(error, "ctx", None)
+    dot = "" if message.endswith("?") else "."
+    return message + (f"{dot} {context.command_path} -h shows examples" if context is not None else "")
 
-    from torch import nn
 
-    from setpoint.checkpoint import save
-    from setpoint.messages import a_type
-    from setpoint.one_shot.compress import compress, one_budget
-    from setpoint.one_shot.samples import are_batches
-    from setpoint.report.own_function import check_own_function, is_own_function, named_errors
+def _hide_flag_values(parameters: Sequence[Any]) -> Sequence[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""  # newer versions of Typer show <bool>
+    return parameters
 
-    one_budget(budget)
-    for each in (target, data):
-        if is_own_function(each):
-            check_own_function(each)
+
+def check_folder(out: Path | None) -> None:
+    """Refuse what is no folder and cannot be made one, or takes no file; nothing is left behind."""
     if out is None:
-        print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
-    with named_errors(target):
-        made = _call_of(target)()
-    with named_errors(data):
-        batches = _call_of(data)()
-    if not are_batches(batches):
-        raise misuse(
-            f"{data} returned {a_type(batches)}; --data needs batches: a DataLoader or another iterable of them"
-        )
-    model = made[0] if isinstance(made, tuple) and made else made  # as `inspect` takes it: a model, or one and inputs
-    if not isinstance(model, nn.Module):
-        raise misuse(f"{target} returned {a_type(model)}: return a torch.nn.Module")
-    found = compress(model, batches, budget, even=even, num_samples=samples)
-    console().print(str(found), soft_wrap=True, markup=False, highlight=False)
-    if out is not None:
+        return
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: name a folder")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        save(model, out / "model.safetensors")
-    written = None if out is None else str(out / "model.safetensors")
-    then = "--out DIR keeps the model" if written is None else f"setpoint.load({written!r}, into=...) reads the model"
-    finish({**asdict(found), "model": written}, then)
+        with TemporaryFile(dir=out):  # a folder of another user, or a full disk, shows only now
+            pass
+    except OSError as error:
+        raise UsageError(f"{out} cannot be read or written: {error.strerror}: name another folder by --out") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _report_ledger(file: Path, out: Path | None) -> None:
-    from setpoint.report.ledger_page import is_of_demo, ledger_tables, page_of, read_ledger, write_ledger_page
-    from setpoint.report.resources import ledger_line, state
+def console() -> Console:
+    """Standard output; in a pipe it is wide, so that tables keep their shape, and with --json it is mute."""
+    from rich.console import Console
 
-    record, screen, page = read_ledger(file), console(), page_of(file, out)
-    written = not is_of_demo(page, file)
-    if written:
-        check_folder(page.parent)
-    for table in ledger_tables(record):
-        screen.print(table, width=None if screen.is_terminal else 100)
-    screen.print(ledger_line(record), soft_wrap=True, markup=False, highlight=False)
-    if written:
-        write_ledger_page(file, page)
-    finish({"report": str(page), **state(record)}, f"open {page} in a browser")
+    if _as_json.get():
+        return Console(quiet=True)
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-app = make_app()
+def _print(line: str) -> None:
+    console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def finish(answer: dict[str, Any], then: str) -> None:
+    """End a command: say what to do next, or with --json write the answer.
+
+    Args:
+        answer: one JSON object, with --json all of stdout.
+        then: the next step.
+    """
+    from setpoint.report.values import finite
+
+    if _as_json.get():
+        print(json.dumps(finite(answer)), file=_answers.get(), flush=True)
+    else:
+        _print(f"next: {then}")
+
+
+def write_json(path: Path, answer: dict[str, Any]) -> None:
+    """Write an answer to a file."""
+    from setpoint.report.values import finite
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(answer), indent=2) + "\n", encoding="utf-8")
+
+
+def examples(*lines: str) -> str:
+    """Examples below the help of a command."""
+    return "\n\n".join(("Examples:", *(f"  {line}" for line in lines)))
+
+
+def names(text: str, option: str) -> list[str]:
+    """Words between commas."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UsageError(f"{option} is empty: give names with commas between them")
+    return words
+
+
+def numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
+    """Numbers between commas."""
+    try:
+        return [kind(word) for word in names(text, option)]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"{option} takes {what} with commas between them, got {text!r}") from error

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from setpoint.errors import UsageError
-from setpoint.report.inspect_model import inspect_model, load_target
+from setpoint.report.inspect_model import inspect_model
 from setpoint.report.inspection_lines import inspection_lines
 from setpoint.report.inspection_tree import inspection_tree
+from setpoint.report.target import load_target
 
 
 def tree_of(found: object) -> str:
@@ -122,62 +121,3 @@ def test_a_model_without_weights_is_not_verified() -> None:
     assert not found.verified
     assert len(found.groups) == 13
     assert "not verified" in tree_of(inspection_tree(found))
-
-
-BROKEN = """
-import torch
-from torch import nn
-
-def helper():
-    raise KeyError("no such layer")
-
-def fails():
-    return helper()
-
-def without_inputs():
-    return nn.Linear(3, 4)
-
-def too_many():
-    return nn.Linear(3, 4), 1, 2
-
-def fine():
-    return nn.Linear(3, 4), torch.zeros(2, 3)
-"""
-
-
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        ("fails", r"model.py:fails raised KeyError: 'no such layer' \(at model.py:6: \"raise KeyError"),
-        ("without_inputs", "returned a model without inputs: return `model, "),
-        ("too_many", "returned 3 things"),
-    ],
-)
-def test_what_goes_wrong_in_a_users_file_is_one_line(tmp_path: Path, function: str, said: str) -> None:
-    """An exception names function, line and message; a model without inputs is asked for them and gets no images."""
-    file = tmp_path / "model.py"
-    file.write_text(BROKEN)
-    with pytest.raises(UsageError, match=said):
-        load_target(f"{file}:{function}")
-    assert load_target(f"{file}:without_inputs", (2, 3))[1][0].shape == (2, 3)
-    assert load_target(f"{file}:fine")[1][0].shape == (2, 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"), [("def f(:\n", "SyntaxError"), ("import not_there\ndef f(): ...\n", "No module named")]
-)
-def test_a_file_that_does_not_load_is_one_line(tmp_path: Path, text: str, said: str) -> None:
-    """So does a file that Python cannot read."""
-    file = tmp_path / "model.py"
-    file.write_text(text)
-    with pytest.raises(UsageError, match=f"{said}.* \\(at model.py:1"):
-        load_target(f"{file}:f")
-
-
-def test_a_file_without_the_function_is_not_run(tmp_path: Path) -> None:
-    """Claim: a name that the file does not define is refused before the file is run, with the nearest name."""
-    file = tmp_path / "model.py"
-    file.write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\ndef build(): ...\n")
-    with pytest.raises(UsageError, match="has no function 'buld': did you mean build"):
-        load_target(f"{file}:buld")
-    assert not (tmp_path / "ran").exists()

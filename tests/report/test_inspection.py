@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.report.figures import BLUE, FAINT, ORANGE
-from setpoint.report.inspect_model import inspect_model, load_target
+from setpoint.report.inspect_model import inspect_model
 from setpoint.report.inspection_page import parameters_by_kind, render_inspection, write_inspection
+from setpoint.report.target import load_target
 
 GROUP: dict[str, Any] = {
     "name": "body.conv",

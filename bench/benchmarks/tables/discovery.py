@@ -129,7 +129,7 @@ def _share(values: Iterable[bool | None]) -> str:
 
 
 def suites_table(folder: Path) -> str:
-    """What `setpoint inspect --suite` found in each family, and every failure."""
+    """What `setpoint coverage` found in each family, and every failure."""
     columns = (
         "suite",
         "passed",

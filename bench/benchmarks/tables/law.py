@@ -25,10 +25,10 @@ from law_language import (
     params,
 )
 
-from setpoint.advice.law import LANGUAGE, Law
 from setpoint.report.figures import BLUE, DARK, ORANGE, OTHERS
 from setpoint.report.numbers import NOTHING, signed
 from setpoint_bench.installed_text import VOCABULARY
+from setpoint_bench.law import LANGUAGE, Law
 from setpoint_bench.report.folder import read_lines
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.statistics import Difference, paired

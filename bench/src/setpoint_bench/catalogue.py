@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import setpoint_bench.tasks
 from setpoint.messages import a_type, did_you_mean
-from setpoint.report.own_function import is_own_function, named_errors, own_function
+from setpoint.report.target import is_own_function, named_errors, own_function
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
 

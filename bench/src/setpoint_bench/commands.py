@@ -1,27 +1,30 @@
-"""What the benchmark adds to the command line: bench, and report and inspect of many runs and models."""
+"""What the benchmark adds to the command line: bench, coverage, list, and its half of report."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from setpoint.command_line import (
+from setpoint.cli import (
     FAILED,
     Json,
     check_folder,
     console,
     errors_as_messages,
+    examples,
     finish,
-    misuse,
     names,
     numbers,
     out_option,
     write_json,
 )
+from setpoint.errors import UsageError
+from setpoint.messages import did_you_mean
 
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data, for images.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder that holds the data.", metavar="DIR")]
@@ -80,18 +83,66 @@ def report_folder(folder: Path, out: Path | None, goals: bool = False) -> None:
     finish({"report": page, "table": str(text)}, f"open {page}")
 
 
-def inspect_suite(suite: str, models: Sequence[str] | None, workers: int, out: Path | None) -> None:
-    """Check the models of a suite; print a table, and write the record if there is a folder for it."""
-    from setpoint_bench.progress import sweep_bar
-    from setpoint_bench.sweep import chosen_models, record, summary, sweep
-    from setpoint_bench.table import suite_table
+def coverage(
+    suite: Annotated[str, typer.Argument(help="torchvision, timm, transformers or plain.", metavar="SUITE")],
+    models: Annotated[str | None, typer.Option(help="Which models of the suite, with commas; by default all.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that check models; 0: this one.", min=0)] = 2,
+    out: Annotated[Path | None, out_option("without it nothing is written")] = None,
+    json: Json = False,
+) -> None:
+    """Cut every model of a suite and compare it with its masked twin; the record is suite-SUITE.json in --out."""
+    with errors_as_messages():
+        from setpoint_bench.progress import sweep_bar
+        from setpoint_bench.sweep import chosen_models, record, summary, sweep
+        from setpoint_bench.table import suite_table
 
-    with sweep_bar(suite, len(chosen_models(suite, models))) as after:
-        verdicts = sweep(suite, models, workers=workers, after=after)
-    console().print(suite_table(suite, verdicts))
-    if out is not None:
-        write_json(out / f"suite-{suite}.json", record(suite, verdicts, workers))
-    finish(summary(suite, verdicts), "setpoint inspect MODEL --groups shows one of them")
+        check_folder(out)
+        chosen = None if models is None else names(models, "--models")
+        with sweep_bar(suite, len(chosen_models(suite, chosen))) as after:
+            verdicts = sweep(suite, chosen, workers=workers, after=after)
+        console().print(suite_table(suite, verdicts))
+        if out is not None:
+            write_json(out / f"suite-{suite}.json", record(suite, verdicts, workers))
+        finish(summary(suite, verdicts), "setpoint inspect MODEL --groups shows one of them")
+
+
+def list_names(
+    kind: Annotated[str, typer.Argument(help="tasks, methods or models.", metavar="tasks|methods|models")],
+    word: Annotated[str, typer.Argument(help="Only names that contain it.", metavar="WORD")] = "",
+    json: Json = False,
+) -> None:
+    """List the names that other commands take: tasks and methods of the benchmark, models to inspect."""
+    with errors_as_messages():
+        lists = {"tasks": list_tasks, "methods": list_methods, "models": list_models}
+        if kind not in lists:
+            raise UsageError(f"there is no list of {kind!r}: {did_you_mean(kind, lists)}use {', '.join(lists)}")
+        found = lists[kind]()
+        shown = {name: about for name, about in found.items() if word.lower() in name.lower()}
+        if not shown:
+            near = did_you_mean(word, [name.rpartition(":")[2] for name in found])
+            near = near or f"leave the word out to list all {kind}"
+            raise UsageError(f"no name in the list of {kind} contains {word!r}: {near.strip()}")
+        for name, about in shown.items():
+            console().print(f"{name:28} {about}".rstrip(), soft_wrap=True, markup=False, highlight=False)
+        then = {
+            "tasks": "setpoint bench --task NAME --methods dense,small,setpoint",
+            "methods": "setpoint bench --task digits --methods NAME,setpoint",
+            "models": "setpoint inspect NAME",
+        }
+        finish({kind: shown}, then[kind])
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the benchmark's commands to Setpoint's command line."""
+    runs = (
+        "setpoint bench --task digits",
+        "setpoint bench --task cifar10-mini --methods dense,small,setpoint --budgets 0.5,0.25 --seeds 0,1,2",
+        "setpoint bench --task my_task.py:make --out runs/mine",
+    )
+    app.command("bench", epilog=examples(*runs))(bench)
+    app.command(epilog=examples("setpoint coverage timm --workers 4 --out results/coverage"))(coverage)
+    lists = ("setpoint list tasks", "setpoint list methods", "setpoint list models resnet")
+    app.command("list", epilog=examples(*lists))(list_names)
 
 
 def list_tasks() -> dict[str, str]:
@@ -107,6 +158,19 @@ def list_methods() -> dict[str, str]:
     from setpoint_bench.method import all_methods
 
     return {each.name: f"{METHODS[each.name]} {each.paper}".rstrip() for each in all_methods()}
+
+
+def list_models() -> dict[str, str]:
+    """Models of the libraries that are installed, as `library:name`."""
+    from setpoint.report.target import LIBRARIES, library_names
+
+    found: dict[str, str] = {}
+    for library in LIBRARIES:
+        try:
+            found |= dict.fromkeys((f"{library}:{name}" for name in library_names(library)), "")
+        except ImportError:
+            print(f"{library} is not installed: pip install {library}", file=sys.stderr)
+    return found
 
 
 def _first_line(what: object) -> str:
@@ -132,7 +196,7 @@ def _bench(
     from dataclasses import asdict
     from functools import partial
 
-    from setpoint.report.own_function import is_own_function
+    from setpoint.report.target import is_own_function
     from setpoint_bench.catalogue import task_named, with_length
     from setpoint_bench.method import method_named
     from setpoint_bench.runner import grid
@@ -144,7 +208,7 @@ def _bench(
     task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
     chosen = {name: method_named(name) for name in names(methods, "--methods")}
     if len({method.name for method in chosen.values()}) < len(chosen):
-        raise misuse(f"--methods {methods}: two of these have the same name")
+        raise UsageError(f"--methods {methods}: two of these have the same name")
     cells = grid(task, chosen.values(), dict.fromkeys(budgets), dict.fromkeys(seeds), split_named(split))
     # What is the user's own may hold functions that cannot be sent to another process: it is made there anew.
     make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None

@@ -16,7 +16,7 @@ from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
 from setpoint.messages import did_you_mean
-from setpoint.report.own_function import is_own_function, named_errors, own_function
+from setpoint.report.target import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.group_lasso import ReconfiguringController

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from setpoint.configs.keys import configured, keys
+from setpoint.configs.families import configured, shared_widths
 from setpoint.controller.even import Kind, alike
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
@@ -78,7 +78,7 @@ def evened(model: nn.Module, traced: Trace, wanted: Sequence[Group] | None, *, a
     chosen = {group.name for group in (traced.groups if wanted is None else wanted)}
     some = tuple(each for each in traced.groups if each.name in chosen and (each.lossless or allow_lossy))
     described = {name: module for name, module in configured(model)}
-    said = keys(model, some)
+    said = shared_widths(model, some)
     groups = traced.groups
     for each in said:
         groups = each.bound(groups)

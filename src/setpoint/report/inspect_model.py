@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.errors import UsageError
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Frozen, trace
-from setpoint.messages import a_type, counted
-from setpoint.report.own_function import is_own_function, named_errors, own_function
 from setpoint.report.parameters import Part, params_along, parts, share_along
-from setpoint.report.zoo import named_model, noise
-
-MOST_NUMBERS = 2**28
-"""In an example that is filled with noise: a gigabyte of them."""
+from setpoint.messages import counted
 
 
 @dataclass(frozen=True)
@@ -137,47 +130,3 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
 def _each(group: Group) -> int:
     written = next((place for place in group.slices if place.role == "produce" and place.dim is not None), None)
     return 1 if written is None else int((written.index >= 0).sum()) // group.num_units
-
-
-def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Example]:
-    """The model and example that `module.py:function` returns, or a library's model of that name.
-
-    Args:
-        target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
-            keyword inputs), or a model alone if `shape` says what it takes; or the name of a model of torchvision,
-            timm or transformers.
-        shape: of the example, filled with noise; None for the usual size of a library's model.
-
-    Raises:
-        UsageError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
-            or the shape does not fit it.
-    """
-    if shape is not None and min(shape) < 1:
-        raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
-    if shape is not None and math.prod(shape) > MOST_NUMBERS:
-        raise UsageError(
-            f"an example of {','.join(map(str, shape))} is too large to inspect a model with, at most {MOST_NUMBERS:,} "
-            "numbers: give a smaller batch, since groups and shares are the same"
-        )
-    if target.endswith(".py"):
-        raise UsageError(f"{target} is a file: name the function in it that returns the model, {target}:function")
-    if not is_own_function(target):
-        return named_model(target, shape)
-    with named_errors(target):
-        made = own_function(target)()
-    if isinstance(made, tuple) and len(made) != 2:
-        raise UsageError(
-            f"{target} returned {counted(len(made), 'thing')}: return a model and its inputs, as `model, (x,)`"
-        )
-    if isinstance(made, tuple) and shape is not None:
-        raise UsageError(f"{target} returns inputs of its own: leave out --input {','.join(map(str, shape))}")
-    model, example = made if isinstance(made, tuple) else (made, None)
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{target} returned {a_type(model)}: return a torch.nn.Module, or one and its inputs")
-    if example is None and shape is None:
-        raise UsageError(
-            f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "
-            "inputs; or say the shape of its one input of floats, for images --input 2,3,224,224"
-        )
-    example = (noise(shape),) if shape is not None else example
-    return model, (example,) if isinstance(example, Tensor) else example

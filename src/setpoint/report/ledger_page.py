@@ -17,9 +17,6 @@ from setpoint.report.page import document, save
 from setpoint.report.record import Record, record_of
 from setpoint.report.run import run
 
-DEMO = "demo"
-"""The name of the demo's page."""
-
 
 def read_ledger(file: Path) -> Record:
     """The record in a file that `loop.ledger.save(file)` wrote.
@@ -44,29 +41,16 @@ def page_of(file: Path, folder: Path | None = None) -> Path:
     return (file.parent if folder is None else folder) / name
 
 
-def is_of_demo(page: Path, file: Path) -> bool:
-    """Whether the demo wrote a page after this ledger: it has all that `write_ledger_page` writes, and more."""
-    if not page.is_file() or page.stat().st_mtime_ns < file.stat().st_mtime_ns:
-        return False
-    return f"<title>Setpoint: {DEMO}</title>" in page.read_text(encoding="utf-8", errors="replace")
-
-
-def write_ledger_page(file: Path, out: Path | None = None, first: str = "", more: str = "", name: str = "") -> Path:
-    """Write the report of one ledger, by default to `page_of(file)`.
-
-    Args:
-        first: what stands above the run.
-        more: what stands behind the pictures of the budget.
-        name: the page's own, in place of the ledger's.
+def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> Path:
+    """Write the report of one ledger, by default to `page_of(file)`; `first` is HTML that stands above the run.
 
     Raises:
         ReportError: if the ledger cannot be read.
     """
     record = read_ledger(file)
-    kind, about = (name, "") if name else ("report", f"<p>{escape(file.name)}</p>")
-    head = f"<header><h1>Setpoint <span>{escape(kind)}</span></h1>{about}</header>\n<section>\n"
-    body = head + first + run(file.stem, record, more=more) + "</section>\n"
-    return save(document(name or file.stem, body), page_of(file) if out is None else out)
+    head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
+    body = head + first + run(file.stem, record) + "</section>\n"
+    return save(document(file.stem, body), page_of(file) if out is None else out)
 
 
 def ledger_tables(record: Record) -> Iterator[Table]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from setpoint.report.zoo import noise, timm_model
+from setpoint.report.target import noise, timm_model
 from setpoint_bench.coverage import Build
 
 _NAMES = """

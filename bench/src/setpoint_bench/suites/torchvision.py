@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from setpoint.report.zoo import torchvision_model
+from setpoint.report.target import torchvision_model
 from setpoint_bench.coverage import Build
 from setpoint_bench.zoo import classifier_names
 

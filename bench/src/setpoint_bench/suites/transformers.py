@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.report.zoo import transformers_model
 from setpoint_bench.coverage import Build
-from setpoint_bench.zoo import small_config
+from setpoint_bench.zoo import small_config, transformers_model
 
 _SIZES = {
     "hidden_size": 64,
