@@ -124,11 +124,11 @@ def compress(
         from torch import nn
 
         from setpoint.checkpoint import save
+        from setpoint.messages import a_type
         from setpoint.one_shot.compress import compress as cut
         from setpoint.one_shot.compress import one_budget
         from setpoint.one_shot.samples import are_batches
         from setpoint.report.target import call_own, check_own_function
-        from setpoint.messages import a_type
 
         check_folder(out)
         one_budget(budget)

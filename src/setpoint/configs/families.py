@@ -117,7 +117,8 @@ def shared_widths(model: nn.Module, groups: Sequence[Group]) -> tuple[SharedWidt
     found = []
     for name, module in configured(model):
         for row in TABLE:
-            if module.config.model_type in row.types.split():
+            config: Any = module.config
+            if config.model_type in row.types.split():
                 found += _shared(name, module, row, groups)
     return tuple(found)
 
@@ -134,7 +135,8 @@ def _shared(name: str, module: nn.Module, row: Width, groups: Sequence[Group]) -
     if not weights or not weights <= covered or len(widths) > 1:  # some layer is not pruned: no one number fits all
         return []
     (width,) = widths
-    config, numbers = module.config, []
+    config: Any = module.config
+    numbers = []
     for number in row.numbers:
         size = getattr(config, number, None)
         if size is None:
@@ -162,13 +164,13 @@ def _block(config: Any, numbers: Sequence[Number], width: int) -> int:
 
 def _is_valid(config: Any, numbers: Sequence[Number], width: int) -> bool:
     """Whether a config with these numbers can be written and read: Llama's wants heads that divide the hidden size."""
-    holder = nn.Module()
-    holder.config = copy.deepcopy(config)
+    holder, changed = nn.Module(), copy.deepcopy(config)
+    holder.config = changed
     for number in numbers:
         write_size(holder, number.place, number.constant + number.per_unit * width)
     try:
-        getattr(holder.config, "validate", lambda: None)()
-        type(config).from_dict(holder.config.to_dict())
+        getattr(changed, "validate", lambda: None)()
+        type(config).from_dict(changed.to_dict())
     except Exception:  # noqa: BLE001 - a config may refuse a number in any way
         return False
     return True

@@ -13,8 +13,8 @@ from setpoint.cost.params import params_cost
 from setpoint.groups.export import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Frozen, trace
-from setpoint.report.parameters import Part, params_along, parts, share_along
 from setpoint.messages import counted
+from setpoint.report.parameters import Part, params_along, parts, share_along
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,7 @@ def timm_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Modu
 
 
 def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, dict[str, Tensor]]:
-    """An untrained transformers model with the first head that its type has, without a cache, and two rows of inputs."""
+    """An untrained transformers model with the first head that its type has, without a cache, and its inputs."""
     transformers = library("transformers")
     transformers.logging.set_verbosity_error()
     try:
@@ -333,7 +333,7 @@ def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, 
     with torch.device("meta"):
         model: nn.Module = maker.from_config(config)
     large = sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMS
-    example = _inputs(config, model.main_input_name == "pixel_values", shape)  # type: ignore[operator]
+    example = _inputs(config, model.main_input_name == "pixel_values", shape)
     if large:
         return model.train(), {key: value.to("meta") for key, value in example.items()}
     return maker.from_config(config).train(), example
@@ -358,6 +358,10 @@ def _inputs(config: Any, images: bool, shape: tuple[int, ...] | None) -> dict[st
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-_BUILDERS = {"torchvision": torchvision_model, "timm": timm_model, "transformers": _transformers}
+_BUILDERS: dict[str, Callable[[str, tuple[int, ...] | None], tuple[nn.Module, Any]]] = {
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+    "transformers": _transformers,
+}
 LIBRARIES = tuple(_BUILDERS)
 """In the order in which a name is searched."""
