@@ -19,10 +19,10 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import setpoint
+from setpoint.checkpoint.run_file import load_run
 from setpoint.cli import app, make_app
 from setpoint.errors import CheckpointError
 from setpoint.ledger import Ledger
-from setpoint.runs.run_file import load_run
 
 OWN_MODEL = """
 import torch

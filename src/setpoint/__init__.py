@@ -11,6 +11,7 @@ from setpoint.attach import attach
 from setpoint.checkpoint import load, save
 from setpoint.checkpoint.bake import bake
 from setpoint.checkpoint.resumable import resumable, shrink_to
+from setpoint.checkpoint.run_file import load_run, save_run
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
@@ -23,7 +24,6 @@ from setpoint.integrations.checkpointing import enable_checkpointing
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
-from setpoint.runs.run_file import load_run, save_run
 from setpoint.sensor.taylor import TaylorSensor
 
 __version__ = "0.2.0"

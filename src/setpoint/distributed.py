@@ -170,34 +170,8 @@ def unsharded_tensor(tensor: Tensor) -> Tensor:
 def rows(tensor: Tensor) -> slice:
     """Which entries of the first dim this rank's part of a tensor has."""
     if is_sharded_tensor(tensor):
-        return rows_of(tensor.shape[0], tensor.device_mesh)  # type: ignore[attr-defined]
+        return Ranks(tensor.device_mesh.get_group()).part(tensor.shape[0])  # type: ignore[attr-defined]
     return slice(0, tensor.shape[0] if tensor.dim() else 1)
-
-
-def rows_of(length: int, mesh: Any) -> slice:
-    """Which of so many entries `fully_shard` gives to this rank: equal parts in order, but for the last ones.
-
-    Args:
-        length: how many there are.
-        mesh: the ranks, a `DeviceMesh` of one dim.
-    """
-    return Ranks(mesh.get_group()).part(length)
-
-
-def sharded_over(part: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
-    """A DTensor that lies on the ranks of a mesh along its first dim, out of this rank's part of it.
-
-    Args:
-        part: as `rows_of` says.
-        shape: of all of it.
-        mesh: a `DeviceMesh` of one dim.
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    stride = torch.empty(shape, device="meta").stride()
-    placed = part.to(mesh.device_type)
-    made: Tensor = DTensor.from_local(placed, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
-    return made
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> Ranks:

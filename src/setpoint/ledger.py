@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 from uuid import uuid4
 
-from setpoint.checkpoint.fields import fields_of, json_object
-from setpoint.checkpoint.ordinary_file import ordinary_file
+from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
 from setpoint.checkpoint.plain import plain
 from setpoint.errors import CheckpointError
 

@@ -19,7 +19,7 @@ import setpoint
 import setpoint.cost.parse
 from golden.models import GPT, ResNet, mlp
 from setpoint.actuator.shrink import named_tensors
-from setpoint.errors import BudgetError, CheckpointError, LoopError, NotBegunError, OptimizerError
+from setpoint.errors import BudgetError, CheckpointError, LoopError, NotBegunError
 from setpoint.loop.resume import check_same_run
 
 STEPS = 40
@@ -671,11 +671,7 @@ def _shorter(state: dict[str, Any]) -> None:
     state["param_groups"][0]["params"].pop()
 
 
-def _odd(state: dict[str, Any]) -> None:
-    state["param_groups"][0]["lr"] = "fast"
-
-
-@pytest.mark.parametrize("forge", [_reshaped, _shorter, _odd])
+@pytest.mark.parametrize("forge", [_reshaped, _shorter])
 def test_an_optimizers_state_is_taken_with_the_loops_or_not_at_all(forge: Callable[[dict[str, Any]], None]) -> None:
     """Claim: where the loop's state fits and the rest does not, model, loop and optimizer are as before the load, and
     the whole state goes on from there.
@@ -689,7 +685,7 @@ def test_an_optimizers_state_is_taken_with_the_loops_or_not_at_all(forge: Callab
     again = Run(seed=1, **settings)
     again.attach()
     before, shown = again.everything(), str(again.model)
-    with pytest.raises(OptimizerError):
+    with pytest.raises(CheckpointError):
         again.optimizer.load_state_dict(forged["optimizer"])
     assert same(again.everything(), before) and str(again.model) == shown
     again.load(state, "optimizer", "model")

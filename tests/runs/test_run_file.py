@@ -10,7 +10,6 @@ import random
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 import setpoint
 from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
 from loop.test_state import Run, assert_untouched, snapshot, tensors
-from setpoint.checkpoint.tree import TREE, from_tensors, to_tensors
-from setpoint.errors import CheckpointError, OptimizerError
+from setpoint.checkpoint.plain import TREE, from_tensors, to_tensors
+from setpoint.errors import CheckpointError
 
 __all__ = ["dear"]
 
@@ -332,7 +331,6 @@ def beside(one: Run, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"enabled": False}, "scaler does not take"),
         ({"side": nn.Linear(2, 4)}, "side does not take"),
     ],
 )
@@ -359,21 +357,6 @@ def test_without_a_loop_a_model_of_another_size_is_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="model does not take"):
         setpoint.load_run(tmp_path / "run", model=other)
     assert all(map(torch.equal, before, other.parameters()))
-
-
-def test_optimizer_state_of_weights_that_are_never_cut_is_checked_too() -> None:
-    """Claim: a moment of another size than its weight is refused by name, whether or not a group cuts that weight."""
-    one = run()
-    one.train(0, 6)
-    cut = {place.tensor for group in one.loop.groups for place in group.slices}
-    names = [name for name, _ in one.model.named_parameters()]
-    number = next(place for place, name in enumerate(names) if name not in cut)
-    state = one.optimizers[0].state_dict()
-    moment = next(key for key, value in state["state"][number].items() if torch.is_tensor(value) and value.dim())
-    shape = [size + 1 for size in state["state"][number][moment].shape]
-    state["state"][number][moment] = torch.zeros(shape)
-    with pytest.raises(OptimizerError, match=names[number]):
-        one.optimizers[0].load_state_dict(state)
 
 
 # A run that is refused.
@@ -497,106 +480,6 @@ def test_a_refused_run_with_masks_leaves_no_mask(pattern: str, tmp_path: Path, m
     train(twin, plain, 2)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert all(torch.equal(mask, other.masks[name]) for name, mask in loop.masks.items())
-
-
-def number_of(state: dict[str, Any]) -> Any:
-    """The first parameter that has a state."""
-    return next(iter(state["state"]))
-
-
-@pytest.mark.parametrize(
-    "forge",
-    [
-        lambda s: s["state"][number_of(s)].update(exp_avg=3),
-        lambda s: s["state"][number_of(s)].update(exp_avg="x"),
-        lambda s: s["state"][number_of(s)].update(exp_avg_sq=s["state"][number_of(s)]["exp_avg_sq"].tolist()),
-        lambda s: s["state"][number_of(s)].update(exp_avg=s["state"][number_of(s)]["exp_avg"] * 1j),
-        lambda s: s["state"][number_of(s)].pop("exp_avg_sq"),
-        lambda s: s["state"][number_of(s)].update(step="20"),
-        lambda s: s["state"][number_of(s)].update(step=torch.tensor(1j)),
-        lambda s: s["param_groups"][0].update(betas=[]),
-        lambda s: s["param_groups"][0].update(lr="fast"),
-        lambda s: s["param_groups"][0].update(lr=torch.ones(2)),
-        lambda s: s["param_groups"][0].update(amsgrad=[1]),
-        lambda s: s["param_groups"][0].update(amsgrad=True),
-        lambda s: s["state"][number_of(s)].update(exp_avg=torch.zeros(1)),
-        lambda s: s["param_groups"][0].update(params=[str(each) for each in s["param_groups"][0]["params"]]),
-        lambda s: s["state"].update({999: s["state"][number_of(s)]}),
-    ],
-)
-def test_a_forged_state_of_an_optimizer_is_refused(forge: Callable[[dict[str, Any]], object], attached: Run) -> None:
-    """Claim: tensors, numbers and settings of other kinds than such an optimizer has are refused, and none is taken."""
-    (optimizer,) = attached.optimizers
-    state = copy.deepcopy(optimizer.state_dict())
-    before = copy.deepcopy(state)
-    forge(state)
-    with pytest.raises(OptimizerError, match="AdamW cannot"):
-        optimizer.load_state_dict(state)
-    after = optimizer.state_dict()
-    assert repr(after) == repr(before)
-    optimizer.load_state_dict(before)
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("cosine", {"last_epoch": "x"}, "cosine .CosineAnnealingLR. cannot go on with last_epoch='x', here it is 0"),
-        ("cosine", {"T_max": None}, "T_max=None, here it is 10"),
-        ("cosine", {"base_lrs": []}, "base_lrs="),
-        ("cosine", {"base_lrs": ["a"]}, "base_lrs="),
-        ("cosine", {"step": 3}, "in which 'step' is 3"),
-        ("cosine", {"optimizer": 3}, "in which 'optimizer' is 3"),
-        ("cosine", [3], "cannot go on with a list for its state"),
-        ("cosine", "last_epoch", "a state that has no 'last_epoch'"),
-        ("plateau", {"best": "x"}, "best='x', here it is inf"),
-        ("cycle", {"_schedule_phases": [{"end_step": "x"}, {}]}, "_schedule_phases="),
-        ("scaler", {"scale": "x"}, "scaler .GradScaler. cannot go on with scale='x', here it is 8.0"),
-        ("scaler", {"growth_interval": True}, "growth_interval=True"),
-        ("wave", {"weight": torch.ones(2, 3, dtype=torch.complex64)}, "'weight' is torch.complex64 there"),
-        ("odd", None, "holds a state that none of these parts has returned: IndexError"),
-    ],
-)
-def test_a_forged_state_of_another_part_is_refused(name: str, change: Any, words: str, tmp_path: Path) -> None:
-    """Claim: schedulers and scalers, which take what they are given, get entries of their own kinds only, and modules
-    no complex numbers for real ones; nothing is loaded.
-    """
-
-    class Odd(nn.Linear):
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            raise IndexError("no state")
-
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    schedulers = torch.optim.lr_scheduler
-    part = {
-        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, 10),
-        "plateau": lambda: schedulers.ReduceLROnPlateau(optimizer),
-        "cycle": lambda: schedulers.OneCycleLR(optimizer, 1.0, total_steps=9),
-        "scaler": lambda: torch.amp.GradScaler("cpu", init_scale=8.0),
-        "wave": lambda: nn.Linear(3, 2),
-        "odd": lambda: Odd(3, 2),
-    }[name]()
-    own = {} if name == "odd" else copy.deepcopy(part.state_dict())
-    setpoint.save_run(tmp_path / "whole", **{name: Given(own)})
-    state = {**own, **change} if isinstance(change, dict) else change if isinstance(change, list) else dict(own)
-    if isinstance(change, str):
-        del state[change]
-    setpoint.save_run(tmp_path / "forged", **{name: Given(state)})
-    with pytest.raises(CheckpointError, match=words):
-        setpoint.load_run(tmp_path / "forged", **{name: part})
-    if name != "odd":
-        assert repr(part.state_dict()) == repr(own)
-        setpoint.load_run(tmp_path / "whole", **{name: part})
-
-
-@dataclass
-class Given:
-    """A part that has this state."""
-
-    state: Any
-
-    def state_dict(self) -> Any:
-        """The state."""
-        return self.state
 
 
 @pytest.fixture(scope="module")

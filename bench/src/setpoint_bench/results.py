@@ -13,8 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from setpoint.checkpoint.fields import fields_of, json_object
-from setpoint.checkpoint.ordinary_file import ordinary_file
+from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
 from setpoint_bench.report.folder import SCHEMA, SCHEMAS
 from setpoint_bench.report.packed import SUFFIX, file_of, text_of
 from setpoint_bench.task import BenchError

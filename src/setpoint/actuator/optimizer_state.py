@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from setpoint.actuator.take import take
-from setpoint.errors import OptimizerError
+from setpoint.errors import CheckpointError, OptimizerError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
@@ -86,24 +86,29 @@ def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, Tenso
     return found
 
 
-def check_state(optimizer: Optimizer, held: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
+def check_state(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], states: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
     """Check that state tensors have the shape of their parameters, which PyTorch does not check.
 
-    `held` gives name, parameter, and its present or future state; the optimizer is for the message.
+    Args:
+        optimizer: for the message.
+        parameters: by name.
+        states: by parameter, its present or future state; parameters without one may be absent.
 
     Raises:
-        OptimizerError: naming the first that does not fit.
+        CheckpointError: naming the first that does not fit.
     """
-    for name, parameter, state in held:
+    for name, parameter in parameters.items():
 
         def check(value: Tensor, part: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
             if value.shape != parameter.shape and value.numel() != 1:
-                raise OptimizerError(
+                raise CheckpointError(
                     f"{type(optimizer).__name__} would have state[{part!r}] of shape {tuple(value.shape)} for {name!r} "
                     f"of shape {tuple(parameter.shape)}: build model and optimizer anew, call loop.load_state_dict "
                     "before optimizer.load_state_dict, and give both the same checkpoint"
                 )
             return value
 
-        for part, value in state.items():
+        for part, value in states.get(parameter, {}).items():
             map_tensors(value, check, part)

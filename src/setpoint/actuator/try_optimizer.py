@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -62,20 +62,6 @@ def check_optimizer(optimizer: Optimizer) -> None:
         device = next((parameter.device for parameter in group["params"]), torch.device("cpu"))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             _try_out(type(optimizer), settings, device)
-
-
-def first_states(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What an optimizer keeps of trial parameters after its first step; nothing where it cannot be tried out on any.
-
-    Args:
-        group: one of its `param_groups`.
-    """
-    for shapes in _SHAPES:
-        draws = [[torch.zeros(shape) for shape in shapes], [torch.ones(shape) for shape in shapes]]
-        with torch.random.fork_rng([]), suppress(Exception):  # whatever a foreign class raises
-            trial, parameters = _start(type(optimizer), _settings(optimizer, group), draws)
-            return [trial.state[parameter] for parameter in parameters]
-    return []
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.carried import KEY
-from setpoint.checkpoint.given import given_module
+from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.errors import CheckpointError
 from setpoint.groups import shim
 
@@ -67,7 +67,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     path = Path(file)
     if not (path.suffix == ".py" and path.stem.isidentifier()):
         raise CheckpointError(f"{str(path)!r} is no file that Python can import: name it such as 'small_model.py'")
-    baked: nn.Module = copy.deepcopy(given_module("bake", model))
+    baked: nn.Module = copy.deepcopy(unwrap_module("bake", model))
     corrected = (shim.SizedForward, shim.HeadsForward)
     written: ModuleType | None = None
     for module in baked.modules():

@@ -1,18 +1,36 @@
-"""Fields: values of a file, held against the types that a dataclass declares for them."""
+"""What is read from a file: an ordinary file, a JSON object, fields of the types that a dataclass declares."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from setpoint.errors import CheckpointError
 
 MOST = 2**53
 """Above it a file's number is no count of steps or units, and no float holds it exactly."""
 LARGEST = 10**100
 """Above it a file's number is of nothing that was measured, and squares of it overflow."""
+
+
+def ordinary_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that can be opened; a folder, or what does not exist, is left for `open` to name.
+
+    Raises:
+        CheckpointError: for a pipe, a device, or a path with a null byte.
+    """
+    file = Path(path)
+    if "\0" in str(file):
+        raise CheckpointError(f"{str(file)!r} has a null byte, which no path can have")
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise CheckpointError(f"{str(file)!r} is a pipe or a device, not an ordinary file: give the file itself")
+    return file
 
 
 def json_object(line: str) -> dict[str, Any] | None:

@@ -24,18 +24,19 @@ from setpoint.actuator.lineage import adopt, note_cut, shapes_before, sizes_now
 from setpoint.actuator.shrink import is_persistent, named_tensors
 from setpoint.actuator.sizes import (
     apply_sizes,
+    check_sizes,
     record_buffers,
     record_dense,
     recorded_buffers,
 )
 from setpoint.actuator.swap import swap
 from setpoint.actuator.take import in_format
-from setpoint.checkpoint.agreeing import check_agreement
-from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.fields import fields_of, ordinary_file
 from setpoint.checkpoint.fit import make, not_made
-from setpoint.checkpoint.given import given_module
-from setpoint.checkpoint.ordinary_file import ordinary_file
-from setpoint.errors import CheckpointError
+from setpoint.checkpoint.plain import to_host
+from setpoint.distributed import unwrapped
+from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups.place import is_call, read_size
 from setpoint.messages import a_type
 
 FORMAT = 1
@@ -76,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ...     load(f"{folder}/small.safetensors", into=nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    model = given_module("save", model)
+    model = unwrap_module("save", model)
     for path_in, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
@@ -120,7 +121,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     ...     load(f"{folder}/small.safetensors", into=build())[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    given_module("load(..., into=model)", into)
+    unwrap_module("load(..., into=model)", into)
     check_free(into)
     path = Path(path)
     if path.is_dir():
@@ -129,7 +130,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     metadata, stored = read_file(path)
     header = _parse(path, metadata, stored)
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
-    pairs = {name: torch.view_as_complex(_pairs(name, stored).clone()) for name in header.complex}
+    pairs = {name: torch.view_as_complex(stored[name].clone()) for name in header.complex}
     tensors = stored | pairs
     own, aliases = _stored(into, header.transient)
     later = {name: tensors[name] for name in not_made(into, header.transient) if name in tensors}
@@ -137,10 +138,9 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     for name, tensor in own.items():
         _check_plain(name, tensor)
         _check_shape(name, tensors[name], tensor, header.dense.get(name))
-    _check_noted(into, {*own, *aliases}, header, {*later})
     shapes = {name: tuple(tensor.shape) for name, tensor in {**named_tensors(into), **tensors}.items()}
     shapes |= {name: shapes[first] for name, first in aliases.items()}
-    check_agreement(into, shapes, header.places())
+    _check_places(into, header.places())
     fresh = {name: in_format(tensors[name].to(own[name].device, copy=True), own[name]) for name in own}
     with ExitStack() as undo:
         for name, tensor in own.items():
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
             make(into, name, value, undo)
         adopt(into, undo)
         note_cut(into, header.dense, {name: shapes[name] for name in header.dense}, header.places(), undo)
-        _set_sizes(into, header.places(), undo)
+        apply_sizes(into, header.places(), undo)
         record_buffers(into, header.transient, undo)
         record_dense(into, header.dense, undo)
         undo.pop_all()
@@ -157,13 +157,32 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     return into
 
 
-def _set_sizes(model: nn.Module, places: Mapping[SizePlace, int], undo: ExitStack) -> None:
+def _check_places(model: nn.Module, sizes: Mapping[SizePlace, int]) -> None:
+    """Check that the model's code has all places of the file, none smaller than what the file wants there."""
     try:
-        apply_sizes(model, places, undo)
-    except (AttributeError, TypeError, ValueError) as error:  # what can be read need not be what can be set
-        raise CheckpointError(
-            f"the file was made for another model: it has a size that cannot be set: {error}"
-        ) from error
+        check_sizes(model, sizes)
+    except GroupError as error:
+        raise CheckpointError(f"the file was made for another model: {error}") from error
+    for (name, place), size in sizes.items():
+        if not is_call(place) and size > read_size(model.get_submodule(name), place):
+            raise CheckpointError(
+                f"the file was made for another model: it sets {name}.{place} to {size}, more than the model has; "
+                "`into` must be the dense model that was shrunk"
+            )
+
+
+def unwrap_module(what: str, value: Any) -> nn.Module:
+    """The module, unwrapped.
+
+    >>> unwrap_module("save", nn.ReLU)
+    Traceback (most recent call last):
+    setpoint.errors.CheckpointError: save takes a torch.nn.Module, got the class ReLU: give the model itself
+    """
+    if not isinstance(value, nn.Module):
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise CheckpointError(f"{what} takes a torch.nn.Module, got {found}: give the model itself")
+    module: nn.Module = unwrapped(value)
+    return module
 
 
 def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,13 +208,6 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_meta:
         raise CheckpointError(f"{name!r} is on the meta device and has no data: build the model on a real device")
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A contiguous copy in host memory; complex numbers as pairs of reals."""
-    resolved = tensor.detach().resolve_conj().resolve_neg()
-    plain = torch.view_as_real(resolved) if resolved.is_complex() else resolved
-    return plain.to("cpu", copy=True).contiguous()
 
 
 def _words(header: _Header) -> str:
@@ -321,25 +333,6 @@ def _check_same_names(
             f"the file and the model tie different tensors: {_some(differing)}; "
             "build `into` with the same weight tying as the saved model"
         )
-
-
-def _check_noted(model: nn.Module, names: set[str], header: _Header, later: set[str]) -> None:
-    """Check that what the file notes of tensors is of those that it holds, and of buffers that no state dict holds.
-
-    Args:
-        later: names of buffers that the model has yet to make.
-    """
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False) if not is_persistent(model, name)}
-    odd = {*header.dense} - names - later | {*header.transient} - (buffers & names) - later
-    if odd:
-        raise CheckpointError(f"the file was made for another model: {min(odd)!r} is no tensor that a cut has changed")
-
-
-def _pairs(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    found = tensors.get(name)
-    if found is None or found.shape[-1:] != (2,) or found.dtype not in (torch.float16, torch.float32, torch.float64):
-        raise CheckpointError(f"the file was made for another model: {name!r} is not stored as pairs of reals")
-    return found
 
 
 def _some(names: Iterable[str]) -> str:

@@ -23,8 +23,8 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import record_dense, recorded_buffers
 from setpoint.actuator.take import take
 from setpoint.checkpoint.fit import dense_shapes, fill, fit, not_made
-from setpoint.checkpoint.given import given_module
 from setpoint.checkpoint.infer import Shapes, cut_to, infer
+from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.export import Example, computed, example_of
@@ -56,7 +56,7 @@ def resumable(model: nn.Module) -> nn.Module:
     >>> model[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    module = given_module("resumable", model)
+    module = unwrap_module("resumable", model)
     if not is_resumable(module):
         carry(module)
         ahead: dict[Any, Any] = module._load_state_dict_pre_hooks
@@ -94,7 +94,7 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     >>> model.load_state_dict(small)
     <All keys matched successfully>
     """
-    module = given_module("shrink_to", model)
+    module = unwrap_module("shrink_to", model)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"shrink_to takes a state dict, got {type(state).__name__}")
     metadata = getattr(state, "_metadata", None) or {}

@@ -7,7 +7,6 @@ shim runs the same forward and replaces, at the places that need it, the size gi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from setpoint.errors import GroupError, PathError
+from setpoint.errors import PathError
 
 _PIECES = ("sizes", "split_size", "split_size_or_sections", "split_sizes", "chunks")
 _PLACE = re.compile(r"(\w+)#(\d+)\[(\d+)\](?:=(\d+))?")
@@ -347,23 +346,6 @@ def parse(sizes: Mapping[str, int]) -> tuple[Calls, Calls]:
         if match[4] is not None:
             written.setdefault(call, {})[int(match[3])] = int(match[4])
     return calls, written
-
-
-def largest_size(module: nn.Module, place: str) -> float:
-    """The largest size that a call in a module's forward can be given; infinity where its place does not say.
-
-    Raises:
-        GroupError: when the module can have no such call.
-
-    >>> largest_size(nn.Sequential(), "view#2[1]=64"), largest_size(nn.Sequential(), "view#2[1]")
-    (64, inf)
-    """
-    if isinstance(module, nn.MultiheadAttention) and place == HEADS:
-        return int(module.num_heads)
-    match = _PLACE.fullmatch(place)
-    if match is None or match[1] not in COUNTED or len(place) > 100 or isinstance(module, nn.MultiheadAttention):
-        raise GroupError(f"{place[:100]!r} is no call in the forward of a {type(module).__name__} that is given sizes")
-    return math.inf if match[4] is None else int(match[4])
 
 
 def set_call_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import Optimizer
 
-from setpoint.checkpoint.tree import from_tensors, to_tensors
+from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError
 
 KEY = "setpoint"

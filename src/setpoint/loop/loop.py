@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.attached import ATTACHED
 from setpoint.checkpoint.plain import plain, restored
+from setpoint.checkpoint.snapshot import snapshot
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.cost.budget import Budget
-from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError
+from setpoint.distributed import unwrapped
+from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError, RankError
 from setpoint.groups.follow import Change, check_follows, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.host.host import Host
+from setpoint.host.optimizers import real_optimizer
 from setpoint.host.unchanged import Unchanged
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.explain import Explanation, explain
@@ -316,7 +320,7 @@ class Loop:
         """What a state leads to; nothing is changed yet."""
         check_format(state)
         check_same_run(state["run"], self._facts())
-        check_optimizers(self.host)
+        check_optimizers(self.host, self._dense)
         actuator, device = self.actuator, self.host.device
         if state["actuator"]["kind"] != actuator.kind:  # the first cut of a watched run changes it
             actuator = self._revocable(actuator)
@@ -329,6 +333,32 @@ class Loop:
         if state["rng_state"] is not None:
             check_rng_state(state["rng_state"])
         return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
+
+    def check_saved_with(self, name: str, parts: Sequence[Any]) -> None:
+        """Check that a run file has the model, optimizers and copies, whose tensors the loop's state has not."""
+        saved = {id(unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)) for part in parts}
+        host = self.host
+        for what, needed in {"model": [host.model], "optimizer": host.optimizers, "copy": host.averages.named}.items():
+            if not {id(part) for part in needed} <= saved:
+                raise CheckpointError(f"{name!r} is of no use without its {what}: save_run(path, {what}=..., ...)")
+
+    @contextmanager
+    def restored_on_error(self, what: str, *others: Any) -> Iterator[None]:
+        """Inside, states are loaded on all ranks or on none: after an exception loop, model and `others` are as before.
+
+        Tensors that `fully_shard` has sharded are not put back.
+        """
+        host = self.host
+        put_back = snapshot(self, host.model, host.copies, host.optimizers, others)
+        try:
+            with host.together(what):
+                yield
+        except BaseException:
+            if host.mesh is None:
+                # Ranks fail together, so that wrappers are made for the old shapes on all of them.
+                with suppress(RankError), host.resizable("putting back what was there before", self.groups):
+                    put_back()
+            raise
 
     # How it ends.
 

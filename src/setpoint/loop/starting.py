@@ -5,7 +5,7 @@ on with the state that came with an optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,8 @@ from setpoint.actuator.carried import carry
 from setpoint.actuator.lift import lifted, was_cut
 from setpoint.actuator.shrink import unwrapped
 from setpoint.actuator.sizes import apply_sizes
-from setpoint.checkpoint.as_it_was import as_it_was
 from setpoint.checkpoint.resumable import complete, resumable
-from setpoint.errors import CheckpointError, GroupError, LoopError, RankError
+from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.by_method import called_by, check_method
 from setpoint.groups.example import check_example, in_shapes, shapes_of
 from setpoint.groups.export import Example, num_samples
@@ -33,7 +32,7 @@ from setpoint.host.host import Host
 from setpoint.host.second_step import SecondStep, counts_flops, more_than, without_unused
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.loop import Loop
-from setpoint.loop.resume import check_groups, check_loading, check_optimizers
+from setpoint.loop.resume import check_loading, check_optimizers
 from setpoint.loop.telling import log
 from setpoint.messages import counted, warn
 from setpoint.progress import progress
@@ -253,20 +252,11 @@ class Starting:
     def _take(self, state: Any, rest: Mapping[str, Any]) -> None:
         """Called before an optimizer loads a state that holds a loop's: both are taken, or none."""
         host, loop = self._host, self._loop
-        first = host.optimizers[0]
-        sharded = host.mesh is not None  # their tensors are not put back
-        put_back = None if sharded else as_it_was(host.model, host.copies, host.optimizers, loop)
-        try:
+        with loop.restored_on_error("loading the state of the optimizer"):
             with self._dense():
                 loop.load_state_dict(state)
             self._settle()
-            check_groups(first, rest)
-            check_loading(host, loop.groups, first, rest)
-        except BaseException:
-            if put_back is not None:
-                with suppress(RankError), host.resizable("putting back what was there before", loop.groups):
-                    put_back()
-            raise
+            check_loading(host, loop.groups, host.optimizers[0], rest)
 
     def _settle(self) -> None:
         """Write the numbers that only a loop's groups know, such as those of a config: no shape tells them."""

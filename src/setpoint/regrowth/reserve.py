@@ -17,7 +17,7 @@ from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
 from setpoint.actuator.shrink import named_tensors, unwrapped
 from setpoint.actuator.take import in_format
-from setpoint.distributed import Ranks, is_sharded_tensor, local, sharded_over
+from setpoint.distributed import Ranks
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
 from setpoint.groups.place import is_call
@@ -172,16 +172,15 @@ class Reserve:
         return after.refilled(self.gathered(names), sources, names)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the groups and the limit, in tensors, numbers and strings; sharded entries are DTensors."""
+        """Everything but the groups and the limit, in tensors, numbers and strings; each rank has its own part."""
         by_group = {
             name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
             for name in self.active
         }
         tensors = []
         for key, rest in self.tensors.items():
-            values = sharded_over(rest.values, (rest.count,), self.mesh) if self.shares(key.tensor) else rest.values
             form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
-            tensors.append({"key": tuple(key), "values": values, **form})
+            tensors.append({"key": tuple(key), "values": rest.values, "count": rest.count, **form})
         return {"units": by_group, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
@@ -195,10 +194,10 @@ class Reserve:
                     raise GroupError(f"the reserve's {part} of group {name!r} is not one {array.dtype} per unit")
         tensors = {}
         for each in state["tensors"]:
-            key, count = Key(*each["key"]), len(each["values"])
-            values = local(each["values"]).cpu()
-            if self.shares(key.tensor) and not is_sharded_tensor(each["values"]):
-                values = values[self.ranks.part(count)].clone()
+            key, count, values = Key(*each["key"]), int(each["count"]), each["values"].cpu()
+            mine = self.ranks.part(count) if self.shares(key.tensor) else slice(0, count)
+            if len(values) != mine.stop - mine.start:
+                raise GroupError("the reserve is of another rank, or of a run on another number of ranks")
             form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
         after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]

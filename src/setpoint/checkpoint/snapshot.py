@@ -1,10 +1,11 @@
-"""As it was: models, optimizers and whatever else has a state, put back after a change that was broken off."""
+"""A snapshot of models, optimizers and whatever else has a state: all of it can be put back after a failed change."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,28 +21,37 @@ from setpoint.groups.rng import rng_state, set_rng_state
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def as_it_was(*parts: Any) -> Callable[[], None]:
+def snapshot(*parts: Any) -> Callable[[], None]:
     """A function that puts everything in these parts back: tensors with shapes and hooks, tables, attributes.
 
     Objects keep their identity. Followed are modules, optimizers, what has a `state_dict`, and Setpoint's own objects.
     The global random generators are put back too. Values wait in host memory. Tensors that `fully_shard` has made are
     left as they are.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> put_back = snapshot(layer)
+    >>> layer.out_features, layer.weight.data = 1, torch.ones(1, 2)
+    >>> put_back()
+    >>> layer, layer.weight.shape
+    (Linear(in_features=2, out_features=3, bias=True), torch.Size([3, 2]))
     """
     undo: list[Callable[[], None]] = []
-    seen: dict[int, Any] = {}  # the objects too: an address may be given away again
-    everyones = [table for name, table in vars(nn.modules.module).items() if name.startswith("_global_")]  # hooks
-    left: list[Any] = [parts, everyones]
-    while left:  # no recursion, since chains of objects may be long
-        value = left.pop()
+    # It holds the objects as well: an address may be given away again.
+    seen: dict[int, Any] = {}
+    # A part may have put hooks on all modules of the process: PyTorch keeps these in tables of its own.
+    global_hooks = [table for name, table in vars(nn.modules.module).items() if name.startswith("_global_")]
+    waiting: list[Any] = [parts, global_hooks]
+    while waiting:  # no recursion, since chains of objects may be longer than Python's stack
+        value = waiting.pop()
         if id(value) not in seen:
             seen[id(value)] = value
-            left.extend(_held(value, undo))
-    chance = rng_state()
+            waiting.extend(_held(value, undo))
+    generators = rng_state()
 
     def put_back() -> None:
-        for each in undo:
-            each()
-        set_rng_state(chance)
+        for restore in undo:
+            restore()
+        set_rng_state(generators)
 
     return put_back
 
@@ -53,9 +63,9 @@ def _held(value: Any, undo: list[Callable[[], None]]) -> Iterable[Any]:
             undo.append(_tensor(value))
     elif isinstance(value, np.ndarray):
         if value.flags.writeable and not value.dtype.hasobject:
-            undo.append(_array(value))
+            undo.append(partial(np.copyto, value, value.copy()))
     elif isinstance(value, DistributedDataParallel):
-        return [value.module]  # a reducer must not come back: what holds the wrapper makes it anew
+        return [value.module]  # a reducer must not come back: the host makes it for the present parameters
     elif isinstance(value, dict):
         undo.append(_table(value))
         return [*value, *value.values()]
@@ -80,6 +90,7 @@ def _tensor(tensor: Tensor) -> Callable[[], None]:
     memory = tensor.detach()  # what it lies in; a change of shape gives it other memory
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     stored = plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_inference())
+    # Entries of an expanded tensor share memory, and `copy_` into such a tensor raises.
     overlaps = stored and any(
         step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
     )
@@ -89,24 +100,20 @@ def _tensor(tensor: Tensor) -> Callable[[], None]:
 
     @torch.no_grad()
     def put_back() -> None:
-        where = [(each.shape, each.dtype, each.data_ptr() if stored else 0) for each in (tensor, memory)]
-        if where[0] != where[1]:
+        now, before = [(each.shape, each.dtype, each.data_ptr() if stored else 0) for each in (tensor, memory)]
+        if now != before:
             swap(tensor, memory, ExitStack())
         if values is not None:
             memory.copy_(values)
         if tensor.is_leaf:
             tensor.grad = gradient
+        # Masks put hooks on parameters; a mask of a run that was refused must not go on zeroing gradients.
         for name, known in zip(_HOOKS, hooks, strict=True):
             table = getattr(tensor, name, None) or {}
             for number in set(table) - known:
                 del table[number]
 
     return put_back
-
-
-def _array(array: np.ndarray) -> Callable[[], None]:
-    values = array.copy()
-    return lambda: np.copyto(array, values)
 
 
 def _table(table: dict[Any, Any]) -> Callable[[], None]:
