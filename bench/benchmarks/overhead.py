@@ -30,7 +30,7 @@ from record import commit_of
 
 import setpoint
 from setpoint.groups.kept import random_keep
-from setpoint.sensor.stride import sensed_every
+from setpoint.sensor.reading import sensed_every
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment, machine
 from setpoint_bench.results import load_results

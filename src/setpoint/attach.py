@@ -39,7 +39,7 @@ from setpoint.run_spec import (
     usual_sensor,
     whole_steps,
 )
-from setpoint.sensor.reading import Sensor, Shared, takes_back
+from setpoint.sensor.reading import Sensor
 from setpoint.spending.account import Account
 from setpoint.spending.bill import Bill
 from setpoint.spending.checks import check_reachable
@@ -268,7 +268,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
     sensor = usual_sensor(host, traced.groups, inputs) if choice.sensor is None else choice.sensor
     if host.mesh is not None:
         check_reads(sensor)
-    sensor = sensor.over(host.ranks) if isinstance(sensor, Shared) and not host.alone else sensor
+    sensor = sensor if host.alone else sensor.over(host.ranks)
     found = unit_candidates(host, traced, example, sensor, some, allow_lossy=choice.allow_lossy, verify=verify)
     found = even.complete(found, host.model) if even else found
     if regrows(controller):
@@ -293,7 +293,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
     cutting, at_once = Cutting(host, found.groups, coordinates), regrows(controller)
 
     def regrowth(spending: Spending, actuator: Actuator) -> Actuator:
-        if actuator is not cutting or not isinstance(controller, RegrowingController) or not takes_back(sensor):
+        if actuator is not cutting or not isinstance(controller, RegrowingController) or not sensor.traits.returns:
             return actuator
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
 

@@ -168,12 +168,12 @@ def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return asking
 
 
-def check_parts(controller: object, sensor: object, budget: object, **flags: object) -> None:
+def check_parts(controller: object, sensor: Sensor[Any] | None, budget: object, **flags: object) -> None:
     """Check that controller and sensor are such objects, or None, and that flags are flags.
 
     Raises:
         LoopError: for a class, a name, or an object that lacks a method; for a price, and a sensor whose readings are
-            in no unit of the loss, of which it says so by `in_loss = False`.
+            in no unit of the loss, by its `traits`.
         ValueError: for a flag that is neither True nor False.
     """
     check_flags(**flags)
@@ -188,7 +188,7 @@ def check_parts(controller: object, sensor: object, budget: object, **flags: obj
                 f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
                 + " and no ".join(sorted(lacking))
             )
-    if isinstance(budget, Price) and not getattr(sensor, "in_loss", True):
+    if isinstance(budget, Price) and sensor is not None and not sensor.traits.in_loss:
         raise LoopError(
             f"{type(sensor).__name__} reads in no unit of the loss, so that no Price can be set against it: give a "
             'budget, such as "50% flops", or leave the sensor to attach'
@@ -252,10 +252,10 @@ def check_shared_costs(resources: set[str]) -> None:
         )
 
 
-def check_reads(sensor: object) -> None:
+def check_reads(sensor: Sensor[Any]) -> None:
     """Check that a sensor says that it reads weights of which each rank has a part."""
-    if not getattr(sensor, "reads_shards", False):
+    if not sensor.traits.shards:
         raise LoopError(
             f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
-            "use TaylorSensor, or set reads_shards = True on a sensor that adds up what each rank has"
+            "use TaylorSensor, or set traits = Traits(shards=True) on a sensor that adds up what each rank has"
         )

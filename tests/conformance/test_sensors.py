@@ -1,22 +1,38 @@
-"""What every sensor must do; a row per sensor."""
+"""What every sensor must do; a row per sensor, and one for each registered criterion.
+
+`largest_pull` is a criterion that the library does not have: these lines are all that a new one takes.
+"""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import setpoint
+from setpoint.errors import LoopError
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.averaging import AveragingSensor
 from setpoint.sensor.chain import SensorChain
+from setpoint.sensor.criterion import CRITERIA, criterion
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.units import Units
 from setpoint.states.hankel import HankelSensor
 from setpoint_bench.random_sensor import RandomSensor
 
+
+@criterion(role="produce")
+def largest_pull(units: Units) -> Tensor:
+    """Sum of `|w dL/dw|` over the weights that write a unit."""
+    return units.add_up(lambda weight, gradient: (weight * gradient).abs())
+
+
 SENSORS = [
+    *(pytest.param(AveragingSensor(each, 8, window=5), id=name) for name, each in CRITERIA.items()),
     pytest.param(TaylorSensor(8, window=5), id="taylor"),
     pytest.param(MagnitudeSensor(), id="magnitude"),
     pytest.param(RandomSensor(), id="random"),
@@ -126,3 +142,34 @@ def test_does_not_wait_for_the_device(sensor: Sensor[Any]) -> None:
     for _ in range(40):
         state = sensor.update(state, groups, model)
     assert sensor.flops(groups, model) >= 0
+
+
+def test_a_new_criterion_is_averaged_by_its_definition() -> None:
+    """Claim: a criterion of three lines reads its definition, averaged over steps; NaN and scales change nothing."""
+    model, groups = _model()
+    sensor = AveragingSensor(largest_pull, window=10**8)
+    state, expected = sensor.init(groups, model), []
+    for step in range(4):
+        model.zero_grad()
+        model(torch.randn(8, 4) * (torch.nan if step == 2 else 1.0)).square().mean().backward()
+        expected.append((model[0].weight * model[0].weight.grad).abs().sum(1).detach())
+        model.apply(lambda layer: [p.grad.mul_(64.0) for p in layer.parameters(recurse=False)])
+        state = sensor.update(state, groups, model, torch.tensor(64.0))
+    reading = sensor.read(state, groups, 4)
+    mean = torch.stack([expected[step] for step in (0, 1, 3)]).mean(0)
+    np.testing.assert_allclose(reading.saliency["0"], mean.numpy(), rtol=1e-5)
+    assert (reading.num_steps, reading.skipped_steps, reading.calibrated) == (3, 1, False)
+
+
+def test_a_new_criterion_drives_a_run() -> None:
+    """Claim: a run with it meets its budget; a Price, which needs the unit of the loss, is refused."""
+    model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(8, 4)
+    optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), AveragingSensor(largest_pull)
+    with pytest.raises(LoopError, match="AveragingSensor reads in no unit of the loss"):
+        setpoint.attach(model, optimizer, setpoint.Price(1e-3, of="flops"), example=(x,), total_steps=30, sensor=sensor)
+    with setpoint.attach(model, optimizer, "50% flops", example=(x,), total_steps=30, sensor=sensor) as loop:
+        for _ in range(30):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loop.summary is not None and loop.summary.budget_met

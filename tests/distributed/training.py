@@ -75,7 +75,13 @@ def attached(model: nn.Module, controller: Any, x: Tensor, **options: Any) -> tu
 
 
 def train(
-    model: Any, optimizer: Any, loop: Any, steps: range, data: Callable[[int], Any], parts: int = 1
+    model: Any,
+    optimizer: Any,
+    loop: Any,
+    steps: range,
+    data: Callable[[int], Any],
+    parts: int = 1,
+    largest_norm: float = 0.5,
 ) -> list[float]:
     """Losses of the user's own loop; with several parts it accumulates gradients."""
     losses = []
@@ -92,7 +98,7 @@ def train(
             losses[-1] += loss.item()
         if loop is not None:
             loop.observe(loss=losses[-1])
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
         optimizer.step()
         optimizer.zero_grad()
     return losses

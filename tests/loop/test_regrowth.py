@@ -25,7 +25,7 @@ from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice, keep_all
 from setpoint.regrowth.regrowing import Regrowing
 from setpoint.sensor.chain import SensorChain
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Traits
 
 
 class Net(nn.Module):
@@ -402,12 +402,10 @@ def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
 
 def test_a_sensor_whose_units_cannot_come_back_is_refused() -> None:
     """Claim: a sensor that cannot take units in is refused by name, also inside a chain."""
-
-    class Plain(setpoint.TaylorSensor):
-        returns = False
-
-    for sensor in (Plain(16), SensorChain(setpoint.HankelSensor(16), Plain(16))):
-        with pytest.raises(LoopError, match=f"{type(sensor).__name__} says returns = False"):
+    once = setpoint.TaylorSensor(16)
+    once.traits = Traits(returns=False)
+    for sensor in (once, SensorChain(setpoint.HankelSensor(16), once)):
+        with pytest.raises(LoopError, match=f"{type(sensor).__name__} reads no units that have come back"):
             attach(Net(), PricedController(regrow=True), sensor=sensor)
 
 

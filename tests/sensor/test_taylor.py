@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.taylor import TaylorSensor, TaylorState
+from setpoint.sensor.averaging import Moments
+from setpoint.sensor.taylor import TaylorSensor
 
 
 def _group(num_units: int, *slices: Slice, name: str = "units") -> Group:
@@ -134,7 +135,7 @@ def _one_weight(value: float = 1.0) -> tuple[nn.Module, tuple[Group, ...]]:
     return model, (_group(1, Slice("weight", 1, "consume", np.arange(1))),)
 
 
-def _feed(sensor: TaylorSensor, gradients: list[float]) -> TaylorState:
+def _feed(sensor: TaylorSensor, gradients: list[float]) -> Moments:
     model, groups = _one_weight()
     state = sensor.init(groups, model)
     for gradient in gradients:
@@ -168,7 +169,7 @@ def test_variance_is_unbiased() -> None:
         model.weight.grad = 2.0 * torch.randn(1, units, dtype=torch.float64)
         state = sensor.update(state, (group,), model)
     state = state.folded()
-    zero_mean = TaylorState(**{**vars(state), "mean": torch.zeros_like(state.mean)})
+    zero_mean = Moments(**{**vars(state), "mean": torch.zeros_like(state.mean)})
     values = 2 * sensor.read(zero_mean, (group,), 6).saliency["units"]
     assert np.mean(values) == pytest.approx(40.0, rel=0.1)
 

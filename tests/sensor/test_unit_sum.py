@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from setpoint.groups.group import Slice
-from setpoint.sensor.unit_sum import UnitSum
+from setpoint.sensor.units import UnitSum
 
 TABLES = {
     "identity": np.arange(6),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from setpoint.groups.follow import ByUnit, fresh
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Sensor, Traits
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class RandomState:
     num_grown: int = 0
 
 
-class RandomSensor:
+class RandomSensor(Sensor[RandomState]):
     """Uniform random numbers that rank the units of a group, and do not compare groups; a unit keeps its number.
 
     References:
@@ -32,7 +32,7 @@ class RandomSensor:
         random pruning", Machine Vision and Applications 30, 2019: random choice as the rival to beat.
     """
 
-    reads_shards = True
+    traits = Traits(calibrated=False, in_loss=False, shards=True)
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

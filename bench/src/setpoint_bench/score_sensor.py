@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Sensor, Traits
 
 
 class Scorer(Protocol):
@@ -34,7 +34,7 @@ class ScoreState:
 
 
 @final
-class ScoreSensor:
+class ScoreSensor(Sensor[ScoreState]):
     """Scores less the lowest of them all, since readings are never negative; the order is the same.
 
     A loop leaves steps of long runs unread (`setpoint.sensor.stride`). What adds up all steps keeps its own count.
@@ -42,6 +42,8 @@ class ScoreSensor:
     Args:
         scorer: keeps the scores, and counts its own FLOPs.
     """
+
+    traits = Traits(calibrated=False, in_loss=False)
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer

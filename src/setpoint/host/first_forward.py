@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 from setpoint.errors import LoopError
 from setpoint.groups.example import Example, example_of, mapped, num_samples, tensors_of
 from setpoint.groups.one_at_a_time import elsewhere
-from setpoint.sensor.sentinel import graph_task
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100
@@ -393,3 +392,9 @@ class _NotedMethod:
 
 def _apart(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def graph_task() -> int:
+    """Number of the running backward pass, as `torch.autograd.graph` counts them; -1 outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return number

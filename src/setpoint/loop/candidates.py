@@ -20,7 +20,7 @@ from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.messages import warn
-from setpoint.sensor.reading import Hooking, Sensor
+from setpoint.sensor.reading import Sensor
 from setpoint.sensor.tap import tappable
 
 
@@ -147,10 +147,9 @@ def _select(
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
             frozen[group.name] += _LOSSY
     open_groups = tuple(group for group in chosen if group.name not in frozen)
-    hooked = {group.name for group in open_groups if isinstance(sensor, Hooking) and tappable(group, model)}
-    if host.compiled or not (alone or getattr(sensor, "averages_hooks", False)):
-        where = "in compiled code" if host.compiled else f"on several ranks by {type(sensor).__name__}"
-        frozen |= dict.fromkeys(hooked, f"frozen outgoing weights are not read {where}")
+    if host.compiled and sensor.traits.hooks:
+        hooked = {group.name for group in open_groups if tappable(group, model)}
+        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read in compiled code")
         open_groups = tuple(group for group in open_groups if group.name not in hooked)
     readable = sensor.readable(open_groups, model)
     names = {group.name for group in readable}

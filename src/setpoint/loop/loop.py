@@ -37,8 +37,7 @@ from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loadin
 from setpoint.loop.summary import Summary, summarise, warn_of_miss
 from setpoint.loop.telling import News, Telling
 from setpoint.messages import warn
-from setpoint.sensor.reading import Hooking, Reading, Sensor
-from setpoint.sensor.stride import sensed_every
+from setpoint.sensor.reading import Reading, Sensor, sensed_every
 from setpoint.spending.changing import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line, metrics
 from setpoint.spending.spending import Spending
@@ -117,7 +116,6 @@ class Loop:
         self.host, self.sensor, self.controller, self.spending = host, sensor, controller, spending
         self.actuator, self._revocable, self._dense, self._run = actuator, revocable, actuator.groups, run
         self._ledger = Ledger(header)
-        self._hooking = sensor if isinstance(sensor, Hooking) else None  # asked once: it takes longer than a hook
         widths = widths_of(self._dense) if actuator.by_unit else {}
         self._controller_state = controller.init(self._dense)
         check_follows(self._controller_state, widths)
@@ -413,7 +411,7 @@ class Loop:
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
         with uninterrupted(), self._unchanged:
-            by_hooks = self._hooking is not None and self._hooking.hooked(self._sensor_state)
+            by_hooks = self.sensor.hooked(self._sensor_state)
             brings_back = self.actuator.brings_back
             self.host.before_step(first=not self._begun, regrows=brings_back, by_hooks=by_hooks)
             self._begun = True
@@ -425,8 +423,7 @@ class Loop:
         if self._now.budget_met or self.step >= self.spending.planned_steps:
             self._release()
         elif not self._sensed():
-            if self._hooking is not None:
-                self._hooking.forget(self._sensor_state)
+            self.sensor.forget(self._sensor_state)
         else:
             with self.spending.sensing:
                 self._sensor_state = self.sensor.update(self._sensor_state, self.groups, self.host.model, grad_scale)
@@ -442,8 +439,7 @@ class Loop:
     def _release(self) -> None:
         """Take off the model what a sensor reads through; what other hands do to it matters no more."""
         self._hooks.unseen.stop()
-        if self._hooking is not None:
-            self._hooking.release(self._sensor_state)
+        self.sensor.release(self._sensor_state)
 
     def _after_step(self, made: bool = True) -> None:
         with uninterrupted(), self._unchanged:

@@ -21,9 +21,9 @@ from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.regrowth.reserve import Key, Reserve, corner
-from setpoint.sensor.accumulated import RunningSum
-from setpoint.sensor.sentinel import Sentinels
-from setpoint.sensor.unit_sum import UnitSum
+from setpoint.regrowth.sentinel import Sentinels
+from setpoint.sensor.units import UnitSum
+from setpoint.weights.accumulated import RunningSum
 
 Place = tuple[dict[str, Any], str, Tensor]
 """A table of a module's parameters, a key in it, and what is there."""

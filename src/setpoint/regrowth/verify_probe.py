@@ -15,7 +15,7 @@ from setpoint.groups.group import Group
 from setpoint.host.host import Host
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.reserve import Reserve
-from setpoint.sensor.reading import Sensor, takes_back
+from setpoint.sensor.reading import Sensor
 
 
 def check_regrowth(
@@ -28,8 +28,10 @@ def check_regrowth(
         VerificationError: when a probed step on a copy is not the shrunk model's step.
     """
     instead = "attach with PricedController(regrow=False)"
-    if not takes_back(sensor):
-        raise LoopError(f"{type(sensor).__name__} says returns = False, so units cannot come back: {instead}")
+    if not sensor.traits.returns:
+        raise LoopError(
+            f"{type(sensor).__name__} reads no units that have come back (its traits say returns=False): {instead}"
+        )
     if host.compiled:
         raise LoopError(
             f"resting units cannot be present in compiled code: attach to the model uncompiled, or {instead}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from setpoint.distributed import Ranks
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Hooking, Reading, Sensor, Shared, takes_back
+from setpoint.sensor.reading import Reading, Sensor, Traits
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class ChainState:
     links: tuple[Link, ...]
 
 
-class SensorChain:
+class SensorChain(Sensor[ChainState]):
     """Hands each group to the first sensor that can read it, and puts their readings together.
 
     The whole is calibrated if every part is, in the same unit.
@@ -50,29 +50,22 @@ class SensorChain:
         if not sensors:
             raise ValueError("a chain needs at least one sensor")
         self.sensors = sensors
-
-    @property
-    def averages_hooks(self) -> bool:
-        """Whether what the sensors read by hooks can be averaged over ranks."""
-        return all(getattr(each, "averages_hooks", False) for each in self.sensors if isinstance(each, Hooking))
+        parts = [sensor.traits for sensor in sensors]
+        self.traits = Traits(
+            calibrated=all(part.calibrated for part in parts),
+            in_loss=all(part.in_loss for part in parts),
+            shards=all(part.shards for part in parts),
+            hooks=any(part.hooks for part in parts),
+            returns=all(part.returns for part in parts),
+        )
 
     def over(self, ranks: Ranks) -> SensorChain:
         """The chain where gradients are averaged over ranks."""
-        return SensorChain(*(each.over(ranks) if isinstance(each, Shared) else each for each in self.sensors))
+        return SensorChain(*(sensor.over(ranks) for sensor in self.sensors))
 
     def hooked(self, state: ChainState) -> bool:
         """Whether any of the sensors reads by hooks."""
-        return any(hooking.hooked(inner) for hooking, inner in _hooking(state))
-
-    @property
-    def returns(self) -> bool:
-        """Whether units may come back: whether all of its sensors say so."""
-        return all(takes_back(each) for each in self.sensors)
-
-    @property
-    def in_loss(self) -> bool:
-        """Whether a price can be set against the readings: whether all of its sensors say so."""
-        return all(getattr(each, "in_loss", True) for each in self.sensors)
+        return any(link.sensor.hooked(link.state) for link in state.links)
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
         shares, left = [], groups
@@ -101,7 +94,7 @@ class SensorChain:
         self, state: ChainState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> ChainState:
         """Take in one optimizer step."""
-        states = [each.sensor.update(each.state, each.of(groups), model, grad_scale) for each in state.links]
+        states = [link.sensor.update(link.state, link.of(groups), model, grad_scale) for link in state.links]
         return ChainState(tuple(replace(link, state=new) for link, new in zip(state.links, states, strict=True)))
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
@@ -127,14 +120,10 @@ class SensorChain:
 
     def forget(self, state: ChainState) -> None:
         """Steps that are not taken in are forgotten by the sensors that read through hooks."""
-        for hooking, inner in _hooking(state):
-            hooking.forget(inner)
+        for link in state.links:
+            link.sensor.forget(link.state)
 
     def release(self, state: ChainState) -> None:
         """Hooks of all sensors are taken off."""
-        for hooking, inner in _hooking(state):
-            hooking.release(inner)
-
-
-def _hooking(state: ChainState) -> list[tuple[Hooking, Any]]:
-    return [(link.sensor, link.state) for link in state.links if isinstance(link.sensor, Hooking)]
+        for link in state.links:
+            link.sensor.release(link.state)

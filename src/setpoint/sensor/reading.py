@@ -39,7 +39,7 @@ class Reading:
             loss has) when `calibrated`.
         num_samples: independent samples behind each step's gradient.
         calibrated: False when the values rank units within one group only.
-        in_loss: False when they are calibrated, but not in the unit of the loss: no price can be set against them.
+        in_loss: False when they are calibrated, but not in the unit of the loss.
         num_steps: how many optimizer steps went into the reading.
         skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since `init` by a
             sensor, since the last reading in an `Observation`.
@@ -74,22 +74,50 @@ class Reading:
 
 State = TypeVar("State")
 
+_DENSELY_SENSED = 100
+"""Steps of a run whose every step is worth a reading."""
+_LONGEST_STRIDE = 4
+"""No more than this many steps from one sensed step to the next."""
 
-@runtime_checkable
+
+@dataclass(frozen=True)
+class Traits:
+    """What a sensor can read, and what its readings are.
+
+    Args:
+        calibrated: False where saliencies rank the units of one group only.
+        in_loss: False where they are not in the unit of the loss, so that no `Price` can be set against them.
+        shards: whether it adds up what each rank holds of a sharded weight.
+        hooks: whether it reads frozen weights through hooks on their layers, which compiled code does not run.
+        returns: whether it reads units that were dropped and came back.
+    """
+
+    calibrated: bool = True
+    in_loss: bool = True
+    shards: bool = False
+    hooks: bool = False
+    returns: bool = True
+
+
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
+
+    A sensor of your own derives from this class, which has methods that do nothing for all that few sensors need.
 
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
     grows it as the units are; a field that points at the model is marked by `field(metadata={"live": True})`.
-    `returns = False`: units that have come back are not read; `in_loss = False`: readings are in no unit of the loss.
     """
+
+    traits: Traits = Traits()
 
     def readable(self, groups: tuple[Group, ...], model: torch.nn.Module) -> tuple[Group, ...]:
         """The groups whose saliency it can tell; the others are left alone."""
+        return groups
 
     def init(self, groups: tuple[Group, ...], model: torch.nn.Module) -> State:
         """State before the first step."""
+        ...
 
     def update(
         self, state: State, groups: tuple[Group, ...], model: torch.nn.Module, grad_scale: torch.Tensor | None = None
@@ -98,36 +126,44 @@ class Sensor(Protocol[State]):
 
         `grad_scale` is what the gradients are still multiplied by (0-dim; NaN: leave the step out), or None.
         """
-
-    def flops(self, groups: tuple[Group, ...], model: torch.nn.Module) -> float:
-        """FLOPs of one `update`, so that they can be counted as overhead."""
+        ...
 
     def read(self, state: State, groups: tuple[Group, ...], step: int) -> Reading:
         """Reading of all units; the only place where values come to the host."""
+        ...
 
+    def flops(self, groups: tuple[Group, ...], model: torch.nn.Module) -> float:
+        """FLOPs of one `update`, so that they can be counted as overhead."""
+        return 0.0
 
-@runtime_checkable
-class Hooking(Protocol):
-    """What a sensor has in addition that reads through hooks on the model."""
+    def over(self, ranks: Ranks) -> Sensor[State]:
+        """The sensor where gradients are averaged over these ranks."""
+        return self
 
-    def forget(self, state: Any) -> None:
-        """A step passes that is not taken in: what hooks have seen of it does not count."""
-
-    def release(self, state: Any) -> None:
-        """Take the hooks off the model."""
-
-    def hooked(self, state: Any) -> bool:
+    def hooked(self, state: State) -> bool:
         """Whether anything is read by hooks now."""
+        return False
+
+    def forget(self, state: State) -> None:
+        """A step passes that is not taken in: what hooks have seen of it does not count."""
+        return None
+
+    def release(self, state: State) -> None:
+        """Take hooks off the model; nothing is read any more."""
+        return None
 
 
-@runtime_checkable
-class Shared(Protocol):
-    """What a sensor has in addition that reads otherwise where gradients are averaged over ranks."""
+def sensed_every(total_steps: int) -> int:
+    """Every how many optimizer steps the sensor is updated.
 
-    def over(self, ranks: Ranks) -> Any:
-        """The sensor for these ranks."""
+    Decisions are spread over a run as fractions of it, so the longer the run, the more steps lie between
+    two of them. Of a run that is four times as long, half of that goes into more readings for each
+    decision and half into fewer sensed steps: the stride is `sqrt(total_steps / 100)`, rounded down to a power of 2.
 
-
-def takes_back(sensor: object) -> bool:
-    """Whether units that a sensor reads may come back: they may, unless it says `returns = False`."""
-    return bool(getattr(sensor, "returns", True))
+    >>> [sensed_every(total_steps) for total_steps in (300, 400, 1500, 10_000)]
+    [1, 2, 2, 4]
+    """
+    stride = 1
+    while stride < _LONGEST_STRIDE and total_steps >= _DENSELY_SENSED * (2 * stride) ** 2:
+        stride *= 2
+    return stride

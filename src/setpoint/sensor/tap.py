@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from setpoint.distributed import plain_kind
+from setpoint.distributed import Ranks, is_sharded_tensor, plain_kind
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.sentinel import Sentinels, graph_task
 
 _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight has their input's channels, which have a dim of their own in the input, along its dim 1."""
@@ -20,7 +19,7 @@ _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def tappable(group: Group, model: nn.Module) -> frozenset[str]:
     """Names of the frozen outgoing weights that taps can read, of a group that trained weights write; else none."""
     found = {place.tensor: parameter_named(model, place.tensor) for place in group.slices}
-    parameters = {name: each for name, each in found.items() if each is not None}
+    parameters = {name: parameter for name, parameter in found.items() if parameter is not None}
     writers = [place.tensor for place in group.slices if place.role != "consume"]
     if not any(name in parameters and parameters[name].requires_grad for name in writers):
         return frozenset()
@@ -51,13 +50,11 @@ class Tap:
     they stay in memory. Compiled code runs no tap.
 
     Sums of several backward passes add up like gradients, and are discarded like them: a forward pass before which no
-    trained weight has a gradient starts anew. Where there is a choice, only those backward passes count in which
-    weights got gradients too: `torch.autograd.grad` for a penalty is none.
+    trained parameter has a gradient starts from zero.
     """
 
-    def __init__(self, place: Slice, model: nn.Module, sentinels: Sentinels) -> None:
-        self._totals: dict[int, Tensor] = {}
-        self._sentinels = sentinels
+    def __init__(self, place: Slice, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+        self._total: Tensor | None = None
         layer = _layer(place, model)
         assert layer is not None, "a weight that is tapped is tappable"
         # Weak: the hook lives on the layer, and must not keep a tap alive that nothing reads any more.
@@ -69,8 +66,9 @@ class Tap:
                 return None
             if not (torch.is_grad_enabled() and args[0].requires_grad) or layer.weight.requires_grad:
                 return None
-            if tap._totals and not sentinels.any_gradient():
-                tap._totals = {}
+            # Shards get their gradients only when ranks average theirs, so that they show nothing of discarded ones.
+            if tap.seen and not any(is_sharded_tensor(each) or each.grad is not None for each in trained):
+                tap.take()
             channels = args[0].dim() - layer.weight.dim() + 1  # type: ignore[operator]
             return (_Passed.apply(args[0], channels, tap.note), *args[1:])  # type: ignore[no-untyped-call]
 
@@ -80,19 +78,16 @@ class Tap:
     @property
     def seen(self) -> bool:
         """Whether there was a backward pass since the last reading."""
-        return bool(self._totals)
+        return self._total is not None
 
     def note(self, summed: Tensor) -> None:
         """Add the sums of one backward pass."""
-        task = graph_task()
-        before = self._totals.get(task)
-        self._totals[task] = summed if before is None else before + summed
+        self._total = summed if self._total is None else self._total + summed
 
     def take(self) -> Tensor | None:
         """The sums since the last reading, by channel of the input; None if there were none."""
-        totals, self._totals = self._totals, {}
-        counted = [total for task, total in totals.items() if task in self._sentinels.tasks] or [*totals.values()]
-        return sum(counted[1:], counted[0]) if counted else None
+        total, self._total = self._total, None
+        return total
 
     def stop(self) -> None:
         """Remove the hook; may be called again."""
@@ -116,3 +111,52 @@ class _Passed(torch.autograd.Function):
         product = x.detach().to(wide) * gradient.detach().to(wide)
         ctx.note(product.sum(others) if others else product)
         return gradient, None, None
+
+
+class GradientScale:
+    """How gradients are scaled between the backward pass, in which taps read, and the step: unscaled, or clipped.
+
+    With `g` the gradient of one trained parameter after the last backward pass and `h` the one before the step, that is
+    `(g . h) / (g . g)`. It is 1 for a sharded parameter, of which no hook sees the gradient.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+        self._after_backward: Tensor | None = None
+        me = weakref.ref(self)
+
+        def accumulated(parameter: Tensor) -> None:
+            scale = me()
+            if scale is not None and parameter.grad is not None:
+                # In float64, since squares of loss-scaled gradients overflow; copied, since clipping works in place.
+                scale._after_backward = parameter.grad.detach().to(torch.float64, copy=True)
+
+        self._handle = parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
+        weakref.finalize(self, self._handle.remove)
+
+    def applied(self, read: Tensor, ranks: Ranks) -> Tensor:
+        """What taps have read, at the scale of the present gradients; over several ranks, the mean of what they read.
+
+        Several ranks call this together.
+        """
+        before, self._after_backward = self._after_backward, None
+        if is_sharded_tensor(self._parameter):
+            return ranks.total(read) / ranks.count
+        if before is None:
+            before = torch.zeros_like(self._parameter, dtype=torch.float64)
+        before = before.to(read.device).flatten()
+        if ranks.count > 1:
+            # The hook has seen this rank's own gradient, before the wrapper averaged it.
+            mean = ranks.total(torch.cat([read.double(), before])) / ranks.count
+            read, before = mean[: len(read)].to(read), mean[len(read) :]
+        now = before if self._parameter.grad is None else self._parameter.grad.flatten().to(before)
+        square = before.square().sum()
+        return read * torch.where(square > 0, (before * now).sum() / square, 1.0).to(read)
+
+    def forget(self) -> None:
+        """A step passes that is not read; a cut may come before the next one."""
+        self._after_backward = None
+
+    def stop(self) -> None:
+        """Remove the hook; may be called again."""
+        self._handle.remove()

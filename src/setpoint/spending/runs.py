@@ -14,7 +14,7 @@ from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, amount
 from setpoint.groups.group import Group, widths_of
 from setpoint.messages import warn
-from setpoint.sensor.stride import sensed_every
+from setpoint.sensor.reading import sensed_every
 from setpoint.spending.account import Account
 from setpoint.spending.meter import Meter
 from setpoint.spending.target import Target

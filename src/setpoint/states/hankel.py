@@ -13,8 +13,9 @@ from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group, Slice
 from setpoint.groups.state import state_layer
-from setpoint.sensor.reading import Basis, Reading
-from setpoint.sensor.taylor import TaylorSensor, TaylorState
+from setpoint.sensor.averaging import Moments
+from setpoint.sensor.reading import Basis, Reading, Sensor
+from setpoint.sensor.taylor import TaylorSensor
 from setpoint.states.balance import Balance, balance
 from setpoint.states.modes import BalancedPairs
 from setpoint.states.system import check_system
@@ -25,10 +26,10 @@ class HankelState:
     """The model whose live layers are read, and the running moments of each whole layer's gate gradient."""
 
     model: nn.Module = field(metadata={"live": True})
-    layers: TaylorState = field(metadata=of_groups(None))  # one unit a layer, whatever its states
+    layers: Moments = field(metadata=of_groups(None))  # one unit a layer, whatever its states
 
 
-class HankelSensor:
+class HankelSensor(Sensor[HankelState]):
     """Saliency of balanced states.
 
     Unit i of a group of kind "state" is the i-th pair of states of the layer's real form in *balanced* coordinates,

@@ -14,7 +14,7 @@ from setpoint.groups.export import Example, inputs_of
 from setpoint.groups.group import Group
 from setpoint.groups.rng import in_eval_mode
 from setpoint.groups.selective import selective_kind, selective_layer
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Sensor, Traits
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class SelectiveState:
     num_steps: int = 0
 
 
-class SelectiveSensor:
+class SelectiveSensor(Sensor[SelectiveState]):
     """Saliency of the states of selective layers, from one pass over a calibration batch.
 
     State n of channel c obeys `h[t] = exp(d[t,c] A[c,n]) h[t-1] + d[t,c] B[t,n] u[t,c]` and is read by
@@ -50,7 +50,7 @@ class SelectiveSensor:
         SSMs", ICML 2024.
     """
 
-    in_loss = False
+    traits = Traits(calibrated=False, in_loss=False)
 
     def __init__(self, example: Example) -> None:
         self.example = example

@@ -19,8 +19,8 @@ from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
-from setpoint.sensor.accumulated import Accumulated
 from setpoint.sensor.reading import Reading
+from setpoint.weights.accumulated import Accumulated
 from setpoint.weights.cost import WeightFlops
 from setpoint.weights.drop_and_grow import drop_and_grow
 from setpoint.weights.find import Pattern, as_mask, with_active

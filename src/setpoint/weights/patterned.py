@@ -17,12 +17,21 @@ from setpoint.weights.find import Pattern, active_of
 from setpoint.weights.taylor import Weighing
 
 
+@dataclass(frozen=True, eq=False)
+class PatternedState:
+    """The inner sensor's state, and the shapes of the weight tensors by group."""
+
+    inner: Any
+    shapes: Mapping[str, tuple[int, ...]] = field(metadata={"live": True})
+
+
 @final
-class Patterned:
+class Patterned(Sensor[PatternedState]):
     """A sensor of single weights whose readings keep to a pattern."""
 
     def __init__(self, inner: Sensor[Any], pattern: Pattern) -> None:
         self._inner, self._pattern = inner, pattern
+        self.traits = inner.traits
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """What the inner sensor can read."""
@@ -48,14 +57,6 @@ class Patterned:
         reading = self._inner.read(state.inner, groups, step)
         scores = partial(self._inner.scores, state.inner) if isinstance(self._inner, Weighing) else reading.scores
         return replace(patterned(reading, groups, state.shapes, self._pattern), scores=scores)
-
-
-@dataclass(frozen=True, eq=False)
-class PatternedState:
-    """The inner sensor's state, and the shapes of the weight tensors by group."""
-
-    inner: Any
-    shapes: Mapping[str, tuple[int, ...]] = field(metadata={"live": True})
 
 
 def patterned(

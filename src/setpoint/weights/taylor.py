@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from setpoint.arguments import counts
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Sensor
 from setpoint.weights.find import active_of
 
 State_contra = TypeVar("State_contra", contravariant=True)
@@ -41,7 +41,7 @@ class WeightTaylorState:
     steps_seen: Mapping[str, int]  # by tensor name, steps in which it had a gradient
 
 
-class WeightTaylorSensor:
+class WeightTaylorSensor(Sensor[WeightTaylorState]):
     """The estimate of `TaylorSensor` with each weight as its own gate: `r = w * dL/dw`.
 
     With mean and variance of r over recent steps and B samples behind each step's gradient,

@@ -22,7 +22,7 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer
-from setpoint.sensor.reading import Reading
+from setpoint.sensor.reading import Reading, Sensor, Traits
 from setpoint.states import Basis, DiagonalSystem, Modes, check_system
 
 _TINY = 1e-300
@@ -97,10 +97,10 @@ class LiveModel:
     num_steps: int = 0
 
 
-class ComplexHankelSensor:
+class ComplexHankelSensor(Sensor[LiveModel]):
     """Hankel values of the complex system of each layer; not comparable across layers."""
 
-    returns = False
+    traits = Traits(calibrated=False, in_loss=False, returns=False)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """Groups of states; of layers that run one system for all channels."""

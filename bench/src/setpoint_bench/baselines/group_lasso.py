@@ -15,7 +15,7 @@ from setpoint.controller.selection import even_cost, even_density
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, Slice
 from setpoint.messages import counted
-from setpoint.sensor.unit_sum import UnitSum
+from setpoint.sensor.units import UnitSum
 from setpoint_bench.baselines.even import even_plan, nothing_dropped
 
 

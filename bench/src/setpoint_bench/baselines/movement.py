@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.unit_sum import UnitSum
+from setpoint.sensor.units import UnitSum
 
 
 def places_of(group: Group, model: nn.Module) -> tuple[Slice, ...]:
