@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setpoint.weights.accumulated import Accumulated, RunningSum
+from setpoint.regrowth.accumulated import Accumulated, RunningSum
 
 
 def added(weight: nn.Parameter, sums: RunningSum, value: float) -> None:

@@ -19,11 +19,11 @@ from setpoint.actuator.shrink import named_tensors
 from setpoint.actuator.sizes import apply_sizes
 from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
+from setpoint.regrowth.accumulated import RunningSum
 from setpoint.regrowth.regrow import Grow, enlarge, new_sizes, with_units
 from setpoint.regrowth.reserve import Key, Reserve, corner
 from setpoint.regrowth.sentinel import Sentinels
 from setpoint.sensor.units import UnitSum
-from setpoint.weights.accumulated import RunningSum
 
 Place = tuple[dict[str, Any], str, Tensor]
 """A table of a module's parameters, a key in it, and what is there."""

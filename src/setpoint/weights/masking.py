@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.controller.plan import Plan
+from setpoint.distributed import local
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
-from setpoint.weights.accumulated import Accumulated
 from setpoint.weights.cost import WeightFlops
 from setpoint.weights.drop_and_grow import drop_and_grow
 from setpoint.weights.find import Pattern, as_mask, with_active
@@ -66,6 +66,32 @@ class Masking:
 
     def __post_init__(self) -> None:
         Pattern.named(self.pattern)
+
+
+class Accumulated:
+    """The gradient of a leaf parameter as the last backward pass left it."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+        self._left: tuple[Tensor | None, int] = None, -1
+
+    def note(self) -> None:
+        """Remember the present gradient as what a backward pass left."""
+        gradient = self._parameter.grad
+        # The version counts in-place changes, of which identity alone shows none.
+        self._left = gradient, -1 if gradient is None else gradient._version
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the gradient is that object, unchanged."""
+        gradient, (left, version) = self._parameter.grad, self._left
+        return gradient is not None and gradient is left and gradient._version == version
+
+    @property
+    def discarded(self) -> bool:
+        """Whether it is gone or zero, as after `zero_grad`; a host sync if it was changed."""
+        gradient = self._parameter.grad
+        return gradient is None or not (self.untouched or bool(local(gradient).any()))
 
 
 @final
