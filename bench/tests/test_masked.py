@@ -10,7 +10,6 @@ from torch.optim import SGD
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.rule import Rule
-from setpoint_bench.baselines.snip import Snip
 from setpoint_bench.course import Outcome
 from setpoint_bench.masked import Masked
 from setpoint_bench.networks import ResidualNet
@@ -21,7 +20,6 @@ RULES: dict[str, Rule] = {
     "one-shot": OneShot(),
     "gradual": Gradual(),
     "static": Static(),
-    "snip": Snip(),
     "set": DropAndGrow("random"),
     "rigl": DropAndGrow("gradient"),
 }

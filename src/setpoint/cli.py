@@ -160,9 +160,6 @@ def report(
         Path, typer.Argument(help="Folder of `bench` or of a run, or a ledger's file.", metavar="DIR|FILE")
     ],
     out: Annotated[Path | None, out_option("by default where the ledger or the results are")] = None,
-    goals: Annotated[
-        bool, typer.Option("--goals", help="Also judge Setpoint's own goals in results.md of a folder of `bench`.")
-    ] = False,
     json: Json = False,
 ) -> None:
     """Show what a run decided and spent, and write it as a page.
@@ -176,10 +173,8 @@ def report(
         if path.is_file() and path.name in RESULT_FILES:
             raise UsageError(f"{path} is one file of a results folder: give the folder, {path.parent}")
         if any((path / name).is_file() for name in RESULT_FILES):
-            _of_bench("report FOLDER").report_folder(path, out, goals)
+            _of_bench("report FOLDER").report_folder(path, out)
             return
-        if goals:
-            raise UsageError(f"--goals judges results of the benchmark, and {path} has none: leave it out")
         from setpoint.report.ledger_page import ledger_tables, page_of, read_ledger, write_ledger_page
         from setpoint.report.resources import ledger_line, state
 

@@ -20,7 +20,6 @@ from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.weights.controller import DropAndGrowController
-from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.scheduled import ScheduledController
 
 Plant = tuple[tuple[Group, ...], Cost]
@@ -59,7 +58,6 @@ CONTROLLERS: dict[str, Controller[Any]] = {
     "priced, linear, four cuts": PricedController(schedule=Schedule(shape="linear", num_cuts=4)),
     "scheduled": ScheduledController(),
     "one-shot": ScheduledController(begin=0.0, end=0.0, num_cuts=1),
-    "reconfiguring": ReconfiguringController(),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),
     "priced, regrowing": PricedController(regrow=True),
     "exchanging": DropAndGrowController(PricedController(schedule=Schedule(num_cuts=3))),

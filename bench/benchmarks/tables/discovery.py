@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from setpoint.report.numbers import duration, human
-from tables.words import code_span, made_on, threads_text
+from setpoint.report.numbers import duration
+from tables.words import code_span, threads_text
 
 LIBRARIES = {"setpoint": "Setpoint", "torch_pruning": "Torch-Pruning"}
 
@@ -158,18 +158,3 @@ def suites_table(folder: Path) -> str:
         f"{about['date'][:10]}."
     )
     return "\n".join(lines)
-
-
-def discovery_table(path: Path) -> str:
-    """How long `find_groups` takes, and what memory."""
-    if not path.exists():
-        return "Not measured yet."
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| model | parameters | ops | groups | find_groups | ms per op | memory, in models |", f"|{'---|' * 7}"]
-    for row in data["models"]:
-        lines.append(
-            f"| `{row['model']}` | {human(row['params'])} | {row['ops']} | {row['groups']} | "
-            f"{duration(row['seconds_median'])} | {1000 * row['seconds_median'] / row['ops']:.2f} | "
-            f"{row['peak_growth_in_models']:.2f} |"
-        )
-    return "\n".join([*lines, "", made_on(data)])

@@ -12,17 +12,14 @@ from pathlib import Path
 from setpoint.report.numbers import NOTHING, percent, signed
 from setpoint_bench.report.columns import metric_text, share_text
 from setpoint_bench.report.folder import RESULTS
-from setpoint_bench.report.goals import GOALS, MOST_APART, Goal, goals
 from setpoint_bench.report.markdown import task_text
 from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, difference, mean, share_of
 from setpoint_bench.report.summary import FAMILIES, SETPOINT, Row, clock_of, rounds_of, series, summary_rows
 from tables.discovery import models_cut_line
-from tables.law import over_trained_line
-from tables.lost import lost_sentence
 from tables.read import read_results
-from tables.words import made_on, marked, rows_made_on
+from tables.words import marked, rows_made_on
 
 
 def methods_table(folder: Path) -> str:
@@ -48,21 +45,11 @@ TASK_PAGE = """# `{name}`
 
 {tables}
 """
-LOST = """
-## What the network lost
-
-![By group, what each cut took, and what an even cut keeps](../pictures/lost-{name}.svg)
-
-A bar is a group of channels, heads or neurons, in the order of the network, of the first seed. {sentence}
-"""
 
 
 def task_pages(root: Path) -> dict[str, str]:
-    """By name, the page of every results folder, with its tables; of pretrained models also what they lost."""
-    pages = {folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder)) for folder in _folders(root)}
-    for name in PRETRAINED:
-        pages[name] += LOST.format(name=name, sentence=lost_sentence(root / name))
-    return pages
+    """By name, the page of every results folder, with its tables."""
+    return {folder.name: TASK_PAGE.format(name=folder.name, tables=methods_table(folder)) for folder in _folders(root)}
 
 
 def task_links(root: Path) -> str:
@@ -70,21 +57,8 @@ def task_links(root: Path) -> str:
     return "\n".join(f"* [`{folder.name}`](tasks/{folder.name}.md)" for folder in _folders(root))
 
 
-def goals_table(root: Path) -> str:
-    """The headline goals on every task that has been measured, task by task."""
-    found: dict[str, dict[str, Goal]] = {}
-    for folder in _folders(root):
-        results = read_results(folder)
-        rows = summary_rows(results)
-        for task in results.tasks():
-            mine = [row for row in rows if row.task == task]
-            found[task] = {goal.letter: goal for goal in goals(results.of(task), mine)}
-    lines = [f"| goal | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
-    for letter, text, _ in GOALS:
-        lines.append(f"| ({letter}) {text} | {' | '.join(each[letter].verdict for each in found.values())} |")
-    return "\n".join(lines)
-
-
+MOST_APART = 0.02
+"""Of two costs, by how much they may differ and still count as equal."""
 HEADLINES = ("small", "small-long")
 
 
@@ -178,8 +152,7 @@ def readme_table(root: Path) -> str:
                 _beside_dense(cells_of(f"{SETPOINT}-long", budget), full_bill),
             )
             lines.append(f"| {' | '.join(cells)} |")
-    below = (over_trained_line(root / "law-language.json"), models_cut_line(root / "coverage" / "torch_pruning.json"))
-    return "\n".join([*lines, "", *(f"* {line}" for line in below)])
+    return "\n".join([*lines, "", f"* {models_cut_line(root / 'coverage' / 'torch_pruning.json')}"])
 
 
 LONGER = ("-long", "-taught")
@@ -395,39 +368,6 @@ def _last_validation(cell: Cell) -> float | None:
     """The metric on the validation data at the end of a run."""
     points = [point for point in cell.history if point.split == "validation"]
     return None if not points else points[-1].accuracy if cell.metric == "accuracy" else points[-1].loss
-
-
-def sparse_table(folder: Path, density: str = "0.1") -> str:
-    """Methods at one density of the weights, beside the static mask and one-shot pruning, by seed."""
-    results = read_results(folder)
-    cells = [cell for cell in results.cells if cell.method.endswith(f"@density={density}")]
-    by_label = series(cells)
-    rows = [row for row in summary_rows(results) if row.method in by_label]
-    rivals = {name: by_label[f"{name}@density={density}"] for name in ("static", "set", "magnitude-oneshot")}
-    told = ("accuracy on test", "density", "FLOPs / step in theory", "training FLOPs in theory")
-    lines = [f"| method | {' | '.join((*told, *(f'to `{name}`' for name in rivals)))} |", f"|---|{'---:|' * 7}"]
-    for row in rows:
-        shares = [percent(share) for share in (row.density, row.theoretical_ratio, row.theoretical_train_ratio)]
-        apart = []
-        for rival in rivals.values():
-            ours = by_label[row.method]
-            apart.append(NOTHING if rival is ours else marked(difference(ours, rival), row.metric))
-        lines.append(f"| `{row.method.split('@')[0]}` | {metric_text(row)} | {' | '.join((*shares, *apart))} |")
-    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
-    machine = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
-    return "\n".join([*lines, "", f"Seeds {seeds}, differences with 95 % intervals; {machine}"])
-
-
-def snip_table(path: Path, folder: Path) -> str:
-    """What SNIP keeps of the weights for queries, keys and values in each layer of the GPT, and how its runs end."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    ends = {(cell.budget, cell.seed): cell.value for cell in read_results(folder).cells if cell.method == "snip"}
-    lines = ["| FLOPs in theory | seed | queries | keys | values | loss on test |", f"|---|{'---:|' * 5}"]
-    for row in data["rows"]:
-        parts = [", ".join(f"{number:,}" for number in row[part]) for part in ("queries", "keys", "values")]
-        end = ends[row["budget"], row["seed"]]
-        lines.append(f"| {percent(row['budget'])} | {row['seed']} | {' | '.join(parts)} | {end:.4f} |")
-    return "\n".join([*lines, "", f"Each count is out of {data['rows'][0]['of']:,} weights. {made_on(data)}"])
 
 
 def tuning_table(root: Path) -> str:

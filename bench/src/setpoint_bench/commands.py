@@ -72,12 +72,12 @@ def bench(
         )
 
 
-def report_folder(folder: Path, out: Path | None, goals: bool = False) -> None:
-    """Tables and page of a results folder; with `goals` the tables say which of Setpoint's own goals are reached."""
+def report_folder(folder: Path, out: Path | None) -> None:
+    """Tables and page of a results folder."""
     from setpoint_bench.report.markdown import NAME, write_markdown
 
     check_folder(out or folder)
-    text = write_markdown(folder, None if out is None else out / NAME, judged=goals)
+    text = write_markdown(folder, None if out is None else out / NAME)
     page = str(_write_page(folder, out))
     _print_table(folder)
     finish({"report": page, "table": str(text)}, f"open {page}")

@@ -19,20 +19,13 @@ from setpoint.messages import did_you_mean
 from setpoint.report.target import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
-from setpoint_bench.baselines.group_lasso import ReconfiguringController
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.scheduled import ScheduledController
-from setpoint_bench.baselines.snip import Snip
-from setpoint_bench.baselines.waiting import WaitingController
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.methods.fitted import Fitted
-from setpoint_bench.methods.gates import Gates
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.long import Long
-from setpoint_bench.methods.movement import Movement
 from setpoint_bench.methods.post_training import PostTraining
-from setpoint_bench.methods.quick import Quick
-from setpoint_bench.methods.refitted import Refitted
 from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
 from setpoint_bench.methods.sparse import Sparse
 from setpoint_bench.methods.states import Compressm, FewStates, Hankel
@@ -63,7 +56,7 @@ class Method(Protocol):
     def family(self) -> str:
         """Kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint", or any other word.
 
-        Methods that are pruned after training, or in an open loop, are rivals by which goals are judged.
+        Tables list a task's rows by it.
         """
         ...
 
@@ -118,15 +111,9 @@ _LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
 _ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
 _FANG = "Fang et al., DepGraph: towards any structural pruning, CVPR 2023"
 _MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning, CVPR 2019"
-_LYM = "Lym et al., PruneTrain, SC 2019"
 _MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
 _EVCI = "Evci et al., Rigging the lottery, ICML 2020"
 _MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
-_LOUIZOS = "Louizos et al., Learning sparse neural networks through L0 regularization, ICLR 2018"
-_XIA = "Xia et al., Structured pruning learns compact and accurate models, ACL 2022"
-_SANH = "Sanh et al., Movement pruning, NeurIPS 2020"
-_LAGUNAS = "Lagunas et al., Block pruning for faster transformers, EMNLP 2021"
-_LEE = "Lee et al., SNIP: single-shot network pruning based on connection sensitivity, ICLR 2019"
 
 METHODS: tuple[Method, ...] = (
     Dense(),
@@ -140,12 +127,8 @@ METHODS: tuple[Method, ...] = (
     PostTraining("torch-pruning-taylor", TorchPruning("taylor"), f"{_FANG}; {_MOLCHANOV}"),
     Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
     Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
-    Setpoint("prunetrain", ReconfiguringController(), MagnitudeSensor, lasso=0.2, paper=_LYM, family="open-loop"),
-    Movement("movement", paper=f"{_SANH}; {_LAGUNAS}"),
-    Gates("l0-gates", paper=f"{_LOUIZOS}; {_XIA}"),
     Sparse("gmp", Gradual(), _ZHU),
     Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
-    Sparse("snip", Snip(), _LEE),
     Sparse("set", DropAndGrow("random"), f"{_MOCANU}; {_EVCI}"),
     Sparse("rigl", DropAndGrow("gradient"), _EVCI),
     Setpoint(),
@@ -168,29 +151,12 @@ in theory).
 """
 
 
-ABLATION_METHODS: tuple[Method, ...] = (
-    Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
-    Movement("movement-global", ScheduledController(ranking="kind"), paper=f"{_SANH}; {_LAGUNAS}"),
-    Setpoint("setpoint-few", PricedController(Schedule(num_cuts=2))),
-    Setpoint("setpoint-many", PricedController(Schedule(num_cuts=32))),
-    Setpoint("setpoint-steep", PricedController(Schedule(warmup=0.13, settle=0.17))),
-    Setpoint("setpoint-vanish", PricedController(min_density=0.0)),
-    Setpoint("setpoint-level", PricedController(min_density=0.7)),
-    Setpoint("setpoint-waiting", WaitingController()),
-    Refitted("setpoint-refitted"),
-    Quick("setpoint-quick"),
+FITTED_METHODS: tuple[Method, ...] = (
     Fitted("fitted", Schedule()),
     Fitted("fitted-even", Schedule(), even=True),
     Fitted("fitted-first"),
 )
-"""More of Setpoint with one thing changed, for `bench/benchmarks/ablation.py`.
-
-An open loop with Setpoint's own saliency (`cubic-taylor`), or by movement ranked over all layers (`movement-global`);
-few or many cuts; groups that may vanish whole (`vanish`) or must stay near a uniform cut (`level`); cuts that wait for
-the loss (`waiting`); readers that are fitted anew at each cut (`refitted`); worth that is lower by up to a twentieth
-where FLOPs take long (`quick`). The `fitted` ones are cut by `setpoint.compress`: along Setpoint's schedule, or before
-the first step.
-"""
+"""Methods that are cut by `setpoint.compress`: along Setpoint's schedule, or before the first step."""
 
 TAUGHT_METHODS: tuple[Method, ...] = (
     Taught("setpoint-taught", Setpoint()),
@@ -221,7 +187,7 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 def all_methods() -> tuple[Method, ...]:
     """The methods that have a name, those of the tables first."""
-    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *LONG_METHODS, *ABLATION_METHODS
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *LONG_METHODS, *FITTED_METHODS
 
 
 def method_named(name: str) -> Method:
@@ -248,7 +214,7 @@ def method_named(name: str) -> Method:
             ("for state-space models ", STATE_METHODS),
             ("with the finished dense run as a teacher ", TAUGHT_METHODS),
             ("for as many training FLOPs as the dense run ", LONG_METHODS),
-            ("for bench/benchmarks/ablation.py ", ABLATION_METHODS),
+            ("cut by setpoint.compress ", FITTED_METHODS),
         )
     )
     hint = did_you_mean(base, [method.name for method in everything])

@@ -54,7 +54,7 @@ class Result:
         date: when the cell finished, ISO 8601 in UTC.
         folder: the cell's folder, relative to the results file.
         dense_flops: FLOPs per step of the model that pruning began with; None where Setpoint took no part.
-        family: what kind of method it is, such as "post-training"; the headline goals go by it.
+        family: what kind of method it is, such as "post-training".
         task_steps: optimizer steps of the task's recipe; a method may take more or fewer.
         clock: "interleaved" where the methods took turns in one process, "shared" where each cell had
             a process of its own and other work may have shared the machine.

@@ -11,14 +11,12 @@ from baselines.weights import SHAPES, counts, run, target
 from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
 from setpoint_bench.baselines.magnitude import Gradual, OneShot
 from setpoint_bench.baselines.rule import Rule
-from setpoint_bench.baselines.snip import Snip
 
 RULES: dict[str, Rule] = {
     "one-shot": OneShot(),
     "gradual": Gradual(),
     "gradual, late and coarse": Gradual(begin=0.3, end=1.0, num_updates=3),
     "static": Static(),
-    "snip": Snip(),
     "set": DropAndGrow("random"),
     "rigl": DropAndGrow("gradient"),
     "rigl, often and much": DropAndGrow("gradient", fraction=0.6, period=1),

@@ -15,10 +15,9 @@ from setpoint.groups.export import num_samples
 from setpoint.sensor.reading import Sensor
 from setpoint.weights.taylor import WeightTaylorSensor
 from setpoint_bench.course import Course, Pruner
-from setpoint_bench.lasso import Lasso
 from setpoint_bench.looped import Looped
 from setpoint_bench.results import Result
-from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.task import Task, dense_widths
 
 
 @final
@@ -30,7 +29,6 @@ class Setpoint:
         name: name on the command line and in result files.
         controller: decides what goes and when; None for Setpoint's own.
         sensor: makes what takes the readings; None for Setpoint's own.
-        lasso: share of a group-lasso penalty in the first step's loss, below 1; 0 for none.
         learning_rate: peak of the schedule, relative to the task's.
         paper: where the variant comes from.
         family: kind of method, for reports.
@@ -38,15 +36,11 @@ class Setpoint:
         granularity: "unit", or "weight" for masks on single weights, whose *theoretical* FLOPs meet the budget.
         sized: always.
         needs: nothing.
-
-    Raises:
-        BenchError: the lasso is no share.
     """
 
     name: str = "setpoint"
     controller: Controller[Any] | None = None
     sensor: Callable[[], Sensor[Any]] | None = None
-    lasso: float = 0.0
     learning_rate: float = 1.0
     paper: str = ""
     family: str = "setpoint"
@@ -54,10 +48,6 @@ class Setpoint:
     resource: str = "flops"
     sized: bool = True
     needs: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lasso < 1:
-            raise BenchError(f"lasso is the penalty's share of the loss, at least 0 and below 1, got {self.lasso:g}")
 
     def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths."""
@@ -78,8 +68,7 @@ class Setpoint:
             sensor=self._sensor(task),
             actuator=setpoint.Masking() if self.granularity == "weight" else None,
         )
-        lasso = Lasso(loop, model, optimizer, self.lasso) if self.lasso else None
-        return optimizer, Looped(loop, lasso)
+        return optimizer, Looped(loop)
 
     def _sensor(self, task: Task) -> Sensor[Any] | None:
         """What takes the readings; attach's own default counts rows, so it is told where tokens are the samples."""

@@ -1,11 +1,10 @@
-"""The summary as Markdown: tables of what was reached and spent, differences to the rivals, and the goals."""
+"""The summary as Markdown: tables of what was reached and spent, differences to the rivals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from setpoint.report.numbers import NOTHING
 from setpoint_bench.report.columns import (
     Column,
     clock_note,
@@ -15,7 +14,6 @@ from setpoint_bench.report.columns import (
     seeds_text,
 )
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.report.goals import goals
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.summary import RIVALS, Row, series, summary_rows
 
@@ -26,40 +24,38 @@ INTERVALS = (
 )
 
 
-def write_markdown(results_dir: Path, out: Path | None = None, *, judged: bool = False) -> Path:
+def write_markdown(results_dir: Path, out: Path | None = None) -> Path:
     """Write `results.md` for a results folder (docs/results-format.md), by default into it.
 
     Raises:
         ReportError: the folder holds no results, or of an unknown schema.
     """
     target = results_dir / NAME if out is None else out
-    text = markdown(read_results(results_dir), judged=judged)
+    text = markdown(read_results(results_dir))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     return target
 
 
-def markdown(results: Results, *, judged: bool = False) -> str:
-    """All tasks of a folder as one Markdown page; with their goals if `judged`."""
+def markdown(results: Results) -> str:
+    """All tasks of a folder as one Markdown page."""
     rows = summary_rows(results)
     parts = ["# Results"]
     for task in results.tasks():
         own = [row for row in rows if row.task == task]
-        parts += [f"## {escape(task)}", task_text(results.of(task), own, judged=judged)]
+        parts += [f"## {escape(task)}", task_text(results.of(task), own)]
     if results.remarks:
         parts += ["## Left out", "\n".join(f"* {escape(remark)}" for remark in results.remarks)]
     return "\n\n".join(parts) + "\n"
 
 
-def task_text(cells: Sequence[Cell], rows: Sequence[Row], *, judged: bool = False) -> str:
-    """One task: its tables, what they were measured on and, if `judged`, its goals."""
+def task_text(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """One task: its tables, and what they were measured on."""
     parts = [table(each, rows) for each in outcome_and_training(columns(rows)) if len(each) > 1]
     compared = [row for row in rows if row.differences]
     if compared:
         unit = " (points)" if rows[0].metric == "accuracy" else ""
         parts += [f"Differences{unit}:", table(difference_columns(rows), compared)]
-    if judged and any(row.method == "setpoint" for row in rows):
-        parts.append(goals_table(cells, rows))
     return "\n\n".join([*parts, about(cells, rows)])
 
 
@@ -75,14 +71,6 @@ def _cell(column: Column, row: Row) -> str:
     text = escape(column.text(row))
     found = row.differences.get(column.heading.removeprefix("to "))
     return f"**{text}**" if found is not None and column.heading.startswith("to ") and found.clear else text
-
-
-def goals_table(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
-    """The headline goals of one task."""
-    lines = ["| goal | | measured |", "|---|---|---|"]
-    for goal in goals(cells, rows):
-        lines.append(f"| ({goal.letter}) {goal.text} | {goal.verdict} | {escape(goal.evidence) or NOTHING} |")
-    return "\n".join(lines)
 
 
 def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
