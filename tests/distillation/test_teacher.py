@@ -6,7 +6,6 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,38 +146,16 @@ def test_the_model_that_is_pruned_is_no_teacher_of_itself() -> None:
     loop.detach()
 
 
-class Wrapped(nn.Module):
-    """A model around another one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Any:
-        """What the inner one answers."""
-        return self.module(x)
-
-
-@pytest.mark.parametrize("example", [True, False], ids=["begun", "waiting"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "bare"])
-def test_a_teacher_that_is_attached_later_is_refused(example: bool, wrapped: bool) -> None:
-    """Claim: a teacher that became the pruned model is refused with its loop and by a pass, and trains again."""
+def test_a_teacher_that_is_attached_later_is_refused(wrapped: bool) -> None:
+    """Claim: a teacher that became the pruned model is refused by a pass, before it is counted."""
     model = net()
-    model[0].weight.requires_grad_(False)
-    model[1].eval()
-    teacher, x = Teacher(Wrapped(model) if wrapped else model), torch.randn(4, 8)
-    model.requires_grad_(example)  # with an example attach refuses a frozen model itself
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    given = {"example": (x,)} if example else {}
-    loop = setpoint.attach(model, optimizer, "90% params", total_steps=20, verify=False, **given)
+    teacher = Teacher(nn.Sequential(model) if wrapped else model)
+    optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), 0.05)
+    loop = setpoint.attach(model, optimizer, "90% params", total_steps=20, verify=False)
     with pytest.raises(ValueError, match=r"give another one, such as copy\.deepcopy\(model\)"):
-        teacher.logits(x)
+        teacher.logits(torch.randn(4, 8))
     assert teacher.flops == 0
-    assert [each.requires_grad for each in model.parameters()] == [example, True, True, True]
-    assert [each.training for each in model] == [True, False, True]
-    with pytest.raises(ValueError, match="the teacher is the model that is pruned"):
-        teacher.loop = loop
-    assert teacher.loop is None
     loop.detach()
 
 
@@ -223,104 +200,51 @@ def test_flops_are_those_of_all_inputs() -> None:
         before = teacher.flops
 
 
-def test_keys_that_are_tensors_are_found_again() -> None:
-    """Claim: a list of tensors without dims, alone or in tuples, is a list of numbers; the cache does not grow."""
-    teacher, x = Teacher(nn.Linear(8, 3)), torch.randn(4, 8)
-    for keys in (list(torch.arange(4)), range(4), torch.arange(4), np.arange(4), [np.array(each) for each in range(4)]):
-        torch.testing.assert_close(teacher.cached_logits(keys, x), teacher.model(x))
-    assert teacher.flops == 2 * 4 * 8 * 3
-    for _ in range(2):
-        teacher.cached_logits([("train", each) for each in torch.arange(4)], x)
-    assert teacher.flops == 2 * 2 * 4 * 8 * 3
-
-
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("settings", "words"),
     [
-        (torch.tensor(3), "give one key a sample in a list or a tensor of one dim, got tensor"),
-        (np.array(3), "give one key a sample in a list or a tensor of one dim, got array"),
-        (3, "give one key a sample in a list or a tensor of one dim, got 3"),
-        (torch.arange(4)[:, None], r"a key is a number, a string or a tuple of them, got \[0\]"),
-        (list(torch.arange(4)[:, None]), r"a key is a number, a string or a tuple of them, got tensor\(\[0\]\)"),
-        ([[0], [1], [2], [3]], r"a key is a number, a string or a tuple of them, got \[0\]"),
-    ],
-)
-def test_keys_that_could_not_be_found_again_are_refused(keys: Any, words: str) -> None:
-    """Claim: what is no key of one sample is named before the teacher's pass."""
-    teacher = Teacher(nn.Linear(8, 3))
-    with pytest.raises(ValueError, match=words):
-        teacher.cached_logits(keys, torch.randn(4, 8))
-    assert teacher.flops == 0
-
-
-def test_a_loop_that_is_none_is_refused_at_once() -> None:
-    """Claim: a share in the loop's place, or a word, is named before the teacher is frozen, and so is a later one."""
-    model = net()
-    with pytest.raises(
-        ValueError, match=r"the loop is what attach returned, got 0\.5: .* write Teacher\(model, loop, alpha"
-    ):
-        Teacher(model, 0.5)  # type: ignore[arg-type]
-    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(ValueError, match="the loop is what attach returned, got 'abc'"):
-        Teacher(model).loop = "abc"  # type: ignore[assignment]
-
-
-def test_what_it_refuses() -> None:
-    """Claim: settings out of range, other shapes, a mask that does not fit, and answers without logits are named."""
-    for settings, words in (
         ({"alpha": -0.1}, "alpha must be from 0 to 1, got -0.1"),
         ({"alpha": math.nan}, "alpha must be from 0 to 1, got nan"),
         ({"alpha": "0.5"}, "alpha must be from 0 to 1, got '0.5'"),
         ({"alpha": None}, "alpha must be from 0 to 1, got None"),
         ({"temperature": "2"}, "temperature must be a finite number above 0, got '2'"),
         ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            Teacher(net(), **settings)
-    teacher = Teacher(net())
-    with pytest.raises(ValueError, match=r"logits have shape \(4, 3\), the model's \(4, 5\)"):
-        teacher.distance(torch.randn(4, 5), torch.randn(4, 3))
-    with pytest.raises(ValueError, match=r"logits have classes last, behind a dim of rows: got shape \(3,\)"):
-        teacher.distance(torch.randn(3), torch.randn(3))
-    with pytest.raises(ValueError, match=r"mask has shape \(3,\) for logits of shape \(4, 3\)"):
-        teacher.distance(torch.randn(4, 3), torch.randn(4, 3), torch.ones(3))
+        ({"loop": 0.5}, r"the loop is what attach returned, got 0\.5: .* write Teacher\(model, loop, alpha"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_the_teacher_is_frozen(settings: dict[str, Any], words: str) -> None:
+    """Claim: each is named, and the model trains on."""
+    model = net()
+    with pytest.raises(ValueError, match=words):
+        Teacher(model, **settings)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("own", "taught", "mask", "words"),
+    [
+        ((4, 5), (4, 3), None, r"logits have shape \(4, 3\), the model's \(4, 5\)"),
+        ((3,), (3,), None, r"behind a dim of rows or two of rows and positions: got shape \(3,\)"),
+        ((4, 3), (4, 3), (3,), r"mask has shape \(3,\) for logits of shape \(4, 3\)"),
+        ((4, 1), (4, 1), None, "a single score has no distribution to learn"),
+        ((2, 3, 8, 8), (2, 3, 8, 8), None, "Move classes to the end"),
+    ],
+)
+def test_shapes_that_teach_nothing_or_the_wrong_thing_are_refused(own: Any, taught: Any, mask: Any, words: str) -> None:
+    """Claim: other classes, no rows, a mask that does not fit, one score, and a map whose last dim is its width."""
+    teacher, some = Teacher(net()), None if mask is None else torch.ones(mask)
+    with pytest.raises(ValueError, match=words):
+        teacher.loss(torch.zeros(()), torch.randn(own), torch.randn(taught), some)
+
+
+def test_answers_without_logits_are_refused() -> None:
+    """Claim: an output that has logits is read, and any other is named."""
     x = torch.randn(2, 8)
     assert Teacher(Named(logits=torch.ones(2, 3))).logits(x).shape == (2, 3)
     with pytest.raises(ValueError, match="returned last_hidden_state: train without a teacher"):
         Teacher(Named(last_hidden_state=torch.ones(2, 3))).logits(x)
     with pytest.raises(ValueError, match="returned a SimpleNamespace"):
         Teacher(Answers()).logits(x)
-
-
-def test_cached_logits_cost_one_pass_over_the_data() -> None:
-    """Claim: from the second pass on, shuffled batches have the same logits as a forward, and cost no FLOPs."""
-    teacher, data = Teacher(net()), torch.randn(12, 8)
-    for _ in range(3):
-        for index in torch.randperm(12).split(4):
-            taught = teacher.cached_logits(index, data[index])
-            torch.testing.assert_close(taught, teacher.model(data[index]))
-    once = Teacher(teacher.model)
-    once.logits(data)
-    assert teacher.flops == once.flops > 0
-
-
-def test_cached_logits_need_one_key_a_sample_and_one_length() -> None:
-    """Claim: keys of another number and rows of several lengths are refused, and nothing wrong is kept."""
-    teacher = Teacher(nn.Linear(8, 3))
-    with pytest.raises(ValueError, match="3 keys for the logits of 2 samples"):
-        teacher.cached_logits([0, 1, 2], torch.randn(2, 8))
-    teacher.cached_logits(["short"], torch.randn(1, 4, 8))
-    teacher.cached_logits(["long"], torch.randn(1, 6, 8))
-    with pytest.raises(ValueError, match=r"shapes \[\(4, 3\), \(6, 3\)\]: pad every sample"):
-        teacher.cached_logits(["short", "long"], torch.randn(2, 6, 8))
-
-
-@pytest.mark.parametrize("shape", [(4, 1), (2, 3, 8, 8)], ids=["one score", "a map with classes before it"])
-def test_logits_that_teach_nothing_or_the_wrong_thing_are_refused(shape: tuple[int, ...]) -> None:
-    """Claim: a single score has no distribution, and of a map the last dim is its width: both are refused by shape."""
-    teacher = Teacher(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Move classes to the end"):
-        teacher.loss(torch.zeros(()), torch.randn(shape), torch.randn(shape))
 
 
 def test_a_teacher_answers_in_eval_mode_whatever_holds_it() -> None:

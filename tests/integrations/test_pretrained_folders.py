@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import setpoint
-from setpoint.integrations.huggingface import enable_huggingface
+from setpoint.integrations.checkpointing import enable_diffusers, enable_transformers
 
 STEPS = 10
 
@@ -37,7 +37,7 @@ def test_diffusers_reads_its_folder_and_its_average_is_cut(tmp_path: Path) -> No
     diffusers = pytest.importorskip("diffusers")
     from diffusers.training_utils import EMAModel
 
-    enable_huggingface()
+    enable_diffusers()
     model = denoiser()
     average = EMAModel(model.parameters(), decay=0.5, model_cls=type(model), model_config=model.config)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -79,7 +79,7 @@ def test_sentence_transformers_reads_its_folder(tmp_path: Path) -> None:
     from sentence_transformers import models
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    enable_huggingface()
+    enable_transformers()
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(27))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))

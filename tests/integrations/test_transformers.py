@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -31,7 +29,7 @@ from transformers import (
 
 import setpoint
 from setpoint.errors import CheckpointError, LoopError
-from setpoint.integrations.huggingface import enable_huggingface
+from setpoint.integrations.checkpointing import enable_transformers
 from setpoint.integrations.transformers import SetpointCallback, SetpointTrainer
 
 pytestmark = [
@@ -200,44 +198,10 @@ def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tm
     assert again.state.best_model_checkpoint == best
 
 
-@pytest.mark.parametrize("budget", ["fifty", 1.5])
-def test_what_is_no_budget_is_refused_at_once(budget: Any) -> None:
-    """Claim: before the Trainer is made."""
-    with pytest.raises(setpoint.SetpointError):
-        SetpointCallback(budget)
-
-
 def test_a_tolerance_is_refused_at_once() -> None:
     """Claim: the callback is given no loss of each step, so a tolerance is refused before the Trainer is made."""
     with pytest.raises(ValueError, match="a Tolerance needs the loss of each step"):
         SetpointCallback(setpoint.Tolerance(0.1, of="flops"))
-
-
-@pytest.mark.parametrize("way", ["attach", "compress", "shrink_to"])
-def test_who_cuts_a_model_need_not_enable_anything(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: save_pretrained of a model that was cut writes setpoint.json, where nobody has called for it before."""
-    small = build("bert")
-    setpoint.compress(small, [{"input_ids": torch.arange(8)[None].expand(16, 8)}], 0.5)
-    loading = inspect.unwrap(PreTrainedModel._load_pretrained_model)
-    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(loading))
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", inspect.unwrap(PreTrainedModel.save_pretrained))
-    model, tokens = build("bert"), torch.arange(8)[None].expand(16, 8)
-    if way == "attach":
-        optimizer = torch.optim.AdamW(model.parameters())
-        loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS)
-        for _ in range(STEPS):
-            model(tokens).logits.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        loop.finish()
-    elif way == "compress":
-        setpoint.compress(model, [{"input_ids": tokens}], 0.5)
-    else:
-        model = setpoint.shrink_to(build("bert"), small.state_dict())
-        model.load_state_dict(small.state_dict())
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "setpoint.json").is_file()
-    assert equal(weights(type(model).from_pretrained(tmp_path)), weights(model))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
@@ -285,7 +249,7 @@ def test_a_pipeline_in_another_process_reads_the_folder(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_sizes_are_refused(tmp_path: Path) -> None:
     """Claim: a setpoint.json that is damaged, newer or of another model is named."""
-    enable_huggingface()
+    enable_transformers()
     run, _ = trainer("llama", tmp_path / "run", save_strategy="no")
     run.train()
     run.save_model(str(tmp_path / "small"))
@@ -382,7 +346,7 @@ def test_adapters_keep_their_ranks_and_follow_their_base(tmp_path: Path) -> None
     """Claim: with PEFT's LoRA base layers are cut with their adapters; merging, saving and loading work."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    enable_huggingface()
+    enable_transformers()
     model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     loop = setpoint.attach(model, optimizer, 0.8, total_steps=STEPS)
@@ -578,9 +542,3 @@ def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="leave teacher out to have a frozen copy of it"):
             SetpointTrainer(model, arguments, train_dataset=Tokens(), teacher=own)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_an_unknown_argument_is_refused_at_once() -> None:
-    """Claim: when the callback is made, with the nearest name."""
-    with pytest.raises(TypeError, match=r"SetpointCallback\(\) got .*'buget': did you mean budget\?"):
-        SetpointCallback(buget=0.9)

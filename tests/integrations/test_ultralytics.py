@@ -129,9 +129,3 @@ def test_adding_twice_is_refused() -> None:
     add(model, 0.6)
     with pytest.raises(LoopError, match="pruned already"):
         add(model, 0.5)
-
-
-def test_an_unknown_argument_is_refused_at_once() -> None:
-    """Claim: when the object is made, with the nearest name."""
-    with pytest.raises(TypeError, match=r"Pruning\(\) got .*'totl_steps': did you mean total_steps\?"):
-        Pruning(0.5, totl_steps=9)

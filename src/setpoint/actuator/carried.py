@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,6 @@ from setpoint.messages import a_type
 
 KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""
-BEGUN: list[Callable[[nn.Module], None]] = []
-"""Called with each model that begins to carry its sizes: what a library needs in order to save them."""
 FORMAT = 1
 """Version of their form, described in docs/checkpoint-format.md."""
 
@@ -143,8 +141,6 @@ def carry(model: nn.Module) -> None:
     ahead = _WrappedHook(_refuse, module)  # as torch wraps hooks that get their module: a deep copy gets its own
     module._state_dict_hooks = Hooks({**saving, KEY: _put})
     module._load_state_dict_pre_hooks = Hooks({KEY: ahead, **loading})
-    for begun in BEGUN:
-        begun(module)
 
 
 def _put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -1,25 +1,44 @@
-"""Checkpointing, once per process: whatever saves and loads models carries their sizes."""
+"""Checkpointing, enabled once per process: PyTorch, transformers and diffusers save and load the sizes of cut models.
+
+Folders of pretrained models hold them in `setpoint.json` beside the weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import wraps
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from setpoint.actuator.carried import KEY
+from setpoint.actuator.carried import KEY, Carried
 from setpoint.actuator.lift import was_cut
+from setpoint.checkpoint.fit import dense_shapes, fill, fit
+from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.checkpoint.resumable import is_resumable, resumable
-from setpoint.integrations.huggingface import enable_huggingface
+from setpoint.distributed import unwrapped
+from setpoint.errors import CheckpointError
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_TRANSFORMERS = {"models": "transformers.modeling_utils", "trainer": "transformers.trainer"}
+_DIFFUSERS = "diffusers.models.modeling_utils"
 
 
 def enable_checkpointing() -> None:
     """Make each model of this process resumable that was cut, or that loads a state dict with sizes.
 
     The function wraps `torch.nn.Module.load_state_dict` and makes models resumable as they load. A state without sizes
-    loads as usual into a model that was never cut. Transformers' `save_pretrained` and `from_pretrained` carry sizes,
-    too (`enable_huggingface`). A second call changes nothing.
+    loads as usual into a model that was never cut. `save_pretrained` and `from_pretrained` of transformers and
+    diffusers are wrapped, too: both are imported where they are installed, which takes some seconds. So do pipelines,
+    sentence-transformers and all else that calls these methods. A second call changes nothing.
 
     >>> from setpoint import shrink_to
     >>> enable_checkpointing()
@@ -31,17 +50,168 @@ def enable_checkpointing() -> None:
     >>> dense[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    enable_huggingface()
-    plain = nn.Module.load_state_dict
-    if getattr(plain, KEY, False):
-        return
+    replace_once(nn.Module, "load_state_dict", _with_sizes)
+    for enable in (enable_transformers, enable_diffusers):
+        with suppress(ImportError):
+            enable()
 
+
+def enable_transformers() -> None:
+    """Let folders and checkpoints of transformers carry the sizes of cut models; a second call changes nothing."""
+    model_class = import_module(_TRANSFORMERS["models"]).PreTrainedModel
+    replace_once(model_class, "save_pretrained", _then_write_sizes)
+    replace_once(model_class, "_load_pretrained_model", lambda load: staticmethod(_after_reading_sizes(load)))
+    replace_once(import_module(_TRANSFORMERS["trainer"]).Trainer, "_load_from_checkpoint", _into_resumable)
+
+
+def enable_diffusers() -> None:
+    """The same for folders of diffusers' models."""
+    model_class = import_module(_DIFFUSERS).ModelMixin
+    replace_once(model_class, "save_pretrained", _then_write_sizes)
+    replace_once(model_class, "_load_pretrained_model", lambda load: classmethod(_after_reading_diffusers_sizes(load)))
+
+
+def replace_once(owner: Any, name: str, wrapped: Callable[..., Any]) -> None:
+    """Replace a method of a class by what `wrapped` makes of it, unless that was done before."""
+    plain = getattr(owner, name)
+    if not getattr(plain, "by_setpoint", False):
+        made = wrapped(plain)
+        getattr(made, "__func__", made).by_setpoint = True
+        setattr(owner, name, made)
+
+
+def _with_sizes(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **settings: Any) -> Any:
         metadata = getattr(state_dict, "_metadata", None) or {}
-        if not is_resumable(self) and (was_cut(self) or any(KEY in each for each in metadata.values())):
+        if not is_resumable(self) and (was_cut(self) or any(KEY in entry for entry in metadata.values())):
             resumable(self)
         return plain(self, state_dict, *args, **settings)
 
-    setattr(load_state_dict, KEY, True)
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    return load_state_dict
+
+
+def _then_write_sizes(save: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **settings: Any) -> Any:
+        result = save(self, save_directory, *args, **settings)
+        if settings.get("is_main_process", True) and Path(save_directory).is_dir():
+            write_sizes(self, Path(save_directory))
+        return result
+
+    return save_pretrained
+
+
+def _after_reading_sizes(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_transformers(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **settings: Any) -> Any:
+        file = _sizes_file(checkpoint_files, load_config)
+        if file is not None:
+            read_sizes(file, model, model.base_model_prefix)
+        return load(model, state_dict, checkpoint_files, load_config, **settings)
+
+    return load_transformers
+
+
+def _after_reading_diffusers_sizes(load: Any) -> Callable[..., Any]:
+    @wraps(load)
+    def load_diffusers(cls: Any, model: Any, state_dict: Any, files: Any, *args: Any, **settings: Any) -> Any:
+        if files and (file := Path(files[0]).parent / SIZES_FILE).is_file():
+            read_sizes(file, model, "")
+        return load.__func__(cls, model, state_dict, files, *args, **settings)
+
+    return load_diffusers
+
+
+def _into_resumable(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A Trainer reads weights without PyTorch's metadata, so the folder has to say that they were cut."""
+
+    @wraps(load)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, *args: Any, **settings: Any) -> Any:
+        if (Path(resume_from_checkpoint) / SIZES_FILE).is_file():
+            resumable(self.model)
+        return load(self, resume_from_checkpoint, *args, **settings)
+
+    return load_from_checkpoint
+
+
+def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:
+    """`setpoint.json` of a folder, or of a model on the Hub; None if there is none."""
+    if checkpoint_files and (local := Path(checkpoint_files[0]).parent / SIZES_FILE).is_file():
+        return local
+    name = load_config.pretrained_model_name_or_path
+    if name is None or not checkpoint_files or Path(str(name)).exists():
+        return None
+    cached_file = sys.modules["transformers.utils"].cached_file
+    found = cached_file(
+        name, SIZES_FILE, _raise_exceptions_for_missing_entries=False, **(load_config.download_kwargs or {})
+    )
+    return None if found is None else Path(found)
+
+
+def write_sizes(model: nn.Module, folder: Path) -> None:
+    """Write the sizes of a cut model into its folder; for a model that was never cut, remove the file."""
+    file, model = folder / SIZES_FILE, unwrapped(model)
+    carried = Carried.of(model) if was_cut(model) else None
+    if carried is None:
+        file.unlink(missing_ok=True)
+        return
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    plain = carried.plain()
+    plain["shapes"] = {name: list(tensors[name].shape) for name in carried.dense if name in tensors}
+    plain["transient"] = {
+        name: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+        for name, value in carried.transient.items()
+    }
+    file.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+
+
+def read_sizes(file: Path, model: nn.Module, base: str) -> None:
+    """Give a model, on the meta device or not, the shapes and sizes of a folder, whose weights are to be loaded next.
+
+    Args:
+        file: that `write_sizes` wrote.
+        model: as its code builds it: of the class that was saved, or its base model, or one with a head on that.
+        base: name of the base model in models with a head, such as "bert".
+
+    Raises:
+        CheckpointError: for a damaged file, or one of another model; the model is then as before.
+    """
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in plain["shapes"].items()}
+        plain["transient"] = {
+            name: torch.tensor(buffer["values"], dtype=getattr(torch, buffer["dtype"]))
+            for name, buffer in plain["transient"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{str(file)!r} is damaged: {error!r}. Save the model again") from error
+    carried = Carried.parse(plain)
+    modules = dict(model.named_modules())
+    names = {name for name, _ in carried.sizes if name}
+    if not names <= modules.keys():
+        inside = {name.removeprefix(f"{base}.") for name in names if name.startswith(f"{base}.")}
+        if inside and inside <= modules.keys():
+            carried, shapes = _renamed(carried, shapes, f"{base}.", "")
+        elif {f"{base}.{name}" for name in names} <= modules.keys():
+            carried, shapes = _renamed(carried, shapes, "", f"{base}.")
+    own = dense_shapes(model)
+    if shapes and all(own.get(name) == shape for name, shape in shapes.items()):
+        return  # the model's config says its widths already
+    fill(model, carried.transient, fit(model, shapes, carried.sizes))
+
+
+def _renamed(
+    carried: Carried, shapes: Mapping[str, tuple[int, ...]], old: str, new: str
+) -> tuple[Carried, dict[str, tuple[int, ...]]]:
+    """With names that begin otherwise; what does not begin so belongs to a head that is not there."""
+
+    def of(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {new + name.removeprefix(old): value for name, value in names.items() if name.startswith(old)}
+
+    sizes = {
+        ((new + module.removeprefix(old)).rstrip("."), place): size
+        for (module, place), size in carried.sizes.items()
+        if f"{module}.".startswith(old)
+    }
+    return replace(carried, sizes=sizes, dense=of(carried.dense), transient=of(carried.transient)), of(shapes)

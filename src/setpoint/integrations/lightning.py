@@ -1,6 +1,4 @@
-"""Lightning: a callback that prunes what a Trainer trains.
-
-Fabric needs none: `attach` takes what `fabric.setup` returns.
+"""Lightning: a callback that prunes what a Trainer trains. Fabric needs none: `attach` takes what it has set up.
 
 >>> callback = SetpointCallback(0.5)  # lightning.Trainer(max_epochs=10, callbacks=[callback])
 >>> callback.budget, callback.summary
@@ -10,43 +8,28 @@ Fabric needs none: `attach` takes what `fabric.setup` returns.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from setpoint.arguments import check_settings
-from setpoint.attach import attach
-from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import LoopError, NotBegunError
-from setpoint.integrations.bill import SPENT, came_spent, has_bill, is_spent
-from setpoint.loop.loop import Loop
-from setpoint.loop.summary import Summary
+from setpoint.errors import LoopError
+from setpoint.integrations.session import SPENT, Session
 from setpoint.messages import warn
 
-
-def _package() -> Any:
-    """Lightning under the one of its two names that the process uses, or that is installed."""
-    names = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch_lightning"}
-    for name in sorted(names, key=lambda name: name not in sys.modules):
-        if find_spec(names[name]) is not None:
-            return import_module(f"{name}.callbacks")
-    raise ModuleNotFoundError("setpoint.integrations.lightning needs Lightning: pip install 'setpoint[lightning]'")
-
-
-if TYPE_CHECKING:
+try:
     from lightning.pytorch.callbacks import Callback
-else:
-    Callback = _package().Callback
+except ImportError:  # the same package under its older name
+    try:
+        from pytorch_lightning.callbacks import Callback
+    except ImportError as error:
+        raise ImportError(
+            "setpoint.integrations.lightning needs Lightning: pip install 'setpoint[lightning]'"
+        ) from error
 
 
-class SetpointCallback(Callback):  # type: ignore[misc]
+class SetpointCallback(Session, Callback):  # type: ignore[misc]
     """Holds the model that a Trainer trains to a budget; the callback changes with each run.
 
     The whole `LightningModule` is attached to, with all of its optimizers. Setpoint follows what its `training_step`
@@ -77,81 +60,53 @@ class SetpointCallback(Callback):  # type: ignore[misc]
         monitor: str | None = None,
         **settings: Any,
     ) -> None:
-        check_settings(settings, SetpointCallback, attach)
-        super().__init__()
-        self.budget, self.module, self.total_steps, self.monitor = budget, module, total_steps, monitor
-        self.settings = settings
-        self.loop: Loop | None = None
-        """The loop of the present run or the last one, None before."""
-
-    @property
-    def summary(self) -> Summary | None:
-        """Summary of the last run; None before its end."""
-        return self.loop.summary if self.loop is not None and "_summary" in vars(self.loop) else None
+        super().__init__(budget, **settings)
+        self.module, self.total_steps, self.monitor = module, total_steps, monitor
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let the model take the sizes of any checkpoint, also for a test without training."""
-        if sum(isinstance(each, SetpointCallback) for each in trainer.callbacks) > 1:
+        if sum(isinstance(callback, SetpointCallback) for callback in trainer.callbacks) > 1:
             raise LoopError("SetpointCallback was given to the Trainer twice: give it once, with all budgets")
-        for each in (pl_module, *_averages(trainer)):
-            resumable(each)
-        if self.loop is not None:  # of a run that an exception has ended
-            self.loop.detach()
-        # Last of all but ModelCheckpoint: WeightAveraging's `on_save_checkpoint` drops the sizes, and comes before.
-        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
-        if any(hasattr(each, "_average_model") for each in later):
-            others = [each for each in trainer.callbacks if each is not self]
-            end = next((at for at, each in enumerate(others) if each in trainer.checkpoint_callbacks), len(others))
-            trainer.callbacks = [*others[:end], self, *others[end:]]
+        self.stop()
+        self.prepare(pl_module, *_averages(trainer))
+        # Behind all but ModelCheckpoint: WeightAveraging's `on_save_checkpoint` drops the sizes, and must come before.
+        others = [callback for callback in trainer.callbacks if callback is not self]
+        checkpoints = [at for at, callback in enumerate(others) if callback in trainer.checkpoint_callbacks]
+        end = min(checkpoints, default=len(others))
+        trainer.callbacks = [*others[:end], self, *others[end:]]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach, when a checkpoint has been loaded already."""
-        model, optimizers = trainer.strategy.model, list(trainer.optimizers)
-        copies: list[nn.Module] = list(_averages(trainer))
+        model, optimizers, copies = trainer.strategy.model, list(trainer.optimizers), _averages(trainer)
         if self.module:
             model = pl_module.get_submodule(self.module)
-            optimizers = [each for each in optimizers if _trains(each, model)]
-            copies = [each.get_submodule(self.module) for each in copies]
-        steps = self.total_steps or _total_steps(trainer)
-        self.loop = attach(
-            model,
-            optimizers,
-            self.budget,
-            **{"total_steps": steps, "copies": copies, "resume": True, **self.settings},
-        )
-        if (trainer.min_steps or trainer.min_epochs) and has_bill(self.budget):
-            name = "min_steps" if trainer.min_steps else "min_epochs"  # the Trainer adds min_epochs=1 to min_steps
-            warn(
-                f"the Trainer does not stop before {name}={getattr(trainer, name)}, even where the bill of the run is "
-                f"spent before: leave {name} out"
-            )
-        if self.settings.get("resume", True) and came_spent(self.loop, optimizers[0]):
+            copies = [average.get_submodule(self.module) for average in copies]
+            own = set(map(id, model.parameters()))
+            optimizers = [
+                optimizer
+                for optimizer in optimizers
+                if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+            ]
+        if self.begin(model, optimizers, total_steps=self.total_steps or _total_steps(trainer), copies=copies):
             warn(f"{SPENT}: the Trainer is told to stop")
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Finish where nothing is learnt any more: in the epoch that `StochasticWeightAveraging` adds."""
-        if self.loop is not None and trainer.current_epoch >= _epochs(trainer) > 0 and self.summary is None:
-            self.loop.finish()
+        # The epoch that `StochasticWeightAveraging` adds for batch norm: no optimizer steps in it.
+        if trainer.current_epoch >= _epochs(trainer) > 0:
+            self.finish()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Report the training loss, as it is before it is divided for accumulation."""
-        if self.loop is not None and (self.monitor is not None or isinstance(self.budget, Tolerance)):
+        if self.loop is not None and (self.monitor is not None or isinstance(self.goal, Tolerance)):
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self.loop.observe(loss=loss.detach() * parts)
+            self.loop.observe(loss=loss.detach() * parts)  # as it was before it was divided for accumulation
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop when the bill is spent, and log what the loop measures, as often as the Trainer logs."""
-        if self.loop is not None and is_spent(self.loop):
-            trainer.should_stop = True
+        trainer.should_stop = trainer.should_stop or self.stepped()
         due = trainer.global_step and trainer.global_step % trainer.log_every_n_steps == 0
-        if due and trainer.is_global_zero and self.loop is not None and (found := self.loop.metrics()):
+        if due and trainer.is_global_zero and (metrics := self.metrics()):
             for logger in trainer.loggers:
-                metrics = {f"setpoint/{name}": value for name, value in found.items()}
                 logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Report the validation loss."""
         if self.monitor is not None and self.loop is not None and not trainer.sanity_checking:
             if self.monitor not in trainer.callback_metrics:
                 known = ", ".join(sorted(trainer.callback_metrics)) or "none"
@@ -159,55 +114,34 @@ class SetpointCallback(Callback):  # type: ignore[misc]
             self.loop.observe(val=trainer.callback_metrics[self.monitor])
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the sizes back that `WeightAveraging` leaves out of the averaged weights."""
-        if "current_model_state" in checkpoint:
-            for each in _averages(trainer):
-                state = each.state_dict()
+        if "current_model_state" in checkpoint:  # `WeightAveraging` has left the sizes out of the averaged weights
+            for average in _averages(trainer):
+                state = average.state_dict()
                 if state.keys() == checkpoint["state_dict"].keys():
                     checkpoint["state_dict"] = state
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Finish, after the last checkpoint, which holds the loop's state."""
-        if self.loop is not None and self.summary is None:
-            try:
-                self.loop.finish()
-            except NotBegunError:  # there was nothing left to train
-                self.loop.detach()
+        self.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks away, unless a checkpoint is yet to be saved, which needs the loop's state."""
         saves = any(
-            getattr(each, "save_on_exception", type(each).__name__ == "OnExceptionCheckpoint")
-            for each in trainer.checkpoint_callbacks
+            getattr(callback, "save_on_exception", type(callback).__name__ == "OnExceptionCheckpoint")
+            for callback in trainer.checkpoint_callbacks
         )
-        if self.loop is not None and not saves:
-            self.loop.detach()
+        if not saves:  # a checkpoint that is yet to be saved needs the loop's state
+            self.stop()
 
 
-def _averages(trainer: Any) -> Iterator[nn.Module]:
+def _averages(trainer: Any) -> list[nn.Module]:
     """Averaged copies of the model that callbacks keep."""
-    for each in trainer.callbacks:
-        average = getattr(each, "_average_model", None)
-        if isinstance(average, AveragedModel):
-            average = average.module
-        if isinstance(average, nn.Module):
-            yield average
-
-
-def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether an optimizer has any parameter of a model."""
-    parameters = set(map(id, model.parameters()))
-    return any(id(each) in parameters for group in optimizer.param_groups for each in group["params"])
+    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    inner = [average.module if isinstance(average, AveragedModel) else average for average in found]
+    return [average for average in inner if isinstance(average, nn.Module)]
 
 
 def _epochs(trainer: Any) -> int:
-    """Epochs in which something is learnt, -1 for any number.
-
-    For a model with batch norm, `StochasticWeightAveraging` adds one to those of the Trainer, with the optimizers at
-    rest.
-    """
-    epochs = [each._max_epochs for each in trainer.callbacks if hasattr(each, "swa_end")]
-    return int(min([trainer.max_epochs, *epochs]))
+    """Epochs in which something is learnt, -1 for any number: `StochasticWeightAveraging` may add one to them."""
+    return int(min([trainer.max_epochs, *(c._max_epochs for c in trainer.callbacks if hasattr(c, "swa_end"))]))
 
 
 def _total_steps(trainer: Any) -> int:

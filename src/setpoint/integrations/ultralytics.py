@@ -10,36 +10,23 @@ import torch
 from torch import nn
 
 from setpoint.actuator.lift import was_cut
-from setpoint.arguments import check_settings
-from setpoint.attach import attach
-from setpoint.checkpoint.resumable import resumable
 from setpoint.distributed import unwrapped
 from setpoint.errors import LoopError
 from setpoint.groups.shim import SizedForward
+from setpoint.integrations.session import Session
 from setpoint.ledger import Entry
-from setpoint.loop.loop import Loop
-from setpoint.loop.summary import Summary
 from setpoint.loop.telling import News
 
+_EVENTS = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")
 
-class Pruning:
+
+class Pruning(Session):
     """Prunes a model of ultralytics while its trainer trains it; the object changes with each run.
 
     Args:
         budget: as for `attach`.
-        total_steps: optimizer steps of the whole run; by default what the trainer's epochs come to.
-        settings: more arguments of `attach`.
-
-    Attributes:
-        loop: the loop of the present run or the last one; None before.
-        summary: the summary of the last run; None before its end.
+        settings: more arguments of `attach`; `total_steps` is by default what the trainer's epochs come to.
     """
-
-    def __init__(self, budget: Any, *, total_steps: int | None = None, **settings: Any) -> None:
-        check_settings(settings, Pruning, attach)
-        self.budget, self.total_steps, self.settings = budget, total_steps, settings
-        self.loop: Loop | None = None
-        self.summary: Summary | None = None
 
     def on_pretrain_routine_start(self, trainer: Any) -> None:
         """Let the trainer take over cut weights: it would leave out every layer of another width, without a word."""
@@ -50,38 +37,36 @@ class Pruning:
             cut = isinstance(weights, nn.Module) and was_cut(weights)
             model: nn.Module = plain(cfg=cfg, weights=None if cut else weights, verbose=verbose)
             if cut:
-                resumable(model).load_state_dict(resumable(weights).float().state_dict())
+                self.prepare(model, weights)
+                model.load_state_dict(weights.float().state_dict())
             return model
 
         trainer.get_model = get_model
 
     def on_train_start(self, trainer: Any) -> None:
         """Attach, when a checkpoint has been loaded already."""
-        model, average = trainer.model, trainer.ema
         rows = max(1, trainer.batch_size // max(1, trainer.world_size))
         shape = (rows, trainer.data.get("channels", 3), trainer.args.imgsz, trainer.args.imgsz)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(trainer.device)
-        settings = {
-            "total_steps": self.total_steps or _total_steps(trainer),
-            "example": (images,),
-            "copies": [] if average is None else [average.ema],
-            "resume": bool(trainer.resume) or not was_cut(model),
-            **self.settings,
-        }
-        self.summary = None
-        self.loop = attach(model, trainer.optimizer, self.budget, **settings)
+        self.begin(
+            trainer.model,
+            trainer.optimizer,
+            total_steps=self.settings.get("total_steps") or _total_steps(trainer),
+            example=(images,),
+            copies=[] if trainer.ema is None else [trainer.ema.ema],
+            resume=bool(trainer.resume) or not was_cut(trainer.model),
+        )
+        assert self.loop is not None, "begin attaches"
         self.loop.on_step(partial(_renew, trainer))
         _renew(trainer)
 
     def on_train_end(self, trainer: Any) -> None:
         """Finish, after the last checkpoint, which holds the loop's state."""
-        if self.loop is not None:
-            self.summary = self.loop.finish()
+        self.finish()
 
     def teardown(self, trainer: Any) -> None:
         """Take the hooks away, also where an exception has ended the run."""
-        if self.loop is not None:
-            self.loop.detach()
+        self.stop()
 
 
 def add(model: Any, budget: Any, **settings: Any) -> Pruning:
@@ -102,32 +87,28 @@ def add(model: Any, budget: Any, **settings: Any) -> Pruning:
         LoopError: if pruning was added to the model before.
     """
     pruning = Pruning(budget, **settings)
-    events = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")
-    for event in events:
-        if any(isinstance(getattr(each, "__self__", None), Pruning) for each in model.callbacks[event]):
+    for event in _EVENTS:
+        if any(isinstance(getattr(callback, "__self__", None), Pruning) for callback in model.callbacks[event]):
             raise LoopError("this model is pruned already: give one budget, or several in one, to one call of add")
-    for event in events:
+    for event in _EVENTS:
         model.add_callback(event, getattr(pruning, event))
     return pruning
 
 
 def _renew(trainer: Any, news: News = None) -> None:
     """After a cut, see to what ultralytics keeps beside the tensors."""
+    if isinstance(news, Entry) and not news.changed:
+        return
     average = trainer.ema
-    if not isinstance(news, Entry) or news.changed:
-        for each in (unwrapped(trainer.model), *([] if average is None else [average.ema])):
-            _export_as_it_runs(each)
-        if average is not None:
-            average._pairs = None  # a list of tensors, which hold the memory before the cut
-
-
-def _export_as_it_runs(model: nn.Module) -> None:
-    """Let the exporter find the forward that knows the widths: it exchanges that of a `C2f` for `forward_split`."""
-    for module in model.modules():
-        if hasattr(type(module), "forward_split"):
-            module.__dict__.pop("forward_split", None)
-            if isinstance(corrected := module.__dict__.get("forward"), SizedForward):
-                module.__dict__["forward_split"] = corrected
+    for model in (unwrapped(trainer.model), *([] if average is None else [average.ema])):
+        for module in model.modules():
+            # The exporter exchanges the forward of a `C2f` for its `forward_split`: let it find the corrected widths.
+            if hasattr(type(module), "forward_split"):
+                module.__dict__.pop("forward_split", None)
+                if isinstance(corrected := module.__dict__.get("forward"), SizedForward):
+                    module.__dict__["forward_split"] = corrected
+    if average is not None:
+        average._pairs = None  # a list of tensors, which would keep the memory from before the cut
 
 
 def _total_steps(trainer: Any) -> int:
@@ -141,12 +122,12 @@ def _total_steps(trainer: Any) -> int:
     """
     if trainer.args.time:
         raise LoopError("with time= nobody knows how many optimizer steps there will be: give epochs=, or total_steps=")
-    batches, epochs, most = len(trainer.train_loader), trainer.epochs, trainer.accumulate
+    batches, epochs, accumulate = len(trainer.train_loader), trainer.epochs, trainer.accumulate
     warm = round(min(trainer.args.warmup_epochs, max(epochs - 1, 0)) * batches)
-    steps, last, accumulate = 0, -1, most
+    steps, last, gathered = 0, -1, accumulate
     for number in range(batches * epochs):
         if warm and number <= warm:
-            accumulate = max(1, int(np.interp(number, [0, warm], [1, most]).round()))
-        if number - last >= accumulate:
+            gathered = max(1, int(np.interp(number, [0, warm], [1, accumulate]).round()))
+        if number - last >= gathered:
             steps, last = steps + 1, number
     return steps

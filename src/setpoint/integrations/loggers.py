@@ -1,0 +1,192 @@
+"""Loggers: a loop's metrics, after each step, go to the logger that the script has; a ledger goes to a growing file."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from setpoint.errors import LoopError, UsageError
+from setpoint.ledger import Entry, Ledger
+from setpoint.loop.loop import Loop
+from setpoint.loop.summary import Summary
+from setpoint.loop.telling import News
+from setpoint.messages import a_type
+
+
+def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") -> Callable[[], object]:
+    """Log where a run is: its metrics to a logger, or its ledger to a file that grows with each decision.
+
+    Of several ranks the first logs. A loop that has not begun is logged from its first step on.
+
+    Args:
+        to: a TensorBoard `SummaryWriter`; a W&B run; a trackio run, or anything else with `log(metrics, step=...)`; the
+            module `mlflow`, an MLflow run or client, or anything else with `log_metrics(metrics, step=...)`; one of
+            their names, "tensorboard", "wandb", "trackio" or "mlflow", for a new one; or the path of a `.jsonl` file,
+            which gets the ledger.
+        every: log after so many steps, at each decision, and at the end.
+        prefix: what the names of metrics begin with.
+
+    Returns:
+        stops the logging.
+
+    Raises:
+        ModuleNotFoundError: for the name of a logger that is not installed, saying what to install.
+        UsageError: for what is no logger.
+        LoopError: after `finish`.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every is a number of steps, at least 1, got {every!r}")
+    begun = bool(loop.metrics())
+    if begun and loop.summary is not None:
+        raise LoopError("the run is finished, so that nothing is to come: call log_to before loop.finish()")
+    if isinstance(to, os.PathLike) or isinstance(to, str) and to.endswith(".jsonl"):
+        file = LedgerFile(loop, to)
+        if begun:
+            file(None)
+        return loop.on_step(file)
+    return loop.on_step(_Logging(loop, to, every, prefix))
+
+
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
+"""What they are called, by the name of the package."""
+
+
+def _opener(name: str) -> Callable[[], Any]:
+    """What makes a new logger; the package is looked for at once, so that a run does not fail at its first step."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter
+        if name == "wandb":
+            import wandb
+
+            return lambda: wandb.run or wandb.init()
+        if name == "trackio":
+            import trackio
+            from trackio.context_vars import current_run
+
+            return lambda: current_run.get() or trackio.init(project="setpoint")
+        module = _mlflow()
+        return lambda: module
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{LOGGERS[name]} is not installed: pip install {name}", name=name) from error
+
+
+def _mlflow() -> Any:
+    import mlflow
+
+    return mlflow
+
+
+def _has(to: Any, *methods: str) -> bool:
+    return all(callable(getattr(to, name, None)) for name in methods)
+
+
+def _is_mlflow(to: Any) -> bool:
+    """The module, a client or a run; also Lightning's loggers, which have `log_metrics`, too."""
+    return _has(to, "log_metrics") or _has(to, "log_batch") or hasattr(getattr(to, "info", None), "run_id")
+
+
+def _is_wandb(to: Any) -> bool:
+    return _has(to, "log", "define_metric")
+
+
+def _write(to: Any, metrics: Mapping[str, float], step: int) -> None:
+    """Write metrics to a logger, which is known by its methods."""
+    if _has(to, "add_scalar"):  # a `SummaryWriter`, of PyTorch, tensorboardX or the like
+        for name, value in metrics.items():
+            to.add_scalar(name, value, step)
+    elif _is_mlflow(to):
+        _write_mlflow(to, metrics, step)
+    elif _is_wandb(to):
+        to.log(dict(metrics))  # without step=: W&B drops rows that lie behind, and the script counts its own
+    else:
+        to.log(dict(metrics), step=step)
+
+
+def _write_mlflow(to: Any, metrics: Mapping[str, float], step: int) -> None:
+    named = {re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII): value for name, value in metrics.items()}
+    if _has(to, "log_metrics"):
+        to.log_metrics(named, step=step)
+        return
+    mlflow = _mlflow()
+    client, run = (to, mlflow.active_run()) if _has(to, "log_batch") else (mlflow.MlflowClient(), to)
+    if run is None:
+        raise UsageError("an MLflow client needs a run: begin one by mlflow.start_run(), or give log_to the run itself")
+    now = time.time_ns() // 1_000_000
+    client.log_batch(run.info.run_id, [mlflow.entities.Metric(name, value, now, step) for name, value in named.items()])
+
+
+class _Logging:
+    """Writes a loop's metrics to a logger, which is made when there is something to write, on the rank that does."""
+
+    def __init__(self, loop: Loop, to: Any, every: int, prefix: str) -> None:
+        named = isinstance(to, str)
+        if named and to not in LOGGERS or not (named or _has(to, "add_scalar") or _has(to, "log") or _is_mlflow(to)):
+            what = repr(to) if isinstance(to, (str, int, float, type(None))) else a_type(to)
+            raise UsageError(
+                f"log_to cannot log to {what}: give a SummaryWriter, a wandb, trackio or MLflow run, one of the names "
+                f"{', '.join(map(repr, LOGGERS))}, or the path of a file that ends in .jsonl"
+            )
+        self._loop, self._every, self._prefix, self._named = loop, every, prefix, named
+        self._open: Callable[[], Any] = _opener(to) if named else lambda: to
+        self._to: Any = None
+        self._logged: int | None = None
+
+    def __call__(self, news: News) -> None:
+        loop, prefix = self._loop, self._prefix
+        if loop.host.ranks.own:
+            return
+        if loop.step != self._logged and (news is not None or loop.step % self._every == 0):
+            if self._logged is None:
+                self._to = self._open()
+                if _is_wandb(self._to):  # an axis of its own, as W&B's steps are not the loop's
+                    self._to.define_metric(f"{prefix}step")
+                    self._to.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+            _write(self._to, {f"{prefix}{name}": value for name, value in loop.metrics().items()}, loop.step)
+            self._logged = loop.step
+        if isinstance(news, Summary) and self._named and _has(self._to, "add_scalar"):
+            self._to.close()  # nobody else has it at hand
+
+
+class LedgerFile:
+    """Keeps a file equal to what `Ledger.save` would write, by appending to it.
+
+    What the last cut did to the loss is known only later: then that line is written again.
+
+    Args:
+        loop: of which the first rank writes the ledger.
+        path: of a file, which is overwritten; the folder must exist.
+    """
+
+    def __init__(self, loop: Loop, path: str | os.PathLike[str]) -> None:
+        self._loop, self._path = loop, Path(path)
+        self._written: list[Entry] = []
+        self._ends: list[int] = []
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self._path.parent} for {self._path.name}: make it first")
+
+    def __call__(self, news: News) -> None:
+        """Write what is new after a step, if there is anything."""
+        if self._loop.host.ranks.own == 0 and (news is not None or not self._ends):
+            self._write(self._loop.ledger)
+
+    def _write(self, ledger: Ledger) -> None:
+        entries = list(ledger)
+        same = 0
+        while same < min(len(entries), len(self._written)) and entries[same] is self._written[same]:
+            same += 1
+        whole = not self._ends or not self._path.exists()
+        first = 0 if whole else same + 1  # the header is line 0
+        ends = self._ends[:first]
+        with open(self._path, "wb" if whole else "r+b") as file:
+            file.truncate(file.seek(ends[-1] if ends else 0))
+            for line in ledger.lines(first):
+                file.write(line.encode())
+                ends.append(file.tell())
+        self._written, self._ends = entries, ends

@@ -1,1 +1,0 @@
-"""Loggers that a loop's metrics go to, and the file that its ledger grows in."""

@@ -1,0 +1,108 @@
+"""A session: what the callback of every framework does with a run - begin, look after each step, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from setpoint.arguments import check_settings
+from setpoint.attach import attach
+from setpoint.checkpoint.resumable import resumable
+from setpoint.cost.budget import Budget
+from setpoint.cost.parse import parse_budget
+from setpoint.errors import NotBegunError
+from setpoint.host.carrying import brought
+from setpoint.loop.loop import Loop
+from setpoint.loop.summary import Summary
+
+SPENT = "the checkpoint is of a run that has spent its bill"
+
+
+class Session:
+    """Prunes the model that a framework's trainer trains; it changes with each run.
+
+    A framework's callback is a `Session` that maps events to calls: `prepare` before a checkpoint is loaded, `begin`
+    when it has been loaded, `stepped` after each optimizer step, and `finish` after the last checkpoint, which still
+    holds the loop's state. After an exception it calls `stop`.
+
+    Args:
+        budget: as for `attach`.
+        settings: further arguments of `attach`. They win over what the trainer says.
+
+    Attributes:
+        loop: the loop of the present run or the last one; None before.
+        summary: the summary of the last run; None before its end.
+
+    Raises:
+        TypeError: for a setting that `attach` does not take.
+        BudgetError: for what is no budget.
+
+    >>> Session("50% flops").loop is None
+    True
+    """
+
+    def __init__(self, budget: Any, **settings: Any) -> None:
+        check_settings(settings, type(self), attach)
+        self.budget, self.settings = budget, settings
+        self.goal = parse_budget(budget)  # what is no budget is refused here, and not when training begins
+        self.loop: Loop | None = None
+        self.summary: Summary | None = None
+
+    def prepare(self, *models: nn.Module) -> None:
+        """Let models, averages too, take the sizes of any checkpoint that is loaded into them."""
+        for model in models:
+            resumable(model)
+
+    def begin(self, model: nn.Module, optimizers: Any, **known: Any) -> bool:
+        """Attach to what trains now.
+
+        Args:
+            model: in its wrappers, as the training loop calls it.
+            optimizers: one or several.
+            known: what the trainer knows of `attach`'s arguments: `total_steps`, and the averages that it keeps as
+                `copies`.
+
+        Returns:
+            Whether the checkpoint that was loaded is of a run that is over: no step must be made.
+        """
+        self.stop()
+        self.loop = self.summary = None
+        settings = {"resume": True, **known, **self.settings}
+        self.loop = attach(model, optimizers, self.budget, **settings)
+        if not (self.has_run_budget and settings["resume"]):
+            return False
+        state = brought(optimizers[0] if isinstance(optimizers, Sequence) else optimizers)
+        # A loop without an example takes the state over in its first step, so it does not know of its end before.
+        return self.stepped() if state is None else bool(state["now"]["step"] >= state["spending"]["bill"]["length"])
+
+    @property
+    def has_run_budget(self) -> bool:
+        """Whether a budget per run, beside budgets per step, says how long the run is."""
+        budgets = self.goal if isinstance(self.goal, Sequence) else [self.goal]
+        return {budget.per for budget in budgets if isinstance(budget, Budget)} == {"step", "run"}
+
+    def stepped(self) -> bool:
+        """Whether the trainer is to stop, since the run has spent its budget; asked after each optimizer step."""
+        begun = self.has_run_budget and self.loop is not None and self.loop.step > 0
+        return begun and self.loop is not None and self.loop.step >= self.loop.total_steps
+
+    def metrics(self) -> dict[str, float]:
+        """What the loop measures, for the trainer's own log."""
+        found = {} if self.loop is None else self.loop.metrics()
+        return {f"setpoint/{name}": value for name, value in found.items()}
+
+    def finish(self) -> None:
+        """End the run and keep its summary; may be called again."""
+        if self.loop is None or self.summary is not None:
+            return
+        try:
+            self.summary = self.loop.finish()
+        except NotBegunError:  # no step was left to make
+            self.loop.detach()
+
+    def stop(self) -> None:
+        """Take the loop off the model, as an exception has ended its run; may be called again."""
+        if self.loop is not None:
+            self.loop.detach()
