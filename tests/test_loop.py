@@ -18,7 +18,7 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint.spending.break_even import Segment, break_even_step
+from setpoint.spending.account import Segment, break_even_step
 
 
 def _mlp(width: int = 24) -> nn.Module:
@@ -207,7 +207,7 @@ def test_the_controller_sees_the_run_as_it_is() -> None:
     assert (entry.loss, entry.val, entry.reason, entry.price) == (5.0, 2.5, "as the script says", {"flops": 0.5})
     assert entry.error["flops"] == pytest.approx(entry.spent["flops"] / (2 * one.spent["flops"]) - 1)
     assert entry.dropped == {group.name: [0, 1, 2, 3] for group in loop.groups}
-    assert entry.resizing_seconds > 0 and loop.ledger[0].resizing_seconds == 0
+    assert entry.own_seconds["resizing"] > 0 and loop.ledger[0].own_seconds["resizing"] == 0
 
 
 def test_observe_wants_one_number() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,13 +41,11 @@ from setpoint.run_spec import (
 )
 from setpoint.sensor.reading import Sensor
 from setpoint.spending.account import Account
-from setpoint.spending.bill import Bill
-from setpoint.spending.checks import check_reachable
-from setpoint.spending.meter import Meter
-from setpoint.spending.original import original_costs
+from setpoint.spending.checks import check_reachable, original_costs
+from setpoint.spending.limits import Limits
+from setpoint.spending.meter import Meter, Unmetered
 from setpoint.spending.seconds import Stopwatch
 from setpoint.spending.spending import Spending
-from setpoint.spending.target import Target
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
@@ -175,27 +173,32 @@ def _build(
 def _spending(host: Host, spec: RunSpec, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
     """What the run may spend; a budget that cannot be met is refused."""
     found, controller = parts.found, parts.controller
-    dense = {name: cost.total(widths_of(found.groups)) for name, cost in found.costs.items()}
-    for each in spec.budgets:
-        before = parts.target.dense_cost(each.resource)
-        check_reachable(each, before, cheapest(found.costs[each.resource], found.groups))
+    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, parts.original)
+    for budget in spec.budgets:
+        dense, cost = limits.dense_cost(budget.resource), found.costs[budget.resource]
+        check_reachable(budget, dense, cheapest(cost, found.groups))
+    step_flops = found.costs["flops"].total(widths_of(found.groups))
+    account = Account(
+        clock,
+        parts.meter.steps,
+        step_flops=step_flops,
+        verification_flops=found.passes * step_flops,
+        sensing_flops=parts.sensor.flops(found.groups, host.model),
+    )
     spending = Spending(
-        parts.target,
-        found.costs,
-        found.groups,
+        limits,
         total_steps=total_steps,
         schedule=spec.schedule,
-        sensing_flops=parts.sensor.flops(found.groups, host.model),
-        account=Account(clock, parts.meter.steps, dense["flops"], found.passes * dense["flops"]),
+        account=account,
         meter=parts.meter,
-        alone=host.ranks.count == 1,
+        single_process=host.ranks.count == 1,
         regrows=regrows(controller),
         learning=controller if isinstance(controller, Learning) else None,
         modelled=found.sources,
-        check=parts.check,
-        bill=Bill(spec.bill, total_steps) if spec.bill else None,
+        check_kind=parts.check,
+        bill=spec.bill,
     )
-    spending.runs.check(0, total_steps, found.groups)
+    spending.check_run(0, total_steps, found.groups)
     return spending
 
 
@@ -210,7 +213,7 @@ class _Parts:
         actuator: carries plans out.
         revocable: makes it one that can take its first cut back.
         meter: reads what steps take.
-        target: what spending is held to.
+        original: cost before the model was ever cut, by resource.
     """
 
     controller: Controller[Any]
@@ -219,7 +222,7 @@ class _Parts:
     found: Candidates
     actuator: Callable[[Spending], Actuator]
     meter: Meter
-    target: Target
+    original: Mapping[str, float]
     revocable: Callable[[Spending, Actuator], Actuator] = lambda spending, actuator: actuator
     check: Callable[[Sequence[Budget]], None] = lambda budgets: None
 
@@ -249,8 +252,8 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Par
         type(inner).__name__,
         found,
         lambda spending: masks,
-        Meter(),
-        Target(spec.budgets, found.costs, widths, spec.schedule, spec.resource, original),
+        Unmetered(),
+        original,
         check=check_resources,
     )
 
@@ -275,7 +278,8 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
         from setpoint.regrowth.verify_probe import check_regrowth
 
         found = replace(found, passes=found.passes + check_regrowth(host, example, found.groups, sensor, verify=verify))
-    meter, widths = Meter(), widths_of(found.groups)
+    meter: Meter = Unmetered()
+    widths = widths_of(found.groups)
     original = original_costs(host.model, example, spec.budgets, found.costs, widths, inputs.passes)
     if {each.resource for each in spec.goals} & set(METERED):
         from setpoint.resources.learn import learn
@@ -283,10 +287,8 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
         learnt = learn(host, example, traced, found.groups, spec.goals, inputs.passes)
         meter, costs, passes = learnt.meter, {**found.costs, **learnt.costs}, found.passes + learnt.passes
         found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header, passes=passes)
-        target = learnt.target(spec.budgets, costs, spec.schedule, spec.resource, original)
     else:
         found = replace(found, header={"calibration": {}, "step_seconds": {}})
-        target = Target(spec.budgets, found.costs, widths, spec.schedule, spec.resource, original)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
@@ -308,6 +310,6 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
         found,
         (lambda spending: regrowth(spending, cutting)) if at_once else (lambda spending: cutting),
         meter,
-        target,
+        original,
         revocable=regrowth,
     )

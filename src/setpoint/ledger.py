@@ -15,13 +15,15 @@ from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
 from setpoint.checkpoint.plain import plain
 from setpoint.errors import CheckpointError
 
+OWN_SECONDS = ("sensing", "deciding", "resizing", "probing", "recompiling")
+"""What Setpoint's own time goes into."""
 FORMAT = 1
 """Version of the file format, the value of "ledger" in its first line."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One decision. `spent`, `reference`, `error` and `price` are by resource, per optimizer step.
+    """One decision: what it cost and what it led to. `spent`, `reference` and `price` are by resource, per step.
 
     Args:
         step: optimizer steps done.
@@ -36,18 +38,13 @@ class Entry:
         metered: measured cost per step at the widths before the decision, of what a meter reads.
         predicted: predicted cost at the same widths, of the same resources.
         reference: what the reference allowed.
-        error: spent / reference - 1.
         price: loss per unit of resource.
         saliency: of the dropped units, by group, in the order of `dropped`.
         worth: saliency / saving of the dropped units' blocks, by group, in the order of `dropped`.
-        sensing_seconds: time spent sensing since the last entry.
-        deciding_seconds: time spent deciding.
-        resizing_seconds: time spent resizing model and optimizer.
+        own_seconds: Setpoint's own time since the last entry, by what it went into: "sensing", "deciding", "resizing",
+            "probing" and "recompiling".
         gain: probed gain of the units brought back, by group, in the order of `grown`.
         grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
-        probing_seconds: time spent on probing since the last entry.
-        recompiles: how often compiled code was compiled again since the last entry, after the first cut.
-        recompiling_seconds: time that took.
         num_dropped: where units are single weights, how many were dropped, by group; they are not listed one by one.
         num_grown: likewise, how many were grown.
         loss_after: loss of the first step after a decision that changed the model; None until it has been observed.
@@ -66,26 +63,26 @@ class Entry:
     spent: Mapping[str, float] = field(default_factory=dict)
     metered: Mapping[str, float] = field(default_factory=dict)
     reference: Mapping[str, float] = field(default_factory=dict)
-    error: Mapping[str, float] = field(default_factory=dict)
     price: Mapping[str, float] = field(default_factory=dict)
     saliency: Mapping[str, list[float]] = field(default_factory=dict)
     worth: Mapping[str, list[float]] = field(default_factory=dict)
-    sensing_seconds: float = 0.0
-    deciding_seconds: float = 0.0
-    resizing_seconds: float = 0.0
+    own_seconds: Mapping[str, float] = field(default_factory=dict)
     val: float | None = None
     predicted: Mapping[str, float] = field(default_factory=dict)
     gain: Mapping[str, list[float]] = field(default_factory=dict)
     grown_worth: Mapping[str, list[float]] = field(default_factory=dict)
-    probing_seconds: float = 0.0
-    recompiles: int = 0
-    recompiling_seconds: float = 0.0
     num_dropped: Mapping[str, int] = field(default_factory=dict)
     num_grown: Mapping[str, int] = field(default_factory=dict)
     loss_after: float | None = None
     limit: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
     learning_rate: float | None = None
+
+    @property
+    def error(self) -> dict[str, float]:
+        """By resource, spent / reference - 1."""
+        limits = {name: value for name, value in self.reference.items() if name in self.spent and value > 0}
+        return {name: self.spent[name] / value - 1.0 for name, value in limits.items()}
 
     @property
     def changed(self) -> bool:
@@ -221,7 +218,10 @@ class Ledger:
 
 def _entry(row: Mapping[str, Any] | None) -> Entry:
     """The entry of a row; keys that a later version may add are left out."""
-    values = {} if row is None else fields_of(Entry, row)
+    row = row or {}
+    # Ledgers of version 0.2 have a number for each: pages are still drawn from them.
+    earlier = {name: row[f"{name}_seconds"] for name in OWN_SECONDS if f"{name}_seconds" in row}
+    values = fields_of(Entry, {"own_seconds": earlier, **row} if earlier else row)
     if not {"step", "widths"} <= values.keys():
         raise ValueError("it is not a whole entry")
     return Entry(**values)

@@ -32,7 +32,7 @@ from setpoint.loop.starting import Inputs
 from setpoint.messages import did_you_mean
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
-from setpoint.spending.checks import check_budgets, with_bill
+from setpoint.spending.checks import check_budgets, split_bill
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
@@ -102,7 +102,7 @@ def check_spec(
     check_free(host.model)
     check_data(host.model)
     goal = budget if isinstance(budget, (Price, Tolerance)) else None
-    budgets, bill = ((), None) if isinstance(budget, (Price, Tolerance)) else with_bill(check_budgets(budget))
+    budgets, bill = ((), None) if isinstance(budget, (Price, Tolerance)) else split_bill(check_budgets(budget))
     masking, regrowing = _kinds(actuator)
     if controller is None:
         controller = controller_for(goal or budgets, regrow=regrowing is not None)

@@ -92,7 +92,7 @@ def test_joules_count_from_warm_steps() -> None:
     for spent in (9.0, 7.0, 5.0, 2.0, 2.0):
         joules[0] += spent
         meter.stepped()
-    assert meter.read()["energy"] == pytest.approx(2.0)
+    assert meter.read().values["energy"] == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("steps", "slow"), [(30, 5), (60, 7)])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from setpoint.groups.group import Group
-from setpoint.spending.forecast import likely_widths
+from setpoint.spending.run_budget import likely_widths
 
 DEAR, CHEAP = Group("dear", "unit", num_units=100, slices=()), Group("cheap", "unit", num_units=100, slices=())
 DENSE = {"dear": 100, "cheap": 100}

@@ -64,13 +64,10 @@ def ledger(rng: random.Random) -> Ledger:
                 reason="worth below the price" if decision else "first cut: reference left the dense cost",
                 spent={"flops": reference * 0.995},
                 reference={"flops": reference},
-                error={"flops": -0.005},
                 price={"flops": rate},
                 worth=worth,
                 saliency={name: [value * 2e7 for value in values] for name, values in worth.items()},
-                sensing_seconds=0.01,
-                deciding_seconds=0.004,
-                resizing_seconds=0.03,
+                own_seconds={"sensing": 0.01, "deciding": 0.004, "resizing": 0.03},
             )
         )
     return found

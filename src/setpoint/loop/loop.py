@@ -38,7 +38,7 @@ from setpoint.loop.summary import Summary, summarise, warn_of_miss
 from setpoint.loop.telling import News, Telling
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
-from setpoint.spending.changing import change_budget, change_total_steps, check_open
+from setpoint.spending.checks import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line, metrics
 from setpoint.spending.spending import Spending
 
@@ -126,12 +126,12 @@ class Loop:
         self._begun = self._finished = False
         self._summary: Summary | None = None
         missed = partial(self._after_step, False)
-        host.begin(steps=lambda: self.step, missed=missed, recompiled=spending.recompiled, groups=self._dense)
+        host.begin(steps=lambda: self.step, missed=missed, recompiled=spending.account.recompiled, groups=self._dense)
         called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
         self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
         self._hooks.hand_over(*called)
         ATTACHED.add(host.model)
-        spending.begin()
+        spending.account.begin()
 
     # What the user may ask.
 
@@ -169,7 +169,8 @@ class Loop:
     @property
     def price(self) -> float:
         """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
-        return self.spending.price(self._now.plan, self.widths)
+        plan = self._now.plan
+        return self.spending.limits.price(plan.price if plan else {}, self.widths)
 
     @property
     def step(self) -> int:
@@ -244,7 +245,7 @@ class Loop:
         """
         if not self.actuator.by_unit:
             raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
-        resource, origins = self.spending.binding(self.widths), self.actuator.origin
+        resource, origins = self.spending.limits.binding(self.widths), self.actuator.origin
         return explain(self._now, self._ledger, self._dense, origins, group, origin, self.price, resource)
 
     def state_dict(self) -> dict[str, Any]:
@@ -393,7 +394,7 @@ class Loop:
             return
         self._hooks.remove()
         self._release()
-        for part in (self.spending, self.host, self.actuator):
+        for part in (self.spending.meter, self.host, self.actuator):
             part.stop()
         ATTACHED.discard(self.host.model)
 
@@ -425,9 +426,9 @@ class Loop:
         elif not self._sensed():
             self.sensor.forget(self._sensor_state)
         else:
-            with self.spending.sensing:
+            with self.spending.account.watch.sensing:
                 self._sensor_state = self.sensor.update(self._sensor_state, self.groups, self.host.model, grad_scale)
-            self.spending.sensed()
+            self.spending.account.sensed(self.spending.account.sensing_flops)
 
     def _sensed(self) -> bool:
         """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
@@ -462,7 +463,7 @@ class Loop:
             elif step < total_steps:
                 self._reopen_if_over()
             else:
-                self.spending.runs.read_joules(self.widths)
+                self.spending.read_joules(self.widths)
             self._begin_step()
         self._telling.stepped(self._ledger, self.step)
 
@@ -477,10 +478,10 @@ class Loop:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         self._now = now = replace(self._now, overdue=True, waits=False)  # also if anything is raised from here on
         before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
-        with self.spending.deciding:
+        with self.spending.account.watch.deciding:
             reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self._ledger)
-            self.spending.metered(before)
+            self.spending.read_meters(before)
             problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
             if not problem:
                 observation, state, plan = self._plan(reading)
@@ -508,21 +509,20 @@ class Loop:
         if note:
             plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
             warn(f"{note}, so that the other groups carry the cut")
-        self.spending.learned(plan.flops)
+        self.spending.account.learned(plan.flops)
         if plan.gave_way:
             warn(f"{plan.gave_way}, and the reference pauses until the next decision")
         return observation, state, plan
 
     def _act(self, plan: Plan, state: Any, reading: Reading) -> Change:
         """Carry a plan out; sensor and controller follow."""
-        self.spending.resizing.last_seconds = 0.0
         change = Change()
         if plan.drops() and self.losses.watching and not self.spending.account.resizes:  # the loss may ask for it
             self.actuator = self._revocable(self.actuator)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
             sensed, state = follow(self._sensor_state, smaller), follow(state, smaller)
-            with self.spending.resizing:
+            with self.spending.account.watch.resizing:
                 change = self.actuator.act(plan, reading)
             larger = replace(change, keep={})
             self._sensor_state, state = follow(sensed, larger), follow(state, larger)
@@ -555,7 +555,7 @@ class Loop:
         spending.replan(self.step, self.widths)
         cost = spending.cost
         if spending.budgets and isinstance(self.controller, Transferring):
-            present, limit = cost.total(self.widths), spending.limits[cost.resource]
+            present, limit = cost.total(self.widths), spending.limits.held[cost.resource]
             self._controller_state = self.controller.transferred(
                 self._controller_state, step=self.step, total_steps=spending.planned_steps, present=present, limit=limit
             )

@@ -14,8 +14,8 @@ from setpoint.loop.losses import Losses
 from setpoint.loop.progress import Progress
 from setpoint.loop.record import drop_counts, return_counts
 from setpoint.messages import counted, warn
+from setpoint.spending.metrics import totals, verdict
 from setpoint.spending.spending import Spending
-from setpoint.spending.verdict import totals, verdict
 
 
 @dataclass(frozen=True)

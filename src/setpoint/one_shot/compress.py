@@ -44,8 +44,7 @@ from setpoint.one_shot.forward import batch_norms_of, norms_were_constant, run
 from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
 from setpoint.one_shot.samples import first_batches
 from setpoint.one_shot.score import unit_scores
-from setpoint.spending.checks import check_reachable
-from setpoint.spending.original import original_costs
+from setpoint.spending.checks import check_reachable, original_costs
 
 _FLOORS = (0.8, 0.25, 0.0)
 """Least shares of an even cut's width that a group keeps; the next where one leaves the budget unmet, or much unused.

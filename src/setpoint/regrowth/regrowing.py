@@ -142,7 +142,7 @@ class Regrowth:
         """Let weights that are rising rise by one step."""
         if self._easing is None:
             return
-        with self._spending.probing:
+        with self._spending.account.watch.probing:
             if self._easing.step():
                 self._easing = None
 
@@ -290,7 +290,7 @@ class Regrowth:
         return resting[np.argsort(-dropped_at[resting], kind="stable")]
 
     def _start_probe(self) -> None:
-        with self._spending.probing:
+        with self._spending.account.watch.probing:
             self._probing = Probing(self._model, self.reserve, self._chosen, brackets=brackets(self._model))
             self._probing.start()
 
@@ -299,7 +299,7 @@ class Regrowth:
         probing, self._probing = self._probing, None
         if probing is None:
             return
-        with self._spending.probing:
+        with self._spending.account.watch.probing:
             probing.stop()
             ranks = self._cutting.host.ranks
             if ranks.count > 1:
@@ -311,7 +311,7 @@ class Regrowth:
                     recent[name][self._chosen[name]] = values  # NaN for all units that were not present
                 self._recent.append(recent)
         if probing.num_forwards:
-            self._spending.probed(self._extra(self._chosen))
+            self._spending.account.probed(self._extra(self._chosen))
 
     def _extra(self, units: Grow) -> float:
         wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}

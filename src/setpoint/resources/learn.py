@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost, forward_flops
@@ -26,8 +24,6 @@ from setpoint.resources.energy import EnergyCost
 from setpoint.resources.inference import Inference
 from setpoint.resources.metering import Metering
 from setpoint.resources.replica import Replica
-from setpoint.resources.target import MeteredTarget
-from setpoint.spending.target import Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +34,6 @@ class Learnt:
     sources: Mapping[str, str]
     header: Mapping[str, Any]
     meter: Metering
-    target: Callable[[Sequence[Budget], Mapping[str, Cost], Schedule, str, Mapping[str, float]], Target]
     passes: float  # steps on copies, in steps of the dense model
 
 
@@ -87,6 +82,4 @@ def learn(
         pass_flops=pass_flops,
         watts=energy.watts if isinstance(energy, EnergyCost) and energy.stated else 0.0,
     )
-    return Learnt(
-        costing.costs, costing.sources, costing.header, meter, partial(MeteredTarget, groups, meter), costing.steps
-    )
+    return Learnt(costing.costs, costing.sources, costing.header, meter, costing.steps)

@@ -125,15 +125,3 @@ def peak_bytes(run: Callable[[], object], held: Iterable[Tensor] = (), device: t
     with live:
         run()
     return live.peak_bytes
-
-
-def resident_bytes() -> int | None:
-    """Largest resident set of this process so far, for information only; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else 1024 * peak)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from setpoint.cost.cost import Cost
 from setpoint.messages import warn
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter
-from setpoint.resources.live_bytes import LiveBytes, resident_bytes
+from setpoint.resources.live_bytes import LiveBytes
 from setpoint.resources.median import Measured, median_of
-from setpoint.spending.meter import Meter
+from setpoint.spending.meter import Readings
 from setpoint.spending.seconds import StepMeter
 
 _MARGIN = 0.03
@@ -48,7 +49,8 @@ class _FirstCall:
         return _FirstCall, ()
 
 
-class Metering(Meter):
+@final
+class Metering:
     """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
 
     Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
@@ -79,7 +81,7 @@ class Metering(Meter):
         pass_flops: Cost | None = None,
         watts: float = 0.0,
     ) -> None:
-        super().__init__(StepMeter(synchronize=bool({"latency", "energy"} & set(resources))))
+        self.steps = StepMeter(synchronize=bool({"latency", "energy"} & set(resources)))
         self._resources, self._model = frozenset(resources), model
         self._held, self._device, self._compiled = held, device, compiled
         self._pass_flops, self.watts = pass_flops, watts
@@ -87,7 +89,7 @@ class Metering(Meter):
         self._inference = inference if "inference" in self._resources else None
         self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
-        self._beginning, self._missed = list[RemovableHandle](), set[str]()
+        self._beginning = list[RemovableHandle]()
         self._mode, self._allocating, self._blocked = True, False, False
         self._peak: int | None = None
         self._looked: float | None = None
@@ -133,11 +135,6 @@ class Metering(Meter):
         timed = {"latency", "energy"} & self._resources
         return _FEW + len({"memory", "energy"} & self._resources) if timed else 0
 
-    @property
-    def watching(self) -> bool:
-        """Whether the step that begins now is watched for its bytes, which makes it slow."""
-        return self._watching is not None
-
     def stepped(self) -> None:
         """An optimizer step is done."""
         self._num_steps += 1
@@ -180,12 +177,11 @@ class Metering(Meter):
             for mode in reversed(above):
                 _push_mode(mode)
 
-    def prepare(self, due: bool) -> None:
-        """The next step begins; `due` if a decision comes after it."""
-        if not due or "memory" not in self._resources:
-            return
-        if self._since_cut + 1 < self._few:  # the decision waits, and a step that is watched is not timed
-            return
+    def prepare(self, due: bool) -> bool:
+        """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
+        # While the decision waits for steps that are timed, none is watched.
+        if not due or "memory" not in self._resources or self._since_cut + 1 < self._few:
+            return False
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocating = True
@@ -194,11 +190,11 @@ class Metering(Meter):
             self._watching.__enter__()  # type: ignore[no-untyped-call]
         elif not self._compiled:
             self._blocked = True
-            self.miss({"memory"})
         if self._model is not None and not self._compiled and (self._allocating or self._watching is not None):
             self._mode = self._model.training
             hook = _FirstCall(self)
-            self._beginning = [each.register_forward_pre_hook(hook) for each in self._model.modules()]
+            self._beginning = [module.register_forward_pre_hook(hook) for module in self._model.modules()]
+        return self._watching is not None
 
     def first_call(self) -> None:
         """The model or a part of it is called; with gradients the step itself begins, and what was before goes."""
@@ -222,21 +218,33 @@ class Metering(Meter):
         self._pass_seconds, passes = self._inference.timed()
         return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)
 
-    def read(self) -> dict[str, float]:
-        """Readings since the last cut, by resource; what no meter has read is not there."""
-        found: dict[str, float] = {}
-        seconds = self._seconds
+    def read(self) -> Readings:
+        """What has been read since the last cut."""
+        values, seconds, run_j = dict[str, float](), self._seconds, None
         if "latency" in self._resources and seconds is not None:
-            found["latency"] = seconds
+            values["latency"] = seconds
         if self._pass_seconds is not None:
-            found["inference"] = self._pass_seconds.value
+            values["inference"] = self._pass_seconds.value
         if self._peak is not None:
-            found["memory"] = float(self._peak)
-        if self._energy is not None and self._began_j is not None and self._num_steps:
-            now_j = self._energy.read_j()
-            if now_j is not None and now_j > self._began_j:
-                found["energy"] = (now_j - self._began_j) / self._num_steps
-        return found
+            values["memory"] = float(self._peak)
+        now_j = self._energy.read_j() if self._energy is not None else None
+        if now_j is not None:
+            run_j = None if self._earlier_j is None else self._earlier_j + now_j
+            if self._began_j is not None and self._num_steps and now_j > self._began_j:
+                values["energy"] = (now_j - self._began_j) / self._num_steps
+        # Where joules are the user's watts times seconds, the controller learns of those seconds.
+        stated = {"energy": self.watts * seconds} if self.watts and seconds is not None else {}
+        enough = {"latency": len(self.steps.intervals) >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
+        return Readings(
+            values,
+            values | stated,
+            self._quickest(values | stated),
+            settled={name: value for name, value in values.items() if enough.get(name, True)},
+            margins={name: self._margin(name) for name in METERED},
+            run_j=run_j,
+            blocked=frozenset({"memory"} if self._blocked else ()),
+            vanished=self._energy is not None and not self._energy.works,
+        )
 
     @property
     def _warm(self) -> tuple[float, ...]:
@@ -248,64 +256,20 @@ class Metering(Meter):
         """Median of the recent steps; None before a few."""
         return statistics.median_low(self._warm) if self._warm and self._since_cut >= _FEW else None
 
-    def stated_j(self) -> dict[str, float]:
-        """Joules of a step where they are the user's watts times seconds, once those are known."""
-        seconds = self._seconds
-        return {} if not self.watts or seconds is None else {"energy": self.watts * seconds}
+    def _quickest(self, known: Mapping[str, float]) -> dict[str, float]:
+        """These readings, with the quickest step and pass in place of the usual ones."""
+        found, seconds = dict(known), self.steps.intervals
+        if len(seconds) >= 3:
+            found |= {"latency": min(seconds), "energy": self.watts * min(seconds) or known.get("energy", 0.0)}
+        if self._pass_seconds is not None:
+            found["inference"] = self._pass_seconds.least
+        return {name: value for name, value in found.items() if name in known}
 
-    def at_best(self, known: Mapping[str, float]) -> dict[str, float]:
-        """The readings, with the quickest step and pass in place of the usual ones.
-
-        Others may have an evaluation in them, or something else on the machine beside them.
-        """
-        seconds = self.steps.intervals
-        quickest = min(seconds) if len(seconds) >= 3 else None
-        passing = None if self._pass_seconds is None else self._pass_seconds.least
-        found: dict[str, float | None] = {"latency": quickest, "inference": passing}
-        found |= {"energy": quickest and self.watts * quickest} if self.watts else {}
-        return {name: value for name, value in {**known, **found}.items() if value is not None and name in known}
-
-    def settled(self) -> dict[str, float]:
-        """The readings that enough steps are behind to be held against a limit."""
-        enough = {"latency": len(self.steps.intervals) >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
-        return {name: value for name, value in self.read().items() if enough.get(name, True)}
-
-    def margin(self, resource: str) -> float:
+    def _margin(self, resource: str) -> float:
         """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
-        if resource not in METERED:
-            return 0.0
-        intervals = self._warm
-        measured = median_of(intervals) if intervals else None
-        seconds = {"latency": measured, "inference": self._pass_seconds}.get(resource)
+        warm = median_of(self._warm) if self._warm else None
+        seconds = {"latency": warm, "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
-
-    def run_j(self) -> float | None:
-        """Joules of the run so far, with those of processes that it ran in before; None if they are not known."""
-        now_j = self._energy.read_j() if self._energy else None
-        return None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
-
-    def miss(self, resources: Collection[str]) -> None:
-        """Say once of each of these that it is not metered now; an energy meter says so itself.
-
-        Before a few steps are made nothing is missing.
-        """
-        if self.waits:
-            return
-        for name in sorted(set(resources) - self._missed - {"energy"}):
-            warn(
-                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
-                "from what was read before if anything was, until it is measured again"
-            )
-        self._missed.update(resources)
-
-    @property
-    def vanished(self) -> bool:
-        """Whether the energy meter has gone in the middle of the run."""
-        return self._energy is not None and not self._energy.works
-
-    def resident_bytes(self) -> int | None:
-        """Largest resident set of the process so far, where memory is of interest."""
-        return resident_bytes() if "memory" in self._resources else None
 
     def cut(self) -> None:
         """The model has changed: forget."""
@@ -314,7 +278,7 @@ class Metering(Meter):
 
     def state_dict(self) -> dict[str, float | None]:
         """The last peak, and the joules of the run; those of a step count anew in another process."""
-        facts = {"peak": self._peak, "run_j": self.run_j(), "blocked": float(self._blocked)}
+        facts = {"peak": self._peak, "run_j": self.read().run_j, "blocked": float(self._blocked)}
         return {**facts, "since_cut": float(self._since_cut)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:

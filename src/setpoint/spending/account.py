@@ -3,141 +3,169 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from setpoint.checkpoint.fields import fields_of
-from setpoint.spending.break_even import Segment
+from setpoint.spending.run_budget import Spent
 from setpoint.spending.seconds import StepMeter, Stopwatch
 
-_UNKEPT = ("_attached", "sensing_flops")
-"""A moment means nothing to another process, and what a sensing takes is asked of the sensor again."""
+_COUNTED = (
+    *("train_flops", "overhead_flops", "probing_flops", "learning_flops", "step_flops"),
+    *("probed_steps", "resizes", "recompiles", "num_steps", "run_j", "step_j"),
+)
+"""What is saved. What a sensing takes is not: it is asked of the sensor again."""
 
 
-@dataclass(eq=False)
-class Totals:
-    """What is counted: one number more is a field here, one in `Summary`, and a line on the page of a run."""
+@dataclass
+class Watches:
+    """Setpoint's own seconds, by what they go into; of a GPU, sensing and probing see the host's only."""
 
-    train_flops: float = 0.0
-    overhead_flops: float = 0.0
-    probing_flops: float = 0.0
-    probed_steps: int = 0
-    resizes: int = 0
-    recompiles: int = 0
-    recompiling_seconds: float = 0.0
+    attach: Stopwatch
+    sensing: Stopwatch = field(default_factory=Stopwatch)
+    deciding: Stopwatch = field(default_factory=lambda: Stopwatch(synchronize=True))
+    resizing: Stopwatch = field(default_factory=lambda: Stopwatch(synchronize=True))
+    probing: Stopwatch = field(default_factory=Stopwatch)
+    recompiling: Stopwatch = field(default_factory=Stopwatch)
+
+    def seconds(self) -> dict[str, float]:
+        """By name, in this order."""
+        return {name: watch.seconds for name, watch in vars(self).items()}
 
 
-class Account(Totals):
-    """Counts every FLOP and second of a run, from the first ones, which went into attaching and verification."""
+class Account:
+    """Counts every FLOP and second of a run, from the first ones, which went into attaching and verification.
 
-    def __init__(self, attach: Stopwatch, steps: StepMeter, step_flops: float, verification_flops: float) -> None:
-        super().__init__(train_flops=verification_flops, overhead_flops=verification_flops)
-        self.attach, self.steps, self.step_flops, self.sensing_flops = attach, steps, step_flops, 0.0
-        self.sensing, self.probing, self.running = Stopwatch(), Stopwatch(), Stopwatch()
-        self.deciding, self.resizing = Stopwatch(synchronize=True), Stopwatch(synchronize=True)
-        self.probed_seconds = self.learning_flops = self.run_j = self.step_j = self._extra_seconds = 0.0
-        self._sensing_noted = self._probing_noted = self._recompiling_noted = self._users_noted = 0.0
-        self._recompiles_noted = self._steps_in_segment = self._num_steps = 0
-        self._attached, self._probed, self._segments = time.perf_counter(), False, list[Segment]()
+    Attributes:
+        watch: Setpoint's own seconds.
+        steps: seconds of a step.
+        running: seconds from the first step on.
+        step_flops: FLOPs of a step at the present widths.
+        sensing_flops: of a sensing.
+        run_j: joules of the run, as last read and as expected from there on.
+        step_j: joules that a step is expected to take.
+    """
+
+    def __init__(
+        self,
+        attach: Stopwatch,
+        steps: StepMeter,
+        *,
+        step_flops: float,
+        verification_flops: float,
+        sensing_flops: float = 0.0,
+    ) -> None:
+        self.watch, self.steps, self.running = Watches(attach), steps, Stopwatch()
+        self.train_flops = self.overhead_flops = verification_flops
+        self.step_flops, self.sensing_flops = step_flops, sensing_flops
+        self.probing_flops = self.learning_flops = self.run_j = self.step_j = 0.0
+        self.probed_steps = self.resizes = self.recompiles = self.num_steps = 0
+        self._began, self._probed, self._segments = time.perf_counter(), False, list[Segment]()
+        self._users_seconds = self._extra_seconds = 0.0
+        self._noted = dict[str, float]()
+
+    def begin(self) -> None:
+        """The first step begins."""
+        self.running.__enter__()
+        self.steps.begin()
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds since attach began."""
-        return time.perf_counter() - self._attached + self.attach.seconds
+        return time.perf_counter() - self._began + self.watch.attach.seconds
 
     @property
     def run_seconds(self) -> float:
         """Wall-clock seconds since attach began, up to the end of the last optimizer step."""
-        return self.attach.seconds_so_far + self.running.seconds
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps done."""
-        return self._num_steps
+        return self.watch.attach.seconds_so_far + self.running.seconds
 
     @property
     def extra_seconds_per_step(self) -> float:
         """Mean over the run of what steps take beyond their median, as evaluations between them do."""
-        return max(0.0, self._extra_seconds / self._num_steps) if self._num_steps else 0.0
+        return max(0.0, self._extra_seconds / self.num_steps) if self.num_steps else 0.0
 
     @property
     def overhead_seconds(self) -> float:
         """Setpoint's own seconds so far."""
-        watched = self.attach.seconds + self.sensing.seconds + self.deciding.seconds + self.resizing.seconds
-        return watched + self.probing_seconds + self.recompiling_seconds
+        return sum(self.watch.seconds().values())
 
     @property
-    def probing_seconds(self) -> float:
-        """Seconds for taking resting units in and out and easing them in, and what probed steps took longer."""
-        return self.probing.seconds + self.probed_seconds
+    def now(self) -> Spent:
+        """What a plan of the run's length is made with."""
+        return Spent(self.num_steps, self.train_flops, self.overhead_flops, self.step_flops, self.sensing_flops)
 
     def share_left(self, share: float, used: float, num_steps: int = 0) -> float:
         """What is left, so many steps from now, of a share of the steps' FLOPs, of which some have been used."""
         return share * (self.train_flops - self.overhead_flops + num_steps * self.step_flops) - used
 
     def sensed(self, flops: float) -> None:
-        """Count the FLOPs of one sensing."""
+        """Count FLOPs that are no step's: of a sensing, or of passes of a teacher."""
         self.train_flops += flops
         self.overhead_flops += flops
 
+    def learned(self, flops: float) -> None:
+        """Count FLOPs that the controller has spent on learning."""
+        self.sensed(flops)
+        self.learning_flops += flops
+
     def probed(self, flops: float) -> None:
-        """Count the FLOPs that resting units add to the step under way; its duration is no ordinary step's."""
+        """Count the FLOPs that resting units add to the present step; its duration is no ordinary step's."""
         self.sensed(flops)
         self.probing_flops += flops
         self.probed_steps += 1
         self._probed = True
 
+    def recompiled(self, seconds: float, count: int) -> None:
+        """Count code that was compiled again because sizes had changed."""
+        self.recompiles += count
+        self.watch.recompiling.seconds += seconds
+
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""
         if self._probed:
-            self.probed_seconds += self.steps.extra()
+            self.watch.probing.seconds += self.steps.extra()
             self._probed = False
         else:
             self.steps.end()
         self.running.lap()
         self.train_flops += self.step_flops
         self.run_j += self.step_j
-        self._steps_in_segment += 1
-        self._num_steps += 1
-        users = self.running.seconds - self.deciding.seconds - self.resizing.seconds
+        self.num_steps += 1
+        users = self.running.seconds - self.watch.deciding.seconds - self.watch.resizing.seconds
         usual = self.steps.seconds_per_step
-        self._extra_seconds += 0.0 if usual is None else users - self._users_noted - usual
-        self._users_noted = users
+        self._extra_seconds += 0.0 if usual is None else users - self._users_seconds - usual
+        self._users_seconds = users
 
     def resized(self, step_flops: float) -> None:
         """Begin a new segment: from here on a step has these FLOPs."""
         self._segments = self.segments()
-        self._steps_in_segment = 0
         self.steps.clear()
         self.step_flops = step_flops
         self.resizes += 1
 
     def segments(self) -> list[Segment]:
         """The stretches of the run between cuts, the present one last."""
-        return [*self._segments, Segment(self._steps_in_segment, self.steps.seconds_per_step, self.overhead_seconds)]
+        num_steps = self.num_steps - sum(segment.num_steps for segment in self._segments)
+        return [*self._segments, Segment(num_steps, self.steps.seconds_per_step, self.overhead_seconds)]
 
-    def news(self) -> dict[str, Any]:
-        """What has gone into sensing, probing and recompiling since the last call, by name of an entry's fields."""
-        found = {
-            "sensing_seconds": self.sensing.seconds - self._sensing_noted,
-            "probing_seconds": self.probing_seconds - self._probing_noted,
-            "recompiles": self.recompiles - self._recompiles_noted,
-            "recompiling_seconds": self.recompiling_seconds - self._recompiling_noted,
-        }
-        self._sensing_noted, self._probing_noted = self.sensing.seconds, self.probing_seconds
-        self._recompiles_noted, self._recompiling_noted = self.recompiles, self.recompiling_seconds
-        return found
+    def seconds_since_entry(self) -> dict[str, float]:
+        """Setpoint's own seconds since the last call, by what they went into."""
+        seconds = self.watch.seconds()
+        since = {name: value - self._noted.get(name, 0.0) for name, value in seconds.items() if name != "attach"}
+        self._noted = seconds
+        return since
 
     def state_dict(self) -> dict[str, Any]:
         """All that was counted so far, in plain numbers."""
-        counts = {n: each for n, each in vars(self).items() if isinstance(each, (int, float)) and n not in _UNKEPT}
         return {
-            "seconds": self.seconds - self.attach.seconds,
-            "watches": {name: each.seconds for name, each in vars(self).items() if isinstance(each, Stopwatch)},
-            "numbers": counts,
+            "seconds": self.seconds - self.watch.attach.seconds,
+            "watches": {**self.watch.seconds(), "running": self.running.seconds},
+            "noted": dict(self._noted),
+            "users": [self._users_seconds, self._extra_seconds],
+            "numbers": {name: getattr(self, name) for name in _COUNTED},
             "steps": self.steps.state_dict(),
-            "segments": [asdict(each) for each in self._segments],
+            "segments": [asdict(segment) for segment in self._segments],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -145,11 +173,54 @@ class Account(Totals):
 
         The seconds of attaching again are added; its FLOPs are not, so that no decision depends on an interruption.
         """
-        own = self.state_dict()
-        self._attached = time.perf_counter() - float(state["seconds"])
-        for name in own["watches"]:
-            getattr(self, name).seconds += float(state["watches"][name])
-        for name, value in own["numbers"].items():
-            setattr(self, name, type(value)(state["numbers"][name]))
+        self._began = time.perf_counter() - float(state["seconds"])
+        for name, watch in {**vars(self.watch), "running": self.running}.items():
+            watch.seconds += float(state["watches"][name])
+        for name in _COUNTED:
+            setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
+        self._users_seconds, self._extra_seconds = map(float, state["users"])
+        self._noted = {str(name): float(value) for name, value in state["noted"].items()}
         self.steps.load_state_dict(state["steps"])
-        self._segments = [Segment(**fields_of(Segment, each)) for each in state["segments"]]
+        self._segments = [Segment(**fields_of(Segment, segment)) for segment in state["segments"]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the run between two cuts.
+
+    Args:
+        num_steps: optimizer steps in it.
+        seconds_per_step: median duration of a step, None if no step was timed.
+        overhead_seconds: Setpoint's own seconds from attach to the end of the segment.
+    """
+
+    num_steps: int
+    seconds_per_step: float | None
+    overhead_seconds: float
+
+
+def break_even_step(segments: Iterable[Segment]) -> int | None:
+    """First step at which the accumulated seconds saved exceed the overhead so far.
+
+    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of
+    segment k saves `s_0 - s_k`. The overhead is taken at the end of the segment, and a segment without
+    a timed step saves nothing. Segments come in order, the dense one first.
+
+    >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
+    >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s
+    15
+    """
+    steps, saved, dense = 0, 0.0, None
+    for number, segment in enumerate(segments):
+        if number == 0:
+            dense = segment.seconds_per_step
+        elif dense is not None and segment.seconds_per_step is not None:
+            per_step = dense - segment.seconds_per_step
+            reached = saved + per_step * segment.num_steps
+            if saved > segment.overhead_seconds:
+                return steps + 1
+            if per_step > 0 and reached > segment.overhead_seconds:
+                return steps + int((segment.overhead_seconds - saved) / per_step) + 1
+            saved = reached
+        steps += segment.num_steps
+    return None

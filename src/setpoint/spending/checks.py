@@ -1,16 +1,29 @@
-"""Checks of budgets: whether they go together, and whether any model meets them."""
+"""Checks of budgets: whether they go together, whether any model meets them, and whether they may still be changed."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from setpoint.actuator.lift import lifted, was_cut
+from setpoint.arguments import plain_number
+from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
+from setpoint.cost.cost import Cost
+from setpoint.cost.flops import flops_cost
+from setpoint.cost.parse import parse_budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import BudgetError
-from setpoint.messages import warn
+from setpoint.errors import BudgetError, LoopError
+from setpoint.groups.export import Example
+from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import repeated, trace
+from setpoint.messages import counted, warn
+from setpoint.spending.spending import Spending
 
 
 def check_budgets(budget: Any) -> tuple[Budget, ...]:
@@ -40,7 +53,7 @@ def check_budgets(budget: Any) -> tuple[Budget, ...]:
     return budgets
 
 
-def with_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget | None]:
+def split_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget | None]:
     """The budgets that the controller is held to, and the bill that decides the run's length, if there is one.
 
     Raises:
@@ -117,3 +130,103 @@ def check_reachable(budget: Budget, dense: float, least: float) -> None:
             f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so "
             "nothing will be cut: ask for less than the dense model takes"
         )
+
+
+def original_costs(
+    model: nn.Module,
+    example: Example,
+    budgets: Sequence[Budget],
+    costs: Mapping[str, Cost],
+    widths: Mapping[str, int],
+    passes: int = 1,
+) -> dict[str, float]:
+    """FLOPs and parameters before the first cut, by resource; nothing for a model that was never cut.
+
+    A warning says so of a model that is within its budgets already.
+
+    Args:
+        budgets: that the model is to be held to.
+        costs: by resource, over the present widths.
+        passes: calls of the model in one optimizer step.
+
+    Raises:
+        BudgetError: for a fraction of what only a measurement of the dense model would tell.
+    """
+    if not was_cut(model):
+        return {}
+    for each in budgets:
+        if each.relative and each.resource in METERED:
+            raise BudgetError(
+                f"the model was cut before, so the {each.resource} of the dense model are not known, and a fraction "
+                f"of {each.limit:g} has no meaning: give Budget.total(..., of={each.resource!r})"
+            )
+    with lifted(model):
+        found = repeated(trace(model, example), passes)
+        flops = flops_cost(found).total(widths_of(found.groups))
+        original = {"flops": flops, "params": float(sum(parameter.numel() for parameter in model.parameters()))}
+    per_step = [each for each in budgets if each.per == "step" and each.resource in original]
+    present = {each.resource: costs[each.resource].total(widths) for each in per_step}
+    if present and all(each.absolute(original[each.resource]) >= present[each.resource] for each in per_step):
+        shares = [f"{value / original[name]:.1%} of the dense {name}" for name, value in present.items()]
+        warn(
+            f"the model was cut before and takes {' and '.join(shares)}, which is within the budget: nothing more is "
+            "cut for it"
+        )
+    return original
+
+
+def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
+    """Check that the budget may still be changed.
+
+    Raises:
+        LoopError: once the budget is met or frozen, or where there is no budget.
+    """
+    if not spending.budgets:
+        raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
+    if budget_met or spending.schedule.final(step, spending.planned_steps):
+        raise LoopError(
+            f"the budget is frozen at step {step:,}: it may be changed until it is met, and before step "
+            f"{max(1, round(spending.schedule.land * spending.planned_steps)):,}. Finish this loop and attach a new one"
+        )
+
+
+def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], step: int) -> None:
+    """Hold the run to another budget, as `attach` takes it.
+
+    Raises:
+        BudgetError: when it cannot be met, or is on a resource that this run does not know.
+    """
+    budgets, bill = split_bill(check_budgets(parse_budget(wanted)))
+    if bill:
+        raise BudgetError("the bill of a run is fixed at attach: change the budgets per step alone")
+    spending.check_kind(budgets)
+    check_costed(budgets, spending.costs, spending.budgets)
+    changed = copy.copy(spending)  # so that a refused budget changes nothing
+    changed.hold(budgets, groups)
+    for budget in budgets:
+        name = budget.resource
+        cost, present = spending.costs[name], changed.limits.expected(name, spending.dense_widths)
+        lowest = cheapest(cost, groups) * present / cost.total(spending.dense_widths)
+        check_reachable(budget, changed.limits.original.get(name, present), lowest)
+    changed.check_run(step, changed.planned_steps, groups)
+    spending.hold(budgets, groups)
+
+
+def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group, ...], step: int) -> None:
+    """Give the run another length.
+
+    Raises:
+        BudgetError: when the budget of the run could not be met.
+        LoopError: where a bill says how long the run is.
+        ValueError: for a number that is not above the steps done.
+    """
+    if spending.bill:
+        raise LoopError(
+            f"the bill of the run says how long it is, {counted(spending.run_steps, 'step')} as planned now: to say it "
+            "yourself, attach without the budget per run"
+        )
+    total_steps = plain_number(total_steps)
+    if type(total_steps) is not int or total_steps <= step:
+        raise ValueError(f"total_steps must be an integer above the {counted(step, 'step')} done, got {total_steps!r}")
+    spending.check_run(step, total_steps, groups)
+    spending.set_length(total_steps)

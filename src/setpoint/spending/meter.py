@@ -3,83 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
 
 from setpoint.spending.seconds import StepMeter
 
 
-class Meter:
-    """The meter of a run that is held to FLOPs and parameters, which are counted: it reads nothing; others override it.
+@dataclass(frozen=True)
+class Readings:
+    """What meters have read since the last cut, by resource; what was not read is not there.
 
     Args:
-        steps: tells how long a step takes, for the account and for whatever reads seconds.
+        values: cost of a step, or of a pass.
+        learnable: the same, with joules by the user's watts where those are what the controller follows.
+        quickest: of `learnable`, by the quickest step and pass: others may have an evaluation in them.
+        settled: of `values`, those that enough steps stand behind to be compared with a limit.
+        margins: how far spending may lie over a limit, relatively, before the meter can tell.
+        run_j: joules of the run so far; None if they are not known.
+        blocked: resources that could not be read, since foreign code stood in the way.
+        vanished: whether what reads joules has gone in the middle of the run.
     """
 
-    watts = 0.0
-    """The power that the user has stated, where joules are this times seconds; else 0."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    learnable: Mapping[str, float] = field(default_factory=dict)
+    quickest: Mapping[str, float] = field(default_factory=dict)
+    settled: Mapping[str, float] = field(default_factory=dict)
+    margins: Mapping[str, float] = field(default_factory=dict)
+    run_j: float | None = None
+    blocked: frozenset[str] = frozenset()
+    vanished: bool = False
 
-    def __init__(self, steps: StepMeter | None = None) -> None:
-        self.steps = steps or StepMeter()
 
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """By resource that is metered, what reads it."""
-        return {}
+NOTHING = Readings()
 
-    @property
-    def peak_wanted(self) -> bool:
-        """Whether a step's bytes can be read, and none has been since the last cut."""
-        return False
 
-    @property
-    def peak_known(self) -> bool:
-        """Whether a step's bytes have been read since the last cut."""
-        return False
+class Meter(Protocol):
+    """Reads what steps take between two cuts; it changes at every step.
 
-    @property
-    def watching(self) -> bool:
-        """Whether the step that begins now is watched for its bytes, which makes it slow."""
-        return False
+    Attributes:
+        steps: tells how long a step takes, for the account and for whatever reads seconds.
+        sources: by resource that is metered, what reads it.
+        watts: the power that the user has stated, where joules are this times seconds; else 0.
+        waits: why no decision can be made yet; "" if one can.
+        peak_wanted: whether a step's bytes can be read, and none have been since the last cut.
+        peak_known: whether a step's bytes have been read since the last cut.
+    """
 
-    @property
-    def waits(self) -> str:
-        """Why no decision can be made yet; "" if one can."""
-        return ""
+    steps: StepMeter
+    watts: float
 
     @property
-    def vanished(self) -> bool:
-        """Whether what reads joules has gone in the middle of the run."""
-        return False
+    def sources(self) -> Mapping[str, str]: ...  # noqa: D102
+
+    @property
+    def waits(self) -> str: ...  # noqa: D102
+
+    @property
+    def peak_wanted(self) -> bool: ...  # noqa: D102
+
+    @property
+    def peak_known(self) -> bool: ...  # noqa: D102
+
+    def prepare(self, due: bool) -> bool:
+        """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
 
     def stepped(self) -> None:
         """An optimizer step is done."""
 
-    def prepare(self, due: bool) -> None:
-        """The next step begins; `due` if a decision comes after it."""
-
     def time_inference(self, widths: Mapping[str, int]) -> float:
         """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
-        return 0.0
 
-    def read(self) -> dict[str, float]:
-        """Readings since the last cut, by resource; what was not read is not there."""
-        return {}
-
-    def settled(self) -> dict[str, float]:
-        """The readings that enough steps are behind to be held against a limit."""
-        return {}
-
-    def margin(self, resource: str) -> float:
-        """How far spending may lie over a limit, relatively, before this meter can tell."""
-        return 0.0
-
-    def run_j(self) -> float | None:
-        """Joules of the run so far; None if they are not known."""
-        return None
-
-    def resident_bytes(self) -> int | None:
-        """Largest resident set of the process so far, for information; None where it is of no interest."""
-        return None
+    def read(self) -> Readings:
+        """What has been read since the last cut."""
 
     def cut(self) -> None:
         """The model has changed: forget."""
@@ -89,7 +84,47 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered, in plain numbers."""
-        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
+
+
+@final
+class Unmetered:
+    """The meter of a run that is held to FLOPs and parameters, which are counted: it reads nothing (see `Meter`)."""
+
+    sources: Mapping[str, str] = {}
+    watts = 0.0
+    waits = ""
+    peak_wanted = peak_known = False
+
+    def __init__(self) -> None:
+        self.steps = StepMeter()
+
+    def prepare(self, due: bool) -> bool:
+        """No step is watched."""
+        return False
+
+    def time_inference(self, widths: Mapping[str, int]) -> float:
+        """No pass is made."""
+        return 0.0
+
+    def read(self) -> Readings:
+        """Nothing."""
+        return NOTHING
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def stepped(self) -> None:
+        """Nothing is read of a step."""
+
+    def cut(self) -> None:
+        """Nothing is forgotten."""
+
+    def stop(self) -> None:
+        """Nothing is watched."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing is remembered."""

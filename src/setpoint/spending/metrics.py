@@ -1,11 +1,15 @@
-"""Metrics: where a run is, as numbers by name and as one line."""
+"""Metrics: where a run is, as numbers by name and as one line; and what it came to."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 from setpoint.controller.plan import Plan
+from setpoint.cost.budget import METERED, amount, of_dense
 from setpoint.messages import counted
+from setpoint.spending.account import break_even_step
 from setpoint.spending.spending import Spending
 
 
@@ -13,20 +17,21 @@ def metrics(
     spending: Spending, step: int, last: Plan | None, widths: Mapping[str, int], num_decisions: int
 ) -> dict[str, float]:
     """Where a run is after so many steps, with these widths and this last plan; no device is waited for."""
-    target, account = spending.target, spending.account
-    cost = {name: spending.expected(name, widths) for name in spending.costs}
-    dense = {name: target.dense_cost(name) for name in cost}
-    limit = target.limit if spending.budgets else {}
-    reference = {name: dense[name] for name in limit} | (target.references(last.reference) if last else {})
-    price = dict.fromkeys(limit or [target.cost.resource], 0.0) | (target.prices(last.price, widths) if last else {})
+    limits, account = spending.limits, spending.account
+    cost = {name: spending.limits.expected(name, widths) for name in spending.costs}
+    dense = {name: limits.dense_cost(name) for name in cost}
+    limit = limits.asked
+    reference = {name: dense[name] for name in limit} | (limits.references(last.reference) if last else {})
+    priced = list(limit) or [spending.cost.resource]
+    price = dict.fromkeys(priced, 0.0) | (limits.prices(last.price, widths) if last else {})
     named = {
         "cost": cost,
         "cost_ratio": {name: value / dense[name] for name, value in cost.items() if dense[name]},
         "limit": limit,
         "limit_run": spending.limit_run,
-        "spent_run": spending.runs.spent(),
+        "spent_run": spending.spent_run,
         "reference": {name: reference[name] for name in limit},
-        "price": {name: price[name] for name in (limit or [target.cost.resource])},
+        "price": {name: price[name] for name in priced},
         "width": widths,
     }
     found = {
@@ -72,3 +77,90 @@ def leading(known: Mapping[str, float]) -> str:
     if not limits:
         return next(name.removeprefix("price/") for name in known if name.startswith("price/"))
     return max(limits, key=lambda name: known[f"cost/{name}"] / limits[name] if limits[name] else 0.0)
+
+
+def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str, Any]:
+    """What the run came to after so many steps, with these widths, by name of the summary's fields."""
+    account, meter, limits = spending.account, spending.meter, spending.limits
+    if "inference" not in meter.read().values:  # the last decision has cut
+        with account.watch.deciding:
+            account.sensed(meter.time_inference(widths))
+    if step < spending.run_steps:
+        spending.read_joules(widths)
+    spent = {name: limits.expected(name, widths) for name in spending.costs}
+    dense_flops = limits.dense_cost("flops")
+    readings = meter.read()
+    read = limits.corrections.keys() | readings.values.keys()  # a meter that has vanished reads nothing
+    return {
+        "steps": step,
+        "total_steps": spending.run_steps,
+        "dense_flops": dense_flops,
+        "final_flops": spent["flops"],
+        "final_flops_ratio": spent["flops"] / dense_flops if dense_flops else 1.0,
+        "train_flops": account.train_flops,
+        "overhead_flops": account.overhead_flops,
+        "overhead_flops_ratio": account.overhead_flops / account.train_flops if account.train_flops else 0.0,
+        "probing_flops": account.probing_flops,
+        "probed_steps": account.probed_steps,
+        "resizes": account.resizes,
+        "recompiles": account.recompiles,
+        "seconds": account.seconds,
+        "overhead_seconds": account.overhead_seconds,
+        **{f"{name}_seconds": seconds for name, seconds in account.watch.seconds().items()},
+        "limit": limits.asked,
+        "spent": spent,
+        "metered": dict(readings.values),
+        "sources": {**spending.modelled, **{name: source for name, source in meter.sources.items() if name in read}},
+        "resident_bytes": resident_bytes() if "memory" in meter.sources or "memory" in spending.modelled else None,
+        "break_even_step": break_even_step(account.segments()),
+        "limit_run": spending.limit_run,
+        "spent_run": spending.spent_run,
+    }
+
+
+def resident_bytes() -> int | None:
+    """Largest resident set of this process so far, for information only; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else 1024 * peak)  # kibibytes on Linux, bytes on macOS
+
+
+def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
+    """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
+    run_steps, limits, readings = spending.run_steps, spending.limits, spending.meter.read()
+    per_run = {budget.resource for budget in spending.budgets if budget.per == "run"}
+    to_come = 0 if spending.bill else max(0, run_steps - step)  # a bill pays for no fixed number
+    after = f"after {step:,} of {counted(run_steps, 'step')}"
+    met_at = f" met at step {last.step:,}" if last is not None and last.budget_met else ""
+    spent_words = list[str]()
+    for name, limit in spending.limit_run.items():
+        spent, rest = spending.spent_run[name], limits.expected(name, widths) * to_come
+        if spent + rest > limit * (1 + 1e-12):
+            to_go = f", and {amount(rest, name)} to go" if rest else ""
+            return False, f"{amount(spent, name)} spent {after}{to_go}, {amount(limit, name)} asked for the run"
+        spent_words.append(f"{amount(spent, name)} of {amount(limit, name)} spent over {counted(step, 'step')}")
+    for name, limit in limits.asked.items():
+        if name in per_run:
+            continue
+        settled = readings.settled if name in limits.corrections else {}
+        seen, dense = settled.get(name, limits.expected(name, widths)), limits.dense_cost(name)
+        if seen > limit * (1 + max(1e-12, readings.margins.get(name, 0.0))):
+            share, asked, was = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %", "; it was"
+            if name in METERED:
+                share, asked, was = f"{amount(seen, name)} ({share})", amount(limit, name), "; by its decisions it was"
+            return False, f"{share} {after}, {asked} asked for{was + met_at if met_at else ''}"
+        uncut = name in METERED and widths == spending.dense_widths  # it is the dense model, whatever a clock says
+        spent_words.append(of_dense(1.0 if uncut else seen / dense, name))
+    if last is not None and last.budget_met:
+        gone = "; the energy meter has vanished since: joules are modelled" if readings.vanished else ""
+        met = f"{'budget met' if spending.budgets else 'done'} at step {last.step:,} of {run_steps:,}"
+        return True, f"{met}: {', '.join(spent_words) or last.reason.removeprefix('done: ')}{gone}"
+    if spending.limit_run and step >= run_steps:  # nothing is left to spend, whatever the last decision said
+        return True, f"budget met at step {step:,} of {run_steps:,}: {', '.join(spent_words)}"
+    asked_all = limits.asked
+    if asked_all and all(limit >= limits.expected(n, spending.dense_widths) for n, limit in asked_all.items()):
+        return True, f"the {'model as it was attached' if limits.original else 'dense model'} is within budget"
+    return False, f"{'within budget' if asked_all else 'ended'} {after}, but the last decision was not made"

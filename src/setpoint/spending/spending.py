@@ -3,153 +3,157 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
+from setpoint.checkpoint.fields import fields_of
 from setpoint.controller.plan import Learning, Observation, Plan
 from setpoint.controller.schedule import Schedule
-from setpoint.cost.budget import Budget
+from setpoint.controller.selection import cheapest
+from setpoint.cost.budget import METERED, Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry
+from setpoint.messages import warn
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
-from setpoint.spending.bill import Bill, Paying
+from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter
-from setpoint.spending.no_runs import NoRuns
-from setpoint.spending.runs import LEARNING_SHARE, Runs
-from setpoint.spending.target import Target
+from setpoint.spending.run_budget import RunBudget, RunPlan, RunState, StepOverhead, check_total, likely_widths
+
+_LEARNING_SHARE = 0.01
+"""A controller that learns never takes more than this share of the FLOPs of the steps so far."""
+_WAVERING = ("latency", "energy")
+"""What is read again at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
+the forecast lets them fall no faster, and the run becomes longer once cuts have come."""
 
 
 class Spending:
-    """What a run is held to, what it has spent, and what meters read of it.
-
-    `runs` knows what budgets of the whole run leave for each step; the limits in `target` follow from that.
+    """What a run is held to, what it has spent, and what meters read of it. It changes at every step.
 
     Args:
-        costs: by resource, over the widths of `groups`; always "flops" and "params".
-        groups: at dense widths.
-        alone: whether one process trains: of several each has a clock of its own, and all must decide alike.
+        limits: of a step, by the budgets, the costs and what meters have read; the groups are at dense widths.
+        total_steps: as the user said it; with a bill those of the dense run that a fraction of it is one of.
+        schedule: when decisions are made.
+        account: counts what is spent.
+        meter: reads what steps take.
+        single_process: whether one process trains: of several each has a clock of its own, and all must decide the
+            same.
         regrows: whether units come back until the schedule is over.
+        learning: the controller, if it learns.
         modelled: by resource, what the cost was modelled by.
-        check: refuses budgets that a run of this kind cannot meet.
-        bill: what the run may spend beside budgets per step, which fixes its length.
+        check_kind: refuses budgets that a run of this kind cannot meet.
+        bill: FLOPs of the whole run where there are budgets per step, too; it fixes the run's length.
+
+    Attributes:
+        planned_steps: decisions fall as in a run of so many steps.
+        run_steps: how long the run is. With a bill it is planned again at each decision, else it is `planned_steps`.
+        readings: of meters at the last decision, by resource.
     """
 
     def __init__(
         self,
-        target: Target,
-        costs: Mapping[str, Cost],
-        groups: tuple[Group, ...],
+        limits: Limits,
         *,
         total_steps: int,
         schedule: Schedule,
-        sensing_flops: float,
         account: Account,
         meter: Meter,
-        alone: bool = True,
+        single_process: bool = True,
         regrows: bool = False,
         learning: Learning | None = None,
         modelled: Mapping[str, str] | None = None,
-        check: Callable[[Sequence[Budget]], None] = lambda budgets: None,
-        bill: Bill | None = None,
+        check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
+        bill: Budget | None = None,
     ) -> None:
-        self.costs, self.planned_steps, self.schedule = costs, total_steps, schedule
-        self.account, self.meter, self.modelled = account, meter, modelled or {}
-        self.sensing, self.deciding, self.resizing = account.sensing, account.deciding, account.resizing
-        self.probing, self.probed, self.stop = account.probing, account.probed, meter.stop
-        self.dense_widths, self.check_kind, self._alone, self.bill = widths_of(groups), check, alone, bill
-        self.account.sensing_flops, self.readings, self._known = sensing_flops, dict[str, float](), dict[str, float]()
-        self.runs: NoRuns | Runs | Paying = NoRuns()
-        runs = partial(Runs, account, meter, groups, schedule, regrows, learning, set[str]())
-        self._runs = partial(Paying, bill, account, schedule, self.dense_widths, alone) if bill else runs
-        self.hold(target, groups)
+        self.limits, self.costs, self.dense_widths = limits, limits.costs, limits.dense_widths
+        self.account, self.meter, self.schedule = account, meter, schedule
+        self.modelled, self.check_kind, self.bill = modelled or {}, check_kind, bill
+        self._single_process, self._regrows, self._learning = single_process, regrows, learning
+        self._total_steps, self._plan = total_steps, RunPlan(total_steps, total_steps)
+        self._fixed_total = None if bill is None else RunBudget(bill, schedule, limits.dense_cost("flops"))
+        self.readings, self._known, self._warned = dict[str, float](), dict[str, float](), set[str]()
+        self.hold(limits.budgets, limits.groups)
 
-    def hold(self, target: Target, groups: tuple[Group, ...]) -> None:
-        """Be held to these budgets from here on, with these groups."""
-        make = self.runs.held_to if isinstance(self.runs, Paying) else self._runs
-        self.target, self.runs = target, make(target) if self.bill or target.runs else NoRuns()
-        self.planned_steps = self.runs.planned(self.planned_steps, groups)
+    @property
+    def planned_steps(self) -> int:
+        """Decisions fall as in a run of so many steps."""
+        return self._plan.decisions_as
 
     @property
     def run_steps(self) -> int:
-        """Optimizer steps of the whole run; with a bill it changes, and decisions fall as in `planned_steps` steps."""
-        return self.runs.length(self.planned_steps)
+        """Optimizer steps of the whole run."""
+        return self._plan.length
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The budgets; none where a price or a tolerance is followed."""
-        return self.target.budgets
+        """The budgets but for the bill; none where a price or a tolerance is followed."""
+        return self.limits.budgets
 
     @property
     def cost(self) -> Cost:
         """What the controller is to hold."""
-        return self.target.cost
+        return self.limits.cost
 
-    @property
-    def limits(self) -> dict[str, float]:
-        """What the controller is to hold, by resource."""
-        return self.target.limits
+    # What changes what the run is held to; `changing` checks it.
 
-    def facts(self) -> dict[str, Any]:
-        """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
-        dense, bills = self.target.dense, (self.bill.budget,) if self.bill else ()
-        return {
-            "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
-            "budgets": [
-                (each.resource, float(each.limit), each.per, each.relative) for each in (*self.budgets, *bills)
-            ],
-            "total_steps": self.bill.total_steps if self.bill else self.planned_steps,
-        }
+    def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
+        """Be held to these budgets from here on, with these groups."""
+        self.limits = self.limits.held_to(budgets)
+        if self._fixed_total is not None:  # what steps take is kept; no plan before binds this one
+            overhead = replace(self._plan.overhead, noted=self.account.overhead_flops)
+            self._plan = RunPlan(overhead=overhead)
+            self._replan_length(groups, met=False)
 
-    def binding(self, widths: Mapping[str, int]) -> str:
-        """Resource of the budget that leads."""
-        return self.target.binding(widths)
+    def set_length(self, total_steps: int) -> None:
+        """Give the run another length."""
+        self._plan = RunPlan(total_steps, total_steps)
 
-    def price(self, plan: Plan | None, widths: Mapping[str, int]) -> float:
-        """Price of a plan for a unit of the budget that leads; 0 without one."""
-        prices = self.target.prices(plan.price, widths) if plan else {}
-        return float(prices.get(self.binding(widths), 0.0))
+    def check_run(self, step: int, total_steps: int, groups: tuple[Group, ...]) -> None:
+        """Check that budgets of the run can be met from here, with these groups at their present widths.
 
-    @property
-    def header(self) -> dict[str, Any]:
-        """What a ledger says of spending before its first entry."""
-        dense = {name: self.target.dense_cost(name) for name in self.costs}
-        limit = {each.resource: each.absolute(dense[each.resource]) for each in self.budgets}
-        return {
-            "dense": dense,
-            "limit": {name: value for name, value in limit.items() if name not in self.target.runs},
-            "limit_run": self.limit_run,
-            "total_steps": self.planned_steps,
-            "modelled": dict(self.modelled),
-            "measured": dict(self.meter.sources),
-        }
+        Raises:
+            BudgetError: saying what is spent already, or what the least is.
+        """
+        if self._fixed_total is not None:
+            check_total(self._plan, self.account.now, self.limit_run["flops"])
+        widths = widths_of(groups)
+        self.read_joules(widths)
+        for name, state in self._states(step, widths, total_steps).items():
+            cost = self.costs[name]
+            self._runs[name].check(state, state.present * cheapest(cost, groups) / cost.total(widths))
 
-    def begin(self) -> None:
-        """The first step begins."""
-        self.account.running.__enter__()
-        self.account.steps.begin()
+    # What happens.
 
     def stepped(self) -> None:
         """An optimizer step is done."""
         self.account.stepped()
         self.meter.stepped()
-        self.planned_steps = self.runs.stepped(self.planned_steps)
+        if self._fixed_total is not None:
+            total, learn = self.limit_run["flops"], self._single_process
+            self._plan = self._fixed_total.stepped(self._plan, self.account.now, total, learn=learn)
 
-    def sensed(self) -> None:
-        """The gradients of a step were read."""
-        self.account.sensed(self.account.sensing_flops)
+    def prepare(self, due: bool) -> None:
+        """The next step begins: on the clock, unless it is watched for its bytes, as before a decision (`due`)."""
+        if not self.meter.prepare(due):
+            self.meter.steps.begin()
 
-    def learned(self, flops: float) -> None:
-        """The controller has spent FLOPs on learning."""
-        self.account.sensed(flops)
-        self.account.learning_flops += flops
-
-    def recompiled(self, seconds: float, count: int) -> None:
-        """Code was compiled again because sizes had changed."""
-        self.account.recompiles += count
-        self.account.recompiling_seconds += seconds
+    def read_meters(self, widths: Mapping[str, int]) -> None:
+        """Take in what meters read at these widths, before a decision."""
+        self.account.sensed(self.meter.time_inference(widths))
+        readings, before = self.meter.read(), self.limits.corrections.keys()
+        self.limits, self._known = self.limits.corrected(readings, widths)
+        self.readings = dict(readings.values)
+        # Seconds are missing for a few steps after each cut, and an energy meter that vanishes says so itself.
+        missing = (readings.blocked | (before - readings.learnable.keys())) - {"latency", "energy"}
+        for name in sorted(missing - self._warned) if not self.meter.waits else ():
+            warn(
+                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
+                "from what was read before if anything was, until it is measured again"
+            )
+            self._warned.add(name)
 
     def resized(self, groups: tuple[Group, ...], sensing_flops: float) -> None:
         """The model has other widths: a step and a sensing cost something else from here on."""
@@ -158,100 +162,200 @@ class Spending:
         self.meter.cut()
 
     def decided(self, groups: tuple[Group, ...], met: bool) -> None:
-        """A decision is made, the last one where the budgets per step are met: what is left is planned afresh."""
-        self.runs.read_joules(widths_of(groups))
-        self.planned_steps = self.runs.planned(self.planned_steps, groups, met)
+        """A decision is made, the last one where the budgets per step are met: what is left is planned again."""
+        self.read_joules(widths_of(groups))
+        if self._fixed_total is not None:
+            self._replan_length(groups, met=met)
 
-    def prepare(self, due: bool) -> None:
-        """The next step begins: on the clock, unless it is watched for its bytes, as before a decision (`due`)."""
-        self.meter.prepare(due)
-        if not self.meter.watching:
-            self.meter.steps.begin()
+    def read_joules(self, widths: Mapping[str, int]) -> None:
+        """Set the account's joules to what the meter reads now, and those of a step to come to what is expected."""
+        if "energy" in self._runs:
+            run_j = self.meter.read().run_j
+            self.account.run_j = self.account.run_j if run_j is None else run_j
+            self.account.step_j = self.limits.expected("energy", widths)
 
-    # What is known at a decision.
+    def _replan_length(self, groups: tuple[Group, ...], *, met: bool) -> None:
+        """Find again how long the run is that the bill pays for, with these groups."""
+        assert self._fixed_total is not None
+        limits, cost = self.limits, self.cost
+        present, share = cost.total(widths_of(groups)), 1.0
+        lowest = limits.held[cost.resource] / limits.factor(cost.resource)
+        if present > lowest and not met:
+            likely = likely_widths(cost, groups, self.dense_widths, lowest)
+            share = self.costs["flops"].total(likely) / self.account.step_flops
+            if any(budget.resource in _WAVERING for budget in self.budgets):
+                share = max(share, lowest / present)
+        # Decisions are no overhead of steps: what they took is left out of what is learnt.
+        overhead = replace(self._plan.overhead, noted=self.account.overhead_flops)
+        saves = any(budget.resource == "flops" for budget in self.budgets)
+        plan = replace(self._plan, met=met, saves=saves, present=present, lowest=lowest, share=share, overhead=overhead)
+        self._plan = self._fixed_total.planned(plan, self.account.now, self.limit_run["flops"])
 
-    def metered(self, widths: Mapping[str, int]) -> None:
-        """Take in what meters read at these widths."""
-        self.readings, self._known = self._take_in(widths)
+    # What is known.
 
-    def _take_in(self, widths: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
-        self.account.sensed(self.meter.time_inference(widths))
-        return self.target.take_in(widths)
+    def facts(self) -> dict[str, Any]:
+        """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
+        dense, bills = self.limits.dense, () if self.bill is None else (self.bill,)
+        budgets = [(b.resource, float(b.limit), b.per, b.relative) for b in (*self.budgets, *bills)]
+        return {
+            "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
+            "budgets": budgets,
+            "total_steps": self._total_steps if self.bill is not None else self.planned_steps,
+        }
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What a ledger says of spending before its first entry."""
+        dense = {name: self.limits.dense_cost(name) for name in self.costs}
+        per_step = {b.resource: b.absolute(dense[b.resource]) for b in self.budgets if b.per == "step"}
+        return {
+            "dense": dense,
+            "limit": per_step,
+            "limit_run": self.limit_run,
+            "total_steps": self.planned_steps,
+            "modelled": dict(self.modelled),
+            "measured": dict(self.meter.sources),
+        }
 
     def observation(self, step: int, groups: tuple[Group, ...], reading: Reading | None, **others: Any) -> Observation:
-        """Everything that a controller sees at a decision, what the rest of the run may spend found afresh.
+        """Everything that a controller sees at a decision, after what the rest of the run may spend is planned again.
 
         `others` is what is known besides, such as the loss, by name of the observation's fields.
         """
-        widths, account = widths_of(groups), self.account
+        widths, account, resizing = widths_of(groups), self.account, self.account.watch.resizing
         self.replan(step, widths)
+        runs, states = self._runs, self._states(step, widths)
         return Observation(
             step=step,
             planned_steps=self.planned_steps,
             widths=widths,
             dense_widths=self.dense_widths,
             reading=reading,
-            dense=self.target.dense,
-            limit=self.target.limits,
+            dense=self.limits.dense,
+            limit=self.limits.held,
             spent={name: cost.total(widths) for name, cost in self.costs.items()},
             metered=self._known,
-            seconds_per_step=account.steps.seconds_per_step if self._alone else None,
-            seconds_per_resize=account.resizing.last_seconds if account.resizes and self._alone else None,
-            most=self.runs.most(step, self.planned_steps, widths),
-            rest=self.runs.rest(step, self.planned_steps, widths),
-            learning_flops=max(0.0, account.share_left(LEARNING_SHARE, account.learning_flops)),
+            seconds_per_step=account.steps.seconds_per_step if self._single_process else None,
+            seconds_per_resize=resizing.last_seconds if account.resizes and self._single_process else None,
+            most={name: runs[name].ceiling(state) for name, state in states.items()},
+            rest={name: runs[name].rest(state) for name, state in states.items()},
+            learning_flops=max(0.0, account.share_left(_LEARNING_SHARE, account.learning_flops)),
             **others,
         )
-
-    def replan(self, step: int, widths: Mapping[str, int]) -> None:
-        """Find afresh what budgets of the whole run leave for each step."""
-        self.runs.replan(step, self.planned_steps, widths)
-
-    def expected(self, name: str, widths: Mapping[str, int]) -> float:
-        """Cost of a step at these widths, by all that is known."""
-        return self.target.expected(name, widths)
-
-    @property
-    def limit_run(self) -> dict[str, float]:
-        """By resource of a run budget, what the whole run may spend."""
-        return self.runs.limit(self.planned_steps)
-
-    def spare_flops(self, step: int, widths: Mapping[str, int]) -> float:
-        """FLOPs that a budget of the run leaves for other things than steps, until the next decision."""
-        return self.runs.spare_flops(step, self.planned_steps, widths)
-
-    def over(self, step: int, widths: Mapping[str, int]) -> bool:
-        """Whether meters say that the run will be over its budget at these widths."""
-        if not self.runs.metered:
-            return False
-        with self.deciding:
-            self._take_in(widths)
-            return self.runs.over(step, self.planned_steps, widths)
 
     def entry(
         self, step: int, plan: Plan | None, groups: tuple[Group, ...], before: Mapping[str, int], reason: str
     ) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        target, account, widths = self.target, self.account, widths_of(groups)
-        spent = {name: self.expected(name, widths) for name in self.costs}
-        reference = target.references(plan.reference) if plan else {}
+        widths = widths_of(groups)
         return Entry(
             step=step,
             widths=widths,
-            seconds=account.seconds,
+            seconds=self.account.seconds,
             reason=reason,
-            spent=spent,
+            spent={name: self.limits.expected(name, widths) for name in self.costs},
             metered=dict(self.readings),
             predicted={name: self.costs[name].total(before) for name in self.readings},
-            reference=reference,
-            limit=target.limit,
-            spent_run=self.runs.spent(),
-            error={name: spent[name] / value - 1.0 for name, value in reference.items() if name in spent and value > 0},
-            price=target.prices(plan.price, before) if plan else {},
-            deciding_seconds=account.deciding.last_seconds,
-            resizing_seconds=account.resizing.last_seconds if plan is not None and plan.step == step else 0.0,
-            **account.news(),
+            reference=self.limits.references(plan.reference) if plan else {},
+            limit=self.limits.asked,
+            spent_run=self.spent_run,
+            price=self.limits.prices(plan.price, before) if plan else {},
+            own_seconds=self.account.seconds_since_entry(),
         )
+
+    # What the whole run may spend. All of it is empty where no budget is one of the run.
+
+    @property
+    def _runs(self) -> dict[str, RunBudget]:
+        return self.limits.runs(self.schedule)
+
+    @property
+    def limit_run(self) -> dict[str, float]:
+        """By resource of a run budget, what the whole run may spend."""
+        if self._fixed_total is not None:
+            return {"flops": self._fixed_total.limit(self._total_steps)}
+        return {name: run.limit(self.planned_steps) for name, run in self._runs.items()}
+
+    @property
+    def spent_run(self) -> dict[str, float]:
+        """By resource of a run budget, what has been spent from the call of `attach` to the last optimizer step.
+
+        Overhead is included: FLOPs as they are counted, seconds by the clock, joules by the meter at its last reading
+        and as predicted from there on. Joules by the user's watts are those times the seconds of the run.
+        """
+        account, watts = self.account, self.meter.watts
+        run_j = watts * account.run_seconds if watts else account.run_j
+        found = {"flops": account.train_flops, "latency": account.run_seconds, "energy": run_j}
+        return {name: found[name] for name in self.limit_run}
+
+    def replan(self, step: int, widths: Mapping[str, int]) -> None:
+        """Find again what budgets of the run leave for each step; one that cannot be met is warned of once."""
+        self.read_joules(widths)
+        per_step = dict(self.limits.per_step)
+        for name, state in self._states(step, widths).items():
+            per_step[name] = self._runs[name].per_step(state)
+            limit, lowest, reported = self.limit_run[name], state.forecast(state.lowest), f"{name} of the run"
+            if 0 < step < self.planned_steps and lowest > limit and reported not in self._warned:
+                self._warned.add(reported)
+                warn(
+                    f"the budget of {amount(limit, name)} for the run cannot be met any more: "
+                    f"{amount(state.spent, name)} was spent by step {step}, and with the narrowest model it would come "
+                    f"to {amount(lowest, name)}"
+                )
+        self.limits = replace(self.limits, per_step=per_step)
+
+    def over(self, step: int, widths: Mapping[str, int]) -> bool:
+        """Whether meters say that the run will be over its budget at these widths."""
+        if not self._runs.keys() & set(METERED):
+            return False
+        with self.account.watch.deciding:
+            before = self.readings, self._known
+            self.read_meters(widths)
+            self.readings, self._known = before  # those of the last decision stand in its entry
+            self.replan(step, widths)
+            states = self._states(step, widths)
+            return any(state.forecast(state.present) > self.limit_run[name] for name, state in states.items())
+
+    def spare_flops(self, step: int, widths: Mapping[str, int]) -> float:
+        """FLOPs that a budget of the run leaves for other things than steps, until the next decision."""
+        runs, states = self._runs, self._states(step, widths)
+        return runs["flops"].spare(states["flops"]) if "flops" in runs else math.inf
+
+    def _states(self, step: int, widths: Mapping[str, int], num_steps: int | None = None) -> dict[str, RunState]:
+        """By resource of a run budget, what is known of the run at this step; `num_steps` is another length of it.
+
+        Of FLOPs, a controller that learns spends some on the decision at hand. Of seconds, the user's own code between
+        steps is taken to go on as it did so far; of joules, where they are watts times seconds, likewise.
+        """
+        runs, account, learning = self._runs, self.account, self._learning
+        if not runs:
+            return {}
+        num_steps = self.planned_steps if num_steps is None else num_steps
+        groups = tuple(replace(group, num_units=widths[group.name]) for group in self.limits.groups)
+
+        def learning_flops(ahead: int) -> float:
+            left = account.share_left(_LEARNING_SHARE, account.learning_flops, ahead)
+            return 0.0 if learning is None else learning.flops(groups, max(0.0, left))
+
+        between = max(0, num_steps - step) * account.extra_seconds_per_step
+        coming = {"flops": learning_flops(0), "latency": between, "energy": between * self.meter.watts}
+        states = {}
+        for name in runs:
+            states[name] = RunState(
+                step,
+                num_steps,
+                self.spent_run[name],
+                self.spent_run[name] + coming[name],
+                present=self.limits.expected(name, widths),
+                lowest=self.limits.expected(name, self.limits.narrowest),
+                factor=self.limits.factor(name),
+                regrows=self._regrows,
+            )
+        if "flops" in states:
+            states["flops"] = replace(states["flops"], sensing=account.sensing_flops, learning=learning_flops)
+        return states
+
+    # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
         """All that was spent, read and learnt so far, in plain numbers."""
@@ -259,23 +363,23 @@ class Spending:
             "account": self.account.state_dict(),
             "metered": dict(self.readings),
             "metering": self.meter.state_dict(),
-            "target": self.target.state_dict(),
-            **({"bill": self.runs.state_dict()} if self.bill else {}),
+            "limits": self.limits.state_dict(),
+            **({"plan": asdict(self._plan)} if self._fixed_total is not None else {}),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Load a state on trial, before anything is changed."""
         trial = copy.copy(self)
-        trial.account, trial.target = copy.deepcopy(self.account), copy.copy(self.target)
-        trial.meter, trial.runs = copy.copy(self.meter), copy.copy(self.runs)
+        trial.account, trial.meter = copy.deepcopy(self.account), copy.copy(self.meter)
         trial.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.account.load_state_dict(state["account"])
-        self.target.load_state_dict(state["target"])
+        self.limits = self.limits.restored(state["limits"])
         self.meter.load_state_dict(state["metering"])
-        if self.bill:
-            self.runs.load_state_dict(state["bill"])
-            self.planned_steps = int(state["bill"]["planned"])
+        if self._fixed_total is not None:
+            overhead = StepOverhead(**fields_of(StepOverhead, state["plan"]["overhead"]))
+            plan = {name: value for name, value in state["plan"].items() if name != "overhead"}
+            self._plan = RunPlan(**fields_of(RunPlan, plan), overhead=overhead)
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}

@@ -151,7 +151,7 @@ def seconds_by_part(cells: Sequence[Cell]) -> dict[str, float] | None:
         return None
     entries = [cell.record.entries if cell.record else () for cell in cells]
     parts = {
-        name: sum(getattr(entry, f"{name}_seconds") for run in entries for entry in run) / len(cells)
+        name: sum(entry.own_seconds.get(name, 0.0) for run in entries for entry in run) / len(cells)
         for name in PARTS[1:4]
     }
     overhead = max(mean(cell.overhead_seconds for cell in cells) or 0.0, sum(parts.values()))
