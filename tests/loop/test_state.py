@@ -356,7 +356,7 @@ STORED = {
 }  # fmt: skip
 GIVEN_AGAIN = {
     "loop": {
-        "host", "sensor", "_hooking", "controller", "_revocable", "_dense",
+        "host", "sensor", "controller", "_revocable", "_dense",
         "_run", "_begun", "_finished", "_summary", "_hooks", "_waiting", "_telling", "_unchanged",
     },
     "regrowth": {
