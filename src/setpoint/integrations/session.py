@@ -75,7 +75,7 @@ class Session:
             return False
         state = brought(optimizers[0] if isinstance(optimizers, Sequence) else optimizers)
         # A loop without an example takes the state over in its first step, so it does not know of its end before.
-        return self.stepped() if state is None else bool(state["now"]["step"] >= state["spending"]["bill"]["length"])
+        return self.stepped() if state is None else bool(state["now"]["step"] >= state["spending"]["plan"]["length"])
 
     @property
     def has_run_budget(self) -> bool:
