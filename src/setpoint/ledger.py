@@ -15,7 +15,7 @@ from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
 from setpoint.checkpoint.plain import plain
 from setpoint.errors import CheckpointError
 
-OWN_SECONDS = ("sensing", "deciding", "resizing", "probing", "recompiling")
+OWN_SECONDS = ("sensing", "deciding", "resizing", "probing")
 """What Setpoint's own time goes into."""
 FORMAT = 1
 """Version of the file format, the value of "ledger" in its first line."""
@@ -41,8 +41,8 @@ class Entry:
         price: loss per unit of resource.
         saliency: of the dropped units, by group, in the order of `dropped`.
         worth: saliency / saving of the dropped units' blocks, by group, in the order of `dropped`.
-        own_seconds: Setpoint's own time since the last entry, by what it went into: "sensing", "deciding", "resizing",
-            "probing" and "recompiling".
+        own_seconds: Setpoint's own time since the last entry, by what it went into: "sensing", "deciding", "resizing"
+            and "probing".
         gain: probed gain of the units brought back, by group, in the order of `grown`.
         grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
         num_dropped: where units are single weights, how many were dropped, by group; they are not listed one by one.

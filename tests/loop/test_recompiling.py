@@ -1,4 +1,4 @@
-"""Compiled models: code is compiled once more after the first cut, and the ledger says so."""
+"""Compiled models: code is compiled once more after the first cut."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def run(
 def test_code_is_compiled_once_more_for_all_groups(compiled: str, dynamic: bool | None) -> None:
     """Claim: whether it is compiled before or after attach, or was run before, in every mode of `dynamic`, there is one
     more compilation after the first cut, and none after those that follow, of any group; losses are those of the
-    uncompiled run; ledger and summary count it; Dynamo's settings are as before in the end.
+    uncompiled run; Dynamo's settings are as before in the end.
     """
     before = flags()
     torch.manual_seed(0)
@@ -134,12 +134,8 @@ def test_code_is_compiled_once_more_for_all_groups(compiled: str, dynamic: bool 
     assert losses == expected
     assert compiles == [0, 3] and loop.widths == {"0": 18, "2": 22}
     assert flags() != before
-    summary = loop.finish()
+    loop.finish()
     assert flags() == before
-    assert {entry.step: entry.recompiles for entry in loop.ledger if entry.recompiles} == {6: 1}
-    assert summary.recompiles == 1
-    assert 0 < summary.recompiling_seconds < summary.overhead_seconds
-    assert summary.recompiling_seconds == pytest.approx(sum(entry.recompiling_seconds for entry in loop.ledger))
 
 
 def test_widths_that_were_equal_may_differ_later() -> None:
@@ -170,7 +166,7 @@ def test_heads_that_are_written_out_compile_once_more() -> None:
     torch.manual_seed(0)
     losses, _, loop = run(Heads(), (4, 5, 6), {3: {"qkv": [0]}, 6: {"qkv": [1]}}, "before", 9, backend="aot_eager")
     torch.testing.assert_close(losses, expected)
-    assert loop.widths["qkv"] == 2 and loop.finish().recompiles == 1
+    assert loop.widths["qkv"] == 2 and counters["stats"]["unique_graphs"] == 2
 
 
 def test_settings_are_left_alone_where_nothing_is_compiled() -> None:
@@ -226,6 +222,7 @@ def test_with_a_budget_of_one_nothing_of_the_compiler_changes() -> None:
     torch.manual_seed(0)
     before = flags()
     losses, compiles, loop = run(mlp(), (8, 6), {}, compiled="before", steps=5)
-    assert flags() == before and compiles == [0] and loop.finish().recompiles == 0
+    assert flags() == before and compiles == [0]
+    loop.finish()
     torch.manual_seed(0)
     assert losses == run(mlp(), (8, 6), {}, compiled="no", steps=5)[0]

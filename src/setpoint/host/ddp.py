@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
-from setpoint.host.compiled import Recompiled
 from setpoint.host.join import Joining
 from setpoint.host.local import Agreed, Local
 from setpoint.host.refuse import check_parallel, check_unsharded
@@ -58,10 +57,8 @@ class DDP(Local):
         finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
             rewrap(self._parallel, self._trained)
 
-    def begin(
-        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, groups: tuple[Group, ...]
-    ) -> None:
-        super().begin(steps=steps, missed=missed, recompiled=recompiled, groups=groups)
+    def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
+        super().begin(steps=steps, missed=missed, groups=groups)
         self._joining = Joining(self._parallel, self.ranks, steps, missed)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:

@@ -81,7 +81,6 @@ class Host(Protocol):
         *,
         steps: Callable[[], int],
         missed: Callable[[], None],
-        recompiled: Callable[[float, int], None],
         groups: tuple[Group, ...],
     ) -> None:
         """A loop begins.
@@ -89,8 +88,6 @@ class Host(Protocol):
         Args:
             steps: how many steps it has counted.
             missed: called for each step that this rank has missed, as it had run out of batches.
-            recompiled: gets the seconds of what was compiled again, and 1 if it counts, or 0; it must not hold the
-                loop.
             groups: that may change.
         """
 

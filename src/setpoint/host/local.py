@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.shrink import named_tensors
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
-from setpoint.host.compiled import Recompiled, Recompiling
+from setpoint.host.compiled import DynamicWidths
 from setpoint.host.copies import Copies
 from setpoint.host.refuse import check_unsharded, check_unwrapped
 from setpoint.host.together import SharedLosses, shared_reading, together
@@ -34,7 +34,7 @@ class Local:
     ) -> None:
         self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
         self.compiled = compiled
-        self._code, self._priced = Recompiling(lambda seconds, count: None, ()), Trained(model)  # until a loop begins
+        self._widths, self._priced = DynamicWidths(()), Trained(model)  # until a loop begins
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
@@ -73,17 +73,15 @@ class Local:
         with self.together(what) as facts:
             with self._open(changing, agree) as agreed:
                 yield agreed
-            self._code.follow(self.model)
+            self._widths.follow(self.model)
             facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
         """Inside, these groups' tensors lie here unsharded; at the end what is around the model follows."""
         return nullcontext(agree)
 
-    def begin(
-        self, *, steps: Callable[[], int], missed: Callable[[], None], recompiled: Recompiled, groups: tuple[Group, ...]
-    ) -> None:
-        self._code, self._priced = Recompiling(recompiled, groups), Trained(self.model)
+    def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
+        self._widths, self._priced = DynamicWidths(groups), Trained(self.model)
         self.averages.begin()
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
@@ -97,5 +95,5 @@ class Local:
         return True
 
     def stop(self) -> None:
-        self._code.stop()
+        self._widths.stop()
         self.averages.stop()

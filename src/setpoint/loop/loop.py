@@ -126,7 +126,7 @@ class Loop:
         self._begun = self._finished = False
         self._summary: Summary | None = None
         missed = partial(self._after_step, False)
-        host.begin(steps=lambda: self.step, missed=missed, recompiled=spending.account.recompiled, groups=self._dense)
+        host.begin(steps=lambda: self.step, missed=missed, groups=self._dense)
         called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
         self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
         self._hooks.hand_over(*called)

@@ -40,7 +40,7 @@ class Summary:
         overhead_flops: FLOPs of verification, sensing and probing.
         overhead_flops_ratio: `overhead_flops / train_flops`.
         seconds: wall-clock seconds from attach to finish, attach included.
-        overhead_seconds: the sum of the four that follow, `probing_seconds` and `recompiling_seconds`.
+        overhead_seconds: the sum of the four that follow and `probing_seconds`.
         attach_seconds: tracing and verification.
         sensing_seconds: reading gradients before each step.
         deciding_seconds: readings and decisions.
@@ -68,8 +68,6 @@ class Summary:
             whole units are cut. Dense hardware does not get faster: `final_flops` is what it computes.
         theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
         masked_params: parameters that are masked.
-        recompiles: how often compiled code was compiled again after the first cut.
-        recompiling_seconds: time of these compilations.
         final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
 
     >>> import torch, setpoint
@@ -121,8 +119,6 @@ class Summary:
     theoretical_flops: float | None = None
     theoretical_train_flops: float | None = None
     masked_params: int = 0
-    recompiles: int = 0
-    recompiling_seconds: float = 0.0
     final_loss: float | None = None
     resident_bytes: int | None = None
 
@@ -146,7 +142,7 @@ class Summary:
         saved = "less than the overhead"
         if self.break_even_step is not None:
             saved = f"more than the overhead from step {self.break_even_step:,} on, by the clock of this run"
-        own = ("attach", "sensing", "deciding", "resizing", "probing", "recompiling")
+        own = ("attach", "sensing", "deciding", "resizing", "probing")
         seconds = {name: getattr(self, f"{name}_seconds") for name in own}
         verdict, _, note = self.reason.removeprefix("budget met ").partition("; ")
         met = "met" if self.budget_met else "NOT met"

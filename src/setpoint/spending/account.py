@@ -13,7 +13,7 @@ from setpoint.spending.seconds import StepMeter, Stopwatch
 
 _COUNTED = (
     *("train_flops", "overhead_flops", "probing_flops", "learning_flops", "step_flops"),
-    *("probed_steps", "resizes", "recompiles", "num_steps", "run_j", "step_j"),
+    *("probed_steps", "resizes", "num_steps", "run_j", "step_j"),
 )
 """What is saved. What a sensing takes is not: it is asked of the sensor again."""
 
@@ -27,7 +27,6 @@ class Watches:
     deciding: Stopwatch = field(default_factory=lambda: Stopwatch(synchronize=True))
     resizing: Stopwatch = field(default_factory=lambda: Stopwatch(synchronize=True))
     probing: Stopwatch = field(default_factory=Stopwatch)
-    recompiling: Stopwatch = field(default_factory=Stopwatch)
 
     def seconds(self) -> dict[str, float]:
         """By name, in this order."""
@@ -60,7 +59,7 @@ class Account:
         self.train_flops = self.overhead_flops = verification_flops
         self.step_flops, self.sensing_flops = step_flops, sensing_flops
         self.probing_flops = self.learning_flops = self.run_j = self.step_j = 0.0
-        self.probed_steps = self.resizes = self.recompiles = self.num_steps = 0
+        self.probed_steps = self.resizes = self.num_steps = 0
         self._began, self._probed, self._segments = time.perf_counter(), False, list[Segment]()
         self._users_seconds = self._extra_seconds = 0.0
         self._noted = dict[str, float]()
@@ -115,11 +114,6 @@ class Account:
         self.probing_flops += flops
         self.probed_steps += 1
         self._probed = True
-
-    def recompiled(self, seconds: float, count: int) -> None:
-        """Count code that was compiled again because sizes had changed."""
-        self.recompiles += count
-        self.watch.recompiling.seconds += seconds
 
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""

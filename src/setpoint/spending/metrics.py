@@ -103,7 +103,6 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
         "probing_flops": account.probing_flops,
         "probed_steps": account.probed_steps,
         "resizes": account.resizes,
-        "recompiles": account.recompiles,
         "seconds": account.seconds,
         "overhead_seconds": account.overhead_seconds,
         **{f"{name}_seconds": seconds for name, seconds in account.watch.seconds().items()},
