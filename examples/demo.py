@@ -228,7 +228,7 @@ def demo(out: Path, budget: str = "0.5", seed: int = 0, steps: int = 360) -> Pat
 
 def write(out: Path, pruned: Training, rows: Sequence[tuple[str, str, str]]) -> Path:
     """The ledger, the small model, and a page with the comparison above the run."""
-    from setpoint.report.ledger_page import write_ledger_page
+    from setpoint.report.page import write_ledger_page
 
     assert pruned.loop is not None
     out.mkdir(parents=True, exist_ok=True)

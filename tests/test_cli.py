@@ -213,7 +213,7 @@ def test_inspect_own_model(tmp_path: Path) -> None:
     assert len(shown) == 8 and shown[-1].startswith(f"next: setpoint inspect {file}:build --groups shows every group")
     tree = invoke("inspect", f"{file}:build", "--groups").stdout.splitlines()
     assert "2.weight, dim 1, reads" in "".join(tree) and "setpoint.attach(model, optimizer, 0.5" in tree[-1]
-    assert "Budgets within reach" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
+    assert "cheapest reachable" in (tmp_path / "out" / "inspect.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text(encoding="utf-8")) == found
 
 

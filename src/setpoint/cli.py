@@ -75,10 +75,8 @@ def inspect(
     with errors_as_messages():
         from dataclasses import asdict
 
-        from setpoint.report.inspect_model import inspect_model
-        from setpoint.report.inspection_lines import inspection_lines
-        from setpoint.report.inspection_page import write_inspection
-        from setpoint.report.inspection_tree import inspection_tree
+        from setpoint.report.inspection import inspect_model
+        from setpoint.report.inspection_views import inspection_lines, inspection_tree, write_inspection
         from setpoint.report.target import load_target
 
         check_folder(out)
@@ -95,7 +93,7 @@ def inspect(
         answer: dict[str, Any] = asdict(found)
         if out is not None:
             write_json(out / "inspect.json", answer)
-            write_inspection(answer, out / "inspect.html")
+            write_inspection(found, out / "inspect.html")
         least = found.cheapest_flops / found.flops if found.flops else 0.0
         share = 0.5 if least <= 0.5 else math.ceil(100 * least) / 100
         to = "half of the FLOPs" if share == 0.5 else f"{share:.0%} of the FLOPs; half of them is out of reach"
@@ -175,8 +173,8 @@ def report(
         if any((path / name).is_file() for name in RESULT_FILES):
             _of_bench("report FOLDER").report_folder(path, out)
             return
-        from setpoint.report.ledger_page import ledger_tables, page_of, read_ledger, write_ledger_page
-        from setpoint.report.resources import ledger_line, state
+        from setpoint.report.page import ledger_tables, page_of, write_ledger_page
+        from setpoint.report.record import ledger_line, read_ledger, state
 
         file = _ledger_in(path)
         page = page_of(file, out)
@@ -411,7 +409,7 @@ def finish(answer: dict[str, Any], then: str) -> None:
         answer: one JSON object, with --json all of stdout.
         then: the next step.
     """
-    from setpoint.report.values import finite
+    from setpoint.report.numbers import finite
 
     if _as_json.get():
         print(json.dumps(finite(answer)), file=_answers.get(), flush=True)
@@ -421,7 +419,7 @@ def finish(answer: dict[str, Any], then: str) -> None:
 
 def write_json(path: Path, answer: dict[str, Any]) -> None:
     """Write an answer to a file."""
-    from setpoint.report.values import finite
+    from setpoint.report.numbers import finite
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(answer), indent=2) + "\n", encoding="utf-8")

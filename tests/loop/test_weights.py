@@ -20,9 +20,9 @@ from loop.test_regrowth import Scripted, data
 from loop.test_state import Run, check_resumes
 from setpoint.controller.penalty import PenaltyController
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
-from setpoint.report.decisions import timeline
-from setpoint.report.resources import ledger_line
-from setpoint.report.run import entries_table
+from setpoint.report.figures import timeline
+from setpoint.report.page import entries_table
+from setpoint.report.record import ledger_line
 from setpoint.weights.controller import DropAndGrowController
 from setpoint.weights.find import Pattern, find_weights
 from setpoint.weights.masking import Masking

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from setpoint.report.drawing import MOST_LABELLED, drawing
-from setpoint.report.figures import BLUE, Figure, layout, line, scatter
+from setpoint.report.drawing import BLUE, MOST_LABELLED, Figure, drawing, escape, layout, line, scatter
 
 
 def test_points_lie_where_the_labels_say() -> None:
@@ -45,23 +44,8 @@ def test_no_legend_lies_in_the_plot() -> None:
     assert f"var(--k{BLUE[1:]})" in head and f"var(--k{BLUE[1:]})" in plot
 
 
-def test_bars_stand_on_each_other() -> None:
-    """Stacked bars and histograms begin where the ones before them end."""
-    traces = [{"type": "histogram", "name": name, "x": [1, 1, 12], "marker": {"color": BLUE}} for name in "ab"]
-    for trace in traces:
-        trace |= {"xbins": {"start": 0, "end": 20, "size": 10}, "hovertemplate": "%{y:,d} after %{x}"}
-    made = drawing(Figure(traces, layout("units", barmode="stack")), "bars")
-    spans = [
-        (float(y), float(y) + float(h)) for y, h in re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', made)
-    ]
-    assert spans[0][1] == pytest.approx(1000) and spans[2][1] == pytest.approx(spans[0][0], abs=0.2)
-    assert "2 after 5" in made and "1 after 15" in made
-
-
 def test_names_stay_text() -> None:
     """A name with markup is text in labels, legend and titles."""
-    from setpoint.report.figures import escape
-
     evil = escape("<script>%{y}")
     made = drawing(Figure([line(evil, [(0, 1)], BLUE), line("b", [(0, 1)], BLUE)], layout(evil)), "<img>")
     assert "<script" not in made and "<img" not in made and "&lt;script&gt;%{y}" in made.replace("&#123;", "{")

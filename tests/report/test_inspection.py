@@ -1,94 +1,132 @@
-"""The page of an inspection: bars that add up, and tables of groups and of what is frozen."""
+"""An inspection: groups, parameters and costs of a model that comes by name; each parameter is counted once."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+import pytest
+import torch
+from torch import Tensor, nn
 
-from setpoint.report.figures import BLUE, FAINT, ORANGE
-from setpoint.report.inspect_model import inspect_model
-from setpoint.report.inspection_page import parameters_by_kind, render_inspection, write_inspection
+from setpoint import find_groups
+from setpoint.report.inspection import inspect_model, params_along, parts, share_along
 from setpoint.report.target import load_target
 
-GROUP: dict[str, Any] = {
-    "name": "body.conv",
-    "what": "channel",
-    "num_units": 16,
-    "min_units": 8,
-    "multiple_of": 8,
-    "kept_whole": "",
-    "params": 300,
-    "params_share": 0.5,
-    "flops_share": 0.25,
-    "places": [["body.conv.weight", 0, "produce"], ["head.weight", 1, "consume"]],
-}
-FOUND: dict[str, Any] = {
-    "model": "small",
-    "inputs": [[2, 3, 8, 8]],
-    "verified": True,
-    "groups": [GROUP, {**GROUP, "name": "stem", "kept_whole": "a norm (a); a norm (b); a sum"}],
-    "flops": 1e6,
-    "params": 600,
-    "prunable_params_share": 0.5,
-    "cheapest_flops": 1e5,
-    "cheapest_params": 60,
-    "frozen": [{"place": f"layer.{i}: view", "reason": "no rule"} for i in range(12)],
-    "parts": [
-        {"tensor": "body.conv.weight", "group": "body.conv", "params": 250},
-        {"tensor": "body.conv.bias", "group": "body.conv", "params": 50},
-        {"tensor": "head.weight", "group": "body.conv", "params": 100},
-        {"tensor": "head.weight", "group": "stem", "params": 120},
-        {"tensor": "head.bias", "group": "", "params": 30},
-        {"tensor": "token", "group": "", "params": 50},
+
+class Stack(nn.Module):
+    """Twelve residual layers of one shape, over a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 8)) for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All layers."""
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+
+def test_the_numbers_of_a_small_stack() -> None:
+    """Parameters, shares and the cheapest reachable model have their closed form."""
+    found = inspect_model("stack", Stack(), {"x": torch.randn(4, 5)})
+    inner = [group for group in found.groups if group.num_units == 24]
+    assert len(inner) == 12
+    assert {group.params for group in inner} == {24 * 8 + 24 + 24 * 8}
+    assert found.params == 5 * 8 + 8 + 12 * (24 * 8 * 2 + 24 + 8) + 2 * 8 + 8 * 3 + 3
+    least = inner[0].min_units
+    assert found.cheapest_params == found.params - 12 * (24 - least) * (8 + 1 + 8)
+    assert found.prunable_params_share == pytest.approx(12 * inner[0].params / found.params)
+    (stream,) = (group for group in found.groups if group.num_units == 8)
+    assert "LayerNorm" in stream.kept_whole
+    assert sum(part.params for part in found.parts) == found.params
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "unit"),
+    [
+        ("torchvision:squeezenet1_1", (2, 3, 64, 64), "channel"),
+        ("timm:test_convnext", None, "neuron"),
+        ("transformers:poolformer", (2, 3, 64, 64), "channel"),
     ],
-}
+)
+def test_models_by_name(target: str, shape: tuple[int, ...] | None, unit: str) -> None:
+    """A model of each library is inspected by its name alone, verified or not."""
+    pytest.importorskip(target.partition(":")[0])
+    model, example = load_target(target, shape)
+    found = inspect_model(target, model, example, verify="squeezenet" in target)
+    assert any(group.what == unit and not group.kept_whole for group in found.groups)
+    assert 0 < found.cheapest_flops < found.flops
+    assert 0 < found.cheapest_params < found.params
+    assert found.frozen
+    assert 0 < found.prunable_params_share <= 1
 
 
-def test_bars_of_parameters_add_up() -> None:
-    """Each module has the parameters that it holds, by kind; of many modules, those that hold them have."""
-    rows = parameters_by_kind(FOUND)
-    assert rows == {"body.conv": {BLUE: 300}, "head": {BLUE: 100, ORANGE: 120, FAINT: 30}, "": {FAINT: 50}}
-    many = [{"tensor": f"block.{place // 9}.{place}.weight", "group": "", "params": 2} for place in range(90)]
-    rows = parameters_by_kind({**FOUND, "parts": many})
-    assert list(rows) == [f"block.{place}" for place in range(10)]
-    assert {kinds[FAINT] for kinds in rows.values()} == {18}
+def test_a_model_without_weights_is_not_verified() -> None:
+    """On the meta device groups and costs are found, and that no cut was tried is said."""
+    with torch.device("meta"):
+        model = Stack()
+    found = inspect_model("stack", model, (torch.randn(4, 5, device="meta"),))
+    assert not found.verified
+    assert len(found.groups) == 13
 
 
-def test_the_page_of_a_network_is_small(tmp_path: Path) -> None:
-    """Of a ResNet-18 the page has less than a tenth of a megabyte, budgets first, and is made for print too."""
-    model, example = load_target("torchvision:resnet18", (2, 3, 64, 64))
-    found = inspect_model("resnet18", model, example, verify=False)
-    page = write_inspection(asdict(found), tmp_path / "inspect.html")
-    assert page.stat().st_size < 100_000
-    text = page.read_text(encoding="utf-8")
-    assert text.index("Budgets within reach") < text.index("Where the parameters are") < text.index("Groups")
-    assert "@media print" in text and "<script" not in text
+class Tied(nn.Module):
+    """A language model of one layer whose head is its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.head = nn.Linear(8, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the next token."""
+        x = self.table(tokens)
+        out: Tensor = self.head(x + self.down(torch.relu(self.up(x))))
+        return out
 
 
-def test_the_page_holds_groups_and_reasons(tmp_path: Path) -> None:
-    """The page stands alone, with a row per group and the frozen places folded by their reason."""
-    page = write_inspection(FOUND, tmp_path / "inspect.html").read_text(encoding="utf-8")
-    assert "layer.{0..11}: view" in page
-    assert "a norm (a); a norm (b); and 1 more" in page
-    assert "body.conv.weight, dim 0, writes" in page
-    assert '<link rel="stylesheet"' not in page
-    assert "<script src" not in page
+def test_every_parameter_is_in_one_part() -> None:
+    """Parts sum up to the tensors they are of, whichever groups cross in them."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    groups = find_groups(model, (torch.randn(2, 3, 9, 9),))
+    found = parts(model, groups)
+    for name, parameter in model.named_parameters():
+        assert sum(part.params for part in found if part.tensor == name) == parameter.numel()
+    assert {(part.tensor, part.group): part.params for part in found if part.tensor == "2.weight"} == {
+        ("2.weight", "2"): 8 * 6 * 9  # the group that writes goes before the one that reads
+    }
+    assert [part for part in found if not part.group] == [type(found[0])("4.bias", "", 2)]
+    assert params_along(model, groups[:1]) == 3 * 8 * 9 + 8 + 8 * 6 * 9
 
 
-def test_hostile_names_stay_text() -> None:
-    """A name with HTML in it is shown as it is."""
-    bad = "<img src=x onerror=alert(1)>"
-    found = json.loads(json.dumps(FOUND).replace("body.conv", bad))
-    page = render_inspection({**found, "model": bad})
-    assert bad not in page
+def test_prunable_groups_go_first() -> None:
+    """An entry along units of two groups belongs to the one that may be pruned."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    groups = find_groups(model, (torch.randn(2, 4),))
+    found = {(part.tensor, part.group) for part in parts(model, groups, whole=["2"])}
+    assert ("2.weight", "0") in found
+    assert ("2.weight", "2") not in found
 
 
-def test_nothing_found_is_a_page_too() -> None:
-    """A model without groups, parameters or frozen places has a page that says so."""
-    nothing = {"groups": [], "parts": [], "frozen": [], "params": 0, "flops": 0.0, "cheapest_flops": 0.0}
-    page = render_inspection({**FOUND, **nothing, "verified": False, "cheapest_params": 0})
-    assert "No units were found" in page
-    assert "Not verified" in page
-    assert parameters_by_kind({**FOUND, **nothing}) == {}
+def test_tables_of_embeddings_can_be_left_out() -> None:
+    """A tied table counts once, and not at all without embeddings."""
+    model = Tied()
+    groups = find_groups(model, (torch.randint(0, 30, (2, 5)),))
+    inner = tuple(group for group in groups if group.num_units == 24)
+    along = 8 * 24 + 24 + 24 * 8
+    assert params_along(model, inner) == along
+    assert share_along(model, inner) == pytest.approx(along / (30 * 8 + along + 8))
+    assert share_along(model, inner, embeddings=False) == pytest.approx(along / (along + 8))
+    stream = tuple(group for group in groups if group.num_units == 8)
+    assert len(stream) == 1
+    assert params_along(model, stream) == 30 * 8 + 8 * 24 + 24 * 8 + 8
+    assert sum(part.params for part in parts(model, groups)) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_without_parameters_has_no_share() -> None:
+    """Nothing out of nothing is 0."""
+    assert share_along(nn.ReLU(), ()) == 0.0

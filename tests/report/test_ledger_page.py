@@ -17,12 +17,9 @@ from loop.test_budgets import Machine, machine, mlp, train
 from setpoint.cli import app
 from setpoint.errors import ReportError
 from setpoint.ledger import Entry, Ledger
-from setpoint.report.decisions import bill
-from setpoint.report.ledger_page import ledger_tables, read_ledger, write_ledger_page
-from setpoint.report.page import document
-from setpoint.report.record import Record, record_of
-from setpoint.report.resources import dense_of, ledger_line, limit_of, resources
-from setpoint.report.run import run
+from setpoint.report.figures import bill
+from setpoint.report.page import document, ledger_tables, run, write_ledger_page
+from setpoint.report.record import Record, dense_of, ledger_line, limit_of, read_ledger, record_of
 
 __all__ = ["machine"]
 
@@ -53,7 +50,7 @@ def test_spending_and_reference_are_in_one_unit(machine: Machine, tmp_path: Path
     assert last.error["latency"] == pytest.approx(last.spent["latency"] / last.reference["latency"] - 1)
     assert "predictions within" in ledger_line(record) and "by the meter's last reading" in ledger_line(record)
     text = shown(record)
-    assert "predicted before" in text and "measured before" in text and "where the time of a dense step goes" in text
+    assert "predicted before" in text and "measured before" in text
 
 
 def test_what_a_run_budget_has_spent_is_told(machine: Machine, tmp_path: Path) -> None:
@@ -86,7 +83,7 @@ def test_a_bill_is_drawn_against_what_was_spent() -> None:
 def test_a_run_under_a_price_is_shown(machine: Machine, tmp_path: Path) -> None:
     """A run without a budget has a price, and its resource is shown by that."""
     loop, record = record_of_run(machine, setpoint.Price(30.0, of="latency"), tmp_path)
-    assert resources(record) == ("latency",) and "seconds per step" in shown(record)
+    assert record.resources == ("latency",) and "seconds per step" in shown(record)
     assert any("for each s" in entry.reason for entry in loop.ledger)
 
 
@@ -136,7 +133,7 @@ ODD = [None, True, -1, 10**400, 10**12, 1e308, "x", "[/red]", "", [], {}, [[1]],
 def test_a_ledger_of_anything_is_shown_or_refused(tmp_path: Path) -> None:
     """Whatever stands in a field of a ledger's header or entry, there are tables and a page, or one sentence."""
     header = {"groups": {"a": {"num_units": 4, "what": "channel"}}, "limit": {"flops": 2.0}, "dense": {"flops": 4.0}}
-    ledger = Ledger({**header, "total_steps": 40, "measured": {"flops": "m"}, "step_seconds": {"a": 1.0}})
+    ledger = Ledger({**header, "total_steps": 40, "measured": {"flops": "m"}})
     of_units = {"saliency": {"a": [0.1]}, "worth": {"a": [0.1]}, "price": {"flops": 1.0}, "metered": {"flops": 3.0}}
     ledger.append(Entry(step=9, widths={"a": 3}, dropped={"a": [2]}, spent={"flops": 3.0}, **of_units))  # type: ignore[arg-type]
     ledger.save(tmp_path / "run.jsonl")

@@ -26,7 +26,7 @@ from setpoint.controller.ladder import lowest_width
 from setpoint.groups.export import computed, inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
-from setpoint.report.parameters import share_along
+from setpoint.report.inspection import share_along
 
 TOLERANCE = 1e-10
 """Largest difference from the masked twin, relative to the largest value of the tensor."""

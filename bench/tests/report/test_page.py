@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from setpoint.errors import ReportError
-from setpoint.report import decisions
+from setpoint.report import figures
 from setpoint.report.drawing import drawing
 from setpoint.report.record import Record
 from setpoint_bench.report.curves import curves
@@ -36,8 +36,6 @@ SECTIONS = (
     "Width of each group",
     "What was dropped when, and why",
     "Architecture before and after",
-    "Every drop and every return, like a spike train",
-    "How long units rested",
     "The loss around each event",
     "Where the seconds went",
     "Environment",
@@ -79,8 +77,8 @@ def test_the_page_has_every_section(make_results: Any) -> None:
     seen = Elements(page)
     assert [section for section in SECTIONS if section not in seen.text] == []
     drawn = [attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg" and attrs.get("role") == "img"]
-    # the budget, three costs, loss and accuracy against three axes, and of two runs seven each
-    assert len(drawn) == 1 + 3 + 3 * 2 + 2 * 7 and drawn[0] == "How the budget was met: FLOPs per step"
+    # the budget, three costs, loss and accuracy against three axes, and of two runs five each
+    assert len(drawn) == 1 + 3 + 3 * 2 + 2 * 5 and drawn[0] == "How the budget was met: FLOPs per step"
 
 
 def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:
@@ -217,7 +215,7 @@ def test_a_ledger_without_header_facts_is_drawn(make_results: Any) -> None:
     folder = make_results(methods=("setpoint",), seeds=(0,))
     (path,) = folder.glob("*/ledger.jsonl")
     path.write_text("\n".join(['{"ledger": 1}', *path.read_text().splitlines()[1:]]) + "\n")
-    figure = decisions.widths(record_in(folder))
+    figure = figures.widths(record_in(folder))
     assert figure and [row[0] for row in figure.data[0]["z"]] == [1.0] * 5
     assert "/ 64" in figure.layout["yaxis"]["ticktext"][3]
     assert "Width of each group" in page_of(folder)
@@ -228,7 +226,7 @@ def test_a_ledger_without_entries_is_drawn(make_results: Any) -> None:
     folder = make_results(methods=("setpoint",), seeds=(0,))
     (path,) = folder.glob("*/ledger.jsonl")
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    spent = next(t for t in decisions.spending(record_in(folder), "flops").data if t["name"] == "spent")
+    spent = next(t for t in figures.spending(record_in(folder), "flops").data if t["name"] == "spent")
     assert (spent["x"], spent["y"]) == ([0, 1000], [2.4, 2.4])
     assert "Spent against reference" in page_of(folder)
 
@@ -237,7 +235,7 @@ def test_every_drop_is_told(make_results: Any) -> None:
     """The timeline has one marker per dropped unit, each with its group, origin, worth and the reason."""
     folder = make_results(methods=("setpoint",), seeds=(0,))
     record = record_in(folder)
-    figure = decisions.timeline(record, "flops")
+    figure = figures.timeline(record, "flops")
     assert figure
     drops = [trace for trace in figure.data if trace["name"] == "dropped"]
     told = sorted(item[0] for trace in drops for item in trace["customdata"])
@@ -255,7 +253,7 @@ def test_every_drop_is_told(make_results: Any) -> None:
 def test_a_unit_that_came_back_lives_on(make_results: Any) -> None:
     """A unit that was dropped and brought back has a line up to its drop and one from its return on."""
     folder = make_results(methods=("setpoint",), seeds=(0,))
-    figure = decisions.timeline(record_in(folder), "flops")
+    figure = figures.timeline(record_in(folder), "flops")
     assert figure
     traces = {trace["name"]: trace for trace in figure.data}
     (height,) = traces["brought back"]["y"]
@@ -284,7 +282,6 @@ def test_measured_and_predicted_stand_apart(make_results: Any) -> None:
         "limit": {"latency": 0.1},
         "modelled": {"latency": "modelled: operations"},
         "measured": {"latency": "measured: seconds"},
-        "step_seconds": {"stem.conv": 0.05, "head.fc": 0.1},
         "calibration": {"latency": 0.04, "inference": 0.02},
         "limit_run": {"latency": 50.0},
     }
@@ -293,9 +290,8 @@ def test_measured_and_predicted_stand_apart(make_results: Any) -> None:
         line |= {"metered": {"latency": 0.13}, "predicted": {"latency": 0.125}}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of(folder)
-    measured = next(t for t in decisions.spending(record_in(folder), "latency").data if t["name"] == "measured")
+    measured = next(t for t in figures.spending(record_in(folder), "latency").data if t["name"] == "measured")
     assert measured["y"] == [0.13] * 8 and measured["hovertext"] == ["predicted 0.125 s"] * 8
     for words in ("predicted before", "measured before", "0.125 s", "0.13 s", "modelled: operations"):
         assert words in page
     assert "budget of the whole run 50 s" in page and "within 4.00 % of copies of the model" in page
-    assert page.index("head.fc</th><td>100 ms</td><td>50") < page.index("stem.conv</th><td>50 ms</td><td>25")

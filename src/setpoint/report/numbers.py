@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 NOTHING = "–"
@@ -104,3 +105,18 @@ def signed(value: float | None, decimals: int) -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
     return f"{value:+.{decimals}f}".replace("-", MINUS)
+
+
+def finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not know.
+
+    >>> finite({"loss": float("nan"), "widths": (1.0, 2)})
+    {'loss': None, 'widths': [1.0, 2]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

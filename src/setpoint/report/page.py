@@ -1,20 +1,51 @@
-"""A page: one self-contained HTML file without scripts, made of pieces of HTML."""
+"""A page: one self-contained HTML file without scripts; the page and the tables of a user's own run."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from setpoint.ledger import replace_text
-from setpoint.report.drawing import drawing, scheme
-from setpoint.report.figures import Figure
-from setpoint.report.numbers import NOTHING
+from rich.markup import escape as plain
+from rich.table import Table
+
+from setpoint.ledger import Entry, replace_text
+from setpoint.messages import counted
+from setpoint.report import figures
+from setpoint.report.drawing import Figure, drawing, scheme
+from setpoint.report.numbers import NOTHING, digits, human, percent
+from setpoint.report.record import (
+    NAMES,
+    PER,
+    UNITS,
+    Record,
+    dropped,
+    dynamics_line,
+    headline,
+    ledger_line,
+    num_dropped,
+    num_grown,
+    read_ledger,
+)
+
+MOST_NAMED = 12
+"""Groups that a line of the table of decisions names."""
+SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text says why."
+BILL = "A point is a cut. After the last decision each step counts what that decision left."
+PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
+WIDTHS = "Active units / units of the dense model, by group, over steps."
+LIVES = (
+    "Each line is a unit; a marker ends it, and shows its worth, saliency, the price and the reason. "
+    "Blue: worth next to nothing. Orange: a close call."
+)
+
+
+# Pieces of a page.
 
 
 def document(title: str, body: str) -> str:
@@ -44,12 +75,12 @@ def pair(text: str, *below: str) -> str:
 def html_table(titles: Iterable[str], lines: Iterable[Sequence[str]], classes: str = "") -> str:
     """A table whose first column names the line; cells are HTML already."""
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    rest = ((first, "".join(f"<td>{cell}</td>" for cell in cells)) for first, *cells in lines)
-    body = "".join(f'<tr><th scope="row">{first}</th>{cells}</tr>\n' for first, cells in rest)
+    rows = ((first, "".join(f"<td>{cell}</td>" for cell in cells)) for first, *cells in lines)
+    body = "".join(f'<tr><th scope="row">{first}</th>{cells}</tr>\n' for first, cells in rows)
     return f'<table class="{classes}"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
 
 
-def width(full: float, kept: float) -> str:
+def width_bar(full: float, kept: float) -> str:
     """A bar in a table: its outline is `full` of the column, and `kept` of it is filled."""
     return f'<i class="width" style="--full:{full:.4f};--kept:{kept:.4f}"></i>'
 
@@ -61,9 +92,151 @@ def drawn(figure: Figure | None, title: str, caption: str) -> str:
     return f"<figure><h4>{escape(title)}</h4>{drawing(figure, title)}<figcaption>{caption}</figcaption></figure>\n"
 
 
+def tabled(title: str, table: str, caption: str) -> str:
+    """A titled table of bars."""
+    return (
+        f'<figure><h4>{escape(title)}</h4><div class="bare">{table}</div><figcaption>{caption}</figcaption></figure>\n'
+    )
+
+
 def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A link that saves numbers, which the page holds, as a file of comma-separated values."""
     written = io.StringIO()
     csv.writer(written, lineterminator="\n").writerows([titles, *lines])
     address = f"data:text/csv;charset=utf-8,{quote(written.getvalue(), safe=',/:;')}"
     return f'<a download="{escape(name)}" href="{address}">{escape(text)}</a>'
+
+
+# The page of a run.
+
+
+def page_of(file: Path, folder: Path | None = None) -> Path:
+    """Where a ledger's page lies, by default in its folder: `report.html` of a `run.jsonl`, else its name, `.html`."""
+    name = "report.html" if file.name == "run.jsonl" else file.with_suffix(".html").name
+    return (file.parent if folder is None else folder) / name
+
+
+def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> Path:
+    """Write the report of one ledger, by default to `page_of(file)`; `first` is HTML that stands above the run.
+
+    Raises:
+        ReportError: if the ledger cannot be read.
+    """
+    record = read_ledger(file)
+    head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
+    body = head + first + run(file.stem, record) + "</section>\n"
+    return save(document(file.stem, body), page_of(file) if out is None else out)
+
+
+def run(label: str, record: Record, *, more: str = "", final: tuple[float, float] | None = None) -> str:
+    """One run: the budget, `more`, the architecture, the units, and the numbers.
+
+    Args:
+        final: the last step and its loss, where known.
+    """
+    page = f'<p class="caption"><b>{escape(label)}</b>: {escape(ledger_line(record))}</p>\n'
+    for resource in record.resources:
+        named, per = NAMES.get(resource, resource), PER.get(resource, "step")
+        page += drawn(figures.bill(record, resource), f"Spent against the bill: {named} of the whole run", BILL)
+        page += drawn(figures.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
+    page += more + _architecture(record)
+    page += drawn(figures.widths(record), "Width of each group", WIDTHS)
+    returns = any(num_grown(entry) for entry in record.entries)
+    about = f"{LIVES} An open circle brings a unit back. {escape(dynamics_line(record))}" if returns else LIVES
+    timeline = figures.timeline(record, record.resources[0] if record.resources else None)
+    page += drawn(timeline, "What was dropped when, and why", about)
+    for resource in record.resources:
+        page += drawn(figures.price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
+    page += "".join(entries_table(record, resource, final) for resource in record.resources or (None,))
+    return page + _numbers_files(record, label)
+
+
+def _architecture(record: Record) -> str:
+    """The units of each group before and after, as a table with bars; nothing without groups."""
+    before = figures.first_widths(record)
+    if not before:
+        return ""
+    after = {**before, **record.final_widths}
+    lines = []
+    for name, num_units in before.items():
+        kept = after[name] / num_units if num_units else 1.0
+        bar = width_bar(num_units / max(before.values()), kept)
+        lines.append([escape(name), bar, f"{num_units:,}", f"{after[name]:,}", percent(kept)])
+    left = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {counted(len(before), 'group')}."
+    about = f"{left} The outline is the width before, the filled part the width after."
+    table = html_table(("group", "", "before", "after", "kept"), lines, classes="architecture")
+    return tabled("Architecture before and after", table, about)
+
+
+def _numbers_files(record: Record, label: str) -> str:
+    """Links to the page's numbers as files: spending by decision and resource, widths of the groups by decision."""
+    costs: list[tuple[Any, ...]] = []
+    for entry in record.entries:
+        for name, spent in entry.spent.items():
+            values = (getattr(entry, field).get(name, "") for field in ("reference", "limit", "price", "metered"))
+            loss = "" if entry.loss is None else entry.loss
+            costs.append((entry.step, name, record.dense.get(name, ""), spent, *values, loss))
+    titles = ("step", "resource", "dense", "spent", "reference", "budget", "price", "measured", "loss")
+    links = download(f"{label}-spending.csv", "spending", titles, costs)
+    known = figures.first_widths(record)
+    heads, changes = ("step", "dropped", "regrown", "reason", *known), [(0, 0, 0, "", *known.values())]
+    for entry in record.entries:
+        known |= {name: left for name, left in entry.widths.items() if name in known}
+        counts = (dropped(entry), sum(num_grown(entry).values()))
+        changes.append((entry.step, *counts, entry.reason, *known.values()))
+    links += ", " + download(f"{label}-widths.csv", "widths", heads, changes)
+    return f'<p class="caption files">Numbers as CSV: {links}</p>\n'
+
+
+def _by_group(counts: Mapping[str, int]) -> str:
+    """Numbers of units by group: the largest where there are many."""
+    shown = counts if len(counts) <= MOST_NAMED else sorted(counts, key=lambda name: -counts[name])[:MOST_NAMED]
+    rest = sum(counts.values()) - sum(counts[name] for name in shown)
+    more = [f"{rest:,} in {len(counts) - MOST_NAMED} more groups"] if rest else []
+    return ", ".join([*(f"{name}: {counts[name]}" for name in shown), *more]) or NOTHING
+
+
+def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
+    """All decisions as a table, folded away, with the loss right before and after each; `final` is the run's last."""
+    if not record.entries:
+        return ""
+    unit = UNITS.get(resource or "", resource or "")
+    read = any(entry.metered for entry in record.entries)
+    lines = []
+    for entry in record.entries:
+        lost, back = (_by_group(counts) for counts in (num_dropped(entry), num_grown(entry)))
+        losses = tuple(NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after))
+        cells = (f"{entry.step:,}", *_amounts(entry, resource, unit, read), lost, back, *losses, entry.reason)
+        lines.append([escape(cell) for cell in cells])
+    meters = ("predicted before", "measured before") if read else ()
+    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
+    if final is not None:
+        blank = [NOTHING] * (len(titles) - 4)
+        lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])
+    used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in lines)]
+    table = html_table([titles[p] for p in used], [[row[p] for p in used] for row in lines], classes="entries")
+    return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
+
+
+def ledger_tables(record: Record) -> Iterator[Table]:
+    """For each resource its decisions, for a terminal: spent, reference, predicted, measured."""
+    for resource in record.resources or (None,):
+        unit = plain(UNITS.get(resource or "", resource or ""))
+        read = any((resource or "") in entry.metered for entry in record.entries)
+        name = plain(NAMES.get(resource or "", resource or "decisions"))
+        table = Table(title=f"{name} per {PER.get(resource or '', 'step')}", title_justify="left")
+        meters = ("predicted before", "measured before") if read else ()
+        for title in ("step", "spent", "reference", *meters, "dropped"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("reason")
+        for entry in record.entries:
+            lost = dropped(entry)
+            amounts = _amounts(entry, resource, unit, read)
+            table.add_row(f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(headline(entry)))
+        yield table
+
+
+def _amounts(entry: Entry, resource: str | None, unit: str, read: bool) -> list[str]:
+    """Spent and reference, and where a meter has read, the prediction and the reading before the decision."""
+    columns = (entry.spent, entry.reference, *((entry.predicted, entry.metered) if read else ()))
+    return [human(values.get(resource or ""), unit) for values in columns]

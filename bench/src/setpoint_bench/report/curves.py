@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from setpoint.report.figures import AXES, FAINT, Figure, Trace, escape, layout, line
+from setpoint.report.drawing import AXES, FAINT, Figure, Trace, escape, layout, line
 from setpoint.report.numbers import scale
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.looks import Style, styles

@@ -12,8 +12,7 @@ from typing import Any
 from setpoint.checkpoint.fields import json_object
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
-from setpoint.report.record import Record, record_of
-from setpoint.report.values import integer, number
+from setpoint.report.record import Record, integer, number, record_of
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.packed import file_of, read_histories, text_of
 from setpoint_bench.report.results import Cell, Results, Timing

@@ -7,10 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from setpoint.report.decisions import num_grown
-from setpoint.report.figures import BLUE, GREY, INK, ORANGE, Figure, Trace, layout, line
-from setpoint.report.record import Record
-from setpoint.report.resources import dropped, end_of
+from setpoint.report.drawing import BLUE, GREY, INK, ORANGE, Figure, Trace, layout, line
+from setpoint.report.record import Record, dropped, num_grown
 
 AROUND = 0.03
 """Share of the run on either side of an event over which the loss is shown."""
@@ -40,7 +38,7 @@ def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
     A jump at 0 is the effect of the event; the bold line is the mean over all events.
     """
     steps, losses = _training_losses(history)
-    reach = max(4.0, AROUND * end_of(record))
+    reach = max(4.0, AROUND * record.last_step)
     data: list[Trace] = []
     every: dict[int, list[float]] = {}
     width = reach / 8
@@ -66,7 +64,7 @@ def loss_around(record: Record, history: Sequence[Point]) -> Figure | None:
     data.append(line("mean over events", means, INK, width=3.0))
     shape = layout("loss less its mean before", "optimizer steps since the event", height=340)
     shape["showlegend"] = len(data) <= 8
-    shape["shapes"] = [{"yref": "paper", "x0": 0, "line": {"color": GREY, "dash": "dot", "width": 1.4}}]
+    shape["shapes"] = [{"x0": 0, "line": {"color": GREY, "dash": "dot", "width": 1.4}}]
     return Figure(data, shape)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from setpoint.report.drawing import MARKS
-from setpoint.report.figures import BLUE, GREY, ORANGE, OTHERS
+from setpoint.report.drawing import BLUE, GREY, MARKS, ORANGE, OTHERS
 from setpoint_bench.method import all_methods
 from setpoint_bench.report.summary import DENSE, SETPOINT
 

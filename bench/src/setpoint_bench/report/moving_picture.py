@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from setpoint.errors import ReportError
-from setpoint.report.figures import BLUE, DARK, ORANGE
+from setpoint.report.drawing import BLUE, DARK, ORANGE
 from setpoint_bench.report.curves import spending_line
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.picture import Line

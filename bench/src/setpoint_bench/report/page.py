@@ -7,10 +7,9 @@ from html import escape
 from pathlib import Path
 
 from setpoint.messages import counted
-from setpoint.report.figures import AXES
+from setpoint.report.drawing import AXES
 from setpoint.report.numbers import NOTHING, duration, share
-from setpoint.report.page import document, drawn, html_table, pair, save
-from setpoint.report.run import run
+from setpoint.report.page import document, drawn, html_table, pair, run, save
 from setpoint_bench.report.comparison import comparison
 from setpoint_bench.report.curves import PARTS, curves, followed, seconds_by_part
 from setpoint_bench.report.folder import read_results

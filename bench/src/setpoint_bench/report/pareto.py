@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from setpoint.messages import counted
-from setpoint.report.figures import FAINT, GREY, INK, Figure, Trace, escape, layout
+from setpoint.report.drawing import FAINT, GREY, INK, Figure, Trace, escape, layout
 from setpoint.report.numbers import human, scale
 from setpoint_bench.report.columns import metric_text
 from setpoint_bench.report.looks import marks
@@ -138,7 +138,7 @@ def dots(rows: Sequence[Row], budget: float) -> Figure | None:
         if row.method == SETPOINT:
             shapes.insert(0, {"y0": y, "line": {"color": FAINT, "width": 20}})
         elif row.method == DENSE:
-            shapes.append({"x0": value, "yref": "paper", "line": {"color": GREY, "width": 1.5, "dash": "dash"}})
+            shapes.append({"x0": value, "line": {"color": GREY, "width": 1.5, "dash": "dash"}})
     shape = layout("", _metric_title(rows[0]), height=20 * len(shown) + 12, shapes=shapes, showlegend=False)
     ends = [row.value.mean * _factor(row) + side * _half(row) for row in finite for side in (-1, 1)]
     room = 0.04 * (max(ends) - min(ends)) or 1.0

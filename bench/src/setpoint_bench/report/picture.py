@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 
 from setpoint.errors import ReportError
-from setpoint.report.figures import DARK
+from setpoint.report.drawing import DARK
 from setpoint.report.numbers import digits, scale
 from setpoint_bench.report.curves import spending_line
 from setpoint_bench.report.folder import read_results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from setpoint.report.values import integer, mapping, number
+from setpoint.report.record import integer, mapping, number
 
 
 def numbers(value: Any) -> tuple[float, ...]:

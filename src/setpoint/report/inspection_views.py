@@ -1,0 +1,374 @@
+"""An inspection for readers: seven lines, a tree, and a page; groups that differ only in their numbers are one row."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from rich.markup import escape as plain
+from rich.tree import Tree
+
+from setpoint.messages import counted
+from setpoint.report.drawing import BLUE, FAINT, ORANGE, ink
+from setpoint.report.inspection import GroupReport, Inspection
+from setpoint.report.numbers import NOTHING, human, percent, share
+from setpoint.report.page import document, html_table, pair, save, tabled
+
+MOST_ROWS = 24
+"""How many modules have a row each; of more, those that hold them have."""
+KINDS = {
+    BLUE: "of units that may be pruned",
+    ORANGE: "of units that are not pruned",
+    FAINT: "of no unit: always stays",
+}
+ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
+"""What a tensor does with its units, in words."""
+_WIDTH = 80
+"""Columns of the line of the most FLOPs, as far as names let it fit."""
+_MOST_REASONS, _MOST_PLACES, _MOST_LETTERS = 3, 8, 110
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Groups that differ only in the numbers of their names.
+
+    Args:
+        names: of the groups, folded.
+        first: one of them, whose sizes all have.
+        places: in words, folded.
+    """
+
+    names: str
+    first: GroupReport
+    count: int
+    not_pruned: str
+    places: tuple[str, ...]
+
+
+def branches(found: Inspection) -> list[Branch]:
+    """The groups, prunable ones first."""
+    same: dict[Hashable, list[GroupReport]] = {}
+    for group in sorted(found.groups, key=lambda group: bool(group.kept_whole)):
+        places = {(skeleton(tensor), dim, role) for tensor, dim, role in group.places}
+        sizes = (group.num_units, group.each, group.min_units, group.multiple_of, group.params)
+        key = skeleton(group.name), group.what, sizes, round(group.flops_share, 4), skeleton(group.kept_whole)
+        same.setdefault((*key, frozenset(places)), []).append(group)
+    return [_branch(groups) for groups in same.values()]
+
+
+def _branch(groups: Sequence[GroupReport]) -> Branch:
+    tensors: dict[tuple[int | None, str], list[str]] = {}
+    for group in groups:
+        for tensor, dim, role in group.places:
+            tensors.setdefault((dim, role), []).append(tensor)
+    places = (
+        f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {ROLES.get(role, role)}"
+        for (dim, role), names in tensors.items()
+        for tensor in fold(names)
+    )
+    reasons = some(reason for group in groups for reason in group.kept_whole.split("; ") if reason)
+    return Branch(", ".join(fold(group.name for group in groups)), groups[0], len(groups), reasons, tuple(places))
+
+
+def _frozen_by_reason(found: Inspection) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for frozen in found.frozen:
+        reasons.setdefault(frozen.reason, []).append(frozen.place)
+    return reasons
+
+
+# Lines.
+
+
+def inspection_lines(found: Inspection) -> tuple[str, ...]:
+    """Seven lines that a person reads before any training, four where there is nothing to prune.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from setpoint.report.inspection import inspect_model
+        >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+        >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
+        ...     print(line)
+        mine on 2x8: 2.24 kFLOPs per training step, 264 parameters
+        can be pruned: 20 units in 1 group, with 98.5 % of the parameters
+        cheapest reachable: 224 FLOPs (10.0 %), 30 parameters (11.4 %)
+        most FLOPs: layer 0 (20 neurons, 90.0 %)
+        not pruned: nothing
+        frozen: 2 places: input of the network, or other data; output of the network
+        checked: each cut was tried on a copy of the model
+    """
+    pruned = [group for group in found.groups if not group.kept_whole]
+    units = sum(group.num_units for group in pruned)
+    if not pruned:
+        return _nothing(found), _dense(found), _not_pruned(found), _frozen(found)
+    return (
+        _dense(found),
+        f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
+        f"with {percent(found.prunable_params_share)} of the parameters",
+        _cheapest(found),
+        _largest(pruned),
+        _not_pruned(found),
+        _frozen(found),
+        "checked: each cut was tried on a copy of the model"
+        if found.verified
+        else "not checked: no cut was tried on a copy of the model",
+    )
+
+
+def _dense(found: Inspection) -> str:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in found.inputs)
+    costs = f"{human(found.flops, 'FLOPs')} per training step, {human(found.params)} parameters"
+    return f"{found.model} on {shapes}: {costs}"
+
+
+def _cheapest(found: Inspection) -> str:
+    return (
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOPs')} ({share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
+    )
+
+
+def _nothing(found: Inspection) -> str:
+    """That nothing can be pruned, and the reason that most units, or else most places, have."""
+    reasons = Counter[str]()
+    for group in found.groups:
+        reasons[group.kept_whole.partition("; ")[0]] += group.num_units
+    reasons = reasons or Counter(frozen.reason for frozen in found.frozen) or Counter(["it has no dim of its own"])
+    return f"nothing can be pruned: {reasons.most_common(1)[0][0]}"
+
+
+def _largest(pruned: Sequence[GroupReport]) -> str:
+    same: dict[tuple[str, str, str], list[GroupReport]] = {}
+    for group in sorted(pruned, key=lambda group: -group.flops_share):
+        same.setdefault((skeleton(group.name), group.units, percent(group.flops_share)), []).append(group)
+    line, total = "most FLOPs: ", 0.0
+    for (_, units, saved), groups in same.items():
+        many, each = (f"{len(groups)} x ", " each") if len(groups) > 1 else ("", "")
+        names = fold(group.name for group in groups)
+        named = ", ".join(f"layer {name}" if name.isdigit() else name for name in names)  # "0" alone reads as a number
+        more = f"{named} ({many}{units}, {saved}{each})"
+        if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
+            break
+        line += f", {more}" if line.endswith(")") else more
+        total += sum(group.flops_share for group in groups)
+    return line + ("; groups share FLOPs, so these add up to over 100 %" if total > 1 else "")
+
+
+def _not_pruned(found: Inspection) -> str:
+    whole = [group for group in found.groups if group.kept_whole]
+    if not whole:
+        return "not pruned: nothing"
+    reasons = [dict.fromkeys(why.partition(" (")[0] for why in group.kept_whole.split("; ")) for group in whole]
+    names = some((group.name for group in whole), 1)
+    return _most_frequent(f"not pruned: {counted(len(whole), 'group')} ({names})", sum(map(list, reasons), []))
+
+
+def _frozen(found: Inspection) -> str:
+    if not found.frozen:
+        return "frozen: nothing"
+    places = counted(len(found.frozen), "place")
+    return _most_frequent(f"frozen: {places}", (frozen.reason for frozen in found.frozen))
+
+
+def _most_frequent(what: str, reasons: Iterable[str]) -> str:
+    """What has these reasons: the most frequent ones, and how often each is given."""
+    same: dict[str, list[str]] = {}
+    for reason in reasons:
+        same.setdefault(skeleton(reason), []).append(reason)
+    by_number = sorted(same.values(), key=len, reverse=True)
+    shown = [f"{len(given)} x " * (len(given) > 1) + ", ".join(fold(given)) for given in by_number[:_MOST_REASONS]]
+    rest = len(by_number) - len(shown)
+    return f"{what}: {'; '.join(shown)}" + (f"; and {counted(rest, 'other reason')}" if rest else "")
+
+
+# The tree.
+
+
+def inspection_tree(found: Inspection) -> Tree:
+    """The tree of an inspection, for a terminal."""
+    model, colon, costs = _dense(found).partition(" on ")
+    tree = Tree(f"[bold]{plain(model)}[/]{colon}{plain(costs)}")
+    if all(group.kept_whole for group in found.groups):
+        tree.add(plain(_nothing(found)))
+    tree.add(_cheapest(found))
+    if not found.verified:
+        tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
+    for branch in branches(found):
+        first, several = branch.first, branch.count > 1
+        line = (
+            f"[bold]{plain(branch.names)}[/]: {f'{branch.count} groups of ' if several else ''}{first.units}, "
+            f"at least {first.min_units}, in steps of {first.multiple_of}; {human(first.params)} parameters, "
+            f"{percent(first.flops_share)} of the FLOPs{' each' if several else ''}"
+        )
+        not_pruned = f" [yellow](not pruned: {plain(branch.not_pruned)})[/]" if branch.not_pruned else ""
+        node = tree.add(line + not_pruned)
+        for place in branch.places[:_MOST_PLACES]:
+            node.add(f"[dim]{plain(place)}[/]")
+        if len(branch.places) > _MOST_PLACES:
+            node.add(f"[dim]and {counted(len(branch.places) - _MOST_PLACES, 'more place')}[/]")
+    if found.frozen:
+        node = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
+        for reason, places in _frozen_by_reason(found).items():
+            node.add(f"{plain(', '.join(fold(places)))}: [dim]{plain(reason)}[/]")
+    return tree
+
+
+# The page.
+
+
+def write_inspection(found: Inspection, out: Path) -> Path:
+    """Write the page of an inspection; it needs no network and no other file."""
+    return save(render_inspection(found), out)
+
+
+def render_inspection(found: Inspection) -> str:
+    """The HTML of an inspection: the lines, where the parameters are, the groups, and what is frozen and why."""
+    lines = "".join(f"<p>{escape(line)}</p>\n" for line in inspection_lines(found))
+    body = (
+        f"<header><h1>Setpoint <span>inspection</span></h1><p>{escape(found.model)}</p></header>\n"
+        f"<section>\n{lines}{_parameters(found)}{_groups(found)}{_frozen_table(found)}</section>\n"
+    )
+    return document(found.model, body)
+
+
+def parameters_by_kind(found: Inspection) -> dict[str, Counter[str]]:
+    """By module, the numbers of its parameters by colour of `KINDS`; as deep as there is room for."""
+    whole = {group.name for group in found.groups if group.kept_whole}
+    paths = [part.tensor.rpartition(".")[0].split(".") for part in found.parts]
+    rows: dict[str, Counter[str]] = {}
+    for depth in range(max(map(len, paths), default=0), 0, -1):
+        rows = {}
+        for path, part in zip(paths, found.parts, strict=True):
+            kind = FAINT if not part.group else ORANGE if part.group in whole else BLUE
+            rows.setdefault(".".join(path[:depth]), Counter())[kind] += part.params
+        if len(rows) <= MOST_ROWS:
+            break
+    return rows
+
+
+def _parameters(found: Inspection) -> str:
+    """Parameters by module, as a table with bars."""
+    rows = parameters_by_kind(found)
+    if not rows:
+        return ""
+    largest = max(kinds.total() for kinds in rows.values())
+    lines = []
+    for module, kinds in rows.items():
+        bar = "".join(
+            f'<b style="width:{100 * kinds[kind] / largest:.2f}%;background:{ink(kind)}"></b>'
+            for kind in KINDS
+            if kinds[kind]
+        )
+        num = kinds.total()
+        shares = [human(num), share(num, found.params), share(kinds[BLUE], num)]
+        lines.append([escape(module) or "itself", f'<i class="share">{bar}</i>', *shares])
+    legend = ", ".join(f'<i class="dot" style="color:{ink(color)}">●</i> {text}' for color, text in KINDS.items())
+    table = html_table(("module", "", "parameters", "of all", "may go"), lines, classes="architecture")
+    return tabled("Where the parameters are", table, f"{legend}. A parameter along units of two groups counts once.")
+
+
+def _groups(found: Inspection) -> str:
+    if not found.groups:
+        return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
+    lines = [
+        [
+            escape(branch.names),
+            pair(f"{branch.count} x {branch.first.units}" if branch.count > 1 else branch.first.units),
+            f"{branch.first.min_units:,}",
+            f"{branch.first.multiple_of}",
+            pair(human(branch.first.params), percent(branch.first.params_share)),
+            percent(branch.first.flops_share),
+            escape(branch.not_pruned) or NOTHING,
+            _folded(f"{len(branch.places)}", "".join(f"<li>{escape(place)}</li>" for place in branch.places)),
+        ]
+        for branch in branches(found)
+    ]
+    titles = ("group", "units", "fewest", "in steps of", "parameters", "FLOPs", "not pruned because", "places")
+    about = (
+        "Parameters and FLOPs are those of one group. A parameter may lie along units of two groups. FLOPs: the share "
+        "that is gone when this group alone is cut to its fewest units."
+    )
+    table = html_table(titles, lines, classes="inspected")
+    return f'<h3>Groups</h3>\n<div class="scroll">{table}</div>\n<p class="caption">{about}</p>\n'
+
+
+def _frozen_table(found: Inspection) -> str:
+    if not found.frozen:
+        return ""
+    lines = []
+    for reason, places in _frozen_by_reason(found).items():
+        first = reason[:_MOST_LETTERS].rpartition(" ")[0] or reason[:_MOST_LETTERS]
+        shown = escape(reason) if len(reason) <= _MOST_LETTERS else _folded(f"{escape(first)} …", escape(reason))
+        lines.append([shown, f"{len(places)}", "<br>".join(map(escape, fold(places)))])
+    table = html_table(("not pruned because", "places", "where"), lines, classes="inspected frozen")
+    return f'<h3>Frozen</h3>\n<div class="scroll">{table}</div>\n'
+
+
+def _folded(summary: str, text: str) -> str:
+    inner = f"<ul>{text}</ul>" if text.startswith("<li>") else text
+    return f"<details><summary>{summary}</summary>{inner}</details>"
+
+
+# Names.
+
+
+def skeleton(name: str) -> str:
+    """A name without its numbers.
+
+    >>> skeleton("layer1.0.conv2")
+    'layer#.#.conv#'
+    """
+    return _NUMBER.sub("#", name)
+
+
+def fold(names: Iterable[str]) -> tuple[str, ...]:
+    """The same names in fewer words: exactly these and no other.
+
+    >>> fold(["h.0.mlp", "h.1.mlp", "h.2.mlp", "head"])
+    ('h.{0..2}.mlp', 'head')
+    >>> fold(["a.0.0", "a.0.1", "a.1.0"])
+    ('a.0.{0,1}', 'a.1.0')
+    """
+    same: dict[str, list[tuple[str, ...]]] = {}
+    for name in dict.fromkeys(names):
+        same.setdefault(skeleton(name), []).append(tuple(_NUMBER.findall(name)))
+    return tuple(word for form, rows in same.items() for word in _fold_form(form, rows))
+
+
+def some(names: Iterable[str], most: int = 2) -> str:
+    """The first of them, folded, and how many more there are.
+
+    >>> some(["no weight", "no dim", "tied"])
+    'no weight; no dim; and 1 more'
+    """
+    folded = fold(names)
+    return "; ".join(folded[:most]) + (f"; and {len(folded) - most} more" if len(folded) > most else "")
+
+
+def _fold_form(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
+    columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
+    if math.prod(map(len, columns)) == len(rows):
+        written = iter(columns)
+        return [re.sub("#", lambda _: _span(next(written)), form)]
+    first = next(place for place, column in enumerate(columns) if len(column) > 1)
+    return [
+        word
+        for number in columns[first]
+        for word in _fold_form(form, [numbers for numbers in rows if numbers[first] == number])
+    ]
+
+
+def _span(numbers: Sequence[str]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) > 2 and [str(int(numbers[0]) + step) for step in range(len(numbers))] == list(numbers):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(numbers)}}}"
