@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from setpoint.controller.schedule import Schedule, least_run, most_per_step, step_limit
+from setpoint.controller.schedule import Schedule, cheapest_run, highest_step, step_limit
 
 
 def run(budget: float, total_steps: int, schedule: Schedule, *, drift: float = 1.0, block: float = 0.0) -> float:
@@ -16,7 +16,7 @@ def run(budget: float, total_steps: int, schedule: Schedule, *, drift: float = 1
         factor = drift if step > total_steps // 2 else 1.0
         spent += cost * factor
         if schedule.due(step, total_steps) and step < total_steps:
-            limit = step_limit(schedule, step, total_steps, rest=(budget - spent) / factor, start=1.0, present=cost)
+            limit = step_limit(schedule, step, total_steps, left=(budget - spent) / factor, start=1.0, present=cost)
             target = schedule.at(step, total_steps, start=1.0, limit=limit)
             cost = min(cost, max(0.01, target - block))
     return spent
@@ -48,15 +48,15 @@ def test_what_blocks_leave_is_spent_later() -> None:
 
 def test_nothing_left_means_no_limit_can_be_met() -> None:
     """With the budget spent the limit is not positive."""
-    assert step_limit(Schedule(), 300, 1000, rest=-5.0, start=1.0, present=0.5) == -5.0
-    assert step_limit(Schedule(), 300, 1000, rest=0.0, start=1.0, present=0.5) == 0.0
+    assert step_limit(Schedule(), 300, 1000, left=-5.0, start=1.0, present=0.5) == -5.0
+    assert step_limit(Schedule(), 300, 1000, left=0.0, start=1.0, present=0.5) == 0.0
 
 
 def test_the_least_run_is_dense_until_the_first_decision() -> None:
     """No run spends less than the dense steps before the first decision and the cheapest model after it."""
     schedule = Schedule()
     first = min(step for step in range(1, 1001) if schedule.due(step, 1000))
-    assert least_run(schedule, 0, 1000, present=2.0, cheapest=0.5) == 2.0 * first + 0.5 * (1000 - first)
+    assert cheapest_run(schedule, 0, 1000, present=2.0, cheapest=0.5) == 2.0 * first + 0.5 * (1000 - first)
 
 
 @given(st.integers(30, 3000), st.integers(1, 16), st.floats(0.01, 0.9), st.floats(1.0, 1.2), st.data())
@@ -66,12 +66,12 @@ def test_a_run_that_keeps_to_the_most_is_never_over(
 ) -> None:
     """From the least on: whatever decisions do within the most, there is always a next one, and the sum is met."""
     schedule = Schedule(num_cuts=num_cuts)
-    budget = room * least_run(schedule, 0, total_steps, present=1.0, cheapest=cheapest)
+    budget = room * cheapest_run(schedule, 0, total_steps, present=1.0, cheapest=cheapest)
     spent, cost = 0.0, 1.0
     for step in range(1, total_steps + 1):
         spent += cost
         if schedule.due(step, total_steps) and step < total_steps:
-            most = most_per_step(schedule, step, total_steps, rest=budget - spent, cheapest=cheapest)
+            most = highest_step(schedule, step, total_steps, left=budget - spent, cheapest=cheapest)
             assert most >= cheapest * (1 - 1e-9)
             lowest, highest = min(cheapest, most), min(cost, most)
             cost = lowest + data.draw(st.sampled_from([0.0, 0.5, 1.0])) * (max(highest, lowest) - lowest)

@@ -18,7 +18,7 @@ import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
 from loop.test_regrowth import Scripted
 from setpoint.controller.priced import PricedController
-from setpoint.controller.schedule import RunRest, Schedule
+from setpoint.controller.schedule import Remaining, Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError
@@ -63,7 +63,7 @@ def simulate(
         limit = run.per_step(known)
         seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
         following, plan = controller.decide(state, seen, cost, groups)
-        rest = RunRest(run.limit(total_steps), spent, controller.schedule, sensing=sensing * per_step)
+        rest = Remaining(run.limit(total_steps), spent, controller.schedule, sensing=sensing * per_step)
         cheaper = cost.total(widths_of(after(groups, plan)))
         wait = rest.wait(step, total_steps, lands=plan.budget_met, present=per_step, after=cheaper)
         if wait:
@@ -126,7 +126,7 @@ def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
 def test_wait_is_exact() -> None:
     """Waiting one step more than `wait` says would go over the budget, waiting as long as it says does not."""
     for spent, present, after_cut, sensing in ((600.0, 1.5, 0.8, 0.0), (500.0, 2.0, 0.5, 0.01)):
-        rest = RunRest(1000.0, spent, Schedule(), sensing=sensing)
+        rest = Remaining(1000.0, spent, Schedule(), sensing=sensing)
         wait = rest.wait(400, 800, lands=True, present=present, after=after_cut)
 
         def total(steps: int, state: tuple[float, ...] = (spent, present + sensing, after_cut)) -> float:
@@ -154,7 +154,7 @@ def test_a_most_that_the_guards_would_miss_lifts_them() -> None:
     seen = observe(groups, cost, limit=0.3 * dense, dense=dense, reading=reading, step=81, total_steps=1000)
     plain = after(groups, controller.decide(controller.init(groups), seen, cost, groups)[1])
     for share in (0.95, 0.5, 0.1, 0.001):
-        bound = replace(seen, most={"flops": share * dense})
+        bound = replace(seen, ceiling={"flops": share * dense})
         cut = after(groups, controller.decide(controller.init(groups), bound, cost, groups)[1])
         if share == 0.95:
             assert widths_of(cut) == widths_of(plain)

@@ -102,25 +102,25 @@ class Aim:
     spent: float  # cost as predicted
     target: float  # what the decision is to come down to
     landing: float  # what meets the limit
-    most: float  # what a step may cost until the next decision, infinite without a budget for the whole run
+    ceiling: float  # what a step may cost until the next decision, infinite without a budget for the whole run
     settled: bool  # whether every decision from here on tries to land
     feedback: Feedback  # memory of the PI part, this decision's error taken in
 
     @property
     def goal(self) -> float:
         """What a decision must not end above: the target once it is to land, and what the rest of the run allows."""
-        return self.target if self.settled else self.most
+        return self.target if self.settled else self.ceiling
 
     @property
     def paid(self) -> float:
         """What the model may cost where units come back. A cut may stop above the target, on the way down, but what
         comes back must not make the model dearer than it is.
         """
-        return min(self.target if self.settled else max(self.target, self.spent), self.most)
+        return min(self.target if self.settled else max(self.target, self.spent), self.ceiling)
 
     def rests(self, deadband: float) -> bool:
         """Whether spending is where it should be: within the limit at the end, within the dead-band on the way."""
-        if self.spent > self.most:
+        if self.spent > self.ceiling:
             return False
         if self.settled and self.metered is not None:
             return self.metered <= self.limit or self.spent <= self.target
@@ -161,7 +161,7 @@ def take_aim(
         target *= 1 - deadband / 2
     if metered is None and settled:
         target = min(target, limit)
-    most = observation.most.get(resource, math.inf) / ratio
+    ceiling = observation.ceiling.get(resource, math.inf) / ratio
     return Aim(
         resource=resource,
         start=start,
@@ -169,9 +169,9 @@ def take_aim(
         reference=allowed,
         metered=metered,
         spent=spent,
-        target=min(target, most),
+        target=min(target, ceiling),
         landing=limit / feedback.factor(),
-        most=most,
+        ceiling=ceiling,
         settled=settled,
         feedback=feedback,
     )

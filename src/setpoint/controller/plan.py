@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from setpoint.controller.schedule import RunRest
+from setpoint.controller.schedule import Remaining
 from setpoint.controller.trend import Excess
 from setpoint.cost.cost import Cost
 from setpoint.cost.price import Price
@@ -41,9 +41,9 @@ class Observation:
         probe: gain of every resting unit, or None if none was taken since the last decision.
         excess: how far the loss lies above the trend that it had before the last cut, or None if that is not known.
         last_dropped: by group, origins of the last cut's units, while they can come back.
-        most: by resource of a budget for the whole run, what a step may cost until the next decision at the most: with
-            more, not even the narrowest model would meet the budget from there on.
-        rest: by resource of a budget for the whole run, what is left of it, and what else it is spent on.
+        ceiling: by resource of a budget for the whole run, the highest cost of a step until the next decision: above
+            it, not even the narrowest model would meet the budget from there on.
+        remaining: by resource of a budget for the whole run, what is left of it, and what else it is spent on.
         learning_flops: what a controller that learns may spend on it at this decision, in FLOPs.
     """
 
@@ -63,8 +63,8 @@ class Observation:
     probe: Probe | None = None
     excess: Excess | None = None
     last_dropped: Mapping[str, Int[np.ndarray, " _units"]] = field(default_factory=dict)
-    most: Mapping[str, float] = field(default_factory=dict)
-    rest: Mapping[str, RunRest] = field(default_factory=dict)
+    ceiling: Mapping[str, float] = field(default_factory=dict)
+    remaining: Mapping[str, Remaining] = field(default_factory=dict)
     learning_flops: float = math.inf
 
 

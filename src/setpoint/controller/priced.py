@@ -66,7 +66,7 @@ class PricedController:
     dropped block fits back at the stop: predicted cost ends below the target by less than the smallest dropped block.
     Swaps of a coarse block for a finer one come nearer still. Where blocks are coarse, cuts on the way down stop two
     blocks above the limit, so that the last cut can choose a combination that comes near. A budget of the whole run
-    bounds what a step may cost until the next decision (`Observation.most`); reference and guards give way to it.
+    bounds what a step may cost until the next decision (`Observation.ceiling`); reference and guards give way to it.
 
     From `settle` on every decision tries to meet the budget, and never goes over. Guards in the way are lifted there,
     one after the other: first the slew limit, then the density floor and the dwell; the plan's reason says so. With a
@@ -330,15 +330,15 @@ class PricedController:
         if not aim.settled:
             selection = nothing(guards)
             target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * block_savings(selection))
-            self._descend(selection, min(target, aim.most), land=False)
-            if selection.total <= aim.most:
+            self._descend(selection, min(target, aim.ceiling), land=False)
+            if selection.total <= aim.ceiling:
                 return selection, "the last blocks are left for the last cut" if target > aim.target else ""
         selection, lifted = nothing(guards), ""
         if not self._descend(selection, aim.goal, land=True):
             selection, lifted = nothing(guards.without_slew()), "the slew limit (units per cut) was lifted"
             if not self._descend(selection, aim.goal, land=True):
                 unguarded = nothing(NO_GUARDS)
-                if self._descend(unguarded, aim.goal, land=True) or aim.most < math.inf:
+                if self._descend(unguarded, aim.goal, land=True) or aim.ceiling < math.inf:
                     selection, lifted = unguarded, "slew limit, density floor and dwell were lifted"
         return selection, lifted and f"{lifted} to reach the budget"
 

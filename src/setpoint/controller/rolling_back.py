@@ -75,8 +75,8 @@ class RollingBack:
             return None
         back, widths = observation.last_dropped, observation.widths
         wider = {name: width + len(back.get(name, ())) for name, width in widths.items()}
-        expected = {name: rest.factor * cost.total(wider) for name, rest in observation.rest.items()}
-        if any(expected[name] > most for name, most in observation.most.items()):
+        expected = {name: left.factor * cost.total(wider) for name, left in observation.remaining.items()}
+        if any(expected[name] > ceiling for name, ceiling in observation.ceiling.items()):
             return None
         done = (
             f"so the cut was taken back at step {step}"

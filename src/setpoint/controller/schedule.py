@@ -152,7 +152,7 @@ _UNUSED = 0.002
 
 
 @dataclass(frozen=True)
-class RunRest:
+class Remaining:
     """What is left of the budget of a run when a decision is made, and what else it is spent on.
 
     A last cut at step s to the cost c per step fixes the rest of the run, and
@@ -187,8 +187,8 @@ class RunRest:
             present: cost of a step now.
             after: cost of a step after the cut.
 
-        >>> rest = RunRest(limit=100.0, spent=60.0, schedule=Schedule())
-        >>> rest.wait(60, 110, lands=True, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 steps more at 1.0
+        >>> remaining = Remaining(limit=100.0, spent=60.0, schedule=Schedule())
+        >>> remaining.wait(60, 110, lands=True, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 more at 1.0
         25
         """
         if not lands and not self.schedule.settled(step, total_steps):
@@ -209,7 +209,7 @@ class RunRest:
         return steps(unused - self.sensing - self.deciding * decisions) if self.deciding else steps(unused)
 
 
-def step_limit(schedule: Schedule, step: int, total_steps: int, *, rest: float, start: float, present: float) -> float:
+def step_limit(schedule: Schedule, step: int, total_steps: int, *, left: float, start: float, present: float) -> float:
     """The highest limit per step that the rest of a run can be held to with what is left to spend.
 
     The controller comes down to the reference at each decision and stays there until the next, and a cut is not taken
@@ -224,18 +224,18 @@ def step_limit(schedule: Schedule, step: int, total_steps: int, *, rest: float, 
     Args:
         schedule: the trajectory, and when decisions are made.
         step: the decision that is to be made now, in optimizer steps done.
-        rest: what is left to spend on the steps to come, in the resource's unit.
+        left: what is left to spend on the steps to come, in the resource's unit.
         start: cost of a step of the dense model.
         present: cost of a step now.
 
     Returns:
         At most `start`; 0 or less where nothing is left, so that no model meets it.
 
-    >>> step_limit(Schedule(), 300, 1000, rest=350.0, start=1.0, present=0.8)
+    >>> step_limit(Schedule(), 300, 1000, left=350.0, start=1.0, present=0.8)
     0.5
     """
-    if rest <= 0:
-        return min(rest, 0.0)
+    if left <= 0:
+        return min(left, 0.0)
     stretches = spans(schedule, step, total_steps)
 
     def spent(limit: float) -> float:
@@ -245,11 +245,11 @@ def step_limit(schedule: Schedule, step: int, total_steps: int, *, rest: float, 
         )
 
     low, high = 0.0, start
-    if spent(start) <= rest:
+    if spent(start) <= left:
         return start
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) <= rest else (low, middle)
+        low, high = (middle, high) if spent(middle) <= left else (low, middle)
     return low
 
 
@@ -268,28 +268,28 @@ def next_decision(schedule: Schedule, step: int, total_steps: int) -> int:
     return next((at for at in schedule.decisions(total_steps) if at > step), total_steps)
 
 
-def least_run(schedule: Schedule, step: int, total_steps: int, *, present: float, cheapest: float) -> float:
+def cheapest_run(schedule: Schedule, step: int, total_steps: int, *, present: float, cheapest: float) -> float:
     """The least that the rest of a run can spend: the present model until the next decision, then the cheapest one."""
     coming = next_decision(schedule, step, total_steps)
     return present * (coming - step) + cheapest * (total_steps - coming)
 
 
-def most_per_step(schedule: Schedule, step: int, total_steps: int, *, rest: float, cheapest: float) -> float:
+def highest_step(schedule: Schedule, step: int, total_steps: int, *, left: float, cheapest: float) -> float:
     """The most that a step may cost until the next decision, so that the cheapest model from there on spends the rest.
 
-    Where each decision keeps to it, the next one can: a run whose rest is at least `least_run` before its first
+    Where each decision keeps to it, the next one can: a run that has at least `cheapest_run` left before its first
     decision is never over its budget.
 
     Args:
         schedule: when decisions are made.
         step: the decision that is to be made now, in optimizer steps done.
-        rest: what is left to spend on the steps to come.
+        left: what is left to spend on the steps to come.
         cheapest: cost of a step of the cheapest model.
 
-    >>> round(most_per_step(Schedule(), 300, 1000, rest=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
+    >>> round(highest_step(Schedule(), 300, 1000, left=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
     1.056
     """
     coming = next_decision(schedule, step, total_steps)
     if coming == step:
         return math.inf
-    return (rest - cheapest * (total_steps - coming)) / (coming - step)
+    return (left - cheapest * (total_steps - coming)) / (coming - step)

@@ -72,6 +72,6 @@ def _wait(observation: Observation, cost: Cost, plan: Plan) -> int:
             present=rest.factor * cost.total(observation.widths),
             after=rest.factor * cost.total(after),
         )
-        for rest in observation.rest.values()
+        for rest in observation.remaining.values()
     )
     return min(waits, default=0)

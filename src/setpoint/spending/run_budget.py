@@ -11,10 +11,10 @@ import numpy as np
 
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.schedule import (
-    RunRest,
+    Remaining,
     Schedule,
-    least_run,
-    most_per_step,
+    cheapest_run,
+    highest_step,
     next_decision,
     spans,
     step_limit,
@@ -43,8 +43,8 @@ class RunBudget:
 
     With a *fixed length* the budget says what each step may cost. Before each decision the limit per step is found
     again from what the account has really spent (`step_limit`), so whatever cost more or less than planned is made up
-    for by the steps to come; what a last cut would leave unused is waited off (`RunRest`). Where a meter tells what is
-    spent, all of this aims at `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
+    for by the steps to come; a last cut waits while it would leave much unused (`Remaining`). Where a meter reads what
+    is spent, all of this aims at `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
 
     With a *fixed total* (a bill) budgets per step fix the finished model, and the total fixes how long it is trained.
     The length is the largest T for which
@@ -98,7 +98,7 @@ class RunBudget:
                 f"{words} is {limit / dense_run:,.0f} times what a dense run takes, so nothing would be cut: ask for "
                 f"less than {amount(dense_run, resource)}. A number without a unit is in seconds"
             )
-        steps = least_run(self.schedule, step, num_steps, present=state.present, cheapest=cheapest)
+        steps = cheapest_run(self.schedule, step, num_steps, present=state.present, cheapest=cheapest)
         lowest = spent + self._overhead(state, deciding=False) + steps
         if limit * (1 - self.margin) < lowest:
             lowest /= 1 - self.margin
@@ -121,7 +121,7 @@ class RunBudget:
             deciding: whether a decision is made at this step.
         """
         left = self._left(state) - self._overhead(state, deciding=deciding)
-        return most_per_step(self.schedule, state.step, state.num_steps, rest=left, cheapest=state.lowest)
+        return highest_step(self.schedule, state.step, state.num_steps, left=left, cheapest=state.lowest)
 
     def spare(self, state: RunState) -> float:
         """What the budget leaves for other things than steps, until the next decision."""
@@ -133,16 +133,16 @@ class RunBudget:
     def per_step(self, state: RunState) -> float:
         """The limit per step that the rest of the run can be held to; at its end a cut saves nothing any more."""
         step, num_steps, left = state.step, state.num_steps, self._left(state)
-        found = step_limit(self.schedule, step, num_steps, rest=left, start=self.dense, present=state.present)
+        found = step_limit(self.schedule, step, num_steps, left=left, start=self.dense, present=state.present)
         if self.schedule.settled(step, num_steps) and step < num_steps:
             found = min(found, left / (num_steps - step))
         found = max(found, _FLOOR * self.dense)
         return found if step < num_steps else max(found, state.present)
 
-    def rest(self, state: RunState) -> RunRest:
+    def remaining(self, state: RunState) -> Remaining:
         """What is left of the budget, and what else it is spent on, for whoever decides when to cut."""
         every, now = sensed_every(state.num_steps), state.learning(0)
-        return RunRest(
+        return Remaining(
             self.limit(state.num_steps),
             state.committed,
             self.schedule,

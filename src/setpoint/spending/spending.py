@@ -237,8 +237,8 @@ class Spending:
             metered=self._known,
             seconds_per_step=account.steps.seconds_per_step if self._single_process else None,
             seconds_per_resize=resizing.last_seconds if account.resizes and self._single_process else None,
-            most={name: runs[name].ceiling(state) for name, state in states.items()},
-            rest={name: runs[name].rest(state) for name, state in states.items()},
+            ceiling={name: runs[name].ceiling(state) for name, state in states.items()},
+            remaining={name: runs[name].remaining(state) for name, state in states.items()},
             learning_flops=max(0.0, account.share_left(_LEARNING_SHARE, account.learning_flops)),
             **others,
         )
