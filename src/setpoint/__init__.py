@@ -19,7 +19,6 @@ from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import SetpointError
 from setpoint.groups.trace import find_groups
-from setpoint.host.fsdp import unsharded
 from setpoint.integrations.checkpointing import enable_checkpointing
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
@@ -29,6 +28,7 @@ from setpoint.sensor.taylor import TaylorSensor
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from setpoint.host.fsdp import unsharded
     from setpoint.one_shot.compress import compress
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.states.hankel import HankelSensor
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from setpoint.weights.masking import Masking
 
 _LEAVES = {
+    "unsharded": "setpoint.host.fsdp",
     "HankelSensor": "setpoint.states.hankel",
     "Masking": "setpoint.weights.masking",
     "Regrowing": "setpoint.regrowth.regrowing",

@@ -34,7 +34,7 @@ class Ranks:
         group: the process group, or None.
         device: where what is sent must lie: the CPU for gloo, the model's GPU for NCCL.
 
-    >>> Ranks().count, Ranks().mean(np.array([1.0, 2.0])), Ranks().hear("here")
+    >>> Ranks().count, Ranks().mean(np.array([1.0, 2.0])), Ranks().all_gather_text("here")
     (1, array([1., 2.]), ['here'])
     """
 
@@ -101,8 +101,8 @@ class Ranks:
         found = self._gathered(torch.nn.functional.pad(part, (0, -(-length // self.count) - len(part))))
         return found.flatten()[:length].to(part.device)
 
-    def hear(self, message: str) -> list[str]:
-        """What every rank says, in the order of ranks; a message is cut to 1024 bytes.
+    def all_gather_text(self, message: str) -> list[str]:
+        """The message of every rank, in the order of ranks; each is cut to 1024 bytes.
 
         Args:
             message: of this rank.
@@ -110,8 +110,8 @@ class Ranks:
         if self.count == 1:
             return [message]
         text = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-        heard = self._gathered(torch.frombuffer(bytearray(text), dtype=torch.uint8)).cpu().numpy()
-        return [bytes(each).rstrip(b"\0").decode(errors="ignore") for each in heard]
+        gathered = self._gathered(torch.frombuffer(bytearray(text), dtype=torch.uint8)).cpu().numpy()
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in gathered]
 
     def _gathered(self, own: Tensor) -> Tensor:
         """What each rank has, stacked, by one all-gather."""

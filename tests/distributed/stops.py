@@ -116,10 +116,7 @@ def refusals() -> None:
         else:
             raise AssertionError(text)
 
-    inner = build()
-    wrapper = Parallel(inner)
-    refused("give attach the wrapper", inner)
-    refused("give attach the wrapper", inner.head)
+    wrapper = Parallel(build())
     squared = PowerSGDState(None, matrix_approximation_rank=1)
     wrapper.register_comm_hook(squared, powerSGD_hook)
     refused("PowerSGD", wrapper)
@@ -152,6 +149,10 @@ def refusals() -> None:
     later = build()
     optimizer, loop = attached(later, never, x)
     stops("wrap the model first", Parallel(later), optimizer, loop)
+    before = build()
+    wrapper = Parallel(before)
+    optimizer, loop = attached(before, never, x)
+    stops("give attach the wrapper", wrapper, optimizer, loop)
     joined = Parallel(build())
     context = Join([joined])
     optimizer, loop = attached(joined, never, x)

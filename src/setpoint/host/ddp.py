@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.distributed import Ranks
+from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.join import Joining
 from setpoint.host.local import Agreed, Local
-from setpoint.host.refuse import check_parallel, check_unsharded
+from setpoint.host.refuse import check_unsharded
 
 _BUILT_IN = "BuiltinCommHookType."
 """How PyTorch begins the names of its own communication hooks, which it remembers only by name."""
@@ -74,6 +75,22 @@ class DDP(Local):
     def stop(self) -> None:
         super().stop()
         self._joining.stop()
+
+
+def check_parallel(parallel: DistributedDataParallel) -> None:
+    """Check that a wrapper can follow a change of sizes, or raise LoopError naming what cannot."""
+    trouble = {
+        "its own mixed_precision (use torch.autocast)": parallel.mixed_precision is not None,
+        "delay_all_reduce_named_params": bool(parallel._delay_all_reduce_params),
+        "optimizers in the backward pass": any(hasattr(p, "_in_backward_optimizers") for p in parallel.parameters()),
+        "the python_reducer of torch._dynamo.config.optimize_ddp": parallel._use_python_reducer,
+        # What it remembers has the sizes of the buckets, which change.
+        "the communication hook of PowerSGD": "PowerSGDState"
+        in {type(state).__name__ for _, state in parallel._comm_hooks},
+    }
+    found = [name for name, there in trouble.items() if there]
+    if found:
+        raise LoopError(f"DistributedDataParallel with {'; '.join(found)} cannot follow a cut: leave that out")
 
 
 def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter]) -> None:

@@ -16,7 +16,6 @@ from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, uns
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.local import Agreed, Local
-from setpoint.host.refuse import check_unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +133,6 @@ class FSDP(Local):
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Let the modules have their own shards, as after a backward pass, also where a forward pass came last."""
         _reshard(self.model)
-        if first:
-            check_unwrapped(self.model)
         self._priced.check()
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,26 +14,23 @@ from torch.optim import Optimizer
 from setpoint.distributed import Ranks, unwrapped
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
+from setpoint.host.agreement import SharedLosses
 from setpoint.host.copies import Copies, several
-from setpoint.host.ddp import DDP
-from setpoint.host.fsdp import FSDP
 from setpoint.host.local import Agreed, Local
 from setpoint.host.optimizers import Steps, real_optimizers
-from setpoint.host.refuse import check_plain, check_unwrapped
-from setpoint.host.together import SharedLosses
+from setpoint.host.refuse import check_plain
 from setpoint.sensor.reading import Reading
 
 
-@runtime_checkable
 class Host(Protocol):
-    """What a loop asks of the set-up that a model is trained in."""
+    """What a loop asks of the set-up that a model is trained in: `Local`, `DDP` or `FSDP`."""
 
     model: nn.Module
     """The model itself, without wrappers."""
     optimizers: tuple[Optimizer, ...]
     """Those that really step."""
     averages: Copies
-    """Whose copies are cut alike: averaged ones, mostly."""
+    """Whose copies are cut like the model: averaged ones, mostly."""
     wrapper: str
     """What is around the model, for messages; empty in one process."""
     compiled: bool
@@ -43,7 +40,7 @@ class Host(Protocol):
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
-        """Modules that are cut alike."""
+        """Modules that are cut like the model."""
 
     @property
     def ranks(self) -> Ranks:
@@ -58,31 +55,25 @@ class Host(Protocol):
         """Whether one process has all of the model and its gradients."""
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
-        """What is done inside is done by all ranks, with the same outcome, or raises on all of them."""
+        """All ranks do what is inside with the same outcome, or raise."""
 
     def unsharded(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and unsharded on each rank."""
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
-        """The reading that all ranks decide on; the losses are then the means over ranks."""
+        """The mean reading over ranks, on which all decide; the losses are then the means over ranks, too."""
 
     def resizable(self, what: str, groups: Iterable[Group]) -> AbstractContextManager[Agreed]:
-        """Inside, tensors of these groups may change their shape, on all ranks alike; `what` is said in messages.
+        """Inside, tensors of these groups may change their shape, on all ranks; `what` stands in messages.
 
-        What is yielded is called when all that can fail is done and can still be put back; it raises where another rank
-        has failed. At the end wrappers, shards and compiled code follow, wrappers also after an exception.
+        It yields a function to be called when all that can fail is done and can still be undone. At the end wrappers,
+        shards and compiled code follow, wrappers also after an exception.
 
         Raises:
-            RankError: when another rank has failed, or has come to other shapes.
+            RankError: if another rank failed or computed different shapes.
         """
 
-    def begin(
-        self,
-        *,
-        steps: Callable[[], int],
-        missed: Callable[[], None],
-        groups: tuple[Group, ...],
-    ) -> None:
+    def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
         """A loop begins.
 
         Args:
@@ -92,10 +83,12 @@ class Host(Protocol):
         """
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
-        """Check that the set-up is the one that was given, and that the ranks can go along with each other.
+        """Check that the set-up is the one that was given, and that it allows what the ranks have to send.
 
-        It looks closer before the first step. Both facts, that units come back and that a sensor reads frozen weights
-        by hooks, ask for messages that not every set-up allows.
+        Args:
+            first: whether it is the first step, where it looks closer.
+            regrows: whether units come back.
+            by_hooks: whether a sensor reads frozen weights by hooks.
 
         Raises:
             LoopError: when not.
@@ -120,14 +113,19 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
     if not isinstance(model, nn.Module):
         raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     outer, model = model, unwrapped(model)
-    parallel = next((each for each in outer.modules() if isinstance(each, DistributedDataParallel)), None)
+    parallel = next((module for module in outer.modules() if isinstance(module, DistributedDataParallel)), None)
     sharded = check_plain(model)
     if sharded and parallel is not None:
         raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
-    if parallel is None:
-        check_unwrapped(model)
-    optimizers, several_copies = real_optimizers(optimizer), several(copies)
-    compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in outer.modules())
+    optimizers, named = real_optimizers(optimizer), several(copies)
+    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
+    # Few runs are distributed: what they need is loaded by those alone.
     if parallel is not None:
-        return DDP(model, optimizers, several_copies, compiled=compiled, parallel=parallel)
-    return (FSDP if sharded else Local)(model, optimizers, several_copies, compiled=compiled)
+        from setpoint.host.ddp import DDP
+
+        return DDP(model, optimizers, named, compiled=compiled, parallel=parallel)
+    if sharded:
+        from setpoint.host.fsdp import FSDP
+
+        return FSDP(model, optimizers, named, compiled=compiled)
+    return Local(model, optimizers, named, compiled=compiled)

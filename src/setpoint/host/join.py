@@ -128,7 +128,7 @@ class Joining:
 
     def _closed(self) -> None:
         self._open = False
-        behind = max(map(int, self._ranks.hear(str(self._steps())))) - self._steps()
+        behind = max(map(int, self._ranks.all_gather_text(str(self._steps())))) - self._steps()
         if self._stopped:
             self._remove()
             return

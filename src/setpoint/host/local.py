@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from setpoint.actuator.shrink import named_tensors
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
+from setpoint.host.agreement import SharedLosses, on_all_ranks, shared_reading
 from setpoint.host.compiled import DynamicWidths
 from setpoint.host.copies import Copies
-from setpoint.host.refuse import check_unsharded, check_unwrapped
-from setpoint.host.together import SharedLosses, shared_reading, together
+from setpoint.host.refuse import check_unsharded, watch_for_wrapper
 from setpoint.host.trained import Trained
 from setpoint.sensor.reading import Reading
 
@@ -35,6 +35,7 @@ class Local:
         self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
         self.compiled = compiled
         self._widths, self._priced = DynamicWidths(()), Trained(model)  # until a loop begins
+        self._stop_watching: Callable[[], None] = lambda: None
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
@@ -53,7 +54,7 @@ class Local:
         return self.ranks.count == 1
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
-        return together(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
+        return on_all_ranks(self.ranks, what) if self.ranks.count > 1 else nullcontext({})
 
     def unsharded(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -63,7 +64,7 @@ class Local:
 
     @contextmanager
     def resizable(self, what: str, groups: Iterable[Group]) -> Iterator[Agreed]:
-        """Inside, tensors of these groups may change their shape, on all ranks alike; as `Host` says."""
+        """Inside, tensors of these groups may change their shape, on all ranks; as `Host` says."""
         changing = tuple(groups)
 
         def agree() -> None:
@@ -77,23 +78,25 @@ class Local:
             facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
-        """Inside, these groups' tensors lie here unsharded; at the end what is around the model follows."""
+        """Inside, the tensors of these groups are unsharded; at the end what is around the model follows."""
         return nullcontext(agree)
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
         self._widths, self._priced = DynamicWidths(groups), Trained(self.model)
         self.averages.begin()
+        if not self.wrapper:
+            self._stop_watching = watch_for_wrapper(self.model)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Check that the set-up is the one that was given."""
         if first:
             check_unsharded(self.model)
-            check_unwrapped(self.model)
         self._priced.check()
 
     def complete(self) -> bool:
         return True
 
     def stop(self) -> None:
+        self._stop_watching()
         self._widths.stop()
         self.averages.stop()

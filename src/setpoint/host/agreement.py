@@ -1,4 +1,4 @@
-"""An agreement: what ranks that train one model together do alike, or stop with an error on all of them."""
+"""Agreement: ranks that train one model do a thing with one outcome, or stop with an error on all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float64
@@ -18,11 +18,12 @@ from setpoint.sensor.reading import Reading
 
 _FAILED = "failed "
 _LATER = "the run goes on from its last checkpoint"
+_PARTS = ("saliency", "slope", "norm")
+"""The fields of a reading that hold numbers by group."""
 
 
-@runtime_checkable
 class SharedLosses(Protocol):
-    """Losses that each rank was given for itself, until they are shared."""
+    """The losses that each rank was given for itself; the loop's, which this folder lies below."""
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
         """What this rank alone was given up to a step, as numbers whose mean over ranks `share` takes."""
@@ -32,11 +33,11 @@ class SharedLosses(Protocol):
 
 
 @contextmanager
-def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
+def on_all_ranks(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     """What is done inside is done by all ranks, with the same outcome, or raises on all of them.
 
-    Each rank tells the others at the end, in one small all-gather, that it came through, and a digest of everything
-    that it has put into the dict that the block is given. Nothing is sent where there is one rank.
+    At the end one small all-gather says of each rank whether it failed, and a digest of every fact that it has put into
+    the dict that the block is given. Nothing is sent where there is one rank.
 
     Raises:
         RankError: when another rank has failed, is lost, or has put something else into the dict. What this rank
@@ -48,26 +49,25 @@ def together(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     except Exception as error:
         if ranks.count > 1 and not isinstance(error, RankError):
             with suppress(RuntimeError):
-                ranks.hear(f"{_FAILED}{type(error).__name__}: {error}")
+                ranks.all_gather_text(f"{_FAILED}{type(error).__name__}: {error}")
         raise
     if ranks.count == 1:
         return
     try:
-        heard = ranks.hear(" ".join(f"{name}:{_digest(fact)}" for name, fact in facts.items()))
+        texts = ranks.all_gather_text(" ".join(f"{name}:{_digest(fact)}" for name, fact in facts.items()))
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}, or has not come to it in time: {_LATER}") from error
-    failures = {rank: words.removeprefix(_FAILED) for rank, words in enumerate(heard) if words.startswith(_FAILED)}
+    failures = {rank: text.removeprefix(_FAILED) for rank, text in enumerate(texts) if text.startswith(_FAILED)}
     if failures:
-        failed = "; ".join(f"rank {rank} with {words}" for rank, words in failures.items())
+        failed = "; ".join(f"rank {rank} with {text}" for rank, text in failures.items())
         raise RankError(f"{what} failed on {failed}. Rank {ranks.own} stops too: {_LATER}")
-    # By rank, the names of the facts of which the digests differ.
-    apart = {
-        rank: sorted({each.partition(":")[0] for each in set(words.split()) ^ set(heard[0].split())})
-        for rank, words in enumerate(heard)
-        if words != heard[0]
+    differing = {  # by rank, the names of the facts whose digests differ
+        rank: sorted({entry.partition(":")[0] for entry in set(text.split()) ^ set(texts[0].split())})
+        for rank, text in enumerate(texts)
+        if text != texts[0]
     }
-    if apart:
-        whom = "; ".join(f"rank {rank} in {', '.join(names)}" for rank, names in apart.items())
+    if differing:
+        whom = "; ".join(f"rank {rank} in {', '.join(names)}" for rank, names in differing.items())
         raise RankError(
             f"the ranks do not agree on {what}: other than rank 0 is {whom}. Give every rank the same model, the same "
             "arguments, an example of the same shape, and let no part of it depend on the rank or on chance"
@@ -91,38 +91,32 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     its own. The mean of the losses is the loss of the global batch where batches are equally large.
 
     Raises:
-        RankError: when ranks cannot be brought together.
+        RankError: if a rank failed, was lost, or has a reading of other groups.
     """
     what = f"the reading after step {step}"
-    with together(ranks, what) as facts:
+    with on_all_ranks(ranks, what) as facts:
         reading = read()
-        values = [getattr(reading, part)[name] for part, name in _places(reading)]
-        seen = [float(steps > 0) for _, steps in sorted(reading.steps_seen.items())]
+        places = [(part, name) for part in _PARTS for name in sorted(getattr(reading, part))]
+        values = [getattr(reading, part)[name] for part, name in places]
+        groups = sorted(reading.steps_seen)
+        seen = [float(reading.steps_seen[name] > 0) for name in groups]
         counts = np.array([reading.skipped_steps, reading.num_steps, *seen], dtype=np.float64)
         own = losses.unshared(step)
-        facts["units"] = [(part, name, len(getattr(reading, part)[name])) for part, name in _places(reading)]
+        facts["units"] = [(*place, len(value)) for place, value in zip(places, values, strict=True)]
         facts["step"] = (step, reading.step, reading.calibrated, len(own))
     try:
         mean = ranks.mean(np.concatenate([own, counts, *values]))
     except RuntimeError as error:
         raise RankError(f"a rank was lost at {what}: {_LATER}") from error
-    losses.share(step, mean[: len(own)])
-    skipped, taken, *rest = mean[len(own) :]
-    shared = _with_values(reading, mean[len(own) + len(counts) :])
-    by_all = {name for name, each in zip(sorted(reading.steps_seen), rest, strict=False) if each == 1.0}
-    steps_seen = {name: steps if name in by_all else 0 for name, steps in reading.steps_seen.items()}
+    ends = np.cumsum([len(own), len(counts), *map(len, values)])
+    losses_mean, counts_mean, *values_mean = np.split(mean, ends[:-1])
+    losses.share(step, losses_mean)
+    shared: dict[str, Any] = {part: {} for part in _PARTS}
+    for (part, name), value in zip(places, values_mean, strict=True):
+        shared[part][name] = value
+    skipped, taken, *seen_mean = counts_mean
+    # A group counts as seen where every rank has seen it: one rank alone may have run its branch.
+    seen_by_all = {name for name, share in zip(groups, seen_mean, strict=True) if share == 1.0}
+    steps_seen = {name: steps if name in seen_by_all else 0 for name, steps in reading.steps_seen.items()}
     counted = {"skipped_steps": math.ceil(skipped), "num_steps": math.floor(taken)}
-    return replace(shared, **counted, steps_seen=steps_seen)
-
-
-def _places(reading: Reading) -> list[tuple[str, str]]:
-    """Where the numbers of a reading are, in one order on all ranks."""
-    return [(part, name) for part in ("saliency", "slope", "norm") for name in sorted(getattr(reading, part))]
-
-
-def _with_values(reading: Reading, values: Float64[np.ndarray, " n"]) -> Reading:
-    found: dict[str, Any] = {"saliency": {}, "slope": {}, "norm": {}}
-    for part, name in _places(reading):
-        length = len(getattr(reading, part)[name])
-        found[part][name], values = values[:length], values[length:]
-    return replace(reading, **found)
+    return replace(reading, **shared, **counted, steps_seen=steps_seen)
