@@ -1,4 +1,4 @@
-"""What `attach` costs, in training steps: with nothing kept, with an equal model known, and before, in turns.
+"""What `attach` costs, in training steps, and what it cost with an older version, in turns.
 
     python bench/benchmarks/attach.py --base ../base --out results/attach.json
     python bench/benchmarks/attach.py --base ../base --out results/attach.json --budget latency
@@ -7,9 +7,8 @@ Processor seconds on one thread, each run in a fresh process, after torch's expo
 `attach` of a tiny model, whose seconds are recorded as well. A pair is
 one run of this tree and one of the tree in `--base`, in changing order; in each run the training step is measured
 before and after, and ratios are to the steps of the same run. Of Llama-8B, which has no weights, groups are found.
-Rows of models that are not measured stay in the file, and those of other processors. With a `--budget` of latency,
-memory or energy the model is known. What such a budget learns from copies is learnt the first time, and found in the
-cache the second time. Joules are stated watts times seconds.
+Rows of models that are not measured stay in the file, and those of other processors. A `--budget` of latency, memory or
+energy adds what it learns from copies. Joules are stated watts times seconds.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def step_of(model: nn.Module, example: Any) -> Callable[[], None]:
 
 
 def measure(name: str, resource: str) -> dict[str, Any]:
-    """Of one model in this process, whose cache folder is empty; for another resource than FLOPs the model is known."""
+    """Seconds of attach and of training steps of one model, in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     small = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -130,27 +129,19 @@ def measure(name: str, resource: str) -> dict[str, Any]:
     without_data = name == "llama-8b"
     if not without_data:
         measure_steps()
-    found = []
-    if resource != "flops":
-        attached(*MODELS[name]())
-    for _ in "cold", "warm":
-        model, example = MODELS[name]()
-        find = setpoint.find_groups if without_data else partial(attached, resource=resource)
-        found.append(seconds(lambda find=find, model=model, example=example: find(model, example)))
+    model, example = MODELS[name]()
+    find = setpoint.find_groups if without_data else partial(attached, resource=resource)
+    cold_s = seconds(lambda: find(model, example))
     if not without_data:
         measure_steps()
     step_s = statistics.median(steps) if steps else None
-    return {"loading_s": loading_s, "cold_s": found[0], "warm_s": found[1], "step_s": step_s}
+    return {"loading_s": loading_s, "cold_s": cold_s, "step_s": step_s}
 
 
 def in_process(name: str, tree: Path, resource: str) -> dict[str, Any]:
     """The record of a fresh process that imports the package from a tree."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "PYTHONPATH": str(tree / "src"),
-            "XDG_CACHE_HOME": folder,
-            "OMP_NUM_THREADS": "1",
-        }
+    with tempfile.TemporaryDirectory() as folder:  # older versions look for what they kept in the cache folder
+        settings = {"PYTHONPATH": str(tree / "src"), "XDG_CACHE_HOME": folder, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--one", name, "--budget", resource]
         run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings})
     record: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -207,7 +198,6 @@ def main() -> None:
             "pairs": arguments.pairs,
             "load_average_range": [min(loads), max(loads)],
             "cold": summary(runs["now"], "cold_s"),
-            "warm": summary(runs["now"], "warm_s"),
             **(
                 {"base": commit_of(arguments.base), "before": summary(runs["before"], "cold_s")}
                 if "before" in trees
@@ -219,7 +209,7 @@ def main() -> None:
         budgets = {budget: before[budget] for budget in BUDGETS if budget in before}
         rows[name] = {**found, **budgets} if resource == "flops" else {**before, resource: found}
         shown = (f"{kind} {row['seconds_median']:.2f} s ({row.get('steps_median', float('nan')):.2f} steps)"
-                for kind, row in found.items() if kind in ("cold", "warm", "before"))  # fmt: skip
+                for kind, row in found.items() if kind in ("cold", "before"))  # fmt: skip
         print(f"{name}: {', '.join(shown)}", flush=True)
         result = {
             "what": "processor seconds on one thread",

@@ -4,9 +4,9 @@
     python bench/benchmarks/gpu.py --small                            # tiny networks: what the tests run on a CPU
 
 Each network trains for some steps in bf16 while Setpoint cuts it to half of its FLOPs. Then the dense network, one that
-is evenly narrow at the same FLOPs, Setpoint's, and one that Setpoint has cut in the smaller blocks of a CPU take turns,
-and each turn is a few training steps. Data are random, and every target is the first class: which units are dropped is
-chance, and the time of a step is not. Without a GPU all of it runs on the CPU.
+is evenly narrow at the same FLOPs, and Setpoint's take turns, and each turn is a few training steps. Data are random,
+and every target is the first class: which units are dropped is chance, and the time of a step is not. Without a GPU all
+of it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +30,6 @@ import setpoint
 from setpoint.controller.selection import landing_widths
 from setpoint.cost.flops import flops_cost
 from setpoint.errors import DeviceError
-from setpoint.groups.blocks import block_size
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources.joules import find_energy_meter
@@ -39,7 +38,6 @@ from setpoint_bench.device import autocast, best_device
 from setpoint_bench.joules import Joules
 
 FRACTION, SEED = 0.5, 0
-FINE = "Setpoint, blocks of a CPU"
 
 
 @dataclass(frozen=True)
@@ -138,15 +136,14 @@ def measure(
     ours, summary = _pruned(copy.deepcopy(dense), example, subject.steps, device)
     trained = time.perf_counter() - before
     even, even_flops = _even(copy.deepcopy(dense), example)
-    fine, fine_summary = _pruned(copy.deepcopy(dense), example, subject.steps, device, blocks_of="cpu")
-    models = {"dense": dense, "even": even, "Setpoint": ours, FINE: fine}
+    models = {"dense": dense, "even": even, "Setpoint": ours}
     compiled = compiled and time.perf_counter() - start < seconds / 2
-    modes_of = {name: ("eager", "compiled") if compiled and name != FINE else ("eager",) for name in models}
-    turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes_of[name]} for name in models}
+    modes = ("eager", "compiled") if compiled else ("eager",)
+    turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in models}
     joules: dict[str, list[float | None]] = {name: [] for name in models}
     steps, first, optimizers = {}, {}, {}
     for name, model in models.items():
-        for mode in modes_of[name]:
+        for mode in modes:
             called = torch.compile(model) if mode == "compiled" else model
             optimizers[name, mode] = optimizer = _optimizer_of(model)
             steps[name, mode] = _step_of(called, optimizer, example, device)
@@ -171,7 +168,7 @@ def measure(
                 joules[name].append(None if meter.energy_j is None else meter.energy_j / subject.per_turn)
     return {
         "step_seconds": turns,
-        "first_step_seconds": {name: {mode: first[name, mode] for mode in modes_of[name]} for name in models},
+        "first_step_seconds": {name: {mode: first[name, mode] for mode in modes} for name in models},
         "step_joules": {name: _middle(each) for name, each in joules.items()},
         "peak_bytes": {
             name: _peak(steps[name, "eager"], _held(model, optimizers[name, "eager"], example), device)
@@ -181,7 +178,6 @@ def measure(
             "dense": summary.dense_flops,
             "even": even_flops,
             "Setpoint": summary.final_flops,
-            FINE: fine_summary.final_flops,
         },
         "run": {
             "steps": summary.steps,
@@ -195,18 +191,10 @@ def measure(
     }
 
 
-def _pruned(
-    model: nn.Module, example: Any, steps: int, device: torch.device, blocks_of: str | None = None
-) -> tuple[nn.Module, setpoint.Summary]:
-    """The network after a run that cut it, in the blocks of that type of device, and the run's summary."""
-    optimizer, groups = _optimizer_of(model), None
-    if blocks_of is not None:
-        found = (each for each in setpoint.find_groups(model, example) if each.lossless)
-        groups = tuple(
-            each if each.only_blocks else replace(each, multiple_of=block_size(each.num_units, each.what, blocks_of))
-            for each in found
-        )
-    loop = setpoint.attach(model, optimizer, FRACTION, example=example, total_steps=steps, groups=groups)
+def _pruned(model: nn.Module, example: Any, steps: int, device: torch.device) -> tuple[nn.Module, setpoint.Summary]:
+    """The network after a run that cut it, and the run's summary."""
+    optimizer = _optimizer_of(model)
+    loop = setpoint.attach(model, optimizer, FRACTION, example=example, total_steps=steps)
     step = _step_of(model, optimizer, example, device)
     for _ in range(steps):
         step()

@@ -4,8 +4,7 @@
 
 Steps with and without Setpoint take turns, so that a machine whose speed drifts favours neither; ratios are
 of medians, with the middle half of the paired ratios as their spread. Whole runs of this tree and of the tree in
-`--base` take turns, too, each on one thread: the first time with an empty cache, then with the model known. Run it
-on an otherwise idle machine.
+`--base` take turns, too, each on one thread and with an empty cache. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -169,36 +168,24 @@ def run_of(tree: Path, name: str, steps: int, data: Path | None, cache: Path) ->
         "OMP_NUM_THREADS": "1",
     }
     with tempfile.TemporaryDirectory() as out:
-        command = [
-            sys.executable,
-            "-m",
-            "setpoint",
-            "bench",
-            "--task",
-            name,
-            "--methods",
-            "setpoint",
-            "--budgets",
-            "0.5",
-        ]
-        command += ["--steps", str(steps), "--out", out, *(["--data", str(data)] if data else [])]
+        command = [sys.executable, "-m", "setpoint", "bench", "--task", name, "--methods", "setpoint"]
+        command += ["--budgets", "0.5", "--steps", str(steps), "--out", out, *(["--data", str(data)] if data else [])]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, **settings})
         (result,) = load_results(Path(out))
     return {"seconds": result.seconds, "own_seconds": result.overhead_seconds}
 
 
 def whole_run(name: str, base: Path | None, data: Path | None, pairs: int) -> dict[str, Any]:
-    """For each tree what runs of a task took: `first` with an empty cache, `known` right after it."""
+    """For each tree what runs of a task took."""
     trees = {"now": ROOT, **({"before": base.resolve()} if base else {})}
     steps = RUNS[name]
     runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
     for pair in range(pairs):
         for tree in list(trees)[:: -1 if pair % 2 else 1]:
             with tempfile.TemporaryDirectory() as folder:
-                both = {when: run_of(trees[tree], name, steps, data, Path(folder)) for when in ("first", "known")}
-            runs[tree].append(both)
-            shares = (f"{when} {run['own_seconds'] / run['seconds']:.2%}" for when, run in both.items())
-            print(f"{name}, {steps} steps, {tree}: own work {', '.join(shares)}", flush=True)
+                run = run_of(trees[tree], name, steps, data, Path(folder))
+            runs[tree].append(run)
+            print(f"{name}, {steps} steps, {tree}: own work {run['own_seconds'] / run['seconds']:.2%}", flush=True)
     made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": {**machine(), "threads": 1}}
     return {**made, "steps": steps, **({"base": commit_of(base)} if base else {}), "runs": runs}
 

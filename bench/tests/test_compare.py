@@ -27,7 +27,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return importlib.import_module(name)
 
     yield load
-    for name in ("contenders", "libraries", "readme"):
+    for name in ("contenders", "libraries", "tables.records"):
         sys.modules.pop(name, None)
 
 
@@ -90,9 +90,9 @@ def test_layers_before_the_output_are_found(script: Any) -> None:
     assert contenders.output_layers(gated, example) == [gated.head]
 
 
-def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> None:
-    """A row per suite and library, the stages that stopped them, Setpoint's failures; without a file, no table."""
-    contenders, readme = script("contenders"), script("readme")
+def test_the_table_counts_what_the_file_says(script: Any) -> None:
+    """A row per suite and library, the stages that stopped them, and Setpoint's failures."""
+    contenders, records = script("contenders"), script("tables.records")
     good = asdict(
         contenders.Outcome(
             stage="done", passed=True, seconds=1.0, params=9, removed_share=0.5, frozen=True, optimizer=True, exact=True
@@ -100,20 +100,17 @@ def test_the_table_counts_what_the_file_says(script: Any, tmp_path: Path) -> Non
     )
     late = asdict(contenders.Outcome(stage="time", reason="no answer within 120 s, at `discovery`"))
     old = asdict(contenders.Outcome(stage="discovery", reason="stem: conv2d: met by data of fixed size"))
-    records = [
+    models = [
         {"suite": "plain", "model": "a", "setpoint": good, "torch_pruning": late},
         {"suite": "plain", "model": "b", "setpoint": late, "torch_pruning": late},
         {"suite": "timm", "model": "c", "setpoint": old, "torch_pruning": late},
     ]
     environment = {"cpu": "a processor", "threads": 1}
-    data = {"models": records, "environment": environment, "versions": {"torch": "2"}, "workers": 2}
+    data = {"models": models, "environment": environment, "versions": {"torch": "2"}, "workers": 2}
     data |= {"limit_seconds": 120.0, "memory_gib": 9.0, "seed": 0, "date": "2026-01-01T00:00:00+00:00"}
-    path = tmp_path / "torch_pruning.json"
-    assert readme.coverage_table(path) == "Not measured yet."
-    path.write_text(json.dumps(data), encoding="utf-8")
-    lines = readme.coverage_table(path).splitlines()
+    lines = records.coverage(data).splitlines()
     assert "| plain | Setpoint | 1 / 2 | 1 s | 1 / 1 | – | 1 / 1 | 1 / 1 |" in lines
     assert "| plain | Torch-Pruning | 0 / 2 | – | 0 / 0 | – | – | – |" in lines
     assert "| no answer within the processor time | 1 | 3 |" in lines
-    assert "* timm `c`: `discovery: stem: conv2d: data of a fixed size meets this dim`" in lines
+    assert "* timm `c`: `discovery: stem: conv2d: met by data of fixed size`" in lines
     assert "* plain `b`: `time: no answer within 120 s, at 'discovery'`" in lines

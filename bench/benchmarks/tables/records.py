@@ -1,0 +1,367 @@
+"""Blocks from single records in results/: what Setpoint itself costs, which models it cuts, what long checks said."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import setpoint
+from setpoint.report.numbers import NOTHING, duration, human, percent
+from tables.renderer import (
+    RESULTS,
+    ROOT,
+    SPECS,
+    Record,
+    block,
+    made_on,
+    record_block,
+    rows_made_on,
+    table,
+    threads_text,
+)
+
+# What Setpoint itself costs.
+
+
+@record_block("overhead", "overhead.json")
+def overhead(data: Record) -> str:
+    """Sensing, own work in whole runs, and single pieces of work."""
+    runs = data["whole_runs"]
+    about = [{**run["environment"], "date": run["date"]} for run in runs.values()]
+    bases = sorted({run["base"] for run in runs.values() if "base" in run})
+    pairs = [*_sensing(data["sensing"]), *_whole_runs(runs), *_single_pieces(data)]
+    before = f"Before: commit {' or '.join(bases)}. " if bases else ""
+    note = f"{before}Whole runs: {rows_made_on(about)} The rest: {made_on(data)} Seed {data['seed']}."
+    return table(({"what": what, "measured": measured} for what, measured in pairs), note, left=2)
+
+
+def _sensing(tasks: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
+    for name, row in tasks.items():
+        low, high = row["slowdown_quartiles"]
+        often = "each step" if row["sensed_every"] == 1 else f"one step in {row['sensed_every']}"
+        yield (
+            f"sensing in {often}, share of a dense `{name}` step ({duration(row['step_seconds'])})",
+            f"median {row['sensing_share_median']:.2%}, mean {row['sensing_share_mean']:.2%} (step with / without: "
+            f"{row['slowdown_median']:+.2%}, quartiles {low:+.2%} to {high:+.2%})",
+        )
+
+
+def _whole_runs(tasks: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
+    for name, row in tasks.items():
+        # Versions that kept what discovery had found ran twice; `first` is the run that found everything itself.
+        trees = {tree: [run.get("first", run) for run in runs] for tree, runs in row["runs"].items()}
+        took = duration(statistics.median(run["seconds"] for run in trees["now"]))
+        shares = ", ".join(f"{_share_of_runs(runs)} {tree}" for tree, runs in trees.items())
+        yield f"own work in a run of `{name}`, {row['steps']:,} steps, {took}", shares
+
+
+def _share_of_runs(runs: Sequence[Mapping[str, float]]) -> str:
+    shares = [run["own_seconds"] / run["seconds"] for run in runs]
+    spread = f" ({min(shares):.2%} to {max(shares):.2%})" if len(shares) > 1 else ""
+    return f"{statistics.median(shares):.2%}{spread}"
+
+
+def _single_pieces(data: Record) -> Iterator[tuple[str, str]]:
+    resnet, imported = data["resnet50"], data["import"]["added_seconds_median"]
+    found, cut = resnet["find_groups_seconds"], resnet["resize_seconds"]
+    yield f"`find_groups(resnet50)`, best of {len(found)}", f"{min(found):.2f} s"
+    steps = f"{resnet['resize_in_steps']:.2f} of a training step at batch {resnet['batch']}"
+    yield "resize of ResNet-50 with AdamW state", f"{cut:.2f} s, {steps}"
+    yield "`import setpoint` beside `import torch`", f"{imported:+.2f} s"
+
+
+@record_block("attach", "attach.json")
+def attach(data: Record) -> str:
+    """What attach takes on each processor, in seconds and training steps, and what it took with an older version."""
+    rows: list[Record] = []
+    for machine in data["machines"]:
+        for name, row in machine["models"].items():
+            measured = {"FLOPs": row, **{key: row[key] for key in ("latency", "memory", "energy") if key in row}}
+            about = {**machine["environment"], "model": f"`{name}`"}
+            rows += [{**about, **found, "budget": budget} for budget, found in measured.items()]
+    bases = sorted({row["base"] for row in rows if "base" in row})
+    before = f"Before: commit {' or '.join(bases)}. " if bases else ""
+    cells = [
+        {
+            "budget": row["budget"],
+            "model": row["model"],
+            "processor": row["cpu"],
+            "pairs": str(row["pairs"]),
+            "attach": _seconds_and_steps(row, "cold"),
+            "before": _seconds_and_steps(row, "before"),
+        }
+        for row in sorted(rows, key=lambda row: row["budget"] != "FLOPs")
+    ]
+    return table(cells, f"{data['what'].capitalize()}. Seed {data['seed']}. {before}{rows_made_on(rows)}", left=3)
+
+
+def _seconds_and_steps(row: Record, kind: str) -> str:
+    if kind not in row:
+        return NOTHING
+    found = row[kind]
+    shown = duration(found["seconds_median"])
+    if "steps_median" not in found:  # of a model without weights no training step was timed
+        return shown
+    low, high = found["steps_range"]
+    spread = f" ({low:.1f} to {high:.1f})" if row["pairs"] > 1 else ""
+    return f"{shown}, {found['steps_median']:.1f} steps{spread}"
+
+
+@record_block("growth", "growth.json")
+def growth(data: Record) -> str:
+    """Discovery, a decision and a cut against depth and width, and the line through the depths."""
+    cells = [
+        {
+            "processor": machine["environment"]["cpu"],
+            "layers": str(row["layers"]),
+            "width": f"{row['width']:,}",
+            "parameters": human(row["params"]),
+            "groups": str(row["groups"]),
+            "units": f"{row['units']:,}",
+            **{kind: duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")},
+        }
+        for machine in data["machines"]
+        for row in machine["models"]
+    ]
+    return table(cells, "\n\n".join(map(_lines_through_depths, data["machines"])))
+
+
+def _lines_through_depths(machine: Record) -> str:
+    deep = [row for row in machine["models"] if row["width"] == machine["models"][0]["width"]]
+    # A cut that was measured once may hold a full collection of Python's garbage: no line goes through such cuts.
+    repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
+    once = "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "
+    layers = [row["layers"] for row in deep]
+    slopes = {kind: statistics.linear_regression(layers, [row[f"{kind}_s"] for row in deep])[0] for kind in repeated}
+    fitted = ", ".join(f"{kind} {duration(slope)} a layer" for kind, slope in slopes.items())
+    return f"Least squares over the depths: {fitted}. {once}Seed {machine['seed']}. {made_on(machine)}"
+
+
+# Long checks, frameworks, GPUs.
+
+
+@record_block("soak", "soak.json")
+def soak(data: Record) -> str:
+    """What long checks said at their end."""
+    cells = [
+        {
+            "check": name,
+            "outcome": "passed" if check["passed"] else "**failed**",
+            "report": check["said"],
+            "duration": duration(check["seconds"]),
+            "date": check["date"][:10],
+        }
+        for name, check in data["checks"].items()
+    ]
+    return table(cells, made_on(data), left=3)
+
+
+@record_block("frameworks", "frameworks.json")
+def frameworks(data: Record) -> str:
+    """By framework the lines that are added to its script, and what works; a cell counts tests that passed."""
+    cells = [
+        {
+            "framework": " ".join(filter(None, (name, found["version"]))),  # a script has no version
+            "lines added": str(found["lines"]),
+            **{what: f"**{text}**" if text.startswith("fails") else text for what, text in found["cells"].items()},
+        }
+        for name, found in data["frameworks"].items()
+    ]
+    return table(cells, made_on(data))
+
+
+@record_block("gpu", "gpu.json")
+def gpu(data: Record) -> str:
+    """By network and mode, seconds of a step beside the dense network's; once a network, bytes, joules and own work."""
+    rows = []
+    for name, found in data["networks"].items():
+        if "why_not" in found:
+            rows.append({"network": name, "mode": f"not measured: {found['why_not']}"})
+            continue
+        seconds, flops, run = found["step_seconds"], found["flops"], found["run"]
+        for mode, dense in seconds["dense"].items():
+            rows.append(
+                {
+                    "network": name,
+                    "mode": mode,
+                    "dense step": f"{1e3 * statistics.median(dense):.1f} ms",
+                    "even": _turns_share(seconds["even"][mode], dense),
+                    "**Setpoint**": f"**{_turns_share(seconds['Setpoint'][mode], dense)}**",
+                    "FLOPs, even / Setpoint": " / ".join(
+                        percent(flops[a] / flops["dense"]) for a in ("even", "Setpoint")
+                    ),
+                }
+            )
+        peaks = found["peak_bytes"]
+        rows[-1] |= {
+            what: _share_of_dense({arm: peak[part] for arm, peak in peaks.items()})
+            for what, part in (("peak memory", "whole"), ("weights and states", "held"), ("memory of a step", "step"))
+        }
+        rows[-1]["joules of a step"] = _share_of_dense(found["step_joules"])
+        rows[-1]["own work"] = f"{percent(run['overhead_seconds'] / run['seconds'])} of {run['steps']} steps"
+    sparse = data["semi_structured"] or {"why_not": "the script was stopped before"}
+    told = f"not measured, {sparse.get('why_not')}"
+    if turns := sparse.get("forward_seconds"):
+        told = (
+            f"layers of width {sparse['width']:,} take {_turns_share(turns['2:4'], turns['dense'])} of the dense time"
+        )
+    return table(rows, f"2:4 weights: {told}.\n\n{data['hardware']}, seed {data['seed']}; {made_on(data)}", left=2)
+
+
+def _turns_share(ours: Sequence[float], dense: Sequence[float]) -> str:
+    """The median of the ratios of a turn, and their range."""
+    ratios = [one / other for one, other in zip(ours, dense, strict=True)]
+    return f"{percent(statistics.median(ratios))} ({percent(min(ratios))} to {percent(max(ratios))})"
+
+
+def _share_of_dense(by_arm: Mapping[str, float | None]) -> str:
+    ours, dense = by_arm["Setpoint"], by_arm["dense"]
+    return percent(ours / dense) if ours and dense else NOTHING
+
+
+# Which models are cut.
+
+LIBRARIES = {"setpoint": "Setpoint", "torch_pruning": "Torch-Pruning"}
+SUITES = ("torchvision", "timm", "transformers", "plain")
+STAGES = {
+    "build": "the model could not be built, copied or trained before the cut",
+    "discovery": "an error in the discovery",
+    "cut": "an error in the cut",
+    "removed": "too little removed",
+    "training": "training forward or backward fails after the cut",
+    "shapes": "outputs of other shapes after the cut",
+    "time": "no answer within the processor time",
+    "died": "the process died",
+}
+
+
+@record_block("coverage", "coverage/torch_pruning.json")
+def coverage(data: Record) -> str:
+    """Both libraries on every suite, what stopped them, and each of Setpoint's failures."""
+    models = data["models"]
+    suites = [*dict.fromkeys(model["suite"] for model in models), "all"]
+    passed = []
+    for suite in suites:
+        for library, words in LIBRARIES.items():
+            outcomes = [model[library] for model in models if suite in (model["suite"], "all")]
+            passed.append({"suite": suite, "library": words, **_demands_met(outcomes)})
+    stopped = {words: Counter(model[library]["stage"] for model in models) for library, words in LIBRARIES.items()}
+    reasons = [
+        {"what stopped it": meaning, **{words: str(counts[stage]) for words, counts in stopped.items()}}
+        for stage, meaning in STAGES.items()
+        if any(counts[stage] for counts in stopped.values())
+    ]
+    failed = [(model, model["setpoint"]) for model in models if not model["setpoint"]["passed"]]
+    failures = [
+        f"* {model['suite']} `{model['model']}`: {_code(found['stage'] + ': ' + found['reason'])}"
+        for model, found in failed
+    ]
+    heading = f"Setpoint fails on {len(failed)} of {len(models)} models:" if failed else "No failures."
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    about = data["environment"]
+    made = (
+        f"{about['cpu']}, {threads_text(about)} a model, {data['workers']} at a time, {data['limit_seconds']:g} s and "
+        f"{data['memory_gib']:g} GiB a model (twice that, alone, where it was too little), seed {data['seed']}, "
+        f"{data['date'][:10]}; {versions}."
+    )
+    parts = [table(passed, left=8), table(reasons, left=3), heading, "\n".join(failures), made]
+    return "\n\n".join(filter(None, parts))
+
+
+def _demands_met(outcomes: Sequence[Record]) -> dict[str, str]:
+    """How many models pass, how fast groups are found, and how many cut models meet each demand."""
+    seconds = [outcome["seconds"] for outcome in outcomes if outcome["seconds"] is not None]
+    passed = [outcome for outcome in outcomes if outcome["passed"]]
+    cut = [outcome for outcome in outcomes if outcome["stage"] in ("training", "shapes", "done")]
+    return {
+        "passed": f"{len(passed)} / {len(outcomes)}",
+        "discovery": duration(statistics.median(seconds)) if seconds else NOTHING,
+        "exact": f"{sum(outcome['exact'] is True for outcome in outcomes)} / {len(passed)}",
+        **{demand: _of_known(outcome[demand] for outcome in cut) for demand in ("tied", "frozen", "optimizer")},
+    }
+
+
+def _of_known(values: Iterable[bool | None]) -> str:
+    """How many hold, of those that could be asked."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known)} / {len(known)}" if known else NOTHING
+
+
+def _code(text: str) -> str:
+    """Text of an error as a span of code."""
+    return f"`{text.replace('`', chr(39))}`"
+
+
+@block("models-cut")
+def models_cut() -> str:
+    """How many models each library cuts, after which they train on in the shapes that were promised."""
+    record = json.loads((RESULTS / "coverage" / "torch_pruning.json").read_text(encoding="utf-8"))
+    models, versions = record["models"], record["versions"]
+    ours, theirs = (sum(model[library]["passed"] for model in models) for library in LIBRARIES)
+    own = sum(model["suite"] == "plain" for model in models)
+    return (
+        f"Of {len(models)} models, {own} of them our own, {ours} still ran a training forward and backward after a cut "
+        f"by Setpoint {versions['setpoint']}. After a cut by Torch-Pruning {versions['torch-pruning']}, {theirs} did."
+    )
+
+
+@block("suites")
+def suites() -> str:
+    """What `setpoint coverage` found in each family, and every failure."""
+    files = {name: RESULTS / "coverage" / f"suite-{name}.json" for name in SUITES}
+    records: dict[str, Record] = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    cells = [
+        {
+            "suite": name,
+            "passed": f"{data['passed']} / {data['total']} ({data['passed'] / data['total']:.1%})",
+            "prunable parameters, median": f"{data['prunable_params_share_median']:.1%}",
+            "outside embeddings": f"{data['prunable_outside_embeddings_median']:.1%}",
+            "discovery, median": duration(data["seconds_median"]),
+            "largest error": f"{max(model['error'] for model in data['models'] if model['passed']):.1e}",
+        }
+        for name, data in records.items()
+    ]
+    failures = [
+        f"* {name} `{model['model']}`: {_code(model['reason'])}"
+        for name, data in records.items()
+        for model in data["failures"]
+    ]
+    said = ["Not passed:", "\n".join(failures)] if failures else ["All passed."]
+    last = records[SUITES[-1]]
+    about = last["environment"]
+    made = (
+        f"{about['cpu']}, {threads_text(about)} a model, {last['workers']} at a time, seed {last['seed']}, torch "
+        f"{about['torch']}, {last['date'][:10]}."
+    )
+    return "\n\n".join([table(cells, left=6), *said, made])
+
+
+# The reference.
+
+
+def reference(ring: str) -> str:
+    """The names of a page of the API reference, each with its arguments and the first sentence of its docstring."""
+    page = (ROOT / "docs" / "api" / f"{ring}.md").read_text(encoding="utf-8")
+    return table(map(_described, re.findall(r"^::: (\S+)$", page, re.MULTILINE)), left=2)
+
+
+def _described(dotted: str) -> dict[str, str]:
+    module, _, name = dotted.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    shown = f"setpoint.{name}" if getattr(setpoint, name, None) is found else dotted
+    if inspect.isfunction(found):
+        stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        parameters = inspect.signature(found).parameters.values()
+        shown += f"({', '.join(stars.get(parameter.kind, '') + parameter.name for parameter in parameters)})"
+    text = " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
+    first = re.split(r"(?<=[.;:]) (?=[A-Z])", text)[0].replace("|", r"\|")
+    return {"name": f"`{shown}`", "what it is": first}
+
+
+SPECS.update({f"api-{ring}": partial(reference, ring) for ring in ("use", "tune", "extend")})
