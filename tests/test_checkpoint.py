@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import setpoint
 import setpoint.checkpoint.model_file as checkpoint
 from actuator.hand_made import CASES, Tied, group, mlp, mlp_model, residual, some_keep, tied, train_step
-from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.checkpoint import load, save
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
+from setpoint.checkpoint import fit, load, save
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep
@@ -347,7 +348,7 @@ def test_a_failure_while_loading_is_rolled_back(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(checkpoint, "apply_sizes", fail)
+    monkeypatch.setattr(fit, "apply_sizes", fail)
     with pytest.raises(MemoryError):
         load(path, into=dense)
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())

@@ -124,7 +124,7 @@ def test_even_models_compute_what_their_masked_twins_do(family: str) -> None:
     """Claim: what from_pretrained makes of the folder has the twin's outputs, to 1e-12 in double precision."""
     example, want = torch.load(f"{saved(family)}/example.pt")
     model = getattr(transformers, FAMILIES[family][0]).from_pretrained(saved(family), dtype=torch.float64)
-    assert not hasattr(model, "_setpoint_sizes")
+    assert not hasattr(model, "_setpoint_shapes")
     torch.testing.assert_close(logits(model, example), want, rtol=0, atol=1e-12)
 
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import setpoint
 from golden.models import GPT, ResNet
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint.resumable import is_resumable
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.loop.resume import check_format

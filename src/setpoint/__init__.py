@@ -6,7 +6,7 @@ Names that a run needs, and parts that tune it. All else is imported from its fo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from setpoint.actuator.by_hand import shrink
+from setpoint.actuator.shrink import shrink
 from setpoint.attach import attach
 from setpoint.checkpoint import load, save
 from setpoint.checkpoint.bake import bake

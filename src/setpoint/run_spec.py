@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from setpoint.actuator.attached import check_free
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.actuator.attached import check_not_attached
+from setpoint.actuator.optimizer_check import check_optimizer, check_trains
+from setpoint.actuator.tensors import named_tensors
 from setpoint.arguments import check_flags, plain_number
 from setpoint.controller.even import EvenController
 from setpoint.controller.goal import check_goal, controller_for
@@ -99,7 +99,7 @@ def check_spec(
     even: bool,
 ) -> RunSpec:
     """Check what is wanted, and whether host and optimizers can give it."""
-    check_free(host.model)
+    check_not_attached(host.model)
     check_data(host.model)
     goal = budget if isinstance(budget, (Price, Tolerance)) else None
     budgets, bill = ((), None) if isinstance(budget, (Price, Tolerance)) else split_bill(check_budgets(budget))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from actuator.hand_made import CASES, concat, group, mlp, some_keep
 from setpoint.actuator.cut import check_keep, cut_groups, plan_cut
-from setpoint.actuator.take import in_format, take
+from setpoint.actuator.tensors import in_format, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Slice
 

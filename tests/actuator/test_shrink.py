@@ -25,8 +25,8 @@ from actuator.hand_made import (
 from setpoint.actuator import shrink as shrink_module
 from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
-from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.take import take
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors, take
 from setpoint.errors import GroupError, OptimizerError
 from setpoint.groups.group import Group, Slice
 
@@ -226,7 +226,7 @@ def test_copies_that_do_not_mirror_the_model_are_refused() -> None:
         assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("failing", ["swap", "apply_sizes", "take", "cut_state", "record_buffers"])
+@pytest.mark.parametrize("failing", ["swap", "apply_sizes", "take", "cut_state", "note_cut"])
 @pytest.mark.parametrize("call", [0, 2])
 def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: whatever raises, at whichever call, model, gradients, moments, sizes and copies are as before."""

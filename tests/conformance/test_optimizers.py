@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 import setpoint
 from actuator.hand_made import kept_only, masked_step, mlp, mlp_model, residual, some_keep, train_step
 from setpoint.actuator.mask import mask
-from setpoint.actuator.muon import shape_factor
-from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.actuator.optimizer_check import check_optimizer, check_trains, shape_factor
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import OptimizerError
 from setpoint.groups.group import Group
 from setpoint.weights.mask import mask_gradients, mask_weights

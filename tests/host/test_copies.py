@@ -21,8 +21,7 @@ import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.take import take
+from setpoint.actuator.tensors import named_tensors, take
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.trace import find_groups
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import setpoint
 import setpoint.cost.parse
 from golden.models import GPT, ResNet, mlp
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import BudgetError, CheckpointError, LoopError, NotBegunError
 from setpoint.loop.resume import check_same_run
 

@@ -14,7 +14,8 @@ import setpoint
 from actuator.hand_made import CASES, Case, residual, some_keep
 from groups.zoo import MODELS as ZOO
 from regrowth.test_regrow import adamw, assert_same, snapshot
-from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.kept import random_keep
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.regrow import regrow

@@ -18,9 +18,10 @@ from actuator.hand_made import CASES, masked_step, mlp, residual, some_keep, tra
 from conformance.test_optimizers import ROWS
 from groups.zoo import MODELS as ZOO
 from setpoint.actuator.mask import mask
+from setpoint.actuator.model_shapes import ModelShapes
 from setpoint.actuator.optimizer_state import as_sequence, map_tensors
-from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.sizes import recorded_sizes
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.kept import random_keep
@@ -128,7 +129,7 @@ def test_a_partial_return_is_a_smaller_cut(name: str, which: int) -> None:
 
 
 def recorded_calls(model: nn.Module) -> dict[Any, int]:
-    return {at: size for at, size in recorded_sizes(model).items() if "#" in at[1]}
+    return {at: size for at, size in ModelShapes.of(model).sizes.items() if "#" in at[1]}
 
 
 class Attending(nn.Module):
@@ -415,10 +416,10 @@ def test_a_corrected_call_goes_back_to_the_plain_forward() -> None:
     keep = random_keep(groups)
     reserve = Reserve.of(model, groups).rest(model, None, keep)
     small = shrink(model, None, groups, keep)
-    assert any("#" in place for _, place in recorded_sizes(model))
+    assert any("#" in place for _, place in ModelShapes.of(model).sizes)
     later = Reserve.of(model, small)
     regrow(model, None, small, reserve, dropped(keep))
-    assert not any("#" in place for _, place in recorded_sizes(model))
+    assert not any("#" in place for _, place in ModelShapes.of(model).sizes)
     assert later.corrected and not reserve.corrected
 
 

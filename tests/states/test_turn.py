@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pypi_s5 import S5Classifier
-from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.state import state_layer

@@ -20,7 +20,7 @@ import setpoint
 from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.take import take
+from setpoint.actuator.tensors import take
 from setpoint.groups.example import inputs_of, mapped, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep

@@ -16,7 +16,7 @@ from groups.zoo import MODELS
 from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.take import take
+from setpoint.actuator.tensors import take
 from setpoint.checkpoint import load, save
 from setpoint.groups.group import Group
 from setpoint.groups.kept import random_keep

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from setpoint.actuator.cut import Keep, plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.take import take
+from setpoint.actuator.tensors import take
 from setpoint.actuator.verify import randomised_copy
 from setpoint.controller.ladder import lowest_width
 from setpoint.groups.export import computed, inputs_of, tensors_of

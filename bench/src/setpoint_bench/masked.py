@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.try_optimizer import check_optimizer
+from setpoint.actuator.optimizer_check import check_optimizer
 from setpoint.loop.hooks import StepHooks
 from setpoint.spending.seconds import Stopwatch
 from setpoint.weights.mask import mask_gradients, mask_weights

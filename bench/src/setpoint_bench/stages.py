@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import apply_sizes, check_sizes, recorded_sizes
-from setpoint.actuator.swap import swap
-from setpoint.actuator.take import in_format
+from setpoint.actuator.model_shapes import ModelShapes, apply_sizes, check_sizes, note_cut
+from setpoint.actuator.tensors import in_format, named_tensors, swap
 from setpoint.errors import GroupError
 from setpoint.ledger import replace_text
 from setpoint_bench.task import BenchError, Task
@@ -42,7 +40,7 @@ class Stage:
 def stage_of(model: nn.Module, widths: Mapping[str, int]) -> Stage:
     """The stage that begins with a model as it is now; `widths` are those by which the task built it."""
     sizes: dict[str, dict[str, int]] = {}
-    for (module, place), size in recorded_sizes(model).items():
+    for (module, place), size in ModelShapes.of(model).sizes.items():
         sizes.setdefault(module, {})[place] = size
     return Stage(0, dict(widths), {name: list(each.shape) for name, each in named_tensors(model).items()}, sizes)
 
@@ -63,11 +61,12 @@ def built(stage: Stage, task: Task) -> nn.Module:
         check_sizes(model, places)
     except GroupError as error:
         raise BenchError(f"the task builds another model than it did then: {error}") from error
+    shapes = {name: tuple(shape) for name, shape in stage.shapes.items()}
     with ExitStack() as undo:
+        note_cut(model, {name: shape for name, shape in shapes.items() if shape != dense[name]}, places, undo)
         for name, tensor in tensors.items():
-            shape = tuple(stage.shapes[name])
-            if tuple(tensor.shape) != shape:  # of tied tensors only the first
-                part = tensor.detach()[tuple(slice(length) for length in shape)]
+            if tuple(tensor.shape) != shapes[name]:  # of tied tensors only the first
+                part = tensor.detach()[tuple(slice(length) for length in shapes[name])]
                 swap(tensor, in_format(part.clone(), tensor), undo)
         apply_sizes(model, places, undo)
         undo.pop_all()

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import Cut, Keep, plan_cut
-from setpoint.actuator.cuttable import check_lengths
+from setpoint.actuator.cut import Cut, Keep, check_lengths, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.group import Group
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from setpoint.actuator.take import take
+from setpoint.actuator.tensors import take
 from setpoint.errors import CheckpointError, OptimizerError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None

@@ -7,20 +7,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import Cut, Keep, SizePlace, cut_groups, plan_cut
-from setpoint.actuator.cuttable import check_cuttable, check_lengths
-from setpoint.actuator.lineage import adopt, note_cut
+from setpoint.actuator.attached import check_not_attached
+from setpoint.actuator.cut import Cut, Keep, SizePlace, check_cuttable, check_lengths, cut_groups, plan_cut
+from setpoint.actuator.in_state_dict import carry_sizes
+from setpoint.actuator.model_shapes import apply_sizes, check_sizes, note_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
-from setpoint.actuator.sizes import apply_sizes, check_sizes, record_buffers, record_dense
-from setpoint.actuator.swap import swap
-from setpoint.actuator.take import take, taken_gradient
+from setpoint.actuator.tensors import named_tensors, swap, take, taken_gradient
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.place import call_of, implied, is_call, read_size
+from setpoint.messages import a_type
+
+AnyKeep = Bool[np.ndarray, " _units"] | Bool[Tensor, " _units"] | Sequence[bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +50,78 @@ class Job:
 def shrink(
     model: nn.Module,
     optimizer: Optimizers,
+    groups: Sequence[Group],
+    keep: Mapping[str, AnyKeep],
+    copies: Sequence[nn.Module] = (),
+) -> tuple[Group, ...]:
+    """Remove the units that `keep` drops from a model in training, and return the groups that remain.
+
+    Parameters and buffers keep their identity, so optimizers, schedulers, clip lists and hooks that hold
+    them go on working. Tied parameters stay tied, frozen ones stay frozen, and memory formats stay.
+    Optimizer state is cut along with its parameter. Gradients of the changed parameters become None: they
+    belong to a step that is done. Cut between `optimizer.step()` and the next `backward()`.
+
+    Everything new is built before anything is changed, so old and new are in memory together. On any
+    exception model, optimizers and copies are as they were.
+
+    Args:
+        groups: as `find_groups`, or the last cut, returned them.
+        keep: by group name, one boolean per active unit, True = stays: an array, a tensor or a list. Groups that lose
+            nothing may be absent.
+        copies: further modules with the same tensors to cut alike, such as an EMA copy; names may have
+            the prefix `"module."` that `torch.optim.swa_utils.AveragedModel` gives them.
+
+    Raises:
+        GroupError: when `keep` does not fit the groups, the groups do not fit the model or a copy, or a
+            tensor is of a kind that cannot be cut.
+        LoopError: when a loop is at work on the model.
+        OptimizerError: when an optimizer's state cannot follow.
+
+    >>> import numpy as np
+    >>> from setpoint.groups.group import SizeBinding, Slice
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> unit = np.arange(3)
+    >>> places = [("0.weight", 0, "produce"), ("0.bias", 0, "carry"), ("2.weight", 1, "consume")]
+    >>> slices = tuple(Slice(tensor, dim, role, unit) for tensor, dim, role in places)
+    >>> sizes = (SizeBinding("0", "out_features", unit), SizeBinding("2", "in_features", unit))
+    >>> hidden = Group("hidden", "unit", 3, slices, sizes)
+    >>> (hidden,) = shrink(model, None, (hidden,), {"hidden": np.array([True, False, True])})
+    >>> model
+    Sequential(
+      (0): Linear(in_features=2, out_features=2, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=2, out_features=1, bias=True)
+    )
+    """
+    check_not_attached(model)
+    if not isinstance(keep, Mapping):
+        raise GroupError(f"keep holds booleans by name of the group, got {a_type(keep)}")
+    arrays = {name: _array(each) for name, each in keep.items()}
+    remaining = shrink_live(model, optimizer, tuple(groups), arrays, copies)
+    for each in (model, *copies):
+        carry_sizes(each)
+    return remaining
+
+
+def _array(kept: Any) -> Any:
+    """Booleans as an array; anything else as it is, to be refused by name."""
+    if isinstance(kept, Tensor) and kept.dtype == torch.bool:
+        return kept.detach().cpu().numpy()
+    if isinstance(kept, (list, tuple)) and all(isinstance(each, (bool, np.bool_)) for each in kept):
+        return np.array(kept, dtype=bool)
+    return kept
+
+
+def shrink_live(
+    model: nn.Module,
+    optimizer: Optimizers,
     groups: tuple[Group, ...],
     keep: Keep,
     copies: Sequence[nn.Module] = (),
     *,
     agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
-    """As `setpoint.shrink`, for whoever holds the model; `agreed` raises, in time, if another rank failed."""
+    """As `shrink`, of a model that a loop is attached to; `agreed` raises, before it lasts, if another rank failed."""
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)
@@ -85,12 +154,6 @@ def unwrapped(names: Iterable[str], model: nn.Module, copies: Sequence[nn.Module
         wrapped = first is not None and first not in tensors and f"module.{first}" in tensors
         found[id(copy)] = copy.get_submodule("module") if wrapped else copy
     return list(found.values())
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by every name it has: a tied tensor is there once per name."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
@@ -130,10 +193,8 @@ def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
 
 def commit(job: Job, undo: ExitStack) -> None:
     """Put everything new in its place, and note in `undo` how to put everything back; a job is known to fit."""
-    before = {change.name: tuple(change.tensor.shape) for change in job.changes}  # which the swaps change
-    adopt(job.module, undo)
-    record_dense(job.module, before, undo)
-    note_cut(job.module, before, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
+    # Before the swaps, since the record takes the present shapes for the dense ones of what was never cut.
+    note_cut(job.module, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
     for change in job.changes:
         for optimizer, state in change.states:
             undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
@@ -141,11 +202,3 @@ def commit(job: Job, undo: ExitStack) -> None:
         swap(change.tensor, change.new, undo)
         change.tensor.grad = change.gradient
     apply_sizes(job.module, job.sizes, undo)
-    buffers = [change.name for change in job.changes if not isinstance(change.tensor, nn.Parameter)]
-    record_buffers(job.module, [name for name in buffers if not is_persistent(job.module, name)], undo)
-
-
-def is_persistent(model: nn.Module, buffer: str) -> bool:
-    """Whether a buffer is part of the state dict."""
-    owner, _, name = buffer.rpartition(".")
-    return name not in model.get_submodule(owner)._non_persistent_buffers_set

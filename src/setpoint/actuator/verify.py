@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut
 from setpoint.actuator.mask import mask
-from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.take import take
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors, take
 from setpoint.errors import ExampleError, GroupError, VerificationError
 from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapped, tensors_of, without_cache
 from setpoint.groups.group import Group

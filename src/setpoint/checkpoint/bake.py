@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.carried import KEY
+from setpoint.actuator.in_state_dict import KEY
+from setpoint.actuator.model_shapes import RECORD
 from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.errors import CheckpointError
 from setpoint.groups import shim
@@ -37,14 +38,7 @@ class PathError(RuntimeError):
 
 
 '''
-_RECORDS = (
-    "_setpoint_sizes",
-    "_setpoint_lineage",
-    "_setpoint_buffers",
-    "_setpoint_dense",
-    "_setpoint_dense_sizes",
-    "_setpoint_pending",
-)
+_RECORDS = (RECORD, "_setpoint_pending")
 
 
 def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -> nn.Module:

@@ -14,16 +14,13 @@ from jaxtyping import Bool
 from torch import nn
 
 from setpoint.actuator.cut import Cut, SizePlace, plan_cut
-from setpoint.actuator.lift import lifted
-from setpoint.actuator.shrink import is_persistent, named_tensors
+from setpoint.actuator.model_shapes import Shapes, at_dense_shapes
+from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, Place, Slice
 from setpoint.groups.shim import COUNTED
 from setpoint.groups.trace import trace
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""By name of each tensor that is narrower than when the model was built."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:
     Raises:
         CheckpointError: for shapes that no cut of this model's groups leads to.
     """
-    with lifted(model):
+    with at_dense_shapes(model):
         groups = trace(model, example).groups
         dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from operator import gt
 from pathlib import Path
@@ -17,22 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from setpoint.actuator.attached import check_free
-from setpoint.actuator.carried import carry
+from setpoint.actuator.attached import check_not_attached
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.lineage import adopt, note_cut, shapes_before, sizes_now
-from setpoint.actuator.shrink import is_persistent, named_tensors
-from setpoint.actuator.sizes import (
-    apply_sizes,
-    check_sizes,
-    record_buffers,
-    record_dense,
-    recorded_buffers,
-)
-from setpoint.actuator.swap import swap
-from setpoint.actuator.take import in_format
+from setpoint.actuator.model_shapes import ModelShapes, Shape, check_sizes
+from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.checkpoint.fields import fields_of, ordinary_file
-from setpoint.checkpoint.fit import make, not_made
+from setpoint.checkpoint.fit import fit, not_made
 from setpoint.checkpoint.plain import to_host
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError
@@ -84,16 +74,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"module {path_in!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
                 "turn that state into buffers, or save it beside the file"
             )
-    transient = recorded_buffers(model)
-    own, aliases = _stored(model, transient)
+    known = ModelShapes.of(model)
+    own, aliases = _stored(model, known.buffers)
     for name, tensor in own.items():
         _check_plain(name, tensor)
     sizes: dict[str, dict[str, int]] = {}
-    for (owner, place), size in sizes_now(model).items():
+    for (owner, place), size in known.sizes.items():
         sizes.setdefault(owner, {})[place] = size
     pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
-    dense = {name: shape for name, shape in shapes_before(model).items() if name in own}
-    header = _Header(sizes, aliases, pairs, transient, dense)
+    dense = {name: shape for name, shape in known.dense.items() if name in own}
+    header = _Header(sizes, aliases, pairs, known.buffers, dense)
     tensors = {name: to_host(tensor) for name, tensor in own.items()}
     text = json.dumps({"format": FORMAT, **asdict(header), "sha256": digest(tensors, _words(header))})
     write_file(Path(path), tensors, {_KEY: text})
@@ -122,7 +112,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     Linear(in_features=2, out_features=3, bias=True)
     """
     unwrap_module("load(..., into=model)", into)
-    check_free(into)
+    check_not_attached(into)
     path = Path(path)
     if path.is_dir():
         then = _of_pretrained(path) or "give the file that setpoint.save wrote"
@@ -132,39 +122,31 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     pairs = {name: torch.view_as_complex(stored[name].clone()) for name in header.complex}
     tensors = stored | pairs
+    known = ModelShapes.of(into)
     own, aliases = _stored(into, header.transient)
     later = {name: tensors[name] for name in not_made(into, header.transient) if name in tensors}
     _check_same_names({**own, **later}, aliases, tensors, header)
+    dense = known.full(into)
     for name, tensor in own.items():
         _check_plain(name, tensor)
-        _check_shape(name, tensors[name], tensor, header.dense.get(name))
-    shapes = {name: tuple(tensor.shape) for name, tensor in {**named_tensors(into), **tensors}.items()}
-    shapes |= {name: shapes[first] for name, first in aliases.items()}
-    _check_places(into, header.places())
-    fresh = {name: in_format(tensors[name].to(own[name].device, copy=True), own[name]) for name in own}
-    with ExitStack() as undo:
-        for name, tensor in own.items():
-            swap(tensor, fresh[name], undo)
-        for name, value in later.items():
-            make(into, name, value, undo)
-        adopt(into, undo)
-        note_cut(into, header.dense, {name: shapes[name] for name in header.dense}, header.places(), undo)
-        apply_sizes(into, header.places(), undo)
-        record_buffers(into, header.transient, undo)
-        record_dense(into, header.dense, undo)
+        _check_shape(name, tensors[name], dense[name], header.dense.get(name))
+        _check_kind(name, tensors[name], tensor)
+    _check_places(into, header.places(), known)
+    shapes = {name: tuple(tensors[name].shape) for name in header.dense}
+    with fit(into, shapes, header.places(), tensors, header.dense) as undo:
         undo.pop_all()
-    carry(into)
     return into
 
 
-def _check_places(model: nn.Module, sizes: Mapping[SizePlace, int]) -> None:
+def _check_places(model: nn.Module, sizes: Mapping[SizePlace, int], known: ModelShapes) -> None:
     """Check that the model's code has all places of the file, none smaller than what the file wants there."""
     try:
         check_sizes(model, sizes)
     except GroupError as error:
         raise CheckpointError(f"the file was made for another model: {error}") from error
     for (name, place), size in sizes.items():
-        if not is_call(place) and size > read_size(model.get_submodule(name), place):
+        dense = known.dense_sizes.get((name, place))
+        if not is_call(place) and size > (dense or read_size(model.get_submodule(name), place)):
             raise CheckpointError(
                 f"the file was made for another model: it sets {name}.{place} to {size}, more than the model has; "
                 "`into` must be the dense model that was shrunk"
@@ -340,20 +322,23 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(repr, ordered[:3])) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"
 
 
-def _check_shape(name: str, saved: Tensor, dense: Tensor, before: Sequence[int] | None) -> None:
-    # The saved shape where the tensor was never cut, else its recorded dense shape.
-    if tuple(dense.shape) not in (tuple(saved.shape), tuple(before or saved.shape)):
+def _check_shape(name: str, saved: Tensor, dense: Shape, before: Sequence[int] | None) -> None:
+    """Check that the tensor was as large in the dense model of the file as it is in this one."""
+    if dense not in (tuple(saved.shape), tuple(before or saved.shape)):
         raise CheckpointError(
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
-            f"{tuple(dense.shape)} in the model; `into` must be the dense model that was shrunk"
+            f"{dense} in the model; `into` must be the dense model that was shrunk"
         )
     if before is not None and (len(before) != saved.dim() or any(map(gt, saved.shape, before))):
         raise CheckpointError(
             f"the file was made for another model: {name!r} cannot have been cut from {tuple(before)} to "
             f"{tuple(saved.shape)}"
         )
-    sorts = ["complex" if t.is_complex() else "real" if t.is_floating_point() else t.dtype for t in (saved, dense)]
-    if sorts[0] != sorts[1]:
+
+
+def _check_kind(name: str, saved: Tensor, own: Tensor) -> None:
+    """Check that neither complex nor integer numbers take the place of real ones: `load` takes the file's dtype."""
+    if (saved.is_complex(), saved.is_floating_point()) != (own.is_complex(), own.is_floating_point()):
         raise CheckpointError(
-            f"the file was made for another model: {name!r} is {saved.dtype} in the file and {dense.dtype} in the model"
+            f"the file was made for another model: {name!r} is {saved.dtype} in the file and {own.dtype} in the model"
         )

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.attached import check_loads
-from setpoint.actuator.carried import KEY, Carried, Hooks, carry
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.lineage import by_every_name, sizes_now
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import record_dense, recorded_buffers
-from setpoint.actuator.take import take
-from setpoint.checkpoint.fit import dense_shapes, fill, fit, not_made
-from setpoint.checkpoint.infer import Shapes, cut_to, infer
+from setpoint.actuator.in_state_dict import KEY, Hooks, StateSizes, carry_sizes
+from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
+from setpoint.actuator.tensors import named_tensors, take
+from setpoint.checkpoint.fit import fit, not_made
+from setpoint.checkpoint.infer import cut_to, infer
 from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
@@ -58,7 +56,7 @@ def resumable(model: nn.Module) -> nn.Module:
     """
     module = unwrap_module("resumable", model)
     if not is_resumable(module):
-        carry(module)
+        carry_sizes(module)
         ahead: dict[Any, Any] = module._load_state_dict_pre_hooks
         behind: dict[Any, Any] = module._load_state_dict_post_hooks
         ahead[KEY] = _WrappedHook(_fit_to, module)
@@ -170,18 +168,18 @@ def _close(undo: ExitStack) -> None:
     undo.close()
 
 
-def _carried(module: nn.Module, prefix: str, metadata: Mapping[str, Mapping[str, Any]]) -> Carried | None:
+def _carried(module: nn.Module, prefix: str, metadata: Mapping[str, Mapping[str, Any]]) -> StateSizes | None:
     """The sizes that a state carries for a module: its own, else those of all its submodules.
 
     Where a wrapper's name was taken off the keys, neither is there, and the only sizes of the state are meant.
     """
     found = {path: each[KEY] for path, each in metadata.items() if KEY in each}
     if prefix[:-1] in found:
-        return Carried.parse(found[prefix[:-1]])
+        return StateSizes.parse(found[prefix[:-1]])
     paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
     if paths:
-        return Carried.union([Carried.parse(found[f"{prefix}{path}"]).under(path) for path in paths])
-    return Carried.parse(*found.values()) if len(found) == 1 else None
+        return StateSizes.union([StateSizes.parse(found[f"{prefix}{path}"]).under(path) for path in paths])
+    return StateSizes.parse(*found.values()) if len(found) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,13 +197,14 @@ class _Load:
     narrow: Shapes
     sizes: Mapping[SizePlace, int]
     transient: Mapping[str, Tensor]
-    carried: Carried | None
+    carried: StateSizes | None
     unsure: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str, carried: Carried | None) -> _Load | None:
+    def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str, carried: StateSizes | None) -> _Load | None:
         """For a state; None if the model has its shapes already."""
-        tensors, dense = named_tensors(module), dense_shapes(module)
+        tensors, known = named_tensors(module), ModelShapes.of(module)
+        dense = known.full(module)
         now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         # What is not there, as in a load that is not strict, stays as it is.
         given = {name: state.get(prefix + name) for name in tensors}
@@ -217,7 +216,7 @@ class _Load:
                 "that by register_buffer(name, None, persistent=False) where the model is built, or call the model once"
             )
         shapes |= {name: tuple(each.shape) for name, each in beside.items() if name in tensors}
-        if shapes == now and (carried is None or dict(carried.sizes) == sizes_now(module)):
+        if shapes == now and (carried is None or carried.sizes == known.sizes):
             return None
         before = shapes if carried is None else {**shapes, **by_every_name(carried.dense, tensors)}
         for name, shape in shapes.items() if carried is not None else ():
@@ -235,7 +234,7 @@ class _Load:
         narrow = {name: shape for name, shape in shapes.items() if shape != dense[name]}
         if carried is not None:
             return cls(narrow, carried.sizes, carried.transient, carried)
-        lost = [name for name in recorded_buffers(module) if now[name] != dense[name]]
+        lost = [name for name in known.buffers if now[name] != dense[name]]
         if lost:
             raise CheckpointError(
                 f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
@@ -263,16 +262,13 @@ class _Load:
     def fit(self, module: nn.Module) -> ExitStack:
         """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
         check_loads(module)
-        undo = fit(module, self.narrow, self.sizes)
+        tensors, later = named_tensors(module), not_made(module, self.transient)
         dense = {} if self.carried is None else self.carried.dense
-        made = {name: dense[name] for name in not_made(module, self.transient) if name in dense}
-        try:
-            fill(module, self.transient, undo)
-            record_dense(module, made, undo)
-        except BaseException:
-            _close(undo)
-            raise
-        return undo
+        values = dict(self.transient)
+        for name in values.keys() & tensors.keys():
+            values[name] = values[name].to(tensors[name].dtype)
+        shapes = {**self.narrow, **{name: tuple(values[name].shape) for name in later}}
+        return fit(module, shapes, self.sizes, values, {name: dense[name] for name in later if name in dense})
 
 
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -285,7 +281,7 @@ def complete(module: nn.Module, example: Example) -> None:
     if _PENDING not in module.__dict__:
         return
     module.__dict__.pop(_PENDING).remove()
-    dense = dense_shapes(module)
+    dense = ModelShapes.of(module).full(module)
     now = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     load = _Load({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {}, None)
     # On a copy, since a tensor that has had another shape in between loses what waits for its gradient: a wrapper would

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from setpoint.actuator.swap import swap
+from setpoint.actuator.tensors import swap
 from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.rng import rng_state, set_rng_state
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import Optimizer
 
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor, local, plain_kind
 from setpoint.errors import GroupError
 from setpoint.groups.export import computed

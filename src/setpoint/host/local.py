@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
 from setpoint.host.agreement import SharedLosses, on_all_ranks, shared_reading

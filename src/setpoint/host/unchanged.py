@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.errors import LoopError, RankError
 from setpoint.groups.group import Group

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from setpoint.actuator.carried import KEY, Carried
-from setpoint.actuator.lift import was_cut
-from setpoint.checkpoint.fit import dense_shapes, fill, fit
+from setpoint.actuator.in_state_dict import KEY, StateSizes
+from setpoint.actuator.model_shapes import ModelShapes, was_cut
+from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.checkpoint.resumable import is_resumable, resumable
 from setpoint.distributed import unwrapped
@@ -152,7 +152,7 @@ def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:
 def write_sizes(model: nn.Module, folder: Path) -> None:
     """Write the sizes of a cut model into its folder; for a model that was never cut, remove the file."""
     file, model = folder / SIZES_FILE, unwrapped(model)
-    carried = Carried.of(model) if was_cut(model) else None
+    carried = StateSizes.of(model) if was_cut(model) else None
     if carried is None:
         file.unlink(missing_ok=True)
         return
@@ -186,7 +186,7 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{str(file)!r} is damaged: {error!r}. Save the model again") from error
-    carried = Carried.parse(plain)
+    carried = StateSizes.parse(plain)
     modules = dict(model.named_modules())
     names = {name for name, _ in carried.sizes if name}
     if not names <= modules.keys():
@@ -195,15 +195,16 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
             carried, shapes = _renamed(carried, shapes, f"{base}.", "")
         elif {f"{base}.{name}" for name in names} <= modules.keys():
             carried, shapes = _renamed(carried, shapes, "", f"{base}.")
-    own = dense_shapes(model)
+    own = ModelShapes.of(model).full(model)
     if shapes and all(own.get(name) == shape for name, shape in shapes.items()):
         return  # the model's config says its widths already
-    fill(model, carried.transient, fit(model, shapes, carried.sizes))
+    with fit(model, shapes, carried.sizes, carried.transient) as undo:
+        undo.pop_all()
 
 
 def _renamed(
-    carried: Carried, shapes: Mapping[str, tuple[int, ...]], old: str, new: str
-) -> tuple[Carried, dict[str, tuple[int, ...]]]:
+    carried: StateSizes, shapes: Mapping[str, tuple[int, ...]], old: str, new: str
+) -> tuple[StateSizes, dict[str, tuple[int, ...]]]:
     """With names that begin otherwise; what does not begin so belongs to a head that is not there."""
 
     def of(names: Mapping[str, Any]) -> dict[str, Any]:

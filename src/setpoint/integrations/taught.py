@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.actuator.lift import was_cut
+from setpoint.actuator.model_shapes import was_cut
 from setpoint.distillation.teacher import Teacher, logits_of
 from setpoint.integrations.session import Session
 from setpoint.one_shot.forward import without_training

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from setpoint.actuator.lift import lifted
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import recorded_sizes
+from setpoint.actuator.model_shapes import ModelShapes, at_dense_shapes
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.place import is_call, read_size
@@ -61,10 +60,10 @@ def shape_string(model: nn.Module) -> str:
 def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
     """Modules that timm would build otherwise, and why."""
     dense = copy.deepcopy(model)  # timm puts what it is given into eval mode
-    calls = (name for name, place in recorded_sizes(model) if is_call(place))
+    calls = (name for name, place in ModelShapes.of(model).sizes if is_call(place))
     yield from ((name, "its code writes a size that had to be corrected") for name in calls)
     try:
-        with lifted(dense):
+        with at_dense_shapes(dense):
             built = adapt_model_from_string(dense, string)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         yield "", f"timm stops at it with {error!r}"
@@ -79,7 +78,7 @@ def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
     for name, tensor in named_tensors(model).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             yield name.rpartition(".")[0], f"timm does not give {name!r} the shape {tuple(tensor.shape)}"
-    for (name, place), size in recorded_sizes(model).items():
+    for (name, place), size in ModelShapes.of(model).sizes.items():
         if is_call(place) or read_size(built.get_submodule(name), place) == size:
             continue
         if place.partition(".")[0].partition("[")[0] in _read_by_forward(type(model.get_submodule(name))):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from setpoint.actuator.lift import was_cut
+from setpoint.actuator.model_shapes import was_cut
 from setpoint.distributed import unwrapped
 from setpoint.errors import LoopError
 from setpoint.groups.shim import SizedForward

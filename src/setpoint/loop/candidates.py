@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost

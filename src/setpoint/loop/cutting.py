@@ -13,7 +13,8 @@ from torch import Tensor
 
 from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups, plan_cut
-from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.shrink import shrink_live
+from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
@@ -84,13 +85,13 @@ class Cutting:
             host.resizable(f"the cut after step {plan.step}", some) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
         ):
-            groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+            groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
         return self._cut_to(groups, plan)
 
     def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
         host = self.host
-        groups = shrink(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
         return self._cut_to(groups, plan)
 
     def _cut_to(self, groups: tuple[Group, ...], plan: Plan) -> Change:
@@ -173,7 +174,7 @@ class Cutting:
         """Cut the dense model to the units of the state."""
         keep, host = self.kept(state), self.host
         with host.resizable("loading the state of the loop", self.dense) as agreed:
-            self.groups = shrink(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
+            self.groups = shrink_live(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
         self.origin = {name: np.flatnonzero(kept) for name, kept in keep.items()}
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.actuator.attached import ATTACHED
+from setpoint.actuator.attached import ATTACHED, note_attached
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.checkpoint.snapshot import snapshot
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
@@ -130,7 +130,7 @@ class Loop:
         called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
         self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
         self._hooks.hand_over(*called)
-        ATTACHED.add(host.model)
+        note_attached(host.model)
         spending.account.begin()
 
     # What the user may ask.

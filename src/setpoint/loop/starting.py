@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from setpoint.actuator.attached import ATTACHED, FITTED
-from setpoint.actuator.carried import carry
-from setpoint.actuator.lift import lifted, was_cut
+from setpoint.actuator.attached import ATTACHED, RESUMING, note_attached
+from setpoint.actuator.in_state_dict import carry_sizes
+from setpoint.actuator.model_shapes import apply_sizes, at_dense_shapes, note_cut, was_cut
 from setpoint.actuator.shrink import unwrapped
-from setpoint.actuator.sizes import apply_sizes
 from setpoint.checkpoint.resumable import complete, resumable
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.by_method import called_by, check_method
@@ -142,8 +141,8 @@ class Starting:
         self._carry()
         self._first = FirstForward(self._called if host.compiled else host.model, host.model, self._method)
         self._hooks = StepHooks(host.optimizers, self._before, lambda: None)
-        ATTACHED.add(host.model)
-        FITTED.add(host.model)  # until the loop begins
+        note_attached(host.model)
+        RESUMING.add(host.model)  # until the loop begins
         if self._resume and host.wrapper and self._called is not host.model:
             self._wrapped = None if was_cut(host.model) else _shapes(host.model)
             self._handle = self._called.register_forward_pre_hook(self._rewrap)
@@ -151,7 +150,7 @@ class Starting:
     def _carry(self) -> None:
         """Let states carry sizes, and take those of states or name them: only where nothing has been refused."""
         for each in (self._host.model, *self._host.copies):
-            resumable(each) if self._resume else carry(each)
+            resumable(each) if self._resume else carry_sizes(each)
 
     def stop(self) -> None:
         """Leave model and optimizers alone; may be called again."""
@@ -161,7 +160,7 @@ class Starting:
         if self._hooks is not None:
             self._hooks.remove()
         self._unwatch()
-        for models in (ATTACHED, FITTED):
+        for models in (ATTACHED, RESUMING):
             models.discard(self._host.model)
 
     def _rewrap(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -209,7 +208,7 @@ class Starting:
 
     @one_at_a_time
     def _begin(self, inputs: Inputs, hooks: StepHooks | None = None) -> None:
-        (FITTED.add if self._resume else FITTED.discard)(self._host.model)
+        (RESUMING.add if self._resume else RESUMING.discard)(self._host.model)
         try:
             self._begin_with(inputs, hooks)
         except BaseException:  # nothing stays behind, and what the optimizer has loaded is there for another try
@@ -271,6 +270,7 @@ class Starting:
             for module in (host.model, *unwrapped(tensors, host.model, host.copies)):
                 stale = {at: n for at, n in wanted.items() if read_size(module.get_submodule(at[0]), at[1]) != n}
                 stale |= {at: n for at, n in wanted.items() if implied(at[1]) is not None}
+                note_cut(module, {}, stale, undo)
                 apply_sizes(module, stale, undo)
             undo.pop_all()
 
@@ -281,7 +281,7 @@ class Starting:
         cut = [each for each in (host.model, *host.copies) if was_cut(each)]
         with ExitStack() as stack:
             for each in cut:
-                stack.enter_context(lifted(each, host.optimizers if each is host.model else ()))
+                stack.enter_context(at_dense_shapes(each, host.optimizers if each is host.model else ()))
             yield
         if cut:  # the wrapper's hooks are on what the tensors were inside
             with host.resizable("the load of a state", ()):

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.attached import check_free
-from setpoint.actuator.carried import carry
+from setpoint.actuator.attached import check_not_attached
+from setpoint.actuator.in_state_dict import carry_sizes
 from setpoint.actuator.mask import mask
-from setpoint.actuator.shrink import named_tensors, shrink
-from setpoint.actuator.try_optimizer import check_optimizer, check_trains
+from setpoint.actuator.optimizer_check import check_optimizer, check_trains
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.arguments import check_flags, counts
 from setpoint.controller.ladder import free_ladders
@@ -118,7 +119,7 @@ def compress(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {a_type(model)}: write compress(model, data, budget)")
     model = unwrapped(model)
-    check_free(model)
+    check_not_attached(model)
     optimizers = () if optimizer is None else real_optimizers(optimizer)
     check_trains(optimizers, model)
     for each in optimizers:
@@ -150,7 +151,7 @@ def compress(
                     run(model, batches, "renewed")
                     _warn_of_single_samples(model, batches)
             cut = shrink(model, optimizers, active, keep)
-        carry(model)
+        carry_sizes(model)
     after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
     refitted = tuple(name for reader in fitted for name in reader.layers)
     seen = sum(map(samples_in, batches))

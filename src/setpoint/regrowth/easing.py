@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from setpoint.actuator.shrink import named_tensors, unwrapped
+from setpoint.actuator.shrink import unwrapped
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor, local, rows
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group

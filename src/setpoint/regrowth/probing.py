@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from setpoint.actuator.cut import cut_groups
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import apply_sizes
+from setpoint.actuator.model_shapes import apply_sizes
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
 from setpoint.regrowth.accumulated import RunningSum

@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace, plan_cut
-from setpoint.actuator.cuttable import check_cuttable, check_lengths
+from setpoint.actuator.cut import SizePlace, check_cuttable, check_lengths, plan_cut
+from setpoint.actuator.model_shapes import check_sizes
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.shrink import Change, Job, commit, named_tensors, unwrapped
-from setpoint.actuator.sizes import check_sizes
-from setpoint.actuator.take import in_format, take
+from setpoint.actuator.shrink import Change, Job, commit, unwrapped
+from setpoint.actuator.tensors import in_format, named_tensors, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.place import call_of, is_call, read_size

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from setpoint.actuator.cut import Keep, SizePlace, check_keep, cut_groups, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
-from setpoint.actuator.shrink import named_tensors, unwrapped
-from setpoint.actuator.take import in_format
+from setpoint.actuator.shrink import unwrapped
+from setpoint.actuator.tensors import in_format, named_tensors
 from setpoint.distributed import Ranks
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.export import Example, inputs_of, untouched_attributes
 from setpoint.groups.group import Group
 from setpoint.groups.rng import preserved_rng_state

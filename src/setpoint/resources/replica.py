@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from setpoint.actuator.shrink import named_tensors, shrink
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.example import Example, computed, inputs_of, mapped, tensors_of, untouched_attributes
 from setpoint.groups.group import Group
 from setpoint.groups.users_hooks import strip

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.lift import lifted, was_cut
+from setpoint.actuator.model_shapes import at_dense_shapes, was_cut
 from setpoint.arguments import plain_number
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
@@ -160,7 +160,7 @@ def original_costs(
                 f"the model was cut before, so the {each.resource} of the dense model are not known, and a fraction "
                 f"of {each.limit:g} has no meaning: give Budget.total(..., of={each.resource!r})"
             )
-    with lifted(model):
+    with at_dense_shapes(model):
         found = repeated(trace(model, example), passes)
         flops = flops_cost(found).total(widths_of(found.groups))
         original = {"flops": flops, "params": float(sum(parameter.numel() for parameter in model.parameters()))}

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.muon import steps_by_matrix
-from setpoint.actuator.shrink import named_tensors
+from setpoint.actuator.optimizer_check import steps_by_matrix
+from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.plan import Controller, regrows
 from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price

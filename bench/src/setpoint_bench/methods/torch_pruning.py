@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from setpoint.actuator.shrink import named_tensors
-from setpoint.actuator.sizes import apply_sizes, record_dense
+from setpoint.actuator.model_shapes import apply_sizes, note_cut
+from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
 from setpoint.spending.seconds import Stopwatch
@@ -274,10 +274,11 @@ def _bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tu
             place = (size.module, size.place)
             sizes[place] = sizes.get(place, len(size.index)) - gone
     now = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    undo = ExitStack()
-    record_dense(model, {name: shape for name, shape in dense.items() if now[name] != shape}, undo)
-    apply_sizes(model, sizes, undo)
-    undo.pop_all()
+    cut = {name: shape for name, shape in dense.items() if now[name] != shape}
+    with ExitStack() as undo:
+        note_cut(model, {name: now[name] for name in cut}, sizes, undo, dense=cut)
+        apply_sizes(model, sizes, undo)
+        undo.pop_all()
 
 
 @final

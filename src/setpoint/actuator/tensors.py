@@ -1,14 +1,58 @@
-"""Take some entries of a tensor, in the memory format that it had."""
+"""Tensors: all of a model's by name, some entries of one in the memory format that it had, and new contents for one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from itertools import chain
 
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by every name it has: a tied tensor is there once per name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def is_persistent(model: nn.Module, buffer: str) -> bool:
+    """Whether a buffer is part of the state dict."""
+    owner, _, name = buffer.rpartition(".")
+    return name not in model.get_submodule(owner)._non_persistent_buffers_set
+
+
+@torch.no_grad()
+def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
+    """Let `tensor` hold the memory, shape and strides of `new`; its gradient becomes None.
+
+    The object stays the same, so optimizers, schedulers, clip lists and hooks that hold it go on working.
+
+    Args:
+        tensor: a parameter or buffer.
+        new: its new contents, on the same device.
+        undo: takes a callback that puts the old memory and gradient back.
+    """
+    old = tensor.detach()  # shares the old memory, so putting it back copies nothing
+    grad = tensor.grad if tensor.is_leaf else None
+
+    def put_back() -> None:
+        swap(tensor, old, ExitStack())
+        if grad is not None:
+            tensor.grad = grad
+
+    # A gradient must have its tensor's shape: it is removed before the shape changes, and set again only after the
+    # old shape is back.
+    undo.callback(put_back)
+    if tensor.is_leaf:
+        tensor.grad = None
+    # Not `tensor.data = new`, which fails while an old loss keeps the graph of this tensor alive.
+    if tensor.dtype == new.dtype:
+        tensor.set_(new)  # type: ignore[call-overload]
+    else:  # `set_` cannot change the dtype
+        tensor.data = new
 
 
 def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, " _kept"]]) -> Shaped[Tensor, " *small"]:

@@ -1,4 +1,4 @@
-"""Carried sizes: what the state dict of a cut model says of its shapes, from the first cut on."""
+"""Sizes in a state dict: what the state of a cut model says of its shapes, from the first cut on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.attached import check_loads
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.lineage import shapes_before, sizes_now
-from setpoint.actuator.sizes import recorded_buffers
+from setpoint.actuator.model_shapes import ModelShapes, Shapes
+from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
-from setpoint.messages import a_type
 
 KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""
@@ -26,8 +25,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
-    """The shapes of a cut model beside its tensors.
+class StateSizes:
+    """The shapes of a cut model, as they stand with its tensors in a state dict.
 
     Args:
         sizes: by module name and place, the integer that cuts have set there.
@@ -36,17 +35,16 @@ class Carried:
     """
 
     sizes: Mapping[SizePlace, int]
-    dense: Mapping[str, tuple[int, ...]]
+    dense: Shapes
     transient: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Carried | None:
+    def of(cls, model: nn.Module) -> StateSizes | None:
         """Of a model; None for one that was never cut."""
-        dense = shapes_before(model)
-        if not dense:
+        known, tensors = ModelShapes.of(model), named_tensors(model)
+        if not known.dense:
             return None
-        buffers = dict(model.named_buffers(remove_duplicate=False))
-        return cls(sizes_now(model), dense, {name: buffers[name].detach() for name in recorded_buffers(model)})
+        return cls(known.sizes, known.dense, {name: tensors[name].detach() for name in known.buffers})
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists, strings, integers and tensors, which `torch.load(..., weights_only=True)` reads."""
@@ -57,7 +55,7 @@ class Carried:
         return {"format": FORMAT, "sizes": sizes, "dense": dense, "transient": dict(self.transient)}
 
     @classmethod
-    def parse(cls, value: Any) -> Carried:
+    def parse(cls, value: Any) -> StateSizes:
         """From `plain`'s form.
 
         Raises:
@@ -70,52 +68,33 @@ class Carried:
                     "upgrade Setpoint"
                 )
             places = {
-                (_text(module), _text(place)): _length(size)
+                (str(module), str(place)): int(size)
                 for module, sizes in value["sizes"].items()
                 for place, size in sizes.items()
             }
-            dense = {_text(name): tuple(map(_length, shape)) for name, shape in value["dense"].items()}
-            transient = {_text(name): _tensor(tensor) for name, tensor in value["transient"].items()}
+            dense = {str(name): tuple(map(int, shape)) for name, shape in value["dense"].items()}
+            return cls(places, dense, dict(value["transient"]))
         except CheckpointError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the sizes that the state dict carries are damaged: {error!r}") from error
-        return cls(places, dense, transient)
 
-    def under(self, path: str) -> Carried:
+    def under(self, path: str) -> StateSizes:
         """The same for a module that has this one as its submodule `path`."""
-        return Carried(
+        return StateSizes(
             {(f"{path}.{module}".rstrip("."), place): size for (module, place), size in self.sizes.items()},
             {f"{path}.{name}": shape for name, shape in self.dense.items()},
             {f"{path}.{name}": tensor for name, tensor in self.transient.items()},
         )
 
     @classmethod
-    def union(cls, parts: Sequence[Carried]) -> Carried:
+    def union(cls, parts: Sequence[StateSizes]) -> StateSizes:
         """Of several submodules."""
         return cls(
             {at: size for part in parts for at, size in part.sizes.items()},
             {name: shape for part in parts for name, shape in part.dense.items()},
             {name: tensor for part in parts for name, tensor in part.transient.items()},
         )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no name")
-    return value
-
-
-def _length(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no length")
-    return value
-
-
-def _tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{a_type(value)} is no tensor")
-    return value
 
 
 class Hooks(OrderedDict[Any, Any]):
@@ -131,7 +110,7 @@ class Hooks(OrderedDict[Any, Any]):
         return OrderedDict, ([(key, hook) for key, hook in self.items() if key != KEY],)
 
 
-def carry(model: nn.Module) -> None:
+def carry_sizes(model: nn.Module) -> None:
     """Let a model's state dict carry its sizes once it is cut, and a state of other sizes be refused by name."""
     module = unwrapped(model)
     saving: dict[Any, Any] = module._state_dict_hooks
@@ -145,17 +124,16 @@ def carry(model: nn.Module) -> None:
 
 def _put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Called by `state_dict`: put the sizes of a cut model beside its version."""
-    carried = Carried.of(module)
+    carried = StateSizes.of(module)
     if carried is not None:
         metadata[KEY] = carried.plain()
 
 
-def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Called by `load_state_dict`, before PyTorch copies what fits and lists the rest."""
-    mine = shapes_before(module)
-    theirs = any(KEY in each for each in (getattr(state, "_metadata", None) or {}).values())
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
+def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
+    """Called by `load_state_dict`, before PyTorch copies what fits and lists what does not."""
+    mine = ModelShapes.of(module).dense
+    theirs = any(KEY in entry for entry in (getattr(state, "_metadata", None) or {}).values())
+    for name, tensor in named_tensors(module).items():
         given = state.get(prefix + name)
         if isinstance(given, Tensor) and given.shape != tensor.shape and (theirs or name in mine):
             check_loads(module)

@@ -1,9 +1,10 @@
-"""Try an optimizer: would a smaller parameter train as its masked twin does? Asked of throwaway tensors."""
+"""Optimizer check: whether a smaller parameter trains as its masked twin would, tried on throwaway tensors."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,12 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Muon, Optimizer
 
-from setpoint.actuator.muon import shape_factor, steps_by_matrix
 from setpoint.actuator.optimizer_state import INSTEAD, cut_state, moments_of
-from setpoint.actuator.swap import swap
-from setpoint.actuator.take import take
+from setpoint.actuator.tensors import swap, take
 from setpoint.errors import OptimizerError
 
 
@@ -62,6 +61,39 @@ def check_optimizer(optimizer: Optimizer) -> None:
         device = next((parameter.device for parameter in group["params"]), torch.device("cpu"))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             _try_out(type(optimizer), settings, device)
+
+
+def steps_by_matrix(kind: type[Optimizer]) -> bool:
+    """Whether optimizers of this class are PyTorch's Muon.
+
+    Muon makes the momentum matrix of a weight orthogonal by Newton-Schulz iterations,
+
+        X <- a X + (b (X X^T) + c (X X^T)^2) X,    X_0 = B / ||B||_F,
+
+    and steps by `lr * factor(shape) * X`. Rows and columns of zeros stay zero in every product and add nothing to
+    the norm. So the iterations on a cut matrix and on its masked twin give the same entries, up to the bfloat16
+    rounding in which PyTorch computes them. Only the factor depends on the shape (`shape_factor`): the masked twin
+    must have the learning-rate factor of the cut shape.
+
+    References:
+        Jordan et al.: "Muon: an optimizer for hidden layers in neural networks", 2024. Liu et al.: "Muon is scalable
+        for LLM training", arXiv 2502.16982 (the factor that matches AdamW).
+    """
+    return issubclass(kind, Muon)
+
+
+def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """What Muon multiplies the learning rate of a matrix by: `sqrt(max(1, m / n))`, or `0.2 sqrt(max(m, n))`.
+
+    The param group's "adjust_lr_fn" chooses; the shape has m rows and n columns.
+
+    >>> shape_factor({"adjust_lr_fn": None}, (8, 2)), shape_factor({"adjust_lr_fn": "match_rms_adamw"}, (25, 4))
+    (2.0, 1.0)
+    """
+    rows, columns = shape
+    if settings["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:

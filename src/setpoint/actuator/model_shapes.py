@@ -1,0 +1,241 @@
+"""The shapes of a cut model: one record at its root of all tensors and sizes in code that cuts have changed.
+
+The record is plain data: `copy.deepcopy` copies it with the model, and a pickle of the model loads where Setpoint is
+not installed. Every module of the model holds the record together with its own name in it. So a submodule that is saved
+by itself finds its entries, also under another name (PEFT moves layers when it merges adapters), and a new module in
+the place of a cut one finds those of its predecessor by the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.cut import SizePlace
+from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, swap
+from setpoint.errors import GroupError
+from setpoint.groups.place import is_call, read_size, write_size
+from setpoint.groups.shim import get_call_sizes, set_call_sizes
+
+RECORD = "_setpoint_shapes"
+"""Attribute of every module of a cut model: the record, and the module's name in it."""
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+_Record = Mapping[str, Any]
+"""`tensors`: by name (dense shape, shape after the last cut); `sizes`: by module and place the same of a size;
+`buffers`: names of non-persistent buffers that were cut.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShapes:
+    """What a model remembers of its cuts, as it is now; empty for one that was never cut.
+
+    Args:
+        dense: by every name of each tensor that cuts have changed, its shape before the first cut.
+        sizes: by module and place, the integer that stands there now, of all that cuts have set.
+        dense_sizes: the same before the first cut; None for a call in a forward, which computes its size itself.
+        buffers: names of the non-persistent buffers that cuts have changed: no state dict holds them.
+    """
+
+    dense: Shapes = field(default_factory=dict)
+    sizes: Mapping[SizePlace, int] = field(default_factory=dict)
+    dense_sizes: Mapping[SizePlace, int | None] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelShapes:
+        """Of a model, a part of one, or what has cut models as parts."""
+        dense: dict[str, Shape] = {}
+        sizes: dict[SizePlace, int] = {}
+        dense_sizes: dict[SizePlace, int | None] = {}
+        buffers: list[str] = []
+        for name, module, record, name_then in _modules(model):
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                then = _joined(name_then, key)
+                if tensor is None or then not in record["tensors"]:
+                    continue
+                before, after = record["tensors"][then]
+                if tensor.dim() == len(before):
+                    # A new module in a cut one's place counts as cut where it is as long; a new head is as it is.
+                    lengths = zip(tensor.shape, before, after, strict=True)
+                    dense[_joined(name, key)] = tuple(old if now == new else now for now, old, new in lengths)
+                if then in record["buffers"]:
+                    buffers.append(_joined(name, key))
+            for place, (first, last) in record["sizes"].get(name_then, {}).items():
+                size = _size_now(module, place, last)
+                if size is not None:
+                    sizes[name, place] = size
+                    dense_sizes[name, place] = None if is_call(place) else first if size == last else size
+        return cls(by_every_name(dense, named_tensors(model)), sizes, dense_sizes, tuple(buffers))
+
+    def full(self, model: nn.Module) -> dict[str, Shape]:
+        """The shape of every parameter and buffer before the first cut, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()} | dict(self.dense)
+
+
+def was_cut(model: nn.Module) -> bool:
+    """Whether any tensor of a model is narrower than when its code built it, by what the model itself remembers."""
+    tensors = named_tensors(model)
+    return any(tuple(tensors[name].shape) != shape for name, shape in ModelShapes.of(model).dense.items())
+
+
+def note_cut(
+    model: nn.Module,
+    shapes: Shapes,
+    sizes: Mapping[SizePlace, int | None],
+    undo: ExitStack,
+    dense: Shapes | None = None,
+) -> None:
+    """Note on a model what a change is about to make of it; call this before the change.
+
+    Args:
+        model: the root; names are relative to it.
+        shapes: by name of each tensor that changes, its shape after the change.
+        sizes: by module and place, the size after the change; None for a call that needs no correction any more.
+        undo: takes the callback that puts the old record back.
+        dense: shapes before the first cut, where they are not those of the model as it is.
+    """
+    known, tensors = ModelShapes.of(model), named_tensors(model)
+    now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    after = now | by_every_name(shapes, tensors)
+    before = {name: now[name] for name in by_every_name(shapes, tensors) if name in now}
+    before |= {**known.dense, **by_every_name(dense or {}, tensors)}
+    every_buffer = dict(model.named_buffers(remove_duplicate=False))
+    buffers = {name for name in shapes if name in every_buffer and not is_persistent(model, name)}
+    # A module that two others hold has two names; `_modules` will ask for the first.
+    first_name = {module: name for name, module in model.named_modules()}
+    by_module: dict[str, dict[str, tuple[int | None, int]]] = {}
+    for (name, place), size in {**known.sizes, **sizes}.items():
+        module = model.get_submodule(name)
+        own = first_name[module]
+        if size is None:
+            by_module.get(own, {}).pop(place, None)
+        else:
+            present = None if is_call(place) else read_size(module, place)
+            by_module.setdefault(own, {})[place] = known.dense_sizes.get((own, place), present), size
+    record: _Record = {
+        "tensors": {name: (shape, after.get(name, shape)) for name, shape in before.items()},
+        "sizes": by_module,
+        "buffers": tuple(sorted({*known.buffers, *buffers})),
+    }
+    for name, module in model.named_modules():
+        undo.callback(partial(_put, module, module.__dict__.get(RECORD)))
+        _put(module, (record, name))
+
+
+def _put(module: nn.Module, value: tuple[_Record, str] | None) -> None:
+    if value is None:
+        module.__dict__.pop(RECORD, None)
+    else:
+        module.__dict__[RECORD] = value
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Record, str]]:
+    """Each module by its name here, with the record that knows it and the name that it has there."""
+    known: dict[str, tuple[_Record, str]] = {}
+    for name, module in model.named_modules():
+        parent, _, child = name.rpartition(".")
+        own = module.__dict__.get(RECORD)
+        if own is None and name and parent in known:
+            record, name_of_parent = known[parent]
+            own = record, _joined(name_of_parent, child)
+        if own is not None:
+            known[name] = own
+            yield name, module, *own
+
+
+def _joined(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _size_now(module: nn.Module, place: str, last: int) -> int | None:
+    """The integer at a place; None where a module that took another's place has no such size."""
+    if is_call(place):
+        return get_call_sizes(module).get(place, last)
+    try:
+        return read_size(module, place)
+    except GroupError:
+        return None
+
+
+def by_every_name(shapes: Shapes, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The same, where a tensor has several names: tied, or of a module that two others hold."""
+    known = {id(tensors[name]): shape for name, shape in shapes.items() if name in tensors}
+    return {**{name: known[id(tensor)] for name, tensor in tensors.items() if id(tensor) in known}, **shapes}
+
+
+def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
+    """Check that every place exists, before anything is changed.
+
+    Raises:
+        GroupError: naming the first module or place that does not exist.
+    """
+    for name, place in sizes:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise GroupError(f"the model has no module {name!r}, which should hold a size: {error}") from error
+        if not is_call(place):
+            read_size(module, place)
+
+
+def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: ExitStack) -> None:
+    """Set sizes in the modules of `model`.
+
+    Args:
+        model: the root; names are relative to it.
+        sizes: by (module name, place), the new size; None for a call that needs no correction any more.
+        undo: takes the callbacks that put everything back.
+    """
+    calls: dict[nn.Module, dict[str, int | None]] = {}
+    for (name, place), size in sizes.items():
+        module = model.get_submodule(name)
+        if is_call(place):
+            calls.setdefault(module, {})[place] = size
+            continue
+        assert size is not None, "an attribute always holds a size"
+        present = read_size(module, place)
+        write_size(module, place, size)
+        undo.callback(partial(write_size, module, place, present))  # only now: what cannot be set cannot be put back
+    # All calls of a module share one corrected forward, so they are set together.
+    for module, places in calls.items():
+        present_calls = dict(get_call_sizes(module))
+        undo.callback(partial(set_call_sizes, module, present_calls))
+        merged = {**present_calls, **places}
+        set_call_sizes(module, {place: size for place, size in merged.items() if size is not None})
+
+
+@contextmanager
+def at_dense_shapes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
+    """Inside, every tensor that was cut has its dense shape and holds zeros, and the model's sizes are the dense ones.
+
+    At the end everything is as it was before: values, gradients, sizes and optimizer state, whatever was done to them
+    inside.
+
+    Args:
+        model: was cut, by `shrink` or by a loop, or read from a file.
+        optimizers: their state of these tensors is set aside meanwhile.
+    """
+    tensors, known = named_tensors(model), ModelShapes.of(model)
+    with ExitStack() as undo, torch.no_grad():
+        apply_sizes(model, known.dense_sizes, undo)
+        for name, shape in known.dense.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) == shape:
+                continue
+            for optimizer in optimizers:
+                if tensor in optimizer.state:
+                    undo.callback(optimizer.state.__setitem__, tensor, optimizer.state.pop(tensor))
+            swap(tensor, in_format(tensor.new_zeros(shape), tensor), undo)
+        with torch.enable_grad():
+            yield
