@@ -363,3 +363,14 @@ def test_what_cannot_be_even_is_refused_in_a_sentence() -> None:
     with pytest.raises(GroupError, match="even=True leaves nothing to cut"):
         setpoint.attach(model, optimizer, 0.9, groups=one, **settings)
     assert model.config.to_dict() == before
+
+
+def test_layers_of_two_widths_stay_two_kinds() -> None:
+    """Claim: a layer that is narrower from the start keeps its own width, also where the others are cut to it."""
+    groups, cost = layers(16, 16, 8)
+    saliency = {group.name: np.arange(1.0, 1 + group.num_units) for group in groups}
+    decisions = run(EvenController(setpoint.PricedController()), groups, cost, saliency, fraction=0.4)
+    assert decisions[-1].plan.budget_met
+    for decision in decisions:
+        found = widths_of(decision.groups)
+        assert found["block.0.heads"] == found["block.1.heads"] and found["block.0.neurons"] == found["block.1.neurons"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from setpoint.configs.families import configured, shared_widths
-from setpoint.controller.even import Kind, alike
+from setpoint.controller.even import Kind, same_place
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.loop.candidates import Candidates, restricted
 
@@ -96,7 +96,7 @@ def evened(model: nn.Module, traced: Trace, wanted: Sequence[Group] | None, *, a
             + ("; ".join(f"{n}: {why}" for n, why in list(frozen.items())[:4]) or "no group is lossless")
             + _INSTEAD
         )
-    kinds = (*(each.names for each in said), *alike(free))
+    kinds = (*(each.names for each in said), *same_place(free, widths_of(free)))
     return Even(replace(traced, groups=groups), left, kinds, frozen)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
-from jaxtyping import Bool, Float64
 
 from setpoint.controller.plan import (
     Controller,
@@ -23,24 +22,13 @@ from setpoint.controller.plan import (
 )
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost, ProductCost
-from setpoint.cost.joint import JointCost
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
-from setpoint.groups.follow import Change, follow
-from setpoint.groups.group import Group, Size
+from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 
 Kind = tuple[str, ...]
-"""Names of the groups that share one width."""
-
-
-@dataclass(frozen=True, eq=False)
-class EvenState:
-    """The inner controller's state, in which a kind of several groups is one group, and what it is about."""
-
-    inner: Any
-    kinds: Mapping[str, Kind]  # by name, the groups that share a width
-    widths: Mapping[str, int] = field(default_factory=dict)  # by name of each kind of several groups
+"""Names of the groups that share one width; the first one stands for all."""
 
 
 @final
@@ -48,14 +36,14 @@ class EvenState:
 class EvenController:
     """Gives the inner controller one group of each kind, and carries out its decision in every group of that kind.
 
-    The k-th unit of a kind is the k-th least salient unit of each of its groups: its saliency is their sum, and what
-    it saves is what they save together. So at every decision all groups of a kind lose equally many units, each its
-    least salient ones, and the inner controller's budget, price or tolerance holds for the whole.
+    The first group of a kind stands for it. Its unit of saliency rank k stands for the units of rank k in all of them:
+    their saliencies are summed, and they are dropped together. So at every decision all groups of a kind lose equally
+    many units, each its least salient ones, and the inner controller's budget, price or tolerance holds for the whole.
 
     Args:
         inner: decides.
         kinds: which groups share a width, by name; by default those that stand at the same place in repeated blocks
-            (names alike but for numbers) and have as many units of the same sort.
+            (names that differ in numbers only) and have as many units of the same sort.
 
     Raises:
         LoopError: for an inner controller that learns, or brings single units back: it looks at every unit by itself.
@@ -93,206 +81,151 @@ class EvenController:
         """Whether the inner controller wants resting units to be read."""
         return isinstance(self.inner, RegrowingController) and self.inner.probe_due(step, total_steps)
 
-    def init(self, groups: tuple[Group, ...]) -> EvenState:
-        """State before the first decision."""
-        found = self.kinds or alike(groups)
-        named = _named([kind for kind in found if any(group.name in kind for group in groups)], groups)
-        kinds = _members(named, groups)
-        whole = tuple(_joined(name, members) for name, members in kinds.items())
-        return EvenState(self.inner.init(whole), named, _widths(kinds))
+    def init(self, groups: tuple[Group, ...]) -> Any:
+        """The inner controller's state before the first decision.
+
+        It has an entry for each unit of the first group of a kind, which the loop lets follow by that group's name.
+        """
+        return self.inner.init(_leaders(self._members(groups, widths_of(groups))))
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
-    def transferred(self, state: EvenState, *, step: int, total_steps: int, present: float, limit: float) -> EvenState:
+    def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
         """The inner controller's state for another budget."""
         if not isinstance(self.inner, Transferring):
             return state
-        inner = self.inner.transferred(state.inner, step=step, total_steps=total_steps, present=present, limit=limit)
-        return replace(state, inner=inner)
+        return self.inner.transferred(state, step=step, total_steps=total_steps, present=present, limit=limit)
 
-    def decide(
-        self, state: EvenState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
-    ) -> tuple[EvenState, Plan]:
+    def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The inner controller's plan, carried out in every group of a kind.
 
         Raises:
             LoopError: for groups of one kind whose widths differ.
         """
-        kinds = _members(state.kinds, groups)
-        inner = _widened(state, _widths(kinds))
-        whole = tuple(_joined(name, members) for name, members in kinds.items())
-        orders = _orders(observation.reading, kinds)
-        seen = replace(
-            observation,
-            widths=_by_kind(observation.widths, kinds),
-            dense_widths=_by_kind(observation.dense_widths, kinds),
-            reading=_summed(observation.reading, kinds, orders),
-            probe=None,
-        )
-        inner, plan = self.inner.decide(inner, seen, _cost_by_kind(cost, kinds), whole)
-        several = {name: plan.keep[name] for name, members in kinds.items() if len(members) > 1 and name in plan.keep}
-        # The loop lets states follow by the names of groups, of which it knows no kind of several.
-        inner = follow(inner, Change(keep=several))
-        after = {name: int(kept.sum()) for name, kept in several.items()}
-        return replace(state, inner=inner, widths={**_widths(kinds), **after}), replace(
-            plan,
-            keep=_to_members(plan.keep, kinds, orders),
-            worth=_to_members(plan.worth, kinds, orders),
-            reason=f"{plan.reason} (a unit stands for one in each layer of its kind)" if several else plan.reason,
-        )
+        kinds = self._members(groups, observation.dense_widths)
+        reading = observation.reading
+        orders = {} if reading is None else _orders(reading, kinds)
+        seen = replace(observation, reading=None if reading is None else _summed(reading, kinds, orders), probe=None)
+        state, plan = self.inner.decide(state, seen, _cost_by_kind(cost, kinds), _leaders(kinds))
+        reason = plan.reason
+        if any(len(members) > 1 for members in kinds.values()):
+            reason += " (a unit stands for one in each layer of its kind)"
+        keep, worth = (_to_members(values, kinds, orders) for values in (plan.keep, plan.worth))
+        return state, replace(plan, keep=keep, worth=worth, reason=reason)
+
+    def _members(self, groups: tuple[Group, ...], dense: Mapping[str, int]) -> dict[str, tuple[Group, ...]]:
+        """By name of the first, the groups of each kind; a group of no kind is alone.
+
+        Raises:
+            LoopError: where widths differ.
+        """
+        own, members = {group.name: group for group in groups}, dict[str, tuple[Group, ...]]()
+        named = {name for kind in self.kinds for name in kind}
+        alone = tuple((group.name,) for group in groups if group.name not in named)
+        for kind in self.kinds + alone if self.kinds else same_place(groups, dense):
+            some = tuple(own[name] for name in kind if name in own)
+            if len({group.num_units for group in some}) > 1:
+                widths = ", ".join(f"{group.name}: {group.num_units}" for group in some[:4])
+                raise LoopError(f"layers of one kind have different widths ({widths}): begin with an even model")
+            if some:
+                members[some[0].name] = some
+        return members
 
 
-def pattern(name: str) -> str:
-    """A name with a star for each number that stands alone: the same for the same place in repeated blocks.
-
-    >>> pattern("model.layers.10.mlp.gate_proj")
-    'model.layers.*.mlp.gate_proj'
-    """
-    return re.sub(r"(?<![^.])\d+(?![^.:])", "*", name)
-
-
-def alike(groups: tuple[Group, ...]) -> tuple[Kind, ...]:
-    """The groups at the same place in repeated blocks that have as many units of the same sort."""
-    found: dict[Any, list[str]] = {}
+def same_place(groups: Sequence[Group], dense: Mapping[str, int]) -> tuple[Kind, ...]:
+    """The groups at the same place in repeated blocks that have as many units of the same sort in the dense model."""
+    kinds: dict[Any, list[str]] = {}
     for group in groups:
-        found.setdefault((pattern(group.name), group.kind, group.what, group.num_units), []).append(group.name)
-    return tuple(map(tuple, found.values()))
-
-
-def _named(kinds: list[Kind], groups: tuple[Group, ...]) -> dict[str, Kind]:
-    """The kinds by name; a group of none is alone under its own."""
-    in_one = {name for kind in kinds for name in kind}
-    named: dict[str, Kind] = {}
-    for kind in [*kinds, *((group.name,) for group in groups if group.name not in in_one)]:
-        base = kind[0] if len(kind) == 1 else f"{pattern(kind[0])} (of {len(kind)})"
-        count = sum(name == base or name.startswith(f"{base}, ") for name in named)
-        named[base if not count else f"{base}, {count + 1}"] = kind
-    return named
+        # A number that stands alone is that of a block: `layers.10.mlp` and `layers.11.mlp`, but not `conv1`, `conv2`.
+        place = re.sub(r"(?<![^.])\d+(?![^.:])", "*", group.name)
+        # Not the present width: layers of two widths may meet when one has been cut, and are of two kinds still.
+        kinds.setdefault((place, group.kind, group.what, dense[group.name]), []).append(group.name)
+    return tuple(map(tuple, kinds.values()))
 
 
 Kinds = Mapping[str, tuple[Group, ...]]
-Orders = Mapping[str, tuple[np.ndarray, ...]]
-"""By kind of several groups, for each of them its units, the least salient first."""
+Orders = Mapping[str, np.ndarray]
+"""By name of each group of a kind of several, its units, the least salient first."""
 
 
-def _members(named: Mapping[str, Kind], groups: tuple[Group, ...]) -> dict[str, tuple[Group, ...]]:
-    """By name, the groups of each kind.
-
-    Raises:
-        LoopError: where widths differ.
-    """
-    own = {group.name: group for group in groups}
-    kinds = {name: tuple(own[each] for each in kind if each in own) for name, kind in named.items()}
-    for members in kinds.values():
-        if len({group.num_units for group in members}) > 1:
-            widths = ", ".join(f"{group.name}: {group.num_units}" for group in members[:4])
-            raise LoopError(f"layers of one kind have different widths ({widths}): begin with an even model")
-    return {name: members for name, members in kinds.items() if members}
-
-
-def _widths(kinds: Kinds) -> dict[str, int]:
-    return {name: members[0].num_units for name, members in kinds.items() if len(members) > 1}
-
-
-def _joined(name: str, members: tuple[Group, ...]) -> Group:
-    """The group that stands for a kind."""
-    first = members[0]
-    if len(members) == 1:
-        return first
-    return Group(
-        name,
-        first.kind,
-        first.num_units,
-        slices=(),
-        min_units=max(group.min_units for group in members),
-        multiple_of=int(np.lcm.reduce([group.multiple_of for group in members])),
-        lossless=all(group.lossless for group in members),
-        what=first.what,
+def _leaders(kinds: Kinds) -> tuple[Group, ...]:
+    """The first group of each kind, which keeps to the widths that all of them allow."""
+    return tuple(
+        replace(
+            members[0],
+            min_units=max(group.min_units for group in members),
+            multiple_of=int(np.lcm.reduce([group.multiple_of for group in members])),
+            lossless=all(group.lossless for group in members),
+        )
+        for members in kinds.values()
     )
 
 
-def _widened(state: EvenState, widths: Mapping[str, int]) -> Any:
-    """The inner state once a cut was taken back."""
-    back = {name: np.arange(width) >= state.widths.get(name, width) for name, width in widths.items()}
-    return follow(state.inner, Change(regrown={name: units for name, units in back.items() if units.any()}))
-
-
-def _by_kind(widths: Mapping[str, int], kinds: Kinds) -> dict[str, int]:
-    several = {group.name for members in kinds.values() if len(members) > 1 for group in members}
-    own = {name: width for name, width in widths.items() if name not in several}
-    return own | {name: widths[members[0].name] for name, members in kinds.items()}
-
-
-def _orders(reading: Reading | None, kinds: Kinds) -> dict[str, tuple[np.ndarray, ...]]:
-    if reading is None:
-        return {}
+def _orders(reading: Reading, kinds: Kinds) -> dict[str, np.ndarray]:
     return {
-        name: tuple(np.argsort(reading.saliency[group.name], kind="stable") for group in members)
-        for name, members in kinds.items()
+        group.name: np.argsort(reading.saliency[group.name], kind="stable")
+        for members in kinds.values()
         if len(members) > 1 and all(group.name in reading.saliency for group in members)
+        for group in members
     }
 
 
-def _summed(reading: Reading | None, kinds: Kinds, orders: Orders) -> Reading | None:
-    """The reading of the kinds: the k-th least saliencies of their groups, summed."""
-    if reading is None:
-        return None
+def _summed(reading: Reading, kinds: Kinds, orders: Orders) -> Reading:
+    """The reading with the saliencies of a kind summed by rank, at the units of its first group."""
     saliency = dict(reading.saliency)
-    for name, order in orders.items():
-        values = [reading.saliency[group.name] for group in kinds[name]]
-        saliency[name] = np.sum([np.maximum(v[by], 0.0) for v, by in zip(values, order, strict=True)], axis=0)
-    basis = dict(reading.basis)
-    for name, members in kinds.items():
-        if members[0].name in basis:
-            basis[name] = basis[members[0].name]
-    return replace(reading, saliency=saliency, slope={}, norm={}, basis=basis)
+    for leader, members in kinds.items():
+        if leader in orders:
+            by_rank = [np.maximum(reading.saliency[group.name][orders[group.name]], 0.0) for group in members]
+            summed = np.empty_like(by_rank[0])
+            summed[orders[leader]] = np.sum(by_rank, axis=0)
+            saliency[leader] = summed
+    # Slopes and norms are of single groups: what adds up over a kind is the saliency alone.
+    return replace(reading, saliency=saliency, slope={}, norm={})
 
 
-def _to_members(values: Mapping[str, Any], kinds: Kinds, orders: Orders) -> dict[str, Any]:
-    """By group, what is said of the units of the kinds."""
-    found: dict[str, Bool[np.ndarray, " _units"] | Float64[np.ndarray, " _units"]] = {}
-    for name, by_unit in values.items():
-        members = kinds[name]
-        if len(members) == 1:
-            found[name] = by_unit
-            continue
-        for number, group in enumerate(members):
-            own = np.empty_like(by_unit)
-            own[orders[name][number] if name in orders else np.arange(len(by_unit))] = by_unit
-            found[group.name] = own
-    return found
+def _to_members(by_leader: Mapping[str, np.ndarray], kinds: Kinds, orders: Orders) -> dict[str, Any]:
+    """By group, what is decided on the units of the first group of its kind."""
+    values: dict[str, np.ndarray] = {}
+    for leader, by_unit in by_leader.items():
+        for group in kinds[leader]:
+            if leader in orders:
+                values[group.name] = np.empty_like(by_unit)
+                values[group.name][orders[group.name]] = by_unit[orders[leader]]
+            else:
+                values[group.name] = by_unit
+    return values
 
 
 def _cost_by_kind(cost: Cost, kinds: Kinds) -> Cost:
-    """The cost as a function of the widths of the kinds."""
-    if isinstance(cost, JointCost):
-        return JointCost([replace(share, cost=_cost_by_kind(share.cost, kinds)) for share in cost.shares])
+    """The cost as a function of the widths of the first groups."""
     if not isinstance(cost, ProductCost):
         return _ByKind(cost, kinds)
-    of = {group.name: name for name, members in kinds.items() for group in members}
+    # A sum of products stays one: controllers search its widths without looking for stairs.
+    leaders = {group.name: leader for leader, members in kinds.items() for group in members}
 
     def renamed(size: Size) -> Size:
         parts: dict[str, int] = {}
         for name, per_unit in size.parts:
-            key = of.get(name, name)
-            parts[key] = parts.get(key, 0) + per_unit
+            leader = leaders.get(name, name)
+            parts[leader] = parts.get(leader, 0) + per_unit
         return Size(size.constant, tuple(parts.items()))
 
     terms = (replace(term, sizes=tuple(map(renamed, term.sizes))) for term in cost.terms)
     return ProductCost(cost.resource, tuple(terms))
 
 
+@final
 class _ByKind:
-    """A cost that is no sum of products, as a function of the widths of the kinds."""
+    """A cost that is no sum of products, as a function of the widths of the first groups."""
 
     def __init__(self, cost: Cost, kinds: Kinds) -> None:
         self._cost, self._kinds, self.resource = cost, kinds, cost.resource
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Spending at these widths, in the resource's own unit."""
-        members = {group.name: widths[name] for name, groups in self._kinds.items() for group in groups}
+        members = {group.name: widths[leader] for leader, groups in self._kinds.items() for group in groups}
         return self._cost.total({**widths, **members})
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
