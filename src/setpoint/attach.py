@@ -1,22 +1,26 @@
-"""Attach: check what is given, choose the parts, and put a loop on the optimizers' hooks. It alone knows the leaves."""
+"""Attach: check what is asked, find what can be pruned, choose the parts, begin a loop. It alone knows the leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from setpoint.actuator.actuator import Actuator
+from setpoint.actuator.attached import RESUMING
+from setpoint.actuator.in_state_dict import carry_sizes
+from setpoint.actuator.model_shapes import was_cut
+from setpoint.checkpoint.resumable import complete, resumable
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget
-from setpoint.cost.parse import parse_budget
 from setpoint.cost.tolerance import Tolerance
-from setpoint.errors import LoopError
+from setpoint.errors import CheckpointError, LoopError
+from setpoint.groups.by_method import called_by
+from setpoint.groups.example import check_example
 from setpoint.groups.export import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.one_at_a_time import one_at_a_time
@@ -25,21 +29,16 @@ from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
 from setpoint.loop.candidates import Candidates, unit_candidates
+from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, settle
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
-from setpoint.loop.header import header_of
-from setpoint.loop.loop import Loop
-from setpoint.loop.starting import Inputs, Starting
-from setpoint.run_spec import (
-    RunSpec,
-    as_groups,
-    asks_for_steps,
-    check_parts,
-    check_reads,
-    check_spec,
-    usual_sensor,
-    whole_steps,
-)
+from setpoint.loop.first_batch import FirstBatch, Inputs
+from setpoint.loop.loop import Loop, Parts
+from setpoint.loop.record import header_of
+from setpoint.loop.resume import check_optimizers
+from setpoint.progress import progress
+from setpoint.run_spec import RunSpec, any_kind, asks_for_steps, check_reads, run_spec
 from setpoint.sensor.reading import Sensor
+from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
 from setpoint.spending.checks import check_reachable, original_costs
 from setpoint.spending.limits import Limits
@@ -114,121 +113,100 @@ def attach(
     >>> loop.summary.budget_met, loop.summary.spent["params"] <= loop.summary.limit["params"]
     (True, True)
     """
-    check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
-    total_steps, groups = whole_steps(total_steps), as_groups(groups)
-    host, loop, budget = host_of(model, optimizer, copies), Loop(), parse_budget(budget)
-    check = partial(check_spec, host, budget, controller, actuator, even)
-    choice = _Choice(sensor, groups, allow_lossy, bool(verify))
-    build = partial(_build, host, check, choice, total_steps)
-    starting = Starting(loop, host, model, build, resume=resume, method=method)
+    host = host_of(model, optimizer, copies)
+    spec = run_spec(
+        host,
+        budget,
+        total_steps=total_steps,
+        controller=controller,
+        sensor=sensor,
+        actuator=actuator,
+        groups=groups,
+        allow_lossy=allow_lossy,
+        verify=verify,
+        resume=resume,
+        even=even,
+        method=method,
+    )
     if example is not None:
-        starting.at_once(example)
-    else:
-        check()
-        starting.at_first_step()
+        check_example(example)
+        complete(host.model, example)
+        loop = Loop(host)
+        _begin(loop, spec, Inputs.of(example))
+        _carry_sizes(host, spec)
+        return loop
+
+    @one_at_a_time
+    def begin(inputs: Inputs) -> None:
+        _begin(loop, spec, inputs)
+
+    first = FirstBatch(host, model, method, begin)
+    _carry_sizes(host, spec)
+    loop = Loop(host)
+    loop.wait(first)
+    RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
+    if resume and host.wrapper and model is not host.model:
+        loop.stand_by(FollowLoads(host, model))
     return loop
 
 
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """What the user chose to be read and pruned: arguments of `attach`."""
+def _carry_sizes(host: Host, spec: RunSpec) -> None:
+    """Let states of model and copies carry sizes; with `resume` also take them."""
+    for module in (host.model, *host.copies):
+        if spec.resume:
+            resumable(module)
+        else:
+            carry_sizes(module)
 
-    sensor: Sensor[Any] | None
-    groups: Sequence[Group] | None
-    allow_lossy: bool
-    verify: bool
+
+def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
+    """Begin the loop with the parts of the run, and with the state that its optimizer has brought, if there is one."""
+    host = loop.host
+    first_optimizer = host.optimizers[0]
+    (RESUMING.add if spec.resume else RESUMING.discard)(host.model)
+    try:
+        state = brought(first_optimizer) if spec.resume else None
+        if state is not None:
+            inputs = inputs.in_form(state["inputs"]) if "inputs" in state else inputs
+            with dense_shapes(host):  # the state may have cut the model already
+                loop.begin(_parts(host, spec, inputs))
+                loop.load_state_dict(state)
+            settle(host, loop.groups)
+        elif spec.resume and was_cut(host.model):
+            raise CheckpointError(
+                "the model was cut, but no state of a loop has come with its optimizer: load the optimizer's state as "
+                "it was saved with resume=True, too, or attach without resume to begin a run with the model as it is "
+                "(in a callback: SetpointCallback(..., resume=False))"
+            )
+        else:
+            loop.begin(_parts(host, spec, inputs))
+            check_optimizers(host, loop.groups)
+    except BaseException:  # nothing stays behind, and what the optimizer has loaded is there for another try
+        loop.detach()
+        raise
+    if spec.resume:
+        forget(first_optimizer)
+        loop.stand_by(Carrying(loop, inputs.form()))
 
 
-def _build(
-    host: Host, check: Callable[[], RunSpec], choice: _Choice, total_steps: int, inputs: Inputs
-) -> dict[str, Any]:
-    """The parts of a loop, by the names that `Loop.begin` gives them."""
+def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:
+    """Look at the model and choose the parts, on all ranks alike."""
     clock = Stopwatch(synchronize=True)
-    with clock, host.unsharded(), preserved_rng_state(host.model), host.together("attach") as facts:
-        want = check()
-        parts = (_weights if want.masking else _units)(host, want, inputs, choice)
-        spending, found = _spending(host, want, parts, total_steps, clock), parts.found
-        run = {
-            **({"pattern": want.masking.pattern} if want.masking else {}),
-            "groups": widths_of(found.groups),
-            "optimizers": [type(each).__name__ for each in host.optimizers],
-            "copies": len(host.averages.named),
-            "sensor": parts.name,
-            "controller": type(parts.controller).__name__,
-        }
-        facts.update({**run, **spending.facts()})
-    header = {**header_of(found.groups, found.frozen, spending.header, host.model), **found.header}
-    return {
-        "host": host,
-        "sensor": parts.sensor,
-        "controller": want.guarded(parts.controller),
-        "actuator": parts.actuator(spending),
-        "spending": spending,
-        "header": header,
-        "run": run,
-        "revocable": partial(parts.revocable, spending),
-    }
-
-
-def _spending(host: Host, spec: RunSpec, parts: _Parts, total_steps: int, clock: Stopwatch) -> Spending:
-    """What the run may spend; a budget that cannot be met is refused."""
-    found, controller = parts.found, parts.controller
-    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, parts.original)
-    for budget in spec.budgets:
-        dense, cost = limits.dense_cost(budget.resource), found.costs[budget.resource]
-        check_reachable(budget, dense, cheapest(cost, found.groups))
-    step_flops = found.costs["flops"].total(widths_of(found.groups))
-    account = Account(
+    with (
+        progress("attach"),
+        called_by(host.model, spec.method),
         clock,
-        parts.meter.steps,
-        step_flops=step_flops,
-        verification_flops=found.passes * step_flops,
-        sensing_flops=parts.sensor.flops(found.groups, host.model),
-    )
-    spending = Spending(
-        limits,
-        total_steps=total_steps,
-        schedule=spec.schedule,
-        account=account,
-        meter=parts.meter,
-        single_process=host.ranks.count == 1,
-        regrows=regrows(controller),
-        learning=controller if isinstance(controller, Learning) else None,
-        modelled=found.sources,
-        check_kind=parts.check,
-        bill=spec.bill,
-    )
-    spending.check_run(0, total_steps, found.groups)
-    return spending
+        host.unsharded(),
+        preserved_rng_state(host.model),
+        host.together("attach") as facts,
+    ):
+        parts = _weights(host, spec, inputs, clock) if spec.masking else _units(host, spec, inputs, clock)
+        facts.update({**parts.facts, **parts.spending.facts()})
+    return parts
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """What a run is made of, as far as it depends on what a unit is.
-
-    Args:
-        controller: decides; it knows the kinds where widths are even.
-        sensor: reads saliencies; `name` is what the user knows it by.
-        found: what may be pruned.
-        actuator: carries plans out.
-        revocable: makes it one that can take its first cut back.
-        meter: reads what steps take.
-        original: cost before the model was ever cut, by resource.
-    """
-
-    controller: Controller[Any]
-    sensor: Sensor[Any]
-    name: str
-    found: Candidates
-    actuator: Callable[[Spending], Actuator]
-    meter: Meter
-    original: Mapping[str, float]
-    revocable: Callable[[Spending, Actuator], Actuator] = lambda spending, actuator: actuator
-    check: Callable[[Sequence[Budget]], None] = lambda budgets: None
-
-
-def _weights(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts:
-    """Single weights are masked; nothing is tried out, since a mask is exact on any model."""
+def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
+    """Parts that mask single weights; nothing is tried out, since a mask is exact on any model."""
     from setpoint.weights.candidates import check_resources, check_run, weight_candidates
     from setpoint.weights.find import Pattern
     from setpoint.weights.patterned import Patterned
@@ -241,38 +219,39 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Par
             "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
             "train in one process, or leave the actuator to attach, which cuts whole units"
         )
-    inner = WeightTaylorSensor(inputs.samples) if choice.sensor is None else choice.sensor
+    inner = WeightTaylorSensor(inputs.samples) if spec.sensor is None else spec.sensor
     check_run(spec.goal, (*spec.budgets, *([spec.bill] if spec.bill else [])), spec.controller, inner)
-    found, masks = weight_candidates(host, inputs.example, pattern, choice.groups, inner, inputs.passes)
+    found, masking = weight_candidates(host, inputs.example, pattern, spec.groups, inner, inputs.passes)
     widths = widths_of(found.groups)
     original = original_costs(host.model, inputs.example, spec.budgets, found.costs, widths, inputs.passes)
-    return _Parts(
-        spec.controller,
-        Patterned(inner, Pattern.named(pattern)),
-        type(inner).__name__,
-        found,
-        lambda spending: masks,
-        Unmetered(),
-        original,
-        check=check_resources,
+    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
+    sensor = Patterned(inner, Pattern.named(pattern))
+    spending = _spending(host, spec, found, spec.controller, sensor, limits, Unmetered(), clock, check_resources)
+    return Parts(
+        sensor,
+        spec.guarded(spec.controller),
+        masking,
+        spending,
+        _header(host, found, spending),
+        {"pattern": pattern, **_facts(host, found, inner, spec.controller)},
     )
 
 
-def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts:
-    """Units are cut."""
-    example, verify = inputs.example, choice.verify
-    traced, controller, some = repeated(trace(host.model, example), inputs.passes), spec.controller, choice.groups
-    even = None
+def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
+    """Parts that cut units."""
+    example, controller, some, even = inputs.example, spec.controller, spec.groups, None
+    traced = repeated(trace(host.model, example), inputs.passes)
     if isinstance(controller, EvenController):
         from setpoint.configs.even import evened
 
-        even = evened(host.model, traced, some, allow_lossy=choice.allow_lossy)
+        even = evened(host.model, traced, some, allow_lossy=spec.allow_lossy)
         traced, some, controller = even.traced, even.groups, replace(controller, kinds=even.kinds)
-    sensor = usual_sensor(host, traced.groups, inputs) if choice.sensor is None else choice.sensor
+    sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
     if host.mesh is not None:
         check_reads(sensor)
     sensor = sensor if host.alone else sensor.over(host.ranks)
-    found = unit_candidates(host, traced, example, sensor, some, allow_lossy=choice.allow_lossy, verify=verify)
+    lossy, verify = spec.allow_lossy, spec.verify
+    found = unit_candidates(host, traced, example, sensor, some, allow_lossy=lossy, verify=verify)
     found = even.complete(found, host.model) if even else found
     if regrows(controller):
         from setpoint.regrowth.verify_probe import check_regrowth
@@ -281,7 +260,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
     meter: Meter = Unmetered()
     widths = widths_of(found.groups)
     original = original_costs(host.model, example, spec.budgets, found.costs, widths, inputs.passes)
-    if {each.resource for each in spec.goals} & set(METERED):
+    if {goal.resource for goal in spec.goals} & set(METERED):
         from setpoint.resources.learn import learn
 
         learnt = learn(host, example, traced, found.groups, spec.goals, inputs.passes)
@@ -289,27 +268,99 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, choice: _Choice) -> _Parts
         found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header, passes=passes)
     else:
         found = replace(found, header={"calibration": {}, "step_seconds": {}})
+    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
-    cutting, at_once = Cutting(host, found.groups, coordinates), regrows(controller)
+    cutting = Cutting(host, found.groups, coordinates)
+    spending = _spending(host, spec, found, controller, sensor, limits, meter, clock)
 
-    def regrowth(spending: Spending, actuator: Actuator) -> Actuator:
-        if actuator is not cutting or not isinstance(controller, RegrowingController) or not sensor.traits.returns:
-            return actuator
+    def revocable() -> Actuator:
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
 
+        assert isinstance(controller, RegrowingController), "only such a controller takes units back"
         reserve_bytes = (spec.regrowing or Regrowing()).reserve_bytes
-        lasting = at_once and not isinstance(spec.goal, Tolerance)
+        lasting = regrows(controller) and not isinstance(spec.goal, Tolerance)
         return Regrowth(cutting, controller, spending, reserve_bytes, lasting=lasting)
 
-    return _Parts(
-        controller,
+    able = isinstance(controller, RegrowingController) and sensor.traits.returns
+    at_once = able and regrows(controller)
+    return Parts(
         sensor,
-        type(sensor).__name__,
-        found,
-        (lambda spending: regrowth(spending, cutting)) if at_once else (lambda spending: cutting),
-        meter,
-        original,
-        revocable=regrowth,
+        spec.guarded(controller),
+        revocable() if at_once else cutting,
+        spending,
+        _header(host, found, spending),
+        _facts(host, found, sensor, controller),
+        revocable if able and not at_once else None,
     )
+
+
+def _usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:
+    """Taylor for units; states have sensors of their own."""
+    samples = inputs.samples * host.ranks.count
+    if host.alone and any(group.kind == "state" for group in groups):
+        from setpoint.sensor.chain import SensorChain
+        from setpoint.states.hankel import HankelSensor
+        from setpoint.states.selective import SelectiveSensor
+
+        for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(inputs.example))
+        readable = (sensor for sensor in for_states if sensor.readable(groups, host.model))
+        return SensorChain(*readable, TaylorSensor(samples))
+    return TaylorSensor(samples)
+
+
+def _spending(
+    host: Host,
+    spec: RunSpec,
+    found: Candidates,
+    controller: Controller[Any],
+    sensor: Sensor[Any],
+    limits: Limits,
+    meter: Meter,
+    clock: Stopwatch,
+    check_kind: Callable[[Sequence[Budget]], None] = any_kind,
+) -> Spending:
+    """What the run may spend; a budget that cannot be met is refused."""
+    for budget in spec.budgets:
+        dense, cost = limits.dense_cost(budget.resource), found.costs[budget.resource]
+        check_reachable(budget, dense, cheapest(cost, found.groups))
+    step_flops = found.costs["flops"].total(widths_of(found.groups))
+    account = Account(
+        clock,
+        meter.steps,
+        step_flops=step_flops,
+        verification_flops=found.passes * step_flops,
+        sensing_flops=sensor.flops(found.groups, host.model),
+    )
+    spending = Spending(
+        limits,
+        total_steps=spec.total_steps,
+        schedule=spec.schedule,
+        account=account,
+        meter=meter,
+        single_process=host.ranks.count == 1,
+        regrows=regrows(controller),
+        learning=controller if isinstance(controller, Learning) else None,
+        modelled=found.sources,
+        check_kind=check_kind,
+        bill=spec.bill,
+    )
+    spending.check_run(0, spec.total_steps, found.groups)
+    return spending
+
+
+def _header(host: Host, found: Candidates, spending: Spending) -> Mapping[str, Any]:
+    """The head of the ledger."""
+    return {**header_of(found.groups, found.frozen, spending.header, host.model), **found.header}
+
+
+def _facts(host: Host, found: Candidates, sensor: Sensor[Any], controller: Controller[Any]) -> Mapping[str, Any]:
+    """What must be the same on all ranks, and in a run that goes on with the state of another one."""
+    return {
+        "groups": widths_of(found.groups),
+        "optimizers": [type(optimizer).__name__ for optimizer in host.optimizers],
+        "copies": len(host.averages.named),
+        "sensor": type(sensor).__name__,
+        "controller": type(controller).__name__,
+    }

@@ -22,16 +22,16 @@ from setpoint.controller.rolling_back import RollingBack
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.parse import parse_budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CostError, GroupError, LoopError
 from setpoint.groups.blocks import check_blocks
+from setpoint.groups.by_method import check_method
 from setpoint.groups.group import Group
 from setpoint.host.host import Host
-from setpoint.loop.starting import Inputs
 from setpoint.messages import did_you_mean
 from setpoint.sensor.reading import Sensor
-from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.checks import check_budgets, split_bill
 
 if TYPE_CHECKING:
@@ -49,19 +49,33 @@ class RunSpec:
 
     Args:
         goal: a price or a tolerance, None where there are budgets.
-        budgets: each of another resource.
-        controller: pursues it.
-        masking: how single weights are masked, None where whole units are cut.
-        regrowing: how units rest that may come back; None where none come back.
+        budgets: per step, each of another resource.
         bill: what the run may spend beside budgets per step.
+        total_steps: optimizer steps of the run; with a bill, those of the dense run that it is a share of.
+        controller: pursues the goal.
+        sensor: reads saliencies; None for the usual one.
+        masking: how single weights are masked, None where whole units are cut.
+        regrowing: how units rest that may come back; None for the usual way.
+        groups: that may be pruned; None for all.
+        allow_lossy: whether groups may be pruned in which a zeroed unit is not the same as an absent one.
+        verify: whether every cut is tried on copies of the model first.
+        resume: whether states of model and optimizer carry the loop's.
+        method: of the model, which training calls.
     """
 
     goal: Price | Tolerance | None
     budgets: tuple[Budget, ...]
+    bill: Budget | None
+    total_steps: int
     controller: Controller[Any]
-    masking: Masking | None = None
-    regrowing: Regrowing | None = None
-    bill: Budget | None = None
+    sensor: Sensor[Any] | None
+    masking: Masking | None
+    regrowing: Regrowing | None
+    groups: tuple[Group, ...] | None
+    allow_lossy: bool
+    verify: bool
+    resume: bool
+    method: str
 
     @property
     def goals(self) -> tuple[Budget | Price | Tolerance, ...]:
@@ -79,30 +93,38 @@ class RunSpec:
         schedule = getattr(self.controller, "schedule", None)
         return schedule if isinstance(schedule, Schedule) else Schedule()
 
-    @property
-    def revocable(self) -> bool:
-        """Whether a cut that the loss does not stand is taken back, or at least followed by a pause."""
-        able = isinstance(self.controller, RegrowingController) or getattr(self.controller, "pauses", False)
-        return able and not isinstance(self.goal, Tolerance)  # a tolerance judges by itself
-
     def guarded(self, controller: Controller[Any]) -> Controller[Any]:
         """The controller, which uses up a run's budget and gives way to the loss once."""
         using_up = UsingUp(controller)
-        return RollingBack(using_up) if self.revocable else using_up
+        yields = isinstance(self.controller, RegrowingController) or getattr(self.controller, "pauses", False)
+        # A tolerance judges by itself whether a cut stays.
+        return RollingBack(using_up) if yields and not isinstance(self.goal, Tolerance) else using_up
 
 
-def check_spec(
+def run_spec(
     host: Host,
-    budget: Budget | Sequence[Budget] | Price | Tolerance,
+    budget: Any,
+    *,
+    total_steps: Any,
     controller: Controller[Any] | None,
+    sensor: Sensor[Any] | None,
     actuator: Masking | Regrowing | None,
+    groups: Sequence[Group] | None,
+    allow_lossy: bool,
+    verify: bool,
+    resume: bool,
     even: bool,
+    method: str,
 ) -> RunSpec:
-    """Check what is wanted, and whether host and optimizers can give it."""
+    """Check the arguments of `attach`, and whether host and optimizers can give what they ask for."""
+    check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
+    steps, some = whole_steps(total_steps), as_groups(groups)
+    check_method(host.model, method)
+    wanted = parse_budget(budget)
     check_not_attached(host.model)
     check_data(host.model)
-    goal = budget if isinstance(budget, (Price, Tolerance)) else None
-    budgets, bill = ((), None) if isinstance(budget, (Price, Tolerance)) else split_bill(check_budgets(budget))
+    goal = wanted if isinstance(wanted, (Price, Tolerance)) else None
+    budgets, bill = ((), None) if isinstance(wanted, (Price, Tolerance)) else split_bill(check_budgets(wanted))
     masking, regrowing = _kinds(actuator)
     if controller is None:
         controller = controller_for(goal or budgets, regrow=regrowing is not None)
@@ -122,12 +144,30 @@ def check_spec(
             "actuator to attach, or use a Budget with PricedController(regrow=True), or a Tolerance"
         )
     check_trains(host.optimizers, host.model)
-    for each in host.optimizers:
-        check_optimizer(each)
-    found = RunSpec(goal, budgets, controller, masking, regrowing, bill)
+    for optimizer in host.optimizers:
+        check_optimizer(optimizer)
+    spec = RunSpec(
+        goal,
+        budgets,
+        bill,
+        steps,
+        controller,
+        sensor,
+        masking,
+        regrowing,
+        some,
+        allow_lossy=bool(allow_lossy),
+        verify=bool(verify),
+        resume=bool(resume),
+        method=method,
+    )
     if not host.alone:
-        check_shared_costs({each.resource for each in found.goals})
-    return found
+        check_shared_costs({goal.resource for goal in spec.goals})
+    return spec
+
+
+def any_kind(budgets: Sequence[Budget]) -> None:
+    """Units can be held to budgets of any kind."""
 
 
 def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
@@ -142,26 +182,13 @@ def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
     return (actuator, None) if isinstance(actuator, Masking) else (None, actuator)
 
 
-def usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:
-    """Taylor for units; states have sensors of their own."""
-    samples = inputs.samples * host.ranks.count
-    if host.alone and any(group.kind == "state" for group in groups):
-        from setpoint.sensor.chain import SensorChain
-        from setpoint.states.hankel import HankelSensor
-        from setpoint.states.selective import SelectiveSensor
-
-        for_states: tuple[Sensor[Any], ...] = (HankelSensor(samples), SelectiveSensor(inputs.example))
-        return SensorChain(*(each for each in for_states if each.readable(groups, host.model)), TaylorSensor(samples))
-    return TaylorSensor(samples)
-
-
 def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function; where `total_steps` is missing it says what to give."""
 
     @wraps(function)
     def asking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if "total_steps" not in kwargs:
-            meant = "".join(f", got {each}=" for each in kwargs if did_you_mean(each, ("total_steps",)))
+            meant = "".join(f", got {name}=" for name in kwargs if did_you_mean(name, ("total_steps",)))
             raise TypeError(f"{function.__name__}() needs total_steps=...{meant}: {_STEPS}")
         return function(*args, **kwargs)
 

@@ -16,7 +16,7 @@ from torch import nn
 import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.errors import LoopError
-from setpoint.loop.interrupt import uninterrupted
+from setpoint.loop.hooks import uninterrupted
 
 DROPS, BACK = {3: {"0": [1, 4]}, 6: {"0": [0], "2": [3]}}, {6: {"0": [1]}}
 PLACES = 16

@@ -34,14 +34,14 @@ def test_a_late_cut_is_told() -> None:
     last = next(entry for entry in reversed(list(loop.ledger)) if entry.changed)
     share = 0.01 ** ((last.step - 21) / 80)
     assert last.learning_rate == pytest.approx(0.1 * share)
-    assert f"the last cut, at step {last.step}, fell when the learning rate was {share:.0%} of" in loop.summary.reason
+    assert f"the last cut, at step {last.step}, fell when the learning rate was {share:.0%} of" in loop.summary.note
     assert "cut earlier" in str(loop.summary)
 
 
 def test_a_cut_at_a_high_rate_is_not() -> None:
     """Claim: with the default schedule, or with a rate that stays, there is no hint."""
     for loop in (trained(settle=0.3), trained(settle=0.8, falls_to=1.0)):
-        assert loop.summary is not None and "learning rate" not in loop.summary.reason
+        assert loop.summary is not None and "learning rate" not in loop.summary.note
 
 
 def test_an_optimizer_without_a_rate() -> None:

@@ -23,7 +23,7 @@ from setpoint.controller.priced import PricedController
 from setpoint.cost.price import Price
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.loop.cutting import Cutting
-from setpoint.loop.progress import Progress
+from setpoint.loop.state import RunState
 from setpoint.regrowth.regrowing import Regrowth
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.baselines.scheduled import ScheduledController
@@ -344,7 +344,7 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 
 
 STORED = {
-    "loop": {"actuator", "losses", "spending", "_ledger", "_now", "_sensor_state", "_controller_state"},
+    "loop": {"_parts", "losses", "_ledger", "_state", "_sensor_state", "_controller_state"},
     "regrowth": {
         "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn",
         "_snapshots",
@@ -356,8 +356,8 @@ STORED = {
 }  # fmt: skip
 GIVEN_AGAIN = {
     "loop": {
-        "host", "sensor", "controller", "_revocable", "_dense",
-        "_run", "_begun", "_finished", "_summary", "_hooks", "_waiting", "_telling", "_unchanged",
+        "host", "_dense", "_checked_host", "_finished", "_summary", "_hooks", "_first", "_stands_by", "_callbacks",
+        "_unchanged",
     },
     "regrowth": {
         "lasting", "brings_back", "_controller", "_spending", "_host", "_model", "_optimizers", "_lossless",
@@ -390,4 +390,4 @@ def test_nothing_that_a_loop_remembers_is_forgotten() -> None:
     }
     assert isinstance(loop.actuator, Regrowth) and isinstance(plain.loop.actuator, Cutting)
     assert found == {name: STORED[name] | GIVEN_AGAIN[name] for name in found}
-    assert set(loop.state_dict()["now"]) == {each.name for each in fields(Progress)}
+    assert set(loop.state_dict()["now"]) == {each.name for each in fields(RunState)}

@@ -250,16 +250,16 @@ def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
     """Claim: `print` shows six lines: verdict, cost, size, steps, overhead, and when it pays; `repr` is whole."""
     summary = whole.summary
     lines = str(summary).splitlines()
-    words = ("budget", "cost", "size", "training", "overhead", "time saved")
+    words = ("verdict", "cost", "size", "training", "overhead", "time saved")
     assert len(lines) == 6 and all(line.startswith(word) for line, word in zip(lines, words, strict=True))
-    assert lines[0].startswith("budget      met at step ") and summary.reason.startswith("budget met at step")
+    assert lines[0] == f"verdict     {summary.reason}" and summary.reason.startswith("budget met at step")
     assert f"{100 * summary.final_flops_ratio:.1f} % of dense" in lines[1]
     assert f"{summary.final_params:,} parameters" in lines[2] and "20 of 20 steps" in lines[3]
     late, never = (str(replace(summary, break_even_step=step)).splitlines()[-1] for step in (1200, None))
     assert late == "time saved  more than the overhead from step 1,200 on, by the clock of this run"
     assert never == "time saved  less than the overhead"
     assert repr(summary).startswith("Summary(budget_met=True, steps=20,")
-    assert str(replace(summary, budget_met=False)).startswith("budget      NOT met")
+    assert str(replace(summary, budget_met=False)).startswith("verdict     budget NOT met: ")
 
 
 def test_a_summary_goes_through_json(whole: Whole) -> None:

@@ -16,8 +16,8 @@ from setpoint.groups.group import Group
 from setpoint.host.agreement import SharedLosses, on_all_ranks, shared_reading
 from setpoint.host.compiled import DynamicWidths
 from setpoint.host.copies import Copies
+from setpoint.host.guards import Trained
 from setpoint.host.refuse import check_unsharded, watch_for_wrapper
-from setpoint.host.trained import Trained
 from setpoint.sensor.reading import Reading
 
 Agreed = Callable[[], None]

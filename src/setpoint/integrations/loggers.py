@@ -11,9 +11,9 @@ from typing import Any
 
 from setpoint.errors import LoopError, UsageError
 from setpoint.ledger import Entry, Ledger
+from setpoint.loop.callbacks import Event
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
-from setpoint.loop.telling import News
 from setpoint.messages import a_type
 
 
@@ -138,11 +138,11 @@ class _Logging:
         self._to: Any = None
         self._logged: int | None = None
 
-    def __call__(self, news: News) -> None:
+    def __call__(self, event: Event) -> None:
         loop, prefix = self._loop, self._prefix
         if loop.host.ranks.own:
             return
-        if loop.step != self._logged and (news is not None or loop.step % self._every == 0):
+        if loop.step != self._logged and (event is not None or loop.step % self._every == 0):
             if self._logged is None:
                 self._to = self._open()
                 if _is_wandb(self._to):  # an axis of its own, as W&B's steps are not the loop's
@@ -150,7 +150,7 @@ class _Logging:
                     self._to.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
             _write(self._to, {f"{prefix}{name}": value for name, value in loop.metrics().items()}, loop.step)
             self._logged = loop.step
-        if isinstance(news, Summary) and self._named and _has(self._to, "add_scalar"):
+        if isinstance(event, Summary) and self._named and _has(self._to, "add_scalar"):
             self._to.close()  # nobody else has it at hand
 
 
@@ -171,9 +171,9 @@ class LedgerFile:
         if not self._path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {self._path.parent} for {self._path.name}: make it first")
 
-    def __call__(self, news: News) -> None:
+    def __call__(self, event: Event) -> None:
         """Write what is new after a step, if there is anything."""
-        if self._loop.host.ranks.own == 0 and (news is not None or not self._ends):
+        if self._loop.host.ranks.own == 0 and (event is not None or not self._ends):
             self._write(self._loop.ledger)
 
     def _write(self, ledger: Ledger) -> None:

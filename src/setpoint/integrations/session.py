@@ -13,7 +13,7 @@ from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.budget import Budget
 from setpoint.cost.parse import parse_budget
 from setpoint.errors import NotBegunError
-from setpoint.host.carrying import brought
+from setpoint.loop.carrying import brought
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 

@@ -15,7 +15,7 @@ from setpoint.errors import LoopError
 from setpoint.groups.shim import SizedForward
 from setpoint.integrations.session import Session
 from setpoint.ledger import Entry
-from setpoint.loop.telling import News
+from setpoint.loop.callbacks import Event
 
 _EVENTS = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")
 
@@ -95,9 +95,9 @@ def add(model: Any, budget: Any, **settings: Any) -> Pruning:
     return pruning
 
 
-def _renew(trainer: Any, news: News = None) -> None:
+def _renew(trainer: Any, event: Event = None) -> None:
     """After a cut, see to what ultralytics keeps beside the tensors."""
-    if isinstance(news, Entry) and not news.changed:
+    if isinstance(event, Entry) and not event.changed:
         return
     average = trainer.ema
     for model in (unwrapped(trainer.model), *([] if average is None else [average.ema])):

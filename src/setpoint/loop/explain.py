@@ -12,7 +12,7 @@ from setpoint.actuator.actuator import Origins
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.ledger import Ledger
-from setpoint.loop.progress import Progress
+from setpoint.loop.state import RunState
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Explanation:
 
 
 def explain(
-    now: Progress,
+    now: RunState,
     ledger: Ledger,
     dense: tuple[Group, ...],
     origins: Origins,

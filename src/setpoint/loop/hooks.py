@@ -1,10 +1,14 @@
-"""Step hooks: what is called before the first and after the last optimizer of a step has moved the weights."""
+"""Step hooks: what is called before the first and after the last optimizer of a step, and Ctrl-C waits meanwhile."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from setpoint.distributed import local
-from setpoint.host.unseen import Unseen
+from setpoint.host.guards import Unseen
 
 Mark = tuple["weakref.ref[Tensor]", int] | None
 
@@ -61,19 +65,6 @@ class StepHooks:
         """Whether some of the optimizers have stepped and others have yet to, with gradients that they can take."""
         left = [each for number, each in self._optimizers.items() if number not in self._stepped]
         return bool(self._stepped) and any(_has_gradients(each) and not _overflowed(each) for each in left)
-
-    def hand_over(
-        self,
-        before: Callable[[Tensor | None], None],
-        after: Callable[[], None],
-        loading: Callable[[Optimizer, dict[str, Any]], None],
-    ) -> None:
-        """Call these from here on, also in a step that has begun."""
-        self._before, self._after, self._loading = before, after, loading
-
-    def begin(self, grad_scale: Tensor | None) -> None:
-        """The gradients of a step are ready."""
-        self._before(grad_scale)
 
     def _load(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
         if self._loading is not None:
@@ -179,3 +170,34 @@ def _grad_scale(optimizer: Optimizer) -> Tensor | None:
     if found_inf is None:
         return scale
     return torch.where(found_inf > 0, torch.nan, torch.ones_like(found_inf) if scale is None else scale)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, the first SIGINT is kept until the end; a second one comes through at once, whatever it leaves behind.
+
+    Whatever handles SIGINT (Python's own handler, which raises KeyboardInterrupt, or the user's) is put back and then
+    called. Outside of the main thread, and where SIGINT is ignored or ends the process, nothing is changed.
+
+    >>> with uninterrupted():
+    ...     pass
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: list[FrameType | None] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        if kept:
+            signal.signal(signal.SIGINT, usual)
+            usual(number, frame)
+        kept.append(frame)
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if kept:
+            usual(signal.SIGINT, kept[0])

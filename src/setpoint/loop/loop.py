@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.actuator.attached import ATTACHED, note_attached
+from setpoint.actuator.attached import ATTACHED, RESUMING, note_attached
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.checkpoint.snapshot import snapshot
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
@@ -23,19 +24,19 @@ from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunErro
 from setpoint.groups.follow import Change, check_follows, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
+from setpoint.host.guards import Unchanged
 from setpoint.host.host import Host
 from setpoint.host.optimizers import real_optimizer
-from setpoint.host.unchanged import Unchanged
 from setpoint.ledger import Entry, Ledger
+from setpoint.loop.callbacks import LOG, Callbacks, Event, log_decision
 from setpoint.loop.explain import Explanation, explain
-from setpoint.loop.hooks import StepHooks
-from setpoint.loop.interrupt import uninterrupted
+from setpoint.loop.first_batch import FirstBatch
+from setpoint.loop.hooks import StepHooks, uninterrupted
 from setpoint.loop.losses import Losses
-from setpoint.loop.progress import Progress
 from setpoint.loop.record import decisions, highest_rate, recorded, refusal, waiting
 from setpoint.loop.resume import AGAIN, FORMAT, Part, check_format, check_loading, check_optimizers, check_same_run
+from setpoint.loop.state import RunState
 from setpoint.loop.summary import Summary, summarise, warn_of_miss
-from setpoint.loop.telling import News, Telling
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
 from setpoint.spending.checks import change_budget, change_total_steps, check_open
@@ -44,14 +45,38 @@ from setpoint.spending.spending import Spending
 
 
 @runtime_checkable
-class Waiting(Protocol):
-    """What stands by until a loop begins, or beside it."""
+class StandsBy(Protocol):
+    """What is on model or optimizers beside the loop."""
 
     def stop(self) -> None:
-        """Leave model and optimizers alone; may be called again."""
+        """Leave them alone; may be called again."""
 
 
 _FRESH_STEPS = 50  # that are sensed before a last decision is made again
+_NOT_BEGUN = "the loop begins at the first optimizer step, as attach was given no example: ask it after that step"
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a loop is made of once the model has been looked at.
+
+    Args:
+        sensor: reads saliencies.
+        controller: decides.
+        actuator: carries plans out; its groups are at dense widths.
+        spending: what the run may spend and has spent.
+        header: head of the ledger.
+        facts: what must be the same in a run that goes on with this one's state.
+        revocable: makes of the actuator one that can take its first cut back; None where nothing is taken back.
+    """
+
+    sensor: Sensor[Any]
+    controller: Controller[Any]
+    actuator: Actuator
+    spending: Spending
+    header: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    revocable: Callable[[], Actuator] | None = None
 
 
 @final
@@ -61,6 +86,9 @@ class Loop:
     The loop works through the optimizers' own hooks. The sensor reads before a step (`sensed_every` says before which).
     A decision after a step is a reading, a plan, a change and a ledger entry. After the last decision the loop only
     counts. A `with` block finishes the loop at its end; after an exception the block only detaches the loop.
+
+    Without an example the loop has no parts until the first optimizer step: what depends on them raises a
+    `NotBegunError`, which is a `LoopError`.
 
     >>> import torch, setpoint
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
@@ -74,70 +102,90 @@ class Loop:
     (True, {'0': 32}, {'0': 12}, 7)
     """
 
-    def __init__(self) -> None:
-        self._waiting: Waiting | None = None
-        self._telling = Telling()
-        self._now, self.losses = Progress(), Losses()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotBegunError(
-            "the loop begins at the first optimizer step, as attach was given no example: ask it after that step"
-        )
+    def __init__(self, host: Host) -> None:
+        self.host, self.losses = host, Losses()
+        self._parts: Parts | None = None
+        self._dense: tuple[Group, ...] = ()
+        self._state, self._sensor_state, self._controller_state = RunState(), None, None
+        self._ledger, self._callbacks = Ledger(), Callbacks()
+        self._summary: Summary | None = None
+        self._finished = self._checked_host = False
+        self._unchanged = Unchanged(host.model, host.copies, ())
+        self._first: FirstBatch | None = None
+        self._stands_by: list[StandsBy] = []
+        self._hooks = StepHooks(host.optimizers, self._before_step, self._after_step, self._loading)
+        note_attached(host.model)
 
     def __repr__(self) -> str:
-        return line(self.metrics(), finished=vars(self).get("_finished", False))
+        return line(self.metrics(), finished=self._finished)
 
-    def wait(self, waiting: Waiting) -> None:
-        """Let this stand by until `begin`, which comes at the first step."""
-        self._waiting = waiting
+    # How it begins.
 
-    def begin(
-        self,
-        host: Host,
-        sensor: Sensor[Any],
-        controller: Controller[Any],
-        actuator: Actuator,
-        spending: Spending,
-        header: Mapping[str, Any],
-        run: Mapping[str, Any],
-        revocable: Callable[[Actuator], Actuator] = lambda actuator: actuator,
-        hooks: StepHooks | None = None,
-    ) -> None:
-        """Begin, before the first optimizer step or in it.
+    def wait(self, first: FirstBatch) -> None:
+        """Begin at the first optimizer step, with the batch that this has recorded until then."""
+        self._first = first
+        self.stand_by(first)
 
-        Args:
-            spending: what the run may spend and has spent.
-            run: what must be the same in a run that goes on with this one's state.
-            revocable: makes of an actuator one that can take its first cut back; called where losses are observed.
-            hooks: on the optimizers already; None to put them there.
-        """
-        self.host, self.sensor, self.controller, self.spending = host, sensor, controller, spending
-        self.actuator, self._revocable, self._dense, self._run = actuator, revocable, actuator.groups, run
-        self._ledger = Ledger(header)
-        widths = widths_of(self._dense) if actuator.by_unit else {}
-        self._controller_state = controller.init(self._dense)
-        check_follows(self._controller_state, widths)
-        self._sensor_state = sensor.init(self._dense, host.model)  # after what may fail, since it may leave hooks
-        check_follows(self._sensor_state, widths)
-        spending.account.sensing_flops = sensor.flops(self._dense, host.model)  # attach saw an unsharded model
-        self._unchanged = Unchanged(host.model, host.copies, lambda: self.groups)
-        self._begun = self._finished = False
-        self._summary: Summary | None = None
-        missed = partial(self._after_step, False)
-        host.begin(steps=lambda: self.step, missed=missed, groups=self._dense)
-        called = (self._before_step, self._after_step, partial(check_loading, host, self._dense))
-        self._hooks = StepHooks(host.optimizers, *called) if hooks is None else hooks
-        self._hooks.hand_over(*called)
-        note_attached(host.model)
+    def stand_by(self, part: StandsBy) -> None:
+        """Stop this, too, when the loop is detached."""
+        self._stands_by.append(part)
+
+    def begin(self, parts: Parts) -> None:
+        """Take these parts, before the first optimizer step or in it."""
+        host, sensor, spending, dense = self.host, parts.sensor, parts.spending, parts.actuator.groups
+        widths = widths_of(dense) if parts.actuator.by_unit else {}
+        controller_state = parts.controller.init(dense)
+        check_follows(controller_state, widths)
+        sensor_state = sensor.init(dense, host.model)  # after what may fail, since it may leave hooks
+        check_follows(sensor_state, widths)
+        self._parts, self._dense = parts, dense
+        self._controller_state, self._sensor_state = controller_state, sensor_state
+        self._ledger = Ledger(parts.header)
+        spending.account.sensing_flops = sensor.flops(dense, host.model)  # attach saw an unsharded model
+        self._unchanged = Unchanged(host.model, host.copies, dense)
+        host.begin(
+            steps=lambda: self.step, missed=self._missed_step, recompiled=spending.account.recompiled, groups=dense
+        )
         spending.account.begin()
+
+    @property
+    def parts(self) -> Parts:
+        """What the loop is made of.
+
+        Raises:
+            NotBegunError: before the first step, where `attach` was given no example.
+        """
+        if self._parts is None:
+            raise NotBegunError(_NOT_BEGUN)
+        return self._parts
+
+    @property
+    def sensor(self) -> Sensor[Any]:
+        """What reads saliencies."""
+        return self.parts.sensor
+
+    @property
+    def controller(self) -> Controller[Any]:
+        """What decides."""
+        return self.parts.controller
+
+    @property
+    def actuator(self) -> Actuator:
+        """What carries plans out."""
+        return self.parts.actuator
+
+    @property
+    def spending(self) -> Spending:
+        """What the run may spend and has spent."""
+        return self.parts.spending
 
     # What the user may ask.
 
     @property
     def ledger(self) -> Ledger:
         """Every decision so far."""
+        if self._parts is None:
+            raise NotBegunError(_NOT_BEGUN)
         self.losses.complete(self._ledger)
         return self._ledger
 
@@ -154,7 +202,7 @@ class Loop:
     @property
     def dense_widths(self) -> dict[str, int]:
         """Units by group of the dense model."""
-        return widths_of(self._dense)
+        return dict(self.spending.dense_widths)
 
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " units"]]:
@@ -169,18 +217,18 @@ class Loop:
     @property
     def price(self) -> float:
         """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
-        plan = self._now.plan
+        plan = self._state.plan
         return self.spending.limits.price(plan.price if plan else {}, self.widths)
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self._now.step
+        return self._state.step
 
     @property
     def budget_met(self) -> bool:
         """Whether the last decision has been made, as predicted within budget; after `finish` what the summary says."""
-        return self._summary.budget_met if "_summary" in vars(self) and self._summary else self._now.budget_met
+        return self._state.budget_met if self._summary is None else self._summary.budget_met
 
     @property
     def summary(self) -> Summary | None:
@@ -199,7 +247,7 @@ class Loop:
 
     @budget.setter
     def budget(self, budget: Any) -> None:
-        check_open(self.spending, self.step, budget_met=self._now.budget_met or self._finished)
+        check_open(self.spending, self.step, budget_met=self._state.budget_met or self._finished)
         change_budget(self.spending, budget, self.groups, self.step)
         self._go_on()
 
@@ -220,18 +268,18 @@ class Loop:
 
         A tensor stays on its device until a decision needs it; one of several elements raises a `ValueError`.
         """
-        self.losses.observe(self.step + 1, loss, val, keep=not self._now.budget_met)
+        self.losses.observe(self.step + 1, loss, val, keep=not self._state.budget_met)
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the run by name (docs/watching.md): the same names at every step, none before `begin`."""
-        if "_hooks" not in vars(self):
+        if self._parts is None:
             return {}
-        found = metrics(self.spending, self.step, self._now.plan, self.widths, len(self._ledger))
+        found = metrics(self.spending, self.step, self._state.plan, self.widths, len(self._ledger))
         return {**found, "budget_met": float(self.budget_met)}
 
-    def on_step(self, callback: Callable[[News], None]) -> Callable[[], object]:
+    def on_step(self, callback: Callable[[Event], None]) -> Callable[[], object]:
         """Call a function after each step with its entry or None, and at the end with the summary; returns a stop."""
-        return self._telling.add(callback)
+        return self._callbacks.add(callback)
 
     def reading(self) -> Reading:
         """What the sensor reads now, on this rank; no decision is made on this reading."""
@@ -246,7 +294,7 @@ class Loop:
         if not self.actuator.by_unit:
             raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
         resource, origins = self.spending.limits.binding(self.widths), self.actuator.origin
-        return explain(self._now, self._ledger, self._dense, origins, group, origin, self.price, resource)
+        return explain(self._state, self._ledger, self._dense, origins, group, origin, self.price, resource)
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's state, for `load_state_dict`; model and optimizers are saved beside it.
@@ -258,25 +306,25 @@ class Loop:
             CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
             LoopError: in the middle of a step.
         """
-        if self._hooks.within_step or self.actuator.within_step:
+        if self.actuator.within_step or self._hooks.within_step:
             raise LoopError("a checkpoint in the middle of a step cannot be resumed: take it after optimizer.step()")
         return {
             "format": FORMAT,
             "run": self._facts(),
-            "now": self._now.state_dict(),
+            "now": self._state.state_dict(),
             "sensor": plain(self._sensor_state, "the sensor's state"),
             "controller": plain(self._controller_state, "the controller's state"),
-            **{name: part.state_dict() for name, part in self._parts(self.actuator).items()},
+            **{name: part.state_dict() for name, part in self._saved_parts(self.actuator).items()},
             "rng_state": {"rank": self.host.ranks.own, **rng_state()},
         }
 
-    def _parts(self, actuator: Actuator) -> dict[str, Part]:
+    def _saved_parts(self, actuator: Actuator) -> dict[str, Part]:
         """What remembers something by itself."""
         return {"actuator": actuator, "losses": self.losses, "ledger": self._ledger, "spending": self.spending}
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same in two runs of which one goes on with the other."""
-        return {**self._run, **self.spending.facts()}
+        return {**self.parts.facts, **self.spending.facts()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a loop that was attached with the same arguments: shrink the dense model, and go on.
@@ -288,7 +336,7 @@ class Loop:
             CheckpointError: when the state is of another model, budget or length of run, or is no state of a loop.
             LoopError: when this loop has made a step already.
         """
-        if self.step or len(self._ledger) or self._finished:
+        if self.step or len(self.ledger) or self._finished:
             raise LoopError(
                 f"only a freshly attached loop can take over a state, this one is at step {self.step}: {AGAIN}"
             )
@@ -300,8 +348,8 @@ class Loop:
             raise CheckpointError(
                 f"this is not a state that loop.state_dict() returned, or a damaged one: {error!r}"
             ) from error
-        self.actuator, self._now, self._controller_state = actuator, now, controller_state
-        for name, part in self._parts(actuator).items():
+        self._parts, self._state, self._controller_state = replace(self.parts, actuator=actuator), now, controller_state
+        for name, part in self._saved_parts(actuator).items():
             part.load_state_dict(state[name])
         # What points at the model is found again in the smaller one.
         live = self.sensor.init(self.groups, self.host.model)
@@ -310,20 +358,20 @@ class Loop:
         self.spending.prepare(False)
         if not self.actuator.by_unit:  # a probe that was under way has begun anew already
             due = self.controller.due(self.step + 1, self.spending.planned_steps)
-            self.actuator.prepare(self.step, due=due, open_still=not self._now.budget_met)
+            self.actuator.prepare(self.step, due=due, open_still=not self._state.budget_met)
         rng = state["rng_state"]  # None where a framework keeps it itself
         if rng and int(rng["rank"]) == self.host.ranks.own:  # ranks that all drew the same were no several draws
             set_rng_state(rng)
 
-    def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, Progress, Any]:
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Actuator, RunState, Any]:
         """What a state leads to; nothing is changed yet."""
         check_format(state)
         check_same_run(state["run"], self._facts())
         check_optimizers(self.host, self._dense)
         actuator, device = self.actuator, self.host.device
-        if state["actuator"]["kind"] != actuator.kind:  # the first cut of a watched run changes it
-            actuator = self._revocable(actuator)
-        parts = self._parts(actuator)
+        if state["actuator"]["kind"] != actuator.kind and self.parts.revocable is not None:
+            actuator = self.parts.revocable()  # as the first cut of a run whose loss is watched makes it
+        parts = self._saved_parts(actuator)
         groups = actuator.check(state["actuator"])
         for name in ("losses", "ledger", "spending"):
             parts[name].check(state[name])
@@ -331,7 +379,7 @@ class Loop:
         controller_state = restored(state["controller"], self.controller.init(groups), "the controller's state", device)
         if state["rng_state"] is not None:
             check_rng_state(state["rng_state"])
-        return actuator, Progress.of(state["now"], widths_of(groups)), controller_state
+        return actuator, RunState.of(state["now"], widths_of(groups)), controller_state
 
     def check_saved_with(self, name: str, parts: Sequence[Any]) -> None:
         """Check that a run file has the model, optimizers and copies, whose tensors the loop's state has not."""
@@ -367,7 +415,7 @@ class Loop:
         Raises:
             LoopError: when the loop has been finished before; before the first step, and then it stays attached.
         """
-        if "_finished" not in vars(self):
+        if self._parts is None:
             raise NotBegunError(
                 "no optimizer step was made since attach, so that nothing was found and nothing pruned: check that the "
                 "loader has batches, and that the attached optimizer is the one that steps"
@@ -379,31 +427,32 @@ class Loop:
         masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
         num_params = sum(parameter.numel() for parameter in self.host.model.parameters()) - masked
         self._summary = done = summarise(
-            self._now, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
+            self._state, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
         )
         self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
-        warn_of_miss(self._summary, self._now, self._hooks.unseen.passes)
-        self._telling.tell(self._summary)
+        warn_of_miss(self._summary, self._state, self._hooks.unseen.passes)
+        self._callbacks.notify(self._summary)
         return self._summary
 
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
-        if self._waiting is not None:
-            self._waiting.stop()
-        if "_hooks" not in vars(self):
-            return
-        self._hooks.remove()
-        self._release()
-        for part in (self.spending.meter, self.host, self.actuator):
+        for part in self._stands_by:
             part.stop()
+        self._hooks.remove()
+        if self._parts is not None:
+            self._release()
+            self.spending.meter.stop()
+            self.host.stop()
+            self.actuator.stop()
         ATTACHED.discard(self.host.model)
+        RESUMING.discard(self.host.model)
 
     def __enter__(self) -> Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            if kind is None and not vars(self).get("_finished"):
+            if kind is None and not self._finished:
                 self.finish()
         finally:
             self.detach()
@@ -411,17 +460,45 @@ class Loop:
     # What happens at every step.
 
     def _before_step(self, grad_scale: Tensor | None) -> None:
-        with uninterrupted(), self._unchanged:
+        if self._first is not None:
+            self._begin_with_first_batch(self._first)
+        with uninterrupted(), self._explained():
             by_hooks = self.sensor.hooked(self._sensor_state)
             brings_back = self.actuator.brings_back
-            self.host.before_step(first=not self._begun, regrows=brings_back, by_hooks=by_hooks)
-            self._begun = True
+            self.host.before_step(first=not self._checked_host, regrows=brings_back, by_hooks=by_hooks)
+            self._checked_host = True
             self.actuator.before_step(grad_scale)
             self._sense(grad_scale)
 
+    def _begin_with_first_batch(self, first: FirstBatch) -> None:
+        try:
+            first.begin(self._hooks.unseen.passes)
+        except BaseException:
+            self.detach()
+            raise
+        self._first = None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, an exception that comes of a model changed by others says so."""
+        try:
+            yield
+        except (LoopError, RankError):
+            raise
+        except Exception as error:
+            try:
+                self._unchanged.check(self.groups)
+            except LoopError as explained:
+                raise explained from error
+            raise
+
+    def _loading(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        if self._parts is not None:
+            check_loading(self.host, self._dense, optimizer, saved)
+
     def _sense(self, grad_scale: Tensor | None) -> None:
         """Take in the step under way, if it is one of those that are read; after the last decision none is."""
-        if self._now.budget_met or self.step >= self.spending.planned_steps:
+        if self._state.budget_met or self.step >= self.spending.planned_steps:
             self._release()
         elif not self._sensed():
             self.sensor.forget(self._sensor_state)
@@ -432,20 +509,24 @@ class Loop:
 
     def _sensed(self) -> bool:
         """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
-        return self._now.overdue or self.step % sensed_every(self.spending.planned_steps) == 0
+        return self._state.overdue or self.step % sensed_every(self.spending.planned_steps) == 0
 
     def _due(self, step: int) -> bool:
-        return step == self._now.again or self.controller.due(step, self.spending.planned_steps)
+        return step == self._state.again or self.controller.due(step, self.spending.planned_steps)
 
     def _release(self) -> None:
         """Take off the model what a sensor reads through; what other hands do to it matters no more."""
         self._hooks.unseen.stop()
         self.sensor.release(self._sensor_state)
 
+    def _missed_step(self) -> None:
+        """This rank had no batch for a step that others have made."""
+        self._after_step(made=False)
+
     def _after_step(self, made: bool = True) -> None:
-        with uninterrupted(), self._unchanged:
+        with uninterrupted(), self._explained():
             made = made and self.host.complete()
-            self._now = now = replace(self._now, step=self.step + 1)
+            self._state = now = replace(self._state, step=self.step + 1)
             self.spending.stepped()
             self.actuator.after_step()
             step, total_steps = now.step, self.spending.planned_steps
@@ -458,25 +539,28 @@ class Loop:
                 due = self._due(step)
                 if (due or now.overdue) and made:
                     self._decide(due)
-                waits = self._now.waits or due and not made
-                self._now = replace(self._now, waits=waits, overdue=self._now.overdue or waits)
+                waits = self._state.waits or due and not made
+                self._state = replace(self._state, waits=waits, overdue=self._state.overdue or waits)
             elif step < total_steps:
                 self._reopen_if_over()
             else:
                 self.spending.read_joules(self.widths)
             self._begin_step()
-        self._telling.stepped(self._ledger, self.step)
+        decided = len(self._ledger) > 0 and self._ledger[-1].step == self.step
+        if decided and self.host.ranks.own == 0 and LOG.isEnabledFor(logging.INFO):
+            log_decision(self._ledger[-1], self.metrics())
+        self._callbacks.notify(self._ledger[-1] if decided else None)
 
     def _begin_step(self) -> None:
         """The next step begins."""
         step, total_steps = self.step, self.spending.planned_steps
-        due = self._now.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
-        open_still = step <= total_steps and not (self._now.budget_met or self._finished)
+        due = self._state.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
+        open_still = step <= total_steps and not (self._state.budget_met or self._finished)
         self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
-        self._now = now = replace(self._now, overdue=True, waits=False)  # also if anything is raised from here on
+        self._state = now = replace(self._state, overdue=True, waits=False)  # also if anything is raised from here on
         before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
         with self.spending.account.watch.deciding:
             reading = self.host.mean(self._read, self.losses, now.step)
@@ -490,10 +574,10 @@ class Loop:
             entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
             self._ledger.append(entry)
             self.spending.decided(self.groups, plan.budget_met)
-            self._now = replace(self._now.decided(plan, reading, change), again=plan.again or now.again)
+            self._state = replace(self._state.decided(plan, reading, change), again=plan.again or now.again)
         elif due:
             self._ledger.append(self._entry(now.plan, before, problem))
-        if self._now.budget_met:
+        if self._state.budget_met:
             self.actuator.release()
         elif not problem and self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
             self._go_on()
@@ -517,8 +601,9 @@ class Loop:
     def _act(self, plan: Plan, state: Any, reading: Reading) -> Change:
         """Carry a plan out; sensor and controller follow."""
         change = Change()
-        if plan.drops() and self.losses.watching and not self.spending.account.resizes:  # the loss may ask for it
-            self.actuator = self._revocable(self.actuator)
+        watched = self.losses.watching and not self.spending.account.resizes
+        if plan.drops() and watched and self.parts.revocable is not None:  # the loss may ask to take the cut back
+            self._parts = replace(self.parts, actuator=self.parts.revocable(), revocable=None)
         if not plan.empty():
             smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
             sensed, state = follow(self._sensor_state, smaller), follow(state, smaller)
@@ -540,9 +625,9 @@ class Loop:
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one; of a model that was changed there is none."""
-        self._unchanged.check()
-        reading, before = self.reading(), self._now.skipped
-        self._now = replace(self._now, skipped=reading.skipped_steps)
+        self._unchanged.check(self.groups)
+        reading, before = self.reading(), self._state.skipped
+        self._state = replace(self._state, skipped=reading.skipped_steps)
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
     # What changes a run's goal.
@@ -550,7 +635,7 @@ class Loop:
     def _go_on(self) -> None:
         """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
         spending = self.spending
-        if self._now.budget_met and spending.limit_run:
+        if self._state.budget_met and spending.limit_run:
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.cost
@@ -567,7 +652,7 @@ class Loop:
 
     def _reopen(self) -> None:
         """Take the last decision back, and decide again once some fresh steps have been sensed."""
-        plan = self._now.plan
+        plan = self._state.plan
         if plan is not None:
             again = self.step + max(1, min(_FRESH_STEPS, (self.total_steps - self.step) // 10))
-            self._now = replace(self._now, budget_met=False, plan=replace(plan, budget_met=False), again=again)
+            self._state = replace(self._state, budget_met=False, plan=replace(plan, budget_met=False), again=again)

@@ -1,23 +1,54 @@
-"""Record: what the ledger says about a reading, a plan, and what was done."""
+"""The record of a run: the head of its ledger, and what an entry says of a reading, a plan, and what was done."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Origins
 from setpoint.controller.plan import Plan
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
-from setpoint.ledger import Entry, Ledger
+from setpoint.ledger import Entry
 from setpoint.messages import counted
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
+
+
+def header_of(
+    groups: tuple[Group, ...],
+    frozen: Mapping[str, str],
+    spending: Mapping[str, Any],
+    model: nn.Module,
+) -> dict[str, Any]:
+    """What stands at the head of a ledger.
+
+    Args:
+        groups: at dense widths.
+        frozen: by name or place, why it is not pruned.
+        spending: what the run is held to.
+        model: whose devices are named.
+    """
+    return {
+        "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
+        "frozen": dict(frozen),
+        **{name: spending[name] for name in ("dense", "limit", "limit_run", "total_steps")},
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
+        },
+        **{name: spending[name] for name in ("modelled", "measured")},
+    }
 
 
 def refusal(reading: Reading) -> str:
@@ -87,16 +118,6 @@ def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin:
             name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown
         },
     )
-
-
-def drop_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
-    """How often each unit was dropped, by group and origin."""
-    return Counter((name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units)
-
-
-def return_counts(ledger: Ledger) -> Counter[tuple[str, int]]:
-    """How often each unit came back, by group and origin."""
-    return Counter((name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units)
 
 
 def highest_rate(optimizers: Iterable[Optimizer]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,8 +12,7 @@ from setpoint.cost.budget import amount
 from setpoint.groups.group import widths_of
 from setpoint.ledger import Ledger, without_nan
 from setpoint.loop.losses import Losses
-from setpoint.loop.progress import Progress
-from setpoint.loop.record import drop_counts, return_counts
+from setpoint.loop.state import RunState
 from setpoint.messages import counted, warn
 from setpoint.spending.metrics import totals, verdict
 from setpoint.spending.spending import Spending
@@ -55,6 +55,7 @@ class Summary:
             without a goal of memory, or where the system does not tell.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why the budget is met or not.
+        note: a hint about the run; "" for none.
         probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
         probing_flops: FLOPs that resting units added to probed steps.
         probed_steps: steps in which resting units were present.
@@ -105,6 +106,7 @@ class Summary:
     spent: Mapping[str, float]
     break_even_step: int | None
     reason: str
+    note: str = ""
     metered: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     probing_seconds: float = 0.0
@@ -144,12 +146,10 @@ class Summary:
             saved = f"more than the overhead from step {self.break_even_step:,} on, by the clock of this run"
         own = ("attach", "sensing", "deciding", "resizing", "probing")
         seconds = {name: getattr(self, f"{name}_seconds") for name in own}
-        verdict, _, note = self.reason.removeprefix("budget met ").partition("; ")
-        met = "met" if self.budget_met else "NOT met"
-        verdict = f"{met} {verdict}" if self.reason.startswith("budget met ") else f"{met}: {verdict}"
         return "\n".join(
             (
-                f"budget      {verdict}" + (f"\nnote        {note}" if note else ""),
+                f"verdict     {'' if self.budget_met else 'budget NOT met: '}{self.reason}"
+                + (f"\nnote        {self.note}" if self.note else ""),
                 f"cost        {'; '.join(cost)}",
                 f"size        {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
                 f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
@@ -166,7 +166,7 @@ class Summary:
 
 
 def summarise(
-    now: Progress,
+    now: RunState,
     spending: Spending,
     ledger: Ledger,
     actuator: Actuator,
@@ -188,7 +188,9 @@ def summarise(
     widths = widths_of(actuator.groups)
     spent = totals(spending, now.step, widths)
     budget_met, reason = _verdict(now, spending, actuator, num_params, widths)
-    drops, gave_way = drop_counts(ledger), now.gave_way
+    drops = Counter((name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units)
+    returned = {(name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units}
+    outcome = "the budget was met" if budget_met else "the budget was missed"
     summary = Summary(
         **spent,
         budget_met=budget_met,
@@ -197,16 +199,16 @@ def summarise(
         dense_widths=dense_widths,
         final_params=num_params,
         dropped_units=len(drops),
-        regrown_units=len(return_counts(ledger)),
+        regrown_units=len(returned),
         dropped_again=sum(count > 1 for count in drops.values()),
-        gave_way=f"{gave_way}; {'the budget was met' if budget_met else 'the budget was missed'}" if gave_way else "",
+        gave_way=f"{now.gave_way}; {outcome}" if now.gave_way else "",
         final_loss=losses.loss,
     )
-    reason = "; ".join(filter(None, (reason, _unspent(summary), _cut_late(ledger))))
-    return replace(summary, reason=reason, **actuator.totals())
+    note = "; ".join(filter(None, (_unspent(summary), _cut_late(ledger))))
+    return replace(summary, note=note, **actuator.totals())
 
 
-def warn_of_miss(summary: Summary, now: Progress, passes: int) -> None:
+def warn_of_miss(summary: Summary, now: RunState, passes: int) -> None:
     """Warn if a run has missed its budget; one in which nothing was trained has not begun.
 
     Args:
@@ -270,7 +272,7 @@ _LATE = 0.25
 
 
 def _verdict(
-    now: Progress, spending: Spending, actuator: Actuator, num_params: int, widths: Mapping[str, int]
+    now: RunState, spending: Spending, actuator: Actuator, num_params: int, widths: Mapping[str, int]
 ) -> tuple[bool, str]:
     """Whether the budget is met, and why or why not."""
     broken, accounted = actuator.broken(), spending.costs["params"].total(widths)

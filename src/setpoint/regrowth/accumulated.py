@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from setpoint.distributed import is_sharded_tensor, local
-from setpoint.host.first_forward import graph_task
+from setpoint.regrowth.sentinel import graph_task
 
 
 class Accumulated:

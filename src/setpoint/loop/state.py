@@ -1,4 +1,4 @@
-"""Progress: where a run is, as one value that a checkpoint can hold."""
+"""The state of a run: where it is, as one value that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from setpoint.sensor.reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
-class Progress:
+class RunState:
     """Where a run is; every step and every decision makes a new one.
 
     Args:
@@ -44,7 +44,7 @@ class Progress:
     worth: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
     gave_way: str = ""
 
-    def decided(self, plan: Plan, reading: Reading, change: Change) -> Progress:
+    def decided(self, plan: Plan, reading: Reading, change: Change) -> RunState:
         """After a decision: what is known of the units that are active now; NaN for those that have just come back."""
         seen = self if change.counted else replace(self, saliency=reading.saliency, worth=plan.worth)
         return replace(
@@ -61,11 +61,11 @@ class Progress:
         return state
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> Progress:
+    def of(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> RunState:
         """The progress that `state_dict` was taken of, at these widths."""
         by_unit = {name: np.zeros(width) for name, width in widths.items()}
         like = cls(plan=None if state["plan"] is None else Plan(0, {}), saliency=by_unit, worth=by_unit)
-        found: Progress = restored(state, like, "the run's progress", torch.device("cpu"))
+        found: RunState = restored(state, like, "the run's progress", torch.device("cpu"))
         return replace(
             found,
             step=int(found.step),

@@ -1,0 +1,174 @@
+"""Carrying: a loop's state inside its optimizer's own state dict, so that any framework saves and loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from setpoint.actuator.model_shapes import apply_sizes, at_dense_shapes, note_cut, was_cut
+from setpoint.actuator.shrink import unwrapped
+from setpoint.checkpoint.plain import from_tensors, to_tensors
+from setpoint.errors import CheckpointError
+from setpoint.groups.group import Group
+from setpoint.groups.place import implied, is_call, read_size
+from setpoint.host.host import Host
+from setpoint.loop.resume import check_loading
+
+KEY = "setpoint"
+"""Entry of the first parameter group: PyTorch keeps such entries through its optimizers' states as they are."""
+
+
+def packed(state: Mapping[str, Any]) -> Tensor:
+    """A state as one tensor of bytes, which every format keeps."""
+    return torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
+
+
+def unpacked(data: Any) -> Any:
+    """What `packed` was given.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    try:
+        return from_tensors(load(data.cpu().numpy().tobytes()))
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the loop's state in the optimizer's state dict is damaged: {error!r}") from error
+
+
+def brought(optimizer: Optimizer) -> Any | None:
+    """The loop's state that an optimizer has loaded with its own; None if there is none."""
+    data = optimizer.param_groups[0].get(KEY)
+    return None if data is None else unpacked(data)
+
+
+def forget(optimizer: Optimizer) -> None:
+    """The state that `brought` gives has been taken over."""
+    optimizer.param_groups[0].pop(KEY, None)
+
+
+class Carrying:
+    """Puts a loop's state into what its first optimizer saves, and takes it out of what that loads.
+
+    Args:
+        loop: begun, and the only one of its optimizers.
+        form: of the inputs with which the run began.
+    """
+
+    def __init__(self, loop: Resumed, form: Mapping[str, Any]) -> None:
+        self._loop, self._form = loop, form
+        optimizer = loop.host.optimizers[0]
+        self._handles = [
+            optimizer.register_state_dict_post_hook(self._put),
+            optimizer.register_load_state_dict_pre_hook(self._look, prepend=True),
+        ]
+
+    def _put(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        # Frameworks keep the random generators themselves, and restore them when it suits them.
+        state = {**self._loop.state_dict(), "rng_state": None, "inputs": self._form}
+        saved["param_groups"][0][KEY] = packed(state)
+
+    def _look(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+        first, *others = saved["param_groups"] or [{}]
+        if not isinstance(first, dict) or KEY not in first:
+            return None
+        remaining = {**saved, "param_groups": [{name: value for name, value in first.items() if name != KEY}, *others]}
+        self._take(unpacked(first[KEY]), remaining)
+        return remaining
+
+    def _take(self, state: Any, remaining: Mapping[str, Any]) -> None:
+        """Called before an optimizer loads a state that holds a loop's: both are taken, or none."""
+        loop, host = self._loop, self._loop.host
+        with loop.restored_on_error("loading the state of the optimizer"):
+            with dense_shapes(host):
+                loop.load_state_dict(state)
+            settle(host, loop.groups)
+            check_loading(host, loop.groups, host.optimizers[0], remaining)
+
+    def stop(self) -> None:
+        """Take the hooks away; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class Resumed(Protocol):
+    """A loop, as far as its state is carried."""
+
+    host: Host
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, at their present widths."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state over."""
+
+    def restored_on_error(self, what: str) -> AbstractContextManager[None]:
+        """Inside, states are loaded on all ranks or on none."""
+
+
+@contextmanager
+def dense_shapes(host: Host) -> Iterator[None]:
+    """Inside, what was cut to a state already has the dense shapes that a fresh loop expects."""
+    cut = [module for module in (host.model, *host.copies) if was_cut(module)]
+    with ExitStack() as stack:
+        for module in cut:
+            stack.enter_context(at_dense_shapes(module, host.optimizers if module is host.model else ()))
+        yield
+    if cut:  # the wrapper's hooks are on what the tensors were inside
+        with host.resizable("the load of a state", ()):
+            pass
+
+
+def settle(host: Host, groups: tuple[Group, ...]) -> None:
+    """Write the numbers that only a loop's groups know, such as those of a config: no shape tells them."""
+    wanted = {
+        (size.module, size.place): size.index.size
+        for group in groups
+        for size in group.sizes
+        if not is_call(size.place)
+    }
+    tensors = [part.tensor for group in groups for part in group.slices]
+    with ExitStack() as undo:
+        for module in (host.model, *unwrapped(tensors, host.model, host.copies)):
+            stale = {at: n for at, n in wanted.items() if read_size(module.get_submodule(at[0]), at[1]) != n}
+            stale |= {at: n for at, n in wanted.items() if implied(at[1]) is not None}
+            note_cut(module, {}, stale, undo)
+            apply_sizes(module, stale, undo)
+        undo.pop_all()
+
+
+class FollowLoads:
+    """Re-wraps a model before its next forward when a state that was loaded has cut it inside a wrapper such as DDP.
+
+    Args:
+        host: holds the model; its loop has not begun.
+        called: the model in its wrapper.
+    """
+
+    def __init__(self, host: Host, called: nn.Module) -> None:
+        self._host, self._handle = host, called.register_forward_pre_hook(self._ahead)
+        self._shapes = None if was_cut(host.model) else self._now()
+
+    def _now(self) -> list[torch.Size]:
+        return [parameter.shape for parameter in self._host.model.parameters()]
+
+    def _ahead(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        shapes = self._now()
+        if shapes != self._shapes:
+            with self._host.resizable("the load of a state", ()):
+                self._shapes = shapes
+
+    def stop(self) -> None:
+        """Take the hook away; may be called again."""
+        self._handle.remove()

@@ -1,0 +1,283 @@
+"""The first batch: without an `example`, a loop begins with what training gave the model before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch.jit import ScriptModule
+
+from setpoint.errors import CheckpointError, GroupError, LoopError
+from setpoint.groups.example import Example, example_of, in_shapes, mapped, num_samples, shapes_of
+from setpoint.groups.one_at_a_time import elsewhere
+from setpoint.host.host import Host
+from setpoint.messages import counted, warn
+
+_TARGETS = ("labels", "targets", "target", "y")
+_IGNORED = -100
+"""Class index that PyTorch's and transformers' losses leave out."""
+_LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What an optimizer step computes on.
+
+    Args:
+        example: inputs of the model.
+        passes: calls of the model with such inputs in one step.
+        samples: independent samples behind one step.
+        recorded: whether they are those of a first batch, which the next run may get in other shapes.
+    """
+
+    example: Example
+    passes: int = 1
+    samples: int = 1
+    recorded: bool = False
+
+    @classmethod
+    def of(cls, example: Example) -> Inputs:
+        """Of an example of a whole step."""
+        return cls(example, samples=num_samples(example))
+
+    def form(self) -> dict[str, Any]:
+        """What batches of one run may differ in, where they are padded to their longest row or the last is short."""
+        return {"shapes": shapes_of(self.example), "passes": self.passes, "samples": self.samples}
+
+    def in_form(self, form: Any) -> Inputs:
+        """These inputs in the form of those with which a run began, as its state has it; an example stays as it is.
+
+        Raises:
+            CheckpointError: for a damaged form.
+        """
+        if not self.recorded:
+            return self
+        try:
+            shapes = [[int(size) for size in shape] for shape in form["shapes"]]
+            passes, samples = int(form["passes"]), int(form["samples"])
+            if min(passes, samples, *(size for shape in shapes for size in shape)) < 0:
+                raise ValueError(form)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"the state of the loop is damaged: its inputs are {form!r}") from error
+        if passes != self.passes:
+            warn(
+                f"this step called the model {counted(self.passes, 'time')}, the first step of the run "
+                f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, "
+                "attach without resume"
+            )
+        return Inputs(in_shapes(self.example, shapes), passes, samples, recorded=True)
+
+
+class _Call(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class FirstBatch:
+    """Records the inputs and the autocast of the first forward in training, and counts forwards until the first step.
+
+    A forward that raises, runs in eval mode or without gradients is not recorded. Where training never calls the model
+    itself but parts of it, `self.decoder(self.encoder(x))` in a `training_step`, each outermost part is recorded.
+
+    Args:
+        host: holds the model.
+        called: the model in its wrappers, as training calls it.
+        method: name of the model's method that training calls.
+        begin: called with what was recorded when the first optimizer is about to step.
+    """
+
+    def __init__(self, host: Host, called: nn.Module, method: str, begin: Callable[[Inputs], None]) -> None:
+        if any(module._compiled_call_impl is not None for module in host.model.modules()):
+            raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
+        self._model, self._method, self._begin = host.model, method, begin
+        self._first: dict[str, _Call] = {}
+        self._counts: dict[str, int] = {}
+        self._running: list[str] = []
+        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._handles: list[Any] = []
+        if method != "forward":
+            self._model.__dict__[method] = _RecordedMethod(self._model, method, _Record("", self))
+            return
+        # Hooks inside of compiled code would have it compiled again, so only the outside is looked at.
+        modules = (("", called),) if host.compiled else self._model.named_modules()
+        for name, module in modules:
+            # A loss or a metric has no parameters, and compiled scripts take no hooks.
+            if not name or (next(module.parameters(), None) is not None and not isinstance(module, ScriptModule)):
+                record = _Record(name, self)
+                self._handles += [
+                    module.register_forward_pre_hook(record.ahead, with_kwargs=True),
+                    module.register_forward_hook(record.behind, always_call=True),
+                ]
+
+    def forward_begins(self, name: str, module: nn.Module, call: _Call) -> None:
+        """A module is called; one inside of another that is recorded is part of that one."""
+        if not name:
+            self._running.clear()  # what an interrupt has left there
+        exporting = torch.compiler.is_exporting() and not elsewhere()
+        trains = torch.is_grad_enabled() and self._model.training and not exporting
+        if not trains or _redirected(module) or detect_fake_mode(tuple(call)) is not None:
+            return
+        self._running.append(name)
+        if len(self._running) > 1 or name in self._first or "" in self._first:
+            return
+        device = next((parameter.device.type for parameter in self._model.parameters()), "cpu")
+        if not self._first and torch.is_autocast_enabled(device):
+            self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+        self._first[name] = mapped(_detached, call)
+
+    def forward_ends(self, name: str, *, raised: bool) -> None:
+        """A call of a module has ended."""
+        if not self._running or self._running[-1] != name:
+            return
+        self._running.pop()
+        if self._running:
+            return
+        if not raised:
+            self._counts[name] = self._counts.get(name, 0) + 1
+        elif name not in self._counts:
+            self._first.pop(name, None)  # inputs that the model does not take
+
+    def begin(self, backward_passes: int) -> None:
+        """Begin the loop with what was recorded.
+
+        Args:
+            backward_passes: until now, those whose gradients add up counted once. Where a GradScaler has skipped steps,
+                there are several, each with its share of the forwards.
+        """
+        counts = {name: self._counts[name] for name in self._outermost()}
+        if not counts:
+            raise LoopError(
+                "an optimizer stepped before the model was called in training, so its inputs are not known: give "
+                "attach an example=(x,), or call the model that attach was given. After torch.compile that is "
+                "the compiled model. A model in eval mode is not training: call model.train()"
+            )
+        calls = min(counts.values())
+        passes = max(1, round(calls / max(1, backward_passes)))
+        if "" in counts:
+            example = example_of(self._model, *self._first[""], self._method)
+            samples = _num_targets(example) or num_samples(example)
+        else:
+            example = ({name: [self._first[name]] * round(count / calls) for name, count in counts.items()},)
+            samples = num_samples(self._first[next(iter(counts))].args)
+        self.stop()  # discovery must not find hooks on the model that it copies
+        with self._in_autocast(), self._by_parts("" not in counts):
+            self._begin(Inputs(example, passes, passes * samples, recorded=True))
+
+    def _outermost(self) -> list[str]:
+        """Names of the modules that were recorded, without parts of others that were."""
+        names = [name for name in self._counts if name in self._first]
+        if "" in names:
+            return [""]
+        return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+    @contextmanager
+    def _in_autocast(self) -> Iterator[None]:
+        if self._autocast is None:
+            yield
+            return
+        device, dtype, cached = self._autocast
+        with torch.autocast(device, dtype=dtype, cache_enabled=cached):
+            yield
+
+    @contextmanager
+    def _by_parts(self, parts: bool) -> Iterator[None]:
+        """Inside, the model's forward calls the parts that training calls, one after another."""
+        if not parts:
+            yield
+            return
+        before = vars(self._model).get("forward")
+        self._model.forward = MethodType(_forward_by_parts, self._model)  # a method: a copy gets one of its own
+        try:
+            yield
+        except GroupError as error:
+            raise GroupError(
+                f"{error}. Training did not call the model itself, but its parts one by one: if it calls another "
+                'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
+            ) from error
+        finally:
+            del self._model.forward
+            if before is not None:
+                self._model.forward = before
+
+    def stop(self) -> None:
+        """Take the hooks away; may be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._method != "forward":
+            self._model.__dict__.pop(self._method, None)
+
+
+def _forward_by_parts(self: nn.Module, parts: Mapping[str, list[_Call]]) -> list[Any]:
+    return [self.get_submodule(name)(*args, **kwargs) for name, calls in parts.items() for args, kwargs in calls]
+
+
+def _redirected(module: nn.Module) -> bool:
+    """Whether Lightning sends its `training_step` through this forward, as it does under a wrapper such as DDP."""
+    forward = vars(module).get("forward")
+    return str(getattr(forward, "__module__", "")).split(".")[0] in _LIGHTNING and not isinstance(forward, MethodType)
+
+
+def _num_targets(example: Example) -> int | None:
+    """Targets of one pass where the inputs hold one for each token; None where they do not say."""
+    for name in _TARGETS if isinstance(example, Mapping) else ():
+        labels = example.get(name)
+        if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+            return max(1, int((labels != _IGNORED).sum()))
+    return None
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class _Record:
+    """The hooks of one module; on a copy of the model, and in a pickle, they do nothing."""
+
+    def __init__(self, name: str = "", batch: FirstBatch | None = None) -> None:
+        self.name, self._batch = name, batch
+
+    def batch(self) -> FirstBatch | None:
+        """Who records; nobody while code is compiled."""
+        return None if torch.compiler.is_compiling() else self._batch
+
+    def ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward begins."""
+        if (batch := self.batch()) is not None:
+            batch.forward_begins(self.name, module, _Call(args, dict(kwargs)))
+
+    def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The forward has ended."""
+        if (batch := self.batch()) is not None:
+            batch.forward_ends(self.name, raised=output is None)  # None is what PyTorch gives after an exception
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
+        return _Record()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Record, ()
+
+
+class _RecordedMethod:
+    """In the place of a model's method while its first calls are recorded; of a copy it is the plain method."""
+
+    def __init__(self, model: nn.Module, method: str, record: _Record) -> None:
+        self.model, self.method, self.record = model, method, record
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch, raised = self.record.batch(), True
+        if batch is not None:
+            batch.forward_begins(self.record.name, self.model, _Call(args, kwargs))
+        try:
+            output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+            raised = False
+            return output
+        finally:
+            if batch is not None:
+                batch.forward_ends(self.record.name, raised=raised)
