@@ -143,9 +143,7 @@ class Loop:
         self._ledger = Ledger(parts.header)
         spending.account.sensing_flops = sensor.flops(dense, host.model)  # attach saw an unsharded model
         self._unchanged = Unchanged(host.model, host.copies, dense)
-        host.begin(
-            steps=lambda: self.step, missed=self._missed_step, recompiled=spending.account.recompiled, groups=dense
-        )
+        host.begin(steps=lambda: self.step, missed=self._missed_step, groups=dense)
         spending.account.begin()
 
     @property
