@@ -22,8 +22,7 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint import fit, load, save
 from setpoint.errors import CheckpointError
-from setpoint.groups.group import Group
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups
 
 

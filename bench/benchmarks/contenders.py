@@ -19,7 +19,8 @@ from torch.optim import SGD
 from torch.utils._pytree import tree_map
 
 from setpoint.actuator.verify import randomised_copy
-from setpoint.groups.export import computed, inputs_of, tensors_of
+from setpoint.groups.example import inputs_of, tensors_of
+from setpoint.groups.model_copy import computed
 from setpoint_bench.coverage import TOLERANCE, Build, Float64Throughout
 
 REMOVED_SHARE = 0.05

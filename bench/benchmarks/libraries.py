@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.groups.export import inputs_of, tensors_of
+from setpoint.groups.example import inputs_of, tensors_of
 from setpoint.groups.trace import trace
 from setpoint_bench.coverage import Build, halves
 

@@ -28,7 +28,7 @@ import torchvision
 from record import commit_of
 
 import setpoint
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import random_keep
 from setpoint.sensor.reading import sensed_every
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment, machine

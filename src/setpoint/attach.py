@@ -19,12 +19,9 @@ from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CheckpointError, LoopError
-from setpoint.groups.by_method import called_by
-from setpoint.groups.example import check_example
-from setpoint.groups.export import Example
+from setpoint.groups.example import Example, called_by, check_example
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.one_at_a_time import one_at_a_time
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.rng import one_at_a_time, preserved_rng_state
 from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps

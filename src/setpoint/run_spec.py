@@ -26,9 +26,8 @@ from setpoint.cost.parse import parse_budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CostError, GroupError, LoopError
-from setpoint.groups.blocks import check_blocks
-from setpoint.groups.by_method import check_method
-from setpoint.groups.group import Group
+from setpoint.groups.example import check_method
+from setpoint.groups.group import Group, check_blocks
 from setpoint.host.host import Host
 from setpoint.messages import did_you_mean
 from setpoint.sensor.reading import Sensor

@@ -18,7 +18,7 @@ from golden.models import GPT
 from setpoint.actuator.model_shapes import ModelShapes, apply_sizes, at_dense_shapes, check_sizes, note_cut, was_cut
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import BudgetError, GroupError
-from setpoint.groups.place import read_size, write_size
+from setpoint.groups.sizes_in_code.place import read_size, write_size
 
 
 class Configured(nn.Module):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some_keep
 from setpoint.actuator.verify import Outcome, failing_groups, verify
 from setpoint.errors import ExampleError, VerificationError
-from setpoint.groups.group import Group
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups
 
 

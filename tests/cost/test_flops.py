@@ -15,8 +15,7 @@ from groups.zoo import MODELS, DepthwiseCNN, images
 from setpoint.actuator.shrink import shrink
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
-from setpoint.groups.group import widths_of
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import random_keep, widths_of
 from setpoint.groups.trace import trace
 
 

@@ -19,9 +19,8 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import failing_groups
 from setpoint.errors import ExampleError, ExportError, PathError
-from setpoint.groups.group import Group
-from setpoint.groups.kept import random_keep
-from setpoint.groups.shim import HEADS, set_call_sizes
+from setpoint.groups.group import Group, random_keep
+from setpoint.groups.sizes_in_code.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.walk import _RULES
 

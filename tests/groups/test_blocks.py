@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import setpoint
-from setpoint.groups.blocks import block_size, device_type_of
+from setpoint.groups.build import block_size, device_type_of
 
 KINDS = ("channel", "neuron", "feature")
 

@@ -136,7 +136,7 @@ def test_units_through_more_ops(name: str) -> None:
 ELSEWHERE = {
     "_grouped_matmul": "test_rules.py::test_rows_of_experts",
     "_custom_function": "test_values.py::test_what_a_custom_function_touches_stays",
-    "_opaque_call": "test_opaque.py",
+    "_opaque_call": "test_partial.py",
     "_diagonal_scan": "test_state_space.py, which cuts states and reads of an LRU against its masked twin",
     "_general_convolution": "the one op behind conv1d to conv3d, which export does not give",
 }

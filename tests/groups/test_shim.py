@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from groups.zoo import Attention
-from setpoint.groups.shim import get_call_sizes, set_call_sizes
+from setpoint.groups.sizes_in_code.shim import get_call_sizes, set_call_sizes
 
 
 class Sizes(nn.Module):

@@ -15,7 +15,7 @@ from torch import nn
 
 import setpoint
 from setpoint.errors import CheckpointError
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import random_keep
 from setpoint.integrations.timm import shape_string
 
 

@@ -14,8 +14,8 @@ import setpoint
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.errors import ExampleError, GroupError, LoopError
-from setpoint.groups.by_method import called_by
-from setpoint.groups.kept import random_keep
+from setpoint.groups.example import called_by
+from setpoint.groups.group import random_keep
 from setpoint.groups.trace import trace
 
 

@@ -16,7 +16,7 @@ from groups.zoo import MODELS as ZOO
 from regrowth.test_regrow import adamw, assert_same, snapshot
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import random_keep
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve

@@ -23,9 +23,8 @@ from setpoint.actuator.optimizer_state import as_sequence, map_tensors
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group, widths_of
-from setpoint.groups.kept import random_keep
-from setpoint.groups.shim import get_call_sizes
+from setpoint.groups.group import Group, random_keep, widths_of
+from setpoint.groups.sizes_in_code.shim import get_call_sizes
 from setpoint.regrowth import regrow as regrow_module
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve

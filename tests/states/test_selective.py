@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.selective import selective_layer
+from setpoint.groups.states import selective_layer
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.hankel import HankelSensor
 from setpoint.states.selective import SelectiveSensor, _energies

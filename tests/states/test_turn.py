@@ -13,7 +13,7 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.state import state_layer
+from setpoint.groups.states import state_layer
 from setpoint.groups.trace import find_groups
 from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve

@@ -22,8 +22,7 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import take
 from setpoint.groups.example import inputs_of, mapped, tensors_of
-from setpoint.groups.group import Group
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import Trace, trace
 
 

@@ -18,8 +18,7 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import take
 from setpoint.checkpoint import load, save
-from setpoint.groups.group import Group
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

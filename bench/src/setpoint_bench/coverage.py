@@ -23,8 +23,9 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import take
 from setpoint.actuator.verify import randomised_copy
 from setpoint.controller.ladder import lowest_width
-from setpoint.groups.export import computed, inputs_of, tensors_of
+from setpoint.groups.example import inputs_of, tensors_of
 from setpoint.groups.group import Group
+from setpoint.groups.model_copy import computed
 from setpoint.groups.trace import trace
 from setpoint.report.inspection import share_along
 

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, swap
 from setpoint.errors import GroupError
-from setpoint.groups.place import is_call, read_size, write_size
-from setpoint.groups.shim import get_call_sizes, set_call_sizes
+from setpoint.groups.sizes_in_code.place import is_call, read_size, write_size
+from setpoint.groups.sizes_in_code.shim import get_call_sizes, set_call_sizes
 
 RECORD = "_setpoint_shapes"
 """Attribute of every module of a cut model: the record, and the module's name in it."""

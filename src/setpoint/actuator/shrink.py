@@ -21,7 +21,7 @@ from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
 from setpoint.actuator.tensors import named_tensors, swap, take, taken_gradient
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.place import call_of, implied, is_call, read_size
+from setpoint.groups.sizes_in_code.place import call_of, implied, is_call, read_size
 from setpoint.messages import a_type
 
 AnyKeep = Bool[np.ndarray, " _units"] | Bool[Tensor, " _units"] | Sequence[bool]

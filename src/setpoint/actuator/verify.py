@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.errors import ExampleError, GroupError, VerificationError
-from setpoint.groups.example import Example, computed, inputs_of, is_dense, mapped, tensors_of, without_cache
-from setpoint.groups.group import Group
-from setpoint.groups.kept import random_keep
+from setpoint.groups.example import Example, inputs_of, is_dense, mapped, tensors_of, without_cache
+from setpoint.groups.group import Group, random_keep
+from setpoint.groups.model_copy import copy_of
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.progress import progress
 
@@ -359,7 +358,7 @@ def _lively(value: Any) -> Any:
 def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     """A copy without dropout in which no weight is zero and no two units are alike, at about the model's own scale."""
     try:
-        twin = copy.deepcopy(model, computed(model))
+        twin = copy_of(model)
     except RuntimeError as error:
         raise VerificationError(f"the model cannot be copied, so no cut of it can be tried out: {error}") from error
     generator = torch.Generator().manual_seed(0)
@@ -453,7 +452,7 @@ def _in_eval(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, computed(model))
+    return copy_of(model)
 
 
 def _is_float(leaf: Any) -> bool:

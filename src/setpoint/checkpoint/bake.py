@@ -17,7 +17,7 @@ from setpoint.actuator.in_state_dict import KEY
 from setpoint.actuator.model_shapes import RECORD
 from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.errors import CheckpointError
-from setpoint.groups import shim
+from setpoint.groups.sizes_in_code import shim
 
 _HEAD = '''"""Forwards of a pruned model whose code writes sizes of its own: it belongs to the model's pickle."""
 

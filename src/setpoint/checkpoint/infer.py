@@ -17,9 +17,9 @@ from setpoint.actuator.cut import Cut, SizePlace, plan_cut
 from setpoint.actuator.model_shapes import Shapes, at_dense_shapes
 from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.errors import CheckpointError, GroupError
-from setpoint.groups.export import Example
+from setpoint.groups.example import Example
 from setpoint.groups.group import Group, Place, Slice
-from setpoint.groups.shim import COUNTED
+from setpoint.groups.sizes_in_code.shim import COUNTED
 from setpoint.groups.trace import trace
 
 

@@ -26,7 +26,7 @@ from setpoint.checkpoint.fit import fit, not_made
 from setpoint.checkpoint.plain import to_host
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError
-from setpoint.groups.place import is_call, read_size
+from setpoint.groups.sizes_in_code.place import is_call, read_size
 from setpoint.messages import a_type
 
 FORMAT = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,9 +24,9 @@ from setpoint.checkpoint.infer import cut_to, infer
 from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
-from setpoint.groups.export import Example, computed, example_of
-from setpoint.groups.place import is_call
-from setpoint.groups.rehearsal import hook_tables
+from setpoint.groups.example import Example, example_of
+from setpoint.groups.model_copy import copy_of
+from setpoint.groups.sizes_in_code.place import is_call
 
 _PENDING = "_setpoint_pending"
 _under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
@@ -286,7 +285,7 @@ def complete(module: nn.Module, example: Example) -> None:
     load = _Load({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {}, None)
     # On a copy, since a tensor that has had another shape in between loses what waits for its gradient: a wrapper would
     # average it over the ranks no more.
-    twin = copy.deepcopy(module, {**computed(module), **hook_tables(module)})
+    twin = copy_of(module, users_hooks=False)
     load.completed(twin, example).fit(module)
 
 

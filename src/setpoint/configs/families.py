@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from setpoint.groups.group import Group, SizeBinding
-from setpoint.groups.place import is_call, write_size
+from setpoint.groups.sizes_in_code.place import is_call, write_size
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.blocks import block_size
 from setpoint.groups.group import Group, Role, Size, Slice
 from setpoint.groups.walk import DimLabels
 
+_MIN_BLOCKS = 8
+"""Blocks are as large as suits the hardware, but a group has at least this many."""
+_MIN_WIDE_BLOCKS = 16
+"""A group has at least this many of the blocks that tensor cores want: they're four times as large as a CPU's."""
+_LIKED = {"channel": 16}
+"""Widths that a CPU's kernels want are multiples of this; of 8 for all that isn't listed."""
+_TENSOR_CORES = 64
+"""Sizes of a matrix product should be multiples of at least this on a GPU.
+
+NVIDIA, Convolutional Layers User's Guide and Linear/Fully-Connected Layers User's Guide, quick start checklists.
+"""
 ALIGNED = 8
 """Units in 16 bytes, at two bytes each."""
 FLOOR = 16
@@ -57,6 +68,25 @@ class Units:
         entries = {g: int((self.group_of[labels] == g).sum()) for g in self.among(labels)}
         parts = tuple((self.groups[g].name, num // self.groups[g].num_units) for g, num in entries.items())
         return Size(length - sum(entries.values()), parts)
+
+
+Labels = np.ndarray
+"""Atoms along a dim."""
+
+
+class Kept:
+    """Which atoms survive a choice of units."""
+
+    def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
+        first = np.cumsum([0, *(group.num_units for group in units.groups)])
+        # The last entry answers for atoms of no group, which always stay.
+        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])
+        unit = first[np.maximum(units.group_of, 0)] + units.unit_of
+        self.alive: np.ndarray = flat[np.where(units.group_of >= 0, unit, len(flat) - 1)]
+
+    def count(self, labels: Labels) -> int:
+        """Number of surviving entries."""
+        return int(self.alive[labels].sum())
 
 
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = (), device_type: str = "cpu") -> Units:
@@ -188,3 +218,37 @@ def _group(
     min_units = min(num_units, -(-floor // block) * block)
     found = Group(name, "unit", num_units, slices, min_units=min_units, multiple_of=block, only_blocks=aligned)
     return replace(found, lossless=not notes, what=what, notes=notes)
+
+
+def block_size(num_units: int, what: str, device_type: str) -> int:
+    """Number of units that go together: a power of two, and 1 for heads.
+
+    On a CPU it is 16 for channels and 8 for other units; on "cuda" 64 where the group then has 16 blocks, else half of
+    that and so on. No block is smaller on "cuda" than on a CPU. A group has at least eight blocks; in a narrow group
+    they are smaller.
+
+    >>> [block_size(width, "neuron", "cpu") for width in (3072, 64, 16)]
+    [8, 8, 2]
+    >>> [block_size(width, "neuron", "cuda") for width in (3072, 512, 64, 16)]
+    [64, 32, 8, 2]
+    """
+    if what == "head":
+        return 1
+    block = _largest(num_units, _LIKED.get(what, 8), _MIN_BLOCKS)
+    return max(block, _largest(num_units, _TENSOR_CORES, _MIN_WIDE_BLOCKS)) if device_type == "cuda" else block
+
+
+def device_type_of(model: nn.Module) -> str:
+    """Type of the device that most of the weights are on; of a model without any, "cpu"."""
+    sizes: dict[str, int] = {}
+    for each in model.parameters():
+        sizes[each.device.type] = sizes.get(each.device.type, 0) + each.numel()
+    return max(sizes, key=sizes.__getitem__, default="cpu")
+
+
+def _largest(num_units: int, liked: int, least: int) -> int:
+    """Largest power of two up to `liked` that leaves at least so many blocks to choose from."""
+    block = liked
+    while block > 1 and num_units // block < least:
+        block //= 2
+    return block

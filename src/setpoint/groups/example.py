@@ -1,4 +1,4 @@
-"""Examples: the inputs of a model, in whatever objects they come, and what a forward leaves on its modules."""
+"""Examples: the inputs of a model, in whatever objects they come, and the method that training calls with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from setpoint.errors import ExampleError
+from setpoint.errors import ExampleError, LoopError
 
 Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
@@ -179,36 +179,47 @@ def check_device(model: nn.Module, example: Example) -> None:
             )
 
 
-@contextmanager
-def untouched_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of modules, and of objects in them: a forward may keep an activation, or fill a config."""
-    modules = tuple(model.modules())
-    objects = {id(each): each for module in modules for each in vars(module).values() if _has_attributes(each)}
-    before = [(each, dict(vars(each))) for each in (*modules, *objects.values())]
-    try:
-        yield
-    finally:
-        for each, attributes in before:
-            now = vars(each)
-            if now.keys() != attributes.keys() or any(now[name] is not value for name, value in attributes.items()):
-                now.clear()
-                now.update(attributes)
-
-
-def _has_attributes(held: Any) -> bool:
-    """Whether this is an object with attributes of its own, and neither a part of the program nor of the model."""
-    return type(getattr(held, "__dict__", None)) is dict and not isinstance(held, (nn.Module, Tensor, ModuleType, type))
-
-
-def computed(model: nn.Module) -> dict[int, Any]:
-    """The memo with which `copy.deepcopy` takes what it refuses: what a forward left on modules, and sparse tensors."""
-    leaves = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
-    refused = [each for each in leaves if isinstance(each, Tensor) and not (each.is_leaf and is_dense(each))]
-    copies = {id(each): each.detach().clone() for each in refused}
-    weights = {id(each): each for each in refused if isinstance(each, nn.Parameter)}
-    return copies | {key: nn.Parameter(copies[key], each.requires_grad) for key, each in weights.items()}
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether every entry is stored, as in most tensors."""
     return tensor.layout == torch.strided
+
+
+class MethodForward:
+    """Calls a method of a module; where the method calls the module itself, that is the module's own forward."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+        self.own, self.running = module.__dict__.get("forward"), False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method returns, or the forward inside of it."""
+        kind = type(self.module)
+        if self.running:
+            return self.own(*args, **kwargs) if self.own else kind.forward(self.module, *args, **kwargs)
+        self.running = True
+        try:
+            return getattr(kind, self.method)(self.module, *args, **kwargs)
+        finally:
+            self.running = False
+
+
+def check_method(model: nn.Module, method: str) -> None:
+    """Check that the model has this method."""
+    if not isinstance(method, str) or not callable(getattr(type(model), method, None)):
+        raise LoopError(f"{type(model).__name__} has no method {method!r}: give the one that the training loop calls")
+
+
+@contextmanager
+def called_by(model: nn.Module, method: str) -> Iterator[None]:
+    """Inside, a call of the model or of a copy of it is one of this method."""
+    if method == "forward":
+        yield
+        return
+    before = model.__dict__.get("forward")
+    model.__dict__["forward"] = MethodForward(model, method)
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before

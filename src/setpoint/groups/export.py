@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import sys
@@ -16,40 +15,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
-from setpoint.groups.custom import marked_functions
-from setpoint.groups.example import Example as Example
-from setpoint.groups.example import check_device as check_device
-from setpoint.groups.example import computed as computed
-from setpoint.groups.example import example_of as example_of
-from setpoint.groups.example import inputs_of as inputs_of
-from setpoint.groups.example import is_dense as is_dense
-from setpoint.groups.example import num_samples as num_samples
-from setpoint.groups.example import tensors_of as tensors_of
-from setpoint.groups.example import untouched_attributes as untouched_attributes
-from setpoint.groups.follow_data import following_data, is_code, is_library, known
-from setpoint.groups.opaque import Staging, alike, draw_for, recorded, running_at
+from setpoint.groups.data_dependent import TORCH_FOLDER, following_data, is_code, is_library, known, users_question
+from setpoint.groups.example import Example, check_device, inputs_of, tensors_of
+from setpoint.groups.model_copy import copy_of, has_users_hooks, untouched_attributes, without_users_hooks
+from setpoint.groups.partial import PartialForward, draw_for, marked_functions, modules_of_same_code, with_opaque
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.groups.users_hooks import has_users_hooks, without_users_hooks
 from setpoint.groups.walk import op_name
 
-TORCH_FOLDER = Path(torch.__file__).parent
 
+class _FlatForward(nn.Module):
+    """A forward on tensors that are given one by one, returning a flat list of all output tensors."""
 
-class Forward(nn.Module):
-    """The calls of a staging, on tensors that are given one by one, returning a flat list of all output tensors."""
-
-    def __init__(self, model: nn.Module, staging: Staging) -> None:
+    def __init__(self, model: nn.Module, forward: PartialForward) -> None:
         super().__init__()
-        self.model, self.staging = model, staging
+        self.model, self.partial = model, forward
         self.training = model.training
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Tensors of the output in a fixed order."""
-        given = zip(self.staging.tensors, tensors, strict=True)
-        return list(self.staging.with_tensors({id(own): each for own, each in given}).play(self.model))
+        given = zip(self.partial.tensors, tensors, strict=True)
+        return list(self.partial.with_tensors({id(own): tensor for own, tensor in given}).run(self.model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,49 +47,16 @@ class Exported:
 
     Args:
         program: the graph.
-        staging: the calls that it holds.
+        forward: the calls that it holds.
         refused: of what could not be exported first, None where all could.
     """
 
     program: Any
-    staging: Staging
+    forward: PartialForward
     refused: ExportError | None = None
 
 
-@contextmanager
-def _without_what_nothing_reads() -> Iterator[None]:
-    """Stop the exporter from looking up source lines of every op, and from writing Python code of the graph five times.
-
-    Nothing here reads either. A release of torch may lack the options.
-    """
-    from torch.fx import _lazy_graph_module
-
-    config: Any = torch.fx.config
-    before = getattr(config, "do_not_emit_stack_traces", None)
-    lazily = getattr(_lazy_graph_module, "_use_lazy_graph_module", lambda use: nullcontext())
-    with lazily(True):
-        if before is not None:
-            config.do_not_emit_stack_traces = True
-        try:
-            yield
-        finally:
-            if before is not None:
-                config.do_not_emit_stack_traces = before
-
-
-@contextmanager
-def _without_logs() -> Iterator[None]:
-    """Suppress what torch logs and prints about a forward that it cannot export: the error says it in a line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def check_example(model: nn.Module, example: Example) -> None:
+def check_model(model: nn.Module, example: Example) -> None:
     """Check what can be seen of a model and an example before a forward.
 
     Raises:
@@ -120,8 +76,12 @@ def check_example(model: nn.Module, example: Example) -> None:
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
 
 
+_ATTEMPTS = 24
+"""Exports of a model: one more for each kind of part that cannot be exported."""
+
+
 def export(model: nn.Module, example: Example) -> Exported:
-    """The graph of `model(*example)`, which `check_example` has accepted.
+    """The graph of `model(*example)`, which `check_model` has accepted.
 
     Where the code of a library decides by values of a tensor, the graph holds the path of the example. A part of the
     model that cannot be exported is an opaque call in it.
@@ -131,33 +91,110 @@ def export(model: nn.Module, example: Example) -> Exported:
         ExportError: no static graph can hold the model's own forward (control flow by data, say); the message names the
             line.
     """
-    staging = Staging.whole(example)
+    forward = PartialForward.whole(example)
     first: ExportError | None = None
     for _ in range(_ATTEMPTS):
+        running: list[str] = []
         try:
-            program = _exported(model, staging)
-        except Exception as error:
-            fault = _Fault.of(model, error)
+            program = _exported(model, forward, running)
+        except Exception as error:  # anything may go wrong in a foreign forward
+            fault = _Fault.of(error, running[-1] if running else "")
             if first is None:
                 _check_runs(model, example)
                 first = fault.refusal()
-                program = _without_hooks(model, staging)
+                program = _without_hooks(model, forward)
                 if program is not None:
-                    return Exported(program, staging)
-            staging = _without(model, example, staging, fault, first)
+                    return Exported(program, forward)
+            forward = _without(model, example, forward, fault, first)
         else:
-            if "" not in staging.reasons:
+            if "" not in forward.reasons:
                 _check_outputs(program)
-            return Exported(program, staging, first)
+            return Exported(program, forward, first)
     assert first is not None, "every attempt has failed"
     raise first
 
 
+def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> Any:
+    with (
+        preserved_rng_state(model),
+        untouched_attributes(model),
+        _without_what_nothing_reads(lines=forward.by_data),
+        marked_functions(),
+        _without_logs(),
+        _noting_calls(model, running),
+        warnings.catch_warnings(action="ignore"),
+        following_data() if forward.by_data else nullcontext(),
+    ):
+        program = torch.export.export(_FlatForward(model, forward), tuple(forward.tensors), strict=False)
+    _check_sizes(model, program, by_data=forward.by_data)
+    question = users_question(program.graph) if forward.by_data else None
+    if question is not None:
+        node, line = question
+        raise _ByDataError(module_of(node), False, f"it asks for the values of a tensor {line}")
+    return program
+
+
+@contextmanager
+def _noting_calls(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Note which modules of the model are running; what an exception leaves there was running when it was raised."""
+    # By the table of attributes: the exporter calls stand-ins of modules, which share it.
+    names = {id(vars(module)): name for name, module in model.named_modules()}
+
+    def before(module: nn.Module, args: Any) -> None:
+        if id(vars(module)) in names:
+            running.append(names[id(vars(module))])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        name = names.get(id(vars(module)))
+        while running and name is not None and running.pop() != name:
+            pass  # a module that raised, and whose caller caught it
+
+    handles = [hooks_of_all.register_module_forward_pre_hook(before), hooks_of_all.register_module_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_what_nothing_reads(*, lines: bool) -> Iterator[None]:
+    """Stop the exporter from writing Python code of the graph five times and, unless asked, from noting source lines.
+
+    A release of torch may lack the options.
+    """
+    from torch.fx import _lazy_graph_module
+
+    config: Any = torch.fx.config
+    before = getattr(config, "do_not_emit_stack_traces", None)
+    lazily = getattr(_lazy_graph_module, "_use_lazy_graph_module", lambda use: nullcontext())
+    with lazily(True):
+        if before is not None:
+            config.do_not_emit_stack_traces = not lines
+        try:
+            yield
+        finally:
+            if before is not None:
+                config.do_not_emit_stack_traces = before
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Suppress what torch logs and prints about a forward that it cannot export: the error says it in a line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _check_outputs(program: Any) -> None:
-    """Check that the forward returns numbers that a loss can be made of: they are what trials and costs go by."""
+    """Check that the forward returns numbers that a loss can be made of: they are what cuts and costs go by."""
     names = set(program.graph_signature.user_outputs)
     (output,) = [node for node in program.graph.nodes if node.op == "output"]
-    found = [each.meta["val"] for each in output.args[0] if getattr(each, "name", None) in names]
+    found = [node.meta["val"] for node in output.args[0] if getattr(node, "name", None) in names]
     if not any(each.is_floating_point() or each.is_complex() for each in found if isinstance(each, torch.Tensor)):
         raise ExportError(
             "the model's forward returns no tensor of floats, also none in a list, a dict or a dataclass: return the "
@@ -165,7 +202,7 @@ def _check_outputs(program: Any) -> None:
         )
 
 
-def _without_hooks(model: nn.Module, staging: Staging) -> Any:
+def _without_hooks(model: nn.Module, forward: PartialForward) -> Any:
     """The graph of the model without the user's hooks; None where there are none, or it cannot be exported either.
 
     A hook that only looks on may ask for values, which an export does not have. One that changes what flows is found
@@ -173,44 +210,39 @@ def _without_hooks(model: nn.Module, staging: Staging) -> Any:
     """
     if has_users_hooks(model):
         with suppress(Exception), without_users_hooks(model):
-            return _exported(model, staging)
+            return _exported(model, forward, [])
     return None
 
 
-_ATTEMPTS = 24
-"""Exports of a model: one more for each kind of part that cannot be exported."""
-
-
-def _exported(model: nn.Module, staging: Staging) -> Any:
-    with (
-        preserved_rng_state(model),
-        untouched_attributes(model),
-        _without_what_nothing_reads(),
-        marked_functions(),
-        _without_logs(),
-        warnings.catch_warnings(action="ignore"),
-        following_data() if staging.by_data else nullcontext(),
-    ):
-        program = torch.export.export(Forward(model, staging), tuple(staging.tensors), strict=False)
-    _check_sizes(model, program, by_data=staging.by_data)
-    return program
-
-
-def _without(model: nn.Module, example: Example, staging: Staging, fault: _Fault, first: ExportError) -> Staging:
-    """The staging without this fault: libraries may decide by data, and what else cannot be exported is opaque.
+def _without(
+    model: nn.Module, example: Example, forward: PartialForward, fault: _Fault, first: ExportError
+) -> PartialForward:
+    """The forward without this fault: libraries may decide by data, and what else cannot be exported is opaque.
 
     Raises:
         ExportError: the forward of the model itself decides by data, which the user can change.
     """
-    if fault.by_data and fault.library and not staging.by_data:
-        return replace(staging, by_data=True, draw=draw_for(model, example))
-    name = fault.module or ""
-    if name in staging.reasons:
+    if fault.by_data and fault.library and not forward.by_data:
+        return replace(forward, by_data=True, draw=draw_for(model, example))
+    if fault.module in forward.reasons:
         raise first
-    if fault.by_data and not (name or fault.library):
+    if fault.by_data and not (fault.module or fault.library):
         raise fault.refusal()
-    found = dict.fromkeys(alike(model, name), f"it cannot be exported, so it is not pruned: {fault.text}")
-    return recorded(model, example, staging, {**staging.reasons, **found})
+    why = f"it cannot be exported, so it is not pruned: {fault.text}"
+    found = dict.fromkeys(modules_of_same_code(model, fault.module), why)
+    return with_opaque(model, example, forward, {**forward.reasons, **found})
+
+
+class _ByDataError(Exception):
+    """A module decides by data; which one, and whether its code is a library's."""
+
+    def __init__(self, module: str, library: bool, text: str) -> None:
+        super().__init__(text)
+        self.module, self.library = module, library
+
+
+class _DynamicSizeError(_ByDataError):
+    """A module makes a tensor whose size the data decides (tokens sent to an expert, say)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,72 +251,63 @@ class _Fault:
 
     Args:
         error: what was raised.
-        module: name of the innermost module that was running, None where that is not known.
+        module: name of the innermost module that was running.
         library: whether the line is not the user's own.
         by_data: whether the values of a tensor decide there.
+        text: what was raised, and where.
     """
 
     error: Exception
-    module: str | None
+    module: str
     library: bool
     by_data: bool
+    text: str
 
     @classmethod
-    def of(cls, model: nn.Module, error: Exception) -> _Fault:
-        """Of an error in an export."""
-        if isinstance(error, _DynamicSizeError):
-            return cls(error, error.module, is_library(error.file), True)
+    def of(cls, error: Exception, module: str) -> _Fault:
+        """Of an error in an export, raised while this module was running."""
+        if isinstance(error, _ByDataError):
+            return cls(error, error.module, error.library, True, str(error))
         by_data = bool({type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA)
         line = _innermost(error, is_code)
-        return cls(error, running_at(model, error), line is not None and is_library(line.filename), by_data)
-
-    @property
-    def text(self) -> str:
-        """What was raised, and where."""
-        return f"{_first_line(self.error)}{_user_line(self.error)}"
+        library = line is not None and is_library(line.filename)
+        return cls(error, module, library, by_data, f"{_first_line(error)}{_user_line(error)}")
 
     def refusal(self) -> ExportError:
         """The error that says so."""
-        if isinstance(self.error, _DynamicSizeError):
-            error = ExportError(str(self.error))
-        else:
-            hint = "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same"
-            hint += " error"
-            if self.by_data and not self.library:
-                hint = (
-                    "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
-                    "or compute the condition outside the model"
-                )
-            elif _in_recurrent_network(self.error):
-                hint = "a packed sequence has sizes that depend on its lengths; "
-                hint += "give the recurrent network the padded tensor"
-            elif self.by_data:
-                hint = "the code of a library decides by the values of a tensor there"
-            error = ExportError(f"the model's forward cannot be exported: {self.text}; {hint}")
+        hint = "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
+        if self.by_data and not self.library:
+            hint = (
+                "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
+                "or compute the condition outside the model"
+            )
+        elif _in_recurrent_network(self.error):
+            hint = (
+                "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
+            )
+        elif self.by_data:
+            hint = "the code of a library decides by the values of a tensor there"
+        text = f"the model's forward cannot be exported: {self.text}; {hint}"
+        error = ExportError(self.text if isinstance(self.error, _DynamicSizeError) else text)
         error.__cause__ = self.error
         return error
 
 
-class _DynamicSizeError(Exception):
-    """A module makes a tensor whose size the data decides (tokens sent to an expert, say)."""
-
-    def __init__(self, module: str, file: str, op: str) -> None:
-        super().__init__(
-            f"{module or 'model'}: {op} makes a tensor whose size depends on the data, "
-            "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to a "
-            "batched product over experts"
-        )
-        self.module, self.file = module, file
-
-
 def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
+    """Check that every size in the graph is a number."""
     for node in program.graph.nodes:
-        for each in pytree.tree_leaves(node.meta.get("val")):
-            sizes = each.shape if isinstance(each, torch.Tensor) else ()
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            sizes = leaf.shape if isinstance(leaf, torch.Tensor) else ()
             if any(not isinstance(known(size) if by_data else size, int) for size in sizes):
                 module = module_of(node)
                 kind = sys.modules.get(type(model.get_submodule(module)).__module__)
-                raise _DynamicSizeError(module, str(getattr(kind, "__file__", "")), op_name(node.target))
+                raise _DynamicSizeError(
+                    module,
+                    is_library(str(getattr(kind, "__file__", ""))),
+                    f"{module or 'model'}: {op_name(node.target)} makes a tensor whose size depends on the data, "
+                    "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to "
+                    "a batched product over experts",
+                )
 
 
 def _check_runs(model: nn.Module, example: Example) -> None:
@@ -292,20 +315,21 @@ def _check_runs(model: nn.Module, example: Example) -> None:
     args, kwargs = inputs_of(example)
     try:
         with preserved_rng_state(model), torch.no_grad():
-            copy.deepcopy(model, computed(model))(*args, **kwargs)
+            copy_of(model)(*args, **kwargs)
     except Exception as plain:
+        inputs = ", ".join(
+            f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for tensor in tensors_of([*args, *kwargs.items()])
+        )
+        few = "more than 1 value per channel" in str(plain)
         raise ExampleError(
-            f"the model does not accept the example ({_describe([*args, *kwargs.items()])}): "
-            f"{_first_line(plain)}{_user_line(plain)}{_advice(plain)}"
+            f"the model does not accept the example ({inputs}): {_first_line(plain)}{_user_line(plain)}"
+            + (". Give two rows or more: a batch norm needs them" if few else "")
         ) from plain
 
 
-def _advice(error: Exception) -> str:
-    return ". Give two rows or more: a batch norm needs them" if "more than 1 value per channel" in str(error) else ""
-
-
 _DEPENDS_ON_DATA = {"DataDependentOutputException", "DynamicOutputShapeException"}
-_DEPENDS_ON_DATA |= {"GuardOnDataDependentSymNode", "UserError", "AskedForDataError"}
+_DEPENDS_ON_DATA |= {"GuardOnDataDependentSymNode", "UserError"}
 
 
 def _in_recurrent_network(error: BaseException) -> bool:
@@ -350,9 +374,3 @@ def plain_path(path: str) -> str:
     """Module path in the user's model: without the wrapper, and without the number of a repeated call."""
     path = path.split("@")[0]
     return "" if path in ("", "model") else path.removeprefix("model.")
-
-
-def _describe(inputs: list[Any]) -> str:
-    return ", ".join(
-        f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors_of(inputs)
-    )

@@ -7,12 +7,14 @@ index table that maps entries along the dim to units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
+
+from setpoint.errors import GroupError
 
 Role = Literal["produce", "carry", "consume"]
 """What a slice does with its unit: writes it, passes it on elementwise, or reads it out of the group."""
@@ -125,3 +127,33 @@ def keep_all(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " units"]]
 def widths_of(groups: tuple[Group, ...]) -> dict[str, int]:
     """Number of active units by group name."""
     return {group.name: group.num_units for group in groups}
+
+
+def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]:
+    """A random choice of every group's units, the same for the same seed; of unequal widths where possible."""
+    generator = np.random.default_rng(seed)
+    used: set[int] = set()
+    keep = {}
+    for group in groups:
+        low = max(group.min_units, min(2, group.num_units - 1), 0)
+        fitting = range(low, group.num_units)
+        if group.only_blocks:
+            fitting = range(-(-low // group.multiple_of) * group.multiple_of, group.num_units, group.multiple_of)
+        # Two groups of one width could hide that a size was bound to the wrong one of them.
+        widths = [width for width in fitting if width not in used]
+        width = int(generator.choice(widths or fitting)) if fitting else group.num_units
+        used.add(width)
+        kept = np.zeros(group.num_units, dtype=bool)
+        kept[generator.permutation(group.num_units)[:width]] = True
+        keep[group.name] = kept
+    return keep
+
+
+def check_blocks(groups: Iterable[Group]) -> None:
+    """Check that the blocks of a user's own groups hold units, or raise GroupError by name."""
+    for group in groups:
+        size = group.multiple_of
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise GroupError(
+                f"multiple_of of group {group.name!r} is a whole number of units, at least 1; got {size!r}"
+            )

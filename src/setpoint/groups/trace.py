@@ -14,21 +14,18 @@ from torch.utils import _pytree as pytree
 from setpoint.distributed import is_sharded
 from setpoint.errors import LoopError
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.bind import bind
-from setpoint.groups.blocks import device_type_of
-from setpoint.groups.build import OwnDim, build
+from setpoint.groups.build import OwnDim, build, device_type_of
+from setpoint.groups.data_dependent import known, shape_of
 from setpoint.groups.example import Example, without_cache
-from setpoint.groups.export import Exported, check_example, export, module_of, plain_path
-from setpoint.groups.follow_data import known, shape_of
+from setpoint.groups.export import Exported, check_model, export, module_of, plain_path
 from setpoint.groups.group import Group, Size, widths_of
-from setpoint.groups.one_at_a_time import one_at_a_time
-from setpoint.groups.opaque import Staging
+from setpoint.groups.partial import PartialForward
 from setpoint.groups.product import solve
-from setpoint.groups.rehearsal import Rehearsal
-from setpoint.groups.rng import gc_paused, preserved_rng_state
-from setpoint.groups.state import find_states
-from setpoint.groups.stated import tie_pieces
-from setpoint.groups.trial import Draft
+from setpoint.groups.rng import gc_paused, one_at_a_time, preserved_rng_state
+from setpoint.groups.sizes_in_code.bind import bind, tie_pieces
+from setpoint.groups.sizes_in_code.fake_forward import FakeForward
+from setpoint.groups.sizes_in_code.size_probe import Candidate
+from setpoint.groups.states import find_states
 from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
 from setpoint.progress import progress
 
@@ -88,7 +85,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 def _trace(model: nn.Module, example: Example) -> Trace:
     example = without_cache(model, example)
-    check_example(model, example)
+    check_model(model, example)
     exported = export(model, example)
     # Imported here: registering the rules looks up hundreds of ops, for which `import setpoint` need not wait.
     import setpoint.groups.rules  # noqa: F401
@@ -101,22 +98,23 @@ def _trace(model: nn.Module, example: Example) -> Trace:
 
 def _found(model: nn.Module, example: Example, exported: Exported) -> Trace:
     """All that the graph and trials of the forward tell, but for states."""
-    program, staging = exported.program, exported.staging
-    walk, dims = _walk(model, program, staging)
+    program, forward = exported.program, exported.forward
+    walk, dims = _walk(model, program, forward)
     solve(walk.atoms, walk.products)
     tie_pieces(model, walk.calls, walk.atoms)  # not before: heads are known only now
     _mark_grouped(walk)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
     units = build(walk.atoms, dims, products, device_type_of(model))
-    units, groups = bind(Draft(Rehearsal(model, example, staging), _output_shapes(program), walk, dims, units))
+    fake = FakeForward(model, example, forward)
+    units, groups = bind(Candidate(fake, _output_shapes(program), walk, dims, units))
     contractions = tuple(
         Contraction(c.module, c.op, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)
         for c in walk.contracts
     )
-    if exported.refused is not None and staging.reasons and not groups:
+    if exported.refused is not None and forward.reasons and not groups:
         raise exported.refused
-    rest = _uncounted(model, example, groups, contractions) if walk.unknown or staging.reasons else ()
-    opaque = tuple(Frozen(name or "model", why) for name, why in staging.reasons.items())
+    rest = _uncounted(model, example, groups, contractions) if walk.unknown or forward.reasons else ()
+    opaque = tuple(Frozen(name or "model", why) for name, why in forward.reasons.items())
     return Trace(groups, contractions + rest, (*opaque, *_frozen(walk.atoms, opaque)), tuple(_unreached(program)))
 
 
@@ -151,7 +149,7 @@ def _uncounted(
     known = sum(each.coefficient * math.prod(size.at(widths) for size in each.sizes) for each in contractions)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:
-            Rehearsal(model, example).run(lambda twin: counter.flop_counts.clear())
+            FakeForward(model, example).run(lambda twin: counter.flop_counts.clear())
         except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
             return ()
     total = int(counter.get_total_flops())
@@ -186,7 +184,7 @@ def _frozen(atoms: Atoms, known: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
     return tuple(each for each in found if each not in known)
 
 
-def _walk(model: nn.Module, program: Any, staging: Staging) -> tuple[Walk, list[OwnDim]]:
+def _walk(model: nn.Module, program: Any, forward: PartialForward) -> tuple[Walk, list[OwnDim]]:
     """Visit every node of the graph once, with its rule."""
     attention = nn.MultiheadAttention  # or what stands in for its forward
     walk = Walk(
@@ -195,7 +193,7 @@ def _walk(model: nn.Module, program: Any, staging: Staging) -> tuple[Walk, list[
             for name, module in model.named_modules()
             if isinstance(module, attention) and type(module).forward is attention.forward
         ),
-        opaque_calls=staging.reasons,
+        opaque_calls=forward.reasons,
     )
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}

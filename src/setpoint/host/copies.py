@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import sys
 import weakref
@@ -21,8 +20,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor, local, plain_kind
 from setpoint.errors import GroupError
-from setpoint.groups.export import computed
-from setpoint.groups.rehearsal import hook_tables
+from setpoint.groups.model_copy import computed, copy_of
 from setpoint.messages import warn
 
 HOLDERS = {
@@ -75,7 +73,7 @@ class Listed:
                 f"for each of the model's {len(every)} parameters, in their order and of their shapes"
             )
         stand_ins = {id(own): shadow for own, shadow in zip(matching[0], listed, strict=True)}
-        twin = copy.deepcopy(model, {**computed(model), **hook_tables(model), **stand_ins})
+        twin = copy_of(model, {**computed(model), **stand_ins}, users_hooks=False)
         tables = [module._parameters for module in twin.modules()]
         places = {id(shadow): [(t, name) for t in tables for name in t if t[name] is shadow] for shadow in listed}
         return cls(holder, twin, [places[id(shadow)] for shadow in listed])

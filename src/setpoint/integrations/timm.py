@@ -12,7 +12,7 @@ from setpoint.actuator.model_shapes import ModelShapes, at_dense_shapes
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
-from setpoint.groups.place import is_call, read_size
+from setpoint.groups.sizes_in_code.place import is_call, read_size
 from setpoint.messages import a_type
 
 try:

@@ -12,7 +12,7 @@ from torch import nn
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.distributed import unwrapped
 from setpoint.errors import LoopError
-from setpoint.groups.shim import SizedForward
+from setpoint.groups.sizes_in_code.shim import SizedForward
 from setpoint.integrations.session import Session
 from setpoint.ledger import Entry
 from setpoint.loop.callbacks import Event

@@ -15,7 +15,7 @@ from setpoint.cost.cost import Cost
 from setpoint.cost.flops import flops_cost
 from setpoint.cost.params import params_cost
 from setpoint.errors import ExampleError, GroupError
-from setpoint.groups.export import Example, inputs_of, tensors_of
+from setpoint.groups.example import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host

@@ -17,7 +17,7 @@ from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import Group
-from setpoint.groups.place import implied, is_call, read_size
+from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
 from setpoint.host.host import Host
 from setpoint.loop.resume import check_loading
 

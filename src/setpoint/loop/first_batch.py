@@ -15,7 +15,7 @@ from torch.jit import ScriptModule
 
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.example import Example, example_of, in_shapes, mapped, num_samples, shapes_of
-from setpoint.groups.one_at_a_time import elsewhere
+from setpoint.groups.rng import elsewhere
 from setpoint.host.host import Host
 from setpoint.messages import counted, warn
 

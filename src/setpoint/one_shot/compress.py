@@ -30,10 +30,9 @@ from setpoint.cost.params import params_cost
 from setpoint.cost.parse import is_time, parse_budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, GroupError
-from setpoint.groups.blocks import check_blocks
 from setpoint.groups.example import Example
 from setpoint.groups.example import num_samples as samples_in
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import Trace, trace
 from setpoint.host.optimizers import real_optimizers

@@ -18,7 +18,7 @@ from setpoint.actuator.shrink import Change, Job, commit, unwrapped
 from setpoint.actuator.tensors import in_format, named_tensors, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.place import call_of, is_call, read_size
+from setpoint.groups.sizes_in_code.place import call_of, is_call, read_size
 from setpoint.regrowth.reserve import Box, Key, Reserve, write
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]

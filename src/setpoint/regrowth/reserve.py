@@ -20,8 +20,8 @@ from setpoint.actuator.tensors import in_format, named_tensors
 from setpoint.distributed import Ranks
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
-from setpoint.groups.place import is_call
-from setpoint.groups.shim import get_call_sizes
+from setpoint.groups.sizes_in_code.place import is_call
+from setpoint.groups.sizes_in_code.shim import get_call_sizes
 
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
 """By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""

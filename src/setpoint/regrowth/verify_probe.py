@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -10,8 +9,9 @@ from torch import nn
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import Trial, on_few_rows
 from setpoint.errors import LoopError, VerificationError
-from setpoint.groups.export import Example, computed
+from setpoint.groups.example import Example
 from setpoint.groups.group import Group
+from setpoint.groups.model_copy import copy_of
 from setpoint.host.host import Host
 from setpoint.regrowth.probing import Probing
 from setpoint.regrowth.reserve import Reserve
@@ -54,10 +54,10 @@ def verify_probe(model: nn.Module, example: Example, groups: tuple[Group, ...]) 
     trial = Trial.of(model, example, groups, None)
     exact = {group.name for group in groups if group.lossless}
     keep = {name: kept for name, kept in trial.keep.items() if name in exact}
-    small = copy.deepcopy(trial.model, computed(trial.model))  # in eval mode if it draws random numbers in training
+    small = copy_of(trial.model)  # in eval mode if it draws random numbers in training
     reserve = Reserve.of(small, groups).rest(small, None, keep)
     shrink(small, None, groups, keep)
-    probed = copy.deepcopy(small, computed(small))
+    probed = copy_of(small)
     probing = Probing(probed, reserve, reserve.origins(), in_training=False)
     why: str | None
     try:

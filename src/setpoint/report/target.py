@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import UsageError
-from setpoint.groups.export import Example
+from setpoint.groups.example import Example
 from setpoint.messages import a_type, counted, did_you_mean
 
 MOST_NUMBERS = 2**28

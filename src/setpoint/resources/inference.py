@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from setpoint.actuator.tensors import named_tensors
-from setpoint.groups.export import Example, inputs_of, untouched_attributes
+from setpoint.groups.example import Example, inputs_of
 from setpoint.groups.group import Group
+from setpoint.groups.model_copy import untouched_attributes, without_users_hooks
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.groups.users_hooks import without_users_hooks
 from setpoint.resources.median import Measured, median_of
 from setpoint.resources.replica import Replica, fresh_replica
 from setpoint.spending.seconds import Stopwatch

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
-from setpoint.groups.example import Example, computed, inputs_of, mapped, tensors_of, untouched_attributes
+from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
 from setpoint.groups.group import Group
-from setpoint.groups.users_hooks import strip
+from setpoint.groups.model_copy import computed, strip, untouched_attributes
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64
 from setpoint.distributed import Ranks
 from setpoint.groups.follow import ByUnit, fresh
 from setpoint.groups.group import Group
-from setpoint.groups.state_space import DiagonalSystem
+from setpoint.groups.states import DiagonalSystem
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from setpoint.cost.parse import parse_budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError, LoopError
-from setpoint.groups.export import Example
+from setpoint.groups.example import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import repeated, trace
 from setpoint.messages import counted, warn

@@ -1,6 +1,6 @@
 """Linear state-space systems: Gramians, Hankel singular values, balanced truncation; their states read and turned."""
 
-from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
+from setpoint.groups.states import DiagonalSystem, StateSpaceLayer, StateWeights
 from setpoint.sensor.reading import Basis
 from setpoint.states.balance import (
     Balance,

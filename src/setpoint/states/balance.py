@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
-from setpoint.groups.state_space import DiagonalSystem
+from setpoint.groups.states import DiagonalSystem
 from setpoint.states.system import DenseSystem, System, check_system, real_form
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group, Slice
-from setpoint.groups.state import state_layer
+from setpoint.groups.states import state_layer
 from setpoint.sensor.averaging import Moments
 from setpoint.sensor.reading import Basis, Reading, Sensor
 from setpoint.sensor.taylor import TaylorSensor

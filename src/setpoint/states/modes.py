@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
-from setpoint.groups.state_space import DiagonalSystem
+from setpoint.groups.states import DiagonalSystem
 from setpoint.states.balance import Balance, balance
 from setpoint.states.system import real_form
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from setpoint.groups.export import Example, inputs_of
+from setpoint.groups.example import Example, inputs_of
 from setpoint.groups.group import Group
 from setpoint.groups.rng import in_eval_mode
-from setpoint.groups.selective import selective_kind, selective_layer
+from setpoint.groups.states import selective_kind, selective_layer
 from setpoint.sensor.reading import Reading, Sensor, Traits
 
 

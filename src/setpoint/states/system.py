@@ -9,7 +9,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from setpoint.errors import StateSpaceError
-from setpoint.groups.state_space import DiagonalSystem
+from setpoint.groups.states import DiagonalSystem
 from setpoint.messages import a_type
 
 

@@ -19,8 +19,7 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.state import state_layer
-from setpoint.groups.state_space import DiagonalSystem, StateSpaceLayer, StateWeights
+from setpoint.groups.states import DiagonalSystem, StateSpaceLayer, StateWeights, state_layer
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Basis, Reading
 from setpoint.states.modes import Modes, beside, residual_modes

@@ -14,7 +14,7 @@ from setpoint.cost.budget import Budget
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError, GroupError, LoopError
-from setpoint.groups.export import Example
+from setpoint.groups.example import Example
 from setpoint.groups.group import Group
 from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host

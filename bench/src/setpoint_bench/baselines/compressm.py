@@ -21,7 +21,7 @@ from setpoint.controller.plan import Observation, Plan
 from setpoint.cost.cost import Cost
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group
-from setpoint.groups.state import state_layer
+from setpoint.groups.states import state_layer
 from setpoint.sensor.reading import Reading, Sensor, Traits
 from setpoint.states import Basis, DiagonalSystem, Modes, check_system
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.controller.plan import Controller
-from setpoint.groups.export import num_samples
+from setpoint.groups.example import num_samples
 from setpoint.sensor.reading import Sensor
 from setpoint.weights.taylor import WeightTaylorSensor
 from setpoint_bench.course import Course, Pruner

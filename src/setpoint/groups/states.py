@@ -1,18 +1,82 @@
-"""States: the groups that are the states of a layer which can be balanced."""
+"""States: which groups are the states of a layer that can be balanced, and what such a layer must tell.
+
+The maths of balancing is in the leaf `states`; groups are found without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Complex
 from torch import Tensor, nn
 
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.group import Group, Slice
-from setpoint.groups.selective import mark_selective, selective_layer
-from setpoint.groups.state_space import StateSpaceLayer
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalSystem:
+    """A complex diagonal system with real inputs and outputs, as LRU, S5 and S4D layers hold it.
+
+        x[t] = eigenvalues * x[t-1] + inputs @ u[t],    y[t] = Re(outputs @ x[t])
+
+    Leading dims are a batch of independent systems. A layer whose output is `2 Re(C x)` has
+    `outputs = 2 C`; a direct term `D u` changes nothing here and is left out.
+
+    Args:
+        eigenvalues: shape (..., states).
+        inputs: B, shape (..., states, in).
+        outputs: C, shape (..., out, states).
+    """
+
+    eigenvalues: Complex[Tensor, "*batch states"]
+    inputs: Complex[Tensor, "*batch states in_channels"]
+    outputs: Complex[Tensor, "*batch out_channels states"]
+
+    @property
+    def num_states(self) -> int:
+        """Number of complex states (modes)."""
+        return self.eigenvalues.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class StateWeights:
+    """Under which names, relative to the layer, it keeps B and C, so that optimizer moments can follow them.
+
+    Args:
+        inputs: a real and an imaginary tensor of shape (..., states, in), or a complex one, or one that keeps
+            both parts along a last dim of 2.
+        outputs: the same for C, shape (..., out, states); `C` is a multiple of it.
+        input_scale: `B = input_scale[..., None] * inputs` (a normalisation, a step size), shape (..., states).
+        carried: all further tensors with an entry for each state, such as what eigenvalues are made of; shape (...,
+            states, ...) with the same leading dims. Needed only where the layer's forward cannot be traced.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    input_scale: Complex[Tensor, "*batch states"]
+    carried: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class StateSpaceLayer(Protocol):
+    """A module with a linear time-invariant state: `x[t] = a * x[t-1] + B u[t]`, `y[t] = Re(C x[t]) + ...`.
+
+    Any `nn.Module` with these three methods takes part; nothing is to be inherited.
+    """
+
+    def state_space(self) -> DiagonalSystem:
+        """The system as it is now, in discrete time."""
+
+    def set_state_space(self, system: DiagonalSystem) -> None:
+        """Take over this system, which has as many states as the layer; parameters change in place."""
+
+    def state_weights(self) -> StateWeights:
+        """Where B and C are kept."""
 
 
 def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
@@ -129,3 +193,53 @@ def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
             "values and no balanced coordinates: rank them by SelectiveSensor, and drop them as they are"
         )
     raise GroupError(f"the model has no StateSpaceLayer that holds the states of {group.name!r}: use its own groups")
+
+
+Selective = Literal["mamba", "mamba2"]
+
+
+def selective_kind(module: nn.Module) -> Selective | None:
+    """Which of the two a module is, by what it holds; the class does not matter.
+
+    >>> selective_kind(nn.Linear(2, 2)) is None
+    True
+    """
+    held = {name for name, _ in module.named_parameters()}
+    if {"A_log", "D", "x_proj.weight", "dt_proj.weight", "conv1d.weight", "in_proj.weight"} <= held:
+        return "mamba"
+    if {"A_log", "D", "dt_bias", "conv1d.weight", "in_proj.weight", "out_proj.weight"} <= held:
+        return "mamba2"
+    return None
+
+
+def mark_selective(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The groups, those that are the states of a selective layer of kind "state"."""
+    kinds = {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
+
+    def marked(group: Group) -> Group:
+        if not any(_holds_states(group, name, kind) for name, kind in kinds.items()):
+            return group
+        return replace(group, kind="state", what="state", min_units=max(group.min_units, 1))
+
+    return tuple(map(marked, groups))
+
+
+def selective_layer(model: nn.Module, group: Group) -> tuple[str, Selective] | None:
+    """Name and kind of the selective layer whose states a group holds, or None."""
+    if group.kind != "state":
+        return None
+    for name, module in model.named_modules():
+        if (kind := selective_kind(module)) is not None and _holds_states(group, name, kind):
+            return name, kind
+    return None
+
+
+def _holds_states(group: Group, name: str, kind: Selective) -> bool:
+    """Whether the units lie along B and C of this layer, and along nothing else but its eigenvalues."""
+    places = {(piece.tensor.removeprefix(f"{name}."), piece.dim) for piece in group.slices}
+    if kind == "mamba":
+        return places == {("A_log", 1), ("x_proj.weight", 0)}
+    return (
+        places <= {("conv1d.weight", 0), ("conv1d.bias", 0), ("in_proj.weight", 0), ("in_proj.bias", 0)}
+        and ("in_proj.weight", 0) in places
+    )

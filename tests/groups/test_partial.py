@@ -14,7 +14,7 @@ import setpoint
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.errors import ExportError
-from setpoint.groups.kept import random_keep
+from setpoint.groups.group import random_keep
 from setpoint.groups.trace import trace
 
 
@@ -59,7 +59,7 @@ def test_a_part_that_cannot_be_exported_is_left_whole() -> None:
     found = trace(model, (x,))
     assert {group.name for group in found.groups} == {"up", "first", "second", "sorts.inner.0"}
     (reason,) = [each.reason for each in found.frozen if each.place == "sorts"]
-    assert "cannot be exported" in reason and "test_opaque.py" in reason and "numpy" in reason
+    assert "cannot be exported" in reason and "test_partial.py" in reason and "numpy" in reason
     assert not found.unreached and "forward" not in vars(model.sorts)
     model, x = model.double(), x.double()
     twin, keep = copy.deepcopy(model), random_keep(found.groups)
@@ -111,7 +111,7 @@ class AsksItself(nn.Module):
 
 def test_only_the_user_can_replace_an_if() -> None:
     """Claim: an `if` by data in the model's own code is refused with what to do; in a part it leaves the part whole."""
-    with pytest.raises(ExportError, match=r"test_opaque\.py.*if x\.sum.*replace the Python `if`"):
+    with pytest.raises(ExportError, match=r"test_partial\.py.*if x\.sum.*replace the Python `if`"):
         trace(AsksItself(), (torch.randn(4, 6),))
     found = trace(AsksItself(AsksItself()), (torch.randn(4, 6),))
     assert {group.name for group in found.groups} == {"a"}

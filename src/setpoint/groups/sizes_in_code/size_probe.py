@@ -1,6 +1,6 @@
-"""A trial: a copy without data, cut to random widths, whose forward shows which sizes are wrong.
+"""Size probes: copies without data, cut to random widths, whose forward shows which sizes in the code are wrong.
 
-What is tried is a draft: the units found in a model's graph, whose cut its live forward has yet to survive.
+What is probed is a candidate: the units found in a model's graph, whose cut its live forward has yet to survive.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from setpoint.groups.build import OwnDim, Units
+from setpoint.groups.build import Kept, Labels, OwnDim, Units
 from setpoint.groups.group import keep_all
-from setpoint.groups.kept import Kept, Labels
-from setpoint.groups.place import write_size
-from setpoint.groups.rehearsal import Rehearsal
-from setpoint.groups.shim import COUNTED, CallSizes, parse, set_call_sizes
+from setpoint.groups.sizes_in_code.fake_forward import FakeForward
+from setpoint.groups.sizes_in_code.place import write_size
+from setpoint.groups.sizes_in_code.shim import COUNTED, CallSizes, parse, set_call_sizes
 from setpoint.groups.walk import Call, Walk
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class Candidate:
     """What is known of a model before its forward is tried with fewer units."""
 
-    rehearsal: Rehearsal  # runs the model's forward
+    forward: FakeForward  # the model's forward on copies
     shapes: tuple[torch.Size, ...]  # of the model's outputs
     walk: Walk  # the record of the walk over its graph
     dims: Sequence[OwnDim]  # of all parameters and buffers
@@ -39,7 +39,7 @@ class Draft:
     @property
     def model(self) -> nn.Module:
         """The user's model, not touched."""
-        return self.rehearsal.model
+        return self.forward.model
 
     @property
     def lossless(self) -> frozenset[str]:
@@ -51,8 +51,8 @@ class Draft:
         """The choice that keeps every unit."""
         return keep_all(self.units.groups)
 
-    def without(self, names: Iterable[str]) -> Draft:
-        """The same draft with these groups frozen."""
+    def without(self, names: Iterable[str]) -> Candidate:
+        """The same candidate with these groups frozen."""
         return replace(self, units=self.units.without(names))
 
 
@@ -68,12 +68,12 @@ def call_of(call: Call) -> str:
     return call.place.split("[", 1)[0]
 
 
-class Trial:
+class SizeProbe:
     """Runs copies without data with the choice `keep`, and finds which of the written sizes in `calls` are wrong."""
 
-    def __init__(self, draft: Draft, calls: Sequence[Call], keep: Mapping[str, np.ndarray]) -> None:
-        self.draft, self.calls = draft, calls
-        self.kept = Kept(draft.units, keep)
+    def __init__(self, candidate: Candidate, calls: Sequence[Call], keep: Mapping[str, np.ndarray]) -> None:
+        self.candidate, self.calls = candidate, calls
+        self.kept = Kept(candidate.units, keep)
         self._seen: dict[frozenset[tuple[str, str]], Wrong | None] = {}
 
     def stops(self, known: Places) -> bool:
@@ -101,7 +101,7 @@ class Trial:
     def needed_calls(self, known: Places) -> set[tuple[type, str]]:
         """Calls, by class, with a size still wrong with right attributes: one module may be right by accident."""
         return {
-            (type(self.draft.model.get_submodule(module)), place.split("[", 1)[0])
+            (type(self.candidate.model.get_submodule(module)), place.split("[", 1)[0])
             for module, found in self._wrong(known).items()
             for place in found
         }
@@ -113,7 +113,7 @@ class Trial:
         for call in self.calls:
             live = found.get(call.module, {}).get(call.place)
             if live is not None:
-                key = type(self.draft.model.get_submodule(call.module)), call.place
+                key = type(self.candidate.model.get_submodule(call.module)), call.place
                 shown[key] = shown.get(key, True) and live == call.size
         return shown
 
@@ -129,7 +129,7 @@ class Trial:
                 meanings.setdefault((call.module, call.size), []).append(call.labels)
         result: dict[tuple[type, str], Places] = {}
         for (name, size), labels in meanings.items():
-            module = self.draft.model.get_submodule(name)
+            module = self.candidate.model.get_submodule(name)
             if size < 2 or len({self.kept.count(meaning) for meaning in labels}) > 1:
                 continue
             for attribute, value in vars(module).items():
@@ -146,7 +146,7 @@ class Trial:
         key = frozenset(places)
         if key not in self._seen:
             watch = Watch(self.calls, self.kept)
-            outcome = outcome_of(self.draft, places, self.kept, watch=watch)
+            outcome = outcome_of(self.candidate, places, self.kept, watch=watch)
             self._seen[key] = None if outcome.error else watch.wrong
         return self._seen[key]
 
@@ -191,43 +191,45 @@ class Outcome:
 
 
 def outcome_of(
-    draft: Draft, places: Places, kept: Kept, *, other_mode: bool = False, watch: Watch | None = None
+    candidate: Candidate, places: Places, kept: Kept, *, other_mode: bool = False, watch: Watch | None = None
 ) -> Outcome:
     """Outcome of the forward of a cut copy without data; of the other of train and eval mode with `other_mode`."""
     counts = frozenset((*place, kept.count(labels)) for place, labels in places.items())
     key = counts, hash(kept.alive.tobytes()), other_mode
-    if watch is None and key in draft.outcomes:
-        return draft.outcomes[key]
+    if watch is None and key in candidate.outcomes:
+        return candidate.outcomes[key]
     notes = _Notes()
 
     def prepare(twin: nn.Module) -> None:
-        notes.clear()
-        _cut_shapes(twin, draft.dims, kept)
+        _cut_shapes(twin, candidate.dims, kept)
         _set_places(twin, places, kept)
         if watch is not None:
             watch.over(twin)
+        notes.clear()  # what was noted so far is not of the forward, or of one that failed without data
 
     try:
         with notes:
-            shapes = draft.rehearsal.run(prepare, other_mode=other_mode)
+            shapes = candidate.forward.run(prepare, other_mode=other_mode)
     except Exception as error:  # noqa: BLE001 - any failure of a foreign forward counts
         outcome = Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
     else:
         outcome = Outcome(shapes, tuple(notes.numbers), hash(tuple(notes.code)))
     if watch is None:
-        draft.outcomes[key] = outcome
+        candidate.outcomes[key] = outcome
     return outcome
 
 
-def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[Outcome, list[Call], list[Call]]:
+def dense_outcome(
+    candidate: Candidate, places: Places, calls: Sequence[Call]
+) -> tuple[Outcome, list[Call], list[Call]]:
     """Outcome of the dense model's forward; calls that it numbers as the graph does; and calls that it does not."""
-    kept = Kept(draft.units, draft.everything)
-    calls = _as_python_counts(draft.rehearsal, calls)
+    kept = Kept(candidate.units, candidate.everything)
+    calls = _as_python_counts(candidate.forward, calls)
     watch = Watch(calls, kept)
-    outcome = outcome_of(draft, places, kept, watch=watch)
+    outcome = outcome_of(candidate, places, kept, watch=watch)
     untrusted = by_module(calls) if outcome.error else watch.wrong
     if untrusted:  # something was corrected, so that was not the model's own forward
-        outcome = outcome_of(draft, places, kept)
+        outcome = outcome_of(candidate, places, kept)
     return (
         outcome,
         [call for call in calls if call.module not in untrusted],
@@ -235,12 +237,12 @@ def dense_outcome(draft: Draft, places: Places, calls: Sequence[Call]) -> tuple[
     )
 
 
-def lost_in_other_mode(draft: Draft, calls: Sequence[Call]) -> list[Call]:
+def lost_in_other_mode(candidate: Candidate, calls: Sequence[Call]) -> list[Call]:
     """Calls whose numbers differ between train and eval mode."""
-    kept = Kept(draft.units, draft.everything)
+    kept = Kept(candidate.units, candidate.everything)
     watch = Watch(calls, kept)
-    outcome = outcome_of(draft, {}, kept, other_mode=True, watch=watch)
-    if outcome.error and outcome_of(draft, {}, kept, other_mode=True).error:
+    outcome = outcome_of(candidate, {}, kept, other_mode=True, watch=watch)
+    if outcome.error and outcome_of(candidate, {}, kept, other_mode=True).error:
         return []  # the dense model does not run in that mode either
     return [call for call in calls if outcome.error or call.module in watch.wrong]
 
@@ -297,7 +299,7 @@ def _set_places(twin: nn.Module, places: Places, kept: Kept) -> None:
         set_call_sizes(twin.get_submodule(module), sizes)
 
 
-def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]:
+def _as_python_counts(forward: FakeForward, calls: Sequence[Call]) -> list[Call]:
     """Calls with slices numbered as in the live forward, not as in the graph, which holds only those of a part."""
     modules = sorted({call.module for call in calls if call.place.startswith("slice#")})
     if not modules:
@@ -310,7 +312,7 @@ def _as_python_counts(rehearsal: Rehearsal, calls: Sequence[Call]) -> list[Call]
             twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), {}, {}, live[name])
 
     try:
-        rehearsal.run(prepare)
+        forward.run(prepare)
     except Exception:  # noqa: BLE001 - a foreign forward may do anything
         live = {}
     renumbered = []
@@ -359,8 +361,8 @@ def _cut_shapes(twin: nn.Module, dims: Sequence[OwnDim], kept: Kept) -> None:
         shape = [sizes.get(dim, size) for dim, size in enumerate(old.shape)]
         if list(old.shape) == shape:
             continue
-        if old.is_meta:
-            new = torch.empty(shape, dtype=old.dtype, device="meta")  # quicker than `new_empty`
+        if isinstance(old, FakeTensor):
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)  # quicker than to slice
         else:
             new = old.detach()[tuple(map(slice, shape))].clone()  # its own numbers, where a forward looks at them
         replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
