@@ -298,7 +298,7 @@ def test_a_callback_given_twice_is_refused(same: bool, tmp_path: Path) -> None:
     """Claim: two of them, or one twice, would cut the same model: said in words before anything happens."""
     run, callback = trainer("gpt2", tmp_path, save_strategy="no")
     run.add_callback(callback if same else SetpointCallback(0.5))
-    with pytest.raises(ValueError, match="one SetpointCallback"):
+    with pytest.raises(LoopError, match="to the Trainer twice"):
         run.train()
     assert callback.loop is None
 

@@ -40,34 +40,22 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
     Args:
         budget: as for `attach`.
         module: name of the part that is pruned, such as "generator"; by default all of it.
-        total_steps: optimizer steps of the whole run; by default what the Trainer estimates. With a bill, steps of the
-            dense run that a share of the bill is one of: the Trainer stops when the bill is spent, so give it more.
         monitor: a logged metric, such as "val_loss", that is reported to the loop with the training loss: for a
             `Tolerance`, and to have cuts taken back that the loss does not stand.
-        settings: more arguments of `attach`.
+        settings: more arguments of `attach`. `total_steps` is by default what the Trainer estimates; with a bill, steps
+            of the dense run that a share of the bill is one of: the Trainer stops when it is spent, so give it more.
 
     Raises:
         LoopError: when training begins, if the callback was given twice or the number of steps is not known; and what
             `attach` raises.
     """
 
-    def __init__(
-        self,
-        budget: Any,
-        *,
-        module: str = "",
-        total_steps: int | None = None,
-        monitor: str | None = None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, budget: Any, *, module: str = "", monitor: str | None = None, **settings: Any) -> None:
         super().__init__(budget, **settings)
-        self.module, self.total_steps, self.monitor = module, total_steps, monitor
+        self.module, self.monitor = module, monitor
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if sum(isinstance(callback, SetpointCallback) for callback in trainer.callbacks) > 1:
-            raise LoopError("SetpointCallback was given to the Trainer twice: give it once, with all budgets")
-        self.stop()
-        self.prepare(pl_module, *_averages(trainer))
+        self.prepare(pl_module, *_averages(trainer), callbacks=trainer.callbacks)
         # Behind all but ModelCheckpoint: WeightAveraging's `on_save_checkpoint` drops the sizes, and must come before.
         others = [callback for callback in trainer.callbacks if callback is not self]
         checkpoints = [at for at, callback in enumerate(others) if callback in trainer.checkpoint_callbacks]
@@ -85,7 +73,7 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
                 for optimizer in optimizers
                 if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
             ]
-        if self.begin(model, optimizers, total_steps=self.total_steps or _total_steps(trainer), copies=copies):
+        if self.begin(model, optimizers, total_steps=_total_steps(trainer), copies=copies):
             warn(f"{SPENT}: the Trainer is told to stop")
             trainer.should_stop = True
 
@@ -144,16 +132,11 @@ def _epochs(trainer: Any) -> int:
     return int(min([trainer.max_epochs, *(c._max_epochs for c in trainer.callbacks if hasattr(c, "swa_end"))]))
 
 
-def _total_steps(trainer: Any) -> int:
-    """Optimizer steps of a run, in each of which all optimizers step once."""
+def _total_steps(trainer: Any) -> int | None:
+    """Optimizer steps of a run, in each of which all optimizers step once; None where the Trainer does not know."""
     steps, epochs = trainer.estimated_stepping_batches, _epochs(trainer)
     if 0 < epochs < trainer.max_epochs:
         steps = min(steps, epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
     if trainer.max_steps != -1:  # which counts the steps of each optimizer
         steps = min(steps, trainer.max_steps // max(1, len(trainer.optimizers)))
-    if not 0 < steps < math.inf:
-        raise LoopError(
-            "the Trainer does not know how many optimizer steps it will make (its data has no length, and it has no "
-            "max_steps): give SetpointCallback(..., total_steps=N), or Trainer(max_steps=N)"
-        )
-    return int(steps)
+    return int(steps) if 0 < steps < math.inf else None

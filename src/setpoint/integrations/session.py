@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.budget import Budget
 from setpoint.cost.parse import parse_budget
-from setpoint.errors import NotBegunError
+from setpoint.errors import LoopError, NotBegunError
 from setpoint.loop.carrying import brought
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
@@ -50,8 +50,19 @@ class Session:
         self.loop: Loop | None = None
         self.summary: Summary | None = None
 
-    def prepare(self, *models: nn.Module) -> None:
-        """Let models, averages too, take the sizes of any checkpoint that is loaded into them."""
+    def prepare(self, *models: nn.Module, callbacks: Iterable[Any] = ()) -> None:
+        """Let models, averages too, take the sizes of any checkpoint that is loaded into them.
+
+        Args:
+            models: that checkpoints are loaded into.
+            callbacks: of the trainer.
+
+        Raises:
+            LoopError: where several of the callbacks prune.
+        """
+        if sum(isinstance(callback, Session) for callback in callbacks) > 1:
+            raise LoopError(f"{type(self).__name__} was given to the Trainer twice: give it once, with all budgets")
+        self.stop()
         for model in models:
             resumable(model)
 
@@ -61,15 +72,23 @@ class Session:
         Args:
             model: in its wrappers, as the training loop calls it.
             optimizers: one or several.
-            known: what the trainer knows of `attach`'s arguments: `total_steps`, and the averages that it keeps as
-                `copies`.
+            known: what the trainer knows of `attach`'s arguments: `total_steps`, None where it does not know, and the
+                averages that it keeps as `copies`.
 
         Returns:
             Whether the checkpoint that was loaded is of a run that is over: no step must be made.
+
+        Raises:
+            LoopError: where nobody knows how many steps there will be; and what `attach` raises.
         """
         self.stop()
         self.loop = self.summary = None
         settings = {"resume": True, **known, **self.settings}
+        if settings.get("total_steps") is None:
+            raise LoopError(
+                "the trainer does not know how many optimizer steps it will make (its data has no length, or it stops "
+                f"by the clock): give {type(self).__name__}(..., total_steps=N), or the trainer a number of steps"
+            )
         self.loop = attach(model, optimizers, self.budget, **settings)
         if not (self.has_run_budget and settings["resume"]):
             return False

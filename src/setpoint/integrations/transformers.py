@@ -111,13 +111,12 @@ def _introduced(train: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(train)
     def train_introduced(self: Any, *args: Any, **settings: Any) -> Any:
         callbacks = self.callback_handler.callbacks
-        ours = [callback for callback in callbacks if isinstance(callback, SetpointCallback)]
-        if len(ours) > 1:
-            raise ValueError("a Trainer takes one SetpointCallback, and was given several: leave one")
         # First of all, so that what it adds to the logs is there when the others report them.
-        callbacks.sort(key=lambda callback: callback not in ours)
-        for callback in ours:
-            callback.trainer = self
+        callbacks.sort(key=lambda callback: not isinstance(callback, SetpointCallback))
+        for callback in callbacks:
+            if isinstance(callback, SetpointCallback):
+                callback.prepare(callbacks=callbacks)
+                callback.trainer = self
         return train(self, *args, **settings)
 
     return train_introduced

@@ -51,7 +51,7 @@ class Pruning(Session):
         self.begin(
             trainer.model,
             trainer.optimizer,
-            total_steps=self.settings.get("total_steps") or _total_steps(trainer),
+            total_steps=_total_steps(trainer),
             example=(images,),
             copies=[] if trainer.ema is None else [trainer.ema.ema],
             resume=bool(trainer.resume) or not was_cut(trainer.model),
@@ -111,8 +111,8 @@ def _renew(trainer: Any, event: Event = None) -> None:
         average._pairs = None  # a list of tensors, which would keep the memory from before the cut
 
 
-def _total_steps(trainer: Any) -> int:
-    """Optimizer steps of a run: while it warms up, the trainer accumulates fewer batches for each.
+def _total_steps(trainer: Any) -> int | None:
+    """Optimizer steps of a run, None where the clock ends it; warming up, the trainer gathers fewer batches for each.
 
     >>> from types import SimpleNamespace
     >>> args = SimpleNamespace(time=None, warmup_epochs=1.0)
@@ -121,7 +121,7 @@ def _total_steps(trainer: Any) -> int:
     10
     """
     if trainer.args.time:
-        raise LoopError("with time= nobody knows how many optimizer steps there will be: give epochs=, or total_steps=")
+        return None
     batches, epochs, accumulate = len(trainer.train_loader), trainer.epochs, trainer.accumulate
     warm = round(min(trainer.args.warmup_epochs, max(epochs - 1, 0)) * batches)
     steps, last, gathered = 0, -1, accumulate
