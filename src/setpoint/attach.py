@@ -258,11 +258,11 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     widths = widths_of(found.groups)
     original = original_costs(host.model, example, spec.budgets, found.costs, widths, inputs.passes)
     if {goal.resource for goal in spec.goals} & set(METERED):
-        from setpoint.resources.learn import learn
+        from setpoint.resources.costing import cost_out
 
-        learnt = learn(host, example, traced, found.groups, spec.goals, inputs.passes)
-        meter, costs, passes = learnt.meter, {**found.costs, **learnt.costs}, found.passes + learnt.passes
-        found = replace(found, costs=costs, sources=learnt.sources, header=learnt.header, passes=passes)
+        costing = cost_out(host, example, traced, found.groups, spec.goals, inputs.passes)
+        meter, costs, passes = costing.meter, {**found.costs, **costing.costs}, found.passes + costing.passes
+        found = replace(found, costs=costs, sources=costing.sources, header=costing.header, passes=passes)
     else:
         found = replace(found, header={"calibration": {}, "step_seconds": {}})
     limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)

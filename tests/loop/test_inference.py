@@ -16,8 +16,11 @@ import setpoint
 from loop.test_budgets import Machine, machine, train
 from setpoint.errors import BudgetError
 from setpoint.groups.group import widths_of
+from setpoint.groups.trace import trace
+from setpoint.host.host import host_of
 from setpoint.resources.costing import cost_out
-from setpoint.resources.inference import Inference, inference_replica
+from setpoint.resources.inference import Inference
+from setpoint.resources.replica import forward_pass, replica
 from setpoint.spending import seconds as seconds_file
 
 Budget = setpoint.Budget
@@ -99,14 +102,23 @@ def test_a_busy_machine_does_not_end_the_cuts(machine: Machine) -> None:
 
 def test_passes_are_overhead(machine: Machine) -> None:
     """FLOPs of the timed passes are in `overhead_flops`, those of two samples of a batch of eight as a quarter."""
-    made = answering(machine)
-    loop = train(made, Budget.fraction(1.0, of="inference", example=(torch.randn(2, 16),)), 20, machine.live)
-    alone = train(answering(machine), Budget.fraction(1.0, of="flops"), 20, machine.live)
-    assert loop.summary is not None and alone.summary is not None
+    began, found = list[float](), list[float]()
+
+    def live(loop: setpoint.Loop) -> None:
+        if not loop.step:
+            began.append(loop.spending.account.overhead_flops)  # with what attach spent on copies
+        machine.live(loop)
+
+    budgets = Budget.fraction(1.0, of="inference", example=(torch.randn(2, 16),)), Budget.fraction(1.0, of="flops")
+    loops = [train(answering(machine), budget, 20, live) for budget in budgets]
+    for loop, before in zip(loops, began, strict=True):
+        assert loop.summary is not None
+        found.append(loop.summary.overhead_flops - before)
     one_pass = 2 * 2 * (16 * 256 + 256 * 256 + 256 * 4)
-    read = loop.summary.overhead_flops - alone.summary.overhead_flops
+    read = found[0] - found[1]
     assert read > 0 and read % one_pass == 0
-    assert loop.summary.deciding_seconds > alone.summary.deciding_seconds
+    seconds = [loop.summary.deciding_seconds for loop in loops if loop.summary]
+    assert seconds[0] > seconds[1]
 
 
 def test_prediction_is_of_a_forward_pass_in_eval_mode(machine: Machine) -> None:
@@ -114,15 +126,16 @@ def test_prediction_is_of_a_forward_pass_in_eval_mode(machine: Machine) -> None:
     model = nn.Sequential(nn.Linear(16, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     optimizer, example = torch.optim.SGD(model.parameters(), lr=0.1), (torch.randn(8, 16),)
     groups = setpoint.find_groups(model, example)
-    with inference_replica(model, (torch.randn(3, 16),), groups, widths_of(groups), data=True) as made:
+    dense, budget = widths_of(groups), Budget.fraction(0.5, of="inference", example=(torch.randn(3, 16),))
+    with replica(model, (), budget.example, groups, [], dense, data=True, trains=False) as made:
         assert not any(module.training for module in made.model.modules()) and made.held()[-1].shape == (3, 16)
         with torch.profiler.profile() as seen:
             made.step()
     names = {event.name for event in seen.events()}
     assert "aten::addmm" in names and not any("bernoulli" in name or "backward" in name for name in names)
     assert all(module.training for module in model.modules())
-    costing = cost_out(model, (optimizer,), example, groups, {"inference"}, inference_example=(torch.randn(3, 16),))
-    cost, dense, name = costing.costs["inference"], widths_of(groups), groups[0].name
+    costing = cost_out(host_of(model, optimizer, ()), example, trace(model, example), groups, [budget])
+    cost, name = costing.costs["inference"], groups[0].name
     assert cost.resource == "inference" and set(costing.costs) == {"inference"}
     assert cost.total(dense) == pytest.approx(machine.pass_s(dense), rel=0.2)
     assert cost.saving(dense, name, 32) == pytest.approx(cost.total(dense) - cost.total({**dense, name: 32}))
@@ -216,8 +229,8 @@ def test_a_pass_runs_under_the_autocast_of_attach() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = Inference.of(model, (torch.randn(2, 4),))
     model.forward = lambda x: seen.append(nn.functional.linear(x, model.weight).dtype)  # type: ignore[method-assign]
-    cast.step()
-    Inference.of(model, (torch.randn(2, 4),)).step()
+    for answer in (cast, Inference.of(model, (torch.randn(2, 4),))):
+        forward_pass(model, answer.args, answer.kwargs, answer.autocast)
     assert seen == [torch.bfloat16, torch.float32] and not torch.is_autocast_enabled("cpu")
 
 

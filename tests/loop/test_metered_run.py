@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -161,13 +160,13 @@ def test_what_cannot_be_held_is_refused(machine: Machine, budget: Budget, words:
 
 def test_seconds_before_the_first_step_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds that `attach` takes are the run's: where they are more than its budget, that is said."""
-    plain = machine.operation
+    plain = machine.step_s
 
-    def operation(problem: Any, point: tuple[int, ...]) -> float:
+    def step_s(widths: Mapping[str, int]) -> float:
         machine.now += 1.0
-        return plain(problem, point)
+        return plain(widths)
 
-    monkeypatch.setattr(machine, "operation", operation)
+    monkeypatch.setattr(machine, "step_s", step_s)
     with pytest.raises(BudgetError, match="spent already"):
         train(mlp(), Budget.total(0.5, of="latency", per="run"), STEPS)
 

@@ -40,17 +40,17 @@ def test_coarse_groups_are_told_apart(num_groups: int, units: int) -> None:
         assert lengths.size(tuple(true.at(vector) for vector in vectors)) == true
 
 
-@pytest.mark.parametrize(("dense", "timed"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(
     ("num_groups", "units", "enough"),
     [(30, 64, True), (12, 12, True), (48, 4, False), (6, 2, False), (2, 2, True), (2, 3, True)],
 )
 def test_three_narrower_widths_tell_groups_apart_if_they_can(
-    num_groups: int, units: int, enough: bool, dense: bool, timed: bool
+    num_groups: int, units: int, enough: bool, dense: bool
 ) -> None:
     """No group becomes wider again; 12 heads in 12 layers are told apart, and of groups of few units it is said."""
     groups = groups_of(*[units] * num_groups)
-    vectors, apart = narrowing_widths(groups, dense=dense, timed=timed)
+    vectors, apart = narrowing_widths(groups, dense=dense)
     assert apart is enough and len(vectors) == 4
     if dense or not apart:
         assert vectors[0] == {group.name: units for group in groups}

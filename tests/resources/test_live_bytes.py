@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from setpoint.resources.live_bytes import LiveBytes, peak_bytes, resident_bytes
+from setpoint.resources.live_bytes import LiveBytes, peak_bytes
+from setpoint.spending.metrics import resident_bytes
 
 
 def test_peak_of_a_training_step_in_closed_form() -> None:

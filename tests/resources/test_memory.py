@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,12 +20,12 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.resources.costing import _narrowed, _tape, cost_out
+from setpoint.resources import costing
 from setpoint.resources.lengths import narrowing_widths, trial_widths
 from setpoint.resources.live_bytes import peak_bytes
 from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import Replica, replica
-from setpoint.resources.tape import Tape, record
+from setpoint.resources.tape import Tape, solved, taken
 from setpoint_bench.networks import CharGPT, PlainNet
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
@@ -68,21 +68,26 @@ def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimize
     model, example = CASES[name]()
     optimizer = kind(model.parameters(), lr=1e-3)
     groups = trace(model, example).groups
-    make = partial(replica, model, (optimizer,), example, groups)
-    costs = [MemoryCost(record(partial(make, data=False), trial_widths(groups))), MemoryCost(narrowed(make, groups))]
+    make = partial(replica, model, (optimizer,), example, groups, [])
+    costs = [MemoryCost(without_data(make, groups)), MemoryCost(narrowed(make, groups))]
     generator = np.random.default_rng(7)
     random = {g.name: int(generator.integers(max(2, g.min_units), g.num_units + 1)) for g in groups}
     for widths in (widths_of(groups), random):
-        with replica(model, (optimizer,), example, groups, widths, data=True) as copy:
+        with replica(model, (optimizer,), example, groups, [], widths, data=True) as copy:
             measured = peak_bytes(copy.step, copy.held())
         assert [cost.total(widths) for cost in costs] == pytest.approx([measured] * 2, rel=1e-3)
 
 
 def narrowed(make: Any, groups: tuple[Group, ...]) -> Tape:
     """The step of one copy that becomes narrower; nothing else is tried."""
-    vectors, apart = narrowing_widths(groups, dense=False, timed=False)
+    vectors, apart = narrowing_widths(groups, dense=False)
     assert apart
-    return _narrowed(make, groups, vectors, lambda share: None, [], None)
+    return costing._of_one_copy(make, vectors)
+
+
+def without_data(make: Any, groups: tuple[Group, ...]) -> Tape:
+    """The step of copies without data."""
+    return costing._of_copies_without_data(make, trial_widths(groups))
 
 
 def test_weights_are_cast_once_at_every_width() -> None:
@@ -90,7 +95,7 @@ def test_weights_are_cast_once_at_every_width() -> None:
     model, example = gpt()
     optimizer = torch.optim.AdamW(model.parameters())
     groups = trace(model, example).groups
-    make = partial(replica, model, (optimizer,), example, groups)
+    make = partial(replica, model, (optimizer,), example, groups, [])
     widths = {group.name: max(group.min_units, group.num_units // 2) for group in groups}
     with torch.autocast("cpu", torch.bfloat16):
         cost = MemoryCost(narrowed(make, groups))
@@ -107,14 +112,14 @@ def test_a_copy_that_fails_leaves_nothing(ends: str) -> None:
 
     @contextmanager
     def make(widths: Mapping[str, int], *, data: bool) -> Iterator[Replica]:
-        with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, widths, data=data) as copy:
+        with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, [], widths, data=data) as copy:
             if data:
                 left.append(weakref.ref(copy.model))
                 error = torch.OutOfMemoryError("no room") if ends == "without memory" else RuntimeError("with data")
                 copy.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
             yield copy
 
-    assert _tape(make, groups, [], None).operations
+    assert costing.record(make, groups).storages
     gc.collect()
     assert len(left) == 1 and left[0]() is None
 
@@ -136,12 +141,12 @@ def test_copies_without_data_are_recorded_instead(most: int, why: str) -> None:
         made.append(data)
         if data:
             raise torch.OutOfMemoryError("no room")
-        return replica(model, (torch.optim.SGD(model.parameters()),), example, groups, widths, data=False)
+        return replica(model, (torch.optim.SGD(model.parameters()),), example, groups, [], widths, data=False)
 
-    cost = MemoryCost(_tape(make, groups, [], None))
+    cost = MemoryCost(costing.record(make, groups))
     assert made[0] is not bool(most) and not any(made[1:]), why
     fewer = {group.name: 4 for group in groups}
-    with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, fewer, data=True) as copy:
+    with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, [], fewer, data=True) as copy:
         assert cost.total(fewer) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=1e-3)
 
 
@@ -150,9 +155,7 @@ def test_is_a_cost_that_falls_with_every_group() -> None:
     model, example = gpt()
     optimizer = torch.optim.AdamW(model.parameters())
     groups = trace(model, example).groups
-    cost = MemoryCost(
-        record(lambda widths: replica(model, (optimizer,), example, groups, widths, data=False), trial_widths(groups))
-    )
+    cost = MemoryCost(without_data(partial(replica, model, (optimizer,), example, groups, []), groups))
     assert isinstance(cost, Cost) and cost.resource == "memory"
     dense = widths_of(groups)
     for group in groups:
@@ -177,7 +180,7 @@ def test_replica_leaves_the_model_alone() -> None:
     calls.clear()
     widths = {group.name: group.min_units for group in groups}
     for data in (True, False):
-        with replica(model, (optimizer,), example, groups, widths, data=data) as copy:
+        with replica(model, (optimizer,), example, groups, [], widths, data=data) as copy:
             copy.step()
     assert not calls
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -205,8 +208,9 @@ class Fickle:
 def test_what_is_no_function_of_widths_is_refused(product: bool, why: str) -> None:
     """Where other operations run at other widths, or a size is of no known form, nothing is made up."""
     groups = (Group("a", "unit", 32, ()), Group("b", "unit", 40, ()))
+    vectors = trial_widths(groups)
     with pytest.raises(CostError, match=why):
-        record(lambda widths: nullcontext(Fickle(widths, product)), trial_widths(groups))
+        solved([taken(Fickle(widths, product)) for widths in vectors], vectors)
 
 
 def test_two_key_value_heads_have_a_cost() -> None:
@@ -221,11 +225,11 @@ def test_two_key_value_heads_have_a_cost() -> None:
     example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
     groups = trace(model, example).groups
     optimizer = torch.optim.AdamW(model.parameters())
-    found = cost_out(model, (optimizer,), example, groups, {"memory"})
-    memory, widths = found.costs["memory"], widths_of(groups)
+    memory = MemoryCost(costing.record(partial(replica, model, (optimizer,), example, groups, []), groups))
+    widths = widths_of(groups)
     head = next(group.name for group in groups if group.num_units == 2)
     layer = next(group.name for group in groups if group.num_units == 64)
     for width in (64, 32):
-        with replica(model, (optimizer,), example, groups, {**widths, layer: width}, data=True) as copy:
+        with replica(model, (optimizer,), example, groups, [], {**widths, layer: width}, data=True) as copy:
             assert memory.total({**widths, layer: width}) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=0.03)
     assert memory.saving(widths, head, 1) == 0 and memory.saving(widths, layer, 8) > 0

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from setpoint.resources.median import median_of
+from setpoint.resources.inference import median_of
 from setpoint.spending.seconds import StepMeter, Stopwatch
 
 

@@ -1,100 +1,143 @@
-"""Costing: the costs that a run's budgets need, learnt on copies of the model before training."""
+"""Costing: costs and meter of a run that is held to bytes, seconds or joules, learnt on copies of the model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from setpoint.actuator.cut import cut_groups
 from setpoint.controller.ladder import lowest_width
-from setpoint.cost.budget import METERED
-from setpoint.cost.cost import Cost
+from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.cost import Cost, ProductCost
+from setpoint.cost.flops import flops_cost, forward_flops
+from setpoint.cost.price import Price
+from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CostError, SetpointError
-from setpoint.groups.example import Example, without_cache
+from setpoint.groups.example import without_cache
+from setpoint.groups.export import Example, inputs_of, num_samples
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import Trace
+from setpoint.host.host import Host
+from setpoint.loop.candidates import restricted
 from setpoint.messages import warn
 from setpoint.progress import progress
-from setpoint.resources.counted import Make, Narrowing, Share, Tally
-from setpoint.resources.energy import EnergyCost, fit_energy
-from setpoint.resources.inference import inference_replica
+from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
-from setpoint.resources.latency import LatencyCost, fit_steps
-from setpoint.resources.lengths import halfway, held_at_two, narrowing_widths, trial_widths
-from setpoint.resources.live_bytes import peak_bytes
+from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
 from setpoint.resources.memory import MemoryCost
-from setpoint.resources.replica import first, replica
-from setpoint.resources.table import Table
-from setpoint.resources.tape import Tape, Trainee, record, record_each
+from setpoint.resources.metering import Metering
+from setpoint.resources.replica import Replica, held_tensors, replica
+from setpoint.resources.seconds import Fit, Reading, combined, fit_joules, fit_seconds
+from setpoint.resources.tape import Tape, solved, taken
 from setpoint.spending.seconds import Stopwatch
 
+Make = Callable[..., AbstractContextManager[Replica]]
+"""Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
+
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
-_SLOW_S = 0.2
-"""Recorded steps that take longer count as timed."""
-Reading = tuple[Mapping[str, int], float]
-"""Widths, and what a step took there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Costing:
-    """The costs of a run beyond FLOPs and parameters.
+    """What is known of resources that are measured.
 
     Args:
-        errors: by resource, relative error of the prediction on copies, the median of several; absent where not known.
-        step_seconds: by group, seconds of a dense step that go when the group alone is cut to its fewest units.
-        idle_watts: power drawn while this process rests, as measured; None where joules are not asked for or metered.
-        steps: made on copies, in steps of the dense model by FLOPs.
+        costs: by resource.
+        sources: by resource, what it was modelled by.
+        header: what a ledger says of it. "calibration" has by resource the relative error of the prediction on copies,
+            the median of several; "step_seconds" by group the seconds of a dense step that go when the group alone is
+            cut to its fewest units; "idle_watts" the power drawn while this process rests, where joules are metered.
+        meter: reads what steps take.
+        passes: steps on copies, in steps of the dense model by FLOPs.
     """
 
-    costs: Mapping[str, Cost] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)
-    step_seconds: Mapping[str, float] = field(default_factory=dict)
-    energy: EnergyMeter | None = None
-    idle_watts: float | None = None
-    steps: float = 0.0
-
-    @property
-    def header(self) -> dict[str, Any]:
-        """What a ledger says of it."""
-        facts = {"calibration": dict(self.errors), "step_seconds": dict(self.step_seconds)}
-        return facts if self.idle_watts is None else {**facts, "idle_watts": self.idle_watts}
+    costs: Mapping[str, Cost]
+    sources: Mapping[str, str]
+    header: Mapping[str, Any]
+    meter: Metering
+    passes: float
 
 
 def cost_out(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
+    host: Host,
     example: Example,
+    found: Trace,
     groups: tuple[Group, ...],
-    resources: Collection[str],
-    watts: float | None = None,
-    inference_example: Example | None = None,
-    share: Share = lambda widths: 1.0,
-    pass_share: Share = lambda widths: 1.0,
+    goals: Sequence[Budget | Price | Tolerance],
+    calls: int = 1,
 ) -> Costing:
-    """Build the costs of these resources on copies of the model, which is left alone.
+    """Build costs and meter of the resources that goals are on; the model itself is left alone.
 
-    `watts` is the power of a training step, as the user states it for a machine without an energy meter. `share` and
-    `pass_share` say what a step of training and a pass take of the FLOPs of a dense step.
+    Args:
+        found: of an optimizer step, in which the model is called `calls` times on examples; copies make one call.
 
     Raises:
         CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
     """
-    wanted = set(resources) & set(METERED)
-    if not wanted:
-        return Costing()
-    example = without_cache(model, example)
-    inference_example = None if inference_example is None else without_cache(model, inference_example)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    meter, why = find_energy_meter([device]) if "energy" in wanted else (None, "")
-    if "energy" in wanted and meter is None and watts is None:
+    measured = {goal.resource for goal in goals} & set(METERED)
+    watts = next((goal.watts for goal in goals if goal.watts is not None), None)
+    device = next((parameter.device for parameter in host.model.parameters()), torch.device("cpu"))
+    energy = _energy_meter(device, watts) if "energy" in measured else None
+    example, own = without_cache(host.model, example), restricted(found, groups)
+    flops, dense = flops_cost(own), widths_of(groups)
+    costs, sources, errors = dict[str, Cost](), dict[str, str](), dict[str, float]()
+    steps, passes, step_seconds = list[dict[str, int]](), list[dict[str, int]](), dict[str, float]()
+    inference, pass_flops = None, None
+
+    if measured & {"memory", "latency", "energy"}:
+        make = partial(replica, host.model, host.optimizers, example, groups, steps)
+        tape = record(make, groups)
+        if "memory" in measured:
+            costs["memory"], sources["memory"] = MemoryCost(tape), "modelled: storages of a recorded step"
+        if measured & {"latency", "energy"}:
+            fit, joules = _timed_fit("latency", make, groups, flops, tape, device, energy)
+            costs["latency"], errors["latency"] = fit.cost, fit.error
+            step_seconds = {g.name: fit.cost.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
+            if "energy" in measured:
+                costs["energy"], errors["energy"], sources["energy"] = _joules(fit.cost, watts, joules, energy)
+    if "inference" in measured:
+        asked = next((goal.example for goal in goals if goal.example is not None), example)
+        asked = without_cache(host.model, asked)
+        inference = Inference.of(host.model, asked)
+        pass_flops = forward_flops(own, num_samples(asked) / num_samples(example) / calls)
+        answer = partial(replica, host.model, (), asked, groups, passes, trains=False)
+        fit, _ = _timed_fit("inference", answer, groups, pass_flops, record(answer, groups), device, None)
+        costs["inference"], errors["inference"] = fit.cost, fit.error
+    for name in costs.keys() & {"latency", "inference"}:
+        sources[name] = "modelled: constant, FLOPs and bytes, fitted to steps timed on this device"
+
+    spent = sum(flops.total(widths) / calls for widths in steps)
+    spent += sum(pass_flops.total(widths) for widths in passes if pass_flops is not None)
+    idle = None if energy is None else idle_watts(energy)
+    header = {
+        "calibration": {name: error for name, error in errors.items() if math.isfinite(error)},
+        "step_seconds": step_seconds,
+        **({} if idle is None else {"idle_watts": idle}),
+    }
+    meter = Metering(
+        measured,
+        partial(held_tensors, host.model, host.optimizers, inputs_of(example)),
+        device,
+        model=host.model,
+        compiled=host.compiled,
+        energy=energy,
+        inference=inference,
+        pass_flops=pass_flops,
+        watts=watts if watts is not None and energy is None else 0.0,
+    )
+    dense_flops = flops.total(dense)
+    return Costing(costs, sources, header, meter, spent / dense_flops if dense_flops else 0.0)
+
+
+def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | None:
+    """The meter of joules, or None where the user has stated watts and there is none."""
+    meter, why = find_energy_meter([device])
+    if meter is None and watts is None:
         raise CostError(
             f"there is no meter of energy here ({why}), so no joules can be measured: give the budget the power that a "
             "training step draws, as in Budget.fraction(0.5, of='energy', watts=W), and energy is modelled as watts x "
@@ -102,73 +145,29 @@ def cost_out(
         )
     if meter is not None and watts is not None:
         warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside")
-    costs, sources = dict[str, Cost](), dict[str, str]()
-    errors, step_seconds = dict[str, float](), dict[str, float]()
-    table, tally = Table(device) if wanted & {"latency", "inference", "energy"} else None, Tally()
-    if wanted & {"memory", "latency", "energy"}:
-        make = tally.over(partial(replica, model, optimizers, example, groups), share, begun=1)
-        seen = list[Reading]() if table is not None and meter is None else None
-        # The allocator of a GPU counts the live model, too.
-        peaks = list[Reading]() if "memory" in wanted and device.type == "cpu" else None
-        tape = _tape(make, groups, seen, peaks)
-        if "memory" in wanted:
-            costs["memory"] = memory = MemoryCost(tape)
-            if peaks is not None:
-                ((widths, peak),) = peaks or [_peak(make, groups)]
-                errors["memory"] = abs(memory.total(widths) / peak - 1.0)
-            sources["memory"] = "modelled: storages of a recorded step"
-        if table is not None and wanted & {"latency", "energy"}:
-            latency, joules = _calibrated(LatencyCost(tape, groups, table), table, make, groups, meter, seen or ())
-            dense = widths_of(groups)
-            step_seconds = {g.name: latency.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
-            costs["latency"] = latency
-            if "energy" in wanted:
-                costs["energy"] = energy = _energy(latency, watts, joules, meter)
-                sources["energy"], errors["energy"] = energy.source, energy.error
-    if table is not None and "inference" in wanted:
-        asked = example if inference_example is None else inference_example
-        answer = tally.over(partial(inference_replica, model, asked, groups), pass_share, begun=0)
-        passed = list[Reading]()
-        passing = LatencyCost(_tape(answer, groups, passed, None), groups, table, resource="inference")
-        costs["inference"] = _calibrated(passing, table, answer, groups, None, passed)[0]
-    for name, cost in costs.items():
-        if isinstance(cost, LatencyCost) and table is not None:
-            errors[name] = cost.fit.error
-            sources[name] = "modelled: operations timed on this device"
-    errors = {name: error for name, error in errors.items() if math.isfinite(error)}
-    idle = idle_watts(meter) if meter is not None else None
-    return Costing(costs, sources, errors, step_seconds, meter, idle, tally.steps)
+    return meter
 
 
-def _peak(make: Make, groups: tuple[Group, ...]) -> Reading:
-    """Bytes of a step of a copy of its own."""
-    narrow = narrowing_widths(groups, dense=False, timed=False)[0][-1]
-    with make(narrow, data=True) as copy:
-        return _narrower(copy, cut_groups(groups, first(groups, narrow)), narrow)
-
-
-def _narrower(copy: Narrowing, left: tuple[Group, ...], widths: Mapping[str, int]) -> Reading:
-    """Bytes of a step at widths that are narrower than those of a copy, where blocks reach any."""
-    least = {each.name: lowest_width(each) for each in left}
-    between = halfway(left, widths, least)
-    chosen = least if between == widths else between
-    copy.narrow(left, chosen)
-    return chosen, peak_bytes(copy.step, copy.held())
-
-
-def _energy(latency: Cost, watts: float | None, joules: list[Reading], meter: EnergyMeter | None) -> EnergyCost:
+def _joules(
+    latency: ProductCost, watts: float | None, joules: Sequence[Reading], meter: EnergyMeter | None
+) -> tuple[ProductCost, float, str]:
+    """The cost in joules, its error, and what it was modelled by."""
     if meter is not None and joules:
-        return fit_energy(latency, joules, meter.source)
+        fit = fit_joules(latency, joules, meter.source)
+        return fit.cost, fit.error, f"modelled: fit to steps metered by {meter.source}"
     if watts is None:
         raise CostError(
             "the energy meter gave no reading while copies of the model were trained: give the budget the power that a "
             "training step draws, as in Budget.fraction(0.5, of='energy', watts=W)"
         )
-    return EnergyCost(latency, watts, stated=True)
+    return combined("energy", ((watts, latency),)), math.nan, "modelled: stated watts x seconds"
 
 
-def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, peaks: list[Reading] | None) -> Tape:
-    """The recorded step; seconds of slow steps are added to `seen`, and bytes to `peaks`, where these are asked for.
+# The recorded step.
+
+
+def record(make: Make, groups: tuple[Group, ...]) -> Tape:
+    """The step as a function of widths.
 
     One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
     memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
@@ -177,19 +176,17 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, pea
     does save.
     Whatever goes wrong in foreign code becomes one error that says what to do.
     """
-    narrow, apart = narrowing_widths(groups, dense=False, timed=seen is not None)
+    narrow, apart = narrowing_widths(groups, dense=False)
+    trials = (trial_widths(groups), trial_widths(groups, dense=False), trial_widths(held_at_two(groups)))
     try:
-        with progress("recording a step") as show:
+        with progress("recording a step"):
             if apart:
                 with suppress(Exception):  # an error that is kept would keep the copy's memory
-                    return _narrowed(make, groups, narrow, show, seen, peaks)
-            try:
-                return record(partial(make, data=False), trial_widths(groups))
-            except CostError as error:
-                for trials in (trial_widths(groups, dense=False), trial_widths(held_at_two(groups))):
-                    with suppress(CostError):
-                        return record(partial(make, data=False), trials)
-                raise error from None
+                    return _of_one_copy(make, narrow)
+            for vectors in trials[:-1]:
+                with suppress(CostError):
+                    return _of_copies_without_data(make, vectors)
+            return _of_copies_without_data(make, trials[-1])
     except SetpointError:
         raise
     except Exception as error:
@@ -200,106 +197,67 @@ def _tape(make: Make, groups: tuple[Group, ...], seen: list[Reading] | None, pea
         ) from error
 
 
-def _narrowed(
+def _of_one_copy(make: Make, vectors: Sequence[Mapping[str, int]]) -> Tape:
+    """The step of one copy, which becomes narrower from one vector to the next."""
+    with make(vectors[0], data=True) as copy:
+        takes = [taken(copy)]
+        for widths in vectors[1:]:
+            copy.narrow(widths)
+            takes.append(taken(copy))
+    return solved(takes, vectors)
+
+
+def _of_copies_without_data(make: Make, vectors: Sequence[Mapping[str, int]]) -> Tape:
+    takes = []
+    for widths in vectors:
+        with make(widths, data=False) as copy:
+            takes.append(taken(copy))
+    return solved(takes, vectors)
+
+
+# Whole steps on the clock.
+
+
+def _timed_fit(
+    resource: str,
     make: Make,
     groups: tuple[Group, ...],
-    vectors: Sequence[Mapping[str, int]],
-    show: Callable[[float], None],
-    seen: list[Reading] | None,
-    peaks: list[Reading] | None,
-) -> Tape:
-    """The step of one copy, which becomes narrower from one vector to the next; `seen` and `peaks` as in `_tape`."""
-
-    def copies() -> Generator[Narrowing, None, None]:
-        with make(vectors[0], data=True) as copy:
-            left = cut_groups(groups, first(groups, vectors[0]))
-            taken = list[Reading]()
-            for number, widths in enumerate(vectors):
-                show(number / len(vectors))
-                left = copy.narrow(left, widths) if number else left
-                watch = Stopwatch()
-                with watch:
-                    yield copy  # whoever asks for the next one has recorded a step
-                taken.append((widths, watch.seconds))
-            if seen is not None and taken[-1][1] >= _SLOW_S and all(each.device.type == "cpu" for each in copy.held()):
-                seen.extend(_plain(copy, left, taken, _narrowing(groups)[-1]))
-            elif peaks is not None:  # not between two recorded steps: an optimizer that counts may change with them
-                peaks.append(_narrower(copy, left, vectors[-1]))
-
-    with closing(copies()) as narrowing:
-        return record_each(narrowing, vectors)
-
-
-def _plain(
-    copy: Narrowing, left: tuple[Group, ...], recorded: Sequence[Reading], least: Mapping[str, int]
-) -> list[Reading]:
-    """Seconds of steps that were recorded, less what recording takes, and of one at the least widths.
-
-    Recording takes as long at all widths, since the operations are the same. It is known where the copy is now, at the
-    last widths, from a step that is not recorded.
-    """
-    *others, (widths, seconds) = recorded
-    watch = Stopwatch()
-    with watch:
-        copy.step()
-    recording = max(0.0, seconds - watch.seconds)
-    copy.narrow(left, least)
-    fewest = _step(copy, torch.device("cpu"), None)
-    found = [(each, taken - recording) for each, taken in others] + [(widths, watch.seconds)]
-    found += [] if fewest is None else [(least, fewest[0])]
-    return [each for each in found if each[1] > 0]  # 0 where the clock ran backwards
-
-
-def _calibrated(
-    cost: LatencyCost,
-    table: Table,
-    make: Make,
-    groups: tuple[Group, ...],
-    meter: EnergyMeter | None,
-    seen: Sequence[Reading],
-) -> tuple[LatencyCost, list[Reading]]:
-    """The cost with its scale, and joules; `seen` are steps that have been timed already."""
-    seconds, joules = list[Reading](seen), list[Reading]()
-    if not seconds:
-        with progress(f"timing whole steps ({cost.resource})") as show:
-            for widths, taken, spent in _timed(make, groups, table.device, meter, show):
-                seconds.append((widths, taken))
-                if spent is not None:
-                    joules.append((widths, spent))
-    if not seconds:
-        raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
-    fit = fit_steps(cost, seconds)
-    return cost.fitted(fit), joules
-
-
-def _narrowing(groups: tuple[Group, ...]) -> list[dict[str, int]]:
-    """Widths to time whole steps at: dense, then each narrower than the one before, down to the least."""
-    least = {group.name: lowest_width(group) for group in groups}
-    return [*narrowing_widths(groups, dense=True)[0], least]
-
-
-def _timed(
-    make: Make,
-    groups: tuple[Group, ...],
+    flops: ProductCost,
+    tape: Tape,
     device: torch.device,
     meter: EnergyMeter | None,
-    show: Callable[[float], None],
+) -> tuple[Fit, list[Reading]]:
+    """Seconds of a step as fitted to a few whole ones, and the joules of those."""
+    seconds, joules = list[Reading](), list[Reading]()
+    with progress(f"timing whole steps ({resource})"):
+        for widths, taken_s, spent_j in timed(make, calibration_widths(groups), device, meter):
+            seconds.append((widths, taken_s))
+            if spent_j is not None:
+                joules.append((widths, spent_j))
+    if not seconds:
+        raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
+    return fit_seconds(resource, flops, tape.moved_bytes(), seconds), joules
+
+
+def calibration_widths(groups: tuple[Group, ...]) -> list[dict[str, int]]:
+    """Widths to time whole steps at: dense, then each narrower than the one before, down to the fewest."""
+    fewest = {group.name: lowest_width(group) for group in groups}
+    return [*narrowing_widths(groups, dense=True)[0], fewest]
+
+
+def timed(
+    make: Make, vectors: Sequence[Mapping[str, int]], device: torch.device, meter: EnergyMeter | None
 ) -> Iterator[tuple[Mapping[str, int], float, float | None]]:
     """Widths, seconds of a step there (of a few), and joules, on one copy that becomes narrower."""
-    narrowing = _narrowing(groups)
     with ExitStack() as inside:
-        copy, left = None, groups
-        for number, widths in enumerate(narrowing):
-            show(number / len(narrowing))
+        copy: Replica | None = None
+        for widths in vectors:
             try:
                 if copy is None:
-                    copy, left = (
-                        inside.enter_context(make(widths, data=True)),
-                        cut_groups(groups, first(groups, widths)),
-                    )
+                    copy = inside.enter_context(make(widths, data=True))
                 else:
-                    left = copy.narrow(left, widths)
-                found = _step(copy, device, meter)
+                    copy.narrow(widths)
+                found = _timed_step(copy, device, meter)
             except torch.OutOfMemoryError:  # narrower ones may fit
                 inside.close()
                 copy = None
@@ -308,7 +266,7 @@ def _timed(
                 yield widths, *found
 
 
-def _step(copy: Trainee, device: torch.device, meter: EnergyMeter | None) -> tuple[float, float | None] | None:
+def _timed_step(copy: Replica, device: torch.device, meter: EnergyMeter | None) -> tuple[float, float | None] | None:
     """Seconds of a step of this copy, and joules; None where the clock stood still."""
     warm, watch = (Stopwatch(synchronize=device.type == "cuda") for _ in range(2))
     with warm:

@@ -12,13 +12,12 @@ from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 
 _MAX_VECTORS, _DRAWS = 16, 100
-_BANDS = ((0.75, 0.95), (0.4, 0.6), (0.2, 0.35), (0.12, 0.2))
-"""Densities of the groups at the widths between dense and the least, far apart so that seconds differ."""
 _CLOSE = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
-"""Where groups have few units: more widths are in these bands."""
+"""The same where groups have few units: more widths are in these bands."""
 _LOW = ((0.4, 0.6), (0.28, 0.4), (0.18, 0.28), (0.1, 0.18))
-"""Where nothing is timed: steps are quicker than near the dense widths. What a forward does only there is not seen."""
+"""Densities of the groups where a step is recorded: it is quicker there than near the dense widths."""
 _FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
+"""Where a step is timed: far apart, so that seconds differ."""
 
 
 def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
@@ -45,7 +44,7 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
     return vectors
 
 
-def narrowing_widths(groups: Sequence[Group], *, dense: bool, timed: bool = True) -> tuple[list[dict[str, int]], bool]:
+def narrowing_widths(groups: Sequence[Group], *, dense: bool) -> tuple[list[dict[str, int]], bool]:
     """Four width vectors, each nowhere wider than those before; and whether they tell all groups apart.
 
     Each group has densities of its own, so that products of widths and all else do not shrink in proportion. Groups of
@@ -54,11 +53,9 @@ def narrowing_widths(groups: Sequence[Group], *, dense: bool, timed: bool = True
     Args:
         dense: whether the dense widths come first. They do so, too, where narrower ones do not tell the groups apart.
             A step there takes longest.
-        timed: whether the widths should be about as wide as those of a run.
     """
     reach = {group.name: _reach(group) for group in groups}
-    narrow = (_BANDS, _CLOSE) if timed else (_LOW, _CLOSE)
-    for bands in (_FROM_DENSE,) if dense else (*narrow, _FROM_DENSE):
+    for bands in (_FROM_DENSE,) if dense else (_LOW, _CLOSE, _FROM_DENSE):
         vectors = _vectors(reach, bands)
         if apart := _told_apart(reach, vectors):
             break
@@ -80,18 +77,14 @@ def _vectors(reach: Mapping[str, Sequence[int]], bands: Sequence[tuple[float, fl
     return [{name: column[row] for name, column in columns.items()} for row in range(len(bands))]
 
 
-def halfway(groups: Sequence[Group], wide: Mapping[str, int], narrow: Mapping[str, int]) -> dict[str, int]:
-    """Widths between two others, in the middle of them where whole blocks reach it."""
-    return {each.name: _nearest(_reach(each), (wide[each.name] + narrow[each.name]) / 2) for each in groups}
-
-
 def _nearest(widths: Sequence[int], wanted: float) -> int:
     return min(widths, key=lambda width: abs(width - wanted))
 
 
 def _reach(group: Group) -> list[int]:
     """Widths that whole blocks reach, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
-    widths = block_widths(group)
+    block, floor = group.multiple_of, max(group.min_units, 1)
+    widths = [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
     above_one = [width for width in widths if width > 1]
     return above_one if len(above_one) > 1 else widths
 
@@ -109,12 +102,6 @@ def _told_apart(reach: Mapping[str, Sequence[int]], vectors: Sequence[Mapping[st
     """Whether each group that can change does so, and no two in proportion."""
     movable = [_direction([vector[name] for vector in vectors])[0] for name, found in reach.items() if len(found) > 1]
     return all(map(any, movable)) and len(set(movable)) == len(movable)
-
-
-def block_widths(group: Group) -> list[int]:
-    """Widths that whole blocks reach, the present one first."""
-    block, floor = group.multiple_of, max(group.min_units, 1)
-    return [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
 
 
 def _direction(values: Sequence[int]) -> tuple[tuple[int, ...], int]:

@@ -17,10 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
 from setpoint.messages import warn
-from setpoint.resources.inference import Inference
+from setpoint.resources.inference import Inference, Measured, median_of
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes
-from setpoint.resources.median import Measured, median_of
 from setpoint.spending.meter import Readings
 from setpoint.spending.seconds import StepMeter
 

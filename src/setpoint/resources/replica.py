@@ -1,11 +1,10 @@
-"""A replica: a copy of model and optimizers at widths of its own, on which training steps can be tried."""
+"""A replica: a copy of model and optimizers at widths of its own, on which training steps and passes can be tried."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,54 +17,92 @@ from torch.utils import _pytree as pytree
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.model_copy import computed, strip, untouched_attributes
 
 
-@dataclass(frozen=True, eq=False)
 class Replica:
-    """A copy in training."""
+    """A copy in training, or one that only answers. It changes by `narrow`.
 
-    model: nn.Module
-    optimizers: tuple[Optimizer, ...]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    Args:
+        groups: at its widths.
+        steps: the widths of each step that it makes are added here.
+        trains: whether a step is one of training, else a forward pass without autograd.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: tuple[Optimizer, ...],
+        inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
+        groups: tuple[Group, ...],
+        steps: list[dict[str, int]],
+        trains: bool,
+    ) -> None:
+        self.model, self.optimizers, self.inputs = model, optimizers, inputs
+        self.groups, self._steps, self._trains = groups, steps, trains
 
     def step(self) -> None:
-        """Forward, backward and optimizer step on a loss of its own: the mean square of the outputs.
+        """Forward, backward and optimizer step on a loss of its own, the mean square of the outputs; or a pass.
 
         The forward runs under the autocast that is active; the rest does not, as in training.
         """
-        kind = next((p.device.type for p in self.model.parameters()), "cpu")
-        outputs = [out for out in tensors_of(self.model(*self.args, **self.kwargs)) if out.requires_grad]
-        with torch.autocast(kind, enabled=False):
+        self._steps.append(widths_of(self.groups))
+        args, kwargs = self.inputs
+        if not self._trains:
+            forward_pass(self.model, args, kwargs, active_autocast(self.model))
+            return
+        outputs = [out for out in tensors_of(self.model(*args, **kwargs)) if out.requires_grad]
+        with torch.autocast(device_type_of(self.model), enabled=False):
             loss = sum(_real(out).square().mean() for out in outputs)
             if isinstance(loss, Tensor):
                 loss.backward()  # type: ignore[no-untyped-call]
-            del outputs, loss
+            del outputs, loss  # or they would hold memory while the optimizers step
             for optimizer in self.optimizers:
                 optimizer.step()
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
 
-    def narrow(self, groups: tuple[Group, ...], widths: Mapping[str, int]) -> tuple[Group, ...]:
-        """Cut the groups of this copy to these widths; gives the groups at them."""
-        return shrink(self.model, self.optimizers, groups, first(groups, widths))
+    def narrow(self, widths: Mapping[str, int]) -> None:
+        """Cut the copy to these widths, which are nowhere wider; the first units of each group stay."""
+        keep = {group.name: np.arange(group.num_units) < widths[group.name] for group in self.groups}
+        self.groups = shrink(self.model, self.optimizers, self.groups, keep)
 
     def held(self) -> list[Tensor]:
-        """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
-        state = [dict(optimizer.state) for optimizer in self.optimizers]
-        leaves = [*named_tensors(self.model).values(), *pytree.tree_leaves((state, self.args, dict(self.kwargs)))]
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        """Tensors that live between steps."""
+        return held_tensors(self.model, self.optimizers, self.inputs)
+
+
+def held_tensors(model: nn.Module, optimizers: Sequence[Optimizer], inputs: Any) -> list[Tensor]:
+    """Weights, buffers, optimizer state and inputs."""
+    state = [dict(optimizer.state) for optimizer in optimizers]
+    leaves = [*named_tensors(model).values(), *pytree.tree_leaves((state, inputs))]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def device_type_of(model: nn.Module) -> str:
+    """The kind of device of the model."""
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
+
+
+def active_autocast(model: nn.Module) -> torch.dtype | None:
+    """The type of numbers that autocast casts to now; None where it is off."""
+    kind = device_type_of(model)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def forward_pass(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None
+) -> None:
+    """One pass without autograd."""
+    # Without a cache: weights that autocast keeps from here would have no gradient in a step of training.
+    casting = torch.autocast(device_type_of(model), dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+    with torch.no_grad(), casting:
+        model(*args, **kwargs)
 
 
 def _real(out: Tensor) -> Tensor:
     return torch.view_as_real(out) if out.is_complex() else out.float()
-
-
-def first(groups: tuple[Group, ...], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The choice that keeps the first units of each group, so many."""
-    return {group.name: np.arange(group.num_units) < widths[group.name] for group in groups}
 
 
 @contextmanager
@@ -74,27 +111,18 @@ def replica(
     optimizers: Sequence[Optimizer],
     example: Example,
     groups: tuple[Group, ...],
+    steps: list[dict[str, int]],
     widths: Mapping[str, int],
     *,
     data: bool,
+    trains: bool = True,
 ) -> Iterator[Replica]:
-    """A copy of a model in training, cut to these widths; it has made one step, so its optimizer state exists."""
-    with fresh_replica(model, optimizers, example, groups, widths, data=data) as made:
-        made.step()
-        yield made
+    """A copy of a model, cut to these widths; one in training has made a step, so its optimizer state exists.
 
-
-@contextmanager
-def fresh_replica(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    example: Example,
-    groups: tuple[Group, ...],
-    widths: Mapping[str, int],
-    *,
-    data: bool,
-) -> Iterator[Replica]:
-    """A copy of a model in training, cut to these widths, before its first step; without `data` it has no memory."""
+    Args:
+        steps: the widths of each step that the copy makes are added here, unless it computes nothing.
+        data: whether its tensors have memory; without, a step computes nothing.
+    """
     with ExitStack() as inside:
         mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)
         memo: dict[int, Any] = {key: _copied(tensor, mode) for key, tensor in computed(model).items()}
@@ -102,18 +130,22 @@ def fresh_replica(
         for tensor in (*model.parameters(), *model.buffers(), *states):
             if mode is not None and isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _copied(tensor, mode)
-        args, kwargs = mapped(lambda tensor: _copied(tensor, mode), inputs_of(example))
+        inputs = mapped(lambda tensor: _copied(tensor, mode), inputs_of(example))
         inside.enter_context(untouched_attributes(model))
         inside.enter_context(mode or nullcontext())
         twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)
         strip(twin)
-        if not model.training:
+        if trains and not model.training:
             twin.train()
-        made = Replica(twin, trainers, args, kwargs)
+        for module in twin.modules() if not trains else ():
+            module.training = False  # not by `eval`, which a model may override, as to fold weights together
         inside.enter_context(torch.enable_grad())
         for trainer in trainers:
             trainer.zero_grad()
-        made.narrow(groups, widths)
+        made = Replica(twin, trainers, inputs, groups, steps if data else [], trains)
+        made.narrow(widths)
+        if trains:
+            made.step()
         yield made
 
 

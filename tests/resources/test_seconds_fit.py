@@ -1,0 +1,145 @@
+"""Seconds and joules as three coefficients: found again from steps in closed form, and close on real ones."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import setpoint
+from setpoint.controller.ladder import lowest_width
+from setpoint.cost.cost import Cost, ProductCost, Term
+from setpoint.cost.flops import flops_cost
+from setpoint.errors import CostError
+from setpoint.groups.group import Group, Size, widths_of
+from setpoint.groups.trace import trace
+from setpoint.host.host import host_of
+from setpoint.resources import costing
+from setpoint.resources.replica import replica
+from setpoint.resources.seconds import combined, fit_joules, fit_seconds
+
+A, B = Size(0, (("a", 1),)), Size(0, (("b", 1),))
+FLOPS = ProductCost("flops", (Term(6.0, (A, B)), Term(96.0, (A,)), Term(24.0, (B,))))
+BYTES = ProductCost("bytes", (Term(40.0, (A,)), Term(8.0, (A, B)), Term(4000.0, ())))
+VECTORS = [{"a": 64, "b": 80}, {"a": 48, "b": 40}, {"a": 30, "b": 20}, {"a": 12, "b": 24}, {"a": 1, "b": 1}]
+POSITIVE = st.floats(0.01, 10.0)
+
+
+@given(constant=POSITIVE, per_flop=POSITIVE, per_byte=POSITIVE)
+def test_the_fit_finds_its_coefficients(constant: float, per_flop: float, per_byte: float) -> None:
+    """Steps made by three coefficients of very different sizes are foretold at other widths, with an error of zero."""
+    true = combined("latency", ((1e-9 * per_flop, FLOPS), (1e-10 * per_byte, BYTES)), 1e-4 * constant)
+    fit = fit_seconds("latency", FLOPS, BYTES, [(widths, true.total(widths)) for widths in VECTORS])
+    assert isinstance(fit.cost, Cost) and fit.cost.resource == "latency" and fit.error < 1e-6
+    for widths in ({"a": 55, "b": 9}, {"a": 3, "b": 77}):
+        assert fit.cost.total(widths) == pytest.approx(true.total(widths), rel=1e-6)
+        fewer = {**widths, "a": widths["a"] - 2}
+        assert fit.cost.saving(widths, "a", 2) == pytest.approx(fit.cost.total(widths) - fit.cost.total(fewer))
+
+
+@given(st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=5))
+def test_no_coefficient_is_negative(seconds: list[float]) -> None:
+    """Whatever a busy clock says, fewer units never cost more, and the cost is above zero."""
+    fit = fit_seconds("latency", FLOPS, BYTES, list(zip(VECTORS, seconds, strict=False)))
+    assert all(term.coefficient >= 0 for term in fit.cost.terms) and fit.cost.total(VECTORS[0]) > 0
+    assert np.isnan(fit.error) == (len(seconds) <= 3)
+
+
+def test_energy_is_power_times_time() -> None:
+    """Metered steps give power and constant back; two of them give a power alone; no energy is an error."""
+    seconds = combined("latency", ((1e-9, FLOPS),), 1e-3)
+    steps = [(widths, 35.0 * seconds.total(widths) + 1e-2) for widths in VECTORS]
+    fit = fit_joules(seconds, steps, "recorded")
+    assert fit.cost.resource == "energy" and fit.error < 1e-6
+    assert fit.cost.total({"a": 5, "b": 6}) == pytest.approx(35.0 * seconds.total({"a": 5, "b": 6}) + 1e-2)
+    alone = fit_joules(seconds, [(VECTORS[0], 20.0 * seconds.total(VECTORS[0]))], "recorded")
+    assert alone.cost.total(VECTORS[1]) == pytest.approx(20.0 * seconds.total(VECTORS[1]))
+    for joules in ([], [(VECTORS[0], -1.0)]):
+        with pytest.raises(CostError, match="above 0"):
+            fit_joules(seconds, joules, "recorded")
+
+
+def test_whole_steps_are_timed_at_ever_narrower_widths() -> None:
+    """Each width vector is within blocks, nowhere wider than the one before, the first dense and the last the least."""
+    groups = (
+        Group("a", "unit", 100, (), min_units=5, multiple_of=8),
+        Group("b", "unit", 12, ()),
+        Group("c", "unit", 1, ()),
+    )
+    found = costing.calibration_widths(groups)
+    assert found[0] == widths_of(groups)
+    assert found[-1] == {group.name: lowest_width(group) for group in groups} == {"a": 8, "b": 1, "c": 1}
+    for wider, narrower in pairwise(found):
+        assert all(narrower[name] <= wider[name] for name in wider) and narrower["a"] % 8 == 0
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [((3.0, 2.0), 1), ((0.25, 0.125), 5)])
+def test_a_slow_step_is_timed_once(seconds: tuple[float, float], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step at a shape takes longer, and is left out where steps are quick; where they are slow it is all."""
+    made = list[float]()
+
+    class Slow:
+        def step(self) -> None:
+            made.append(seconds[bool(made)])
+
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(made))
+    found = costing._timed_step(Slow(), torch.device("cpu"), None)  # type: ignore[arg-type]
+    assert found == (pytest.approx(seconds[steps > 1]), None) and len(made) == steps
+
+
+def test_a_step_in_a_run_is_foretold() -> None:
+    """On this machine, a narrow model is predicted to be quicker, and what copies took is counted."""
+    model, x = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 4)), torch.randn(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = trace(model, (x,))
+    goal = setpoint.Budget.fraction(0.5, of="latency")
+    made = costing.cost_out(host_of(model, optimizer, ()), (x,), found, found.groups, [goal])
+    dense, narrow = widths_of(found.groups), {"0": 16}
+    assert 0 < made.costs["latency"].total(narrow) < made.costs["latency"].total(dense)
+    assert made.header["step_seconds"]["0"] > 0 and made.passes > 5
+
+
+def test_steps_of_copies_are_noted_at_their_widths() -> None:
+    """Each step that a copy makes is noted, the one that makes its optimizer's state included; without data none is."""
+    model, x = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(4, 8)
+    optimizer, groups = torch.optim.AdamW(model.parameters()), trace(model, (x,)).groups
+    for data, noted in ((True, [{"0": 32}, {"0": 32}, {"0": 16}]), (False, [])):
+        steps = list[dict[str, int]]()
+        with replica(model, (optimizer,), (x,), groups, steps, {"0": 32}, data=data) as copy:
+            copy.step()
+            copy.narrow({"0": 16})
+            copy.step()
+        assert steps == noted
+
+
+def test_a_run_pays_for_what_it_learns_on_copies() -> None:
+    """The overhead of a budget of memory holds the steps that are made on copies; one of FLOPs makes none."""
+
+    def overhead(budget: str) -> float:
+        model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4)), torch.randn(32, 64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        summary = setpoint.attach(model, optimizer, budget, total_steps=40, example=(x,)).finish()
+        return summary.overhead_flops / summary.dense_flops
+
+    assert overhead("60% flops") < 1 and overhead("60% memory") > 1.5
+
+
+def test_bytes_are_those_of_all_storages() -> None:
+    """The bytes of a step follow the widths as products, and hold weights, moments and what the step makes."""
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(32, 16)
+    optimizer, found = torch.optim.AdamW(model.parameters()), trace(model, (x,))
+
+    def make(widths: dict[str, int], *, data: bool):  # type: ignore[no-untyped-def]
+        return replica(model, (optimizer,), (x,), found.groups, [], widths, data=data)
+
+    moved = costing.record(make, found.groups).moved_bytes()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert moved.total({"0": 64}) > 4 * 4 * weights  # weights, gradients, two moments
+    assert moved.saving({"0": 64}, "0", 32) == pytest.approx(moved.total({"0": 64}) - moved.total({"0": 32}))
+    assert flops_cost(found).total({"0": 64}) > 0
