@@ -18,8 +18,7 @@ from setpoint.cost.flops import flops_cost, forward_flops
 from setpoint.cost.price import Price
 from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CostError, SetpointError
-from setpoint.groups.example import without_cache
-from setpoint.groups.export import Example, inputs_of, num_samples
+from setpoint.groups.example import Example, inputs_of, num_samples, without_cache
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
