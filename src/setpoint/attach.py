@@ -86,7 +86,7 @@ def attach(
         sensor: reads saliencies; by default Taylor's, and others for states; of the samples in the ranks' examples.
         actuator: by default units are cut for good; `Regrowing()` brings some back, `Masking("2:4")` masks weights.
         groups: those of `find_groups(model, example)` that may be pruned; by default all.
-        copies: cut like the model: modules with the same tensors, lists of `shadow_params`; known averages are found.
+        copies: averages of the model, which are cut with it: modules with the same tensors, lists of `shadow_params`.
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: leave alone groups whose cut fails on copies of the model.
         resume: let the states of model and optimizer, as any framework saves them, carry sizes and the loop's state,

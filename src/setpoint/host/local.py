@@ -83,7 +83,6 @@ class Local:
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
         self._widths, self._priced = DynamicWidths(groups), Trained(self.model)
-        self.averages.begin()
         if not self.wrapper:
             self._stop_watching = watch_for_wrapper(self.model)
 
@@ -99,4 +98,3 @@ class Local:
     def stop(self) -> None:
         self._stop_watching()
         self._widths.stop()
-        self.averages.stop()
