@@ -23,7 +23,7 @@ import setpoint.one_shot.compress as compressing
 import setpoint.one_shot.refit as refitting
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import descend, start
-from setpoint.cost.flops import flops_cost
+from setpoint.cost.cost import flops_cost
 from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import setpoint
 from groups.zoo import GPT
-from setpoint.cost.flops import flops_cost
+from setpoint.cost.cost import flops_cost
 from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace

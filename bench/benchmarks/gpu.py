@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.controller.selection import landing_widths
-from setpoint.cost.flops import flops_cost
+from setpoint.cost.cost import flops_cost
 from setpoint.errors import DeviceError
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace

@@ -31,7 +31,7 @@ from torch import nn
 import setpoint
 from setpoint.controller.plan import Observation
 from setpoint.controller.priced import PricedController
-from setpoint.cost.flops import flops_cost
+from setpoint.cost.cost import flops_cost
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.sensor.reading import Reading

@@ -14,9 +14,7 @@ from setpoint.checkpoint.resumable import resumable, shrink_to
 from setpoint.checkpoint.run_file import load_run, save_run
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
-from setpoint.cost.budget import Budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Budget, Price, Tolerance
 from setpoint.errors import SetpointError
 from setpoint.groups.trace import find_groups
 from setpoint.integrations.checkpointing import enable_checkpointing

@@ -16,8 +16,7 @@ from setpoint.checkpoint.resumable import complete, resumable
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
-from setpoint.cost.budget import METERED, Budget
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import METERED, Budget, Tolerance
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.example import Example, called_by, check_example
 from setpoint.groups.group import Group, widths_of

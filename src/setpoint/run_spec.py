@@ -21,10 +21,8 @@ from setpoint.controller.plan import Controller, RegrowingController
 from setpoint.controller.rolling_back import RollingBack
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.using_up import UsingUp
-from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.budget import METERED, Budget, Price, Tolerance
 from setpoint.cost.parse import parse_budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import CostError, GroupError, LoopError
 from setpoint.groups.example import check_method
 from setpoint.groups.group import Group, check_blocks

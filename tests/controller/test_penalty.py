@@ -11,8 +11,8 @@ from controller.plants import chain, lognormal, observe
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Plan
 from setpoint.controller.schedule import Schedule
+from setpoint.cost.budget import Price
 from setpoint.cost.cost import Cost
-from setpoint.cost.price import Price
 from setpoint.errors import BudgetError
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading

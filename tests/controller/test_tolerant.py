@@ -11,7 +11,7 @@ from controller.plants import after, chain, lognormal, observe
 from setpoint.controller.plan import Plan
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Tolerance
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.group import widths_of
 from setpoint.sensor.reading import Reading

@@ -10,9 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setpoint.cost.budget import RESOURCES, Budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import RESOURCES, Budget, Price, Tolerance
 from setpoint.errors import BudgetError, SetpointError
 
 

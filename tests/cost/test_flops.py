@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groups.zoo import MODELS, DepthwiseCNN, images
 from setpoint.actuator.shrink import shrink
-from setpoint.cost.flops import flops_cost
-from setpoint.cost.params import params_cost
+from setpoint.cost.cost import flops_cost, params_cost
 from setpoint.groups.group import random_keep, widths_of
 from setpoint.groups.trace import trace
 

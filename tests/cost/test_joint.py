@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from setpoint.cost.cost import Cost, ProductCost, Term
-from setpoint.cost.joint import JointCost, Share
+from setpoint.cost.cost import Cost, JointCost, ProductCost, Share, Term
 from setpoint.groups.group import Size
 
 A, B = Size(0, (("a", 1),)), Size(0, (("b", 1),))

@@ -20,7 +20,7 @@ from conformance.test_optimizers import ROWS
 from loop.test_regrowth import BACK, DROP, Net, Scripted, data, dear
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.priced import PricedController
-from setpoint.cost.price import Price
+from setpoint.cost.budget import Price
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.loop.cutting import Cutting
 from setpoint.loop.state import RunState

@@ -14,8 +14,7 @@ from torch import nn
 
 import setpoint
 from setpoint.controller.ladder import lowest_width
-from setpoint.cost.cost import Cost, ProductCost, Term
-from setpoint.cost.flops import flops_cost
+from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import trace

@@ -6,9 +6,7 @@ import warnings
 
 import pytest
 
-from setpoint.cost.budget import Budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Budget, Price, Tolerance
 from setpoint.errors import BudgetError
 from setpoint.spending.checks import check_budgets, check_reachable
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from setpoint.configs.families import configured, shared_widths
 from setpoint.controller.even import Kind, same_place
-from setpoint.cost.flops import flops_cost
-from setpoint.cost.params import params_cost
+from setpoint.cost.cost import flops_cost, params_cost
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace

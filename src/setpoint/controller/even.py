@@ -21,8 +21,8 @@ from setpoint.controller.plan import (
     regrows,
 )
 from setpoint.controller.schedule import Schedule
+from setpoint.cost.budget import Tolerance
 from setpoint.cost.cost import Cost, ProductCost
-from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading

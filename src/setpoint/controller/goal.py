@@ -9,9 +9,7 @@ from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Pursuing
 from setpoint.controller.priced import PricedController
 from setpoint.controller.tolerant import TolerantController
-from setpoint.cost.budget import Budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Budget, Price, Tolerance
 from setpoint.errors import BudgetError
 from setpoint.messages import a_type
 

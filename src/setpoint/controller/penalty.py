@@ -11,8 +11,8 @@ from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with, these
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import Selection, descend, start
+from setpoint.cost.budget import Price
 from setpoint.cost.cost import Cost
-from setpoint.cost.price import Price
 from setpoint.groups.group import Group, keep_all
 
 

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float64, Int
 
 from setpoint.controller.schedule import Remaining
 from setpoint.controller.trend import Excess
+from setpoint.cost.budget import Price, Tolerance
 from setpoint.cost.cost import Cost
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
 from setpoint.groups.group import Group
 from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading

@@ -12,8 +12,8 @@ from setpoint.controller.reason import problem_with
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import descend, start
 from setpoint.controller.trend import Excess
+from setpoint.cost.budget import Tolerance
 from setpoint.cost.cost import Cost
-from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import counted

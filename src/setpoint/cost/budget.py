@@ -1,4 +1,4 @@
-"""A budget: the value that spending is held to, in a resource's own unit."""
+"""What a run is held to: a budget of a resource, a price for it, or a tolerance of loss."""
 
 from __future__ import annotations
 
@@ -136,6 +136,104 @@ class Budget:
     def absolute(self, dense: float) -> float:
         """The limit in the resource's own unit, given the dense cost."""
         return self.limit * dense if self.relative else float(self.limit)
+
+
+@dataclass(frozen=True)
+class Price:
+    """An exchange rate between loss and a resource; the size of the model follows from it.
+
+    The loop then minimises
+
+        loss + rate * cost(widths) / cost(dense)      with relative=True, the default,
+        loss + rate * cost(widths)                    with relative=False,
+
+    so a block of units stays while its saliency is at least the rate times its saving. A rate of 0.1 says: the whole
+    dense cost is worth 0.1 of loss, hence a unit that costs a hundredth of it must earn 0.001.
+
+    To choose a rate, decide what rise in loss you would accept for halving the cost, and double that rise. If you have
+    a tariff, multiply the money that a run costs at dense size by the loss that you would give for a unit of money.
+
+    Args:
+        rate: loss for the dense cost, or for a unit of the resource; at least 0. At 0 nothing is dropped.
+        of: the resource.
+        relative: whether the rate is for the dense cost.
+        watts: power that a training step draws, for "energy" where no meter reads it.
+        example: inputs of one inference, for "inference"; by default the example that `attach` is given.
+
+    Raises:
+        BudgetError: for a rate that is no finite number of at least 0, or an unknown resource; for watts or an example
+            that a budget would refuse.
+
+    >>> Price(0.1, of="flops").absolute(dense=2e9)
+    5e-11
+    """
+
+    rate: float
+    of: str
+    relative: bool = True
+    watts: float | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        check_resource(self.of)
+        _check_amount(self.rate, "a rate", "the loss that the cost is worth")
+        check_means(self.of, self.watts, self.example)
+
+    @property
+    def resource(self) -> str:
+        """The resource, by the name that a budget gives it."""
+        return self.of
+
+    def absolute(self, dense: float) -> float:
+        """Loss per unit of the resource, given the dense cost in that unit."""
+        return self.rate / dense if self.relative and dense > 0 else float(self.rate)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the observed loss may rise over its trend; the size of the model follows from it.
+
+    Each cut is judged by the loss that `loop.observe(loss=...)` reports: how far that loss lies above its trend before
+    the cut. The rises of all cuts are added up. A cut that takes the sum beyond the tolerance is taken back.
+
+    Args:
+        loss: highest rise over the trend, in the unit of the loss; at least 0.
+        of: the resource to save.
+        watts: power that a training step draws, for "energy" where no meter reads it.
+        example: inputs of one inference, for "inference"; by default the example that `attach` is given.
+
+    Raises:
+        BudgetError: for a loss that is no finite number of at least 0, or an unknown resource; for watts or an example
+            that a budget would refuse.
+
+    >>> Tolerance(loss=0.02)
+    Tolerance(loss=0.02, of='flops')
+    """
+
+    loss: float
+    of: str = "flops"
+    watts: float | None = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        check_resource(self.of)
+        _check_amount(self.loss, "a tolerance", "the rise in loss to accept")
+        check_means(self.of, self.watts, self.example)
+
+    @property
+    def resource(self) -> str:
+        """The resource, by the name that a budget gives it."""
+        return self.of
+
+
+def _check_amount(value: Any, name: str, meaning: str) -> None:
+    """Refuse anything but a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BudgetError(f"{name} is a finite number of at least 0, got {value!r}")
+    if value < 0:
+        raise BudgetError(f"{name} must be at least 0, got {value!r}: it is {meaning}")
 
 
 UNITS = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s", "inference": "s", "energy": "J"}

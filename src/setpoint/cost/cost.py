@@ -1,13 +1,16 @@
-"""A cost: what the model spends, as a pure function of its groups' widths."""
+"""A cost: what the model spends, as a pure function of its groups' widths; FLOPs, parameters, several at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
-from setpoint.groups.group import Size
+from torch import nn
+
+from setpoint.groups.group import Group, Size
+from setpoint.groups.trace import Trace
 
 
 @runtime_checkable
@@ -73,3 +76,93 @@ class ProductCost:
                 now, fewer = now * length, fewer * (length - num_units * each)
             saved += coefficient * now - coefficient * fewer
         return saved
+
+
+def flops_cost(trace: Trace) -> ProductCost:
+    """FLOPs of one optimizer step, forward and backward, of the traced model at the example's batch shape.
+
+    Matrix products and convolutions only, 2 FLOPs a multiply-add: the convention of `torch.utils.flop_counter`. The
+    backward pass costs one more such product for each operand that needs a gradient. Attention is counted as its two
+    products (a kernel that recomputes the scores does more); the weight gradient of a grouped convolution is counted as
+    what it does (the counter of PyTorch 2.13 charges it `groups` times).
+    """
+    terms = tuple(Term(each.coefficient * (1 + each.num_gradients), each.sizes) for each in trace.contractions)
+    return ProductCost("flops", terms)
+
+
+def forward_flops(trace: Trace, share: float = 1.0) -> ProductCost:
+    """FLOPs of one forward pass of the traced model; `share` is samples of the pass / samples of the example."""
+    terms = tuple(Term(share * contraction.coefficient, contraction.sizes) for contraction in trace.contractions)
+    return ProductCost("flops", terms)
+
+
+def params_cost(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
+    """Number of parameters, each shared one counted once; the model has the groups' present widths."""
+    parts: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    constant: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for piece in group.slices:
+            if piece.dim is not None:
+                place = (piece.tensor, piece.dim)
+                entries = int((piece.index >= 0).sum())
+                # Divides without rest: units of one group have equally many entries in every dim (see `build`).
+                parts.setdefault(place, []).append((group.name, entries // group.num_units))
+                constant[place] = constant.get(place, len(piece.index)) - entries
+    terms = []
+    for name, parameter in model.named_parameters():
+        sizes = tuple(
+            Size(constant[name, dim], tuple(parts[name, dim])) if (name, dim) in parts else Size(length)
+            for dim, length in enumerate(parameter.shape)
+        )
+        terms.append(Term(1.0, sizes))
+    return ProductCost("params", tuple(terms))
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One of the budgets.
+
+    Args:
+        cost: predicts spending.
+        limit: in the resource's own unit.
+        factor: metered cost / predicted cost, as last seen; 1 without a meter.
+    """
+
+    cost: Cost
+    limit: float
+    factor: float = 1.0
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """Share of the limit that is spent at these widths."""
+        return self.factor * self.cost.total(widths) / self.limit
+
+
+class JointCost:
+    """`total(widths) = max over budgets of factor * cost(widths) / limit`: at 1 all budgets are met.
+
+    A block saves what it takes off the largest share. So the binding budget decides what is worth
+    dropping, until another one is level with it.
+    """
+
+    resource: Final = "joint"
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        self.shares = tuple(shares)
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """The largest share of a limit that is spent."""
+        return max(share.total(widths) for share in self.shares)
+
+    def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
+        """`total(widths) - total(widths with num_units fewer units in group)`."""
+        return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
+
+    def binding(self, widths: Mapping[str, int]) -> Share:
+        """The budget with the largest share."""
+        return max(self.shares, key=lambda share: share.total(widths))
+
+    def prices(self, price: float, widths: Mapping[str, int]) -> dict[str, float]:
+        """By resource, a price per share at these widths: one per unit of the budget that binds, 0 of one with room."""
+        binding = self.binding(widths)
+        per_unit = price * binding.factor / binding.limit
+        return {share.cost.resource: per_unit if share is binding else 0.0 for share in self.shares}

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from setpoint.cost.budget import RESOURCES, Budget, check_resource
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import RESOURCES, Budget, Price, Tolerance, check_resource
 from setpoint.errors import BudgetError
 from setpoint.messages import did_you_mean
 

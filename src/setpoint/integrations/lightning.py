@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Tolerance
 from setpoint.errors import LoopError
 from setpoint.integrations.session import SPENT, Session
 from setpoint.messages import warn

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Tolerance
 from setpoint.errors import LoopError
 from setpoint.integrations.checkpointing import enable_transformers, replace_once
 from setpoint.integrations.session import SPENT, Session

@@ -11,9 +11,7 @@ from torch import nn
 
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
-from setpoint.cost.cost import Cost
-from setpoint.cost.flops import flops_cost
-from setpoint.cost.params import params_cost
+from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.errors import ExampleError, GroupError
 from setpoint.groups.example import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, Size, widths_of

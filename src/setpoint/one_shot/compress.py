@@ -24,9 +24,7 @@ from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.budget import Budget
-from setpoint.cost.cost import Cost
-from setpoint.cost.flops import flops_cost
-from setpoint.cost.params import params_cost
+from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.cost.parse import is_time, parse_budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, GroupError

@@ -11,8 +11,7 @@ from torch import nn
 
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.controller.ladder import lowest_width
-from setpoint.cost.flops import flops_cost
-from setpoint.cost.params import params_cost
+from setpoint.cost.cost import flops_cost, params_cost
 from setpoint.groups.example import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, Slice, widths_of
 from setpoint.groups.trace import Frozen, trace

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 
 from setpoint.controller.ladder import lowest_width
-from setpoint.cost.budget import METERED, Budget
-from setpoint.cost.cost import Cost, ProductCost
-from setpoint.cost.flops import flops_cost, forward_flops
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import METERED, Budget, Price, Tolerance
+from setpoint.cost.cost import Cost, ProductCost, flops_cost, forward_flops
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.example import Example, inputs_of, num_samples, without_cache
 from setpoint.groups.group import Group, widths_of

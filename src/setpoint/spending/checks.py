@@ -12,12 +12,9 @@ from torch import nn
 from setpoint.actuator.model_shapes import at_dense_shapes, was_cut
 from setpoint.arguments import plain_number
 from setpoint.controller.selection import cheapest
-from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
-from setpoint.cost.cost import Cost
-from setpoint.cost.flops import flops_cost
+from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, Price, Tolerance, amount
+from setpoint.cost.cost import Cost, flops_cost
 from setpoint.cost.parse import parse_budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, widths_of

@@ -10,8 +10,7 @@ from typing import Any
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget, amount
-from setpoint.cost.cost import Cost
-from setpoint.cost.joint import JointCost, Share
+from setpoint.cost.cost import Cost, JointCost, Share
 from setpoint.groups.group import Group, widths_of
 from setpoint.messages import warn
 from setpoint.spending.meter import Readings

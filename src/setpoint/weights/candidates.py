@@ -10,9 +10,7 @@ from torch import nn
 from setpoint.actuator.optimizer_check import steps_by_matrix
 from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.plan import Controller, regrows
-from setpoint.cost.budget import Budget
-from setpoint.cost.price import Price
-from setpoint.cost.tolerance import Tolerance
+from setpoint.cost.budget import Budget, Price, Tolerance
 from setpoint.errors import BudgetError, GroupError, LoopError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group

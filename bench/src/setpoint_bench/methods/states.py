@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.controller.schedule import Schedule
-from setpoint.cost.params import params_cost
+from setpoint.cost.cost import params_cost
 from setpoint.groups.group import Group
 from setpoint_bench.baselines.compressm import ComplexHankelSensor, ToleranceController
 from setpoint_bench.course import Course, Pruner
