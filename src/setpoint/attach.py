@@ -205,8 +205,7 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     """Parts that mask single weights; nothing is tried out, since a mask is exact on any model."""
     from setpoint.weights.candidates import check_resources, check_run, weight_candidates
     from setpoint.weights.find import Pattern
-    from setpoint.weights.patterned import Patterned
-    from setpoint.weights.taylor import WeightTaylorSensor
+    from setpoint.weights.taylor import Patterned, WeightTaylorSensor
 
     assert spec.masking is not None
     pattern = spec.masking.pattern
@@ -221,7 +220,8 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     widths = widths_of(found.groups)
     original = original_costs(host.model, inputs.example, spec.budgets, found.costs, widths, inputs.passes)
     limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
-    sensor = Patterned(inner, Pattern.named(pattern))
+    shapes = {group.name: tuple(host.model.get_parameter(group.name).shape) for group in found.groups}
+    sensor = Patterned(inner, Pattern.named(pattern), shapes)
     spending = _spending(host, spec, found, spec.controller, sensor, limits, Unmetered(), clock, check_resources)
     return Parts(
         sensor,

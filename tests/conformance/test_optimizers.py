@@ -19,7 +19,7 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import OptimizerError
 from setpoint.groups.group import Group
-from setpoint.weights.mask import mask_gradients, mask_weights
+from setpoint.weights.masking import mask_gradients, mask_weights
 
 SETTINGS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),

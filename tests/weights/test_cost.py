@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
-from setpoint.weights.cost import active_params, weight_flops
-from setpoint.weights.find import find_weights
+from setpoint.weights.find import active_params, find_weights, weight_flops
 from setpoint_bench.weight_flops import weight_flops as counted
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from setpoint.weights.drop_and_grow import drop_and_grow, lowest
 from setpoint.weights.find import Pattern
+from setpoint.weights.masking import drop_and_grow, lowest
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from setpoint.weights.mask import mask_gradients, mask_weights
+from setpoint.weights.masking import mask_gradients, mask_weights
 
 OPTIMIZERS = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),

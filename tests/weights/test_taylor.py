@@ -12,8 +12,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.weights.find import Pattern, active_of, find_weights, with_active
-from setpoint.weights.patterned import patterned
-from setpoint.weights.taylor import Weighing, WeightTaylorSensor
+from setpoint.weights.taylor import WeightTaylorSensor, patterned
 
 
 def model_and_groups() -> tuple[nn.Module, tuple[Group, ...]]:
@@ -33,7 +32,7 @@ def test_a_weight_is_read_as_a_gate_of_its_own(num_steps: int) -> None:
     """Claim: the saliency equals that of `TaylorSensor` on units of one weight each, whatever the number of steps."""
     model, groups = model_and_groups()
     ours, theirs = WeightTaylorSensor(8, window=10), TaylorSensor(8, window=10)
-    assert isinstance(ours, Weighing) and ours.readable(groups, model) == groups
+    assert ours.traits.single_weights and ours.readable(groups, model) == groups
     one, other = ours.init(groups, model), theirs.init(groups, model)
     for seed in range(num_steps):
         gradients(model, seed)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.optimizer_check import check_optimizer
 from setpoint.loop.hooks import StepHooks
 from setpoint.spending.seconds import Stopwatch
-from setpoint.weights.mask import mask_gradients, mask_weights
+from setpoint.weights.masking import mask_gradients, mask_weights
 from setpoint_bench.baselines.erk import erk_densities
 from setpoint_bench.baselines.rule import Allocation, Masks, Rule, Sight, Target
 from setpoint_bench.course import Outcome

@@ -18,10 +18,8 @@ from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, check_copies, check_some, in_hand
 from setpoint.sensor.reading import Sensor
-from setpoint.weights.cost import active_params, weight_flops
-from setpoint.weights.find import Pattern, find_weights, maskable
+from setpoint.weights.find import Pattern, active_params, find_weights, maskable, weight_flops
 from setpoint.weights.masking import Masks
-from setpoint.weights.taylor import Weighing
 
 _SOURCES = {  # what can be saved, and what is said of it
     "flops": "modelled: theoretical FLOPs, as if masked weights cost nothing; dense hardware does not get faster",
@@ -68,7 +66,7 @@ def check_run(
             "single weights come back by drop and grow, not from a reserve: use regrow=False, and "
             "DropAndGrowController(controller) around it"
         )
-    if not isinstance(sensor, Weighing):
+    if not sensor.traits.single_weights:
         raise LoopError(
             f"{type(sensor).__name__} reads whole units: leave the sensor to attach, or give WeightTaylorSensor(...)"
         )

@@ -1,9 +1,10 @@
-"""Weight groups: the single weights of linear layers and convolutions as units, free or in N:M patterns."""
+"""Weight groups: single weights of linear layers and convolutions as units, free or in N:M patterns, and their cost."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
@@ -12,8 +13,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from setpoint.cost.cost import ProductCost, Term
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group, Slice
+from setpoint.groups.group import Group, Size, Slice, widths_of
+from setpoint.groups.trace import Trace
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weights can be units."""
@@ -156,3 +159,63 @@ def active_of(group: Group) -> Bool[np.ndarray, " elements"]:
 def as_mask(group: Group, weight: Tensor) -> Bool[Tensor, "..."]:
     """The active units of a weight group as a mask of the weight's shape, on its device."""
     return torch.from_numpy(active_of(group)).to(weight.device).view(weight.shape)
+
+
+# What they cost.
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFlops:
+    """FLOPs of one dense training step, by weight tensor."""
+
+    total: float  # of the whole step
+    step: Mapping[str, float]  # by weight, of its products forward and backward
+    forward: Mapping[str, float]  # by weight, of its forward product; the gradient of the weight costs as much
+    sizes: Mapping[str, int]  # by weight, its number of elements
+
+    def cost(self) -> ProductCost:
+        """Theoretical FLOPs of a step, as a function of the numbers of active weights.
+
+        `fixed + sum over tensors of step * active / size`, as the literature has it: all three products of a weight use
+        active weights only.
+
+        References:
+            Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix.
+        """
+        fixed = Term(self.total - sum(self.step.values()), ())
+        each = (Term(flops / self.sizes[name], (_active(name),)) for name, flops in self.step.items())
+        return ProductCost("flops", (fixed, *each))
+
+    def at(self, widths: Mapping[str, int]) -> float:
+        """Theoretical FLOPs of a step with so many active weights."""
+        fixed = self.total - sum(self.step.values())
+        return fixed + sum(self.step[name] * widths[name] / self.sizes[name] for name in self.step)
+
+    def dense_gradients(self, widths: Mapping[str, int]) -> float:
+        """FLOPs on top of a step that also computes the gradients of weights that are not active."""
+        return sum(flops * (1.0 - widths[name] / self.sizes[name]) for name, flops in self.forward.items())
+
+
+def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> WeightFlops:
+    """Count the products with each weight tensor, at dense widths; what else is done with a weight is fixed."""
+    sizes, owner = widths_of(groups), owners(model)
+    dense = widths_of(found.groups)
+    total, step, forward = 0.0, dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
+    for each in found.contractions:
+        flops = each.coefficient * math.prod(size.at(dense) for size in each.sizes)
+        total += flops * (1 + each.num_gradients)
+        if (name := owner.get(each.module)) in sizes:
+            forward[name] += flops
+            step[name] += flops * (1 + each.num_gradients)
+    return WeightFlops(total, step, forward, sizes)
+
+
+def active_params(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
+    """Parameters that are not masked, as a function of the numbers of active weights."""
+    fixed = sum(parameter.numel() for parameter in model.parameters()) - sum(widths_of(groups).values())
+    terms = (Term(1.0, (_active(group.name),)) for group in groups)
+    return ProductCost("params", (Term(float(fixed), ()), *terms))
+
+
+def _active(name: str) -> Size:
+    return Size(0, ((name, 1),))

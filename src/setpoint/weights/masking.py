@@ -14,26 +14,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
 from setpoint.controller.plan import Plan
-from setpoint.distributed import local
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
-from setpoint.weights.cost import WeightFlops
-from setpoint.weights.drop_and_grow import drop_and_grow
-from setpoint.weights.find import Pattern, as_mask, with_active
-from setpoint.weights.mask import mask_weights
+from setpoint.weights.find import Pattern, WeightFlops, as_mask, with_active
 
-
-@dataclass(frozen=True, eq=False)
-class NewMasks:
-    """What a plan does to masks."""
-
-    masks: Mapping[str, Bool[Tensor, "..."]]  # by group, True = active from here on
-    dropped: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that go
-    grown: Mapping[str, Bool[Tensor, "..."]]  # by group, weights that come in, with the value zero
+NewMasks = dict[str, Tensor]
+"""By group, a boolean tensor of the weight's shape."""
 
 
 @final
@@ -68,57 +59,29 @@ class Masking:
         Pattern.named(self.pattern)
 
 
-class Accumulated:
-    """The gradient of a leaf parameter as the last backward pass left it."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self._parameter = parameter
-        self._left: tuple[Tensor | None, int] = None, -1
-
-    def note(self) -> None:
-        """Remember the present gradient as what a backward pass left."""
-        gradient = self._parameter.grad
-        # The version counts in-place changes, of which identity alone shows none.
-        self._left = gradient, -1 if gradient is None else gradient._version
-
-    @property
-    def untouched(self) -> bool:
-        """Whether the gradient is that object, unchanged."""
-        gradient, (left, version) = self._parameter.grad, self._left
-        return gradient is not None and gradient is left and gradient._version == version
-
-    @property
-    def discarded(self) -> bool:
-        """Whether it is gone or zero, as after `zero_grad`; a host sync if it was changed."""
-        gradient = self._parameter.grad
-        return gradient is None or not (self.untouched or bool(local(gradient).any()))
-
-
 @final
 class Masks:
     """The masks of a run; they change at each decision.
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
     accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step. Before
-    weights are grown, the gradients of masked ones are put aside first. They go when the gradients that they came with
-    are thrown away, and what counts is what is there when the first optimizer steps.
+    weights are grown, the gradients of masked ones are put aside first. What counts is what is there when the first
+    optimizer steps.
     """
 
+    kind, by_unit, brings_back, within_step = "masking", False, False, False
+
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
-        self._flops, self._pattern, self._host, self._optimizers = flops, pattern, host, host.optimizers
+        self._flops, self._pattern, self._host = flops, pattern, host
         self._dense = self.groups = groups
-        self.kind, self.by_unit, self.brings_back, self.within_step = "masking", False, False, False
-        names = [group.name for group in groups]
-        self._weights = {name: host.model.get_parameter(name) for name in names}
+        self._weights = {group.name: host.model.get_parameter(group.name) for group in groups}
         self.masks = {group.name: as_mask(group, self._weights[group.name]) for group in groups}
         self._num_dropped = {name: torch.zeros_like(mask, dtype=torch.uint8) for name, mask in self.masks.items()}
-        self._shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         self._handles: dict[str, tuple[RemovableHandle, RemovableHandle]] = {}
-        self._looking, self._aside, self._ready = False, dict[str, Tensor](), dict[str, Tensor]()
-        self._gone: dict[str, Tensor] = {}
-        self._masked: dict[str, Accumulated] = {}
-        self.train_flops = 0.0
-        self._step_flops = flops.total
+        self._gone: dict[str, Tensor] = {}  # by name of a weight that lost any, True = masked
+        self._resting: dict[str, Tensor] = {}  # gradients of masked weights, where drop and grow wants to know them
+        self._looking, self._settled = False, frozenset[str]()
+        self.train_flops, self._step_flops = 0.0, flops.total
 
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -143,22 +106,22 @@ class Masks:
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
         """The next step begins; where a decision comes after it, it may want gradients of masked weights."""
-        self._looking, self._aside, self._ready = due and open_still, {}, {}
+        self._looking, self._resting, self._settled = due and open_still, {}, frozenset()
         return due
 
     def extras(self, step: int) -> Mapping[str, Any]:
-        """Nothing is known besides."""
+        """Masks have nothing to add to an observation."""
         return {}
 
     @torch.no_grad()
     def before_step(self, grad_scale: Tensor | None) -> None:
-        """Mask the gradients that were set or changed by something other than a backward pass."""
+        """Mask gradients once more: noise, or another optimizer, may have changed them since the backward pass."""
         for name, gone in self._gone.items():
             self._forget_discarded(name)
-            gradient, masked = self._weights[name].grad, self._masked.get(name)
-            if gradient is not None and not (masked and masked.untouched):
+            gradient = self._weights[name].grad
+            if gradient is not None:
                 gradient.masked_fill_(gone, 0.0)
-        self._masked, self._ready = {}, dict(self._aside)
+        self._settled = frozenset(self._resting)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -169,31 +132,29 @@ class Masks:
         if self._resting:
             self.train_flops += self._flops.dense_gradients(widths_of(self.groups))
 
-    @property
-    def _resting(self) -> dict[str, Tensor]:
-        """Gradients of masked weights, where some were put aside; an optimizer that steps late may add its own."""
-        return {**self._aside, **self._ready}
-
     def _forget_discarded(self, name: str, _: Tensor | None = None) -> None:
         """A gradient is about to be accumulated, or used: what was put aside goes if the gradients before are gone."""
-        if name in self._aside and (self._masked.get(name) or Accumulated(self._weights[name])).discarded:
-            del self._aside[name]
+        if self._weights[name].grad is None and name not in self._settled:
+            self._resting.pop(name, None)
 
     @torch.no_grad()
     def _accumulated(self, name: str, weight: Tensor) -> None:
         """A gradient was accumulated: mask it, and put aside what drop and grow wants to know."""
         if weight.grad is None:
             return
-        if self._looking:
+        # Once the first optimizer has stepped, a later backward pass may be that of another loss.
+        if self._looking and name not in self._settled:
             resting = weight.grad.detach().masked_fill(self.masks[name], 0.0)
-            self._aside[name] = self._aside[name] + resting if name in self._aside else resting
+            self._resting[name] = self._resting[name] + resting if name in self._resting else resting
         weight.grad.masked_fill_(self._gone[name], 0.0)
-        masked = self._masked[name] = Accumulated(weight)
-        masked.note()
 
-    def planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> NewMasks:
-        """What a plan does to masks, which are not changed yet; GroupError for one that does not fit the pattern."""
-        masks, all_dropped, all_grown, resting = {}, {}, {}, self._resting
+    def _planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> tuple[NewMasks, NewMasks, NewMasks]:
+        """The masks of a plan, what goes, and what comes in with the value zero; nothing is changed yet.
+
+        Raises:
+            GroupError: for a plan that does not fit the pattern.
+        """
+        masks, all_dropped, all_grown = {}, {}, {}
         for name, before in self.masks.items():
             kept = before.clone()
             keep = plan.keep.get(name)
@@ -202,13 +163,12 @@ class Masks:
                 kept.view(-1)[at] = False
             self._check(name, kept)
             dropped, grown = before & ~kept, torch.zeros_like(before)
-            if plan.drop_and_grow and name in resting:
-                out, grown = drop_and_grow(
-                    kept, ~before, scores[name], resting[name], plan.drop_and_grow, self._pattern
-                )
+            if plan.drop_and_grow and name in self._resting:
+                gradient, share = self._resting[name], plan.drop_and_grow
+                out, grown = drop_and_grow(kept, ~before, scores[name], gradient, share, self._pattern)
                 dropped |= out
             masks[name], all_dropped[name], all_grown[name] = (before & ~dropped) | grown, dropped, grown
-        return NewMasks(masks, all_dropped, all_grown)
+        return masks, all_dropped, all_grown
 
     def _check(self, name: str, mask: Tensor) -> None:
         per_block = self._pattern.blocks(mask).sum(-1)
@@ -220,23 +180,16 @@ class Masks:
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Carry a plan out; all that can fail comes before anything changes."""
-        change = self.planned(plan, reading.scores() if plan.drop_and_grow and self._resting else {})
-        self.groups = self.carry_out(change)
-        dropped, grown = (
-            {name: count for name, mask in each.items() if (count := int(mask.sum()))}
-            for each in (change.dropped, change.grown)
-        )
-        return Change(keep=plan.keep, grown=change.grown, counted=True, num_dropped=dropped, num_grown=grown)
+        masks, dropped, grown = self._planned(plan, reading.scores() if plan.drop_and_grow and self._resting else {})
+        for name, gone in dropped.items():
+            times = self._num_dropped[name]
+            self._num_dropped[name] = times + (gone & (times < 255)).to(torch.uint8)
+        self.groups = self._set(masks)
+        went, came = _counts(dropped), _counts(grown)
+        return Change(keep=plan.keep, grown=grown, counted=True, num_dropped=went, num_grown=came)
 
     def release(self) -> None:
         """Nothing was kept: masks hold until the end."""
-
-    def carry_out(self, change: NewMasks) -> tuple[Group, ...]:
-        """Set the masks; what goes is zero from here on, with moments, in copies too. Returns the active groups."""
-        for name, dropped in change.dropped.items():
-            times = self._num_dropped[name]
-            self._num_dropped[name] = times + (dropped & (times < 255)).to(torch.uint8)
-        return self._set(change.masks)
 
     def _set(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
         self.masks = dict(masks)
@@ -250,10 +203,11 @@ class Masks:
                     weight.register_post_accumulate_grad_hook(behind),  # type: ignore[no-untyped-call]
                 )
         held = {name: masks[name] for name in self._gone}
-        mask_weights(self._weights, self._optimizers, held)
-        for each in (_parameters(copied, list(held)) for copied in self._host.copies):
-            mask_weights(each, None, {name: mask.to(each[name].device) for name, mask in held.items()})
-        self._aside, self._ready = {}, {}
+        mask_weights(self._weights, self._host.optimizers, held)
+        for copied in self._host.copies:
+            own = _parameters(copied, list(held))
+            mask_weights(own, None, {name: mask.to(own[name].device) for name, mask in held.items()})
+        self._resting, self._settled = {}, frozenset()
         groups = self._groups(masks)
         self._step_flops = self._flops.at(widths_of(groups))
         return groups
@@ -278,8 +232,8 @@ class Masks:
         float(state["train_flops"])
         for name, dtype in (("masks", torch.bool), ("num_dropped", torch.uint8)):
             tensors = state[name]
-            shapes = {key: tuple(each.shape) for key, each in tensors.items() if each.dtype == dtype}
-            if shapes != self._shapes:
+            shapes = {key: tensor.shape for key, tensor in tensors.items() if tensor.dtype == dtype}
+            if shapes != {name: mask.shape for name, mask in self.masks.items()}:
                 raise CheckpointError(f"the {name} of the state are not one for each weight of this model")
         masks: Mapping[str, Tensor] = state["masks"]
         for group in self._dense:
@@ -316,6 +270,10 @@ class Masks:
         }
 
 
+def _counts(masks: NewMasks) -> dict[str, int]:
+    return {name: count for name, mask in masks.items() if (count := int(mask.sum()))}
+
+
 def _parameters(copy: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
     own = {name.removeprefix("module."): each for name, each in copy.named_parameters(remove_duplicate=False)}
     return {name: own[name] for name in names}
@@ -330,3 +288,103 @@ def _weakly(method: Callable[[str, Tensor], None], name: str) -> Callable[[Tenso
             alive(name, tensor)
 
     return hook
+
+
+# What masks do to tensors.
+
+
+@torch.no_grad()
+def mask_weights(
+    weights: Mapping[str, nn.Parameter], optimizer: Optimizers, masks: Mapping[str, Bool[Tensor, "..."]]
+) -> None:
+    """Zero every weight that is not active; the optimizer remembers nothing of it, as of one that it has never moved.
+
+    An optimizer that treats every entry alike then keeps it at zero, as long as its gradient is zero too:
+    call `mask_gradients` ahead of each step. What it remembers is zero too, but for what begins at another value: the
+    step sizes of Rprop, and the sums of Adagrad where an `initial_accumulator_value` is given.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> mask_weights({"weight": layer.weight}, None, {"weight": torch.tensor([[True, False]])})
+    >>> (layer.weight == 0).tolist()
+    [[False, True]]
+    """
+    for name, mask in masks.items():
+        _begin_at(~mask, weights[name], optimizer)
+    mask_gradients(weights, masks)
+
+
+_FIRST_VALUES = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "sum", "initial_accumulator_value"))
+"""Optimizers with a state that does not begin at zero, its name, and the setting that it begins with."""
+
+
+def _begin_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
+    weight.masked_fill_(gone, 0.0)
+    for each in as_sequence(optimizer):
+        for _, moment in moments_of(each, weight):
+            moment.masked_fill_(gone, 0.0)
+        for kind, part, setting in _FIRST_VALUES:
+            if isinstance(each, kind) and part in each.state.get(weight, {}):
+                group = next(group for group in each.param_groups if any(weight is one for one in group["params"]))
+                each.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
+
+
+@torch.no_grad()
+def mask_gradients(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
+    """Zero the gradients of weights that are not active."""
+    for name, mask in masks.items():
+        gradient = weights[name].grad
+        if gradient is not None:
+            gradient.masked_fill_(~mask, 0.0)
+
+
+@torch.no_grad()
+def drop_and_grow(
+    active: Bool[Tensor, "..."],
+    resting: Bool[Tensor, "..."],
+    scores: Float[Tensor, "..."],
+    gradient: Float[Tensor, "..."],
+    share: float,
+    pattern: Pattern,
+) -> tuple[Bool[Tensor, "..."], Bool[Tensor, "..."]]:
+    """Which weights go, and which come in; as many, in an N:M pattern in each block (one at most).
+
+    Args:
+        active: weights that may go.
+        resting: weights that may come in; not those that have just been dropped.
+        scores: saliency of every weight.
+        gradient: of the loss, of every weight; one that is zero or not finite brings nothing in.
+        share: of the active weights to drop, rounded down.
+        pattern: which drops and growths it allows.
+
+    >>> active = torch.tensor([[True, True, False, False]])
+    >>> scores, gradient = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[9.0, 9.0, 0.1, -0.2]])
+    >>> dropped, grown = drop_and_grow(active, ~active, scores, gradient, 0.5, Pattern())
+    >>> dropped.tolist(), grown.tolist()
+    ([[True, False, False, False]], [[False, False, False, True]])
+    """
+    size, wanted = gradient.abs(), int(share * int(active.sum()))
+    may = resting & (size > 0) & size.isfinite()
+    dropped, grown = torch.zeros_like(active), torch.zeros_like(active)
+    if pattern.free:
+        count = min(wanted, int(may.sum()))
+        return lowest(scores, active, count), lowest(-size, may, count)
+    weakest = pattern.blocks(scores.masked_fill(~active, torch.inf).contiguous()).min(-1)
+    strongest = pattern.blocks(size.masked_fill(~may, -1.0).contiguous()).max(-1)
+    able = weakest.values.isfinite() & (strongest.values > 0)
+    chosen = lowest(weakest.values, able, min(wanted, int(able.sum())))[..., None]
+    pattern.blocks(dropped).scatter_(-1, weakest.indices[..., None], chosen)
+    pattern.blocks(grown).scatter_(-1, strongest.indices[..., None], chosen)
+    return dropped, grown
+
+
+def lowest(scores: Float[Tensor, "..."], among: Bool[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:
+    """A mask of the `count` lowest scores among these elements, of equal ones the first. Time O(elements)."""
+    mask = torch.zeros(among.shape, dtype=torch.bool, device=among.device)  # row-major, whatever `among` is
+    if count < 1:
+        return mask
+    flat = torch.where(among & ~scores.isnan(), scores, torch.inf).flatten()
+    bound = flat.kthvalue(count).values
+    chosen = mask.view(-1)
+    chosen |= flat < bound
+    chosen[(flat == bound).nonzero().flatten()[: count - int(chosen.sum())]] = True
+    return mask

@@ -1,30 +1,22 @@
-"""The weight Taylor sensor: what each single weight contributes to the loss, from w * dL/dw at every step."""
+"""The weight Taylor sensor: what each single weight contributes to the loss; readings that keep to a pattern."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar, runtime_checkable
+from functools import partial
+from typing import Any, final
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from setpoint.arguments import counts
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading, Sensor
-from setpoint.weights.find import active_of
-
-State_contra = TypeVar("State_contra", contravariant=True)
-
-
-@runtime_checkable
-class Weighing(Protocol[State_contra]):
-    """What a sensor has in addition that reads single weights."""
-
-    def scores(self, state: State_contra) -> Mapping[str, Float[Tensor, "..."]]:
-        """By tensor name, the saliency of every element; of those that are not active it means nothing."""
+from setpoint.sensor.reading import Reading, Sensor, Traits
+from setpoint.weights.find import Pattern, active_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +54,8 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
         LeCun, Denker, Solla: "Optimal Brain Damage", NIPS 1990. Theis, Korshunova, Tejani, Huszar: "Faster gaze
         prediction with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
     """
+
+    traits = Traits(single_weights=True)
 
     def __init__(self, num_samples: int, window: int = 50) -> None:
         self.num_samples, self.window = counts(num_samples=num_samples, window=window)
@@ -130,7 +124,15 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
         saliency = {group.name: scores[group.slices[0].tensor][active_of(group)] for group in groups}
         taken, skipped = (round(float(each)) for each in (state.num_steps, state.skipped_steps))
         seen = {group.name: state.steps_seen[group.slices[0].tensor] for group in groups}
-        return Reading(step, saliency, self.num_samples, num_steps=taken, skipped_steps=skipped, steps_seen=seen)
+        return Reading(
+            step,
+            saliency,
+            self.num_samples,
+            num_steps=taken,
+            skipped_steps=skipped,
+            steps_seen=seen,
+            scores=partial(self.scores, state),
+        )
 
 
 def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -149,3 +151,67 @@ def _all_finite(model: nn.Module, grad_scale: Tensor | None, like: Tensor) -> Bo
     if grad_scale is not None:
         total = total / grad_scale.to(like)
     return torch.isfinite(total)
+
+
+@final
+class Patterned(Sensor[Any]):
+    """A sensor of single weights whose readings keep to a pattern; its state is that of the inner sensor."""
+
+    def __init__(self, inner: Sensor[Any], pattern: Pattern, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._inner, self._pattern, self._shapes = inner, pattern, shapes
+        self.traits = inner.traits
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """What the inner sensor can read."""
+        return self._inner.readable(groups, model)
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> Any:
+        """The inner sensor's state."""
+        return self._inner.init(groups, model)
+
+    def update(self, state: Any, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None) -> Any:
+        """Take in one optimizer step."""
+        return self._inner.update(state, groups, model, grad_scale)
+
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """FLOPs of one update."""
+        return self._inner.flops(groups, model)
+
+    def read(self, state: Any, groups: tuple[Group, ...], step: int) -> Reading:
+        """Saliencies as the pattern has them; scores are the inner sensor's own."""
+        return patterned(self._inner.read(state, groups, step), groups, self._shapes, self._pattern)
+
+
+def patterned(
+    reading: Reading, groups: tuple[Group, ...], shapes: Mapping[str, tuple[int, ...]], pattern: Pattern
+) -> Reading:
+    """The reading with saliencies raised where the pattern, unless it is free, holds a weight back.
+
+    A tensor loses `pattern.stride` weights of each block at a time, the least salient of the block. So that the least
+    salient weights of the tensor are just these, what goes later counts as at least a hair more than all that go
+    earlier.
+    """
+    if pattern.free or not reading.finite():
+        return reading
+    return replace(
+        reading, saliency={g.name: _raised(reading.saliency[g.name], g, shapes[g.name], pattern) for g in groups}
+    )
+
+
+def _raised(
+    saliency: Float64[np.ndarray, " units"], group: Group, shape: tuple[int, ...], pattern: Pattern
+) -> Float64[np.ndarray, " units"]:
+    active = active_of(group)
+    whole = np.full(active.size, -np.inf)
+    whole[active] = saliency
+    blocks = pattern.blocks(whole.reshape(shape))
+    ranks = np.argsort(np.argsort(blocks, axis=-1, kind="stable"), axis=-1)
+    ranks -= np.isneginf(blocks).sum(-1, keepdims=True)
+    raised, floor = blocks.copy(), -np.inf
+    for stride in range(-(-pattern.block // pattern.stride)):
+        here = (ranks >= stride * pattern.stride) & (ranks < (stride + 1) * pattern.stride)
+        raised[here] = np.maximum(raised[here], floor)
+        if here.any():
+            floor = np.nextafter(raised[here].max(), np.inf)
+    result: Float64[np.ndarray, " units"] = np.moveaxis(raised, -1, 2).reshape(-1)[active]
+    return result
