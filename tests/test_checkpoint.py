@@ -20,7 +20,8 @@ import setpoint.checkpoint.model_file as checkpoint
 from actuator.hand_made import CASES, Tied, group, mlp, mlp_model, residual, some_keep, tied, train_step
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
-from setpoint.checkpoint import fit, load, save
+from setpoint.checkpoint import fit
+from setpoint.checkpoint.model_file import load, save
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups

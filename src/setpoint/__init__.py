@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from setpoint.actuator.shrink import shrink
 from setpoint.attach import attach
-from setpoint.checkpoint import load, save
-from setpoint.checkpoint.bake import bake
-from setpoint.checkpoint.resumable import resumable, shrink_to
-from setpoint.checkpoint.run_file import load_run, save_run
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget, Price, Tolerance
 from setpoint.errors import SetpointError
 from setpoint.groups.trace import find_groups
-from setpoint.integrations.checkpointing import enable_checkpointing
 from setpoint.ledger import Ledger
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
@@ -26,7 +21,12 @@ from setpoint.sensor.taylor import TaylorSensor
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from setpoint.checkpoint.bake import bake
+    from setpoint.checkpoint.model_file import load, save
+    from setpoint.checkpoint.resumable import resumable, shrink_to
+    from setpoint.checkpoint.run_file import load_run, save_run
     from setpoint.host.fsdp import unsharded
+    from setpoint.integrations.checkpointing import enable_checkpointing
     from setpoint.one_shot.compress import compress
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.states.hankel import HankelSensor
@@ -38,8 +38,16 @@ _LEAVES = {
     "HankelSensor": "setpoint.states.hankel",
     "Masking": "setpoint.weights.masking",
     "Regrowing": "setpoint.regrowth.regrowing",
+    "bake": "setpoint.checkpoint.bake",
     "compress": "setpoint.one_shot.compress",
+    "enable_checkpointing": "setpoint.integrations.checkpointing",
     "find_weights": "setpoint.weights.find",
+    "load": "setpoint.checkpoint.model_file",
+    "load_run": "setpoint.checkpoint.run_file",
+    "resumable": "setpoint.checkpoint.resumable",
+    "save": "setpoint.checkpoint.model_file",
+    "save_run": "setpoint.checkpoint.run_file",
+    "shrink_to": "setpoint.checkpoint.resumable",
 }
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 

@@ -10,9 +10,8 @@ from torch import nn
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.attached import RESUMING
-from setpoint.actuator.in_state_dict import carry_sizes
+from setpoint.actuator.in_state_dict import PENDING, carry_sizes
 from setpoint.actuator.model_shapes import was_cut
-from setpoint.checkpoint.resumable import complete, resumable
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
@@ -126,7 +125,10 @@ def attach(
     )
     if example is not None:
         check_example(example)
-        complete(host.model, example)
+        if PENDING in host.model.__dict__:  # a state without sizes was loaded, and the example tells them
+            from setpoint.checkpoint.resumable import complete
+
+            complete(host.model, example)
         loop = Loop(host)
         _begin(loop, spec, Inputs.of(example))
         _carry_sizes(host, spec)
@@ -148,11 +150,13 @@ def attach(
 
 def _carry_sizes(host: Host, spec: RunSpec) -> None:
     """Let states of model and copies carry sizes; with `resume` also take them."""
+    carry: Callable[[nn.Module], object] = carry_sizes
+    if spec.resume:
+        from setpoint.checkpoint.resumable import resumable
+
+        carry = resumable
     for module in (host.model, *host.copies):
-        if spec.resume:
-            resumable(module)
-        else:
-            carry_sizes(module)
+        carry(module)
 
 
 def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:

@@ -121,7 +121,7 @@ def compress(
 
         from torch import nn
 
-        from setpoint.checkpoint import save
+        from setpoint.checkpoint.model_file import save
         from setpoint.messages import a_type
         from setpoint.one_shot.compress import compress as cut
         from setpoint.one_shot.compress import one_budget

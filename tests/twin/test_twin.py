@@ -17,7 +17,7 @@ from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import take
-from setpoint.checkpoint import load, save
+from setpoint.checkpoint.model_file import load, save
 from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups
 

@@ -22,6 +22,8 @@ KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""
 FORMAT = 1
 """Version of their form, described in docs/checkpoint-format.md."""
+PENDING = "_setpoint_pending"
+"""Attribute of a model that was loaded without some sizes of its code: a hook that finds them in the first forward."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.in_state_dict import KEY
+from setpoint.actuator.in_state_dict import KEY, PENDING
 from setpoint.actuator.model_shapes import RECORD
 from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.errors import CheckpointError
@@ -38,7 +38,7 @@ class PathError(RuntimeError):
 
 
 '''
-_RECORDS = (RECORD, "_setpoint_pending")
+_RECORDS = (RECORD, PENDING)
 
 
 def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -> nn.Module:

@@ -72,19 +72,12 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
     Tensors without a counterpart there go to the device; `where` names the value in messages.
 
     Raises:
-        CheckpointError: when it has other types or shapes.
+        CheckpointError: when it lacks something, or has arrays or tensors of other shapes or dtypes.
     """
     if is_dataclass(like) and not isinstance(like, type):
         names = {each.name for each in fields(like) if not each.metadata.get("live")}
         if not isinstance(value, dict) or set(value) != names:
             raise CheckpointError(f"{where} is not the state of {a_type(like)}, got {_kind(value)}")
-        for each in fields(like):
-            if (
-                each.name in names
-                and value[each.name] is None
-                and not _may_be_none(each.type, getattr(like, each.name))
-            ):
-                raise CheckpointError(f"{where}.{each.name} must be {_kind(getattr(like, each.name))}, got None")
         found = {name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in sorted(names)}
         return replace(like, **found)
     if isinstance(like, np.ndarray):
@@ -111,20 +104,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
             raise CheckpointError(f"{where} must be {like!r:.200}: the state is of another model")
         pairs = enumerate(zip(value, like, strict=True))
         return tuple(restored(each, other, f"{where}[{number}]", device) for number, (each, other) in pairs)
-    kinds = ((bool, bool), ((int, float), (int, float)), (str, str))
-    expected = next((kind for own, kind in kinds if isinstance(like, own)), None)
-    if expected is not None and value is not None and not (isinstance(value, expected) and _alike(value, like)):
-        raise CheckpointError(f"{where} must be {_kind(like)}, got {_kind(value)}")
     return _bare(value, device)
-
-
-def _may_be_none(declared: Any, like: Any) -> bool:
-    """Whether a field may be None: what is a number at the beginning is not always declared as one."""
-    return like is None or "None" in str(declared) or "Any" in str(declared)
-
-
-def _alike(value: Any, like: Any) -> bool:
-    return isinstance(value, bool) == isinstance(like, bool)  # True is an int to Python, and no count
 
 
 def _bare(value: Any, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.attached import check_loads
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.in_state_dict import KEY, Hooks, StateSizes, carry_sizes
+from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes
 from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import fit, not_made
@@ -28,7 +28,6 @@ from setpoint.groups.example import Example, example_of
 from setpoint.groups.model_copy import copy_of
 from setpoint.groups.sizes_in_code.place import is_call
 
-_PENDING = "_setpoint_pending"
 _under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
 """What puts a model back whose load is under way, what that has found wrong, and whether names must match."""
 
@@ -138,10 +137,10 @@ def _fit_to(
     for tensor in [each for each, shape in before.items() if each.shape == shape]:
         undo.callback(tensor.copy_, tensor.detach().clone())
     if load.unsure:
-        handle = module.__dict__[_PENDING] = module.register_forward_pre_hook(
+        handle = module.__dict__[PENDING] = module.register_forward_pre_hook(
             _ahead_of_first, with_kwargs=True, prepend=True
         )
-        undo.callback(module.__dict__.pop, _PENDING, None)
+        undo.callback(module.__dict__.pop, PENDING, None)
         undo.callback(handle.remove)
     frame: FrameType | None = sys._getframe()
     while frame is not None and not _is_load(frame):
@@ -276,10 +275,8 @@ def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def complete(module: nn.Module, example: Example) -> None:
-    """Find out the sizes that a load has left open, if there are any, by inputs of the module."""
-    if _PENDING not in module.__dict__:
-        return
-    module.__dict__.pop(_PENDING).remove()
+    """Find out the sizes that a load has left open, by inputs of the module."""
+    module.__dict__.pop(PENDING).remove()
     dense = ModelShapes.of(module).full(module)
     now = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     load = _Load({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {}, None)
