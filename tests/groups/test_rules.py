@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import setpoint.groups.rules  # noqa: F401
 from setpoint.actuator.verify import failing_groups
+from setpoint.groups.graph import _run
 from setpoint.groups.product import solve
-from setpoint.groups.trace import _run, find_groups, trace
+from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.walk import Value, Walk, rule, rule_for
 
 

@@ -55,27 +55,6 @@ def users_question(graph: fx.Graph) -> tuple[fx.Node, str] | None:
     return None
 
 
-# PyTorch has no public name for these; 2.10 has the first two. Later releases have the others, and warn of the first.
-_VALUES = ("var_to_val", "unbacked_var_to_val", "backed_var_to_val", "real_tensor_prop_unbacked_vals")
-
-
-def known(value: Any) -> Any:
-    """A number of a graph, by the example's data where that decides on it."""
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value
-    node: Any = value.node
-    tables = [vars(node.shape_env).get(name, {}) for name in _VALUES]
-    answer = node.expr.xreplace({symbol: number for table in tables for symbol, number in table.items()})
-    if getattr(answer, "free_symbols", None):
-        return value
-    return node.pytype(answer)
-
-
-def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of a tensor of a graph, by the example's data where that decides on it."""
-    return torch.Size([int(known(size)) for size in tensor.shape])
-
-
 def is_library(file: str) -> bool:
     """Whether a file is of an installed package, so that it is not the user's to change."""
     path = Path(file)

@@ -19,7 +19,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
-from setpoint.groups.data_dependent import TORCH_FOLDER, following_data, is_code, is_library, known, users_question
+from setpoint.groups.data_dependent import TORCH_FOLDER, following_data, is_code, is_library, users_question
 from setpoint.groups.example import Example, check_device, inputs_of, tensors_of
 from setpoint.groups.model_copy import copy_of, has_users_hooks, untouched_attributes, without_users_hooks
 from setpoint.groups.partial import PartialForward, draw_for, marked_functions, modules_of_same_code, with_opaque
@@ -308,6 +308,27 @@ def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
                     "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to "
                     "a batched product over experts",
                 )
+
+
+# PyTorch has no public name for these; 2.10 has the first two. Later releases have the others, and warn of the first.
+_VALUES = ("var_to_val", "unbacked_var_to_val", "backed_var_to_val", "real_tensor_prop_unbacked_vals")
+
+
+def known(value: Any) -> Any:
+    """A number of a graph, by the example's data where that decides on it."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    node: Any = value.node
+    tables = [vars(node.shape_env).get(name, {}) for name in _VALUES]
+    answer = node.expr.xreplace({symbol: number for table in tables for symbol, number in table.items()})
+    if getattr(answer, "free_symbols", None):
+        return value
+    return node.pytype(answer)
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a tensor of a graph, by the example's data where that decides on it."""
+    return torch.Size([int(known(size)) for size in tensor.shape])
 
 
 def _check_runs(model: nn.Module, example: Example) -> None:

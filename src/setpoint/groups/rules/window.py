@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import DimLabels, Rule, Value, Walk, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
 
 aten = torch.ops.aten
 
@@ -45,38 +45,27 @@ def _col2im(
     return (*x.labels[:-2], own, None, None)
 
 
-def _slides(num_spatial: int) -> Rule:
+def _windows(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Windows over the last dims: units along those freeze, the others pass."""
-
-    def function(walk: Walk, out: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
-        for spatial in x.labels[x.ndim - num_spatial :]:
-            walk.freeze(spatial, "a window slides over this dim")
-        labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
-        return tuple(labels for _ in out) if isinstance(out, tuple) else labels
-
-    return function
+    # "max_pool2d" slides over two dims.
+    num_spatial = next(int(letter) for letter in op_name(walk.node.target) if letter.isdigit())  # type: ignore[union-attr]
+    for spatial in x.labels[x.ndim - num_spatial :]:
+        walk.freeze(spatial, "a window slides over this dim")
+    labels = (*x.labels[: x.ndim - num_spatial], *(None,) * num_spatial)
+    return tuple(labels for _ in out) if isinstance(out, tuple) else labels
 
 
-def _register_windows() -> None:
-    names = {
-        1: "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices lp_pool1d",
-        2: "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices",
-        3: "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices",
-    }
-    upsample = {
-        1: "upsample_nearest1d upsample_linear1d",
-        2: "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
-        3: "upsample_nearest3d upsample_trilinear3d",
-    }
-    for table in (names, upsample):
-        for num_spatial, packed in table.items():
-            for name in packed.split():
-                packet = getattr(aten, name, None)
-                if packet is None:
-                    continue
-                overloads = (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
-                rule(*overloads)(_slides(num_spatial))
-
-
-_register_windows()
+_POOLINGS = (
+    "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices lp_pool1d "
+    "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices "
+    "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices"
+)
+_RESIZINGS = (
+    "upsample_nearest1d upsample_linear1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
+    "_upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_nearest3d upsample_trilinear3d "
+    "reflection_pad2d replication_pad2d"
+)
+for _name in (*_POOLINGS.split(), *_RESIZINGS.split()):
+    if hasattr(aten, _name):  # a release of torch may lack one
+        _packet = getattr(aten, _name)
+        rule(*(getattr(_packet, overload) for overload in _packet.overloads() if "out" not in overload))(_windows)
