@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from setpoint.weights.masking import Masking
 
 _LEAVES = {
-    "unsharded": "setpoint.host.fsdp",
     "HankelSensor": "setpoint.states.hankel",
     "Masking": "setpoint.weights.masking",
     "Regrowing": "setpoint.regrowth.regrowing",
@@ -48,6 +47,7 @@ _LEAVES = {
     "save": "setpoint.checkpoint.model_file",
     "save_run": "setpoint.checkpoint.run_file",
     "shrink_to": "setpoint.checkpoint.resumable",
+    "unsharded": "setpoint.host.fsdp",
 }
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 

@@ -405,17 +405,6 @@ def test_no_step_is_made_where_the_bill_is_spent(tmp_path: Path, example: Any) -
     assert all(torch.equal(value, saved["state_dict"][name]) for name, value in model.state_dict().items())
 
 
-def test_without_the_steps_of_the_dense_run_the_bill_is_one_of_max_steps(tmp_path: Path) -> None:
-    """Claim: such a run ends at `max_steps`, and the warning says what uses the bill up."""
-    callback = SetpointCallback({"flops": "50%", "flops/run": "100%"})
-    said = r"of the bill is unused.*SetpointCallback\(\.\.\., total_steps=N\), N dense steps, and a larger max_steps"
-    with pytest.warns(UserWarning, match=said):
-        trainer(tmp_path, callback).fit(Classifier(), data(), data())
-    summary = callback.summary
-    assert summary is not None and summary.steps == STEPS < summary.total_steps
-    assert summary.limit_run["flops"] == pytest.approx(STEPS * summary.dense_flops)
-
-
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     """Claim: given twice, of unknown length, or watching what nobody logs: an error that says so."""
     with pytest.raises(LoopError, match="to the Trainer twice"):

@@ -21,8 +21,6 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -454,23 +452,6 @@ def test_the_share_of_the_teacher_is_the_same_under_accumulation(kind: str, tmp_
     assert parts[0.0, 4] / parts[0.0, 1] == pytest.approx(0.25 if kind == "gpt2" else 1.0, rel=1e-4)
 
 
-def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
-    """Claim: with enough steps it ends with its bill, within it, after as many steps as were planned."""
-    tokens = torch.stack([Tokens()[number]["input_ids"] for number in range(2)])
-    callback = SetpointCallback(
-        {"flops": "50%", "flops/run": "100%"}, verify=False, example={"input_ids": tokens}, total_steps=20
-    )
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=200, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
-        use_cpu=True, save_strategy="no",
-    )  # fmt: skip
-    Trainer(build("gpt2"), arguments, train_dataset=Tokens(), callbacks=[callback]).train()
-    summary, loop = callback.summary, callback.loop
-    assert summary is not None and loop is not None and summary.budget_met
-    assert 20 < summary.steps == loop.total_steps < 200
-    assert 0.9 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
-
-
 @pytest.mark.parametrize(("save", "when"), [("steps", "steps"), ("epoch", "epoch"), ("best", "steps")])
 def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(save: str, when: str, tmp_path: Path) -> None:
     """Claim: the last checkpoint is of the last step, as with `max_steps`, and no run goes on from it.
@@ -500,16 +481,6 @@ def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(save: str, when
     with pytest.raises(LoopError, match="has spent its bill: nothing is left to train"):
         again.train(resume_from_checkpoint=str(last))
     assert again.state.global_step == summary.steps
-
-
-def test_a_first_step_that_is_skipped_ends_nothing() -> None:
-    """Claim: where a scaler of gradients skips the first steps, the loop has not begun, and training goes on."""
-    model, callback, control = build("llama"), SetpointCallback(0.5), TrainerControl()
-    optimizer = torch.optim.AdamW(model.parameters())
-    callback.loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS)
-    callback.on_step_end(None, TrainerState(global_step=1, max_steps=STEPS), control)
-    assert callback.loop.step == 0 and not control.should_training_stop
-    callback.loop.detach()
 
 
 def test_a_teacher_by_default_is_the_model_as_it_came(tmp_path: Path) -> None:

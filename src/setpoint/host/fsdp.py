@@ -37,7 +37,7 @@ class Piece:
 
 
 def states_of(model: nn.Module) -> list[Any]:
-    """FSDP's state of each module, or list of modules, that `fully_shard` was called on; each once."""
+    """FSDP's state of every module, or list of modules, that `fully_shard` was called on, without repeats."""
     states = [module._get_fsdp_state() for module in model.modules() if is_sharded(module)]  # type: ignore[operator]
     return list({id(state): state for state in states}.values())
 
@@ -63,8 +63,10 @@ def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any
 
 def groups_of(state: Any) -> list[Any]:
     """What FSDP communicates together, of one state."""
-    several = getattr(state, "_fsdp_param_groups", None)
-    return list(several) if several is not None else [each for each in [state._fsdp_param_group] if each]
+    several = getattr(state, "_fsdp_param_groups", None)  # of newer versions of PyTorch
+    if several is None:
+        return [state._fsdp_param_group] if state._fsdp_param_group else []
+    return list(several)
 
 
 def pieces_of(model: nn.Module) -> list[Piece]:
@@ -79,20 +81,20 @@ def pieces_of(model: nn.Module) -> list[Piece]:
 
 def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
     """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
-    sharded = {id(each.parameter) for each in pieces}
+    known = {id(piece.parameter) for piece in pieces}
     # Between a forward and a backward pass modules have the unsharded form of a piece.
-    unsharded = {id(getattr(each.fsdp, "_unsharded_param", None)) for each in pieces}
-    stray = [name for name, each in model.named_parameters() if id(each) not in sharded | unsharded]
-    found = [each.fsdp for each in pieces]
-    meshes = [each.mesh_info.mesh for each in found]
+    known |= {id(getattr(piece.fsdp, "_unsharded_param", None)) for piece in pieces}
+    stray = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+    kept = [piece.fsdp for piece in pieces]
+    meshes = [fsdp.mesh_info.mesh for fsdp in kept]
     trouble = {
         f"{stray[0] if stray else ''} outside of it (call fully_shard on the whole model too)": bool(stray),
         "a mesh of several dims": any(mesh.ndim > 1 for mesh in meshes),
         "several meshes": len({id(mesh.get_group()) for mesh in meshes if mesh.ndim == 1}) > 1,
-        "a shard_placement_fn that does not split the first dim": any(each.fsdp_placement.dim != 0 for each in found),
-        "parameters that are DTensors already": any(each.is_dtensor for each in found),
-        "an offload_policy": any(each.offload_to_cpu for each in found),
-        "parameters without data": any(each.parameter.is_meta for each in pieces),
+        "a shard_placement_fn that does not split the first dim": any(fsdp.fsdp_placement.dim != 0 for fsdp in kept),
+        "parameters that are DTensors already": any(fsdp.is_dtensor for fsdp in kept),
+        "an offload_policy": any(fsdp.offload_to_cpu for fsdp in kept),
+        "parameters without data": any(piece.parameter.is_meta for piece in pieces),
     }
     names = [name for name, there in trouble.items() if there]
     if names:
@@ -115,10 +117,9 @@ class FSDP(Local):
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
         super().__init__(model, optimizers, copies, compiled=compiled)
-        found = [piece for module in (model, *self.copies) for piece in pieces_of(module)]
-        check_pieces(model, found)
-        self.mesh = found[0].fsdp.mesh_info.mesh
-        self._device = found[0].fsdp.device
+        pieces = [piece for module in (model, *self.copies) for piece in pieces_of(module)]
+        check_pieces(model, pieces)
+        self.mesh, self._device = pieces[0].fsdp.mesh_info.mesh, pieces[0].fsdp.device
 
     @property
     def ranks(self) -> Ranks:
@@ -147,27 +148,32 @@ class FSDP(Local):
         everything is as before, to the last bit.
         """
         pieces = _Unsharded(self._pieces(names), self.optimizers)
-        kept: list[Callable[[], None]] = []
+        take_effect: Callable[[], None] | None = None
 
         def reshard() -> None:
-            take_effect = pieces.reshard()
+            nonlocal take_effect
+            ready = pieces.reshard()
             agreed()
-            kept[:] = [take_effect]
+            take_effect = ready
 
         try:
             with pieces.shown():
                 yield reshard
         finally:
-            for take_effect in kept:
+            # Only here: the modules have their sharded parameters back, which `take_effect` gives new contents.
+            if take_effect is not None:
                 take_effect()
 
     def _pieces(self, names: Collection[str] | None) -> list[Piece]:
-        found = []
-        for number, module in enumerate((self.model, *self.copies)):
+        pieces = []
+        for module in (self.model, *self.copies):
             _reshard(module)
-            wanted = None if names is None else _named(module, names, copied=number > 0)
-            found += [each for each in pieces_of(module) if wanted is None or id(each.parameter) in wanted]
-        return found
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            # A copy may hold the model as its `module`.
+            asked = parameters if names is None else [prefix + name for name in names for prefix in ("", "module.")]
+            wanted = {id(parameters[name]) for name in asked if name in parameters}
+            pieces += [piece for piece in pieces_of(module) if id(piece.parameter) in wanted]
+        return pieces
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -201,12 +207,6 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def _named(module: nn.Module, names: Collection[str], copied: bool) -> set[int]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    prefixes = ("", "module.") if copied else ("",)
-    return {id(parameters[p + name]) for name in names for p in prefixes if p + name in parameters}
-
-
 class _Unsharded:
     """Parameters and their optimizer state, gathered from all ranks."""
 
@@ -233,7 +233,7 @@ class _Unsharded:
                     optimizer.state[self.plain[number]] = state
                 for settings in optimizer.param_groups:
                     undo.callback(settings.__setitem__, "params", settings["params"])
-                    settings["params"] = [instead.get(id(each), each) for each in settings["params"]]
+                    settings["params"] = [instead.get(id(parameter), parameter) for parameter in settings["params"]]
             yield
 
     def reshard(self) -> Callable[[], None]:
@@ -275,8 +275,9 @@ def _mapped(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    found = unsharded_tensor(tensor.detach())
-    return found.clone() if found.data_ptr() == local(tensor.detach()).data_ptr() else found
+    unsharded = unsharded_tensor(tensor.detach())
+    # On one rank `full_tensor` gives the shard itself, which a plain copy must not share memory with.
+    return unsharded.clone() if unsharded.data_ptr() == local(tensor.detach()).data_ptr() else unsharded
 
 
 def _sharded_anew(piece: Piece, plain: nn.Parameter) -> Any:
@@ -325,10 +326,10 @@ def _plain(model: nn.Module, undo: ExitStack) -> None:
             handles += group._module_to_pre_save_state_dict_hook_handle.values()
             handles += group._module_to_pre_load_state_dict_hook_handle.values()
         for handle in handles:
-            for each in getattr(handle, "handles", (handle,)):
-                hooks = each.hooks_dict_ref()
+            for single in getattr(handle, "handles", (handle,)):
+                hooks = single.hooks_dict_ref()
                 undo.callback(_restore, hooks, dict(hooks))
-                hooks.pop(each.id, None)
+                hooks.pop(single.id, None)
     marks = (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params")
     for module in model.modules():
         for mark in [mark for mark in marks if mark in module.__dict__]:

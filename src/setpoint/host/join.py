@@ -1,4 +1,4 @@
-"""Joining: ranks that have run out of batches inside `DistributedDataParallel.join()`, and go along with the others."""
+"""Joining: ranks inside `DistributedDataParallel.join()` that have run out of batches before the others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from setpoint.errors import LoopError
 class Joining:
     """Lets the ranks of a wrapper know, inside `join()`, whether all of them are there.
 
-    Inside, each backward pass whose gradients are averaged ends with one small all-reduce, in which those that make it
-    say so; ranks that have run out of batches shadow it, as they shadow the wrapper's own. After a step whose last pass
-    not all have made nothing is decided: what is due waits until all are back. Nor is anything decided after a step of
-    fewer passes than usual, since a rank may make a short one with its last batches while others go on gathering
-    gradients. When the context ends, which may be after the loop does, ranks that made fewer steps count those that
-    they have missed, and PyTorch broadcasts the weights of the rank that ran longest.
+    Inside, a backward pass whose gradients are averaged ends with one small all-reduce that counts the ranks which made
+    it; ranks that have run out of batches shadow it, as they shadow the wrapper's own. If not all ranks made the last
+    pass of a step, no decision follows: it waits until all are back. Nor does one follow a step of fewer passes than
+    usual, since a rank may make a short one with its last batches while others still gather gradients. When the context
+    ends, which may be after the loop does, ranks that made fewer steps count those that they have missed, and PyTorch
+    broadcasts the weights of the rank that ran longest.
     """
 
     def __init__(self, wrapper: Any, ranks: Ranks, steps: Callable[[], int], missed: Callable[[], None]) -> None:
@@ -106,12 +106,13 @@ class Joining:
             nonlocal queued
             if not queued:
                 queued = True
+                # A callback of the engine runs when the whole backward pass is over; a hook runs when it begins.
                 engine: Any = torch.autograd.Variable._execution_engine
                 engine.queue_callback(self._passed)
 
-        for each in pytree.tree_leaves(output):
-            if isinstance(each, Tensor) and each.requires_grad:
-                each.register_hook(begun)  # type: ignore[no-untyped-call]
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(begun)  # type: ignore[no-untyped-call]
 
     def _passed(self) -> None:
         """At the end of a backward pass: who else has made it?"""

@@ -29,13 +29,13 @@ def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
     """
     one = isinstance(given, Optimizer) or not isinstance(given, Iterable)
     found = tuple(dict.fromkeys(map(real_optimizer, (given,) if one else given)))
-    if not found or not all(isinstance(each, Optimizer) for each in found):
+    if not found or not all(isinstance(optimizer, Optimizer) for optimizer in found):
         raise OptimizerError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one (the one inside, where "
             f"a class of your own wraps it); got {given!r:.200}"
         )
-    for each in found:
-        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(each).__mro__):
+    for optimizer in found:
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise OptimizerError(
                 "ZeroRedundancyOptimizer keeps its state in parts on several ranks, which this version cannot cut: "
                 "use the optimizer itself"
@@ -55,7 +55,7 @@ def real_optimizer(part: Any) -> Any:
             return part
         name = type(part).__name__
         if len(inside) > 1:
-            kinds = ", ".join(type(each).__name__ for each in inside)
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in inside)
             raise OptimizerError(f"{name} holds several optimizers ({kinds}): give attach these, in place of it")
         (real,) = inside
         if getattr(part, "state", real.state) is not real.state:
@@ -73,6 +73,7 @@ def _held(part: Any) -> Sequence[Optimizer]:
         return ()
     found: dict[int, Optimizer] = {}
     for value in getattr(part, "__dict__", {}).values():
+        # A plain dict only: an optimizer's own state is a defaultdict, keyed by parameters.
         several = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else (value,)
-        found |= {id(each): each for each in several if isinstance(each, Optimizer) and each is not part}
+        found |= {id(inner): inner for inner in several if isinstance(inner, Optimizer) and inner is not part}
     return tuple(found.values())
