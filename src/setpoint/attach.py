@@ -143,7 +143,7 @@ def attach(
     loop = Loop(host)
     loop.wait(first)
     RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
-    if resume and host.wrapper and model is not host.model:
+    if resume and host.wrapped and model is not host.model:
         loop.stand_by(FollowLoads(host, model))
     return loop
 
@@ -213,7 +213,7 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
 
     assert spec.masking is not None
     pattern = spec.masking.pattern
-    if host.wrapper:
+    if host.wrapped:
         raise LoopError(
             "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
             "train in one process, or leave the actuator to attach, which cuts whole units"
@@ -249,7 +249,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
     if host.mesh is not None:
         check_reads(sensor)
-    sensor = sensor if host.alone else sensor.over(host.ranks)
+    sensor = sensor if host.single_process else sensor.over(host.ranks)
     lossy, verify = spec.allow_lossy, spec.verify
     found = unit_candidates(host, traced, example, sensor, some, allow_lossy=lossy, verify=verify)
     found = even.complete(found, host.model) if even else found
@@ -299,7 +299,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
 def _usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:
     """Taylor for units; states have sensors of their own."""
     samples = inputs.samples * host.ranks.count
-    if host.alone and any(group.kind == "state" for group in groups):
+    if host.single_process and any(group.kind == "state" for group in groups):
         from setpoint.sensor.chain import SensorChain
         from setpoint.states.hankel import HankelSensor
         from setpoint.states.selective import SelectiveSensor

@@ -1,4 +1,4 @@
-"""The ranks that train one model together: mean and sum over them, what each has to say, and which part each has."""
+"""The ranks that train one model together: mean, sum and messages over them, and the shard that each one has."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ class Ranks:
         Args:
             length: how many there are.
         """
-        each = -(-length // self.count)
-        first = self.own * each
-        return slice(min(first, length), min(first + each, length))
+        per_rank = -(-length // self.count)
+        first = self.own * per_rank
+        return slice(min(first, length), min(first + per_rank, length))
 
     def joined(self, part: Tensor, length: int) -> Tensor:
         """All entries of which each rank has its `part`, by one all-gather; on the device of the part.
@@ -153,32 +153,32 @@ def plain_kind(module: nn.Module) -> type[nn.Module]:
 
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor lies on several ranks in parts: a DTensor."""
+    """Whether a tensor is sharded over ranks: a DTensor."""
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that lies on several, without a copy; any other tensor as it is."""
+    """This rank's shard of a tensor, without a copy; any other tensor as it is."""
     return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def unsharded_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that lies on several ranks, of which each must ask; any other tensor as it is."""
+    """All of a sharded tensor, a collective call; any other tensor as it is."""
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def rows(tensor: Tensor) -> slice:
-    """Which entries of the first dim this rank's part of a tensor has."""
+    """Which entries of the first dim this rank's shard of a tensor has."""
     if is_sharded_tensor(tensor):
         return Ranks(tensor.device_mesh.get_group()).part(tensor.shape[0])  # type: ignore[attr-defined]
     return slice(0, tensor.shape[0] if tensor.dim() else 1)
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
-    """The ranks over which the first of these tensors that is spread lies; this process alone where none is."""
-    for each in tensors:
-        if is_sharded_tensor(each):
-            return Ranks(each.device_mesh.get_group(), local(each.detach()).device)  # type: ignore[attr-defined]
+    """The ranks that the first sharded one of these tensors lies on; this process where none is sharded."""
+    for tensor in tensors:
+        if is_sharded_tensor(tensor):
+            return Ranks(tensor.device_mesh.get_group(), local(tensor.detach()).device)  # type: ignore[attr-defined]
     return Ranks()
 
 

@@ -158,7 +158,7 @@ def run_spec(
         resume=bool(resume),
         method=method,
     )
-    if not host.alone:
+    if not host.single_process:
         check_shared_costs({goal.resource for goal in spec.goals})
     return spec
 

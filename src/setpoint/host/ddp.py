@@ -29,7 +29,7 @@ class DDP(Local):
         LoopError: for a wrapper that cannot follow a change of sizes.
     """
 
-    wrapper = "DistributedDataParallel"
+    wrapped = True
 
     def __init__(
         self,

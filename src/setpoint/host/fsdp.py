@@ -111,7 +111,7 @@ class FSDP(Local):
         LoopError: naming what cannot follow a change of sizes.
     """
 
-    wrapper = "fully_shard"
+    wrapped = True
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
@@ -127,7 +127,7 @@ class FSDP(Local):
         return Ranks(self.mesh.get_group(), self._device)
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         """Not even a single rank has plain tensors."""
         return False
 

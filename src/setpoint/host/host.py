@@ -31,8 +31,8 @@ class Host(Protocol):
     """Those that really step."""
     averages: Copies
     """Whose copies are cut like the model: averaged ones, mostly."""
-    wrapper: str
-    """What is around the model, for messages; empty in one process."""
+    wrapped: bool
+    """Whether `DistributedDataParallel` is around the model, or `fully_shard` in it."""
     compiled: bool
     """Whether any of it was compiled when it was given; code may be compiled later, or around it, too."""
     mesh: Any
@@ -51,7 +51,7 @@ class Host(Protocol):
         """Where the model is."""
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         """Whether one process has all of the model and its gradients."""
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
@@ -105,8 +105,7 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
     """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
 
     Raises:
-        LoopError: for what is no module, for any other wrapper for several devices, and for a model that is wrapped,
-            but not given with its wrapper.
+        LoopError: for what is no module, and for any other wrapper for several devices.
         GroupError: for copies that are none.
         OptimizerError: for what is no optimizer, and for one that cannot follow a cut.
     """

@@ -26,7 +26,7 @@ Agreed = Callable[[], None]
 class Local:
     """A `Host` of one process: the model, and what is to follow when its sizes change."""
 
-    wrapper: str = ""
+    wrapped: bool = False
     mesh: Any = None
 
     def __init__(
@@ -50,7 +50,7 @@ class Local:
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         return self.ranks.count == 1
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
@@ -83,7 +83,7 @@ class Local:
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
         self._widths, self._priced = DynamicWidths(groups), Trained(self.model)
-        if not self.wrapper:
+        if not self.wrapped:
             self._stop_watching = watch_for_wrapper(self.model)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:

@@ -122,7 +122,7 @@ def unit_candidates(
 def _select(
     host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
-    model, alone = host.model, host.alone
+    model = host.model
     frozen = {each.place: each.reason for each in found.frozen}
     chosen = found.groups if wanted is None else tuple(wanted)
     widths = widths_of(found.groups)
@@ -138,7 +138,7 @@ def _select(
     for group in chosen:
         if {place.tensor for place in group.slices} <= adapters:
             frozen[group.name] = "the rank of an adapter stays as it is (give it in groups=... to prune it)"
-        elif group.kind == "state" and not alone:
+        elif group.kind == "state" and not host.single_process:
             why = "states are not cut on several ranks in this version: each would balance them by itself"
             frozen[group.name] = why
         elif not group.lossless and not allow_lossy:
