@@ -25,9 +25,10 @@ from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, settle
+from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, Inputs
-from setpoint.loop.loop import Loop, Parts
+from setpoint.loop.loop import Loop
 from setpoint.loop.record import header_of
 from setpoint.loop.resume import check_optimizers
 from setpoint.progress import progress
