@@ -14,10 +14,10 @@ from torch import nn
 
 from setpoint.groups.group import Group
 from setpoint.groups.trace import Trace, trace
-from setpoint.report.target import timm_model
 from setpoint_bench import coverage
 from setpoint_bench.coverage import Verdict, check
 from setpoint_bench.sweep import suite_named
+from setpoint_bench.zoo import timm_model
 
 SLICES = {
     "torchvision": ("resnet18", "squeezenet1_1"),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 """Exit codes: runs of a benchmark failed; the command cannot be done as given; Ctrl-C."""
 GROUP = "setpoint.commands"
-"""Its entry point `commands` is the module of setpoint-bench with `add_commands(app)` and `report_folder(...)`."""
+"""Its entry point `commands` is a module of setpoint-bench: `add_commands`, `report_folder` and `named_model`."""
 LEDGER = "run.jsonl"
 RESULT_FILES = ("results.jsonl", "timing.jsonl", "results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
 """Files of a results folder that are no ledgers."""
@@ -61,7 +61,7 @@ def out_option(otherwise: str) -> Any:
 def inspect(
     target: Annotated[
         str,
-        typer.Argument(help="A model of torchvision, timm or transformers, or module.py:function.", metavar="MODEL"),
+        typer.Argument(help="module.py:function; with setpoint-bench also a name of a library.", metavar="MODEL"),
     ],
     input: Annotated[
         str | None, typer.Option("--input", help="Shape of the example, with commas; by default the model's usual.")
@@ -77,11 +77,12 @@ def inspect(
 
         from setpoint.report.inspection import inspect_model
         from setpoint.report.inspection_views import inspection_lines, inspection_tree, write_inspection
-        from setpoint.report.target import load_target
+        from setpoint.report.target import load_target, names_a_file
 
         check_folder(out)
         shape = None if input is None else tuple(numbers(input, "--input", int))
-        model, example = load_target(target, shape)
+        load = load_target if names_a_file(target) else _of_bench(f"inspect {target}").named_model
+        model, example = load(target, shape)
         found = inspect_model(target, model, example, verify=verify)
         if verify and not found.verified:
             print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)

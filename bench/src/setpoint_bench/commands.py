@@ -145,6 +145,13 @@ def add_commands(app: typer.Typer) -> None:
     app.command("list", epilog=examples(*lists))(list_names)
 
 
+def named_model(name: str, shape: tuple[int, ...] | None) -> Any:
+    """A model of torchvision, timm or transformers and an example, for `setpoint inspect`."""
+    from setpoint_bench.zoo import named_model as made
+
+    return made(name, shape)
+
+
 def list_tasks() -> dict[str, str]:
     """The tasks, by name, and what each is in one line."""
     from setpoint_bench.catalogue import tasks
@@ -162,7 +169,7 @@ def list_methods() -> dict[str, str]:
 
 def list_models() -> dict[str, str]:
     """Models of the libraries that are installed, as `library:name`."""
-    from setpoint.report.target import LIBRARIES, library_names
+    from setpoint_bench.zoo import LIBRARIES, library_names
 
     found: dict[str, str] = {}
     for library in LIBRARIES:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from setpoint.messages import did_you_mean
-from setpoint.report.target import library_names
 from setpoint_bench.coverage import SEED, Build, Verdict, check
 from setpoint_bench.environment import machine, package_version
 from setpoint_bench.task import BenchError
+from setpoint_bench.zoo import library_names
 
 SUITES = ("torchvision", "timm", "transformers", "plain")
 """Families that can be swept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +66,6 @@ class Inspection:
     Args:
         prunable_params_share: share of the parameters that lie along a unit of a group that may be pruned.
         cheapest_flops, cheapest_params: both with every group that may be pruned cut to its fewest units.
-        parts: every parameter once, by tensor and group.
     """
 
     model: str
@@ -79,7 +78,6 @@ class Inspection:
     cheapest_flops: float
     cheapest_params: int
     frozen: tuple[Frozen, ...]
-    parts: tuple[Part, ...]
 
 
 def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool = True) -> Inspection:
@@ -133,7 +131,6 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
         cheapest_flops=flops.total(fewest),
         cheapest_params=int(params.total(fewest)),
         frozen=found.frozen,
-        parts=parts(model, found.groups, [name for name, why in whole.items() if why]),
     )
 
 
@@ -142,17 +139,13 @@ def _each(group: Group) -> int:
     return 1 if written is None else int((written.index >= 0).sum()) // group.num_units
 
 
-def parts(model: nn.Module, groups: Sequence[Group], whole: Collection[str] = ()) -> tuple[Part, ...]:
-    """Divide the parameters among the groups.
-
-    An entry that lies along units of several groups counts for one that may be pruned, and among these for the one
-    that writes it. `whole` names the groups that are not pruned.
-    """
+def parts(model: nn.Module, groups: Sequence[Group]) -> tuple[Part, ...]:
+    """Divide the parameters among the groups; an entry along units of several counts for the one that writes it."""
     places = _places(model, groups)
     found: dict[tuple[str, str], float] = {}
     for name, parameter in model.named_parameters():
         free = [np.ones(length, dtype=bool) for length in parameter.shape]
-        for group, place in sorted(places.get(name, ()), key=lambda it: (it[0] in whole, it[1].role == "consume")):
+        for group, place in sorted(places.get(name, ()), key=lambda it: it[1].role == "consume"):
             assert place.dim is not None, "places have a dim"
             mine = free[place.dim] & (place.index >= 0)
             others = math.prod(int(each.sum()) for dim, each in enumerate(free) if dim != place.dim)

@@ -1,7 +1,8 @@
-"""An inspection for readers: seven lines, a tree, and a page; groups that differ only in their numbers are one row."""
+"""An inspection for readers: seven lines and a tree, in a terminal or on a page."""
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import Counter
@@ -10,27 +11,20 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from rich.console import Console
 from rich.markup import escape as plain
 from rich.tree import Tree
 
 from setpoint.messages import counted
-from setpoint.report.drawing import BLUE, FAINT, ORANGE, ink
 from setpoint.report.inspection import GroupReport, Inspection
-from setpoint.report.numbers import NOTHING, human, percent, share
-from setpoint.report.page import document, html_table, pair, save, tabled
+from setpoint.report.numbers import human, percent, share
+from setpoint.report.page import document, save
 
-MOST_ROWS = 24
-"""How many modules have a row each; of more, those that hold them have."""
-KINDS = {
-    BLUE: "of units that may be pruned",
-    ORANGE: "of units that are not pruned",
-    FAINT: "of no unit: always stays",
-}
 ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
 """What a tensor does with its units, in words."""
 _WIDTH = 80
 """Columns of the line of the most FLOPs, as far as names let it fit."""
-_MOST_REASONS, _MOST_PLACES, _MOST_LETTERS = 3, 8, 110
+_MOST_REASONS, _MOST_PLACES = 3, 8
 _NUMBER = re.compile(r"\d+")
 
 
@@ -191,8 +185,9 @@ def _most_frequent(what: str, reasons: Iterable[str]) -> str:
 # The tree.
 
 
-def inspection_tree(found: Inspection) -> Tree:
-    """The tree of an inspection, for a terminal."""
+def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
+    """The tree of an inspection; a terminal has the first places of each group, unless it wants all."""
+    most = None if all_places else _MOST_PLACES
     model, colon, costs = _dense(found).partition(" on ")
     tree = Tree(f"[bold]{plain(model)}[/]{colon}{plain(costs)}")
     if all(group.kept_whole for group in found.groups):
@@ -209,10 +204,10 @@ def inspection_tree(found: Inspection) -> Tree:
         )
         not_pruned = f" [yellow](not pruned: {plain(branch.not_pruned)})[/]" if branch.not_pruned else ""
         node = tree.add(line + not_pruned)
-        for place in branch.places[:_MOST_PLACES]:
+        for place in branch.places[:most]:
             node.add(f"[dim]{plain(place)}[/]")
-        if len(branch.places) > _MOST_PLACES:
-            node.add(f"[dim]and {counted(len(branch.places) - _MOST_PLACES, 'more place')}[/]")
+        if most is not None and len(branch.places) > most:
+            node.add(f"[dim]and {counted(len(branch.places) - most, 'more place')}[/]")
     if found.frozen:
         node = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
         for reason, places in _frozen_by_reason(found).items():
@@ -224,96 +219,18 @@ def inspection_tree(found: Inspection) -> Tree:
 
 
 def write_inspection(found: Inspection, out: Path) -> Path:
-    """Write the page of an inspection; it needs no network and no other file."""
+    """Write the lines and the tree as a page, which needs no network and no other file."""
     return save(render_inspection(found), out)
 
 
 def render_inspection(found: Inspection) -> str:
-    """The HTML of an inspection: the lines, where the parameters are, the groups, and what is frozen and why."""
+    """The HTML of an inspection."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(inspection_tree(found, all_places=True))
+    tree = console.export_html(inline_styles=True, code_format='<pre class="scroll tree">{code}</pre>')
     lines = "".join(f"<p>{escape(line)}</p>\n" for line in inspection_lines(found))
-    body = (
-        f"<header><h1>Setpoint <span>inspection</span></h1><p>{escape(found.model)}</p></header>\n"
-        f"<section>\n{lines}{_parameters(found)}{_groups(found)}{_frozen_table(found)}</section>\n"
-    )
-    return document(found.model, body)
-
-
-def parameters_by_kind(found: Inspection) -> dict[str, Counter[str]]:
-    """By module, the numbers of its parameters by colour of `KINDS`; as deep as there is room for."""
-    whole = {group.name for group in found.groups if group.kept_whole}
-    paths = [part.tensor.rpartition(".")[0].split(".") for part in found.parts]
-    rows: dict[str, Counter[str]] = {}
-    for depth in range(max(map(len, paths), default=0), 0, -1):
-        rows = {}
-        for path, part in zip(paths, found.parts, strict=True):
-            kind = FAINT if not part.group else ORANGE if part.group in whole else BLUE
-            rows.setdefault(".".join(path[:depth]), Counter())[kind] += part.params
-        if len(rows) <= MOST_ROWS:
-            break
-    return rows
-
-
-def _parameters(found: Inspection) -> str:
-    """Parameters by module, as a table with bars."""
-    rows = parameters_by_kind(found)
-    if not rows:
-        return ""
-    largest = max(kinds.total() for kinds in rows.values())
-    lines = []
-    for module, kinds in rows.items():
-        bar = "".join(
-            f'<b style="width:{100 * kinds[kind] / largest:.2f}%;background:{ink(kind)}"></b>'
-            for kind in KINDS
-            if kinds[kind]
-        )
-        num = kinds.total()
-        shares = [human(num), share(num, found.params), share(kinds[BLUE], num)]
-        lines.append([escape(module) or "itself", f'<i class="share">{bar}</i>', *shares])
-    legend = ", ".join(f'<i class="dot" style="color:{ink(color)}">●</i> {text}' for color, text in KINDS.items())
-    table = html_table(("module", "", "parameters", "of all", "may go"), lines, classes="architecture")
-    return tabled("Where the parameters are", table, f"{legend}. A parameter along units of two groups counts once.")
-
-
-def _groups(found: Inspection) -> str:
-    if not found.groups:
-        return "<h3>Groups</h3>\n<p>No units were found that could be dropped.</p>\n"
-    lines = [
-        [
-            escape(branch.names),
-            pair(f"{branch.count} x {branch.first.units}" if branch.count > 1 else branch.first.units),
-            f"{branch.first.min_units:,}",
-            f"{branch.first.multiple_of}",
-            pair(human(branch.first.params), percent(branch.first.params_share)),
-            percent(branch.first.flops_share),
-            escape(branch.not_pruned) or NOTHING,
-            _folded(f"{len(branch.places)}", "".join(f"<li>{escape(place)}</li>" for place in branch.places)),
-        ]
-        for branch in branches(found)
-    ]
-    titles = ("group", "units", "fewest", "in steps of", "parameters", "FLOPs", "not pruned because", "places")
-    about = (
-        "Parameters and FLOPs are those of one group. A parameter may lie along units of two groups. FLOPs: the share "
-        "that is gone when this group alone is cut to its fewest units."
-    )
-    table = html_table(titles, lines, classes="inspected")
-    return f'<h3>Groups</h3>\n<div class="scroll">{table}</div>\n<p class="caption">{about}</p>\n'
-
-
-def _frozen_table(found: Inspection) -> str:
-    if not found.frozen:
-        return ""
-    lines = []
-    for reason, places in _frozen_by_reason(found).items():
-        first = reason[:_MOST_LETTERS].rpartition(" ")[0] or reason[:_MOST_LETTERS]
-        shown = escape(reason) if len(reason) <= _MOST_LETTERS else _folded(f"{escape(first)} …", escape(reason))
-        lines.append([shown, f"{len(places)}", "<br>".join(map(escape, fold(places)))])
-    table = html_table(("not pruned because", "places", "where"), lines, classes="inspected frozen")
-    return f'<h3>Frozen</h3>\n<div class="scroll">{table}</div>\n'
-
-
-def _folded(summary: str, text: str) -> str:
-    inner = f"<ul>{text}</ul>" if text.startswith("<li>") else text
-    return f"<details><summary>{summary}</summary>{inner}</details>"
+    head = f"<header><h1>Setpoint <span>inspection</span></h1><p>{escape(found.model)}</p></header>\n"
+    return document(found.model, f"{head}<section>\n{lines}{tree}</section>\n")
 
 
 # Names.

@@ -92,13 +92,6 @@ def drawn(figure: Figure | None, title: str, caption: str) -> str:
     return f"<figure><h4>{escape(title)}</h4>{drawing(figure, title)}<figcaption>{caption}</figcaption></figure>\n"
 
 
-def tabled(title: str, table: str, caption: str) -> str:
-    """A titled table of bars."""
-    return (
-        f'<figure><h4>{escape(title)}</h4><div class="bare">{table}</div><figcaption>{caption}</figcaption></figure>\n'
-    )
-
-
 def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A link that saves numbers, which the page holds, as a file of comma-separated values."""
     written = io.StringIO()
@@ -165,7 +158,10 @@ def _architecture(record: Record) -> str:
     left = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {counted(len(before), 'group')}."
     about = f"{left} The outline is the width before, the filled part the width after."
     table = html_table(("group", "", "before", "after", "kept"), lines, classes="architecture")
-    return tabled("Architecture before and after", table, about)
+    return (
+        f'<figure><h4>Architecture before and after</h4><div class="bare">{table}</div>'
+        f"<figcaption>{about}</figcaption></figure>\n"
+    )
 
 
 def _numbers_files(record: Record, label: str) -> str:

@@ -1,8 +1,7 @@
-"""A target: the model that a command names, as `module.py:function` or by its name in a library, and an example."""
+"""A target: the model that a command names as `module.py:function`, and an example."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import math
@@ -26,31 +25,21 @@ from setpoint.messages import a_type, counted, did_you_mean
 
 MOST_NUMBERS = 2**28
 """In an example that is filled with noise: a gigabyte of them."""
-MOST_PARAMS = 500_000_000
-"""A larger transformers model is built without weights: the copies on which cuts are tried would fill the memory."""
 
 
 def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Example]:
-    """The model and example that `module.py:function` returns, or a library's model of that name.
+    """The model and example that `module.py:function` returns.
 
     Args:
         target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
-            keyword inputs), or a model alone if `shape` says what it takes; or what `named_model` takes.
-        shape: of the example, filled with noise; None for the usual size of a library's model.
+            keyword inputs), or a model alone if `shape` says what it takes.
+        shape: of the example, filled with noise.
 
     Raises:
         UsageError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
             or the shape does not fit it.
     """
-    if shape is not None and min(shape) < 1:
-        raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
-    if shape is not None and math.prod(shape) > MOST_NUMBERS:
-        raise UsageError(
-            f"an example of {','.join(map(str, shape))} is too large to inspect a model with, at most {MOST_NUMBERS:,} "
-            "numbers: give a smaller batch, since groups and shares are the same"
-        )
-    if not is_own_function(target):
-        return named_model(target, shape)
+    check_shape(shape)
     made = call_own(target)
     if isinstance(made, tuple) and len(made) != 2:
         raise UsageError(
@@ -70,7 +59,24 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     return model, (example,) if isinstance(example, Tensor) else example
 
 
-# A function of a file.
+def check_shape(shape: tuple[int, ...] | None) -> None:
+    """Refuse the shape of an example that has no numbers, or far too many.
+
+    Raises:
+        UsageError: for such a shape.
+    """
+    if shape is not None and min(shape) < 1:
+        raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
+    if shape is not None and math.prod(shape) > MOST_NUMBERS:
+        raise UsageError(
+            f"an example of {','.join(map(str, shape))} is too large to inspect a model with, at most {MOST_NUMBERS:,} "
+            "numbers: give a smaller batch, since groups and shares are the same"
+        )
+
+
+def noise(shape: tuple[int, ...]) -> Tensor:
+    """An example input of noise: BatchNorm cannot normalise zeros."""
+    return torch.randn(shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
 
 
 def is_own_function(target: str) -> bool:
@@ -127,7 +133,7 @@ def check_own_function(target: str) -> tuple[Path, str]:
     if not is_own_function(target):
         raise UsageError(
             _file_meant(target)
-            or f"{target!r} names no function: give a function of a Python file as module.py:function"
+            or f"{target!r} names no function: give a function of a Python file, as module.py:function"
         )
     file, _, name = target.rpartition(":")
     path = Path(file)
@@ -144,6 +150,11 @@ def _absent(path: Path, name: str, own: list[str]) -> UsageError:
         return UsageError(f"{path} has no function {name!r}: only methods of Setpoint's own have settings by name")
     listed = f"it has {', '.join(own)}" if own else "it has no functions"
     return UsageError(f"{path} has no function {name!r}: {did_you_mean(name, own)}{listed}")
+
+
+def names_a_file(target: str) -> bool:
+    """Whether the name is that of a file or of a function in one, or was meant to be."""
+    return is_own_function(target) or target.endswith(".py") or Path(target).is_file() or bool(_file_meant(target))
 
 
 def _file_meant(target: str) -> str:
@@ -196,172 +207,3 @@ def named_errors(target: str) -> Iterator[None]:
             where = f"at {Path(error.filename or path).name}:{error.lineno}"
         message = str(error).strip().partition("\n")[0] or "no message"
         raise UsageError(f"{target} raised {type(error).__name__}: {message} ({where})") from error
-
-
-# A model of a library.
-
-
-def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Any]:
-    """An untrained model of a library in train mode, and an example.
-
-    A transformers model of more than 500 million parameters comes on the "meta" device: it has shapes only.
-
-    Args:
-        target: "torchvision:resnet50", "timm:vit_tiny_patch16_224", "transformers:gpt2" (a model type, or a model on
-            the Hub, with a slash in its name), or one of these names alone: then the libraries are searched in
-            this order. "timm/resnet18.a1_in1k" is timm's, as on the Hub.
-        shape: of a batch of images, or of tokens for a language model; None for the model's usual size.
-
-    Raises:
-        UsageError: for a name that no installed library knows, or a shape of another kind than the model takes.
-    """
-    if target.endswith(".py"):
-        raise UsageError(f"{target} is a file: name the function in it that returns the model, {target}:function")
-    if Path(target).is_file():
-        raise UsageError(f"{target} is a file and no model: name a function of a Python file, as module.py:function")
-    prefix, separator, name = target.rpartition(":")
-    if not separator and target.partition("/")[0] in LIBRARIES:
-        prefix, separator, name = target.partition("/")
-    if separator and prefix not in LIBRARIES:
-        hint = _file_meant(target) or f"{did_you_mean(prefix, LIBRARIES)}use one of {', '.join(LIBRARIES)}"
-        raise UsageError(f"unknown library {prefix!r} in {target!r}: {hint}")
-    missing, known = list[str](), list[str]()
-    for library_name in [prefix] if separator else LIBRARIES:
-        try:
-            found = library_names(library_name)
-        except ImportError:
-            missing.append(library_name)
-            continue
-        tagged = library_name == "timm" and name.partition(".")[0] in found
-        if name in found or tagged or (library_name == "transformers" and "/" in name and not _misspelt(name)):
-            return _BUILDERS[library_name](name, shape)
-        known += found
-    raise UsageError(_unknown(target, target.removesuffix(name), known, missing))
-
-
-def _misspelt(name: str) -> str:
-    """The library that was meant by `tim/resnet18`, which would be a model of the user `tim` on the Hub."""
-    folder, slash, _ = name.partition("/")
-    meant = difflib.get_close_matches(folder.lower(), LIBRARIES, 1, 0.8) if slash else []
-    return meant[0] if meant and folder not in LIBRARIES else ""
-
-
-def _unknown(target: str, prefix: str, known: list[str], missing: list[str]) -> str:
-    """What to say of a name that no library has."""
-    own = "or give module.py:function that returns your own"
-    if Path(target, "config.json").is_file():
-        return f"unknown model {target!r}: write ./{target} for the folder"
-    if meant := _misspelt(target):
-        return f"unknown library in {target!r}: did you mean {meant}? A model on the Hub is transformers:{target}"
-    if not known:
-        first, *others = missing
-        more = f" (or {', '.join(others)})" if others else ""
-        return f"{target!r} needs {'a model library' if others else first}: pip install {first}{more}, {own}"
-    hint = did_you_mean(target, [f"{prefix}{name}" for name in dict.fromkeys(known)])
-    hint = f"{hint}Otherwise name" if hint else "name"
-    absent = f"; not installed: {', '.join(missing)}" if missing else ""
-    hub = "; models of the Hub are written owner/name, such as google-bert/bert-base-uncased"
-    of_hub = "-" in target and not prefix and "/" not in target
-    return (
-        f"unknown model {target!r}: {hint} a model of torchvision, timm or transformers, {own}{absent}"
-        f"{hub if of_hub else ''}"
-    )
-
-
-def library(name: str) -> Any:
-    """The library "torchvision", "timm" or "transformers": this file alone imports them.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    return import_module(name)
-
-
-def library_names(name: str) -> list[str]:
-    """Names of the models of "torchvision", "timm" or "transformers".
-
-    Raises:
-        ImportError: the library is not installed.
-    """
-    if name == "torchvision":
-        return list(library("torchvision.models").list_models())
-    if name == "timm":
-        return list(library("timm").list_models())
-    return list(library("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES)
-
-
-def noise(shape: tuple[int, ...]) -> Tensor:
-    """An example input of noise: BatchNorm cannot normalise zeros."""
-    return torch.randn(shape, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
-
-
-def torchvision_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """An untrained torchvision model, and a batch of noise: images, clips, or pairs of images for optical flow."""
-    builder = library("torchvision.models").get_model_builder(name)
-    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
-    model: nn.Module = builder(weights=None, **backbone)
-    kind = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
-    if kind == "optical_flow":
-        return model, (noise(shape or (2, 3, 128, 128)),) * 2
-    size = 112 if name.startswith(("r3d", "mc3", "r2plus1d")) else 299 if name == "inception_v3" else 224
-    return model, (noise(shape or (2, 3, *((16,) if kind == "video" else ()), size, size)),)
-
-
-def timm_model(name: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """An untrained timm model, and a batch of noise of the size that it is made for."""
-    model: Any = library("timm").create_model(name, pretrained=False)
-    return model, (noise(shape or (2, *model.pretrained_cfg["input_size"])),)
-
-
-def _transformers(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, dict[str, Tensor]]:
-    """An untrained transformers model with the first head that its type has, without a cache, and its inputs."""
-    transformers = library("transformers")
-    transformers.logging.set_verbosity_error()
-    try:
-        known = transformers.AutoConfig
-        config = known.from_pretrained(name) if "/" in name else known.for_model(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"no configuration of {name!r} on this machine or on the Hub: {reason}") from error
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    heads = ("Seq2SeqLM", "ImageClassification", "SemanticSegmentation", "MaskedLM", "CausalLM")
-    makers = [getattr(transformers, f"AutoModelFor{head}") for head in heads]
-    maker = next((maker for maker in makers if type(config) in maker._model_mapping), None)
-    if maker is None:
-        raise UsageError(f"{config.model_type!r} has no head for text or images: give module.py:function instead")
-    with torch.device("meta"):
-        model: nn.Module = maker.from_config(config)
-    large = sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMS
-    example = _inputs(config, model.main_input_name == "pixel_values", shape)
-    if large:
-        return model.train(), {key: value.to("meta") for key, value in example.items()}
-    return maker.from_config(config).train(), example
-
-
-def _inputs(config: Any, images: bool, shape: tuple[int, ...] | None) -> dict[str, Tensor]:
-    size = getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    longest = int(getattr(config, "max_position_embeddings", None) or 128)
-    usual = (2, getattr(config, "num_channels", 3), height, width) if images else (2, min(128, longest))
-    shape = shape or usual
-    if len(shape) != len(usual):
-        what, like = "images" if images else "tokens", ",".join(map(str, usual))
-        raise UsageError(f"the model takes a batch of {what}, such as {like}, got {','.join(map(str, shape))}")
-    if images:
-        return {"pixel_values": noise(shape)}
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    tokens = torch.randint(3, min(config.vocab_size, 1000), shape, generator=generator, device="cpu")
-    if config.is_encoder_decoder:
-        # Fewer tokens for the decoder: no dim of one can be mistaken for the other's.
-        return {"input_ids": tokens, "decoder_input_ids": tokens[:, : max(1, tokens.shape[1] * 7 // 12)]}
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-_BUILDERS: dict[str, Callable[[str, tuple[int, ...] | None], tuple[nn.Module, Any]]] = {
-    "torchvision": torchvision_model,
-    "timm": timm_model,
-    "transformers": _transformers,
-}
-LIBRARIES = tuple(_BUILDERS)
-"""In the order in which a name is searched."""

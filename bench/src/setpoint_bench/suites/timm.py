@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from setpoint.report.target import noise, timm_model
+from setpoint.report.target import noise
 from setpoint_bench.coverage import Build
+from setpoint_bench.zoo import timm_model
 
 _NAMES = """
     resnet18 resnet26d resnet26t resnetv2_50 resnet50_gn resnetaa50 resnetblur50 resnetrs50 seresnet50

@@ -7,9 +7,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from setpoint.report.target import torchvision_model
 from setpoint_bench.coverage import Build
-from setpoint_bench.zoo import classifier_names
+from setpoint_bench.zoo import classifier_names, torchvision_model
 
 _TOO_LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 """Over 300 million parameters."""
