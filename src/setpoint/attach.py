@@ -12,6 +12,7 @@ from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.attached import RESUMING
 from setpoint.actuator.in_state_dict import PENDING, carry_sizes
 from setpoint.actuator.model_shapes import was_cut
+from setpoint.actuator.optimizer_state import check_state
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
@@ -25,12 +26,10 @@ from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, settle
-from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, Inputs
-from setpoint.loop.loop import Loop
+from setpoint.loop.loop import Loop, Parts
 from setpoint.loop.record import header_of
-from setpoint.loop.resume import check_optimizers
 from setpoint.progress import progress
 from setpoint.run_spec import RunSpec, any_kind, asks_for_steps, check_reads, run_spec
 from setpoint.sensor.reading import Sensor
@@ -181,7 +180,8 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
             )
         else:
             loop.begin(_parts(host, spec, inputs))
-            check_optimizers(host, loop.groups)
+            for loaded in host.optimizers:  # before attach, when nobody compared its state with the parameters
+                check_state(loaded, host.model, loop.groups)
     except BaseException:  # nothing stays behind, and what the optimizer has loaded is there for another try
         loop.detach()
         raise

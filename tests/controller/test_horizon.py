@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from setpoint.controller.schedule import Schedule, cheapest_run, highest_step, step_limit
+from setpoint.controller.horizon import cheapest_run, highest_step, step_limit
+from setpoint.controller.schedule import Schedule
 
 
 def run(budget: float, total_steps: int, schedule: Schedule, *, drift: float = 1.0, block: float = 0.0) -> float:

@@ -17,8 +17,9 @@ from torch import nn
 import setpoint
 from controller.plants import after, chain, lognormal, observe, residual
 from loop.test_regrowth import Scripted
+from setpoint.controller.horizon import Remaining
 from setpoint.controller.priced import PricedController
-from setpoint.controller.schedule import Remaining, Schedule
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import ProductCost
 from setpoint.errors import BudgetError, LoopError

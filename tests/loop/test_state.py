@@ -26,7 +26,7 @@ from setpoint.loop.cutting import Cutting
 from setpoint.loop.state import RunState
 from setpoint.regrowth.regrowing import Regrowth
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint_bench.scheduled import ScheduledController
+from setpoint_bench.baselines.scheduled import ScheduledController
 
 __all__ = ["dear"]
 STEPS = 40
@@ -344,8 +344,7 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 
 
 STORED = {
-    "loop": {"losses", "_control"},
-    "control": {"actuator", "losses", "spending", "ledger", "state", "sensor_state", "controller_state"},
+    "loop": {"_parts", "losses", "_ledger", "_state", "_sensor_state", "_controller_state"},
     "regrowth": {
         "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn",
         "_snapshots",
@@ -356,10 +355,9 @@ STORED = {
     "account": {"watch", "running", "steps", "_segments", "_noted", "_users_seconds", "_extra_seconds"},
 }  # fmt: skip
 GIVEN_AGAIN = {
-    "loop": {"host", "_first", "_stands_by", "_callbacks", "_summary", "_hooks"},
-    "control": {
-        "host", "callbacks", "sensor", "controller", "facts", "revocable", "dense", "_unchanged", "_hooks",
-        "_checked_host", "finished",
+    "loop": {
+        "host", "_dense", "_checked_host", "_finished", "_summary", "_hooks", "_first", "_stands_by", "_callbacks",
+        "_unchanged",
     },
     "regrowth": {
         "lasting", "brings_back", "_controller", "_spending", "_host", "_model", "_optimizers", "_lossless",
@@ -384,7 +382,6 @@ def test_nothing_that_a_loop_remembers_is_forgotten() -> None:
     counted = account.state_dict()
     found = {
         "loop": set(vars(loop)),
-        "control": set(vars(loop.control)),
         "regrowth": set(vars(loop.actuator)),
         "cutting": set(vars(plain.loop.actuator)),
         "losses": set(vars(loop.losses)),

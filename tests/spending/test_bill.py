@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, mlp
+from setpoint.controller.horizon import spans
 from setpoint.controller.priced import PricedController
-from setpoint.controller.schedule import Schedule, spans
+from setpoint.controller.schedule import Schedule
 from setpoint.distillation import Teacher
 from setpoint.errors import BudgetError, CheckpointError, LoopError
 

@@ -20,7 +20,7 @@ Origins = Mapping[str, Int[np.ndarray, " _units"]]
 
 @runtime_checkable
 class Actuator(Protocol):
-    """Carries plans out on everything that is indexed by unit. It changes: its groups follow each plan."""
+    """Carries plans out on everything that is indexed by unit. It changes: its groups follow every plan."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -58,7 +58,7 @@ class Actuator(Protocol):
         """
 
     def extras(self, step: int) -> Mapping[str, Any]:
-        """What the controller is to know besides: fields of the observation. Called once for each decision."""
+        """Further fields of the controller's observation; called once per decision."""
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Carry a plan out on all ranks, or on none; whatever it raises, everything is as it was."""
@@ -67,7 +67,7 @@ class Actuator(Protocol):
         """The first tensor in which something that was masked is not zero; "" if none."""
 
     def totals(self) -> Mapping[str, Any]:
-        """What a summary says besides, by name of its fields."""
+        """Further fields of the summary, by name."""
 
     def release(self) -> None:
         """The last decision is made: give back what was kept for further ones."""

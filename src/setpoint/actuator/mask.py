@@ -36,8 +36,9 @@ def mask(model: nn.Module, optimizer: Optimizers, groups: tuple[Group, ...], kee
             if tensor.is_leaf and tensor.grad is not None:
                 zero(tensor.grad)
             if isinstance(tensor, nn.Parameter):
-                for each in as_sequence(optimizer):
-                    for _, moment in moments_of(each, tensor):
+                # A moment of a dropped entry would move its weight away from zero in the next step.
+                for holder in as_sequence(optimizer):
+                    for _, moment in moments_of(holder, tensor):
                         zero(moment)
 
 

@@ -98,7 +98,7 @@ def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     names = inspect.signature(type(optimizer).__init__).parameters
-    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
     settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}
     settings = {
         key: value for key, value in settings.items() if key in names or (takes_any and key in optimizer.defaults)

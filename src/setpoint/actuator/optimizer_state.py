@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.tensors import take
 from setpoint.errors import CheckpointError, OptimizerError
+from setpoint.groups.group import Group
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
@@ -25,7 +26,7 @@ def as_sequence(optimizers: Optimizers) -> tuple[Optimizer, ...]:
 
 
 def cut_state(
-    optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int, Int[np.ndarray, " _kept"]], name: str
+    optimizer: Optimizer, parameter: Tensor, dims: Mapping[int, Int[np.ndarray, " _kept"]], name: str
 ) -> dict[str, Any]:
     """The state of one parameter, cut along the same dims; new tensors, nothing is changed in place.
 
@@ -44,7 +45,7 @@ def cut_state(
             )
         if value.shape == parameter.shape:
             return take(value, dims)
-        if value.numel() == 1:
+        if value.numel() == 1:  # a step count, or the like
             return value
         raise OptimizerError(
             f"{type(optimizer).__name__} keeps state[{key!r}] of shape {tuple(value.shape)} for {name} "
@@ -65,9 +66,10 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], key: str)
     if isinstance(value, Tensor):
         return function(value, key)
     if isinstance(value, Mapping):
-        return {each: map_tensors(item, function, f"{key}.{each}") for each, item in value.items()}
+        return {name: map_tensors(item, function, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         items = [map_tensors(item, function, f"{key}[{position}]") for position, item in enumerate(value)]
+        # A named tuple takes its items one by one.
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
@@ -87,19 +89,22 @@ def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, Tenso
 
 
 def check_state(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], states: Mapping[Tensor, Mapping[str, Any]]
+    optimizer: Optimizer, model: nn.Module, groups: Iterable[Group], saved: Mapping[str, Any] | None = None
 ) -> None:
-    """Check that state tensors have the shape of their parameters, which PyTorch does not check.
+    """Check that state tensors have the shapes of the parameters that are cut, which PyTorch does not check.
 
     Args:
-        optimizer: for the message.
-        parameters: by name.
-        states: by parameter, its present or future state; parameters without one may be absent.
+        optimizer: whose state it is.
+        model: holds the parameters.
+        groups: of the model; only parameters in which their units lie are checked.
+        saved: the state dict that the optimizer is about to load; None for the state that it has.
 
     Raises:
-        CheckpointError: naming the first that does not fit.
+        CheckpointError: naming the first tensor that does not fit, or for a state dict of other parameters.
     """
-    for name, parameter in parameters.items():
+    states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state if saved is None else _by_parameter(optimizer, saved)
+    cut = {part.tensor for group in groups for part in group.slices}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
 
         def check(value: Tensor, part: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
             if value.shape != parameter.shape and value.numel() != 1:
@@ -110,5 +115,21 @@ def check_state(
                 )
             return value
 
-        for part, value in states.get(parameter, {}).items():
+        for part, value in states.get(parameter, {}).items() if name in cut else ():
             map_tensors(value, check, part)
+
+
+def _by_parameter(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
+    """The states of a state dict by the optimizer's own parameters, which PyTorch matches by their order."""
+    own, theirs = (
+        [len(settings["params"]) for settings in groups] for groups in (optimizer.param_groups, saved["param_groups"])
+    )
+    # PyTorch finds this out only after its hooks, when the loop's half of the state has been taken over.
+    if own != theirs:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} cannot load a state of other parameters: its groups have {theirs}, here they "
+            f"have {own}"
+        )
+    parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
+    numbers = [number for settings in saved["param_groups"] for number in settings["params"]]
+    return {p: saved["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=True)}

@@ -96,10 +96,10 @@ def shrink(
     check_not_attached(model)
     if not isinstance(keep, Mapping):
         raise GroupError(f"keep holds booleans by name of the group, got {a_type(keep)}")
-    arrays = {name: _array(each) for name, each in keep.items()}
+    arrays = {name: _array(kept) for name, kept in keep.items()}
     remaining = shrink_live(model, optimizer, tuple(groups), arrays, copies)
-    for each in (model, *copies):
-        carry_sizes(each)
+    for module in (model, *copies):  # only now: a cut that was refused leaves no hooks behind
+        carry_sizes(module)
     return remaining
 
 
@@ -107,7 +107,7 @@ def _array(kept: Any) -> Any:
     """Booleans as an array; anything else as it is, to be refused by name."""
     if isinstance(kept, Tensor) and kept.dtype == torch.bool:
         return kept.detach().cpu().numpy()
-    if isinstance(kept, (list, tuple)) and all(isinstance(each, (bool, np.bool_)) for each in kept):
+    if isinstance(kept, (list, tuple)) and all(isinstance(stays, (bool, np.bool_)) for stays in kept):
         return np.array(kept, dtype=bool)
     return kept
 
@@ -125,8 +125,8 @@ def shrink_live(
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)
-    # Copies have no optimizer.
-    jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(each, cut, ()) for each in copied)]
+    # Everything new is built here, while nothing has changed: running out of memory is an error like any other.
+    jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(copy, cut, ()) for copy in copied)]
     with ExitStack() as undo:
         for job in jobs:
             commit(job, undo)
@@ -156,7 +156,11 @@ def unwrapped(names: Iterable[str], model: nn.Module, copies: Sequence[nn.Module
     return list(found.values())
 
 
-def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
+def _job(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
+    return Job(model, tuple(_changes(model, cut, optimizers)), _new_sizes(model, cut))
+
+
+def _changes(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
     tensors = named_tensors(model)
     if single := [name for name, kept in cut.elements.items() if not kept.all()]:
         raise GroupError(f"the units of {single[0]!r} are single weights, which can be masked but not cut: use mask")
@@ -166,17 +170,16 @@ def _prepare(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Ite
     for name, dims in cut.dims().items():
         tensor = changing[name]
         # A parameter that was never stepped has no state yet.
-        held = [each for each in optimizers if isinstance(tensor, nn.Parameter) and tensor in each.state]
-        states = tuple((each, cut_state(each, tensor, dims, repr(name))) for each in held)  # type: ignore[arg-type]
+        holders = [optimizer for optimizer in optimizers if tensor in optimizer.state]
+        states = tuple((holder, cut_state(holder, tensor, dims, repr(name))) for holder in holders)
         yield Change(name, tensor, take(tensor, dims), states, taken_gradient(tensor, dims))
 
 
 def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     """The new value of every size that changes, after a check that each place holds the old count."""
-    counts = dict(cut.sizes)
     # All sizes of a call go together; what others imply until it is set is set by the first cut that reaches it.
     calls = {call_of(at) for at in cut.following if is_call(at[1]) or implied(at[1]) is not None}
-    changing = {at: kept for at, kept in counts.items() if not kept.all() or call_of(at) in calls}
+    changing = {at: kept for at, kept in cut.sizes.items() if not kept.all() or call_of(at) in calls}
     check_sizes(model, changing)
     for (name, place), kept in changing.items():
         if not is_call(place) and (old := read_size(model.get_submodule(name), place)) != kept.size:
@@ -187,15 +190,12 @@ def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     return {at: int(kept.sum()) for at, kept in changing.items()}
 
 
-def _job(module: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
-    return Job(module, tuple(_prepare(module, cut, optimizers)), _new_sizes(module, cut))
-
-
 def commit(job: Job, undo: ExitStack) -> None:
     """Put everything new in its place, and note in `undo` how to put everything back; a job is known to fit."""
     # Before the swaps, since the record takes the present shapes for the dense ones of what was never cut.
     note_cut(job.module, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
     for change in job.changes:
+        # `undo` runs last in, first out: the old state comes back to a tensor of its shape.
         for optimizer, state in change.states:
             undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
             optimizer.state[change.tensor] = state

@@ -75,22 +75,22 @@ def _read(value: Any, declared: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in inside:
             return None
-        others = [each for each in inside if each is not NoneType]
-        for each in others[:-1]:
+        others = [option for option in inside if option is not NoneType]
+        for option in others[:-1]:
             try:
-                return _read(value, each, where)
+                return _read(value, option, where)
             except ValueError:
                 continue
         return _read(value, others[-1], where)
     if origin is not None and issubclass(origin, Mapping):
         if isinstance(value, dict) and all(type(key) is str for key in value):
-            return {key: _read(each, inside[1], f"{where}[{key!r:.80}]") for key, each in value.items()}
+            return {key: _read(item, inside[1], f"{where}[{key!r:.80}]") for key, item in value.items()}
     elif origin is tuple:  # JSON has lists only
         if isinstance(value, (list, tuple)):
-            return tuple(_read(each, inside[0], f"{where}[{number}]") for number, each in enumerate(value))
+            return tuple(_read(item, inside[0], f"{where}[{number}]") for number, item in enumerate(value))
     elif origin is list:
         if isinstance(value, list):
-            return [_read(each, inside[0], f"{where}[{number}]") for number, each in enumerate(value)]
+            return [_read(item, inside[0], f"{where}[{number}]") for number, item in enumerate(value)]
     elif declared is float:
         if value is None:
             return math.nan

@@ -53,12 +53,12 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return {_NUMPY: torch.from_numpy(value.copy())}
     if is_dataclass(value) and not isinstance(value, type):
-        kept = [each.name for each in fields(value) if not each.metadata.get("live")]
+        kept = [field.name for field in fields(value) if not field.metadata.get("live")]
         return {name: plain(getattr(value, name), f"{where}.{name}") for name in kept}
     if isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
-        return {key: plain(each, f"{where}[{key!r}]") for key, each in value.items()}
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple, deque)) and not hasattr(value, "_fields"):
-        items = [plain(each, f"{where}[{number}]") for number, each in enumerate(value)]
+        items = [plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     raise CheckpointError(
         f"{where} is {a_type(value)}, which cannot be stored: keep tensors, arrays, numbers and strings in "
@@ -75,7 +75,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
         CheckpointError: when it lacks something, or has arrays or tensors of other shapes or dtypes.
     """
     if is_dataclass(like) and not isinstance(like, type):
-        names = {each.name for each in fields(like) if not each.metadata.get("live")}
+        names = {field.name for field in fields(like) if not field.metadata.get("live")}
         if not isinstance(value, dict) or set(value) != names:
             raise CheckpointError(f"{where} is not the state of {a_type(like)}, got {_kind(value)}")
         found = {name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in sorted(names)}
@@ -95,7 +95,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
             raise CheckpointError(f"{where} must be a dict, got {_kind(value)}")
         if value and like.keys() - value.keys():  # an empty one is of before there was anything
             raise CheckpointError(f"{where} lacks {min(map(repr, like.keys() - value.keys()))}")
-        return {key: restored(each, like.get(key), f"{where}[{key!r}]", device) for key, each in value.items()}
+        return {key: restored(item, like.get(key), f"{where}[{key!r}]", device) for key, item in value.items()}
     if isinstance(like, tuple) and like:
         if not isinstance(value, tuple) or len(value) != len(like):
             raise CheckpointError(f"{where} must be a tuple of {len(like)}, got {_kind(value)}")
@@ -103,7 +103,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
         if any(one != other for one, other in named):
             raise CheckpointError(f"{where} must be {like!r:.200}: the state is of another model")
         pairs = enumerate(zip(value, like, strict=True))
-        return tuple(restored(each, other, f"{where}[{number}]", device) for number, (each, other) in pairs)
+        return tuple(restored(item, other, f"{where}[{number}]", device) for number, (item, other) in pairs)
     return _bare(value, device)
 
 
@@ -114,9 +114,9 @@ def _bare(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         if set(value) == {_NUMPY} and isinstance(value[_NUMPY], Tensor):
             return value[_NUMPY].cpu().numpy().copy()
-        return {key: _bare(each, device) for key, each in value.items()}
+        return {key: _bare(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_bare(each, device) for each in value)
+        return type(value)(_bare(item, device) for item in value)
     return value
 
 
@@ -177,12 +177,12 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
                 f"{where} is sharded over ranks: save it by torch.distributed.checkpoint, as docs/resume.md shows"
             )
         if type(value) is list:
-            return [encode(each, f"{where}[{number}]") for number, each in enumerate(value)]
+            return [encode(item, f"{where}[{number}]") for number, item in enumerate(value)]
         if type(value) is tuple:
             return {"tuple": encode(list(value), where)}
         if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
             kind = {OrderedDict: "ordered", Counter: "counter"}.get(type(value), "dict")
-            return {kind: [[key, encode(each, f"{where}[{key!r}]")] for key, each in value.items()]}
+            return {kind: [[key, encode(item, f"{where}[{key!r}]")] for key, item in value.items()]}
         kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise CheckpointError(
             f"{where or 'this'} is a {kind}: a run file holds tensors, plain arrays of numbers, "
@@ -203,7 +203,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
 
     def decode(value: Any) -> Any:
         if isinstance(value, list):
-            return [decode(each) for each in value]
+            return [decode(item) for item in value]
         if not isinstance(value, dict):
             return value
         if "tensor" in value:
@@ -213,7 +213,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
             return tuple(decode(items))
         if kind == "array":
             return decode(items).numpy()
-        return _DICTS[kind]({key: decode(each) for key, each in items})
+        return _DICTS[kind]({key: decode(item) for key, item in items})
 
     return decode(json.loads(tensors[TREE].numpy().tobytes()))
 

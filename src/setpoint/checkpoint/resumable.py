@@ -17,7 +17,7 @@ from torch.nn.modules.module import _WrappedHook
 from setpoint.actuator.attached import check_loads
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes
-from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
+from setpoint.actuator.model_shapes import ModelShapes, Shape, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import fit, not_made
 from setpoint.checkpoint.infer import cut_to, infer
@@ -28,8 +28,8 @@ from setpoint.groups.example import Example, example_of
 from setpoint.groups.model_copy import copy_of
 from setpoint.groups.sizes_in_code.place import is_call
 
-_under_way: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
-"""What puts a model back whose load is under way, what that has found wrong, and whether names must match."""
+_loading: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
+"""By model that is being loaded: what puts it back, the errors so far, and whether the load is strict."""
 
 
 def resumable(model: nn.Module) -> nn.Module:
@@ -93,24 +93,24 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     module = unwrap_module("shrink_to", model)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"shrink_to takes a state dict, got {type(state).__name__}")
-    metadata = getattr(state, "_metadata", None) or {}
     names = named_tensors(module)
-    prefix = next((each for each in ("", *_WRAPPERS) if any(f"{each}{name}" in state for name in names)), None)
+    prefix = next((prefix for prefix in ("", *_WRAPPERS) if any(f"{prefix}{name}" in state for name in names)), None)
     if prefix is None:
         raise CheckpointError(
             f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state))) or 'none'}, "
             f"the model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
         )
-    load = _Load.of(module, state, prefix, _carried(module, prefix, metadata))
-    if load is not None and load.carried is None and example is not None:
-        load = load.completed(module, example)
-    if load is not None and load.unsure:
+    wanted = _Wanted.of(module, state, prefix)
+    if wanted is not None and wanted.carried is None and example is not None:
+        wanted = wanted.completed(module, example)
+    if wanted is not None and wanted.unsure:
         raise CheckpointError(
-            f"the shapes of the state dict do not tell all sizes that {_some(load.unsure)} writes in its code: give an "
-            "example, shrink_to(model, state, example=(x,)), or a state dict with its metadata, as torch.save keeps it"
+            f"the shapes of the state dict do not tell all sizes that {_some(wanted.unsure)} writes in its code: give "
+            "an example, shrink_to(model, state, example=(x,)), or a state dict with its metadata, as torch.save keeps "
+            "it"
         )
-    if load is not None:
-        load.fit(module)
+    if wanted is not None:
+        wanted.fit(module)
     return model
 
 
@@ -128,25 +128,27 @@ def _fit_to(
     errors: list[str],
 ) -> None:
     """Called by `load_state_dict` before any value is copied."""
-    load = _Load.of(module, state, prefix, _carried(module, prefix, getattr(state, "_metadata", None) or {}))
-    _under_way.pop(module, None)
-    if load is None:
+    wanted = _Wanted.of(module, state, prefix)
+    _loading.pop(module, None)
+    if wanted is None:
         return
     before = {tensor: tensor.shape for tensor in named_tensors(module).values()}
-    undo = load.fit(module)
-    for tensor in [each for each, shape in before.items() if each.shape == shape]:
+    undo = wanted.fit(module)
+    for tensor in [tensor for tensor, shape in before.items() if tensor.shape == shape]:
         undo.callback(tensor.copy_, tensor.detach().clone())
-    if load.unsure:
+    if wanted.unsure:
         handle = module.__dict__[PENDING] = module.register_forward_pre_hook(
             _ahead_of_first, with_kwargs=True, prepend=True
         )
         undo.callback(module.__dict__.pop, PENDING, None)
         undo.callback(handle.remove)
+    # PyTorch tells its hooks always that the load is strict. Whether it is decides if missing names are an error, and
+    # stands in the frame of `load_state_dict` only.
     frame: FrameType | None = sys._getframe()
     while frame is not None and not _is_load(frame):
         frame = frame.f_back
-    if frame is not None:  # else some framework has a loading of its own, and does not say at the end how it went
-        _under_way[module] = undo, errors, bool(frame.f_locals["strict"])
+    if frame is not None:  # else a framework loads by itself, and does not say at the end how it went
+        _loading[module] = undo, errors, bool(frame.f_locals["strict"])
 
 
 def _is_load(frame: FrameType) -> bool:
@@ -156,22 +158,19 @@ def _is_load(frame: FrameType) -> bool:
 
 def _after_load(module: nn.Module, keys: Any) -> None:
     """Called by `load_state_dict` before it raises what it has found: the model is then as wide as it was before."""
-    undo, errors, strict = _under_way.pop(module, (None, (), False))
+    undo, errors, strict = _loading.pop(module, (None, (), False))
     if undo is not None and (errors or (strict and (keys.missing_keys or keys.unexpected_keys))):
-        _close(undo)
+        with torch.no_grad():
+            undo.close()
 
 
-@torch.no_grad()
-def _close(undo: ExitStack) -> None:
-    undo.close()
-
-
-def _carried(module: nn.Module, prefix: str, metadata: Mapping[str, Mapping[str, Any]]) -> StateSizes | None:
+def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateSizes | None:
     """The sizes that a state carries for a module: its own, else those of all its submodules.
 
     Where a wrapper's name was taken off the keys, neither is there, and the only sizes of the state are meant.
     """
-    found = {path: each[KEY] for path, each in metadata.items() if KEY in each}
+    metadata = getattr(state, "_metadata", None) or {}
+    found = {path: entry[KEY] for path, entry in metadata.items() if KEY in entry}
     if prefix[:-1] in found:
         return StateSizes.parse(found[prefix[:-1]])
     paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
@@ -181,7 +180,7 @@ def _carried(module: nn.Module, prefix: str, metadata: Mapping[str, Mapping[str,
 
 
 @dataclass(frozen=True, eq=False)
-class _Load:
+class _Wanted:
     """The shapes and sizes that a model is to have for a state.
 
     Args:
@@ -195,35 +194,25 @@ class _Load:
     narrow: Shapes
     sizes: Mapping[SizePlace, int]
     transient: Mapping[str, Tensor]
-    carried: StateSizes | None
+    carried: StateSizes | None = None
     unsure: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str, carried: StateSizes | None) -> _Load | None:
+    def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str) -> _Wanted | None:
         """For a state; None if the model has its shapes already."""
+        carried = _carried(module, state, prefix)
         tensors, known = named_tensors(module), ModelShapes.of(module)
         dense = known.full(module)
         now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        saved = {name: state.get(prefix + name) for name in tensors}
         # What is not there, as in a load that is not strict, stays as it is.
-        given = {name: state.get(prefix + name) for name in tensors}
-        shapes = {name: tuple(each.shape) if isinstance(each, Tensor) else now[name] for name, each in given.items()}
-        beside = carried.transient if carried else {}
-        if unknown := sorted({*beside} - {*tensors, *not_made(module, beside)}):
-            raise CheckpointError(
-                f"the state dict is of another model, or this one has yet to make its buffer {unknown[0]!r}: declare "
-                "that by register_buffer(name, None, persistent=False) where the model is built, or call the model once"
-            )
-        shapes |= {name: tuple(each.shape) for name, each in beside.items() if name in tensors}
+        shapes = now | {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
+        if carried is not None:
+            shapes |= _transient_shapes(module, carried)
         if shapes == now and (carried is None or carried.sizes == known.sizes):
             return None
-        before = shapes if carried is None else {**shapes, **by_every_name(carried.dense, tensors)}
-        for name, shape in shapes.items() if carried is not None else ():
-            was = before[name]
-            if shape != now[name] and was != dense[name]:
-                raise CheckpointError(
-                    f"the state dict is of another model: {name!r} had shape {was} there before any cut, and here it "
-                    f"has {dense[name]}: build the model as it was built for that run"
-                )
+        if carried is not None:
+            _check_same_dense(shapes, now, dense, by_every_name(carried.dense, tensors))
         if any(map(is_sharded, module.modules())):
             raise CheckpointError(
                 "a sharded model cannot be cut to a state: load it before fully_shard, or inside `with "
@@ -238,24 +227,27 @@ class _Load:
                 f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
             )
         inferred = infer(module, narrow)
-        return cls(narrow, inferred.sizes, {}, None, inferred.unsure)
+        return cls(narrow, inferred.sizes, {}, unsure=inferred.unsure)
 
-    def completed(self, module: nn.Module, example: Example) -> _Load:
+    def completed(self, module: nn.Module, example: Example) -> _Wanted:
         """With all sizes, by the groups of the dense model."""
         tensors = named_tensors(module)
         cut = cut_to(module, self.narrow, example)
-        transient = {name: dims for name, dims in cut.dims().items() if name not in self.narrow}
-        for name, dims in transient.items():
+        values = {}
+        for name, dims in cut.dims().items():
+            if name in self.narrow:
+                continue
+            # Which units a state has kept is not known. It does not matter where a buffer is the same for all of them.
             for dim in dims:
                 if not torch.equal(tensors[name], tensors[name].narrow(dim, 0, 1).expand_as(tensors[name])):
                     raise CheckpointError(
                         f"the buffer {name!r} was cut, and is in no state dict: give one with its metadata, as "
                         "torch.save keeps it"
                     )
-        values = {name: take(tensors[name], dims) for name, dims in transient.items()}
-        narrow = {**self.narrow, **{name: tuple(each.shape) for name, each in values.items()}}
+            values[name] = take(tensors[name], dims)
+        narrow = {**self.narrow, **{name: tuple(value.shape) for name, value in values.items()}}
         sizes = {place: int(kept.sum()) for place, kept in cut.sizes.items() if not kept.all() or is_call(place[1])}
-        return _Load(narrow, sizes, values, None)
+        return _Wanted(narrow, sizes, values)
 
     def fit(self, module: nn.Module) -> ExitStack:
         """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
@@ -269,6 +261,29 @@ class _Load:
         return fit(module, shapes, self.sizes, values, {name: dense[name] for name in later if name in dense})
 
 
+def _transient_shapes(module: nn.Module, carried: StateSizes) -> dict[str, Shape]:
+    """Shapes of the model's buffers that no state dict holds, by what came with the state."""
+    tensors = named_tensors(module)
+    unknown = sorted({*carried.transient} - {*tensors, *not_made(module, carried.transient)})
+    if unknown:
+        raise CheckpointError(
+            f"the state dict is of another model, or this one has yet to make its buffer {unknown[0]!r}: declare "
+            "that by register_buffer(name, None, persistent=False) where the model is built, or call the model once"
+        )
+    return {name: tuple(value.shape) for name, value in carried.transient.items() if name in tensors}
+
+
+def _check_same_dense(shapes: Shapes, now: Shapes, dense: Shapes, theirs: Shapes) -> None:
+    """Check that every tensor which is to change its shape was as large in the state's dense model as in this one."""
+    for name, shape in shapes.items():
+        before = theirs.get(name, shape)
+        if shape != now[name] and before != dense[name]:
+            raise CheckpointError(
+                f"the state dict is of another model: {name!r} had shape {before} there before any cut, and here it "
+                f"has {dense[name]}: build the model as it was built for that run"
+            )
+
+
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Called before the first forward of a module some of whose sizes no state has said."""
     complete(module, example_of(module, args, kwargs))
@@ -279,11 +294,11 @@ def complete(module: nn.Module, example: Example) -> None:
     module.__dict__.pop(PENDING).remove()
     dense = ModelShapes.of(module).full(module)
     now = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-    load = _Load({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {}, None)
+    wanted = _Wanted({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {})
     # On a copy, since a tensor that has had another shape in between loses what waits for its gradient: a wrapper would
     # average it over the ranks no more.
     twin = copy_of(module, users_hooks=False)
-    load.completed(twin, example).fit(module)
+    wanted.completed(twin, example).fit(module)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from setpoint.controller.schedule import Remaining
+from setpoint.controller.horizon import Remaining
 from setpoint.controller.trend import Excess
 from setpoint.cost.budget import Price, Tolerance
 from setpoint.cost.cost import Cost

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.model_shapes import apply_sizes, at_dense_shapes, note_cut, was_cut
+from setpoint.actuator.optimizer_state import check_state
 from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
 from setpoint.host.host import Host
-from setpoint.loop.resume import check_loading
 
 KEY = "setpoint"
 """Entry of the first parameter group: PyTorch keeps such entries through its optimizers' states as they are."""
@@ -89,7 +89,7 @@ class Carrying:
             with dense_shapes(host):
                 loop.load_state_dict(state)
             settle(host, loop.groups)
-            check_loading(host, loop.groups, host.optimizers[0], remaining)
+            check_state(host.optimizers[0], host.model, loop.groups, remaining)
 
     def stop(self) -> None:
         """Take the hooks away; may be called again."""

@@ -49,7 +49,7 @@ class StepHooks:
         after: Callable[[], None],
         loading: Callable[[Optimizer, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.before, self.after, self._loading = before, after, loading
+        self._before, self._after, self._loading = before, after, loading
         self._optimizers = {id(optimizer): optimizer for optimizer in optimizers}
         self._order: list[int] = []
         self._took: dict[int, Mark] = {}
@@ -91,13 +91,13 @@ class StepHooks:
             return args, {**kwargs, "closure": self._behind_closure(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer itself
             return (args[0], self._behind_closure(optimizer, args[1]), *args[2:]), kwargs
-        self.before(_grad_scale(optimizer))
+        self._before(_grad_scale(optimizer))
         return None
 
     def _behind_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_sense() -> Any:
             loss = closure()
-            self.before(_grad_scale(optimizer))
+            self._before(_grad_scale(optimizer))
             return loss
 
         return closure_then_sense
@@ -113,7 +113,7 @@ class StepHooks:
             self._stepped.clear()
         elif not left:
             self._order, self._stepped = self._stepped, []
-            self.after()
+            self._after()
         elif not self._order and any(map(_overflowed, left)):
             self._stepped.clear()
 

@@ -9,16 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from setpoint.controller.horizon import Remaining, cheapest_run, highest_step, next_decision, spans, step_limit
 from setpoint.controller.ladder import free_ladders
-from setpoint.controller.schedule import (
-    Remaining,
-    Schedule,
-    cheapest_run,
-    highest_step,
-    next_decision,
-    spans,
-    step_limit,
-)
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import add_back, descend, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
