@@ -47,8 +47,9 @@ def on_all_ranks(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     try:
         yield facts
     except Exception as error:
+        # A RankError is raised on every rank, so that nobody waits for a message.
         if ranks.count > 1 and not isinstance(error, RankError):
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # where the others are gone, this rank's own error still counts
                 ranks.all_gather_text(f"{_FAILED}{type(error).__name__}: {error}")
         raise
     if ranks.count == 1:

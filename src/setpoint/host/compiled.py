@@ -46,15 +46,16 @@ class DynamicWidths:
         from torch._dynamo.utils import counters
 
         if not counters["stats"]["unique_graphs"]:
-            return
+            return  # nothing was compiled in this process, so that its settings stay untouched
         if self._end is None:
             _hold(id(self), len(self._groups))
+            # A loop that is dropped without `stop` gives the settings back, too; at exit nobody needs them.
             self._end = weakref.finalize(self, _release, id(self))
             self._end.atexit = False
         tensors: dict[str, Tensor] = named_tensors(model)
         for part in (part for group in self._groups for part in group.slices):
             tensor = tensors[part.tensor]
-            if part.dim is not None and not is_sharded_tensor(tensor):
+            if part.dim is not None and not is_sharded_tensor(tensor):  # Dynamo cannot mark a DTensor
                 maybe_mark_dynamic(tensor, part.dim)
 
     def stop(self) -> None:

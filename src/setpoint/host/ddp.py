@@ -55,7 +55,8 @@ class DDP(Local):
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> Iterator[Agreed]:
         try:
             yield agree
-        finally:  # also after half of it, and after shapes came and went: gradients must not stay unsynchronised
+        finally:
+            # Also after an exception in the middle: with the old reducer gradients would silently not be averaged.
             rewrap(self._parallel, self._trained)
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
@@ -63,7 +64,7 @@ class DDP(Local):
         self._joining = Joining(self._parallel, self.ranks, steps, missed)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
-        """Check that the model in the wrapper is as it was, and that the ranks can go along with each other."""
+        """Check that the model in the wrapper is as it was, and what ranks inside `join()` have to send."""
         if first:
             check_unsharded(self.model)
         self._joining.check(regrows=regrows, by_hooks=by_hooks)
@@ -96,21 +97,23 @@ def check_parallel(parallel: DistributedDataParallel) -> None:
 def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter]) -> None:
     """Let a wrapper average the gradients of a model whose parameters have changed their shapes since the last step.
 
-    It is the same object as before, with all that the user has set on it. Only the reducer, which holds buckets for
-    gradients of the old shapes, is made anew, as PyTorch does it when a wrapper is unpickled, and communication hooks
-    are registered again. Nothing is sent. Gradients of `trained` are averaged, also of what is frozen for a while.
+    The wrapper stays the same object, with all that the user has set on it. Only its reducer, which holds buckets for
+    gradients of the old shapes, is built again, as PyTorch does when a wrapper is unpickled, and communication hooks
+    are registered again. Nothing is sent. Gradients of `trained` are averaged, also of parameters frozen for a while.
 
     Raises:
         LoopError: when its communication hook cannot follow.
     """
     check_parallel(parallel)
     wrapper: Any = parallel  # much of it has no types
-    built_in = wrapper._get_ddp_logging_data().get("comm_hook", "")
+    built_in = wrapper._get_ddp_logging_data().get("comm_hook", "")  # read now: the new reducer knows of none
+    # The old reducer's hooks hang on the parameters, and would fill buckets of the old shapes.
     wrapper._remove_autograd_hooks()
     with _with_gradients(wrapper.module, trained):
         parameters, sparse = wrapper._build_params_for_reducer()
         names = wrapper._build_debug_param_to_name_mapping(parameters)
         wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+    # As in a fresh wrapper: buckets are ordered after the first backward pass, and a static graph is recorded in it.
     wrapper._has_rebuilt_buckets = False
     if wrapper.static_graph:
         wrapper._static_graph_delay_allreduce_enqueued = False
@@ -126,11 +129,12 @@ def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter])
 
 @contextmanager
 def _with_gradients(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
-    """Let exactly those parameters train whose gradients are to be averaged: frozen ones too, none without entries."""
+    """Let exactly those parameters train whose gradients are to be averaged."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     known = set(trained)
     try:
         for parameter, trains in before:
+            # A reducer takes the parameters that train when it is built, for good, and no empty ones.
             parameter.requires_grad_((trains or parameter in known) and parameter.numel() > 0)
         yield
     finally:

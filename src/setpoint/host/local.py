@@ -75,6 +75,7 @@ class Local:
             with self._open(changing, agree) as agreed:
                 yield agreed
             self._widths.follow(self.model)
+            # Gradients of different shapes would be averaged without an error, and wrongly.
             facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
@@ -88,7 +89,7 @@ class Local:
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Check that the set-up is the one that was given."""
-        if first:
+        if first:  # a look at all modules, too slow for every step
             check_unsharded(self.model)
         self._priced.check()
 

@@ -58,6 +58,7 @@ def real_optimizer(part: Any) -> Any:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in inside)
             raise OptimizerError(f"{name} holds several optimizers ({kinds}): give attach these, in place of it")
         (real,) = inside
+        # Lookahead keeps slow weights, SAM the step back: of the old shapes after a cut.
         if getattr(part, "state", real.state) is not real.state:
             raise OptimizerError(
                 f"{name} keeps a state beside that of the {type(real).__name__} in it, which would not follow a cut: "

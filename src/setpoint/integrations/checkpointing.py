@@ -95,6 +95,7 @@ def _then_write_sizes(save: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **settings: Any) -> Any:
         result = save(self, save_directory, *args, **settings)
+        # Of several ranks one writes; where the path is a file, transformers only logs an error.
         if settings.get("is_main_process", True) and Path(save_directory).is_dir():
             write_sizes(self, Path(save_directory))
         return result
@@ -106,7 +107,7 @@ def _after_reading_sizes(load: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_transformers(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **settings: Any) -> Any:
         file = _sizes_file(checkpoint_files, load_config)
-        if file is not None:
+        if file is not None:  # before the weights: loading compares their shapes with the model's
             read_sizes(file, model, model.base_model_prefix)
         return load(model, state_dict, checkpoint_files, load_config, **settings)
 
@@ -142,6 +143,7 @@ def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:
     name = load_config.pretrained_model_name_or_path
     if name is None or not checkpoint_files or Path(str(name)).exists():
         return None
+    # On the Hub only the files that transformers knows of are downloaded with the weights.
     cached_file = sys.modules["transformers.utils"].cached_file
     found = cached_file(
         name, SIZES_FILE, _raise_exceptions_for_missing_entries=False, **(load_config.download_kwargs or {})

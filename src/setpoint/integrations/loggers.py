@@ -181,7 +181,7 @@ class LedgerFile:
         same = 0
         while same < min(len(entries), len(self._written)) and entries[same] is self._written[same]:
             same += 1
-        whole = not self._ends or not self._path.exists()
+        whole = not self._ends or not self._path.exists()  # somebody may have removed it
         first = 0 if whole else same + 1  # the header is line 0
         ends = self._ends[:first]
         with open(self._path, "wb" if whole else "r+b") as file:
