@@ -29,17 +29,16 @@ def told(run: Callable[[], setpoint.Loop]) -> tuple[setpoint.Loop, list[str]]:
     return loop, [str(each.message) for each in caught]
 
 
-@pytest.mark.parametrize("jump", [-50.0, 5000.0])
-def test_a_clock_that_jumps(machine: Machine, jump: float) -> None:
-    """A jump back is one warning and left out, one ahead is outvoted: the budget is met by the steps as they are."""
+def test_a_clock_that_jumps(machine: Machine) -> None:
+    """A jump ahead is outvoted: the budget is met by the steps as they are."""
 
     def live(loop: setpoint.Loop) -> None:
         machine.live(loop)
         if loop.step in (15, 40):
-            machine.now += jump
+            machine.now += 5000.0
 
     loop, words = told(lambda: train(mlp(), Budget.fraction(0.6, of="latency"), 60, live))
-    assert len([each for each in words if "backwards within a step" in each]) == (jump < 0)
+    assert not words
     assert loop.summary is not None and loop.summary.budget_met
     dense = machine.factor * machine.step_s(DENSE)
     assert loop.summary.limit["latency"] == pytest.approx(0.6 * dense)

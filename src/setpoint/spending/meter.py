@@ -1,5 +1,7 @@
 """A meter: what the user's own optimizer steps really take of what they are held to."""
 
+# ruff: noqa: D102 - `Meter` says what the methods of both classes do
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -34,9 +36,6 @@ class Readings:
     vanished: bool = False
 
 
-NOTHING = Readings()
-
-
 class Meter(Protocol):
     """Reads what steps take between two cuts; it changes at every step.
 
@@ -53,16 +52,16 @@ class Meter(Protocol):
     watts: float
 
     @property
-    def sources(self) -> Mapping[str, str]: ...  # noqa: D102
+    def sources(self) -> Mapping[str, str]: ...
 
     @property
-    def waits(self) -> str: ...  # noqa: D102
+    def waits(self) -> str: ...
 
     @property
-    def peak_wanted(self) -> bool: ...  # noqa: D102
+    def peak_wanted(self) -> bool: ...
 
     @property
-    def peak_known(self) -> bool: ...  # noqa: D102
+    def peak_known(self) -> bool: ...
 
     def prepare(self, due: bool) -> bool:
         """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
@@ -99,32 +98,24 @@ class Unmetered:
     peak_wanted = peak_known = False
 
     def __init__(self) -> None:
-        self.steps = StepMeter()
+        self.steps, self._readings = StepMeter(), Readings()
 
     def prepare(self, due: bool) -> bool:
-        """No step is watched."""
         return False
 
+    def stepped(self) -> None: ...
+
     def time_inference(self, widths: Mapping[str, int]) -> float:
-        """No pass is made."""
         return 0.0
 
     def read(self) -> Readings:
-        """Nothing."""
-        return NOTHING
+        return self._readings
+
+    def cut(self) -> None: ...
+
+    def stop(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
-    def stepped(self) -> None:
-        """Nothing is read of a step."""
-
-    def cut(self) -> None:
-        """Nothing is forgotten."""
-
-    def stop(self) -> None:
-        """Nothing is watched."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

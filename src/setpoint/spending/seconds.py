@@ -10,11 +10,9 @@ from types import TracebackType
 
 import torch
 
-from setpoint.messages import warn
-
 
 class Stopwatch:
-    """Adds up the wall-clock seconds spent inside `with` blocks; one in which the clock ran backwards adds nothing.
+    """Adds up the wall-clock seconds spent inside `with` blocks.
 
     A GPU works behind the host's back: without `synchronize` only the host's time is seen; with it,
     each block first waits for work queued earlier (which is not counted) and ends when its own is done.
@@ -30,11 +28,9 @@ class Stopwatch:
     """
 
     def __init__(self, synchronize: bool = False) -> None:
-        self.seconds = 0.0
-        self.last_seconds = 0.0
+        self.seconds = self.last_seconds = 0.0
         self._synchronize = synchronize
         self._started: float | None = None
-        self._warned = False
 
     def __enter__(self) -> Stopwatch:
         assert self._started is None, "a stopwatch measures one block at a time"
@@ -44,28 +40,21 @@ class Stopwatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._started is not None
-        self._add(_now(self._synchronize) - self._started)
+        self.lap()
         self._started = None
 
     def lap(self) -> None:
         """Stop, add, and start again at the same moment."""
         assert self._started is not None
         now = _now(self._synchronize)
-        self._add(now - self._started)
+        self.last_seconds = now - self._started
+        self.seconds += self.last_seconds
         self._started = now
 
     @property
     def seconds_so_far(self) -> float:
-        """Seconds of all blocks, the one under way included."""
-        return self.seconds + (0.0 if self._started is None else max(0.0, _now(self._synchronize) - self._started))
-
-    def _add(self, elapsed: float) -> None:
-        if elapsed < 0 and not self._warned:
-            self._warned = True
-            warn(f"the clock ran {-elapsed:.3g} s backwards: that time is left out")
-        self.last_seconds = max(0.0, elapsed)
-        self.seconds += self.last_seconds
+        """Seconds of all blocks, the present one included."""
+        return self.seconds + (0.0 if self._started is None else _now(self._synchronize) - self._started)
 
 
 def _now(synchronize: bool) -> float:
@@ -78,9 +67,7 @@ def _now(synchronize: bool) -> float:
 class StepMeter:
     """Smoothed seconds per optimizer step: the median of recent intervals between steps.
 
-    The median ignores an evaluation or a checkpoint between two steps, and the lower one does so even of two. An
-    interval without a known beginning is no reading, nor is one in which the clock stood still or ran backwards; that
-    is said once.
+    The median ignores an evaluation or a checkpoint between two steps, and the lower one does so even of two.
 
     Args:
         window: number of recent steps that count.
@@ -91,26 +78,20 @@ class StepMeter:
         self._intervals: deque[float] = deque(maxlen=window)
         self._began: float | None = None
         self._synchronize = synchronize
-        self._warned = False
 
     def begin(self) -> None:
         """Mark the moment from which the next step counts."""
         self._began = _now(self._synchronize)
 
     def end(self) -> None:
-        """Mark the end of the step."""
-        if self._began is None:
-            return
-        interval = _now(self._synchronize) - self._began
+        """Mark the end of the step; one whose beginning was not marked is skipped."""
+        interval = 0.0 if self._began is None else _now(self._synchronize) - self._began
         self._began = None
-        if interval > 0:
+        if interval > 0:  # a coarse clock may not have moved
             self._intervals.append(interval)
-        elif not self._warned:
-            self._warned = True
-            warn(f"the clock stood still or ran backwards within a step ({interval:+.3g} s): such steps are left out")
 
     def extra(self) -> float:
-        """End a step of another kind, which is no reading: by how many seconds it was longer than the median."""
+        """End a step of another kind, which is skipped: by how many seconds it was longer than the median."""
         usual, began, self._began = self.seconds_per_step, self._began, None
         return 0.0 if began is None or usual is None else max(0.0, _now(self._synchronize) - began - usual)
 
@@ -134,6 +115,6 @@ class StepMeter:
         return {"intervals": list(self._intervals)}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on with these recent intervals; the step under way is no reading."""
+        """Go on with these recent intervals; the present step is skipped."""
         self.clear()
         self._intervals.extend(map(float, state["intervals"]))
