@@ -60,20 +60,6 @@ def test_a_missed_latency_is_warned_of(machine: Machine) -> None:
     assert len(warned) == 1 and loop.summary is not None and not loop.summary.budget_met
 
 
-def test_a_clock_that_jumps_back_in_a_run(machine: Machine) -> None:
-    """The seconds of a run leave a jump back out: what is reported is what its steps have taken, but for one step."""
-
-    def live(loop: setpoint.Loop) -> None:
-        machine.live(loop)
-        if loop.step == 15:
-            machine.now -= 50.0
-
-    loop, words = told(lambda: train(mlp(), Budget.fraction(0.7, of="latency", per="run"), 60, live))
-    assert len([each for each in words if "that time is left out" in each]) == 1
-    assert loop.summary is not None
-    assert loop.summary.spent_run["latency"] == pytest.approx(machine.now + 50.0, rel=0.03)
-
-
 def test_a_counter_that_wraps(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A counter that starts again from 0 every seven joules still holds a run to its joules."""
     metered(machine, monkeypatch, lambda: machine.joules % 7.0, range_j=7.0)

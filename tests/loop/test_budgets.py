@@ -378,23 +378,6 @@ def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
     assert 0.9 * budget.limit < summary.spent_run["energy"] <= budget.limit
 
 
-@pytest.mark.parametrize("watts", [True, 0.0, -1.0, float("nan"), float("inf")])
-def test_watts_that_are_no_power(watts: Any) -> None:
-    """Stated watts are a finite number above 0."""
-    with pytest.raises(BudgetError, match="watts is the power"):
-        Budget.fraction(0.6, of="energy", watts=watts)
-    with pytest.raises(BudgetError, match="watts is the power"):
-        setpoint.Price(0.1, of="energy", watts=watts)
-
-
-def test_watts_that_nobody_asks_for() -> None:
-    """Watts on a budget of something else are refused, not ignored."""
-    with pytest.raises(BudgetError, match="leave watts out"):
-        Budget.fraction(0.6, of="flops", watts=30.0)
-    with pytest.raises(BudgetError, match="leave watts out"):
-        setpoint.Price(0.1, of="latency", watts=30.0)
-
-
 def test_budgets_of_one_resource_twice_are_refused() -> None:
     """Each resource has one budget, and there is at least one."""
     for budgets in ([], [Budget.fraction(0.5, of="flops"), Budget.total(1e6, of="flops")]):

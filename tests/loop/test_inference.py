@@ -253,14 +253,6 @@ def test_milliseconds_given_as_seconds(machine: Machine) -> None:
         train(made, Budget.total(2.0, of="inference"), 20)
 
 
-def test_an_example_without_such_a_budget_is_refused() -> None:
-    """An inference example that nothing would use is an error, not a surprise."""
-    with pytest.raises(BudgetError, match="add one, or leave the example out"):
-        Budget.fraction(0.5, of="flops", example=(torch.randn(1, 16),))
-    with pytest.raises(BudgetError, match="add one, or leave the example out"):
-        setpoint.Price(0.1, of="flops", example=(torch.randn(1, 16),))
-
-
 def equal(one: Any, other: Any) -> bool:
     """Whether nested data are the same to the last bit."""
     if isinstance(one, Tensor):

@@ -7,10 +7,13 @@ import math
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import setpoint
@@ -20,6 +23,7 @@ from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.distillation import Teacher
 from setpoint.errors import BudgetError, CheckpointError, LoopError
+from setpoint.spending.run_budget import RunBudget, RunPlan, Spent
 
 __all__ = ["machine"]
 
@@ -143,11 +147,45 @@ def test_the_budget_is_met_before_the_bill_is_spent(
     assert not misled or lengths[0] > max(lengths[met:])  # it had promised more
 
 
-def test_the_stretches_of_a_run_add_up() -> None:
-    """Claim: spans cover every step to come once."""
-    for total_steps in (7, 100, 1000):
-        found = spans(Schedule(), 3, total_steps)
-        assert found[0][0] == 3 and sum(length for _, length in found) == total_steps - 3
+@given(
+    share=st.floats(0.1, 0.9),
+    paid=st.floats(0.4, 3.0),
+    total_steps=st.integers(60, 500),
+    sensing=st.sampled_from([0.0, 0.002, 0.02]),
+    taught=st.floats(0.0, 1.0),
+    every=st.integers(1, 5),
+    short=st.floats(0.0, 0.3),
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_a_total_is_spent_and_never_exceeded(
+    share: float, paid: float, total_steps: int, sensing: float, taught: float, every: int, short: float
+) -> None:
+    """Claim: whatever the limit, the total, a teacher's passes and cuts that stay short of the reference: the run is
+    never over its total, and what is left pays for no two steps.
+    """
+    schedule = Schedule()
+    run = RunBudget(setpoint.Budget.total(paid * total_steps, of="flops", per="run"), schedule, dense=1.0)
+    total, now = run.limit(total_steps), Spent(0, 0.0, 0.0, 1.0, sensing)
+    plan = run.planned(RunPlan(saves=True, lowest=share, share=share), now, total)
+    while now.step < plan.length:
+        took = (0.0 if plan.met else sensing) + (taught if now.step % every == 0 else 0.0)
+        now = Spent(
+            now.step + 1,
+            now.train_flops + now.step_flops + took,
+            now.overhead_flops + took,
+            now.step_flops,
+            sensing,
+        )
+        plan = run.stepped(plan, now, total, learn=True)
+        if not plan.met and schedule.due(now.step, plan.decisions_as):
+            met = schedule.settled(now.step, plan.decisions_as)
+            reference = schedule.at(now.step, plan.decisions_as, start=1.0, limit=share)
+            cost = min(now.step_flops, reference + (0.0 if met else short * (1 - reference)))
+            now = replace(now, step_flops=cost)
+            plan = replace(plan, met=met, present=cost, share=share / cost)
+            plan = run.planned(replace(plan, overhead=replace(plan.overhead, noted=now.overhead_flops)), now, total)
+    assert now.train_flops <= total * (1 + 1e-12)
+    assert total - now.train_flops <= 2 * now.step_flops + 3 * taught + 2 * sensing
 
 
 def test_a_run_that_does_not_come_down_ends_in_time() -> None:
@@ -389,8 +427,7 @@ def taught(total_steps: int, due: Callable[[int], bool], before: int = 0) -> tup
     return loop, lengths
 
 
-@pytest.mark.parametrize("total_steps", [60, 200])
-@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize(("total_steps", "every"), [(60, 1), (200, 2)])
 def test_a_teacher_is_paid_for(total_steps: int, every: int) -> None:
     """Claim: the overhead of steps is planned with once it is seen; the budget is met, and the bill not exceeded."""
     loop, lengths = taught(total_steps, lambda step: step % every == 0)
@@ -410,15 +447,7 @@ def test_a_pass_over_all_data_is_not_expected_again() -> None:
     assert 0.99 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
 
 
-def test_a_teacher_that_comes_late_is_paid_for() -> None:
-    """Claim: one that begins after the budget is met shortens the run at once, by what it takes."""
-    loop, lengths = taught(200, lambda step: step >= 200)
-    summary = loop.finish()
-    assert summary.budget_met
-    assert 0.99 * summary.limit_run["flops"] < summary.train_flops <= summary.limit_run["flops"]
-
-
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_clock_that_wavers_does_not_multiply_the_length(machine: Machine, seed: int) -> None:
     """Claim: where FLOPs fall much faster than seconds, the run is no longer than they have fallen by; once the
     budget is met, what is left pays for the rest of the steps exactly, whatever was forecast.
