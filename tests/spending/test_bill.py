@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, mlp
-from setpoint.controller.horizon import spans
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.distillation import Teacher
