@@ -1,4 +1,4 @@
-"""Writes tables and pictures of README.md and docs/, and the pages of docs/tasks/, from the committed result files.
+"""Writes the tables of README.md and docs/, and the pages of docs/tasks/, from the committed result files.
 
     python bench/benchmarks/readme.py            rewrite what stands between the markers, and the generated files
     python bench/benchmarks/readme.py --check    fail if a page does not show what the result files say
@@ -13,24 +13,13 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import tables.records  # noqa: F401 - its blocks join SPECS
-from tables.renderer import RESULTS, ROOT, SPECS
+from tables.renderer import ROOT, SPECS
 from tables.runs import task_pages
 
-from setpoint_bench.report.moving_picture import write_moving_picture
-from setpoint_bench.report.picture import write_picture
-
 DOCS = ROOT / "docs"
-PICTURES = DOCS / "pictures"
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-MOVING = "Fine-tuning an image network to a quarter of its FLOPs"
-PICTURED = (
-    "dense",
-    *(f"{method} 0.5" for method in ("small-long", "filter-first", "cubic", "torch-pruning-norm", "setpoint")),
-)
-"""Lines of a picture, as many as a legend has room for: of each kind of rival that cuts units the best one there."""
 
 
 def filled(text: str) -> str:
@@ -46,23 +35,13 @@ def pages() -> dict[Path, str]:
     return marked | {DOCS / "tasks" / f"{name}.md": text for name, text in task_pages().items()}
 
 
-def pictures(folder: Path) -> dict[Path, bytes]:
-    """Every drawn picture, as the result files say."""
-    drawn = {name: folder / f"{name}.svg" for name in ("run", "finetune", "cifar10-mini")}
-    write_moving_picture(RESULTS / "finetune", drawn["run"], "setpoint", 0.25, MOVING)
-    for name in ("finetune", "cifar10-mini"):
-        write_picture(RESULTS / name, drawn[name], labels=PICTURED)
-    return {PICTURES / file.name: file.read_bytes() for file in drawn.values()}
-
-
 def main() -> None:
     """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    with TemporaryDirectory() as folder:
-        fresh = {page: text.encode() for page, text in pages().items()} | pictures(Path(folder))
-    stale = [file for file, content in fresh.items() if not file.exists() or file.read_bytes() != content]
+    fresh = pages()
+    stale = [file for file, text in fresh.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
     forgotten = sorted(set((DOCS / "tasks").glob("*.md")) - fresh.keys())
     if check:
         if stale or forgotten:
@@ -70,7 +49,7 @@ def main() -> None:
             sys.exit(f"{names} not as the result files say: run python bench/benchmarks/readme.py")
         return
     for file in stale:
-        file.write_bytes(fresh[file])
+        file.write_text(fresh[file], encoding="utf-8")
     for file in forgotten:
         file.unlink()
 

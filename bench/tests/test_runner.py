@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -21,9 +18,7 @@ from torch import nn
 import setpoint
 from fragile import Notes, fragile
 from setpoint.ledger import Ledger
-from setpoint.resources.joules import Counter, EnergyMeter, find_energy_meter
 from setpoint_bench import runner, training
-from setpoint_bench.catalogue import task_named
 from setpoint_bench.family import ByFactor
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.images import ten_views
@@ -31,16 +26,15 @@ from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.recipe import Recipe
-from setpoint_bench.results import FILE, Result, append_result, load_results
-from setpoint_bench.runner import Outcome, finished, grid, run
+from setpoint_bench.results import FILE, Result, append_result
+from setpoint_bench.runner import finished, grid, run
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Split, dense_widths
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tensors import Tensors
-from setpoint_bench.training import Cell, Progress
 from setpoint_bench.worker import LOG
 
-TASK = digits(epochs=3, width=16)
+TASK = digits(epochs=1, width=16)
 TINY = digits(epochs=1, width=4)
 STRUCTURED: tuple[Method, ...] = (Dense(), Small(), Setpoint())
 
@@ -143,44 +137,13 @@ def test_the_test_set_is_read_once(tmp_path: Path) -> None:
     recipe = Recipe(steps=20, batch=16, num_validations=4)
     task = SimpleTask("told", ByFactor(build), data, recipe, device=torch.device("cpu"))
     fingerprint(task)  # reads all data, to tell one task from another, and is kept
-    names = ("dense", "small", "setpoint", "cubic", "rigl", "filter-oneshot", "small-long")
+    names = ("dense", "small", "setpoint", "cubic", "gmp", "filter-oneshot", "small-long")
     for split, each in (("test", 1), ("validation", 0)):
         cells = grid(task, [method_named(name) for name in names], [0.5], [0], split)
         data.asked.clear()
         run_interleaved(cells, tmp_path / split, Notes())
         assert data.asked.count("test") == each * len(cells)
         assert data.asked.count("validation") > len(cells)
-
-
-def test_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
-    """Ctrl-C in the second seed leaves the first seed's result, and the same call does only the rest."""
-
-    class Interrupting(Notes):
-        def __call__(self, cell: Cell, progress: Progress) -> None:
-            if cell.seed == 1:
-                raise KeyboardInterrupt
-
-    cells = grid(TINY, [Dense()], [0.5], [0, 1])
-    with pytest.raises(KeyboardInterrupt):
-        run_interleaved(cells, tmp_path, Interrupting())
-    (first,) = load_results(tmp_path)
-    notes = Notes()
-    results = run_interleaved(cells, tmp_path, notes)
-    assert results[0] == first
-    assert [name for name, _ in notes.endings] == ["digits-dense-seed1"]
-
-
-def test_least_advanced_goes_first(tmp_path: Path) -> None:
-    """Cells take turns: no cell is ever more than one turn ahead of another of its seed."""
-    task, done = digits(epochs=2, width=8), {"dense": 0, "small": 0}
-
-    class Watching(Notes):
-        def __call__(self, cell: Cell, progress: Progress) -> None:
-            done[cell.method.name] = progress.step
-            assert abs(done["dense"] - done["small"]) <= training.STEPS_PER_TURN
-
-    run_interleaved(grid(task, [Dense(), Small()], [0.5], [0]), tmp_path, Watching())
-    assert set(done.values()) == {task.steps}
 
 
 @pytest.mark.slow
@@ -248,20 +211,6 @@ def test_a_failing_cell_leaves_the_others_alone(way: str, message: str, tmp_path
     assert sorted(name for name, _ in notes.endings) == ["digits-dense-seed0", "digits-dense-seed1"]
 
 
-@pytest.mark.slow
-def test_ctrl_c_stops_the_processes(tmp_path: Path) -> None:
-    """An interrupt stops the process under way at once, and leaves no result of it."""
-    notes = Notes()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(grid(fragile("interrupt", epochs=400), [Dense()], [0.5], [1]), tmp_path, notes)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert load_results(tmp_path) == ()
-    assert all(step < 5000 for _, step in notes.turns)
-
-
 def test_what_is_needed_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that needs others brings their cells along: before it, once, with a budget only where they have one."""
     found, after = named(Small(), "found", ("setpoint",)), named(Small(), "after", ("found", "dense"))
@@ -271,101 +220,6 @@ def test_what_is_needed_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         *(("setpoint", 0.5), ("found", 0.5), ("dense", None), ("after", 0.5)),
         *(("setpoint", 0.25), ("found", 0.25), ("after", 0.25)),
     ]
-
-
-@pytest.mark.slow
-def test_what_needs_a_failed_cell_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cell that needs one that has failed fails with its name, at once."""
-    after = named(Dense(), "dense", ("small",))
-    monkeypatch.setattr(runner, "method_named", {"small": Small()}.__getitem__)
-    outcome = run(grid(fragile("raise"), [after], [0.5], [1]), tmp_path, Notes())
-    assert [failure.cell for failure in outcome.failures] == ["digits-small-seed1", "digits-dense-seed1"]
-    assert "needs digits-small-seed1" in outcome.failures[1].error
-
-
-def trained_anew(file: Path) -> Outcome:
-    """What becomes of the dense run of the task that a file's function `make` returns."""
-    make_task = partial(task_named, f"{file}:make")
-    return run(grid(make_task(), [Dense()], [0.5], [0]), file.parent / "out", Notes(), make_task=make_task)
-
-
-@pytest.mark.slow
-def test_a_task_of_ones_own_is_made_anew_in_the_process(tmp_path: Path) -> None:
-    """A task from a file, whose functions cannot be sent to another process, is trained there all the same."""
-    file = tmp_path / "own.py"
-    file.write_text(
-        "from dataclasses import replace\n"
-        "from setpoint_bench.tasks.digits import digits\n"
-        "def make():\n"
-        "    task = digits(epochs=1, width=4)\n"
-        "    return replace(task, criterion=lambda scores, targets: task.criterion(scores, targets))\n",
-        encoding="utf-8",
-    )
-    outcome = trained_anew(file)
-    assert outcome.failures == ()
-    assert outcome.results[0].steps == 15
-
-
-@pytest.mark.slow
-def test_task_and_method_of_ones_own_in_one_file(tmp_path: Path) -> None:
-    """A file that makes the task and a method is loaded once, so that both are found, and can be timed."""
-    file = tmp_path / "own.py"
-    file.write_text(
-        "import torch\n"
-        "from setpoint_bench.family import ByFactor\n"
-        "from setpoint_bench.method import Setpoint\n"
-        "from setpoint_bench.recipe import Recipe\n"
-        "from setpoint_bench.simple_task import SimpleTask\n"
-        "from setpoint_bench.tensors import Tensors\n"
-        "class Net(torch.nn.Sequential):\n"
-        "    pass\n"
-        "def build(_):\n"
-        "    return Net(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))\n"
-        "def task():\n"
-        "    points = torch.linspace(-1, 1, 80).view(40, 2), torch.zeros(40).long()\n"
-        "    return SimpleTask('own', ByFactor(build), Tensors(points, points), Recipe(steps=2, batch=4))\n"
-        "def method():\n"
-        "    return Setpoint('mine')\n",
-        encoding="utf-8",
-    )
-    make_task, method = partial(task_named, f"{file}:task"), method_named(f"{file}:method")
-    cells, own = grid(make_task(), [method], [1.0], [0]), {method.name: f"{file}:method"}
-    outcome = run(cells, tmp_path / "out", Notes(), make_task=make_task, own_methods=own)
-    assert outcome.failures == ()
-    assert (tmp_path / "out" / cells[0].name / "stages.jsonl").exists()
-
-
-@pytest.mark.slow
-def test_a_task_that_comes_out_different_every_time_is_refused(tmp_path: Path) -> None:
-    """Runs whose data were drawn anew do not compare: they fail, and the error says what to seed."""
-    file = tmp_path / "own.py"
-    file.write_text(
-        "import time, torch\n"
-        "from setpoint_bench.family import ByFactor\n"
-        "from setpoint_bench.recipe import Recipe\n"
-        "from setpoint_bench.simple_task import SimpleTask\n"
-        "from setpoint_bench.tensors import Tensors\n"
-        "def make():\n"
-        "    torch.manual_seed(time.time_ns())\n"
-        "    points = torch.randn(40, 2), torch.zeros(40).long()\n"
-        "    return SimpleTask('drawn', ByFactor(lambda _: torch.nn.Linear(2, 2)), Tensors(points, points),\n"
-        "                      Recipe(steps=2, batch=4))\n",
-        encoding="utf-8",
-    )
-    outcome = trained_anew(file)
-    assert outcome.results == ()
-    assert "drawn is made anew for every run, and its data or model came out different" in outcome.failures[0].error
-
-
-def test_another_test_set_is_another_task() -> None:
-    """Of tensors that a user gives, what they are judged on counts too."""
-    inputs, labels = torch.randn(40, 2), torch.randint(2, (40,))
-
-    def told(test: torch.Tensor) -> str:
-        data = Tensors(train=(inputs, labels), test=(inputs, test))
-        return fingerprint(SimpleTask("own", ByFactor(lambda _: torch.nn.Linear(2, 2)), data, Recipe(steps=1, batch=4)))
-
-    assert told(labels) == told(labels.clone()) != told(1 - labels)
 
 
 def test_what_goes_on_from_a_newer_run_is_run_again(tiny: Result, tmp_path: Path) -> None:
@@ -378,14 +232,6 @@ def test_what_goes_on_from_a_newer_run_is_run_again(tiny: Result, tmp_path: Path
     assert [cell.method.name for cell in finished(cells, tmp_path)] == ["dense", "magnitude-oneshot"]
     append_result(tmp_path, replace(tiny, date="2026-11-03T00:00:00+00:00"))
     assert [cell.method.name for cell in finished(cells, tmp_path)] == ["dense"]
-
-
-def test_nothing_goes_on_from_a_run_that_diverged(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
-    """A method that continues another one's model says that it diverged, and does not prune what is not a number."""
-    needed = {"dense": replace(together[1]["dense"], value=float("nan"))}
-    cell = Cell(TASK, method_named("filter-oneshot"), 0.5, 0)
-    with pytest.raises(BenchError, match=r"dense diverged in its training \(nan\)"):
-        next(training.train(cell, tmp_path, needed))
 
 
 @pytest.mark.parametrize(
@@ -405,18 +251,6 @@ def test_a_folder_of_another_version_is_refused(line: object, message: str, tmp_
     assert (tmp_path / FILE).read_text(encoding="utf-8") == text
 
 
-def test_runs_of_another_length_or_split_are_refused(together: tuple[Path, dict[str, Result]], tmp_path: Path) -> None:
-    """A folder compares runs of one length and one split, and says which it holds; a method may take more steps."""
-    dense = together[1]["dense"]
-    append_result(tmp_path, dense)
-    with pytest.raises(BenchError, match=f"holds digits runs of {TASK.steps} steps on test; these are 15"):
-        run(grid(TASK.with_epochs(1), [Dense()], [0.5], [0]), tmp_path, Notes())
-    with pytest.raises(BenchError, match="on validation: name another folder"):
-        run(grid(TASK, [Dense()], [0.5], [1], "validation"), tmp_path, Notes())
-    append_result(tmp_path, replace(dense, steps=2 * TASK.steps, task_steps=TASK.steps))
-    assert run(grid(TASK, [Dense()], [0.5], [0]), tmp_path, Notes()).results[0].steps == 2 * TASK.steps
-
-
 def changed(what: str) -> SimpleTask:
     """The tiny task with something else about it."""
     others = digits(epochs=1, width=8)
@@ -426,13 +260,12 @@ def changed(what: str) -> SimpleTask:
         "data": {"data": replace(TINY.data, shift=0, mean=(8.0,))},  # type: ignore[type-var]
         "loss": {"training_criterion": None},
         "fresh weights": {"scratch_learning_rate": 2.0},
-        "found widths": {"found_learning_rate": 0.5},
         "scoring": {"views": ten_views},
     }
     return replace(TINY, **changes[what])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights", "found widths", "scoring"])
+@pytest.mark.parametrize("what", ["learning rate", "model", "data", "loss", "fresh weights", "scoring"])
 def test_a_changed_task_is_refused(what: str, tiny: Result, tmp_path: Path) -> None:
     """A folder does not mix runs of a task before and after a change; the same task, and rows that say nothing, go."""
     append_result(tmp_path, tiny)
@@ -468,47 +301,6 @@ def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
     assert first == again
     assert {name: len(units) for name, units in first.items()} == {name: len(units) for name, units in second.items()}
     assert first != second
-
-
-def test_energy_is_read_while_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is a meter, joules of the training blocks add up, an earlier run's included; else there are none."""
-    (without,) = run_interleaved(grid(TINY, [Dense()], [0.5], [1]), tmp_path, Notes())
-    assert (without.energy_j is None) == (find_energy_meter([torch.device("cpu")])[0] is None)
-    readings = itertools.count(1.0)  # a joule from one reading to the next
-    monkeypatch.setattr(
-        training, "find_energy_meter", lambda devices: (EnergyMeter([Counter("made up", lambda: next(readings))]), "")
-    )
-    cells = grid(TINY, [Dense(), method_named("magnitude-oneshot")], [0.5], [0])
-    dense, later = run_interleaved(cells, tmp_path, Notes())
-    assert dense.energy_j == 3  # it began, and trained 10 and 5 steps
-    assert later.energy_j is not None and later.energy_j > 3 + 1
-
-
-def test_budgets_that_differ_a_little_have_folders_of_their_own() -> None:
-    """Any two budgets have names of their own; round ones keep their short names."""
-    names = [cell.name for cell in grid(TASK, [Setpoint()], [0.3333333, 0.3333334, 0.5, 1.0], [0])]
-    assert names == [f"digits-setpoint-{text}-seed0" for text in ("0.3333333", "0.3333334", "0.5", "1")]
-
-
-@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "2"])
-def test_a_lasso_that_is_no_share_is_refused(value: str) -> None:
-    """A penalty that is the whole loss or more, or none of it, is an error that says what it may be."""
-    with pytest.raises(BenchError, match="lasso is the penalty's share of the loss, at least 0 and below 1, got"):
-        method_named(f"prunetrain@lasso={value}")
-    with pytest.raises(BenchError, match="is a number, got 'much'"):
-        method_named("prunetrain@lasso=much")
-
-
-def test_a_seed_below_zero_is_refused() -> None:
-    """It would name a folder that reads like another seed's."""
-    with pytest.raises(BenchError, match="a seed is 0 or above, got -1"):
-        grid(TASK, [Setpoint()], [0.5], [0, -1])
-
-
-def test_unknown_method_lists_the_known() -> None:
-    """An unknown method is an error that lists those there are."""
-    with pytest.raises(BenchError, match="dense, small, small-long"):
-        method_named("magic")
 
 
 def test_own_random_keeps_streams_apart() -> None:

@@ -9,7 +9,6 @@ from setpoint_bench.catalogue import task_named
 from setpoint_bench.counter import step_flops
 from setpoint_bench.sizing import fit_widths, small_widths
 from setpoint_bench.task import BenchError, Dimension, dense_widths
-from setpoint_bench.tasks.digits import digits
 
 META = torch.device("meta")
 
@@ -33,12 +32,6 @@ def test_small_meets_the_budget(name: str, budget: float) -> None:
     assert max(shares) - min(shares) < (0.26 if name == "cifar10-mini" else 0.2)
 
 
-def test_budget_of_one_is_dense() -> None:
-    """At the whole budget the small model is the dense one."""
-    task = digits(width=8)
-    assert small_widths(task, 1.0) == dense_widths(task)
-
-
 def test_no_block_fits_any_more() -> None:
     """What is found leaves no room for one more block of any width."""
     dimensions = {"a": Dimension(64, 8), "b": Dimension(37), "c": Dimension(20, 4)}
@@ -56,21 +49,3 @@ def test_unreachable_budget() -> None:
     """A budget below the narrowest model is an error that names what that costs."""
     with pytest.raises(BenchError, match="narrowest model costs 16"):
         fit_widths({"a": Dimension(64, 4), "b": Dimension(64, 4)}, lambda widths: widths["a"] * widths["b"], 15)
-
-
-def test_unreachable_budget_of_a_task() -> None:
-    """For a task the error names the least budget as a fraction, and that one can be met."""
-    task = digits(width=8)
-    with pytest.raises(BenchError, match="ask for at least that budget") as found:
-        small_widths(task, 0.001)
-    least = float(str(found.value).split("narrowest costs ")[1].split()[0])
-    widths = small_widths(task, least)
-    costs = [step_flops(task.build(each, META), task.example()) for each in (widths, dense_widths(task))]
-    assert costs[0] <= least * costs[1]
-
-
-def test_sizing_draws_no_random_numbers() -> None:
-    """Sizing leaves the global random state as it was."""
-    state = torch.get_rng_state()
-    small_widths(digits(width=8), 0.5)
-    assert torch.equal(torch.get_rng_state(), state)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -12,8 +10,7 @@ import pytest
 
 from setpoint_bench import sweep as sweep_module
 from setpoint_bench.coverage import Verdict
-from setpoint_bench.sweep import SUITES, chosen_models, record, suite_named, summary, sweep
-from setpoint_bench.table import suite_table
+from setpoint_bench.sweep import SUITES, chosen_models, suite_named, summary, sweep
 from setpoint_bench.task import BenchError
 
 GOOD = Verdict("a", True, "", 1.0, 2, 20, 100, 0.5, 0.75, 1e-16)
@@ -34,15 +31,6 @@ def test_every_suite_is_long_enough() -> None:
     assert sizes["plain"] >= 20
 
 
-def test_a_sweep_keeps_the_order_and_tells_each() -> None:
-    """Verdicts come in the order asked for, and each is told as it comes."""
-    told: list[Verdict] = []
-    verdicts = sweep("plain", ["token_mixer", "gated_mlp"], workers=0, after=told.append)
-    assert [verdict.model for verdict in verdicts] == ["token_mixer", "gated_mlp"]
-    assert list(verdicts) == told
-    assert all(verdict.passed for verdict in verdicts)
-
-
 def test_the_summary_has_the_promised_form() -> None:
     """Counts over all models, medians over those that passed, failures by name with their reason."""
     found = summary("plain", [GOOD, BETTER, BAD])
@@ -61,22 +49,6 @@ def test_the_summary_has_the_promised_form() -> None:
     assert summary("plain", [BAD])["seconds_median"] is None
 
 
-def test_the_record_names_models_and_environment() -> None:
-    """The whole record holds every verdict, what it depends on, and when it was made."""
-    found = record("timm", [GOOD, BAD], workers=2)
-    assert [model["model"] for model in found["models"]] == ["a", "c"]
-    assert {"python", "torch", "cpu", "timm", "threads"} <= found["environment"].keys()
-    assert found["date"].endswith("+00:00")
-    json.dumps(found)
-
-
-def test_the_table_has_a_line_per_model() -> None:
-    """Reasons are shown as they are, markup or not."""
-    table = suite_table("plain", [GOOD, BAD])
-    assert table.row_count == 2
-    assert table.title == "plain: 1 of 2 passed"
-
-
 @pytest.mark.parametrize(
     ("suite", "models", "message"),
     [
@@ -89,13 +61,6 @@ def test_unknown_names(suite: str, models: list[str] | None, message: str) -> No
     """Unknown suites and models are errors that name what there is."""
     with pytest.raises(BenchError, match=message):
         chosen_models(suite, models)
-
-
-def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without timm its suite names the extra."""
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(BenchError, match="pip install setpoint-bench"):
-        suite_named("timm")
 
 
 class Pool:

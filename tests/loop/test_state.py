@@ -26,7 +26,7 @@ from setpoint.loop.cutting import Cutting
 from setpoint.loop.state import RunState
 from setpoint.regrowth.regrowing import Regrowth
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint_bench.baselines.scheduled import ScheduledController
+from setpoint_bench.scheduled import ScheduledController
 
 __all__ = ["dear"]
 STEPS = 40

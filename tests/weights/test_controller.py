@@ -10,7 +10,7 @@ import pytest
 from controller.plants import chain, lognormal, run
 from setpoint.controller.priced import PricedController
 from setpoint.weights.controller import DropAndGrowController
-from setpoint_bench.baselines.scheduled import ScheduledController
+from setpoint_bench.scheduled import ScheduledController
 
 
 def test_how_many_stay_at_which_price_is_the_inner_controller_s_choice() -> None:

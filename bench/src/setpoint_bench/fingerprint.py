@@ -38,8 +38,6 @@ def fingerprint(task: Task) -> str:
         optimizers = [task.optimizer(model)]
         if (scratch := task.from_scratch()) != task:
             optimizers.append(scratch.optimizer(model))
-        if (found := task.from_scratch(found=True)) != scratch:
-            optimizers.append(found.optimizer(model))
         inputs, targets = next(task.batches(seed=0))
     parts = [
         re.sub(r" at 0x[0-9a-f]+", "", str(model)),

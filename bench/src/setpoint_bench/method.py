@@ -18,21 +18,19 @@ from setpoint.gates.gated import GatedController
 from setpoint.messages import did_you_mean
 from setpoint.report.target import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint_bench.baselines.drop_and_grow import DropAndGrow, Static
-from setpoint_bench.baselines.magnitude import Gradual, OneShot
-from setpoint_bench.baselines.scheduled import ScheduledController
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.methods.fitted import Fitted
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.long import Long
 from setpoint_bench.methods.post_training import PostTraining
-from setpoint_bench.methods.scratch import Dense, Small, SmallFound, SmallLong
+from setpoint_bench.methods.scratch import Dense, Small, SmallLong
 from setpoint_bench.methods.sparse import Sparse
-from setpoint_bench.methods.states import Compressm, FewStates, Hankel
+from setpoint_bench.methods.states import FewStates, Hankel
 from setpoint_bench.methods.taught import Taught
 from setpoint_bench.methods.torch_pruning import TorchPruning
 from setpoint_bench.random_sensor import RandomSensor
 from setpoint_bench.results import Result
+from setpoint_bench.scheduled import ScheduledController
 from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
 
 __all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
@@ -111,7 +109,6 @@ _LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
 _ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
 _FANG = "Fang et al., DepGraph: towards any structural pruning, CVPR 2023"
 _MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning, CVPR 2019"
-_MOCANU = "Mocanu et al., Scalable training with adaptive sparse connectivity, Nature Communications 9, 2018"
 _EVCI = "Evci et al., Rigging the lottery, ICML 2020"
 _MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
 
@@ -119,18 +116,13 @@ METHODS: tuple[Method, ...] = (
     Dense(),
     Small(),
     SmallLong(),
-    SmallFound(),
-    SmallFound("small-found-long", long=True),
-    PostTraining("magnitude-oneshot", Sparse("masks", OneShot(), _HAN), _HAN),
+    PostTraining("magnitude-oneshot", Sparse("masks", _HAN, begin_at=0.0, end=0.0), _HAN),
     PostTraining("filter-oneshot", Setpoint(controller=_AT_ONCE, sensor=MagnitudeSensor), _LI),
     PostTraining("torch-pruning-norm", TorchPruning("norm"), _FANG),
     PostTraining("torch-pruning-taylor", TorchPruning("taylor"), f"{_FANG}; {_MOLCHANOV}"),
     Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
     Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
-    Sparse("gmp", Gradual(), _ZHU),
-    Sparse("static", Static(), f"{_MOCANU}; {_EVCI}"),
-    Sparse("set", DropAndGrow("random"), f"{_MOCANU}; {_EVCI}"),
-    Sparse("rigl", DropAndGrow("gradient"), _EVCI),
+    Sparse("gmp", _ZHU),
     Setpoint(),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),
@@ -181,7 +173,7 @@ RESOURCE_METHODS: tuple[Method, ...] = (
 
 `setpoint-memory-open` follows the reference by what the meter read of the dense model alone: its feedback is off.
 """
-STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), Compressm(), FewStates())
+STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), FewStates())
 """Methods for tasks on state-space models."""
 
 
@@ -191,7 +183,7 @@ def all_methods() -> tuple[Method, ...]:
 
 
 def method_named(name: str) -> Method:
-    """The method of that name, with other settings where the name says so: `rigl@density=0.1`; or the user's own.
+    """The method of that name, with other settings where the name says so: `gmp@density=0.1`; or the user's own.
 
     Args:
         name: that of a method, or `module.py:function` for a function that takes nothing and returns one.

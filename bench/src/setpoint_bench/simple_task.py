@@ -81,7 +81,6 @@ class SimpleTask:
         device: where model and batches lie.
         scratch_learning_rate: peak for narrower models that start from fresh weights, relative to the recipe's, which
             is for the dense model: other than 1 where that starts from trained ones, or where another suits them.
-        found_learning_rate: the same for models of the widths that Setpoint found; None for that of all narrower ones.
         views: makes of a batch of inputs the batches of which the mean score judges them, such as images and their
             mirror images; training is as it is without.
 
@@ -108,7 +107,6 @@ class SimpleTask:
     metric: Metric = "accuracy"
     device: torch.device = field(default_factory=best_device)
     scratch_learning_rate: float = 1.0
-    found_learning_rate: float | None = None
     views: Views = unaltered
 
     def __post_init__(self) -> None:
@@ -171,10 +169,9 @@ class SimpleTask:
         """The same task at a learning rate `factor` times as high."""
         return replace(self, recipe=replace(self.recipe, learning_rate=factor * self.recipe.learning_rate))
 
-    def from_scratch(self, *, found: bool = False) -> SimpleTask:
+    def from_scratch(self) -> SimpleTask:
         """The same task with the learning rate for narrower models of fresh weights."""
-        own = self.found_learning_rate if found else None
-        return self.with_learning_rate_factor(self.scratch_learning_rate if own is None else own)
+        return self.with_learning_rate_factor(self.scratch_learning_rate)
 
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:
         """A fresh model of these widths, initialised from the global random state."""

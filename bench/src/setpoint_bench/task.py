@@ -101,12 +101,8 @@ class Task(Protocol):
         """The same task at a learning rate `factor` times as high."""
         ...
 
-    def from_scratch(self, *, found: bool = False) -> Task:
-        """The same task with the learning rate for narrower models of fresh weights.
-
-        Args:
-            found: of the widths that Setpoint found, rather than uniformly narrower.
-        """
+    def from_scratch(self) -> Task:
+        """The same task with the learning rate for narrower models of fresh weights."""
         ...
 
     def build(self, widths: Mapping[str, int], device: torch.device | None = None) -> nn.Module:

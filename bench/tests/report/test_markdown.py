@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from setpoint.errors import ReportError
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.markdown import markdown, write_markdown
 
@@ -46,12 +43,6 @@ def test_names_stay_text(make_results: Any) -> None:
     assert "<img>" not in text and "a\\|b&lt;img>" in text
 
 
-def test_the_name_of_a_split_stays_text(make_results: Any) -> None:
-    """A split out of somebody's file ends no cell of the table, and makes no tag and no line."""
-    text = markdown(read_results(make_results(seeds=(0,), split="a|b<img src=x>\n# c")))
-    assert "accuracy on a\\|b&lt;img src=x> # c" in text and "<img" not in text
-
-
 def test_clocks_are_told_apart(make_results: Any) -> None:
     """Seconds of a busy machine are labelled; once timings are there, they alone count."""
     folder = make_results(seeds=(0,), clock="shared")
@@ -78,22 +69,6 @@ def test_clocks_are_told_apart(make_results: Any) -> None:
     assert "| – |" in [line for line in text.splitlines() if line.startswith("| small |")][1]
 
 
-def test_a_run_made_again_loses_its_old_seconds(make_results: Any) -> None:
-    """Seconds that were measured before their run was made anew are of another run: they are left out and told."""
-    folder = make_results(seeds=(0,), methods=("dense",))
-    line = {"schema": 2, "task": "digits", "method": "dense", "budget": 1.0, "seed": 0, "seconds": 9.0}
-    (made,) = read_results(folder).cells
-    for date, remarks in (
-        ("9999", ()),
-        ("1970", ("dense of seed 0 was run again after it was timed: its seconds are left out",)),
-    ):
-        (folder / "timing.jsonl").write_text(json.dumps({**line, "date": date}) + "\n")
-        found = read_results(folder)
-        assert found.remarks == remarks
-        assert (found.cells[0].timing is None) == bool(remarks)
-    assert made.date
-
-
 def test_the_machine_of_the_timing_is_told(make_results: Any) -> None:
     """Where the runs were timed with other threads than they ran with, the line below the tables says both."""
     folder = make_results(seeds=(0,), methods=("dense",))
@@ -102,21 +77,3 @@ def test_the_machine_of_the_timing_is_told(make_results: Any) -> None:
         timing = {**line, "environment": {"threads": threads, "cpu": "Example CPU"}}
         (folder / "timing.jsonl").write_text(json.dumps(timing) + "\n")
         assert told in markdown(read_results(folder))
-
-
-def test_rows_of_another_machine_are_named(make_results: Any) -> None:
-    """Where rows ran on several processors, those that did not run on the usual one are named, one label once."""
-    folder = make_results(seeds=(0, 1), methods=("dense", "small"))
-    assert "On " not in markdown(read_results(folder))
-    make_results(seeds=(0, 1), methods=("setpoint",), environment={"torch": "2.13.0", "cpu": "Other CPU", "threads": 2})
-    text = markdown(read_results(folder))
-    assert "Example CPU or Other CPU" in text
-    assert "On Other CPU: `setpoint`." in text and text.count("On ") == 1
-
-
-def test_timings_of_another_version_are_refused(make_results: Any) -> None:
-    """A timing with an unknown schema is an error that says what to do."""
-    folder = make_results(seeds=(0,))
-    (folder / "timing.jsonl").write_text('{"schema": 9}\n')
-    with pytest.raises(ReportError, match="schema 9.*--timing"):
-        read_results(folder)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 
-from setpoint_bench.report.columns import break_even_text, columns, difference_columns, metric_text
+from setpoint_bench.report.columns import columns, difference_columns
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.history import Point
 from setpoint_bench.report.results import Cell, Results, Timing
-from setpoint_bench.report.summary import Row, merged, summary_rows
+from setpoint_bench.report.summary import Row, summary_rows
 
 
 def cells(method: str, values: list[float], **more: Any) -> list[Cell]:
@@ -37,19 +36,6 @@ def test_differences_are_paired_by_seed() -> None:
     ours = row(cells("dense", [0.9, 0.8, 0.7]) + cells("setpoint", [0.89, 0.79]), "setpoint")
     assert ours.difference and ours.difference.mean == pytest.approx(-0.01)
     assert ours.difference.deviation == pytest.approx(0.0, abs=1e-12)
-
-
-def test_without_common_seeds_means_are_compared() -> None:
-    """Without a common seed the difference is between the means and has no spread."""
-    ours = [replace(cell, seed=9) for cell in cells("setpoint", [0.7])]
-    found = row(cells("dense", [0.9, 0.8]) + ours, "setpoint").difference
-    assert found and found.mean == pytest.approx(-0.15) and found.deviation is None
-
-
-def test_without_dense_there_is_nothing_to_compare_with() -> None:
-    """Without a dense run ratios and differences are unknown, not 0."""
-    found = row(cells("setpoint", [0.9], final_flops=1.0), "setpoint")
-    assert (found.difference, found.final_flops_ratio, found.realised) == (None, None, None)
 
 
 def test_ratios_and_realised_savings() -> None:
@@ -79,12 +65,6 @@ def test_budgets_of_a_method_are_rows_of_their_own() -> None:
     found += cells("small", [0.8], budget=0.5, family="small") + cells("dense", [0.95], budget=1.0)
     labels = [row.label for row in summary_rows(Results(tuple(found)))]
     assert labels == ["dense", "small 0.5", "setpoint 0.5", "setpoint 0.25"]
-
-
-def test_budgets_that_differ_a_little_are_rows_of_their_own() -> None:
-    """Two budgets are two rows, however near they are."""
-    found = cells("setpoint", [0.8], budget=0.3333333) + cells("setpoint", [0.9], budget=0.3333334)
-    assert [row.num_seeds for row in summary_rows(Results(tuple(found)))] == [1, 1]
 
 
 def test_rivals_are_of_the_same_budget() -> None:
@@ -129,34 +109,12 @@ def test_shares_are_taken_round_by_round() -> None:
     assert told["s / FLOPs saved"] == "0.900 (0.800 to 1.000)"
 
 
-@pytest.mark.parametrize(("clock", "share"), [("interleaved", 0.5), ("shared", None)])
-def test_clocks_that_do_not_compare_give_no_share(clock: str, share: float | None) -> None:
-    """Seconds of a busy machine are told, but neither their share of dense nor what was saved by them."""
-    dense = cells("dense", [0.9], train_flops=100.0, seconds=20.0, clock=clock)
-    found = row(dense + cells("setpoint", [0.9], train_flops=50.0, seconds=10.0, clock=clock), "setpoint")
-    assert found.seconds and found.seconds.mean == 10.0
-    assert found.seconds_ratio == share and (found.realised is None) == (share is None)
-
-
 def test_a_round_is_the_mean_over_seeds() -> None:
     """In each round the seeds' seconds are averaged, so that ± is the measurement's."""
     first, second = cells("cubic", [0.9, 0.8])
     runs = [replace(first, timing=Timing(1.0, (1.0, 3.0))), replace(second, timing=Timing(2.0, (3.0, 5.0)))]
     found = row(runs, "cubic").seconds
     assert found and (found.mean, found.deviation) == (3.0, pytest.approx(2**0.5))
-
-
-def test_savings_are_of_the_runs_that_were_timed() -> None:
-    """Seconds saved / FLOPs saved takes both from the same runs where not every seed was timed."""
-    dense = cells("dense", [0.9, 0.9], train_flops=100.0, timing=Timing(100.0))
-    first, second = cells("setpoint", [0.9, 0.9])
-    ours = [
-        replace(first, train_flops=60.0, timing=Timing(64.0)),
-        replace(second, train_flops=80.0),
-    ]
-    found = row(dense + ours, "setpoint")
-    assert found.train_flops_ratio == 0.7
-    assert found.realised and found.realised.value == pytest.approx(0.36 / 0.4)
 
 
 def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
@@ -169,25 +127,6 @@ def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
     assert row(dense + unnamed, "taylor").break_even_step is None
     busy = [replace(cell, timing=None) for cell in dense + later]
     assert row(busy, "taylor").break_even_step is None
-
-
-def test_runs_that_never_were_ahead_are_told() -> None:
-    """The step is a mean over the runs that were ahead of dense at last, and the text says how many that is."""
-    dense = cells("dense", [0.9], clock="shared")
-    ours = [
-        replace(cell, break_even_step=step)
-        for cell, step in zip(cells("setpoint", [0.9] * 3, clock="shared"), (100, None, 166), strict=True)
-    ]
-    found = row(dense + ours, "setpoint")
-    assert (found.break_even_step, break_even_text(found)) == (133, "133 (2 of 3)")
-    assert break_even_text(row(dense + ours[:1], "setpoint")) == "100"
-    assert break_even_text(row(dense + ours[1:2], "setpoint")) == "–"
-
-
-def test_a_busy_machine_tells_no_break_even_but_the_runs_own() -> None:
-    """Clocks of runs on a shared machine do not compare, so the step is what the run itself saw."""
-    dense = cells("dense", [0.9], clock="shared")
-    assert row(dense + cells("setpoint", [0.9], clock="shared", break_even_step=7), "setpoint").break_even_step == 7
 
 
 def test_masked_models_are_shown_in_theory_and_as_they_are() -> None:
@@ -209,17 +148,3 @@ def test_rows_as_texts(make_results: Any) -> None:
         *("method", "to dense", "to small", "to setpoint")
     ]
     assert difference_columns(rows)[1].text(rows[-1]).endswith("(n = 2)")
-
-
-def test_a_diverged_run_is_called_so() -> None:
-    """A metric that is not a number is said, not shown as a number."""
-    found = row(cells("dense", [math.nan], metric="loss"), "dense")
-    assert metric_text(found) == "not a number"
-
-
-def test_notes_that_differ_in_numbers_are_one() -> None:
-    """Each number of such notes becomes a range of its own; notes that differ in words stay apart."""
-    notes = ["pruning ratio 0.93, of heads at most 0.50", "pruning ratio 0.82, of heads at most 0.67"]
-    assert merged(notes) == ("pruning ratio 0.82 to 0.93, of heads at most 0.50 to 0.67",)
-    assert merged([*notes, "pruning ratio 0.5"]) == (*notes, "pruning ratio 0.5")
-    assert merged(["landed late", "landed late", "rate 0.5"]) == ("landed late", "rate 0.5")

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from setpoint_bench.counter import step_flops
 from setpoint_bench.course import Course, Pruner
-from setpoint_bench.found import found_widths
 from setpoint_bench.results import Result
 from setpoint_bench.sizing import small_widths
 from setpoint_bench.task import Task, dense_widths
@@ -110,44 +109,6 @@ class SmallLong:
         widths = small_widths(task, budget)
         longer = task.from_scratch().with_steps(_affordable_steps(task, widths, needed["setpoint"]))
         return Course(longer.with_learning_rate_factor(self.learning_rate), widths)
-
-    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
-        """Nothing but the optimizer."""
-        return task.optimizer(model), None
-
-
-@final
-@dataclass(frozen=True)
-class SmallFound:
-    """A model trained from scratch at the widths that Setpoint found: are its weights worth something, or its widths?
-
-    Either for the steps of the task, or, if `long`, for as many as Setpoint's training FLOPs pay for.
-
-    Args:
-        name: name on the command line and in result files.
-        long: which of the two.
-        family: kind of method, for reports.
-        sized: always.
-        paper: where it comes from.
-        needs: the run whose widths it takes.
-
-    References:
-        Liu, Sun, Zhou, Huang, Darrell: "Rethinking the value of network pruning", ICLR 2019.
-    """
-
-    name: str = "small-found"
-    long: bool = False
-    family: str = "small"
-    sized: bool = True
-    paper: str = "Liu et al., Rethinking the value of network pruning, ICLR 2019"
-    needs: tuple[str, ...] = ("setpoint",)
-
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """Setpoint's final widths, freshly initialised."""
-        widths, scratch = found_widths(task, needed["setpoint"].widths), task.from_scratch(found=True)
-        if self.long:
-            scratch = scratch.with_steps(_affordable_steps(task, widths, needed["setpoint"]))
-        return Course(scratch, widths, notes="the search for its widths, a whole Setpoint run, is not counted")
 
     def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
         """Nothing but the optimizer."""

@@ -13,13 +13,10 @@ import setpoint
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import params_cost
 from setpoint.groups.group import Group
-from setpoint_bench.baselines.compressm import ComplexHankelSensor, ToleranceController
 from setpoint_bench.course import Course, Pruner
 from setpoint_bench.looped import Looped
 from setpoint_bench.results import Result
 from setpoint_bench.task import BenchError, Task, dense_widths
-
-CHAHINE = "Chahine et al., The curious case of in-training compression of state space models, ICLR 2026"
 
 
 @final
@@ -73,50 +70,6 @@ class Hankel:
     def _reference(self) -> Schedule:
         """The usual one, earlier or later."""
         return Schedule() if self.settle == Schedule().settle else Schedule(self.settle / 5, self.settle)
-
-
-@final
-@dataclass(frozen=True)
-class Compressm:
-    """CompreSSM in tolerance mode: its size follows from the tolerance, not from the budget.
-
-    Args:
-        tolerance: share of the summed Hankel values that may go at each check.
-    """
-
-    name: str = "compressm"
-    tolerance: float = 0.02
-    family: str = "open-loop"
-    sized: bool = False
-    paper: str = CHAHINE
-    needs: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1:
-            raise BenchError(
-                f"tolerance is a share of the summed Hankel values, between 0 and 1, got {self.tolerance:g}"
-            )
-
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The dense widths."""
-        return Course(task, dense_widths(task))
-
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """A loop with the paper's ranking and its four checks."""
-        optimizer = task.optimizer(model)
-        loop = setpoint.attach(
-            model,
-            optimizer,
-            setpoint.Budget.fraction(1.0, of="flops"),
-            example=task.example(),
-            total_steps=task.steps,
-            controller=ToleranceController(self.tolerance),
-            sensor=ComplexHankelSensor(),
-            groups=_states(task, model),
-        )
-        return optimizer, Looped(loop)
 
 
 @final

@@ -75,7 +75,7 @@ def shakespeare(data: Path | None = None) -> SimpleTask:
     """
     recipe = _recipe(steps=2400, batch=32, learning_rate=3e-3)
     made = _task("shakespeare", GPTFamily(layers=4, heads=6, window=128, head_dim=32), recipe, data)
-    return replace(made, scratch_learning_rate=1.5, found_learning_rate=1.0)  # docs/tasks.md, "What was tuned"
+    return replace(made, scratch_learning_rate=1.5)  # docs/tasks.md, "What was tuned"
 
 
 @task("shakespeare-mini")
@@ -87,7 +87,7 @@ def shakespeare_mini(data: Path | None = None) -> SimpleTask:
     """
     recipe = _recipe(steps=2000, batch=16, learning_rate=6e-3)
     made = _task("shakespeare-mini", GPTFamily(layers=3, heads=4, window=64, head_dim=32), recipe, data)
-    return replace(made, scratch_learning_rate=1.5, found_learning_rate=0.5)  # docs/tasks.md, "What was tuned"
+    return replace(made, scratch_learning_rate=1.5)  # docs/tasks.md, "What was tuned"
 
 
 @task("shakespeare-10m")

@@ -1,21 +1,17 @@
-"""The scheduled controller: an open loop that narrows a model along a cubic schedule, by default all groups evenly."""
+"""The scheduled controller: an open loop that narrows a model along a cubic schedule, all groups evenly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import final
 
+from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.reason import problem_with
-from setpoint.controller.selection import even_cost, even_density
+from setpoint.controller.selection import add_back, descend, even_cost, even_density, landing_widths, start
 from setpoint.cost.cost import Cost
-from setpoint.groups.group import Group
-from setpoint_bench.baselines.even import even_plan, nothing_dropped
-from setpoint_bench.baselines.ranked import ranked_plan
-from setpoint_bench.baselines.schedule import cubic_density
-
-Ranking = Literal["group", "kind", "all"]
-"""Among which units the least salient go: each group's own, those of a kind in all groups, or all."""
+from setpoint.groups.group import Group, keep_all
+from setpoint.messages import counted
 
 
 @final
@@ -33,8 +29,6 @@ class ScheduledController:
         begin: fraction of the run that stays dense.
         end: fraction of the run by which the limit is reached.
         num_cuts: decisions on the way, the last one at `end`; in short runs one per step.
-        ranking: units of what are compared. Unless those of a group, the model costs at each cut what it would cost
-            with the schedule's density in all groups, and widths follow from the ranking.
 
     Raises:
         ValueError: unless `0 <= begin <= end <= 1` and there is a cut.
@@ -51,11 +45,8 @@ class ScheduledController:
     begin: float = 0.05
     end: float = 0.5
     num_cuts: int = 8
-    ranking: Ranking = "group"
 
     def __post_init__(self) -> None:
-        if self.ranking not in get_args(Ranking):
-            raise ValueError(f"ranking is one of {', '.join(get_args(Ranking))}, got {self.ranking!r}")
         if not 0 <= self.begin <= self.end <= 1 or self.num_cuts < 1:
             raise ValueError(f"a scheduled controller needs 0 <= begin <= end <= 1 and at least one cut, got {self!r}")
 
@@ -79,7 +70,8 @@ class ScheduledController:
         """
         problem = problem_with(observation.reading, None, groups)
         if problem:
-            return state, nothing_dropped(observation, cost, groups, problem)
+            # Nothing is known of the units: everything stays, and the budget is not met yet.
+            return state, Plan(observation.step, keep_all(groups), price={cost.resource: 0.0}, reason=problem)
         assert observation.reading is not None
         first, last = self._span(observation.planned_steps)
         progress = (observation.step - first) / (last - first)
@@ -89,12 +81,65 @@ class ScheduledController:
         target = limit
         if progress < 1:
             target = max(limit, even_cost(cost, observation.widths, observation.dense_widths, groups, density))
-        if self.ranking != "group":
-            reason = f"open loop: the cost of density {density:.3g} in all groups"
-            return state, ranked_plan(observation, cost, groups, target, reason, by_kind=self.ranking == "kind")
         reason = f"open loop: density {density:.3g} in all groups"
         return state, even_plan(observation, cost, groups, target, reason)
 
     def _span(self, total_steps: int) -> tuple[int, int]:
         last = min(max(1, round(self.end * total_steps)), max(1, total_steps))
         return min(round(self.begin * total_steps), last - 1), last
+
+
+def cubic_density(progress: float, *, final: float, start: float = 1.0) -> float:
+    """Density on the way down: fast at first, when there is much to spare, and slower and slower.
+
+    `density = final + (start - final) * (1 - progress)^3`; in terms of sparsity this is equation 1 of the paper.
+
+    Args:
+        progress: share of the ramp that is done; values outside [0, 1] count as the nearer end.
+        final: density at the end.
+        start: density at the beginning.
+
+    References:
+        Zhu, Gupta: "To prune, or not to prune: exploring the efficacy of pruning for model compression",
+        ICLR workshop 2018.
+
+    >>> [round(cubic_density(p, final=0.2), 4) for p in (0.0, 0.5, 1.0)]
+    [1.0, 0.3, 0.2]
+    """
+    left = 1.0 - min(max(progress, 0.0), 1.0)
+    return final + (start - final) * left**3
+
+
+def even_plan(observation: Observation, cost: Cost, groups: tuple[Group, ...], target: float, reason: str) -> Plan:
+    """Drop the least salient units, block by block from the group of highest density, down to the target.
+
+    At the target no single dropped block could be given back. No group goes below the width at which the budget is met,
+    so that a coarse block on the way down does not cost more than the limit demands. The budget is met once the cost is
+    within the limit.
+
+    Args:
+        observation: with a reading of all groups.
+        cost: predicts spending.
+        groups: the groups as they are now.
+        target: cost to come down to, not below the limit.
+        reason: why, for people.
+    """
+    assert observation.reading is not None
+    limit, saliency = observation.limit[cost.resource], observation.reading.saliency
+    floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
+    ladders = free_ladders(observation.dense_widths, groups, saliency, floor)
+    selection = start(cost, ladders, observation.widths, "uniform")
+    target = max(limit, min(target, selection.total))
+    descend(selection, target)
+    if selection.total <= target:
+        add_back(selection, target)
+    budget_met = selection.total <= limit
+    dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+    return Plan(
+        step=observation.step,
+        keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
+        price={cost.resource: 0.0},
+        reference={cost.resource: target},
+        budget_met=budget_met,
+        reason=f"{'budget met: ' if budget_met else ''}{reason}; dropped {counted(dropped, 'unit')}",
+    )
