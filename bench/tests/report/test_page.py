@@ -28,8 +28,6 @@ SECTIONS = (
     "Width of each group",
     "What was dropped when, and why",
     "Architecture before and after",
-    "The loss around each event",
-    "Where the seconds went",
     "Environment",
 )
 
@@ -63,8 +61,7 @@ def test_the_page_has_every_section(make_results: Any) -> None:
     seen = Elements(page)
     assert [section for section in SECTIONS if section not in seen.text] == []
     drawn = [attrs["aria-label"] for tag, attrs in seen.elements if tag == "svg" and attrs.get("role") == "img"]
-    # the budget, three costs, loss and accuracy against three axes, and of two runs five each
-    assert len(drawn) == 1 + 3 + 3 * 2 + 2 * 5 and drawn[0] == "How the budget was met: FLOPs per step"
+    assert drawn[0] == "How the budget was met: FLOPs per step" and "Accuracy against training FLOPs" in drawn
 
 
 def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from setpoint_bench.report.columns import columns, difference_columns
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.report.history import Point
-from setpoint_bench.report.results import Cell, Results, Timing
+from setpoint_bench.report.results import Cell, Point, Results, Timing
 from setpoint_bench.report.summary import Row, summary_rows
 
 

@@ -12,11 +12,9 @@ from typing import Any
 from setpoint.checkpoint.fields import json_object
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
-from setpoint.report.record import Record, integer, number, record_of
-from setpoint_bench.report.history import Point
+from setpoint.report.record import Record, integer, mapping, number, record_of
 from setpoint_bench.report.packed import file_of, read_histories, text_of
-from setpoint_bench.report.results import Cell, Results, Timing
-from setpoint_bench.report.values import counts, numbers, texts
+from setpoint_bench.report.results import Cell, Point, Results, Timing
 
 SCHEMA = 2
 """The version of the format that is written today."""
@@ -25,6 +23,12 @@ SCHEMAS = (1, 2)
 """The versions that are read: the second only added keys."""
 KNOWN_FAMILIES = ("dense", "small", "setpoint")
 """Families whose methods the first version of the format knew by their names alone."""
+NUMBERS = (
+    *("budget", "final_flops", "final_params", "train_flops", "seconds", "overhead_seconds", "overhead_flops"),
+    *("theoretical_flops", "theoretical_train_flops", "density", "energy_j"),
+)
+INTEGERS = ("resizes", "steps", "break_even_step")
+"""Keys of a result that are read as they are: one of another kind counts as missing."""
 RESULTS = "results.jsonl"
 HISTORY = "history.jsonl"
 LEDGER = "ledger.jsonl"
@@ -152,38 +156,27 @@ def read_cell(
     value = number(line["value"])
     home, name = cell_folder(folder, line), f"{task} {method} seed {seed}"
     packed = histories.get(str(line.get("folder")))
+    plain: dict[str, Any] = {key: number(line.get(key)) for key in NUMBERS}
+    plain |= {key: integer(line.get(key)) for key in INTEGERS}
     return Cell(
         task=task,
         method=method,
         value=math.nan if value is None else value,
         metric=metric,
         split=line.get("split", "test"),
-        budget=number(line.get("budget")),
         seed=seed,
-        final_flops=number(line.get("final_flops")),
-        final_params=number(line.get("final_params")),
-        train_flops=number(line.get("train_flops")),
-        seconds=number(line.get("seconds")),
-        overhead_seconds=number(line.get("overhead_seconds")),
-        overhead_flops=number(line.get("overhead_flops")),
-        resizes=integer(line.get("resizes")),
         budget_met=line["budget_met"] if isinstance(line.get("budget_met"), bool) else None,
         widths=counts(line.get("widths")),
         dense_widths=counts(line.get("dense_widths")),
         environment=texts(line.get("environment")),
         date=str(line.get("date", "")),
         family=str(line.get("family") or (method if method in KNOWN_FAMILIES else "")),
-        steps=integer(line.get("steps")),
         clock=str(line.get("clock", "interleaved")),
-        theoretical_flops=number(line.get("theoretical_flops")),
-        theoretical_train_flops=number(line.get("theoretical_train_flops")),
-        density=number(line.get("density")),
-        energy_j=number(line.get("energy_j")),
-        break_even_step=integer(line.get("break_even_step")),
         notes=str(line.get("notes") or ""),
         unit=str(line["unit"]) if isinstance(line.get("unit"), str) else "nats",
         history=read_history(home, name, remarks) if packed is None else points_of(packed),
         record=read_record(home, name, remarks),
+        **plain,
     )
 
 
@@ -229,3 +222,19 @@ def read_record(home: Path | None, name: str, remarks: list[str]) -> Record | No
         remarks.append(f"{name}: its ledger could not be read, so its decisions are missing: {error}")
         return None
     return record_of(ledger)
+
+
+def numbers(value: Any) -> tuple[float, ...]:
+    """The finite numbers of a list; empty for anything else."""
+    items = value if isinstance(value, list) else []
+    return tuple(found for item in items if (found := number(item)) is not None)
+
+
+def texts(value: Any) -> dict[str, str]:
+    """Values by name, each as text."""
+    return {str(key): str(item) for key, item in mapping(value).items()}
+
+
+def counts(value: Any) -> dict[str, int]:
+    """Integers by name; other values are dropped."""
+    return {str(key): count for key, item in mapping(value).items() if (count := integer(item)) is not None}

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from setpoint.messages import counted
-from setpoint.report.drawing import AXES
-from setpoint.report.numbers import NOTHING, duration, share
-from setpoint.report.page import document, drawn, html_table, pair, run, save
-from setpoint_bench.report.comparison import comparison
-from setpoint_bench.report.curves import PARTS, curves, followed, seconds_by_part
+from setpoint.report.numbers import percent
+from setpoint.report.page import document, drawn, html_table, run, save
+from setpoint_bench.report.columns import (
+    Column,
+    clock_note,
+    columns,
+    difference_columns,
+    interval_text,
+    metric_text,
+    seeds_text,
+)
+from setpoint_bench.report.figures import curves, pareto, spending, training_flops, training_seconds
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.report.history import loss_around
 from setpoint_bench.report.results import Cell, Results
-from setpoint_bench.report.summary import SETPOINT, Row, clock_of, series, summary_rows
+from setpoint_bench.report.summary import SETPOINT, Row, series, summary_rows
 
 ROOM = 500_000
 """Characters of the runs that are shown decision by decision, so that the page stays under a megabyte."""
-MOST_CURVES = 24
-"""How many runs of a task have curves; of more, each method has those of its first seed only."""
-VIEWS = {"step": "steps", "seconds": "seconds", "flops": "training FLOPs"}
-"""Abscissas of the curves, by axis."""
+NOTES = """
+<dl class="notes">
+<dt>FLOPs / step</dt><dd>Forward and backward pass of one optimizer step of the finished model.</dd>
+<dt>in theory</dt><dd>What a model whose single weights are masked would cost if zeros cost nothing, counted as the
+literature on sparse training does. On this hardware it costs as much as a dense one.</dd>
+<dt>training FLOPs, training time</dt><dd>The whole run with everything the method did in it, an earlier dense training
+included; evaluation is left out.</dd>
+<dt>overhead</dt><dd>The part of the training time that was the method's own: sensing, deciding, resizing.</dd>
+<dt>s / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
+<dt>ahead from step</dt><dd>From this step on the run had taken less time than the dense run.</dd>
+<dt>±</dt><dd>Sample standard deviation over seeds; of seconds that were timed, over the rounds of the measurement.</dd>
+<dt>( to )</dt><dd>Least and largest of the rounds, in each of which all runs were measured next to each other.</dd>
+</dl>
+"""
 
 
 def write_page(results_dir: Path, out: Path | None = None) -> Path:
@@ -39,58 +56,93 @@ def write_page(results_dir: Path, out: Path | None = None) -> Path:
 def render(results: Results) -> str:
     """The HTML of the report."""
     rows, tasks = summary_rows(results), results.tasks()
-    page = header(results)
+    dates = sorted(cell.date[:10] for cell in results.cells if cell.date)
+    about = " · ".join([counted(len(results.cells), "run"), *map(escape, dates[-1:])])
+    page = f"<header><h1>Setpoint <span>report</span></h1><p>{about}</p></header>\n"
     for place, task in enumerate(tasks):
         of_task = [row for row in rows if row.task == task]
-        page += task_section(f"t{place}", task, results.of(task), of_task, ROOM // len(tasks))
-    return document(", ".join(tasks), page + remarks(results.remarks) + environment(results.cells))
+        page += _task_section(f"t{place}", task, results.of(task), of_task, ROOM // len(tasks))
+    if results.remarks:
+        items = "".join(f"<li>{escape(remark)}</li>" for remark in results.remarks)
+        page += f'<section class="remarks"><h2>Left out</h2><ul>{items}</ul></section>\n'
+    return document(", ".join(tasks), page + _environment(results.cells))
 
 
-def header(results: Results) -> str:
-    """Title, and what the page is about."""
-    dates = sorted(cell.date[:10] for cell in results.cells if cell.date)
-    runs = counted(len(results.cells), "run")
-    about = f"{runs} · {escape(dates[-1])}" if dates else runs
-    return f"<header><h1>Setpoint <span>report</span></h1><p>{about}</p></header>\n"
-
-
-def task_section(name: str, task: str, cells: Sequence[Cell], rows: Sequence[Row], room: int) -> str:
+def _task_section(name: str, task: str, cells: Sequence[Cell], rows: Sequence[Row], room: int) -> str:
     """Everything about one task; `room` is the number of characters that its runs may take."""
     groups = series(cells)
+    about = "The first seed of each method with a ledger, of dense and of small models."
+    budget = drawn(spending(groups), "How the budget was met: FLOPs per step", about)
+    parts = (_headline(rows), budget, _costs(rows), _tables(cells, rows), _learning(groups), _runs(name, groups, room))
+    return f"<section>\n<h2>{escape(task)}</h2>\n{''.join(parts)}</section>\n"
+
+
+def _headline(rows: Sequence[Row]) -> str:
+    """The result in words: what Setpoint reached, beside dense."""
+    sentences = []
+    for row in (row for row in rows if row.method == SETPOINT):
+        text = f"At {percent(row.final_flops_ratio)} of the dense FLOPs per step, <b>{escape(row.label)}</b> reaches "
+        text += f"<b>{metric_text(row)}</b> {escape(row.metric)}"
+        if row.difference:
+            unit = " points" if row.metric == "accuracy" else ""
+            text += f", {interval_text(row.difference, row.metric)}{unit} to dense"
+        timed = row.seconds_ratio is not None
+        sentences.append(text + (f", in {percent(row.seconds_ratio)} of its training time." if timed else "."))
+    return f'<p class="headline">{" ".join(sentences)}</p>\n' if sentences else ""
+
+
+def _costs(rows: Sequence[Row]) -> str:
+    """The metric against what it cost."""
+    metric = rows[0].metric.capitalize()
+    caption = "Full marks: the largest budget. Bars: ± over seeds. Line: the front. Masked models are left out."
+    flops = pareto(rows, training_flops, "training FLOPs", "FLOPs")
+    made = drawn(flops, f"{metric} against training FLOPs", caption)
+    made += drawn(pareto(rows, training_seconds, "training time", "s"), f"{metric} against training time", caption)
+    return f'<h3>What it costs</h3>\n<div class="two">{made}</div>\n' if made else ""
+
+
+def _tables(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
+    """All numbers, and the differences to the rivals."""
+    shown = columns(rows)
+    lines = [[escape(column.text(row)) for column in shown] for row in rows]
+    told = re.sub("`(.*?)`", r"<code>\1</code>", escape(clock_note(cells, rows[0].clock)))
+    notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes)
+    page = (
+        f'<h3>All numbers</h3>\n<div class="scroll">{_summary(shown, lines)}</div>\n'
+        f'<p class="caption">Each row is over {seeds_text(rows)}. {told}</p>\n'
+        f"<details><summary>What the columns mean</summary>{NOTES}</details>\n"
+    )
+    page += f"<details><summary>Notes on the methods</summary><ul>{notes}</ul></details>\n" if notes else ""
+    compared = [row for row in rows if row.differences]
+    if not compared:
+        return page
+    rivals = difference_columns(rows)
+    clear = [[_bold(escape(column.text(row)), row, column.heading) for column in rivals] for row in compared]
+    unit = "points of accuracy: more is better" if rows[0].metric == "accuracy" else "loss: less is better"
     return (
-        f"<section>\n<h2>{escape(task)}</h2>\n{comparison(cells, rows)}{curve_section(name, groups)}"
-        f"{run_section(name, groups, room)}{seconds_section(groups)}</section>\n"
+        f'{page}<h3>Against its rivals</h3>\n<div class="scroll">{_summary(rivals, clear)}</div>\n'
+        f'<p class="caption">Differences at the same budget, seed by seed, in {unit}. '
+        "Brackets: 95 % interval; bold where it excludes 0.</p>\n"
     )
 
 
-def curve_section(name: str, groups: Mapping[str, Sequence[Cell]]) -> str:
-    """Loss and accuracy over the run, against steps, FLOPs, and seconds where those of the runs compare."""
-    many = sum(map(len, followed(groups).values())) > MOST_CURVES
-    shown = {label: cells[:1] if many else cells for label, cells in groups.items()}
-    about = "Thin: training, averaged over stretches of steps. With points: validation and test."
-    about += " The first seed of each method." if many else ""
-    about += " Only dense, small and Setpoint." if len(followed(groups)) < len(groups) else ""
-    busy = any(cell.clock == "shared" for cells in groups.values() for cell in cells)
-    views = {}
-    for axis in [each for each in AXES if each != "seconds" or not busy]:
-        loss, accuracy = (curves(shown, quantity, axis) for quantity in ("loss", "accuracy"))
-        if loss or accuracy:
-            views[axis] = drawn(loss, "Loss", about) + drawn(accuracy, "Accuracy", about)
-    if not views:
-        return ""
-    choices = "".join(
-        f'<label><input type="radio" name="{name}-axis" value="{axis}"{" checked" * (axis == next(iter(views)))}>'
-        f"{VIEWS[axis]}</label>"
-        for axis in views
-    )
-    figures = "".join(f'<div class="two by-{axis}">{made}</div>\n' for axis, made in views.items())
-    return (
-        f'<h3>How training went</h3>\n<div class="curves">\n'
-        f'<fieldset class="choice"><legend>against</legend>{choices}</fieldset>\n{figures}</div>\n'
-    )
+def _summary(shown: Sequence[Column], lines: Sequence[Sequence[str]]) -> str:
+    return html_table([column.heading for column in shown], lines, classes="summary")
 
 
-def run_section(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> str:
+def _bold(text: str, row: Row, heading: str) -> str:
+    found = row.differences.get(heading.removeprefix("to "))
+    return f"<b>{text}</b>" if found is not None and found.clear else text
+
+
+def _learning(groups: Mapping[str, Sequence[Cell]]) -> str:
+    """Loss and accuracy over the training FLOPs spent."""
+    about = "Thin: training, averaged over stretches of steps. With points: validation and test. The first seed."
+    made = "".join(drawn(curves(groups, what), what.capitalize(), about) for what in ("loss", "accuracy"))
+    return f'<h3>How training went</h3>\n<div class="two">{made}</div>\n' if made else ""
+
+
+def _runs(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> str:
     """Each run with a ledger, decision by decision; one is open at a time."""
     runs = [
         (f"{label}, seed {cell.seed}" if cell.seed is not None else label, cell.record, cell.history)
@@ -102,13 +154,8 @@ def run_section(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> s
         return ""
     page, left = "<h3>Decision by decision</h3>\n", len(runs)
     for label, record, history in runs:
-        around = drawn(
-            loss_around(record, history),
-            "The loss around each event",
-            "Training loss less its mean before. Orange: units were dropped; blue: units came back, too.",
-        )
         final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
-        made = run(label, record, more=around, final=final)
+        made = run(label, record, final=final)
         if len(page) + len(made) > room and left < len(runs):
             break
         opened = " open" if left == len(runs) else ""
@@ -117,47 +164,14 @@ def run_section(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> s
     return page + (f'<p class="caption">{left} more runs are not shown one by one.</p>\n' if left else "")
 
 
-def seconds_section(groups: Mapping[str, Sequence[Cell]]) -> str:
-    """Where the seconds went."""
-    lines = []
-    for label, cells in groups.items():
-        parts = seconds_by_part(cells)
-        if parts is None:
-            continue
-        total = sum(parts.values())
-        shares = [pair(duration(seconds), share(seconds, total)) if seconds else NOTHING for seconds in parts.values()]
-        lines.append([escape(label), *shares, escape(duration(total))])
-    if not lines:
-        return ""
-    clock = clock_of([cell for cells in groups.values() for cell in cells])
-    caption = "Means over seeds, by the runs' own clocks."
-    caption += "" if clock == "interleaved" else " The machine was busy with other work: only the shares count."
-    listing = html_table(("method", *PARTS, "total"), lines)
-    return f'<h3>Where the seconds went</h3>\n<div class="scroll">{listing}</div>\n<p class="caption">{caption}</p>\n'
-
-
-def remarks(found: Sequence[str]) -> str:
-    """What could not be read."""
-    if not found:
-        return ""
-    items = "".join(f"<li>{escape(remark)}</li>" for remark in found)
-    return f'<section class="remarks"><h2>Left out</h2><ul>{items}</ul></section>\n'
-
-
-def environment(cells: Sequence[Cell]) -> str:
-    """Environment of the runs and, where it differs, of their timing; every value where runs differ."""
-    values: dict[str, list[str]] = {}
+def _environment(cells: Sequence[Cell]) -> str:
+    """Environment of the runs and of their timing; every value where runs differ."""
+    values: dict[str, dict[str, None]] = {}
     for cell in cells:
-        timed = (
-            {} if cell.timing is None else {f"{key}, timed": value for key, value in cell.timing.environment.items()}
-        )
+        timed = {} if cell.timing is None else {f"{key}, timed": v for key, v in cell.timing.environment.items()}
         for key, value in {**cell.environment, **timed}.items():
-            known = values.setdefault(key, [])
-            known += [value] if value not in known else []
+            values.setdefault(key, {})[value] = None
     if not values:
         return ""
-    same = [key for key in values if key.endswith(", timed") and values[key] == values.get(key.removesuffix(", timed"))]
-    for key in same:
-        del values[key]
     lines = [[escape(key), "<br>".join(map(escape, found))] for key, found in values.items()]
     return f'<section><h2>Environment</h2><div class="scroll">{html_table(("what", "value"), lines)}</div></section>\n'

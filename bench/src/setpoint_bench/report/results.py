@@ -6,7 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from setpoint.report.record import Record
-from setpoint_bench.report.history import Point
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of a history: optimizer steps, wall-clock seconds and FLOPs of training so far, and what was measured.
+
+    Args:
+        split: "train", "validation" or "test".
+        loss: mean over the split; None if it was not measured.
+        accuracy: share of right answers in [0, 1], None if it was not measured.
+    """
+
+    step: float
+    seconds: float | None
+    flops: float | None
+    split: str
+    loss: float | None
+    accuracy: float | None
 
 
 @dataclass(frozen=True)
