@@ -95,6 +95,7 @@ def inspect(
         if out is not None:
             write_json(out / "inspect.json", answer)
             write_inspection(found, out / "inspect.html")
+        # The next step has to work: half of the FLOPs may be out of reach.
         least = found.cheapest_flops / found.flops if found.flops else 0.0
         share = 0.5 if least <= 0.5 else math.ceil(100 * least) / 100
         to = "half of the FLOPs" if share == 0.5 else f"{share:.0%} of the FLOPs; half of them is out of reach"
@@ -211,6 +212,7 @@ def make_app() -> typer.Typer:
     if entry_points(group=GROUP, name="commands"):
         _of_bench("bench").add_commands(made)
     else:
+        # Whatever options are given, the answer is which package to install.
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
         for name in ("bench", "coverage", "list"):
             made.command(name, context_settings=anything)(_absent(name))
@@ -286,6 +288,7 @@ def _is_ledger(file: Path) -> bool:
     if not file.is_file():
         return False
     with file.open(encoding="utf-8", errors="replace") as lines:
+        # The first bytes are enough: a folder may hold files of many gigabytes.
         return lines.read(len(_LEDGER_START)) == _LEDGER_START
 
 
@@ -297,6 +300,7 @@ def errors_as_messages() -> Iterator[None]:
     """What a user can put right becomes one line on stderr and exit code 2."""
     _answers.set(sys.stdout)
     try:
+        # What a user's file prints must not end up in the JSON.
         with redirect_stdout(sys.stderr) if _as_json.get() else nullcontext():
             yield
     except (SetpointError, OSError, ImportError) as error:
@@ -396,6 +400,7 @@ def console() -> Console:
 
     if _as_json.get():
         return Console(quiet=True)
+    # Rich would wrap at 80 columns in a pipe.
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 

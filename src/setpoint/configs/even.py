@@ -55,6 +55,7 @@ class Even:
         groups = tuple(group for group in found.groups if group.name not in missing)
         if not groups:
             raise GroupError(f"{_NOTHING}: {'; '.join(sorted(set(missing.values()))[:4])}{_INSTEAD}")
+        # Costs are functions of the groups that may be pruned: they have to be made for those that are left.
         traced = restricted(self.traced, groups)
         return replace(
             found,
@@ -75,27 +76,25 @@ def evened(model: nn.Module, traced: Trace, wanted: Sequence[Group] | None, *, a
         GroupError: when there are none.
     """
     chosen = {group.name for group in (traced.groups if wanted is None else wanted)}
-    some = tuple(each for each in traced.groups if each.name in chosen and (each.lossless or allow_lossy))
-    described = {name: module for name, module in configured(model)}
-    said = shared_widths(model, some)
-    groups = traced.groups
-    for each in said:
-        groups = each.bound(groups)
+    some = tuple(group for group in traced.groups if group.name in chosen and (group.lossless or allow_lossy))
+    described, shared = dict(configured(model)), shared_widths(model, some)
+    groups, placed = traced.groups, {name for width in shared for name in width.names}
+    for width in shared:
+        groups = width.bound(groups)
     frozen = {}
     for group in some:
+        # A group that reaches into a described module is one whose width its config must be able to say.
         inside = next((name for name in described if any(_inside(part.tensor, name) for part in group.slices)), None)
-        if inside is not None and not any(group.name in each.names for each in said):
+        if inside is not None and group.name not in placed:
             config = type(described[inside].config).__name__
             frozen[group.name] = f"even=True, and {config} has no place for fewer of its {group.what}s"
-    free = tuple(g for g in some if g.name not in frozen and not any(g.name in each.names for each in said))
+    free = tuple(group for group in some if group.name not in frozen and group.name not in placed)
+    if described and not shared and not free:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(frozen.items())[:4]) or "no group is lossless"
+        raise GroupError(f"{_NOTHING}: {reasons}{_INSTEAD}")
+    # Also those that are not lossless: why they are not pruned is said where candidates are chosen.
     left = tuple(group for group in groups if group.name in chosen and group.name not in frozen)
-    if described and not said and not free:
-        raise GroupError(
-            f"{_NOTHING}: "
-            + ("; ".join(f"{n}: {why}" for n, why in list(frozen.items())[:4]) or "no group is lossless")
-            + _INSTEAD
-        )
-    kinds = (*(each.names for each in said), *same_place(free, widths_of(free)))
+    kinds = (*(width.names for width in shared), *same_place(free, widths_of(free)))
     return Even(replace(traced, groups=groups), left, kinds, frozen)
 
 

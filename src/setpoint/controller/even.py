@@ -53,6 +53,7 @@ class EvenController:
     kinds: tuple[Kind, ...] = ()
 
     def __post_init__(self) -> None:
+        # A gate of a single unit would say which unit goes, and ranks would no longer pair units.
         if isinstance(self.inner, Learning):
             raise LoopError(f"{type(self.inner).__name__} learns of every unit by itself, and keeps no layers even")
         if regrows(self.inner) and not isinstance(getattr(self.inner, "goal", None), Tolerance):
@@ -107,6 +108,7 @@ class EvenController:
         kinds = self._members(groups, observation.dense_widths)
         reading = observation.reading
         orders = {} if reading is None else _orders(reading, kinds)
+        # Probes are of single units, of which a kind knows none.
         seen = replace(observation, reading=None if reading is None else _summed(reading, kinds, orders), probe=None)
         state, plan = self.inner.decide(state, seen, _cost_by_kind(cost, kinds), _leaders(kinds))
         reason = plan.reason
@@ -156,6 +158,7 @@ def _leaders(kinds: Kinds) -> tuple[Group, ...]:
         replace(
             members[0],
             min_units=max(group.min_units for group in members),
+            # One width has to be allowed in all layers of the kind.
             multiple_of=int(np.lcm.reduce([group.multiple_of for group in members])),
             lossless=all(group.lossless for group in members),
         )
@@ -177,6 +180,7 @@ def _summed(reading: Reading, kinds: Kinds, orders: Orders) -> Reading:
     saliency = dict(reading.saliency)
     for leader, members in kinds.items():
         if leader in orders:
+            # Noise may make a saliency negative; it must not pay for the unit of another layer.
             by_rank = [np.maximum(reading.saliency[group.name][orders[group.name]], 0.0) for group in members]
             summed = np.empty_like(by_rank[0])
             summed[orders[leader]] = np.sum(by_rank, axis=0)

@@ -32,6 +32,7 @@ DARK = {
 }
 """The same colours on a dark page."""
 AXES = {"step": "optimizer step", "seconds": "training time (s)", "flops": "training FLOPs"}
+# The SVG has these units both ways; the browser stretches them to the size of the page.
 FULL = 1000
 MOST_LABELLED = 240
 """Points of a figure that have a text each, which shows under the pointer; with more, the file would grow large."""
@@ -85,6 +86,7 @@ def line(
 
 def layout(y_title: str, x_title: str = AXES["step"], height: int = 360, **more: Any) -> dict[str, Any]:
     """A layout with titled axes."""
+    # The keys are those of Plotly, whose words for axes many people know; nothing of it is used.
     return {"height": height, "xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}}, **more}
 
 
@@ -133,6 +135,7 @@ def scheme() -> str:
 
 def ink(color: str) -> str:
     """A colour in CSS: of those that a dark page changes, its name there."""
+    # A variable and no colour: the same SVG is read on a light page and on a dark one.
     return f"var(--k{color[1:]})" if color in DARK else color
 
 
@@ -153,6 +156,7 @@ def _legend(figure: Figure) -> str:
             style = f"color:{ink(look['color'])};opacity:{trace.get('opacity', 1)}"
             border = f";border-top-style:{_BORDERS.get(look.get('dash', 'solid'), 'dashed')}"
             name = escape_html(_plain(trace["name"]), quote=False)
+            # By name, so that a hundred traces of one kind have one line in the legend.
             items[trace["name"]] = f'<li><i class="{kind}" style="{style}{border}"></i>{name}</li>'
     if shaded := figure.layout.get("shades", ""):
         dots = "".join(f'<i class="dot" style="color:{_shade(n / (_SHADES - 1))}"></i>' for n in range(_SHADES))
@@ -299,6 +303,7 @@ class _Axis:
         if given.get("rangemode") == "tozero":
             low, high = min(low, 0.0), max(high, 0.0)
         if "range" in given:
+            # A range may be given upside down: the first group of a list stands on top.
             low, high = given["range"]
         elif upward:
             high += 0.06 * (high - low)
@@ -314,6 +319,7 @@ class _Axis:
     def at(self, value: float) -> float:
         """The coordinate of a value."""
         where = self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+        # Renderers fail at huge coordinates: what lies far outside may end just outside.
         return round(min(max(where, -FULL), 2 * FULL), 1)
 
 
@@ -323,6 +329,7 @@ def _round_values(low: float, high: float, about: int) -> list[float]:
     >>> _round_values(0, 170, 5)
     [0.0, 50.0, 100.0, 150.0]
     """
+    # As people choose ticks: the nearest of 1, 2 and 5 times a power of ten.
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
@@ -372,4 +379,5 @@ def _text(trace: Trace, place: int) -> str:
 
 def _plain(text: str) -> str:
     """A label's text, with lines for its breaks and without other markup."""
+    # A <title> of SVG shows no markup, and a line break as it is.
     return unescape(re.sub("<[^>]*>", "", text.replace("<br>", "\n")))

@@ -25,6 +25,7 @@ def spending(record: Record, resource: str) -> Figure:
     spent = [] if dense is None else [(0, dense / factor)]
     spent += [(entry.step, entry.spent[resource] / factor) for entry in entries]
     if spent:
+        # The line of a step goes on to the end of the run, where nothing is decided any more.
         spent.append((record.last_step, spent[-1][1]))
     held = [(entry.step, entry.reference[resource] / factor) for entry in entries if resource in entry.reference]
     data = [
@@ -56,6 +57,7 @@ def bill(record: Record, resource: str) -> Figure | None:
     spent, ahead = [(0, 0.0), *((entry.step, entry.spent_run[resource]) for entry in entries)], []
     if entries and (left := record.last_step - entries[-1].step) > 0 and resource in entries[-1].spent:
         ahead = [spent[-1], (record.last_step, spent[-1][1] + left * entries[-1].spent[resource])]
+    # A run that has ended has made these steps: they are no longer to come.
     if record.end_step is not None:
         spent, ahead = spent + ahead[1:], []
     factor, unit = scale(max(limit, *(y for _, y in spent + ahead)), _unit(resource))
@@ -101,6 +103,7 @@ def price(record: Record, resource: str) -> Figure | None:
     entries = [entry for entry in record.entries if resource in entry.price]
     if not entries:
         return None
+    # Ledgers of other tools may lack the dense cost: any scale will do for reading.
     dense = record.dense.get(resource) or max(entry.spent.get(resource, 1.0) for entry in entries)
     factor, unit = scale(dense, _unit(resource))
     points = [(entry.step, entry.price[resource] * factor) for entry in entries]
@@ -119,6 +122,7 @@ def first_widths(record: Record) -> dict[str, int]:
     for entry in record.entries[:1]:
         for name, width in entry.widths.items():
             lost = num_dropped(entry).get(name, 0) - num_grown(entry).get(name, 0)
+            # Without a header only the first decision tells what was there before it.
             found.setdefault(name, width + lost)
     return found
 
@@ -128,6 +132,7 @@ def widths(record: Record) -> Figure | None:
     dense, final = first_widths(record), record.final_widths
     if not dense:
         return None
+    # A column of no width cannot be drawn: the decision of the last step has none.
     moments = [entry for entry in record.entries if entry.step < record.last_step]
     columns = [dense, *(entry.widths for entry in moments)]
     table = {name: [column.get(name, dense[name]) for column in columns] for name in dense}
@@ -136,6 +141,7 @@ def widths(record: Record) -> Figure | None:
         "type": "heatmap",
         "x": [0, *(entry.step for entry in moments), record.last_step],
         "y": list(range(len(dense) + 1)),
+        # A group of no unit has no share: it is drawn as none.
         "z": [[width / (dense[name] or 1) for width in row] for name, row in table.items()],
         "text": [[f"{escape(name)}<br>{width} of {kinds[name]}" for width in row] for name, row in table.items()],
         "ygap": 3,
@@ -186,6 +192,7 @@ def _num_events(record: Record) -> int:
 
 def _height(bands: Mapping[str, int], dense: Mapping[str, int], name: str, origin: int) -> float:
     """Position of a unit on the y axis."""
+    # A ledger that somebody edited may name origins beyond the group.
     return bands[name] + (1 - BAND) / 2 + BAND * (origin + 0.5) / max(dense[name], origin + 1)
 
 
@@ -200,6 +207,7 @@ def _lives(record: Record, dense: Mapping[str, int]) -> list[Trace]:
     kept = [(unit, start, record.last_step) for unit, start in since.items()]
     traces = []
     for label, color, opacity, spans in (("kept", BLUE, 0.55, kept), ("dropped later", GREY, 0.3, ended)):
+        # None lifts the pen: all lives of a kind are one path.
         xs = [x for _, start, stop in spans for x in (start, stop, None)]
         ys = [y for unit, _, _ in spans for y in (unit, unit, None)]
         trace: Trace = {"type": "scatter", "mode": "lines", "name": label, "x": xs, "y": ys}
@@ -241,6 +249,7 @@ def _events(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
         hover = f"<b>%{{customdata[0]}}</b> {verb}<br>{first} %{{customdata[1]}}<br>{second} %{{customdata[2]}}{noted}"
         trace = scatter("markers", verb, points, hover, customdata=shown)
         trace |= {"showlegend": False, "marker": {"symbol": symbol, "size": 6, "color": GREY}}
+        # The ratio says how clear the decision was; above 1 a block went for its neighbours.
         if verb == "dropped" and rate and any(w is not None for w in worth):
             trace["marker"]["color"] = [None if w is None else min(w / rate, 1.0) for w in worth]
         traces.append(trace)
@@ -250,5 +259,6 @@ def _events(entry: Entry, record: Record, resource: str | None) -> list[Trace]:
 def _nth(values: Mapping[str, Sequence[float]], name: str, place: int) -> float | None:
     """A finite value by group and place, None where there is none."""
     found = values.get(name, ())
+    # Lists of an edited file may be shorter than the list of units.
     value = found[place] if place < len(found) else None
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -91,6 +91,7 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
         ExportError: the model cannot be exported.
     """
     found = trace(model, example)
+    # On the meta device there are no weights that a cut could be compared with.
     verify = verify and not any(parameter.is_meta for parameter in model.parameters())
     flops, params = flops_cost(found), params_cost(model, found.groups)
     dense = widths_of(found.groups)
@@ -104,6 +105,7 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     spent, total = flops.total(dense), int(params.total(dense))
     reports = []
     for group in found.groups:
+        # Alone: shares of groups that share a layer add up to more than the whole.
         low, along = lowest_width(group), params_along(model, (group,))
         report = GroupReport(
             name=group.name,
@@ -145,13 +147,15 @@ def parts(model: nn.Module, groups: Sequence[Group]) -> tuple[Part, ...]:
     found: dict[tuple[str, str], float] = {}
     for name, parameter in model.named_parameters():
         free = [np.ones(length, dtype=bool) for length in parameter.shape]
+        # Writers first: what a group writes is its own, what it reads belongs to the group before it.
         for group, place in sorted(places.get(name, ()), key=lambda it: it[1].role == "consume"):
             assert place.dim is not None, "places have a dim"
             mine = free[place.dim] & (place.index >= 0)
-            others = math.prod(int(each.sum()) for dim, each in enumerate(free) if dim != place.dim)
+            others = math.prod(int(entries.sum()) for dim, entries in enumerate(free) if dim != place.dim)
             found[name, group] = found.get((name, group), 0) + int(mine.sum()) * others
+            # Entries count once: the next group gets what is left of this dim.
             free[place.dim] &= ~mine
-        found[name, ""] = math.prod(int(each.sum()) for each in free)
+        found[name, ""] = math.prod(int(entries.sum()) for entries in free)
     return tuple(Part(tensor, group, int(params)) for (tensor, group), params in found.items() if params)
 
 
@@ -179,6 +183,7 @@ def _parameters(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Pa
 
 def _places(model: nn.Module, groups: Sequence[Group]) -> dict[str, list[tuple[str, Slice]]]:
     """(group, slice) by the first name of each parameter: a tied one has several."""
+    # Tied weights have several names, and would count once for each.
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     named = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     places: dict[str, list[tuple[str, Slice]]] = {}

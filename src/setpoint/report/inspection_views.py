@@ -47,6 +47,7 @@ class Branch:
 
 def branches(found: Inspection) -> list[Branch]:
     """The groups, prunable ones first."""
+    # Twelve equal blocks are one line: a reader looks for the layers that differ.
     same: dict[Hashable, list[GroupReport]] = {}
     for group in sorted(found.groups, key=lambda group: bool(group.kept_whole)):
         places = {(skeleton(tensor), dim, role) for tensor, dim, role in group.places}
@@ -225,6 +226,7 @@ def write_inspection(found: Inspection, out: Path) -> Path:
 
 def render_inspection(found: Inspection) -> str:
     """The HTML of an inspection."""
+    # A console that writes nowhere records; its tree is the one of the terminal.
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(inspection_tree(found, all_places=True))
     tree = console.export_html(inline_styles=True, code_format='<pre class="scroll tree">{code}</pre>')
@@ -272,6 +274,7 @@ def some(names: Iterable[str], most: int = 2) -> str:
 def _fold_form(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
     columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
+    # Only a full grid may be written as one word: it stands for exactly these names.
     if math.prod(map(len, columns)) == len(rows):
         written = iter(columns)
         return [re.sub("#", lambda _: _span(next(written)), form)]

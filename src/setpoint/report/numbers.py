@@ -87,6 +87,7 @@ def percent(share: float | None) -> str:
     """
     if share is None or not math.isfinite(share):
         return NOTHING
+    # Three digits: 99.95 would be rounded to 100.0, and 9.995 to 10.00.
     value = share * 100
     return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f} %".replace("-", MINUS)
 

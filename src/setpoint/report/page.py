@@ -63,6 +63,7 @@ def document(title: str, body: str) -> str:
 def save(page: str, target: Path) -> Path:
     """Write a page completely or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In place of the old page at once: a browser that reloads never sees half of one.
     replace_text(target, page)
     return target
 
@@ -96,6 +97,7 @@ def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequen
     """A link that saves numbers, which the page holds, as a file of comma-separated values."""
     written = io.StringIO()
     csv.writer(written, lineterminator="\n").writerows([titles, *lines])
+    # A data: address keeps the page one file, which can be sent by mail.
     address = f"data:text/csv;charset=utf-8,{quote(written.getvalue(), safe=',/:;')}"
     return f'<a download="{escape(name)}" href="{address}">{escape(text)}</a>'
 
@@ -105,6 +107,7 @@ def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequen
 
 def page_of(file: Path, folder: Path | None = None) -> Path:
     """Where a ledger's page lies, by default in its folder: `report.html` of a `run.jsonl`, else its name, `.html`."""
+    # The usual name of a ledger says nothing of the run; any other does.
     name = "report.html" if file.name == "run.jsonl" else file.with_suffix(".html").name
     return (file.parent if folder is None else folder) / name
 
@@ -209,6 +212,7 @@ def entries_table(record: Record, resource: str | None, final: tuple[float, floa
     if final is not None:
         blank = [NOTHING] * (len(titles) - 4)
         lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])
+    # Columns without a value are left out: most runs bring nothing back, and observe no loss.
     used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in lines)]
     table = html_table([titles[p] for p in used], [[row[p] for p in used] for row in lines], classes="entries")
     return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
@@ -217,6 +221,7 @@ def entries_table(record: Record, resource: str | None, final: tuple[float, floa
 def ledger_tables(record: Record) -> Iterator[Table]:
     """For each resource its decisions, for a terminal: spent, reference, predicted, measured."""
     for resource in record.resources or (None,):
+        # Rich reads [brackets] as markup, and names come from files.
         unit = plain(UNITS.get(resource or "", resource or ""))
         read = any((resource or "") in entry.metered for entry in record.entries)
         name = plain(NAMES.get(resource or "", resource or "decisions"))

@@ -137,6 +137,7 @@ def _finite(entry: Entry) -> Entry:
 
 def number(value: Any) -> float | None:
     """A finite float of a size that is measured, or None for anything else."""
+    # True is an int to Python.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) <= _LARGEST else None  # NaN is not
@@ -192,6 +193,7 @@ def dense_of(record: Record, resource: str) -> float | None:
     read = [(entry.metered[resource], entry.predicted[resource]) for entry in entries]
     if dense is None or not read:
         return dense
+    # A meter drifts with the machine: the last reading of the dense model is the one to compare with.
     of_dense = [metered for metered, predicted in read if predicted >= dense * (1 - 1e-9)]
     return of_dense[-1] if of_dense else dense * read[0][0] / read[0][1]
 
@@ -256,6 +258,7 @@ def dynamics_line(record: Record) -> str:
                     rests.append(entry.step - since.pop(unit))
                     returned.add(unit)
         for name, origins in entry.dropped.items():
+            # After the returns of the same entry: a unit may come back and go at one decision, in this order.
             since |= {(name, origin): entry.step for origin in origins}
             units |= {(name, origin) for origin in origins}
             num_drops += len(origins)

@@ -140,6 +140,7 @@ def check_own_function(target: str) -> tuple[Path, str]:
     if not path.is_file():
         raise UsageError(f"no file {path}: give an existing Python file as module.py:function")
     text = path.read_text(encoding="utf-8", errors="replace")
+    # Before the file is run, which may take minutes: a name that is not in it is misspelt.
     if not re.search(rf"\b{re.escape(name)}\b|\bimport \*", text):
         raise _absent(path, name, re.findall(r"^(?:async )?def (\w+)", text, re.MULTILINE))
     return path, name
@@ -165,6 +166,7 @@ def _file_meant(target: str) -> str:
     return f"{target!r} names no file: did you mean {file}.py:{function}?"
 
 
+# Once for each text: a user who edits the file in a notebook gets the new one.
 @cache
 def _module(path: Path, source: bytes) -> ModuleType:
     """A file's module, loaded once for each text of it.
@@ -180,6 +182,7 @@ def _module(path: Path, source: bytes) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     if path.stem in sys.stdlib_module_names:
         import_module(path.stem)  # before the file's folder hides it
+    # As `python file.py` has it, so that the file finds its neighbours.
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
@@ -201,6 +204,7 @@ def named_errors(target: str) -> Iterator[None]:
         raise
     except Exception as error:
         path = Path(target.rpartition(":")[0]).resolve()
+        # The user looks for a line of that file, and not for one of torch.
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
         where = f'at {path.name}:{lines[-1].lineno}: "{lines[-1].line}"' if lines else "outside the file"
         if isinstance(error, SyntaxError) and error.lineno is not None:

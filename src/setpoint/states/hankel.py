@@ -137,6 +137,6 @@ def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The same groups with all their units as one."""
 
     def one(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
-        return tuple(replace(each, index=np.minimum(each.index, 0)) for each in slices)
+        return tuple(replace(place, index=np.minimum(place.index, 0)) for place in slices)
 
     return tuple(replace(group, num_units=1, slices=one(group.slices)) for group in groups)

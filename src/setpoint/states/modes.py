@@ -93,10 +93,10 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     ]
     eigenvalues, synthesis, analysis = (
         torch.stack(parts).reshape(*batch, *parts[0].shape).to(device)
-        for parts in zip(*(_pad(each, num_modes) for each in found), strict=True)
+        for parts in zip(*(_pad(part, num_modes) for part in found), strict=True)
     )
-    order = min(int((each[0].imag > 0).sum()) + each[0].numel() for each in found)
-    num_fresh = num_modes - min(each[0].numel() for each in found)
+    order = min(int((values.imag > 0).sum()) + values.numel() for values, *_ in found)
+    num_fresh = num_modes - min(values.numel() for values, *_ in found)
     return _assemble(system, eigenvalues, synthesis, analysis, order, num_fresh)
 
 

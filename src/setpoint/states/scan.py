@@ -90,7 +90,7 @@ def _scan_backward(
     weights = (grad_b[:, 0], grad_b[:, 1], grad_c[..., 0], -grad_c[..., 1])
     found = (grad_u.transpose(0, 1), grad_a.real, grad_a.imag, *weights)
     pairs = zip(found, (u, a_re, a_im, b_re, b_im, c_re, c_im), strict=True)
-    return [part.to(each.dtype).clone(memory_format=torch.contiguous_format) for part, each in pairs]
+    return [part.to(like.dtype).clone(memory_format=torch.contiguous_format) for part, like in pairs]
 
 
 class _Run:
@@ -98,7 +98,7 @@ class _Run:
 
     def __init__(self, u: Tensor, a_re: Tensor, a_im: Tensor, *weights: Tensor) -> None:
         dtype = torch.promote_types(a_re.dtype, torch.float32)
-        b_re, b_im, c_re, c_im = (each.to(dtype) for each in weights)
+        b_re, b_im, c_re, c_im = (weight.to(dtype) for weight in weights)
         self.u = u.to(dtype).transpose(0, 1).contiguous()
         self.a = torch.complex(a_re.to(dtype), a_im.to(dtype))
         self.inward = torch.stack([b_re, b_im], 1).flatten(0, 1)
@@ -187,7 +187,7 @@ def _(u: Tensor, a_re: Tensor, a_im: Tensor, b_re: Tensor, b_im: Tensor, c_re: T
 
 @_scan_backward.register_fake
 def _(grad: Tensor, *arguments: Tensor) -> list[Tensor]:
-    return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in arguments]
+    return [torch.empty_like(argument, memory_format=torch.contiguous_format) for argument in arguments]
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -102,7 +102,7 @@ class _Held:
         tensors = named_tensors(self.model)
         for parameter in (tensors[name] for name in sorted(names)):
             if isinstance(parameter, nn.Parameter):
-                yield from ((each, parameter) for each in self.optimizers if parameter in each.state)
+                yield from ((optimizer, parameter) for optimizer in self.optimizers if parameter in optimizer.state)
 
     def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any] | None) -> None:
         self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
@@ -210,7 +210,7 @@ class _Turn:
 
     def _carry(self, before: StateWeights, after: StateWeights) -> None:
         prefix = f"{self.name}." if self.name else ""
-        inputs, outputs = ([prefix + each for each in names] for names in (before.inputs, before.outputs))
+        inputs, outputs = ([prefix + name for name in names] for names in (before.inputs, before.outputs))
         scale = after.input_scale.to(torch.complex128).index_select(-1, self.places)
         gradients_in = _times(scale.conj()) @ self.modes.expand.mT @ _times(1 / before.input_scale.to(scale).conj())
         states, kept = self.old.num_states, self.modes.system.num_states
@@ -236,7 +236,7 @@ class _Turn:
         tensors = named_tensors(self.held.model)
         parameters = [tensors[name] for name in names]
         for optimizer in self.held.optimizers:
-            states = [optimizer.state[each] for each in parameters if each in optimizer.state]
+            states = [optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state]
             if len(states) < len(parameters):
                 continue
             fresh = [dict(state) for state in states]

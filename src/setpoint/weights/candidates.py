@@ -33,14 +33,14 @@ def check_resources(budgets: Collection[Budget]) -> None:
     Raises:
         BudgetError: for what zeros do not save, or a budget of the whole run.
     """
-    for each in budgets:
-        if each.resource not in _SOURCES:
+    for budget in budgets:
+        if budget.resource not in _SOURCES:
             raise BudgetError(
-                f"masks on single weights save no {each.resource}: zeros are stored and multiplied like other numbers. "
+                f"masks on single weights save no {budget.resource}: zeros are stored and multiplied like others. "
                 "Hold them to of='params' or to of='flops' (in theory), or leave the actuator to attach, which cuts "
                 "whole units"
             )
-        if each.per == "run":
+        if budget.per == "run":
             raise BudgetError(
                 "masks on single weights save FLOPs in theory only, so a budget for what the whole run spends cannot "
                 "be met by them: use per='step', or leave the actuator to attach, which cuts whole units"
@@ -83,9 +83,8 @@ def weight_candidates(
     model = host.model
     groups = _chosen(model, Pattern.named(pattern), wanted)
     groups, frozen = in_hand(host, groups)
-    mixed = {
-        id(p) for each in host.optimizers if steps_by_matrix(type(each)) for g in each.param_groups for p in g["params"]
-    }
+    by_matrix = [optimizer for optimizer in host.optimizers if steps_by_matrix(type(optimizer))]
+    mixed = {id(p) for optimizer in by_matrix for group in optimizer.param_groups for p in group["params"]}
     tensors = named_tensors(model)
     frozen |= {
         group.name: "Muon steps by the whole matrix, in which a single weight that is masked has no twin"

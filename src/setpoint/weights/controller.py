@@ -79,11 +79,13 @@ class DropAndGrowController:
         step, total_steps = observation.step, observation.planned_steps
         state, plan = self.inner.decide(state, observation, cost, groups)
         share, reading = self.share(step, total_steps), observation.reading
+        # A dense tensor has no masked weight that could come in.
         dense = not plan.drops() and cost.total(observation.widths) >= observation.dense[cost.resource]
         if not share or reading is None or not reading.finite() or dense:
             return state, plan
         if not any(self.due(later, total_steps) for later in range(step + 1, total_steps + 1)):
             return state, plan  # nothing could land later
+        # Masks still change, so the plan of the inner controller is not the last one.
         words = plan.reason.removeprefix("budget met: ").removeprefix("done: ")
         reason = f"{words}; drop and grow of up to {share:.1%} of the active weights"
         return state, replace(plan, drop_and_grow=share, budget_met=False, reason=reason)

@@ -75,6 +75,7 @@ class Pattern:
         >>> [Pattern.named(name).stride for name in ("2:4", "1:4", "2:8")]
         [2, 1, 2]
         """
+        # Equal strides, so that no decision leaves blocks with different numbers of weights.
         return math.gcd(self.block - self.kept, self.block)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -113,6 +114,7 @@ def find_weights(model: nn.Module, pattern: str = "unstructured") -> tuple[Group
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name, the trained weights of linear layers and convolutions that no layer of another kind shares."""
     kinds = [module for module in model.modules() if not isinstance(module, LAYERS)]
+    # A tied embedding looks rows up: a mask for its linear layer would hit those, too.
     others = {id(parameter) for module in kinds for parameter in module.parameters(recurse=False)}
     owned = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
     return {
@@ -134,6 +136,7 @@ def owners(model: nn.Module) -> dict[str, str]:
 
 def _group(name: str, weight: nn.Parameter, pattern: Pattern) -> Group:
     size = weight.numel()
+    # Half of the memory, for tensors of up to two billion weights.
     index = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
     least, step = (1, 1) if pattern.free else (size * n // pattern.block for n in (pattern.kept, pattern.stride))
     slices = (Slice(name, None, "consume", index),)
@@ -183,8 +186,8 @@ class WeightFlops:
             Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix.
         """
         fixed = Term(self.total - sum(self.step.values()), ())
-        each = (Term(flops / self.sizes[name], (_active(name),)) for name, flops in self.step.items())
-        return ProductCost("flops", (fixed, *each))
+        terms = (Term(flops / self.sizes[name], (_active(name),)) for name, flops in self.step.items())
+        return ProductCost("flops", (fixed, *terms))
 
     def at(self, widths: Mapping[str, int]) -> float:
         """Theoretical FLOPs of a step with so many active weights."""
@@ -201,12 +204,12 @@ def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> W
     sizes, owner = widths_of(groups), owners(model)
     dense = widths_of(found.groups)
     total, step, forward = 0.0, dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
-    for each in found.contractions:
-        flops = each.coefficient * math.prod(size.at(dense) for size in each.sizes)
-        total += flops * (1 + each.num_gradients)
-        if (name := owner.get(each.module)) in sizes:
+    for product in found.contractions:
+        flops = product.coefficient * math.prod(size.at(dense) for size in product.sizes)
+        total += flops * (1 + product.num_gradients)
+        if (name := owner.get(product.module)) in sizes:
             forward[name] += flops
-            step[name] += flops * (1 + each.num_gradients)
+            step[name] += flops * (1 + product.num_gradients)
     return WeightFlops(total, step, forward, sizes)
 
 

@@ -95,9 +95,12 @@ class Masks:
 
     def counts(self) -> tuple[int, int, int]:
         """How many weights were dropped at least once, came back at least once, and were dropped more than once."""
-        times = [(each, (~self.masks[name]).to(torch.uint8)) for name, each in self._num_dropped.items()]
-        counts = ((each > 0, each > masked, each > 1) for each, masked in times)
-        dropped, back, again = (sum(int(each.sum()) for each in kind) for kind in zip(*counts, strict=True))
+        dropped = back = again = 0
+        for name, times in self._num_dropped.items():
+            masked = (~self.masks[name]).to(torch.uint8)
+            dropped += int((times > 0).sum())
+            back += int((times > masked).sum())  # one that is masked now has come back once less than it was dropped
+            again += int((times > 1).sum())
         return dropped, back, again
 
     def broken(self) -> str:
@@ -204,6 +207,7 @@ class Masks:
                 )
         held = {name: masks[name] for name in self._gone}
         mask_weights(self._weights, self._host.optimizers, held)
+        # An average of weights from before would bring masked ones back.
         for copied in self._host.copies:
             own = _parameters(copied, list(held))
             mask_weights(own, None, {name: mask.to(own[name].device) for name, mask in held.items()})
@@ -230,6 +234,7 @@ class Masks:
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
         """Check that a state fits before anything changes, or raise CheckpointError; the groups at its masks."""
         float(state["train_flops"])
+        # A state of another model, or of another pattern, is refused before anything changes.
         for name, dtype in (("masks", torch.bool), ("num_dropped", torch.uint8)):
             tensors = state[name]
             shapes = {key: tensor.shape for key, tensor in tensors.items() if tensor.dtype == dtype}
@@ -275,7 +280,8 @@ def _counts(masks: NewMasks) -> dict[str, int]:
 
 
 def _parameters(copy: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    own = {name.removeprefix("module."): each for name, each in copy.named_parameters(remove_duplicate=False)}
+    # `AveragedModel` keeps its model under this name.
+    own = {name.removeprefix("module."): weight for name, weight in copy.named_parameters(remove_duplicate=False)}
     return {name: own[name] for name in names}
 
 
@@ -319,13 +325,14 @@ _FIRST_VALUES = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "
 
 def _begin_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
     weight.masked_fill_(gone, 0.0)
-    for each in as_sequence(optimizer):
-        for _, moment in moments_of(each, weight):
+    for one in as_sequence(optimizer):
+        for _, moment in moments_of(one, weight):
             moment.masked_fill_(gone, 0.0)
         for kind, part, setting in _FIRST_VALUES:
-            if isinstance(each, kind) and part in each.state.get(weight, {}):
-                group = next(group for group in each.param_groups if any(weight is one for one in group["params"]))
-                each.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
+            if isinstance(one, kind) and part in one.state.get(weight, {}):
+                # By identity: `in` compares tensors element by element.
+                group = next(group for group in one.param_groups if any(weight is held for held in group["params"]))
+                one.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
 
 
 @torch.no_grad()
@@ -362,6 +369,7 @@ def drop_and_grow(
     >>> dropped.tolist(), grown.tolist()
     ([[True, False, False, False]], [[False, False, False, True]])
     """
+    # Rounded down: a share of few weights may be none.
     size, wanted = gradient.abs(), int(share * int(active.sum()))
     may = resting & (size > 0) & size.isfinite()
     dropped, grown = torch.zeros_like(active), torch.zeros_like(active)
@@ -383,8 +391,10 @@ def lowest(scores: Float[Tensor, "..."], among: Bool[Tensor, "..."], count: int)
     if count < 1:
         return mask
     flat = torch.where(among & ~scores.isnan(), scores, torch.inf).flatten()
+    # Linear time, where sorting a layer of a language model takes seconds.
     bound = flat.kthvalue(count).values
     chosen = mask.view(-1)
+    # Ties are broken by place, so that the same run has the same masks on every machine.
     chosen |= flat < bound
     chosen[(flat == bound).nonzero().flatten()[: count - int(chosen.sum())]] = True
     return mask

@@ -33,7 +33,9 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
         Mishra et al., "Accelerating sparse deep neural networks", arXiv 2104.08378.
     """
     modules = dict(model.named_modules())
-    layers = {name: each for name, each in modules.items() if isinstance(getattr(each, "weight", None), nn.Parameter)}
+    layers = {
+        name: layer for name, layer in modules.items() if isinstance(getattr(layer, "weight", None), nn.Parameter)
+    }
     devices = {layer.weight.device for layer in layers.values() if isinstance(layer, nn.Linear)}
     for device in sorted(devices, key=str):
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:

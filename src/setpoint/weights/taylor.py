@@ -120,9 +120,9 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
 
     def read(self, state: WeightTaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliency of all active weights."""
-        scores = {name: each.reshape(-1).double().cpu().numpy() for name, each in self.scores(state).items()}
+        scores = {name: values.reshape(-1).double().cpu().numpy() for name, values in self.scores(state).items()}
         saliency = {group.name: scores[group.slices[0].tensor][active_of(group)] for group in groups}
-        taken, skipped = (round(float(each)) for each in (state.num_steps, state.skipped_steps))
+        taken, skipped = round(float(state.num_steps)), round(float(state.skipped_steps))
         seen = {group.name: state.steps_seen[group.slices[0].tensor] for group in groups}
         return Reading(
             step,
