@@ -255,9 +255,9 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     found = unit_candidates(host, traced, example, sensor, some, allow_lossy=lossy, verify=verify)
     found = even.complete(found, host.model) if even else found
     if regrows(controller):
-        from setpoint.regrowth.verify_probe import check_regrowth
+        from setpoint.regrowth.regrowing import check_regrowth
 
-        found = replace(found, passes=found.passes + check_regrowth(host, example, found.groups, sensor, verify=verify))
+        check_regrowth(sensor)
     meter: Meter = Unmetered()
     widths = widths_of(found.groups)
     original = original_costs(host.model, example, spec.budgets, found.costs, widths, inputs.passes)

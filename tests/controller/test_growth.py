@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from controller.plants import chain, lognormal, observe, residual
 from setpoint.controller.offer import offers_of
-from setpoint.controller.plan import Plan, RegrowingController
+from setpoint.controller.plan import Plan, Probe, RegrowingController
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
-from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 Saliency = Callable[[int], Mapping[str, np.ndarray]]

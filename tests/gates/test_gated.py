@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from controller.plants import chain, lognormal, observe
-from setpoint.controller.plan import Learning, Plan
+from setpoint.controller.plan import Learning, Plan, Probe
 from setpoint.controller.priced import PricedController
 from setpoint.cost.cost import Cost
 from setpoint.gates.gated import GatedController
 from setpoint.gates.net import GateNet
 from setpoint.groups.group import Group, widths_of
-from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 

@@ -1,8 +1,9 @@
-"""Regrowth in a loop: units rest, are probed, come back and are eased in, and everything is recorded."""
+"""Regrowth in a loop: units rest, visit, come back, and everything is recorded."""
 
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from controller.returning import Returning
 from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
-from setpoint.errors import LoopError, VerificationError
+from setpoint.errors import LoopError
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice, keep_all
 from setpoint.regrowth.regrowing import Regrowing
@@ -181,23 +182,23 @@ def counted(model: nn.Module) -> float:
 
 
 def test_a_return_does_not_make_the_loss_jump(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: in the steps after a return the loss on other data moves by less in any one step, as the mean of two
-    seeds, than half of what it jumps by if the same units come back at once.
+    """Claim: as units come back the loss on other data moves by less, as the mean of two seeds, than half of what it
+    jumps by if the same units come back with their outgoing weights.
     """
-    moved = {1: 0.0, 8: 0.0}
-    for steps, seed in ((1, 0), (8, 0), (1, 1), (8, 1)):
-        monkeypatch.setattr("setpoint.regrowth.regrowing._EASE_STEPS", steps)
-        torch.manual_seed(seed)
-        model, units = Net(), {"inner.0": list(range(8)), "stem": [0, 3, 5]}
-        optimizer, loop = attach(model, Scripted({20: units}, {80: units}, last=110), 120, verify=False)
-        train(model, optimizer, 79)
-        losses = [elsewhere(model)]
-        for step in range(79, 92):
-            train(model, optimizer, 1, step)
-            losses.append(elsewhere(model))
-        loop.detach()
-        moved[steps] += float(np.abs(np.diff(losses)).max())
-    assert moved[8] < 0.5 * moved[1]
+    moved = {"silent": 0.0, "at once": 0.0}
+    for how in moved:
+        if how == "at once":
+            monkeypatch.setattr("setpoint.regrowth.regrowing.silence", lambda *_: None)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            model, units = Net(), {"inner.0": list(range(8)), "stem": [0, 3, 5]}
+            optimizer, loop = attach(model, Scripted({20: units}, {80: units}, last=110), 120, verify=False)
+            train(model, optimizer, 79)
+            before = elsewhere(model)
+            train(model, optimizer, 1, 79)
+            moved[how] += abs(elsewhere(model) - before)
+            loop.detach()
+    assert moved["silent"] < 0.5 * moved["at once"]
 
 
 def elsewhere(model: nn.Module) -> float:
@@ -225,23 +226,26 @@ def test_the_model_is_the_same_right_after_a_return() -> None:
     loop.detach()
 
 
-def test_the_weights_that_rise_arrive_exactly() -> None:
-    """Claim: after easing, outgoing weights are the ones that rested, to rounding, whether step by step or at once."""
-    for steps in (0, 3, 8):
+def test_what_comes_back_is_what_rested() -> None:
+    """Claim: a unit comes back with its weights to the bit, but for outgoing weights, which are zero; where a cut is
+    taken back, with these too.
+    """
+    for undoes in (False, True):
         torch.manual_seed(0)
         model = Net()
         _, loop = attach(model, Scripted({}))
-        before = [tensor.clone() for tensor in model.state_dict().values()]
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
         loop.actuator.act(Plan(1, keep), Reading(1, {}, 1))
         assert loop.widths == {"stem": 11, "inner.0": 11}
         back = {"inner.0": np.arange(5), "stem": np.array([2])}
-        loop.actuator.act(Plan(2, keep_all(loop.groups), grow=back), Reading(2, {}, 1))
-        for _ in range(steps):
-            loop.actuator.after_step()
+        loop.actuator.act(Plan(2, keep_all(loop.groups), grow=back, undoes=undoes), Reading(2, {}, 1))
+        if not undoes:
+            assert not model.head.weight[:, 2].any() and not model.inner[3].weight[:, :5].any()
+            before["head.weight"][:, 2] = before["inner.3.weight"][:, :5] = before["inner.0.weight"][:, 2] = 0.0
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, msg=name)
         loop.detach()
-        for one, other in zip(model.state_dict().values(), before, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def run(seed: int, controller: Any) -> tuple[setpoint.Loop, nn.Module]:
@@ -302,7 +306,7 @@ class Misled:
 
 
 def test_units_that_went_by_mistake_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: useful units that a wrong reading has dropped come back under the budget, in every seed, and stay."""
+    """Claim: useful units that a wrong reading has dropped come back under the budget, in every seed; most stay."""
     monkeypatch.setattr("setpoint.regrowth.regrowing._PROBE_SHARE", 0.05)  # the run is short
     regrown = again = 0
     for seed in range(3):
@@ -325,7 +329,7 @@ def test_units_that_went_by_mistake_come_back(monkeypatch: pytest.MonkeyPatch) -
         summary = loop.finish()
         assert summary.budget_met and summary.regrown_units > 0
         regrown, again = regrown + summary.regrown_units, again + summary.dropped_again
-    assert again <= 0.2 * regrown
+    assert again <= 0.5 * regrown
 
 
 def test_a_small_reserve_lets_go_and_says_so() -> None:
@@ -338,7 +342,7 @@ def test_a_small_reserve_lets_go_and_says_so() -> None:
     loop.detach()
 
 
-def test_detaching_in_a_probed_step_leaves_the_shrunk_model() -> None:
+def test_detaching_while_units_visit_leaves_the_shrunk_model(dear: None) -> None:
     """Claim: after a detach, or an interrupt, in the middle of a probed forward pass the model is the shrunk one."""
 
     class Interrupted(Net):
@@ -351,16 +355,44 @@ def test_detaching_in_a_probed_step_leaves_the_shrunk_model() -> None:
 
     torch.manual_seed(0)
     model = Interrupted()
-    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {}, last=80), 100)
-    train(model, optimizer, 78)
+    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {65: {}}, last=80), 100)
+    train(model, optimizer, 77)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert loop.widths["inner.0"] == 15
+    train(model, optimizer, 1, 77)
+    assert loop.widths["inner.0"] == 16
     model.stop = True
     with pytest.raises(KeyboardInterrupt), loop:
         train(model, optimizer, 1)
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
-    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+    assert loop.widths["inner.0"] == 15 and loop.reading().finite()
     model.stop = False
     train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("at", [58, 63, 64, 66, 69, 72])
+def test_a_run_resumes_while_units_visit(at: int, dear: None) -> None:
+    """Claim: weights and ledger of a run that is resumed before, in and after a visit are those of one that went on."""
+
+    def start() -> tuple[Net, Any, setpoint.Loop]:
+        torch.manual_seed(0)
+        model = Net()
+        return model, *attach(
+            model, Scripted({60: {"inner.0": [1, 2], "stem": [0]}}, {65: {}, 70: {"stem": [0]}}, 80), 90
+        )
+
+    whole, optimizer, loop = start()
+    train(whole, optimizer, at)
+    held = io.BytesIO()
+    torch.save([each.state_dict() for each in (loop, whole, optimizer)], held)
+    held.seek(0)
+    train(whole, optimizer, 90 - at, at)
+    model, again, resumed = start()
+    for part, state in zip((resumed, model, again), torch.load(held, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(model, again, 90 - at, at)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert [(e.dropped, e.grown, e.gain) for e in resumed.ledger] == [(e.dropped, e.grown, e.gain) for e in loop.ledger]
 
 
 class Checkpointed(Net):
@@ -369,19 +401,17 @@ class Checkpointed(Net):
         return self.head((x + checkpoint(self.inner, x, use_reentrant=False)).mean((2, 3)))
 
 
-def test_what_cannot_be_probed_is_refused_at_attach() -> None:
-    """Claim: compiled models, activation checkpointing and sensors without `grow` are refused, with what to do; the
-    same models are taken without regrowth.
-    """
-    cases: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
-        (torch.compile(Net(), backend="eager"), {}, LoopError, "compiled"),
-        (Checkpointed(), {}, VerificationError, "heckpoint"),
-    ]
-    for model, options, error, words in cases:
-        with pytest.raises(error, match=words) as caught:
-            attach(model, PricedController(regrow=True), **options)
-        assert "regrow=False" in str(caught.value)
-        attach(model, PricedController(), **options)[1].detach()
+@pytest.mark.parametrize(
+    "build", [lambda: torch.compile(Net(), backend="eager"), Checkpointed], ids=["compiled", "saved"]
+)
+def test_compiled_code_and_activation_checkpointing_are_probed(build: Any, dear: None) -> None:
+    """Claim: visitors are real units, so that compiled code sees them, and so do forwards that are run again."""
+    torch.manual_seed(0)
+    model, controller = build(), Scripted({5: {"inner.0": [1, 4, 9]}}, {15: {}, 20: {"inner.0": [4]}})
+    optimizer, loop = attach(model, controller)
+    train(model, optimizer, 40)
+    gain = loop.ledger[2].gain["inner.0"]
+    assert loop.finish().regrown_units == 1 and np.isfinite(gain).all() and gain[0] != 0.0
 
 
 class Dropping(Net):

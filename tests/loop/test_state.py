@@ -144,7 +144,7 @@ def check_resumes(start: Callable[..., Run], at: list[int], steps: int = STEPS) 
 
 def test_a_run_resumes_bit_for_bit_at_any_step(dear: None) -> None:
     """Claim: losses, weights, moments, averaged copy, ledger and summary are those of the uninterrupted run: before the
-    first cut, while units rest, are probed, rise after their return (also in the copy), and after the landing.
+    first cut, while units rest, while they visit, after their return, and after the landing.
     """
 
     def start(**options: Any) -> Run:
@@ -346,8 +346,7 @@ def test_a_state_in_the_middle_of_a_step_is_refused() -> None:
 STORED = {
     "loop": {"_parts", "losses", "_ledger", "_state", "_sensor_state", "_controller_state"},
     "regrowth": {
-        "reserve", "_cutting", "_decisions", "_probing", "_chosen", "_recent", "_easing", "_last_rest", "_turn",
-        "_snapshots",
+        "reserve", "_cutting", "_decisions", "_visit", "_gains", "_last_rest", "_turn", "_snapshots",
     },
     "cutting": {"groups", "origin"},
     "losses": {"_last", "_fresh", "_steps", "_losses", "_changed", "_cut", "_shared"},
@@ -360,9 +359,9 @@ GIVEN_AGAIN = {
         "_unchanged",
     },
     "regrowth": {
-        "lasting", "brings_back", "_controller", "_spending", "_host", "_model", "_optimizers", "_lossless",
+        "lasting", "brings_back", "_controller", "_spending", "_host", "_model", "_optimizers",
     },
-    "cutting": {"kind", "host", "coordinates", "dense", "by_unit", "brings_back", "within_step", "masks"},
+    "cutting": {"kind", "host", "coordinates", "dense", "by_unit", "brings_back", "masks"},
     "losses": set(),
     "spending": {
         "costs", "schedule", "dense_widths", "modelled", "check_kind", "bill", "_known", "_single_process", "_regrows",

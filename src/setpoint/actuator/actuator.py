@@ -41,21 +41,20 @@ class Actuator(Protocol):
     def masks(self) -> Mapping[str, Bool[Tensor, "..."]]:
         """By name of each masked weight tensor, True = active; empty where whole units are cut."""
 
-    @property
-    def within_step(self) -> bool:
-        """Whether a step has begun that a checkpoint would break off."""
-
     def before_step(self, grad_scale: Tensor | None) -> None:
         """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
 
     def after_step(self) -> None:
         """The optimizers have moved the weights."""
 
-    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
         """The step after `step` begins; `due` if a decision may come after it, `open_still` before the last one.
 
-        Returns whether it is the ordinary step whose memory a meter should watch.
+        Returns what it has done to the units, and whether this is the ordinary step whose memory a meter should watch.
         """
+
+    def before_decision(self) -> Change:
+        """A decision comes, or the end of the run: units that were there for a probe only leave."""
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """Further fields of the controller's observation; called once per decision."""

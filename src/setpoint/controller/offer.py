@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from setpoint.controller.plan import Probe
 from setpoint.controller.selection import Selection
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
-from setpoint.sensor.probe import Probe
 
 
 @dataclass(frozen=True, eq=False)

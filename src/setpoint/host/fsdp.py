@@ -42,25 +42,6 @@ def states_of(model: nn.Module) -> list[Any]:
     return list({id(state): state for state in states}.values())
 
 
-def brackets(model: nn.Module) -> list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]]:
-    """The modules that FSDP unshards for their forward, with places of the parameters that are unsharded then.
-
-    A place is the table of a module's parameters and a key in it; beside it is the sharded parameter.
-    """
-    found: list[tuple[nn.Module, list[tuple[dict[str, Any], str, nn.Parameter]]]] = []
-    for state in states_of(model):
-        pieces = [fsdp for group in groups_of(state) for fsdp in group.fsdp_params]
-        for module in state._modules:
-            inside, places = set(module.modules()), []
-            for fsdp in pieces:
-                info = fsdp._module_info
-                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
-                owners = [(info.module, info.param_name), *shared]
-                places += [(m._parameters, name, fsdp.sharded_param) for m, name in owners if m in inside]
-            found.append((module, places))
-    return found
-
-
 def groups_of(state: Any) -> list[Any]:
     """What FSDP communicates together, of one state."""
     several = getattr(state, "_fsdp_param_groups", None)  # of newer versions of PyTorch

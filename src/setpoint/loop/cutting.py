@@ -61,7 +61,7 @@ class Cutting:
         self.host, self.coordinates = host, coordinates
         self.dense, self.groups = groups, groups
         self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
-        self.kind, self.by_unit, self.brings_back, self.within_step = "cutting", True, False, False
+        self.kind, self.by_unit, self.brings_back = "cutting", True, False
         self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
 
     def before_step(self, grad_scale: Tensor | None) -> None:
@@ -70,9 +70,13 @@ class Cutting:
     def after_step(self) -> None:
         """Nothing is to be done."""
 
-    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
         """Every step before a decision is an ordinary one."""
-        return due
+        return Change(), due
+
+    def before_decision(self) -> Change:
+        """No unit is there for a probe."""
+        return Change()
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """Nothing is known besides."""

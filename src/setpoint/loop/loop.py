@@ -304,7 +304,7 @@ class Loop:
             CheckpointError: when a sensor or controller of your own keeps what cannot be stored.
             LoopError: in the middle of a step.
         """
-        if self.actuator.within_step or self._hooks.within_step:
+        if self._hooks.within_step:
             raise LoopError("a checkpoint in the middle of a step cannot be resumed: take it after optimizer.step()")
         return {
             "format": FORMAT,
@@ -354,7 +354,7 @@ class Loop:
         self._sensor_state = restored(state["sensor"], live, "the sensor's state", self.host.device)
         self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
         self.spending.prepare(False)
-        if not self.actuator.by_unit:  # a probe that was under way has begun anew already
+        if not self.actuator.by_unit:  # units that visit are in the state
             due = self.controller.due(self.step + 1, self.spending.planned_steps)
             self.actuator.prepare(self.step, due=due, open_still=not self._state.budget_met)
         rng = state["rng_state"]  # None where a framework keeps it itself
@@ -421,6 +421,7 @@ class Loop:
             )
         if self._finished:
             raise LoopError("finish() has been called already: its result is in loop.summary")
+        self._end_visit()
         self.detach()
         self._finished = True
         masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
@@ -439,6 +440,8 @@ class Loop:
             part.stop()
         self._hooks.remove()
         if self._parts is not None:
+            if self.host.ranks.count == 1:  # a rank that stops by itself must not wait for others to resize with it
+                self._end_visit()
             self._release()
             self.spending.meter.stop()
             self.host.stop()
@@ -555,11 +558,26 @@ class Loop:
         step, total_steps = self.step, self.spending.planned_steps
         due = self._state.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
         open_still = step <= total_steps and not (self._state.budget_met or self._finished)
-        self.spending.prepare(self.actuator.prepare(step, due=due, open_still=open_still) and open_still)
+        change, ordinary = self.actuator.prepare(step, due=due, open_still=open_still)
+        self._follow(change)
+        self.spending.prepare(ordinary and open_still)
+
+    def _follow(self, change: Change) -> None:
+        """All that remembers something by unit follows units that came for a probe, or went after it."""
+        if change.keep or change.regrown:
+            self._sensor_state = follow(self._sensor_state, change)
+            self._controller_state = follow(self._controller_state, change)
+            self._state = follow(self._state, change)
+            self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
+
+    def _end_visit(self) -> None:
+        """Units that are there for a probe only leave the model."""
+        self._follow(self.actuator.before_decision())
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         self._state = now = replace(self._state, overdue=True, waits=False)  # also if anything is raised from here on
+        self._end_visit()
         before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
         with self.spending.account.watch.deciding:
             reading = self.host.mean(self._read, self.losses, now.step)

@@ -13,12 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Origins
-from setpoint.controller.plan import Plan
+from setpoint.controller.plan import Plan, Probe
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
 from setpoint.ledger import Entry
 from setpoint.messages import counted
-from setpoint.sensor.probe import Probe
 from setpoint.sensor.reading import Reading
 
 

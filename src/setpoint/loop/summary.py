@@ -56,7 +56,7 @@ class Summary:
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
         reason: why the budget is met or not.
         note: a hint about the run; "" for none.
-        probing_seconds: taking resting units in and out, easing them in, and what probed steps took longer.
+        probing_seconds: taking resting units in and out, and what probed steps took longer.
         probing_flops: FLOPs that resting units added to probed steps.
         probed_steps: steps in which resting units were present.
         dropped_units: units that were dropped at least once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +111,59 @@ def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " uni
                 )
             active[name][number] = True
     return active
+
+
+class Outgoing(NamedTuple):
+    """Where some units of a group are read: their entries in a tensor along one of its dims."""
+
+    group: str
+    tensor: str
+    dim: int
+    entries: Int[np.ndarray, " entries"]
+    units: Int[np.ndarray, " entries"]  # whose each entry is
+
+
+def outgoing(groups: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> list[Outgoing]:
+    """Where units that have just arrived are read.
+
+    Args:
+        arrived: by group, one boolean per active unit.
+    """
+    found = []
+    for group in groups:
+        for part in group.slices if group.name in arrived else ():
+            if part.role == "consume" and part.dim is not None:
+                entries = np.flatnonzero(np.isin(part.index, np.flatnonzero(arrived[group.name])))
+                found.append(Outgoing(group.name, part.tensor, part.dim, entries, part.index[entries]))
+    return found
+
+
+@torch.no_grad()
+def silence(
+    model: nn.Module,
+    groups: tuple[Group, ...],
+    arrived: Mapping[str, Bool[np.ndarray, " _units"]],
+    copies: Sequence[nn.Module] = (),
+) -> None:
+    """Set the outgoing weights of units that have just arrived to zero, so that they change no output yet.
+
+    Args:
+        model: after `regrow`, and not sharded now, as are the copies.
+        groups: with these units.
+
+    >>> from setpoint.groups.group import Slice
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> groups = (Group("inputs", "unit", 2, (Slice("weight", 1, "consume", np.arange(2)),)),)
+    >>> silence(model, groups, {"inputs": np.array([False, True])})
+    >>> model.weight[0, 0].item() != 0.0, model.weight[0, 1].item()
+    (True, 0.0)
+    """
+    places = outgoing(groups, arrived)
+    for module in (model, *unwrapped([place.tensor for place in places], model, copies)):
+        tensors = named_tensors(module)
+        for place in places:
+            tensor = tensors[place.tensor]
+            tensor.index_fill_(place.dim, torch.from_numpy(place.entries).to(tensor.device), 0)
 
 
 def _check_same_widths(groups: tuple[Group, ...], reserve: Reserve) -> None:

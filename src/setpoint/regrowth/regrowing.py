@@ -1,4 +1,9 @@
-"""Regrowing: an actuator that cuts, and brings units back: they rest, are probed, return and are eased in."""
+"""Regrowing: an actuator that cuts, and brings units back.
+
+What it drops rests in the reserve. Shortly before a decision some of these units visit: they are regrown with outgoing
+weights at zero, take part in a few steps of the user, and are shrunk away again. What that told goes to the controller,
+and the units that its plan names come back, with outgoing weights at zero too, to learn them afresh.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +19,32 @@ from torch import Tensor
 
 from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups
+from setpoint.actuator.shrink import shrink_live
 from setpoint.arguments import plain_fields
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Plan, RegrowingController
-from setpoint.errors import CheckpointError, GroupError
+from setpoint.controller.plan import Plan, Probe, RegrowingController
+from setpoint.errors import CheckpointError, GroupError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.fsdp import brackets
 from setpoint.loop.cutting import Cutting, changing
 from setpoint.messages import counted, warn
-from setpoint.regrowth.easing import Easing
-from setpoint.regrowth.probing import Probing
-from setpoint.regrowth.regrow import Grow, regrow, with_units
+from setpoint.regrowth.regrow import Grow, regrow, silence, with_units
 from setpoint.regrowth.reserve import Key, Reserve, held
-from setpoint.sensor.probe import Probe
-from setpoint.sensor.reading import Reading
+from setpoint.regrowth.visit import Visit
+from setpoint.sensor.reading import Reading, Sensor
 from setpoint.spending.spending import Spending
 
 Snapshots = dict[str, dict[Key, Tensor]]
 """By group, the tensors of a layer as it was before the last cut."""
+
+Arriving = Callable[[tuple[Group, ...], Mapping[str, Bool[np.ndarray, " _units"]]], None]
+"""Called with larger groups, and by group which active units have just arrived."""
 
 _PROBE_SHARE = 0.01
 """Probing never takes more than this share of the FLOPs of the steps so far."""
 
 _PROBES = 4
 """Probed steps before a decision that what may be spent is to last for."""
-
-_EASE_STEPS = 8
-"""Optimizer steps over which outgoing weights of a unit that came back rise from zero."""
 
 
 @final
@@ -85,10 +88,15 @@ class Regrowing:
 
 @final
 class Regrowth:
-    """Cuts like `Cutting`; what goes rests in a reserve, is probed and may come back. It changes at every step.
+    """Cuts like `Cutting`; what goes rests in a reserve, visits and may come back. It changes at every step.
 
     Units rest until they are let go, or, if not `lasting`, those of the last cut only, should the loss ask for them.
+    While units visit they are active units like others, for the sensor, for optimizers and for a checkpoint; the
+    reserve keeps them as they were dropped.
     """
+
+    kind, by_unit = "regrowing", True
+    masks: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -104,13 +112,9 @@ class Regrowth:
         self.lasting, self.brings_back = lasting, controller.regrow
         self._cutting, self._controller, self._spending = cutting, controller, spending
         self._host, self._model, self._optimizers = host, host.model, host.optimizers
-        self._lossless = {group.name for group in cutting.dense if group.lossless}
-        self._decisions = 0
-        self._probing: Probing | None = None
-        self._chosen: dict[str, Int[np.ndarray, " _units"]] = {}
-        self._recent: list[dict[str, Float64[np.ndarray, " _units"]]] = []
-        self._easing: Easing | None = None
-        self._last_rest = self._turn = 0
+        self._decisions = self._last_rest = self._turn = 0
+        self._visit: Visit | None = None
+        self._gains: list[dict[str, Float64[np.ndarray, " _units"]]] = []  # by visited step, NaN for all who were away
         self._snapshots: Snapshots = {}
 
     @property
@@ -123,50 +127,151 @@ class Regrowth:
         """By group, the index that each active unit has in the dense model."""
         return self._cutting.origin
 
-    kind, by_unit = "regrowing", True
-    masks: Mapping[str, Tensor] = {}
-
     def broken(self) -> str:
         """Nothing is masked."""
         return ""
 
     def totals(self) -> Mapping[str, Any]:
-        """Nothing is said besides."""
+        """A summary counts what came back from the ledger."""
         return {}
 
-    def before_step(self, grad_scale: Tensor | None) -> None:
-        """Take probed units out and note their gains."""
-        self._end_probe(grad_scale)
+    # Visits.
 
-    def after_step(self) -> None:
-        """Let weights that are rising rise by one step."""
-        if self._easing is None:
+    def before_step(self, grad_scale: Tensor | None) -> None:
+        """Note what the gradients tell of visitors."""
+        if self._visit is None:
             return
         with self._spending.account.watch.probing:
-            if self._easing.step():
-                self._easing = None
+            gains = self._visit.gains(self._model, grad_scale)
+            if gains is not None:
+                seen = {name: np.full(len(self.reserve.active[name]), np.nan) for name in gains}
+                for name, values in gains.items():
+                    seen[name][self._visit.origins[name]] = values
+                self._gains.append(seen)
+        self._spending.account.probed(self._extra_flops(self._visit.origins))
 
-    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
-        """Have resting units present in the coming step, if the controller asks and what may be spent allows it."""
-        total_steps, spending = self._spending.planned_steps, self._spending
-        if open_still and not spending.meter.peak_wanted and self._controller.probe_due(step, total_steps):
-            self._begin_probe(step)
-        if not self._controller.regrow:
-            return due
-        # The memory of a step with resting units is not the model's own: the last one before them is watched.
-        ahead = step + 1 <= total_steps and self._controller.probe_due(step + 1, total_steps)
-        return (due or ahead) and self._probing is None and not spending.meter.peak_known
+    def after_step(self) -> None:
+        """Visitors stay until the next decision."""
+
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
+        """Let resting units visit from the coming step on, if the controller asks and what may be spent allows it."""
+        spending, change = self._spending, Change()
+        wanted = open_still and self._controller.probe_due(step, spending.planned_steps)
+        if self._visit is not None and not wanted:
+            change = self.before_decision()
+        elif self._visit is None and wanted and not spending.meter.peak_wanted:
+            change = self._begin_visit(step)
+        if not self.brings_back:
+            return change, due
+        # The memory of a step with visitors is not the model's own: the last one before them is watched.
+        later = step + 1 <= spending.planned_steps and self._controller.probe_due(step + 1, spending.planned_steps)
+        return change, (due or later) and self._visit is None and not spending.meter.peak_known
+
+    def before_decision(self) -> Change:
+        """Shrink visitors away; they rest as they did before."""
+        visit = self._visit
+        if visit is None:
+            return Change()
+        with self._spending.account.watch.probing:
+            keep = {
+                name: ~np.isin(units, visit.origins[name])
+                for name, units in self.origin.items()
+                if name in visit.origins
+            }
+            host, changed = self._host, [group for group in self.groups if group.name in keep]
+            with host.resizable("the end of a probe", changed) as agreed:
+                groups = shrink_live(self._model, self._optimizers, self.groups, keep, host.copies, agreed=agreed)
+            self._cutting.take_over(groups, self._origins_of(self.reserve))
+        self._visit = None  # only now: where the resize fails, they are still there
+        return Change(keep=keep)
+
+    def _begin_visit(self, step: int) -> Change:
+        """Let units visit, if there are any and a share of the FLOPs pays for them."""
+        origins = self._affordable()
+        if not origins or _PROBES * self._extra_flops(origins) > self._spending.spare_flops(
+            step, widths_of(self.groups)
+        ):
+            return Change()
+        visits = list[Visit]()
+
+        def silent(larger: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+            visits.append(Visit.of(self._model, larger, arrived, origins))
+            silence(self._model, larger, arrived, self._host.copies)
+
+        with self._spending.account.watch.probing:
+            changed = [group for group in self.groups if group.name in origins]
+            with self._host.resizable("a probe", changed) as agreed:
+                # The reserve that `regrow` returns lacks the visitors; it is not kept, since they leave again.
+                arrived, _ = self._regrow(origins, silent, agreed)
+        self._visit = visits[0]
+        return Change(regrown=arrived)
+
+    def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        """Units that can visit for a few steps for what may be spent on probing by now; groups take turns."""
+        account, groups = self._spending.account, self._cutting.dense
+        allowance = account.share_left(_PROBE_SHARE, account.probing_flops)
+        found = dict[str, Int[np.ndarray, " _units"]]()
+        for _ in groups:
+            group = groups[self._turn % len(groups)]
+            order = self._candidates(group) if group.lossless else np.array([], dtype=np.int64)
+            num_blocks = -(-len(order) // group.multiple_of)
+            while num_blocks:
+                count = num_blocks * group.multiple_of
+                units = np.roll(order, -count * (self._decisions - self._last_rest))[:count]
+                more = {**found, group.name: np.sort(units)}
+                if _PROBES * self._extra_flops(more) <= allowance:
+                    found = more
+                    break
+                num_blocks //= 2
+            if len(order) and not num_blocks:
+                break
+            self._turn += 1
+        return found
+
+    def _candidates(self, group: Group) -> Int[np.ndarray, " _units"]:
+        """Resting units of a group in the order in which they visit: those dropped last first.
+
+        Units of the last cut are left out, or they would flutter. While nothing is dropped, each decision moves on.
+        """
+        dropped_at = self.reserve.dropped_at[group.name]
+        resting = np.flatnonzero(self.reserve.resting[group.name] & (dropped_at < self._decisions))
+        return resting[np.argsort(-dropped_at[resting], kind="stable")]
+
+    def _extra_flops(self, units: Grow) -> float:
+        """FLOPs that these units add to a step."""
+        wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
+        flops = self._spending.costs["flops"]
+        return flops.total(wide) - flops.total(widths_of(self.reserve.present()))
+
+    # Decisions.
 
     def extras(self, step: int) -> Mapping[str, Any]:
-        """What probes read of units that rest, and which units the last cut dropped."""
+        """What visits told of units that rest, and which units the last cut dropped. Called once for each decision."""
         return {"probe": self._probe(step), "last_dropped": self.last_dropped}
+
+    def _probe(self, step: int) -> Probe | None:
+        self._decisions += 1
+        reserve, origins, gain, error, deviation = self.reserve, {}, {}, {}, {}
+        for name, units in reserve.origins().items():
+            rows = [seen[name][units] for seen in self._gains if name in seen]
+            visited = np.isfinite(rows).any(0) if rows else np.zeros(len(units), dtype=bool)
+            if visited.any():
+                origins[name] = units[visited]
+                gain[name], deviation[name], count = _mean_and_deviation(np.array(rows)[:, visited])
+                error[name] = deviation[name] / np.sqrt(count)
+        num_steps, self._gains = len(self._gains), []
+        if not origins:
+            return None
+        rested = {name: self._decisions - reserve.dropped_at[name][units] for name, units in origins.items()}
+        drops = {name: reserve.drops[name][units] for name, units in origins.items()}
+        return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps, deviation=deviation)
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Drop what is to go, then bring back what is to come back; each is undone if other ranks could not."""
-        with self._cutting.host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
+        with self._host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
             change, cutting = Change(), self._cutting
             if plan.drops():
-                snapshots = self._as_it_is(plan, reading.basis)
+                snapshots = self._layers_to_turn(plan, reading.basis)
                 with (
                     cutting.coordinates(cutting.host, self.groups, plan, reading, rest=self.lasting),
                     self._resting(plan.keep) as note,
@@ -174,8 +279,39 @@ class Regrowth:
                     change = replace(cutting.drop(plan, agreed), note=note)
                 self._snapshots = snapshots
             if plan.grows():
-                change = replace(change, regrown=self._grow(plan, agreed))
+                arrived, self.reserve = self._regrow(plan.grow, self._undo if plan.undoes else self._silent, agreed)
+                change = replace(change, regrown=arrived)
             return change
+
+    def _regrow(
+        self, units: Grow, then: Arriving, agreed: Callable[[], None]
+    ) -> tuple[dict[str, Bool[np.ndarray, " _units"]], Reserve]:
+        """Bring units back; by group which active units have just arrived, and the reserve without them.
+
+        Args:
+            then: called with the larger groups and what has arrived, before all ranks agree.
+        """
+        active = with_units(self.reserve, units)
+        arrived = {n: np.isin(np.flatnonzero(active[n]), origins) for n, origins in units.items() if len(origins)}
+        larger = cut_groups(self.reserve.groups, active)
+
+        def arriving() -> None:  # while the tensors of a sharded model are unsharded
+            then(larger, arrived)
+            agreed()
+
+        model, reserve, copies = self._model, self.reserve, self._host.copies
+        groups, after = regrow(model, self._optimizers, self.groups, reserve, units, copies, agreed=arriving)
+        self._cutting.take_over(groups, self._origins_of(after))
+        return arrived, after
+
+    def _silent(self, larger: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+        """Units that come back change no output yet, so that the loss does not jump."""
+        silence(self._model, larger, arrived, self._host.copies)
+
+    def _undo(self, larger: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+        """A whole cut is taken back: units have their weights at once, layers that were turned are as before."""
+        for name in self._snapshots:
+            self._put_back(name)
 
     @property
     def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -188,158 +324,8 @@ class Regrowth:
         units = {name: np.flatnonzero(each) for name, each in gone.items()}
         return {name: origins for name, origins in units.items() if len(origins)}
 
-    @property
-    def within_step(self) -> bool:
-        """Whether a probed step has begun and not ended."""
-        return self._probing is not None and self._probing.num_forwards > 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors and numbers."""
-        return {
-            **self._cutting.state_dict(),
-            "kind": self.kind,
-            "reserve": self.reserve.state_dict(),
-            "decisions": self._decisions,
-            "last_rest": self._last_rest,
-            "snapshots": {
-                name: [(*key, value) for key, value in each.items()] for name, each in self._snapshots.items()
-            },
-            "probing": self._probing is not None,
-            "recent": plain(self._recent, "recent gains"),
-            "chosen": plain(self._chosen, "units to probe"),
-            "turn": self._turn,
-            "easing": None if self._easing is None else self._easing.state_dict(),
-        }
-
-    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """The groups at the widths of the state."""
-        if state["kind"] == "cutting":
-            raise CheckpointError(
-                "units come back in one of the two runs only: build the model anew, dense, and attach with the "
-                "arguments of the run that is to go on"
-            )
-        groups, keep = self._cutting.check(state), self._cutting.kept(state)
-        reserve = self.reserve.resumed(state["reserve"])
-        if any((reserve.active[name] != kept).any() for name, kept in keep.items()):
-            raise CheckpointError("the reserve and the loop disagree about which units are active")
-        units = {name: len(active) for name, active in reserve.active.items()}
-        for name, values in (item for gains in _gains(state) for item in gains.items()):
-            if values.shape != (units.get(name),):
-                raise GroupError(f"recent gains of {name!r} are not one per unit")
-        for name, origins in _chosen(state).items():
-            inside = np.isin(origins, np.arange(units.get(name, 0))).all()
-            if origins.ndim != 1 or origins.dtype.kind != "i" or not inside:
-                raise GroupError(f"units to probe of {name!r} are not units of that group")
-        Easing.check(state["easing"], state["shapes"], len(self._host.copies))
-        int(state["decisions"]), int(state["last_rest"]), int(state["turn"]), bool(state["probing"])
-        _snapshots(state["snapshots"])
-        return groups
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut the dense model to the units of the state, and go on with its reserve."""
-        reserve = self.reserve.resumed(state["reserve"])  # asks the dense model
-        self._cutting.load_state_dict(state)
-        self.reserve, self._decisions = reserve, int(state["decisions"])
-        self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
-        self._snapshots = _snapshots(state["snapshots"])
-        self._recent.extend(_gains(state))
-        self._chosen = {name: origins[reserve.resting[name][origins]] for name, origins in _chosen(state).items()}
-        if state["easing"] is not None:
-            self._easing = Easing.resumed(self._model, self._host.copies, state["easing"])
-        if state["probing"]:
-            self._start_probe()
-
-    def _begin_probe(self, step: int) -> None:
-        """Have resting units present in the step after this one, if there are any and a share of the FLOPs pays."""
-        spending = self._spending
-        self._chosen = self._chosen or self._affordable()
-        allowance = spending.account.share_left(_PROBE_SHARE, spending.account.probing_flops)
-        spare = min(allowance, spending.spare_flops(step, widths_of(self.groups)))
-        if self._chosen and self._extra(self._chosen) <= spare:
-            self._start_probe()
-
-    def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        """Units that can be present in a few steps for what may be spent on probing by now; groups take turns."""
-        account, groups = self._spending.account, self._cutting.dense
-        allowance = account.share_left(_PROBE_SHARE, account.probing_flops)
-        found = dict[str, Int[np.ndarray, " _units"]]()
-        for _ in groups:
-            group = groups[self._turn % len(groups)]
-            order = self._candidates(group) if group.name in self._lossless else np.array([], dtype=np.int64)
-            num_blocks = -(-len(order) // group.multiple_of)
-            while num_blocks:
-                most = num_blocks * group.multiple_of
-                units = np.roll(order, -most * (self._decisions - self._last_rest))[:most]
-                more = {**found, group.name: np.sort(units)}
-                if _PROBES * self._extra(more) <= allowance:
-                    found = more
-                    break
-                num_blocks //= 2
-            if len(order) and not num_blocks:
-                break
-            self._turn += 1
-        return found
-
-    def _candidates(self, group: Group) -> Int[np.ndarray, " _units"]:
-        """Resting units of a group in the order in which they are probed: those dropped last first.
-
-        Units of the last cut are left out, or they would flutter. While nothing is dropped, each decision moves on.
-        """
-        dropped_at = self.reserve.dropped_at[group.name]
-        resting = np.flatnonzero(self.reserve.resting[group.name] & (dropped_at < self._decisions))
-        return resting[np.argsort(-dropped_at[resting], kind="stable")]
-
-    def _start_probe(self) -> None:
-        with self._spending.account.watch.probing:
-            self._probing = Probing(self._model, self.reserve, self._chosen, brackets=brackets(self._model))
-            self._probing.start()
-
-    def _end_probe(self, grad_scale: Tensor | None) -> None:
-        """Take the units out and note their gains; the gradients of the step are ready."""
-        probing, self._probing = self._probing, None
-        if probing is None:
-            return
-        with self._spending.account.watch.probing:
-            probing.stop()
-            ranks = self._cutting.host.ranks
-            if ranks.count > 1:
-                probing.share(ranks.mean)
-            gains = probing.gains(grad_scale)
-            if gains is not None:
-                recent = {name: np.full(len(self.reserve.active[name]), np.nan) for name in gains}
-                for name, values in gains.items():
-                    recent[name][self._chosen[name]] = values  # NaN for all units that were not present
-                self._recent.append(recent)
-        if probing.num_forwards:
-            self._spending.account.probed(self._extra(self._chosen))
-
-    def _extra(self, units: Grow) -> float:
-        wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
-        flops = self._spending.costs["flops"]
-        return flops.total(wide) - flops.total(widths_of(self.reserve.present()))
-
-    def _probe(self, step: int) -> Probe | None:
-        """What steps probed since the last decision tell of units that rest, or None. Called once for each decision."""
-        self._decisions += 1
-        reserve, origins, gain, error, deviation = self.reserve, {}, {}, {}, {}
-        for name, units in reserve.origins().items():
-            rows = [each[name][units] for each in self._recent if name in each]
-            seen = np.isfinite(rows).any(0) if rows else np.zeros(len(units), dtype=bool)
-            if seen.any():
-                origins[name] = units[seen]
-                gain[name], deviation[name], count = _mean_and_deviation(np.array(rows)[:, seen])
-                error[name] = deviation[name] / np.sqrt(count)
-        num_steps = len(self._recent)
-        self._recent, self._chosen = [], {}
-        if not origins:
-            return None
-        rested = {name: self._decisions - reserve.dropped_at[name][units] for name, units in origins.items()}
-        drops = {name: reserve.drops[name][units] for name, units in origins.items()}
-        return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps, deviation=deviation)
-
-    def _as_it_is(self, plan: Plan, turned: Iterable[str]) -> Snapshots:
+    def _layers_to_turn(self, plan: Plan, turned: Iterable[str]) -> Snapshots:
         """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
-        self._settle()
         snapshots: Snapshots = {}
         for group in self.groups:
             if group.name in turned and not plan.keep[group.name].all():
@@ -351,10 +337,8 @@ class Regrowth:
     @contextmanager
     def _resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
         """Take in the units that are dropped inside; what is let go for them, in words. If dropping fails, nothing."""
-        self._settle()
         if not self.lasting:
             self.release()
-        self._chosen = {}
         before, last_rest = self.reserve, self._last_rest
         self._last_rest = self._decisions
         self.reserve = before.rest(self._model, self._optimizers, keep, self._host.copies, when=self._decisions)
@@ -370,51 +354,16 @@ class Regrowth:
             self.reserve, self._last_rest = before, last_rest
             raise
 
-    def _grow(self, plan: Plan, agreed: Callable[[], None]) -> dict[str, Bool[np.ndarray, " _units"]]:
-        """Bring the plan's units back; by group which active units have just come back. None do if `agreed` raises.
-
-        A plan that undoes the last cut puts layers whose states were turned back as they were; other units are eased
-        in.
-        """
-        self._settle()
-        self._chosen = {}
-        active = with_units(self.reserve, plan.grow)
-        regrown = {n: np.isin(np.flatnonzero(active[n]), units) for n, units in plan.grow.items() if len(units)}
-        larger = cut_groups(self.reserve.groups, active)
-
-        def rise() -> None:  # while the tensors of a sharded model are unsharded
-            back = {name for name in self._snapshots if self._put_back(name)} if plan.undoes else set()
-            rising = {name: units for name, units in regrown.items() if name not in back}
-            self._easing = Easing(self._model, larger, rising, _EASE_STEPS, self._host.copies) if rising else None
-            agreed()
-
-        held_by = (self._model, self._optimizers, self.groups, self.reserve)
-        try:
-            groups, self.reserve = regrow(*held_by, plan.grow, self._host.copies, agreed=rise)
-        except BaseException:
-            self._easing = None
-            raise
-        self._cutting.take_over(groups, {name: np.flatnonzero(units) for name, units in self.reserve.active.items()})
-        return regrown
-
-    def _put_back(self, name: str) -> bool:
+    def _put_back(self, name: str) -> None:
         """Put a layer back as it was before the last cut, if nothing else about its shape has changed since."""
         snapshot = self._snapshots[name]
         names = frozenset(key.tensor for key in snapshot)
-        live = {
-            key: each for key, each in held(self._model, self._optimizers, self._host.copies, names) if key in snapshot
-        }
-        if any(key not in live or live[key].shape != value.shape for key, value in snapshot.items()):
-            return False
+        tensors = dict(held(self._model, self._optimizers, self._host.copies, names))
+        if any(key not in tensors or tensors[key].shape != value.shape for key, value in snapshot.items()):
+            return
         with torch.no_grad():
             for key, value in snapshot.items():
-                live[key].copy_(value)
-        return True
-
-    def _settle(self) -> None:
-        if self._easing is not None:
-            self._easing.finish()
-            self._easing = None
+                tensors[key].copy_(value)
 
     def release(self) -> None:
         """Nothing comes back any more: give the reserve's memory back."""
@@ -422,20 +371,74 @@ class Regrowth:
         self.reserve, self._snapshots = replace(self.reserve, tensors={}, resting=nothing), {}
 
     def stop(self) -> None:
-        """Leave the model alone: nothing present, nothing rising; may be called again."""
-        if self._probing is not None:
-            self._probing.stop()
-            self._probing = None
-        self._settle()
+        """The loop has let visitors leave."""
+
+    # What is remembered.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors and numbers."""
+        snapshots = {
+            name: [(*key, value) for key, value in tensors.items()] for name, tensors in self._snapshots.items()
+        }
+        return {
+            **self._cutting.state_dict(),
+            "kind": self.kind,
+            "reserve": self.reserve.state_dict(),
+            "decisions": self._decisions,
+            "last_rest": self._last_rest,
+            "turn": self._turn,
+            "gains": plain(self._gains, "gains of visitors"),
+            "visit": None if self._visit is None else self._visit.state_dict(),
+            "snapshots": snapshots,
+        }
+
+    def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
+        """The groups at the widths of the state."""
+        if state["kind"] == "cutting":
+            raise CheckpointError(
+                "units come back in one of the two runs only: build the model anew, dense, and attach with the "
+                "arguments of the run that is to go on"
+            )
+        groups, keep = self._cutting.check(state), self._cutting.kept(state)
+        reserve = self.reserve.resumed(state["reserve"])
+        widths = {name: len(active) for name, active in reserve.active.items()}
+        visit = None if state["visit"] is None else Visit.resumed(state["visit"], widths)
+        active = reserve.active if visit is None else with_units(reserve, visit.origins)
+        if any((active[name] != kept).any() for name, kept in keep.items()):
+            raise CheckpointError("the reserve and the loop disagree about which units are active")
+        for name, values in (item for gains in _gains(state) for item in gains.items()):
+            if values.shape != (widths.get(name),):
+                raise GroupError(f"gains of visitors of {name!r} are not one per unit")
+        int(state["decisions"]), int(state["last_rest"]), int(state["turn"])
+        _snapshots(state["snapshots"])
+        return groups
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut the dense model to the units of the state, and go on with its reserve."""
+        reserve = self.reserve.resumed(state["reserve"])  # asks the dense model
+        self._cutting.load_state_dict(state)
+        self.reserve, self._decisions = reserve, int(state["decisions"])
+        self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
+        self._snapshots, self._gains = _snapshots(state["snapshots"]), _gains(state)
+        widths = {name: len(active) for name, active in reserve.active.items()}
+        self._visit = None if state["visit"] is None else Visit.resumed(state["visit"], widths)
+
+    @staticmethod
+    def _origins_of(reserve: Reserve) -> dict[str, Int[np.ndarray, " _units"]]:
+        return {name: np.flatnonzero(units) for name, units in reserve.active.items()}
+
+
+def check_regrowth(sensor: Sensor[Any]) -> None:
+    """Check that a sensor can read units that have come back, or raise LoopError."""
+    if not sensor.traits.returns:
+        raise LoopError(
+            f"{type(sensor).__name__} reads no units that have come back, so none can: attach with "
+            "PricedController(regrow=False)"
+        )
 
 
 def _gains(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
-    return [restored(each, {}, "recent gains", torch.device("cpu")) for each in state["recent"]]
-
-
-def _chosen(state: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " _units"]]:
-    found = restored(state["chosen"], {}, "units to probe", torch.device("cpu"))
-    return {str(name): np.asarray(origins) for name, origins in found.items()}
+    return [restored(gains, {}, "gains of visitors", torch.device("cpu")) for gains in state["gains"]]
 
 
 def _snapshots(state: Mapping[str, Sequence[Sequence[Any]]]) -> Snapshots:

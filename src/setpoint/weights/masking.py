@@ -69,7 +69,7 @@ class Masks:
     optimizer steps.
     """
 
-    kind, by_unit, brings_back, within_step = "masking", False, False, False
+    kind, by_unit, brings_back = "masking", False, False
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
         self._flops, self._pattern, self._host = flops, pattern, host
@@ -107,10 +107,14 @@ class Masks:
         """The first tensor in which a masked weight is not zero, or ""."""
         return next((n for n, mask in self.masks.items() if bool(self._weights[n].masked_fill(mask, 0.0).any())), "")
 
-    def prepare(self, step: int, *, due: bool, open_still: bool) -> bool:
+    def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
         """The next step begins; where a decision comes after it, it may want gradients of masked weights."""
         self._looking, self._resting, self._settled = due and open_still, {}, frozenset()
-        return due
+        return Change(), due
+
+    def before_decision(self) -> Change:
+        """No weight is there for a probe."""
+        return Change()
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """Masks have nothing to add to an observation."""

@@ -1,0 +1,122 @@
+"""A visit: resting units take part in a few ordinary steps with outgoing weights at zero, which tell what they gain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Int
+from torch import Tensor, nn
+
+from setpoint.actuator.tensors import named_tensors
+from setpoint.distributed import is_sharded_tensor, local, ranks_of, rows
+from setpoint.errors import GroupError
+from setpoint.groups.group import Group
+from setpoint.regrowth.regrow import outgoing
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One outgoing weight of units that visit, and the values that it had when they were dropped."""
+
+    group: str
+    tensor: str  # its qualified name
+    dim: int  # along which units lie
+    entries: Int[Tensor, " entries"]  # of the visitors, along that dim
+    visitors: Int[Tensor, " entries"]  # whose each entry is: its place among the visitors of the group
+    values: Tensor  # at these entries, of the unsharded weight
+
+    @torch.no_grad()
+    def gain(self, weight: nn.Parameter, num_visitors: int) -> Float64[Tensor, " visitors"]:
+        """By visitor, `-sum(w * dL/dw)` over this rank's entries, with w the values and the gradient that is there."""
+        gain = torch.zeros(num_visitors, dtype=torch.float64, device=local(weight.detach()).device)
+        if weight.grad is None:
+            return gain
+        entries, visitors, values = (each.to(gain.device) for each in (self.entries, self.visitors, self.values))
+        mine = rows(weight)
+        if is_sharded_tensor(weight) and self.dim == 0:
+            here = (entries >= mine.start) & (entries < mine.stop)
+            entries, visitors, values = entries[here] - mine.start, visitors[here], values[here]
+        elif is_sharded_tensor(weight):
+            values = values[mine]
+        gradient = local(weight.grad).index_select(self.dim, entries)
+        product = (values.conj() * gradient).real if values.is_complex() else values * gradient
+        return gain.index_add_(0, visitors, -product.movedim(self.dim, 0).flatten(1).double().sum(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """Units that are in the model on trial. A value; it knows nothing of what they learn there.
+
+    With outgoing weights at zero a unit changes no output, and along the way to the weights w that it had when it was
+    dropped the loss falls, to first order, by `gain = -sum(w * dL/dw)`. The gradients are those of the user's own step,
+    as clipped and scaled as the sensor's.
+    """
+
+    origins: Mapping[str, Int[np.ndarray, " _units"]]  # by group, of the visitors, ascending
+    directions: tuple[Direction, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        groups: tuple[Group, ...],
+        arrived: Mapping[str, Bool[np.ndarray, " _units"]],
+        origins: Mapping[str, Int[np.ndarray, " _units"]],
+    ) -> Visit:
+        """The visit of units that have just come back as they were, before their outgoing weights are set to zero.
+
+        Args:
+            groups: with the visitors.
+            arrived: by group, one boolean per active unit, True = visits.
+        """
+        tensors, found = named_tensors(model), []
+        for place in outgoing(groups, arrived):
+            weight, at = tensors[place.tensor], torch.from_numpy(place.entries)
+            if isinstance(weight, nn.Parameter):
+                visitors = np.searchsorted(np.flatnonzero(arrived[place.group]), place.units)
+                values = weight.detach().index_select(place.dim, at.to(weight.device)).cpu()
+                found.append(Direction(place.group, place.tensor, place.dim, at, torch.from_numpy(visitors), values))
+        return cls(dict(origins), tuple(found))
+
+    def gains(
+        self, model: nn.Module, grad_scale: Tensor | None = None
+    ) -> dict[str, Float64[np.ndarray, " _visitors"]] | None:
+        """By group, the gain of each visitor in this step; None where a gradient is NaN, or none is there.
+
+        Call it when all gradients are ready, before the optimizer moves the weights.
+
+        Args:
+            grad_scale: what the gradients are still multiplied by, or None.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = {name: torch.zeros(len(units), dtype=torch.float64) for name, units in self.origins.items()}
+        seen = False
+        for direction in self.directions:
+            weight = parameters[direction.tensor]
+            seen |= weight.grad is not None
+            found[direction.group] += direction.gain(weight, len(self.origins[direction.group])).cpu()
+        total = ranks_of(parameters.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *found.values()]))
+        total = total if grad_scale is None else total / grad_scale.double().cpu()
+        if not seen or not bool(torch.isfinite(total).all()):
+            return None
+        parts = torch.split(total, [len(values) for values in found.values()])
+        return {name: values.numpy() for name, values in zip(found, parts, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors, numbers and strings."""
+        origins = {name: torch.from_numpy(np.asarray(units)) for name, units in self.origins.items()}
+        return {"origins": origins, "directions": [vars(direction) for direction in self.directions]}
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> Visit:
+        """The visit whose `state_dict` this is; GroupError where it is not of groups with so many units."""
+        origins = {str(name): units.cpu().numpy() for name, units in state["origins"].items()}
+        directions = tuple(Direction(**direction) for direction in state["directions"])
+        inside = all(np.isin(units, np.arange(widths.get(name, 0))).all() for name, units in origins.items())
+        if not inside or any(direction.group not in origins for direction in directions):
+            raise GroupError("units that visit are not units of this model's groups")
+        return cls(origins, directions)
