@@ -86,7 +86,9 @@ def flops_cost(trace: Trace) -> ProductCost:
     products (a kernel that recomputes the scores does more); the weight gradient of a grouped convolution is counted as
     what it does (the counter of PyTorch 2.13 charges it `groups` times).
     """
-    terms = tuple(Term(each.coefficient * (1 + each.num_gradients), each.sizes) for each in trace.contractions)
+    terms = tuple(
+        Term(product.coefficient * (1 + product.num_gradients), product.sizes) for product in trace.contractions
+    )
     return ProductCost("flops", terms)
 
 

@@ -15,11 +15,11 @@ from setpoint.messages import did_you_mean
 
 _TIMES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0, "h": 3600.0}
-_BYTES = {"b": 1.0, **{f"{each}b": value for each, value in _TIMES.items() if each}} | {
+_BYTES = {"b": 1.0, **{f"{prefix}b": value for prefix, value in _TIMES.items() if prefix}} | {
     f"{each}ib": 1024.0**power for power, each in enumerate("kmgt", start=1)
 }
 _COUNTS = {**_TIMES, "b": 1e9}
-_FLOPS = {f"{each}{unit}": value for each, value in _TIMES.items() for unit in ("flop", "flops", "")}
+_FLOPS = {f"{prefix}{unit}": value for prefix, value in _TIMES.items() for unit in ("flop", "flops", "")}
 _JOULES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "MJ": 1e6, "wh": 3600.0, "kwh": 3.6e6}
 UNITS: dict[str, dict[str, float]] = {
     "flops": _FLOPS,
@@ -85,8 +85,8 @@ def parse_budget(budget: Any) -> Any:
     return budget
 
 
+# An integer above it has no counterpart among floats, and is no fraction anyway.
 _MOST = 1e300
-"""An integer above it has no counterpart among floats, and is no fraction anyway."""
 
 
 def _number(value: Any) -> bool:

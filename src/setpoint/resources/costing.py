@@ -107,6 +107,7 @@ def cost_out(
     for name in costs.keys() & {"latency", "inference"}:
         sources[name] = "modelled: constant, FLOPs and bytes, fitted to steps timed on this device"
 
+    # FLOPs are of a step with `calls` calls, and a copy makes one.
     spent = sum(flops.total(widths) / calls for widths in steps)
     spent += sum(pass_flops.total(widths) for widths in passes if pass_flops is not None)
     idle = None if energy is None else idle_watts(energy)
@@ -179,7 +180,7 @@ def record(make: Make, groups: tuple[Group, ...]) -> Tape:
             if apart:
                 with suppress(Exception):  # an error that is kept would keep the copy's memory
                     return _of_one_copy(make, narrow)
-            for vectors in trials[:-1]:
+            for vectors in trials[:-1]:  # the error of the last one says most of why there is no cost
                 with suppress(CostError):
                     return _of_copies_without_data(make, vectors)
             return _of_copies_without_data(make, trials[-1])

@@ -15,8 +15,8 @@ import torch
 from setpoint.messages import warn
 
 POWERCAP = Path("/sys/class/powercap")
+# More than any one device draws.
 _MOST_WATTS = 1e5
-"""More than any one device draws."""
 _STILL_S = 2.0
 
 

@@ -12,12 +12,12 @@ from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 
 _MAX_VECTORS, _DRAWS = 16, 100
+# The same where groups have few units: more widths are in these bands.
 _CLOSE = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
-"""The same where groups have few units: more widths are in these bands."""
+# Densities of the groups where a step is recorded: it is quicker there than near the dense widths.
 _LOW = ((0.4, 0.6), (0.28, 0.4), (0.18, 0.28), (0.1, 0.18))
-"""Densities of the groups where a step is recorded: it is quicker there than near the dense widths."""
+# Where a step is timed: far apart, so that seconds differ.
 _FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
-"""Where a step is timed: far apart, so that seconds differ."""
 
 
 def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
@@ -71,7 +71,7 @@ def _vectors(reach: Mapping[str, Sequence[int]], bands: Sequence[tuple[float, fl
             wanted = widths[0] * np.array([generator.uniform(*band) for band in bands])
             columns[name] = [_nearest(widths, near) for near in wanted]
             direction = _direction(columns[name])[0]
-            if len(widths) == 1 or (any(direction) and direction not in seen):
+            if len(widths) == 1 or (any(direction) and direction not in seen):  # else drawn again
                 break
         seen.add(direction)
     return [{name: column[row] for name, column in columns.items()} for row in range(len(bands))]
@@ -95,7 +95,7 @@ def held_at_two(groups: Sequence[Group]) -> tuple[Group, ...]:
     A tensor with one unit along a dim may need no copy where one with two does, as with one key/value head of two. Then
     no width above 1 is left to tell how sizes follow such a group, and a step is known where it stays.
     """
-    return tuple(replace(each, min_units=each.num_units) if _reach(each)[1:] == [1] else each for each in groups)
+    return tuple(replace(group, min_units=group.num_units) if _reach(group)[1:] == [1] else group for group in groups)
 
 
 def _told_apart(reach: Mapping[str, Sequence[int]], vectors: Sequence[Mapping[str, int]]) -> bool:

@@ -23,15 +23,16 @@ from setpoint.resources.live_bytes import LiveBytes
 from setpoint.spending.meter import Readings
 from setpoint.spending.seconds import StepMeter
 
+# A clock and an allocator do not repeat themselves any better than this.
 _MARGIN = 0.03
+# First steps after a cut, which are skipped: caches and the allocator meet new sizes, and such a step is slow.
 _COLD = 2
-"""First steps after a cut, which are no reading: caches and the allocator meet new sizes, and such a step is slow."""
+# Steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back.
 _FEW = 4
-"""Steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back."""
+# Steps behind a reading, before the end of a run is judged by it.
 _ENOUGH = 10
-"""Steps behind a reading, before the end of a run is judged by it."""
+# Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap.
 _LOOK_S = 10.0
-"""Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap."""
 
 
 class _FirstCall:
@@ -55,7 +56,7 @@ class Metering:
     Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
     after a cut are slow. Bytes are the peak of one step, the last before a decision: of the allocator on a GPU, of live
     tensors on the CPU. There the step runs under a dispatch mode, which is slow, so its seconds do not count; compiled
-    code and code under somebody else's mode are left alone and give no reading. What goes on between two steps, such as
+    code and code under somebody else's mode are left alone and are not read. What goes on between two steps, such as
     an evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
     mode, training or not, that the model was in when the last step ended.
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
@@ -80,6 +81,7 @@ class Metering:
         pass_flops: Cost | None = None,
         watts: float = 0.0,
     ) -> None:
+        # Without waiting for the GPU a step would end when its kernels are queued.
         self.steps = StepMeter(synchronize=bool({"latency", "energy"} & set(resources)))
         self._resources, self._model = frozenset(resources), model
         self._held, self._device, self._compiled = held, device, compiled
@@ -184,7 +186,7 @@ class Metering:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._allocating = True
-        elif not self._compiled and not mode_stack():
+        elif not self._compiled and not mode_stack():  # Inductor allocates past the dispatcher: a mode would miss it
             self._watching = LiveBytes(self._held())
             self._watching.__enter__()  # type: ignore[no-untyped-call]
         elif not self._compiled:
@@ -206,13 +208,14 @@ class Metering:
             self._watching.peak_bytes = self._watching.live_bytes
 
     def _begun(self) -> None:
+        """The step has begun, or will not: no call is awaited any more."""
         handles, self._beginning = self._beginning, []
         for handle in handles:
             handle.remove()
 
     def time_inference(self, widths: Mapping[str, int]) -> float:
         """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
-        if self._inference is None or mode_stack():  # under somebody else's mode
+        if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the passes
             return 0.0
         self._pass_seconds, passes = self._inference.timed()
         return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)
@@ -284,4 +287,5 @@ class Metering:
         """Go on with the last peak and the joules of the run."""
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked, self._since_cut = bool(state["blocked"]), int(state.get("since_cut") or 0)
+        # Counters begin at 0 in each process.
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])

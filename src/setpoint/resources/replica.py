@@ -134,7 +134,7 @@ def replica(
         inside.enter_context(untouched_attributes(model))
         inside.enter_context(mode or nullcontext())
         twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)
-        strip(twin)
+        strip(twin)  # a user's hook would count or log what is only tried
         if trains and not model.training:
             twin.train()
         for module in twin.modules() if not trains else ():
@@ -145,7 +145,7 @@ def replica(
         made = Replica(twin, trainers, inputs, groups, steps if data else [], trains)
         made.narrow(widths)
         if trains:
-            made.step()
+            made.step()  # an optimizer makes its state in its first step, which is like no other
         yield made
 
 

@@ -49,6 +49,7 @@ def fit_seconds(resource: str, flops: ProductCost, moved: ProductCost, steps: Se
         moved: bytes of a step.
         steps: widths and seconds.
     """
+    # One row for each step: what a, b and c are multiplied by.
     rows = np.array([[1.0, flops.total(widths), moved.total(widths)] for widths, _ in steps])
     seconds = np.array([measured for _, measured in steps])
     constant_s, per_flop, per_byte = (float(value) for value in _non_negative(rows, seconds))
@@ -104,7 +105,7 @@ def _non_negative(rows: Float64[np.ndarray, "n k"], values: Float64[np.ndarray, 
             # Columns are scaled, since FLOPs and bytes are many powers of ten away from a constant.
             part = scaled[:, used]
             scale = np.abs(part).max(axis=0)
-            if not (scale > 0).all():
+            if not (scale > 0).all():  # nothing of it in any step, such as FLOPs of a model without products
                 continue
             found = np.linalg.lstsq(part / scale, ones, rcond=None)[0] / scale
             error = float(((part @ found - 1.0) ** 2).sum())

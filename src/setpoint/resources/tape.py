@@ -87,6 +87,7 @@ class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        # These look at tensors without computing, and how often they are called may differ from step to step.
         if func.namespace not in ("prim", "profiler"):
             pieces = _pieces(args, kwargs or {}) if op_name(func) == "cat" else ()
             self._calls.append((func, pieces))
@@ -111,7 +112,7 @@ def taken(trainee: Trainee) -> Take:
             shape = tuple(map(int, tensor.shape))
             take.storages.append(Made(tensor.untyped_storage().nbytes(), shape, tensor.dtype.itemsize))
 
-    held = trainee.held()
+    held = trainee.held()  # asked outside of the mode, which would take it for a part of the step
     torch.clear_autocast_cache()  # a step casts each weight once
     # What the collector frees in the middle of a step would be an event of this width vector only.
     with gc_paused(), _Calls(held, noted, take.calls):

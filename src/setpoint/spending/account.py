@@ -11,11 +11,11 @@ from setpoint.checkpoint.fields import fields_of
 from setpoint.spending.run_budget import Spent
 from setpoint.spending.seconds import StepMeter, Stopwatch
 
+# What is saved. What a sensing takes is not: it is asked of the sensor again.
 _COUNTED = (
     *("train_flops", "overhead_flops", "probing_flops", "learning_flops", "step_flops"),
     *("probed_steps", "resizes", "num_steps", "run_j", "step_j"),
 )
-"""What is saved. What a sensing takes is not: it is asked of the sensor again."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Account:
 
     def begin(self) -> None:
         """The first step begins."""
-        self.running.__enter__()
+        self.running.__enter__()  # it runs until the end, and each step is a lap of it
         self.steps.begin()
 
     @property
@@ -117,7 +117,7 @@ class Account:
 
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""
-        if self._probed:
+        if self._probed:  # resting units made it longer: it is no reading of the model's own steps
             self.watch.probing.seconds += self.steps.extra()
             self._probed = False
         else:
@@ -126,6 +126,7 @@ class Account:
         self.train_flops += self.step_flops
         self.run_j += self.step_j
         self.num_steps += 1
+        # What is left of a step beyond the usual one is the user's, such as an evaluation, and will come again.
         users = self.running.seconds - self.watch.deciding.seconds - self.watch.resizing.seconds
         usual = self.steps.seconds_per_step
         self._extra_seconds += 0.0 if usual is None else users - self._users_seconds - usual
@@ -134,7 +135,7 @@ class Account:
     def resized(self, step_flops: float) -> None:
         """Begin a new segment: from here on a step has these FLOPs."""
         self._segments = self.segments()
-        self.steps.clear()
+        self.steps.clear()  # steps at the old widths say nothing of those to come
         self.step_flops = step_flops
         self.resizes += 1
 
@@ -167,11 +168,12 @@ class Account:
 
         The seconds of attaching again are added; its FLOPs are not, so that no decision depends on an interruption.
         """
+        # A moment means nothing to another process: the clock is set back by what the run has taken.
         self._began = time.perf_counter() - float(state["seconds"])
         for name, watch in {**vars(self.watch), "running": self.running}.items():
             watch.seconds += float(state["watches"][name])
         for name in _COUNTED:
-            setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
+            setattr(self, name, type(getattr(self, name))(state["numbers"][name]))  # counts stay integers
         self._users_seconds, self._extra_seconds = map(float, state["users"])
         self._noted = {str(name): float(value) for name, value in state["noted"].items()}
         self.steps.load_state_dict(state["steps"])

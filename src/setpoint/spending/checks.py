@@ -23,26 +23,26 @@ from setpoint.messages import counted, warn
 from setpoint.spending.spending import Spending
 
 
-def check_budgets(budget: Any) -> tuple[Budget, ...]:
+def check_budgets(given: Any) -> tuple[Budget, ...]:
     """The budgets of a run: at least one, each of another resource.
 
     Raises:
         BudgetError: for anything else, or a budget that is not available in this version.
     """
-    budgets = tuple(budget) if isinstance(budget, (list, tuple)) else (budget,)
-    for each in budgets:
-        if isinstance(each, (Price, Tolerance)):
-            raise BudgetError(f"{each!r} stands alone: attach with it, and with no budget beside it")
-        if not isinstance(each, Budget):
-            raise BudgetError(f"budget must be a number, a text or a Budget, got {each!r}: write 0.5 or '50% flops'")
-        if each.per == "run" and each.resource not in ("flops", "latency", "energy"):
+    budgets = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    for budget in budgets:
+        if isinstance(budget, (Price, Tolerance)):
+            raise BudgetError(f"{budget!r} stands alone: attach with it, and with no budget beside it")
+        if not isinstance(budget, Budget):
+            raise BudgetError(f"budget must be a number, a text or a Budget, got {budget!r}: write 0.5 or '50% flops'")
+        if budget.per == "run" and budget.resource not in ("flops", "latency", "energy"):
             raise BudgetError(
                 f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
-                f"{each.resource!r}: use per='step', the finished model's cost"
+                f"{budget.resource!r}: use per='step', the finished model's cost"
             )
-    if not budgets or len({(each.resource, each.per) for each in budgets}) < len(budgets):
+    if not budgets or len({(budget.resource, budget.per) for budget in budgets}) < len(budgets):
         raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
-    runs = [each.resource for each in budgets if each.per == "run"]
+    runs = [budget.resource for budget in budgets if budget.per == "run"]
     if len(budgets) > 1 and runs and runs != ["flops"]:
         raise BudgetError(
             f"beside budgets per step a budget per run is one of 'flops' in this version, got {' and '.join(runs)}"
@@ -56,15 +56,15 @@ def split_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget 
     Raises:
         BudgetError: for a bill beside a budget for which decisions spend what is not known before.
     """
-    per_step = tuple(each for each in budgets if each.per == "step")
+    per_step = tuple(budget for budget in budgets if budget.per == "step")
     if not per_step or len(per_step) == len(budgets):
         return budgets, None
-    if any(each.resource == "inference" for each in per_step):
+    if any(budget.resource == "inference" for budget in per_step):
         raise BudgetError(
             "a bill cannot be kept beside a budget of inference: each decision times forward passes, as many as the "
             "clock asks for. Leave the bill out, and give the number of steps"
         )
-    return per_step, next(each for each in budgets if each.per == "run")
+    return per_step, next(budget for budget in budgets if budget.per == "run")
 
 
 def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: Sequence[Budget]) -> None:
@@ -73,11 +73,11 @@ def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: 
     Raises:
         BudgetError: for one that was not costed out at attach.
     """
-    metered = {each.resource for each in before} & set(METERED)
-    for each in budgets:
-        if each.resource not in resources or (each.resource in METERED and each.resource not in metered):
+    metered = {budget.resource for budget in before} & set(METERED)
+    for budget in budgets:
+        if budget.resource not in resources or (budget.resource in METERED and budget.resource not in metered):
             raise BudgetError(
-                f"{each.resource!r} was not costed out when this loop was attached: "
+                f"{budget.resource!r} was not costed out when this loop was attached: "
                 "change to a budget of 'flops', 'params', or a resource that attach was given"
             )
 
@@ -151,19 +151,19 @@ def original_costs(
     """
     if not was_cut(model):
         return {}
-    for each in budgets:
-        if each.relative and each.resource in METERED:
+    for budget in budgets:
+        if budget.relative and budget.resource in METERED:
             raise BudgetError(
-                f"the model was cut before, so the {each.resource} of the dense model are not known, and a fraction "
-                f"of {each.limit:g} has no meaning: give Budget.total(..., of={each.resource!r})"
+                f"the model was cut before, so the {budget.resource} of the dense model are not known, and a fraction "
+                f"of {budget.limit:g} has no meaning: give Budget.total(..., of={budget.resource!r})"
             )
     with at_dense_shapes(model):
         found = repeated(trace(model, example), passes)
         flops = flops_cost(found).total(widths_of(found.groups))
         original = {"flops": flops, "params": float(sum(parameter.numel() for parameter in model.parameters()))}
-    per_step = [each for each in budgets if each.per == "step" and each.resource in original]
-    present = {each.resource: costs[each.resource].total(widths) for each in per_step}
-    if present and all(each.absolute(original[each.resource]) >= present[each.resource] for each in per_step):
+    per_step = [budget for budget in budgets if budget.per == "step" and budget.resource in original]
+    present = {budget.resource: costs[budget.resource].total(widths) for budget in per_step}
+    if present and all(budget.absolute(original[budget.resource]) >= present[budget.resource] for budget in per_step):
         shares = [f"{value / original[name]:.1%} of the dense {name}" for name, value in present.items()]
         warn(
             f"the model was cut before and takes {' and '.join(shares)}, which is within the budget: nothing more is "

@@ -16,10 +16,10 @@ from setpoint.messages import warn
 from setpoint.spending.meter import Readings
 from setpoint.spending.run_budget import RunBudget
 
+# How far the factor of a joint cost follows a new reading, as far as the controller's PI part does.
 _TRUST = 0.6
-"""How far the factor of a joint cost follows a new reading, as far as the controller's PI part does."""
+# How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it.
 _SLACK = 0.03
-"""How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Limits:
         }
         limits = replace(self, budgets=tuple(budgets), per_step=per_step, corrections={})
         for name, known in self.corrections.items():
-            if name in limits._followed:
+            if name in limits._followed:  # what was out of reach of the last budget may be in reach of this one
                 known = replace(known, doubts=0, asked=None)
                 limits = limits._anchored(name, known, at_dense=True)
         return limits
@@ -182,14 +182,14 @@ class Limits:
 
         A reading that is missing, of what was read before, is replaced by what it foretold.
         """
-        if not readings.learnable and not self.corrections:
+        if not readings.learnable and not self.corrections:  # no meter: a plain run
             return self, {}
         limits, followed = self, self._followed
         seen = {name: value for name, value in readings.learnable.items() if name in followed and value > 0}
         for name, value in seen.items():
             limits = limits._with_reading(name, value, widths)
         learnt = dict(seen)
-        if len(self.budgets) > 1 and limits.corrections:
+        if len(self.budgets) > 1 and limits.corrections:  # what no meter reads now is as predicted and corrected
             spent = {name: seen.get(name, limits.expected(name, widths)) for name in limits.per_step}
             learnt["joint"] = max(spent[name] / limit for name, limit in limits.per_step.items())
         for name in sorted(limits.corrections.keys() - self.corrections.keys()):
@@ -206,6 +206,7 @@ class Limits:
         if known is None:
             first = Correction(ratio, ratio * self._predicted(name), predicted, value)
             return self._anchored(name, first, at_dense=at_dense)
+        # A run budget plans with the factor itself; per step the controller's PI part follows the rest.
         trust = 1.0 if self._per_run(name) else _TRUST
         known = replace(known, factor=known.factor * math.exp(trust * math.log(ratio / known.factor)))
         if not at_dense:
@@ -254,7 +255,7 @@ class Limits:
             lowest = quickest - slope * (now - cost.total(self.narrowest))
             doubts = known.doubts + 1 if lowest > limit else 0
         known, per_step = replace(known, doubts=doubts), dict(self.per_step)
-        if doubts >= 2:
+        if doubts >= 2:  # one may be another program's doing
             known, per_step[name] = replace(known, asked=limit), quickest * (1 + _SLACK)
             warn(
                 f"the budget of {amount(limit, name)} looks out of reach: the meter reads {amount(quickest, name)}, "

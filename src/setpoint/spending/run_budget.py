@@ -20,14 +20,14 @@ from setpoint.errors import BudgetError
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import sensed_every
 
+# The lowest limit per step, as a share of dense: where nothing is left every block goes, and the summary says so.
 _FLOOR = 1e-3
-"""The lowest limit per step, as a share of dense: where nothing is left every block goes, and the summary says so."""
+# Share of a run budget that is left where a meter tells what is spent.
 _WAVER = 0.003
-"""Share of a run budget that is left where a meter tells what is spent."""
+# Steps over which the mean overhead of a step is taken.
 _MEAN_OVER = 50
-"""Steps over which the mean overhead of a step is taken."""
+# Share of a step by which that mean has moved when the run is planned again.
 _MOVED = 0.01
-"""Share of a step by which that mean has moved when the run is planned again."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class RunBudget:
         found = step_limit(self.schedule, step, num_steps, left=left, start=self.dense, present=state.present)
         if self.schedule.settled(step, num_steps) and step < num_steps:
             found = min(found, left / (num_steps - step))
-        found = max(found, _FLOOR * self.dense)
+        found = max(found, _FLOOR * self.dense)  # a limit of 0 has no relative error
         return found if step < num_steps else max(found, state.present)
 
     def remaining(self, state: RunState) -> Remaining:
@@ -185,7 +185,7 @@ class RunBudget:
             early = plan.saves or self.schedule.settled(sure, length)
             return early and self._pays(plan, now, length, length, left)
 
-        if not plan.met:
+        if not plan.met:  # `min`: decisions move ahead only, or one that was due would not come
             plan = replace(plan, decisions_as=min(plan.decisions_as, _longest(now.step, paid)))
         return self._measured(plan, now, total)
 
@@ -376,7 +376,7 @@ def _affordable(plan: RunPlan, now: Spent, total: float) -> int:
 def _longest(step: int, paid: Callable[[int], bool]) -> int:
     """The largest length, from this step on, that is paid for."""
     low, high = step, step + 1
-    while paid(high):
+    while paid(high):  # doubling, so that a bill in a wrong unit is planned in no time
         low, high = high, step + 2 * (high - step)
     while high - low > 1:
         middle = (low + high) // 2

@@ -23,11 +23,11 @@ from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter
 from setpoint.spending.run_budget import RunBudget, RunPlan, RunState, StepOverhead, check_total, likely_widths
 
+# A controller that learns never takes more than this share of the FLOPs of the steps so far.
 _LEARNING_SHARE = 0.01
-"""A controller that learns never takes more than this share of the FLOPs of the steps so far."""
+# What is read again at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
+# the forecast lets them fall no faster, and the run becomes longer once cuts have come.
 _WAVERING = ("latency", "energy")
-"""What is read again at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
-the forecast lets them fall no faster, and the run becomes longer once cuts have come."""
 
 
 class Spending:
@@ -39,8 +39,7 @@ class Spending:
         schedule: when decisions are made.
         account: counts what is spent.
         meter: reads what steps take.
-        single_process: whether one process trains: of several each has a clock of its own, and all must decide the
-            same.
+        single_process: whether one process trains.
         regrows: whether units come back until the schedule is over.
         learning: the controller, if it learns.
         modelled: by resource, what the cost was modelled by.
@@ -48,8 +47,6 @@ class Spending:
         bill: FLOPs of the whole run where there are budgets per step, too; it fixes the run's length.
 
     Attributes:
-        planned_steps: decisions fall as in a run of so many steps.
-        run_steps: how long the run is. With a bill it is planned again at each decision, else it is `planned_steps`.
         readings: of meters at the last decision, by resource.
     """
 
@@ -79,12 +76,12 @@ class Spending:
 
     @property
     def planned_steps(self) -> int:
-        """Decisions fall as in a run of so many steps."""
+        """As in a run of how many steps decisions fall."""
         return self._plan.decisions_as
 
     @property
     def run_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """How many optimizer steps the run has: `planned_steps`, but with a bill what that pays for."""
         return self._plan.length
 
     @property
@@ -97,12 +94,13 @@ class Spending:
         """What the controller is to hold."""
         return self.limits.cost
 
-    # What changes what the run is held to; `changing` checks it.
+    # What the run is held to. Whoever changes it has it checked first (`checks`).
 
     def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
         """Be held to these budgets from here on, with these groups."""
         self.limits = self.limits.held_to(budgets)
-        if self._fixed_total is not None:  # what steps take is kept; no plan before binds this one
+        if self._fixed_total is not None:
+            # A new plan, since `decisions_as` of the last one would bind it; what steps take besides is still known.
             overhead = replace(self._plan.overhead, noted=self.account.overhead_flops)
             self._plan = RunPlan(overhead=overhead)
             self._replan_length(groups, met=False)
@@ -235,6 +233,7 @@ class Spending:
             limit=self.limits.held,
             spent={name: cost.total(widths) for name, cost in self.costs.items()},
             metered=self._known,
+            # Each process has a clock of its own, and all must come to the same plan.
             seconds_per_step=account.steps.seconds_per_step if self._single_process else None,
             seconds_per_resize=resizing.last_seconds if account.resizes and self._single_process else None,
             ceiling={name: runs[name].ceiling(state) for name, state in states.items()},
@@ -328,7 +327,7 @@ class Spending:
         steps is taken to go on as it did so far; of joules, where they are watts times seconds, likewise.
         """
         runs, account, learning = self._runs, self.account, self._learning
-        if not runs:
+        if not runs:  # a plain run asks at every decision, and copies no group for it
             return {}
         num_steps = self.planned_steps if num_steps is None else num_steps
         groups = tuple(replace(group, num_units=widths[group.name]) for group in self.limits.groups)
@@ -369,7 +368,7 @@ class Spending:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Load a state on trial, before anything is changed."""
-        trial = copy.copy(self)
+        trial = copy.copy(self)  # limits and plan are values: only what changes in place is copied
         trial.account, trial.meter = copy.deepcopy(self.account), copy.copy(self.meter)
         trial.load_state_dict(state)
 
