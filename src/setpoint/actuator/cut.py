@@ -64,7 +64,7 @@ def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[st
         raise GroupError("two groups have the same name: names must be unique, so that keep can tell them apart")
     for name in keep:
         if name not in known:
-            some = ", ".join(repr(each) for each in sorted(known)[:5]) or "none"
+            some = ", ".join(map(repr, sorted(known)[:5])) or "none"
             raise GroupError(f"keep names an unknown group {name!r}: the model's groups are {some}, ...")
     return {name: _vector(group, keep.get(name, np.ones(group.num_units, dtype=bool))) for name, group in known.items()}
 
@@ -79,6 +79,7 @@ def _vector(group: Group, kept: object) -> Bool[np.ndarray, " units"]:
             f"{what} has shape {kept.shape}, but the group has {group.num_units} active units: "
             "use the groups that the last cut returned"
         )
+    # An empty layer would divide by zero in norms and attention.
     if kept.sum() < group.min_units:
         raise GroupError(f"{what} keeps {kept.sum()} units, but min_units is {group.min_units}: keep more of them")
     return kept
@@ -131,6 +132,7 @@ def _stays(
 
 
 def _narrow(table: dict[Key, Bool[np.ndarray, " _entries"]], key: Key, stays: Bool[np.ndarray, " entries"]) -> None:
+    # Groups share a dim after a concatenation: an entry stays if all of them keep it.
     before = table.get(key)
     if before is not None and before.shape != stays.shape:
         raise GroupError(f"two groups disagree about the length of {key}: {before.size} and {stays.size}")
@@ -203,6 +205,7 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             among them), one that a slice names twice by two names, or one tied through shared memory.
     """
     at: dict[tuple[torch.device, int], set[int]] = {}
+    # An empty tensor has no memory of its own: all of them would seem to be tied.
     for tensor in tensors.values():
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
             at.setdefault((tensor.device, tensor.data_ptr()), set()).add(id(tensor))
@@ -216,11 +219,13 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         ):
             kind = type(tensor).__name__
             raise GroupError(f"{name!r} is a {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")
+        # One tensor by two names would be cut twice.
         if id(tensor) in seen:
             raise GroupError(f"{name!r} and {seen[id(tensor)]!r} are one tensor: name it in slices by one name only")
         seen[id(tensor)] = name
         without_memory = fake or tensor.device.type == "meta"
         sharing = set() if without_memory else at.get((tensor.device, tensor.data_ptr()), set())
+        # `set_` gives this tensor memory of its own, and the other one would keep the old values.
         if len(sharing) > 1:
             raise GroupError(
                 f"{name!r} shares its memory with another tensor of the model: tie them by using one "

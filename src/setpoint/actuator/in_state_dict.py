@@ -119,8 +119,11 @@ def carry_sizes(model: nn.Module) -> None:
     loading: dict[Any, Any] = module._load_state_dict_pre_hooks
     if KEY in saving:
         return
+    # Under a key of our own in PyTorch's tables: its `register_...` methods give numbers, by which nobody could find
+    # Setpoint's hook again in a copy of the model.
     ahead = _WrappedHook(_refuse, module)  # as torch wraps hooks that get their module: a deep copy gets its own
     module._state_dict_hooks = Hooks({**saving, KEY: _put})
+    # First, since it must come before hooks that copy values.
     module._load_state_dict_pre_hooks = Hooks({KEY: ahead, **loading})
 
 
@@ -128,7 +131,7 @@ def _put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[s
     """Called by `state_dict`: put the sizes of a cut model beside its version."""
     carried = StateSizes.of(module)
     if carried is not None:
-        metadata[KEY] = carried.plain()
+        metadata[KEY] = carried.plain()  # `torch.save` keeps metadata, and plain readers ignore it
 
 
 def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
@@ -137,6 +140,7 @@ def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: A
     theirs = any(KEY in entry for entry in (getattr(state, "_metadata", None) or {}).values())
     for name, tensor in named_tensors(module).items():
         given = state.get(prefix + name)
+        # Two models that were never cut and differ are PyTorch's to refuse.
         if isinstance(given, Tensor) and given.shape != tensor.shape and (theirs or name in mine):
             check_loads(module)
             cut = ", which Setpoint has cut"

@@ -105,6 +105,7 @@ def note_cut(
         undo: takes the callback that puts the old record back.
         dense: shapes before the first cut, where they are not those of the model as it is.
     """
+    # What submodules remember of cuts of their own is taken into the root's record here.
     known, tensors = ModelShapes.of(model), named_tensors(model)
     now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     after = now | by_every_name(shapes, tensors)
@@ -128,6 +129,7 @@ def note_cut(
         "sizes": by_module,
         "buffers": tuple(sorted({*known.buffers, *buffers})),
     }
+    # A new record, not a changed one: what submodules and copies hold of an old record stays true.
     for name, module in model.named_modules():
         undo.callback(partial(_put, module, module.__dict__.get(RECORD)))
         _put(module, (record, name))
@@ -146,7 +148,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Record, str]]:
     for name, module in model.named_modules():
         parent, _, child = name.rpartition(".")
         own = module.__dict__.get(RECORD)
-        if own is None and name and parent in known:
+        if own is None and name and parent in known:  # a module that took the place of another, or was added
             record, name_of_parent = known[parent]
             own = record, _joined(name_of_parent, child)
         if own is not None:
@@ -228,6 +230,7 @@ def at_dense_shapes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> I
     """
     tensors, known = named_tensors(model), ModelShapes.of(model)
     with ExitStack() as undo, torch.no_grad():
+        # Only the model is changed and not its record: by that it counts as dense inside.
         apply_sizes(model, known.dense_sizes, undo)
         for name, shape in known.dense.items():
             tensor = tensors[name]
@@ -237,5 +240,5 @@ def at_dense_shapes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> I
                 if tensor in optimizer.state:
                     undo.callback(optimizer.state.__setitem__, tensor, optimizer.state.pop(tensor))
             swap(tensor, in_format(tensor.new_zeros(shape), tensor), undo)
-        with torch.enable_grad():
+        with torch.enable_grad():  # `no_grad` is for the swaps here and for those of `undo`
             yield

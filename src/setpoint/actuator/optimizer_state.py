@@ -38,6 +38,7 @@ def cut_state(
     """
 
     def cut(value: Tensor, key: str) -> Tensor:
+        # Eight-bit moments are subclasses whose blocks do not lie along the dims; a cut would mix their scales.
         if type(value) not in (Tensor, nn.Parameter, FakeTensor):
             raise OptimizerError(
                 f"{type(optimizer).__name__} keeps state[{key!r}] of {name} as a {type(value).__name__}, "

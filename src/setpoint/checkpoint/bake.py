@@ -65,6 +65,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     corrected = (shim.SizedForward, shim.HeadsForward)
     written: ModuleType | None = None
     for module in baked.modules():
+        # A pickle keeps `__dict__`: what Setpoint noted there would be of no use without it.
         for record in _RECORDS:
             module.__dict__.pop(record, None)
         tables: tuple[dict[Any, Any], ...] = (
@@ -77,6 +78,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
         forward = module.__dict__.get("forward")
         if not isinstance(forward, corrected):
             continue
+        # Pickle stores a class by its module's name, so the written class must stand in place of Setpoint's here, too.
         written = _written(path) if written is None else written
         module.__dict__["forward"] = getattr(written, type(forward).__name__)(module, dict(forward.sizes))
     return baked
@@ -85,7 +87,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
 def _written(path: Path) -> ModuleType:
     """The file's module, written anew."""
     source = inspect.getsource(shim)
-    body = source[source.index("_PIECES = ") :]
+    body = source[source.index("_PIECES = ") :]  # without the imports, some of which are Setpoint's
     try:
         path.write_text(f"{_HEAD}{body}", encoding="utf-8")
     except OSError as error:
@@ -93,6 +95,6 @@ def _written(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[path.stem] = module  # pickle looks classes up there
     spec.loader.exec_module(module)
     return module

@@ -58,12 +58,13 @@ def fit(
     except GroupError as error:
         raise CheckpointError(f"the state dict is of another model: {error}") from error
     with ExitStack() as undo:
+        # Made first, since the record below takes shapes of tensors that are there.
         for name in later:
             _make(model, name, values[name], undo)
         tensors = named_tensors(model)
         shapes = by_every_name(shapes, tensors)
         after = {name: shapes.get(name, full.get(name, ())) for name in {**known.dense, **shapes} if name in tensors}
-        every_size = {**known.dense_sizes, **sizes}
+        every_size = {**known.dense_sizes, **sizes}  # what the state does not set is dense again
         note_cut(model, after, every_size, undo, dense)
         carry_sizes(model)
         for name in dict.fromkeys([*after, *values]):
@@ -75,7 +76,7 @@ def fit(
             elif tuple(tensor.shape) != after[name]:
                 swap(tensor, in_format(tensor.new_zeros(after[name]), tensor), undo)
         apply_sizes(model, every_size, undo)
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # which holds weights of the old shapes by identity
         return undo.pop_all()
 
 

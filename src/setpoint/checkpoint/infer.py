@@ -45,6 +45,7 @@ def infer(model: nn.Module, shapes: Shapes) -> Inferred:
         inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         own = {key: shape for key, shape in inside.items() if "." not in key}
         found = _layer_sizes(module, own) if own else {}
+        # A class of the user's may write any size; only its source tells whether it does.
         if found is None or (inside and (_writes_sizes(module.__class__) or module._non_persistent_buffers_set)):
             unsure.append(name)
         sizes.update({(name, place): size for place, size in (found or {}).items()})
@@ -125,6 +126,7 @@ def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:
     Raises:
         CheckpointError: for shapes that no cut of this model's groups leads to.
     """
+    # Shapes say how narrow a layer is only in comparison with the dense model, which the groups describe.
     with at_dense_shapes(model):
         groups = trace(model, example).groups
         dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
@@ -158,5 +160,6 @@ def kept_of(groups: tuple[Group, ...], shapes: Shapes) -> dict[str, Bool[np.ndar
         for number, count in entries.items():
             rows[row, number] = count / groups[number].num_units
         left[row] = shapes[tensor][dim] - (len(slices[0][1].index) - sum(entries.values()))
+    # Least squares: a tensor in which two groups meet gives one equation for both, and some widths have several.
     widths = np.linalg.lstsq(rows, left, rcond=None)[0] if parts else np.array([g.num_units for g in groups])
     return {g.name: np.arange(g.num_units) < round(float(width)) for g, width in zip(groups, widths, strict=True)}

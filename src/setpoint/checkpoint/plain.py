@@ -49,7 +49,7 @@ def plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone()  # the run goes on while a framework may still hold the state
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return {_NUMPY: torch.from_numpy(value.copy())}
     if is_dataclass(value) and not isinstance(value, type):
@@ -146,6 +146,7 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
     >>> sorted(to_tensors({"weight": torch.zeros(2), "step": 3}))
     ['0', 'tree']
     """
+    # JSON for what is no tensor: unlike a pickle it cannot name code.
     tensors: dict[str, Tensor] = {}
     known: dict[Any, str] = {}
     alive: list[Tensor] = []  # a freed tensor's address could be reused, and a new one be taken for it

@@ -120,6 +120,7 @@ def _all_or_none(what: str, parts: Mapping[str, Any]) -> Iterator[None]:
     """If anything is raised inside, all parts are as before, with the models that loops hold."""
     loops = [part for part in parts.values() if isinstance(part, Resizing)]
     others = [part for part in parts.values() if not isinstance(part, Resizing)]
+    # With a loop it is the loop that puts back: a wrapper such as DDP must be made for the old shapes meanwhile.
     put_back = snapshot([] if loops else others)
     with ExitStack() as stack:
         for loop in loops:
