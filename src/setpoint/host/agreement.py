@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 
 from setpoint.distributed import Ranks
 from setpoint.errors import RankError
+from setpoint.host.local import Local, SharedLosses
 from setpoint.sensor.reading import Reading
 
 _FAILED = "failed "
@@ -22,14 +22,18 @@ _PARTS = ("saliency", "slope", "norm")
 """The fields of a reading that hold numbers by group."""
 
 
-class SharedLosses(Protocol):
-    """The losses that each rank was given for itself; the loop's, which this folder lies below."""
+class SeveralRanks(Local):
+    """What hosts of several ranks have in common: ranks do all things together, and decide on means."""
 
-    def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
-        """What this rank alone was given up to a step, as numbers whose mean over ranks `share` takes."""
+    wrapped = True
 
-    def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
-        """From here on know what all ranks together know."""
+    def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
+        """All ranks do what is inside with the same outcome, or raise."""
+        return on_all_ranks(self.ranks, what)
+
+    def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
+        """The mean reading over ranks, on which all decide."""
+        return shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
 
 @contextmanager

@@ -14,22 +14,20 @@ from torch.optim import Optimizer
 from setpoint.distributed import Ranks
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
+from setpoint.host.agreement import SeveralRanks
 from setpoint.host.join import Joining
-from setpoint.host.local import Agreed, Local
-from setpoint.host.refuse import check_unsharded
+from setpoint.host.local import Agreed, check_unsharded
 
 _BUILT_IN = "BuiltinCommHookType."
 """How PyTorch begins the names of its own communication hooks, which it remembers only by name."""
 
 
-class DDP(Local):
+class DDP(SeveralRanks):
     """A `Host` of ranks that each have all of the model in `parallel`, and average its gradients.
 
     Raises:
         LoopError: for a wrapper that cannot follow a change of sizes.
     """
-
-    wrapped = True
 
     def __init__(
         self,

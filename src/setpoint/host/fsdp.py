@@ -15,7 +15,8 @@ from setpoint.actuator.optimizer_state import map_tensors
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, unsharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
-from setpoint.host.local import Agreed, Local
+from setpoint.host.agreement import SeveralRanks
+from setpoint.host.local import Agreed
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
         raise LoopError(f"fully_shard with {'; '.join(names)} cannot follow a cut in this version: leave that out")
 
 
-class FSDP(Local):
+class FSDP(SeveralRanks):
     """A `Host` of ranks over which `fully_shard` has sharded the model, all over one mesh.
 
     FSDP's modules, groups, hooks and settings stay the same objects. Only what it keeps of a parameter is made anew
@@ -91,8 +92,6 @@ class FSDP(Local):
     Raises:
         LoopError: naming what cannot follow a change of sizes.
     """
-
-    wrapped = True
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False

@@ -14,11 +14,9 @@ from torch.optim import Optimizer
 from setpoint.distributed import Ranks, unwrapped
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
-from setpoint.host.agreement import SharedLosses
 from setpoint.host.copies import Copies, several
-from setpoint.host.local import Agreed, Local
+from setpoint.host.local import Agreed, Local, SharedLosses, check_plain
 from setpoint.host.optimizers import Steps, real_optimizers
-from setpoint.host.refuse import check_plain
 from setpoint.sensor.reading import Reading
 
 
