@@ -69,10 +69,6 @@ class SelectiveSensor(Sensor[SelectiveState]):
         """Count the step."""
         return SelectiveState(model, state.num_steps + 1)
 
-    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update: none."""
-        return 0.0
-
     @torch.no_grad()
     def read(self, state: SelectiveState, groups: tuple[Group, ...], step: int) -> Reading:
         """Run the model on the calibration batch, and average."""

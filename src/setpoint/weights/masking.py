@@ -141,8 +141,10 @@ class Masks:
 
     def _forget_discarded(self, name: str, _: Tensor | None = None) -> None:
         """A gradient is about to be accumulated, or used: what was put aside goes if the gradients before are gone."""
-        if self._weights[name].grad is None and name not in self._settled:
-            self._resting.pop(name, None)
+        if name in self._resting and name not in self._settled:
+            gradient = self._weights[name].grad
+            if gradient is None or not bool(gradient.any()):  # `zero_grad`, with and without set_to_none
+                del self._resting[name]
 
     @torch.no_grad()
     def _accumulated(self, name: str, weight: Tensor) -> None:
