@@ -127,7 +127,7 @@ def compress(
         from setpoint.messages import a_type
         from setpoint.one_shot.compress import compress as cut
         from setpoint.one_shot.compress import one_budget
-        from setpoint.one_shot.samples import are_batches
+        from setpoint.one_shot.forward import are_batches
         from setpoint.report.target import call_own, check_own_function
 
         check_folder(out)
