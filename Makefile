@@ -46,11 +46,11 @@ docs: $(DOCS_READY)
 	@echo "building the site into $(SITE): under a minute"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
 
-# Accuracy first, two runs at a time; then seconds, with nothing beside them. Runs that are done are not done again.
+# The methods of a task take turns in one process, so that their seconds compare. Runs that are done are not done again.
 bench-quick: $(READY)
 	for task in digits cifar10-mini shakespeare-mini; do \
-		quick="$(BIN)/setpoint bench --task $$task --methods $(QUICK_METHODS) --out $(QUICK)/$$task"; \
-		$$quick --workers $(WORKERS) && $$quick --timing && $(BIN)/setpoint report $(QUICK)/$$task || exit 1; \
+		$(BIN)/setpoint bench --task $$task --methods $(QUICK_METHODS) --interleaved --out $(QUICK)/$$task && \
+		$(BIN)/setpoint report $(QUICK)/$$task || exit 1; \
 	done
 
 coverage-suites: $(READY)

@@ -80,16 +80,6 @@ def test_a_wrong_cut_is_not_exact(script: Any) -> None:
     assert outcome["passed"] and outcome["exact"] is False
 
 
-def test_layers_before_the_output_are_found(script: Any) -> None:
-    """Through additions the layers of every branch; nothing behind the first layer on the way."""
-    contenders = script("contenders")
-    model = nn.ModuleDict({"stem": nn.Linear(4, 4), "branch": nn.Linear(4, 4)})
-    model.forward = lambda x: (y := model["stem"](x)) + model["branch"](torch.relu(y))  # type: ignore[method-assign]
-    assert set(contenders.output_layers(model, (torch.randn(2, 4),))) == {model["stem"], model["branch"]}
-    gated, example = build()
-    assert contenders.output_layers(gated, example) == [gated.head]
-
-
 def test_the_table_counts_what_the_file_says(script: Any) -> None:
     """A row per suite and library, the stages that stopped them, and Setpoint's failures."""
     contenders, records = script("contenders"), script("tables.records")

@@ -18,13 +18,12 @@ from torch import nn
 import setpoint
 from fragile import Notes, fragile
 from setpoint.ledger import Ledger
-from setpoint_bench import runner, training
+from setpoint_bench import training
 from setpoint_bench.family import ByFactor
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.images import ten_views
 from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.method import Dense, Method, Setpoint, Small, method_named
-from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.results import FILE, Result, append_result
 from setpoint_bench.runner import finished, grid, run
@@ -37,13 +36,6 @@ from setpoint_bench.worker import LOG
 TASK = digits(epochs=1, width=16)
 TINY = digits(epochs=1, width=4)
 STRUCTURED: tuple[Method, ...] = (Dense(), Small(), Setpoint())
-
-
-def named(method: Method, name: str, needs: tuple[str, ...]) -> Method:
-    """The method under another name, with other needs."""
-    object.__setattr__(method, "name", name)
-    object.__setattr__(method, "needs", needs)
-    return method
 
 
 @pytest.fixture(scope="module")
@@ -211,17 +203,6 @@ def test_a_failing_cell_leaves_the_others_alone(way: str, message: str, tmp_path
     assert sorted(name for name, _ in notes.endings) == ["digits-dense-seed0", "digits-dense-seed1"]
 
 
-def test_what_is_needed_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that needs others brings their cells along: before it, once, with a budget only where they have one."""
-    found, after = named(Small(), "found", ("setpoint",)), named(Small(), "after", ("found", "dense"))
-    monkeypatch.setattr(runner, "method_named", {"setpoint": Setpoint(), "found": found, "dense": Dense()}.__getitem__)
-    cells = grid(TASK, [after, Dense()], [0.5, 0.25], [3])
-    assert [(cell.method.name, cell.budget) for cell in cells] == [
-        *(("setpoint", 0.5), ("found", 0.5), ("dense", None), ("after", 0.5)),
-        *(("setpoint", 0.25), ("found", 0.25), ("after", 0.25)),
-    ]
-
-
 def test_what_goes_on_from_a_newer_run_is_run_again(tiny: Result, tmp_path: Path) -> None:
     """A run that went on from another one is finished while that one is there and as old: else both are made anew."""
     cells = grid(TINY, [method_named("magnitude-oneshot")], [0.5], [0])
@@ -301,19 +282,3 @@ def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
     assert first == again
     assert {name: len(units) for name, units in first.items()} == {name: len(units) for name, units in second.items()}
     assert first != second
-
-
-def test_own_random_keeps_streams_apart() -> None:
-    """Two states drawn from in turns give what each gives alone, and the global state stays."""
-    torch.manual_seed(7)
-    alone = [torch.rand(1) for _ in range(3)]
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    first, second, drawn = OwnRandom(7), OwnRandom(8), []
-    for _ in range(3):
-        with first.drawing():
-            drawn.append(torch.rand(1))
-        with second.drawing():
-            nn.Linear(3, 3)
-    assert torch.equal(torch.cat(drawn), torch.cat(alone))
-    assert torch.equal(torch.get_rng_state(), before)

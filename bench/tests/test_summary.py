@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,18 +82,6 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8").endswith("}\n")
 
 
-def test_a_row_whose_numbers_are_null(tmp_path: Path) -> None:
-    """A metric that is no number may be written as null; a count that is missing is an error that names it."""
-    append_result(tmp_path, DENSE)
-    path = tmp_path / FILE
-    line = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**line, "value": None}) + "\n", encoding="utf-8")
-    assert math.isnan(load_results(tmp_path)[0].value)
-    path.write_text(json.dumps({**line, "train_flops": None}) + "\n", encoding="utf-8")
-    with pytest.raises(BenchError, match="lacks train_flops"):
-        load_results(tmp_path)
-
-
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     """A second process is told that the first is at work; a folder that cannot be made is named."""
     with held(tmp_path), pytest.raises(BenchError, match="another setpoint bench is at work"), held(tmp_path):
@@ -121,28 +107,6 @@ def test_ratios_are_to_dense() -> None:
     assert "counter_agrees" not in summarise([DENSE, replace(PRUNED, claimed_flops=None)])["methods"]["setpoint"]
 
 
-def test_shares_of_seconds_go_round_by_round() -> None:
-    """A timed share is the median over rounds of the ratio of means over seeds, as in the tables."""
-    again = [replace(DENSE, seed=1), replace(PRUNED, seed=1)]
-    rounds = [(8.0, 10.0, 20.0), (4.0, 9.0, 5.0), (8.0, 30.0, 20.0), (8.0, 1.0, 5.0)]
-    one = summarise([DENSE, PRUNED], rounds[:2])["methods"]["setpoint"]
-    assert one["seconds_ratio"] == 0.5  # of 0.5, 0.9 and 0.25
-    two = summarise([DENSE, PRUNED, *again], rounds)["methods"]["setpoint"]
-    assert two["seconds_ratio"] == 0.25  # of 12/16, 10/40 and 10/40
-    assert two["seconds_saved_per_flops_saved"] == pytest.approx(0.75 / 0.4)
-    assert [run["seconds_ratio"] for run in two["runs"]] == [0.5, 0.25]
-
-
-def test_shares_of_seconds_need_clocks_that_compare() -> None:
-    """No share of seconds is told of cells that had a process each, beside others; all else is."""
-    shared = replace(PRUNED, clock="shared")
-    seconds = [replace(DENSE, seed=1), replace(PRUNED, seed=1)]
-    for runs in ([DENSE, shared], [DENSE, shared, *seconds], [DENSE, PRUNED, seconds[0], replace(shared, seed=1)]):
-        pruned = summarise(runs)["methods"]["setpoint"]
-        assert not {"seconds_ratio", "seconds_saved_per_flops_saved"} & set(pruned)
-        assert pruned["train_flops_ratio"] == pytest.approx(0.6)
-
-
 def test_seeds_are_averaged() -> None:
     """Several seeds give means and the runs beside them; what fails in one seed fails in the mean."""
     again = [replace(DENSE, seed=1, value=1.0), replace(PRUNED, seed=1, value=0.9, budget_met=False, claimed_flops=7.0)]
@@ -152,23 +116,3 @@ def test_seeds_are_averaged() -> None:
     assert methods["setpoint"]["budget_met"] is False
     assert methods["setpoint"]["counter_agrees"] is False
     assert [run["seed"] for run in methods["setpoint"]["runs"]] == [0, 1]
-
-
-def test_budgets_stand_side_by_side() -> None:
-    """Several budgets give one object each, all with the dense run; the first stands outside too."""
-    answer = summarise([DENSE, PRUNED, replace(PRUNED, budget=0.25, final_flops=240.0)])
-    assert answer["budget"] == 0.5
-    assert [part["budget"] for part in answer["budgets"]] == [0.5, 0.25]
-    assert [part["methods"]["setpoint"]["final_flops"] for part in answer["budgets"]] == [499.0, 240.0]
-    assert all("dense" in part["methods"] for part in answer["budgets"])
-
-
-def test_a_loss_is_called_loss() -> None:
-    """The metric's own name is the key."""
-    assert summarise([replace(DENSE, metric="loss", value=1.5)])["methods"]["dense"]["loss"] == 1.5
-
-
-def test_nothing_to_sum_up() -> None:
-    """No results is an error."""
-    with pytest.raises(BenchError, match="no finished run"):
-        summarise([])

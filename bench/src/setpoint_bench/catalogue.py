@@ -64,23 +64,6 @@ def tasks() -> dict[str, MakeTask]:
     return dict(sorted(found.items()))
 
 
-def with_length(name: str, length: int | None) -> str:
-    """The name of a task whose sequences have this length; its own where that is None.
-
-    Raises:
-        BenchError: the task has no such length.
-
-    >>> with_length("smnist", 196), with_length("smnist", 784), with_length("digits", None)
-    ('smnist-196', 'smnist', 'digits')
-    """
-    if length is None:
-        return name
-    found = name if length == 784 else f"{name}-{length}"
-    if f"{name}-196" not in tasks() or found not in tasks():
-        raise BenchError(f"--length is 784 or 196, of smnist and psmnist: got {length} for {name}")
-    return found
-
-
 def task_named(name: str, *, epochs: int | None = None, steps: int | None = None, data: Path | None = None) -> Task:
     """The task of that name, or the user's own.
 

@@ -39,13 +39,12 @@ def bench(
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of passes.")] = None,
-    length: Annotated[int | None, typer.Option(help="Steps of a sequence: smnist has 784, and 196 pooled.")] = None,
     data: Data = None,
     out: Annotated[Path | None, out_option("by default runs/TASK")] = None,
     split: Annotated[str, typer.Option(help="What the result is measured on: test, or validation to tune.")] = "test",
     workers: Annotated[int, typer.Option(help="Runs at a time; they share the processor's threads.", min=1)] = 1,
-    timing: Annotated[
-        bool, typer.Option("--timing", help="Measure what finished runs take, in turns; the machine should be idle.")
+    interleaved: Annotated[
+        bool, typer.Option("--interleaved", help="Methods take turns in one process, so that their seconds compare.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -64,11 +63,10 @@ def bench(
             out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
             steps=steps,
-            length=length,
             data=data,
             split=split,
             workers=workers,
-            timing=timing,
+            interleaved=interleaved,
         )
 
 
@@ -193,26 +191,25 @@ def _bench(
     *,
     epochs: int | None = None,
     steps: int | None = None,
-    length: int | None = None,
     data: Path | None = None,
     split: str = "test",
     workers: int = 1,
-    timing: bool = False,
+    interleaved: bool = False,
 ) -> None:
     """Run a benchmark, write its page, and print the table."""
     from dataclasses import asdict
     from functools import partial
 
     from setpoint.report.target import is_own_function
-    from setpoint_bench.catalogue import task_named, with_length
+    from setpoint_bench.catalogue import task_named
     from setpoint_bench.method import method_named
     from setpoint_bench.runner import grid
     from setpoint_bench.summary import summarise
     from setpoint_bench.task import split_named
-    from setpoint_bench.terminal import time_cells, train_cells
+    from setpoint_bench.terminal import train_cells
 
     check_folder(out)
-    task = task_named(with_length(task_name, length), epochs=epochs, steps=steps, data=data)
+    task = task_named(task_name, epochs=epochs, steps=steps, data=data)
     chosen = {name: method_named(name) for name in names(methods, "--methods")}
     if len({method.name for method in chosen.values()}) < len(chosen):
         raise UsageError(f"--methods {methods}: two of these have the same name")
@@ -220,11 +217,11 @@ def _bench(
     # What is the user's own may hold functions that cannot be sent to another process: it is made there anew.
     make = partial(task_named, task_name, epochs=epochs, steps=steps) if is_own_function(task_name) else None
     own = {method.name: name for name, method in chosen.items() if is_own_function(name)}
-    outcome = time_cells(cells, out) if timing else train_cells(cells, out, workers, make, own)
+    outcome = train_cells(cells, out, workers, make, own, interleaved=interleaved)
     answer: dict[str, Any] = {"report": None}
     if outcome.results:
         _print_table(out)
-        answer = {**summarise(outcome.results, outcome.rounds), "report": str(_write_page(out, None))}
+        answer = {**summarise(outcome.results), "report": str(_write_page(out, None))}
     page = answer["report"]
     then = f"open {page} in a browser" if page else f"setpoint report {out} shows the results again"
     finish({**answer, "failures": [asdict(failure) for failure in outcome.failures]}, then)

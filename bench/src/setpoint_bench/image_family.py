@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from setpoint_bench.images import channels_last
-from setpoint_bench.networks import PlainNet, ResidualNet, ShortResidualNet, WideResidualNet
+from setpoint_bench.networks import PlainNet, ResidualNet, ShortResidualNet
 from setpoint_bench.task import Dimension
 
 
@@ -68,36 +68,6 @@ class ResidualFamily:
     def build(self, widths: Mapping[str, int]) -> nn.Module:
         """The network of these widths."""
         return channels_last(ResidualNet(widths, self.blocks, channels=self.inputs, classes=self.classes))
-
-
-@dataclass(frozen=True)
-class WideFamily:
-    """Wide residual networks, norm first.
-
-    Args:
-        depth: layers, 6n + 4.
-        widening: factor of the widths 16, 32 and 64.
-        classes: number of classes.
-    """
-
-    depth: int
-    widening: int
-    classes: int = 10
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Blocks of each stage."""
-        return ((self.depth - 4) // 6,) * 3
-
-    @property
-    def dimensions(self) -> Mapping[str, Dimension]:
-        """Stem, residual stream of each stage, and the inside of each block."""
-        channels = tuple(self.widening * width for width in (16, 32, 64))
-        return {"stem": Dimension(16, 4), **_stages(channels, self.blocks, 4)}
-
-    def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
-        return channels_last(WideResidualNet(widths, self.blocks, channels=3, classes=self.classes))
 
 
 @dataclass(frozen=True)

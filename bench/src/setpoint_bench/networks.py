@@ -169,57 +169,6 @@ class ShortResidualNet(nn.Module):
         return scores
 
 
-class WideBlock(nn.Module):
-    """Residual block, norm first: `shortcut + conv2(relu(bn2(conv1(relu(bn1(x))))))`."""
-
-    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, *, reshapes: bool) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, inner, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if reshapes else None
-
-    def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
-        """Output of the block."""
-        y = F.relu(self.bn1(x))
-        kept = x if self.shortcut is None else self.shortcut(y)
-        out: Tensor = kept + self.conv2(F.relu(self.bn2(self.conv1(y))))
-        return out
-
-
-class WideResidualNet(nn.Module):
-    """Wide residual network, norm first: stem, three stages of blocks, average pool, classifier.
-
-    Zagoruyko and Komodakis, "Wide residual networks", BMVC 2016.
-
-    Args:
-        widths: `"stem"`, then `"stage1"` for a residual stream and `"stage1.block1"` for the inside of a block.
-        blocks: number of blocks of each stage.
-        channels: channels of the input.
-        classes: number of classes.
-    """
-
-    def __init__(self, widths: Mapping[str, int], blocks: tuple[int, ...], channels: int, classes: int) -> None:
-        super().__init__()
-        width = widths["stem"]
-        self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        layers: list[nn.Module] = []
-        for stage, count in enumerate(blocks, start=1):
-            for block in range(1, count + 1):
-                first, outputs = block == 1, widths[f"stage{stage}"]
-                stride = 2 if first and stage > 1 else 1
-                layers.append(WideBlock(width, widths[f"stage{stage}.block{block}"], outputs, stride, reshapes=first))
-                width = outputs
-        self.blocks = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Class scores."""
-        scores: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
-        return scores
-
-
 class CausalSelfAttention(nn.Module):
     """Causal attention with one fused projection to queries, keys and values.
 

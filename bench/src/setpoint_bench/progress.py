@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with the time left: over the cells of a benchmark, or over the models of a suite."""
+"""Progress on stderr: a bar with the time left, over cells of a benchmark or models of a suite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from setpoint_bench.worker import Failure
 
 
 class ProgressBars:
-    """The observer that draws: a bar over all cells with the time left, one for each under way, a line for each end.
+    """The observer that draws: one bar over all cells with the time left, and a line for each that has ended.
 
     Where stderr is no terminal, only the lines appear.
 
@@ -29,9 +29,8 @@ class ProgressBars:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._bars = _bars()
         self._shares = dict.fromkeys(cells, 0.0)
-        self._all = self._bars.add_task("all", total=float(len(cells)), state="")
-        self._bar_of: dict[Cell, rich.progress.TaskID] = {}
-        self._num_ended = self._num_failed = 0
+        self._bar = self._bars.add_task("all", total=float(len(cells)), state="")
+        self._num_ended = 0
 
     def __enter__(self) -> ProgressBars:
         self._bars.start()
@@ -43,33 +42,19 @@ class ProgressBars:
         self._bars.stop()
 
     def __call__(self, cell: Cell, progress: Progress) -> None:
-        """Move the cell's bar, and the one over all."""
-        if cell not in self._bar_of:
-            self._bar_of[cell] = self._bars.add_task(cell.name, total=progress.total_steps, state="")
-        self._bars.update(self._bar_of[cell], completed=progress.step, state=_state(progress))
+        """Move the bar, and show the loss of the cell that has just done a turn."""
         self._shares[cell] = progress.step / progress.total_steps
-        self._tell()
+        loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
+        self._bars.update(self._bar, completed=sum(self._shares.values()), state=f"{cell.name}{loss}")
 
     def ended(self, cell: Cell, ending: Result | Failure) -> None:
-        """Take the cell's bar away, and print a line on what it came to."""
-        if cell in self._bar_of:
-            self._bars.remove_task(self._bar_of.pop(cell))
+        """Print a line on what the cell came to."""
         self._shares[cell] = 1.0
         self._num_ended += 1
-        self._num_failed += isinstance(ending, Failure)
-        self._tell()
-        left = self._bars.tasks[0].time_remaining
-        told = f"{self._num_ended} of {len(self._shares)}"
-        told += f", {duration(left)} left" if left else ""
+        self._bars.update(self._bar, completed=sum(self._shares.values()))
+        told = f"{cell.name}: {_ending(ending)} ({self._num_ended} of {len(self._shares)})"
         style = "red" if isinstance(ending, Failure) else ""
-        text = rich.text.Text(f"{cell.name}: {_ending(ending)} ({told})", style=style)
-        self._bars.console.print(text, soft_wrap=True)
-
-    def _tell(self) -> None:
-        failed = f", {self._num_failed} failed" if self._num_failed else ""
-        self._bars.update(
-            self._all, completed=sum(self._shares.values()), state=f"{self._num_ended} of {len(self._shares)}{failed}"
-        )
+        self._bars.console.print(rich.text.Text(told, style=style), soft_wrap=True)
 
 
 def _ending(ending: Result | Failure) -> str:
@@ -85,22 +70,7 @@ def sweep_bar(name: str, total: int) -> Iterator[Callable[[Verdict], None]]:
     """A bar over the models of a suite, which moves by one when it is called with a verdict."""
     with _bars() as bars:
         bar = bars.add_task(name, total=total, state="")
-        failed = 0
-
-        def after(verdict: Verdict) -> None:
-            nonlocal failed
-            failed += not verdict.passed
-            bars.update(bar, advance=1, state=f"{verdict.model}, {failed} failed")
-
-        yield after
-
-
-@contextmanager
-def turns_bar(name: str) -> Iterator[Callable[[float], None]]:
-    """A bar that is called with the share that is done."""
-    with _bars() as bars:
-        bar = bars.add_task(name, total=1.0, state="")
-        yield lambda share: bars.update(bar, completed=share)
+        yield lambda verdict: bars.update(bar, advance=1, state=verdict.model)
 
 
 def _bars() -> rich.progress.Progress:
@@ -114,14 +84,3 @@ def _bars() -> rich.progress.Progress:
         console=Console(stderr=True),
         speed_estimate_period=600.0,
     )
-
-
-def _state(progress: Progress) -> str:
-    """Loss and validation score as text."""
-    parts = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
-    score = progress.score
-    if score is not None and score.accuracy is not None:
-        parts.append(f"validation {100 * score.accuracy:.1f} %")
-    elif score is not None:
-        parts.append(f"validation {score.loss:.3f}")
-    return ", ".join(parts)

@@ -40,12 +40,10 @@ class Outcome:
     Args:
         results: of all finished cells, those of earlier runs too, in the order of the grid.
         failures: cells that could not be finished, and why.
-        rounds: of each result, what each round of a timing says, in seconds; none where nothing was timed.
     """
 
     results: tuple[Result, ...]
     failures: tuple[Failure, ...] = ()
-    rounds: tuple[tuple[float, ...], ...] = ()
 
 
 def grid(

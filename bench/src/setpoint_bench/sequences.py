@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -66,7 +65,6 @@ class PixelSequences:
         mean: of each channel's raw pixels.
         deviation: of each channel's raw pixels.
         pool: side of the squares of pixels that are averaged into one first.
-        permuted: whether pixels come in a random order, the same for all images and all runs.
         folder: the data folder, or None for the usual places.
     """
 
@@ -76,7 +74,6 @@ class PixelSequences:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     pool: int = 1
-    permuted: bool = False
     folder: Path | None = None
 
     @property
@@ -102,11 +99,4 @@ class PixelSequences:
     def _read(self, images: Shaped[Tensor, "count channels height width"]) -> Float[Tensor, "count steps channels"]:
         """Pixels to zero mean and unit variance per channel, in reading order."""
         pixels = standardised(F.avg_pool2d(images.float(), self.pool), self.mean, self.deviation)
-        sequence = pixels.flatten(2).mT.contiguous()
-        return sequence[:, _order(self.length)] if self.permuted else sequence
-
-
-@lru_cache(maxsize=8)
-def _order(length: int) -> Tensor:
-    """A random order of so many steps, the same for all time."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(0))
+        return pixels.flatten(2).mT.contiguous()

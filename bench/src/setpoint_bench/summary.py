@@ -6,15 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from setpoint_bench.report.statistics import share_of
 from setpoint_bench.results import Result
 from setpoint_bench.task import BenchError
 
-Run = tuple[Result, tuple[float, ...]]
-"""A run, and its seconds in each round of their measurement: one round where the clock was its own."""
 
-
-def summarise(results: Sequence[Result], rounds: Sequence[tuple[float, ...]] = ()) -> dict[str, Any]:
+def summarise(results: Sequence[Result]) -> dict[str, Any]:
     """Results of one task as `{"task", "budget", "methods": {name: numbers}}`.
 
     With several seeds the numbers are means, and a method's "runs" holds each run. With several
@@ -22,55 +18,33 @@ def summarise(results: Sequence[Result], rounds: Sequence[tuple[float, ...]] = (
 
     Args:
         results: all of one task.
-        rounds: of each result, what each round of a timing says, in seconds; none where nothing was timed. Shares of
-            the dense model's seconds are medians over rounds, as in the tables.
 
     Raises:
         BenchError: there are none.
     """
     if not results:
         raise BenchError("no finished run to sum up")
-    runs = list(zip(results, rounds or [(result.seconds,) for result in results], strict=True))
     budgets: list[float | None] = list(
         dict.fromkeys(result.budget for result in results if result.budget is not None)
     ) or [None]
-    parts = [_at(budget, runs) for budget in budgets]
+    parts = [_at(budget, results) for budget in budgets]
     several = {"budgets": parts} if len(parts) > 1 else {}
     return {"task": results[0].task, **parts[0], **several}
 
 
-def _at(budget: float | None, runs: Sequence[Run]) -> dict[str, Any]:
+def _at(budget: float | None, results: Sequence[Result]) -> dict[str, Any]:
     """The methods at one budget, beside those that have none."""
-    methods: dict[str, list[Run]] = {}
-    for run in runs:
-        if run[0].budget in (None, budget):
-            methods.setdefault(run[0].method, []).append(run)
-    dense = methods.get("dense", [])
-    by_seed = {run[0].seed: run for run in dense}
-    told = {}
-    for name, cells in methods.items():
-        numbers = _mean([_numbers(run, by_seed.get(run[0].seed)) for run in cells])
-        if "seconds_ratio" in numbers:  # of means round by round, not the mean of shares
-            numbers.update(_seconds_saved(cells, dense, numbers["train_flops_ratio"]))
-        told[name] = numbers
+    methods: dict[str, list[Result]] = {}
+    for run in results:
+        if run.budget in (None, budget):
+            methods.setdefault(run.method, []).append(run)
+    dense = {run.seed: run for run in methods.get("dense", [])}
+    told = {name: _mean([_numbers(run, dense.get(run.seed)) for run in runs]) for name, runs in methods.items()}
     return {"budget": budget, "methods": told}
 
 
-def _seconds_saved(runs: Sequence[Run], dense: Sequence[Run], train_flops_ratio: float) -> dict[str, float | None]:
-    """The share of the dense model's seconds, and seconds saved / FLOPs saved."""
-    share, saved = share_of(_mean_rounds(runs), _mean_rounds(dense)), 1 - train_flops_ratio
-    assert share is not None, "a run takes seconds"
-    ratio = (1 - share.value) / saved if saved > 0.01 else None
-    return {"seconds_ratio": share.value, "seconds_saved_per_flops_saved": ratio}
-
-
-def _mean_rounds(runs: Sequence[Run]) -> tuple[float, ...]:
-    return tuple(map(statistics.fmean, zip(*(rounds for _, rounds in runs), strict=True)))
-
-
-def _numbers(run_and_rounds: Run, dense: Run | None) -> dict[str, Any]:
+def _numbers(run: Result, dense: Result | None) -> dict[str, Any]:
     """What one run came to; ratios are to the dense run of the same seed."""
-    run = run_and_rounds[0]
     numbers: dict[str, Any] = {
         "seed": run.seed,
         run.metric: run.value,
@@ -82,11 +56,13 @@ def _numbers(run_and_rounds: Run, dense: Run | None) -> dict[str, Any]:
     }
     if run.dense_flops is not None:
         numbers["final_flops_ratio"] = run.final_flops / run.dense_flops
-    if dense is not None and run is not dense[0]:
-        numbers["final_flops_ratio"] = run.final_flops / dense[0].final_flops
-        numbers["train_flops_ratio"] = run.train_flops / dense[0].train_flops
-        if "shared" not in (run.clock, dense[0].clock):  # clocks of cells that ran beside others do not compare
-            numbers.update(_seconds_saved([run_and_rounds], [dense], numbers["train_flops_ratio"]))
+    if dense is not None and run is not dense:
+        numbers["final_flops_ratio"] = run.final_flops / dense.final_flops
+        numbers["train_flops_ratio"] = run.train_flops / dense.train_flops
+        if "shared" not in (run.clock, dense.clock):  # clocks of cells that ran beside others do not compare
+            saved = 1 - numbers["train_flops_ratio"]
+            numbers["seconds_ratio"] = run.seconds / dense.seconds
+            numbers["seconds_saved_per_flops_saved"] = (1 - numbers["seconds_ratio"]) / saved if saved > 0.01 else None
     if run.budget_met is not None:
         numbers["budget_met"] = run.budget_met
         numbers["resizes"] = run.resizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from setpoint_bench.joules import Joules
 from setpoint_bench.method import Method
 from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, HISTORY, LEDGER, MODEL, Result
-from setpoint_bench.stages import Stage, load_stages, save_stages, stage_of
 from setpoint_bench.task import BenchError, Score, Split, Task, dense_widths
 
 STEPS_PER_TURN = 10
@@ -101,8 +100,6 @@ def train(cell: Cell, out: Path, needed: Mapping[str, Result] | None = None) -> 
             history.flush()
             yield Progress(run.step, run.task.steps, run.loss, run.score)
         outcome = run.finish(folder)
-        earlier = load_stages(out / run.earlier.folder) if run.earlier else ()
-        save_stages(folder, (*earlier, *run.stages))
         final = run.judge(cell.split)
         history.write(json.dumps(run.row(cell.split, final)) + "\n")
     partial.replace(folder / HISTORY)
@@ -196,14 +193,6 @@ class Run:
         self.flops_per_step = step_flops(self.model, self.task.example())
         self.step, self.flops, self.loss = 0, 0.0, float("nan")
         self.score: Score | None = None
-        self.past_stages: list[Stage] = []
-        self.stage = stage_of(self.model, course.widths)
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The sizes of the models trained so far; the present one last."""
-        before = sum(each.num_steps for each in self.past_stages)
-        return (*self.past_stages, replace(self.stage, num_steps=self.step - before))
 
     def turn(self, steps: int) -> None:
         """Train some steps by the clock; losses reach the host once, at the end."""
@@ -241,8 +230,6 @@ class Run:
         if self.pruner is not None and self.pruner.widths != self.widths:
             self.widths = dict(self.pruner.widths)
             self.flops_per_step = step_flops(self.model, self.task.example())
-            self.past_stages = list(self.stages)
-            self.stage = stage_of(self.model, self.course.widths)
 
     def validation_due(self) -> bool:
         """Whether the last turn has passed a step at which to validate, or was the last of all."""

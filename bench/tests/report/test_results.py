@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,26 +57,6 @@ def test_an_unknown_schema_is_refused(make_results: Any, schema: object) -> None
     """A schema other than ours is an error that names it and what to do."""
     with pytest.raises(ReportError, match=f"schema {schema!r}.*reads schema 1 and 2.*use the version that wrote it"):
         read_results(make_results(methods=("dense",), seeds=(0,), schema=schema))
-
-
-def test_a_repeated_run_counts_once(make_results: Any) -> None:
-    """Of a run that was done again, the last result counts."""
-    folder = make_results(methods=("dense",), seeds=(0,))
-    line = json.loads((folder / "results.jsonl").read_text())
-    with (folder / "results.jsonl").open("a") as file:
-        file.write(json.dumps(line | {"value": 0.5}) + "\n")
-    (cell,) = read_results(folder).cells
-    assert cell.value == 0.5
-
-
-def test_a_folder_outside_is_not_read(make_results: Any, tmp_path: Path) -> None:
-    """A result that names a folder outside its own results folder gets no history from there."""
-    folder = make_results(methods=("dense",), seeds=(0,), folder="../elsewhere")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "history.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    (cell,) = read_results(folder).cells
-    assert cell.history == ()
 
 
 ODD = [None, True, -1, 10**400, 1e308, "x", "<b>|", "", [], {}, [[1]], {"a": [1]}, {"a": 10**12}]

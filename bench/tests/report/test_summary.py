@@ -9,7 +9,7 @@ import pytest
 
 from setpoint_bench.report.columns import columns, difference_columns
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.report.results import Cell, Point, Results, Timing
+from setpoint_bench.report.results import Cell, Results, Timing
 from setpoint_bench.report.summary import Row, summary_rows
 
 
@@ -37,27 +37,6 @@ def test_differences_are_paired_by_seed() -> None:
     assert ours.difference.deviation == pytest.approx(0.0, abs=1e-12)
 
 
-def test_ratios_and_realised_savings() -> None:
-    """Half of the FLOPs in 60 % of the seconds realises 0.8 of the savings."""
-    dense = cells("dense", [0.9], train_flops=100.0, seconds=10.0)
-    ours = row(dense + cells("setpoint", [0.9], train_flops=50.0, seconds=6.0), "setpoint")
-    assert (ours.train_flops_ratio, ours.seconds_ratio) == (0.5, 0.6)
-    assert ours.realised and ours.realised.value == pytest.approx(0.8)
-
-
-def test_break_even_is_where_the_clock_falls_behind_dense_for_good() -> None:
-    """A run that loses 5 s at the start and gains 0.5 s a step is ahead from the step after step 10 on."""
-
-    def history(seconds: Any) -> tuple[Point, ...]:
-        return tuple(Point(step, seconds(step), None, "train", 1.0, None) for step in range(0, 31))
-
-    dense = cells("dense", [0.9], history=history(lambda step: float(step)))
-    ours = cells("setpoint", [0.9], history=history(lambda step: 5 + 0.5 * step))
-    assert row(dense + ours, "setpoint").break_even_step == 10
-    never = cells("setpoint", [0.9], history=history(lambda step: 5 + 1.5 * step))
-    assert row(dense + never, "setpoint").break_even_step is None
-
-
 def test_budgets_of_a_method_are_rows_of_their_own() -> None:
     """Rows go budget by budget, the larger first, each named by it; dense comes first, then small."""
     found = cells("setpoint", [0.8], budget=0.25) + cells("setpoint", [0.9], budget=0.5)
@@ -81,15 +60,13 @@ def test_rivals_are_of_the_same_budget() -> None:
 
 
 def test_timings_replace_the_clocks_of_the_runs() -> None:
-    """With timings, seconds, overhead and break-even are theirs alone; what was not timed has none."""
+    """With timings, seconds and overhead are theirs alone; what was not timed has none."""
     dense = cells("dense", [0.9], seconds=1.0, train_flops=100.0, timing=Timing(100.0, (99.0, 101.0)))
-    timing = Timing(62.0, own_seconds=2.0, stage_steps=(20, 80), step_seconds=(1.0, 0.5))
+    timing = Timing(62.0, own_seconds=2.0)
     ours = cells("setpoint", [0.9], seconds=9.0, overhead_seconds=8.0, train_flops=60.0, timing=timing)
     other = cells("small", [0.9], seconds=1.0)
     found = row(dense + ours + other, "setpoint")
     assert (found.clock, found.seconds_ratio, found.overhead_seconds) == ("timed", 0.62, 2.0)
-    assert found.realised and found.realised.value == pytest.approx(0.38 / 0.4)
-    assert found.break_even_step == 25  # 2 s of its own, half a second saved by each step after 20
     assert row(dense + ours + other, "small").seconds is None
     spread = row(dense + ours + other, "dense").seconds
     assert spread and spread.deviation == pytest.approx(2**0.5)
@@ -101,11 +78,9 @@ def test_shares_are_taken_round_by_round() -> None:
     ours = cells("setpoint", [0.9, 0.8], train_flops=50.0, timing=Timing(66.0, (50.0, 120.0, 66.0)))
     found = row(dense + ours, "setpoint")
     assert found.seconds_share and astuple(found.seconds_share) == pytest.approx((0.55, 0.5, 0.6))
-    assert found.realised and astuple(found.realised) == pytest.approx((0.9, 0.8, 1.0))
     assert found.seconds and (found.seconds.mean, found.seconds.deviation) == (66.0, pytest.approx(36.68, abs=0.01))
     told = {column.heading: column.text(found) for column in columns([found])}
     assert told["time of dense"] == "55.0 % (50.0 to 60.0)"
-    assert told["s / FLOPs saved"] == "0.900 (0.800 to 1.000)"
 
 
 def test_a_round_is_the_mean_over_seeds() -> None:
@@ -114,18 +89,6 @@ def test_a_round_is_the_mean_over_seeds() -> None:
     runs = [replace(first, timing=Timing(1.0, (1.0, 3.0))), replace(second, timing=Timing(2.0, (3.0, 5.0)))]
     found = row(runs, "cubic").seconds
     assert found and (found.mean, found.deviation) == (3.0, pytest.approx(2**0.5))
-
-
-def test_what_begins_with_a_dense_run_is_never_ahead_of_it() -> None:
-    """A post-training run saves seconds only after the dense run has ended, so it is at no step ahead of that."""
-    dense = cells("dense", [0.9], timing=Timing(100.0, stage_steps=(100,), step_seconds=(1.0,)), clock="shared")
-    timing = Timing(127.0, own_seconds=2.0, stage_steps=(100, 50), step_seconds=(1.0, 0.5))
-    later = cells("taylor", [0.9], family="post-training", timing=timing, break_even_step=4, clock="shared")
-    assert row(dense + later, "taylor").break_even_step is None
-    unnamed = [replace(cell, family="") for cell in later]
-    assert row(dense + unnamed, "taylor").break_even_step is None
-    busy = [replace(cell, timing=None) for cell in dense + later]
-    assert row(busy, "taylor").break_even_step is None
 
 
 def test_masked_models_are_shown_in_theory_and_as_they_are() -> None:

@@ -96,7 +96,7 @@ class FewStates:
         """
         widths = dense_widths(task)
         if "states" not in widths:
-            raise BenchError(f"task {task.name} has no states: use smnist, smnist-196, scifar or a permuted one")
+            raise BenchError(f"task {task.name} has no states: use smnist or smnist-196")
         return Course(task, {**widths, "states": round(self.states)})
 
     def begin(
@@ -114,5 +114,5 @@ def _states(task: Task, model: nn.Module) -> tuple[Group, ...]:
     """
     groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.kind == "state")
     if not groups:
-        raise BenchError(f"task {task.name} has no states: use smnist, smnist-196, scifar or a permuted one")
+        raise BenchError(f"task {task.name} has no states: use smnist or smnist-196")
     return groups

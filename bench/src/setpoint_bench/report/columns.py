@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent, signed
+from setpoint.report.numbers import NOTHING, duration, human, percent, signed
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.statistics import Difference, Estimate, Share
 from setpoint_bench.report.summary import DENSE, RIVALS, Row, ratio
@@ -39,7 +39,7 @@ CLOCK_NOTES = {
     "of dense: the median and the range of the shares of the rounds, which need not equal the ratio of median times.",
     "interleaved": "Training times are the runs' own; they took turns of a few steps in one process.",
     "shared": "Training times are the runs' own, on a machine that was busy with other work at the same time, so they "
-    "are not comparable. `setpoint bench --timing` measures them.",
+    "are not comparable. With `setpoint bench --interleaved` they are.",
 }
 MOST_LOAD = 0.5
 """Load average over the last minute above which a machine is called busy."""
@@ -84,8 +84,6 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column(clock, seconds_text, 1),
         Column(f"time {OF_DENSE}", lambda row: share_text(row.seconds_share)),
         Column("overhead", overhead_text, 6),
-        Column("s / FLOPs saved", realised_text, 4),
-        Column("ahead from step", break_even_text, 7),
         Column("energy", energy_text, 5),
         Column("cuts", lambda row: NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0"), 10),
         Column("budget met", budget_met_text, 6),
@@ -161,16 +159,6 @@ def share_text(share: Share | None) -> str:
     return text if share.low == share.high else f"{text} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
-def realised_text(row: Row) -> str:
-    """Seconds saved / FLOPs saved with minimum and maximum over the rounds."""
-    if row.realised is None:
-        return NOTHING
-    value, low, high = (
-        f"{each:.3f}".replace("-", MINUS) for each in (row.realised.value, row.realised.low, row.realised.high)
-    )
-    return value if low == high else f"{value} ({low} to {high})"
-
-
 def energy_text(row: Row) -> str:
     """The energy with its standard deviation."""
     return quantity_text(row.energy_j, lambda value: human(value, "J"))
@@ -189,14 +177,6 @@ def overhead_text(row: Row) -> str:
         return NOTHING
     share = ratio(row.overhead_seconds, row.seconds.mean if row.seconds else None)
     return f"{duration(row.overhead_seconds)} ({percent(share)})"
-
-
-def break_even_text(row: Row) -> str:
-    """The step from which on it is ahead of dense, and how many runs ever are where not all are."""
-    if row.break_even_step is None:
-        return NOTHING
-    counted = "" if row.num_ahead == row.num_clocked else f" ({row.num_ahead} of {row.num_clocked})"
-    return f"{row.break_even_step:,.0f}{counted}"
 
 
 def budget_met_text(row: Row) -> str:

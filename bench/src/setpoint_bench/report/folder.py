@@ -27,7 +27,7 @@ NUMBERS = (
     *("budget", "final_flops", "final_params", "train_flops", "seconds", "overhead_seconds", "overhead_flops"),
     *("theoretical_flops", "theoretical_train_flops", "density", "energy_j"),
 )
-INTEGERS = ("resizes", "steps", "break_even_step")
+INTEGERS = ("resizes", "steps")
 """Keys of a result that are read as they are: one of another kind counts as missing."""
 RESULTS = "results.jsonl"
 HISTORY = "history.jsonl"
@@ -81,23 +81,15 @@ def read_timings(folder: Path, remarks: list[str]) -> dict[tuple[Any, ...], Timi
     path, found = file_of(folder, TIMING), {}
     for line in read_lines(path, TIMING, remarks) if path.is_file() else ():
         if line.get("schema") not in SCHEMAS:
-            raise ReportError(
-                f"{path} has schema {line.get('schema')!r}: delete it, and measure again with `setpoint bench --timing`"
-            )
+            raise ReportError(f"{path} has schema {line.get('schema')!r}: delete it")
         if (seconds := number(line.get("seconds"))) is None:
             continue
-        load, stage_steps, step_seconds = line.get("load"), numbers(line.get("stage_steps")), line.get("step_seconds")
-        of_stages = numbers(step_seconds)
-        if len(of_stages) != len(stage_steps):
-            remarks.append(f"a timing of {line.get('method')} names the seconds of other stages than the steps")
-            stage_steps = of_stages = ()
+        load = line.get("load")
         key = (str(line.get("task")), str(line.get("method")), number(line.get("budget")), integer(line.get("seed")))
         found[key] = Timing(
             seconds=seconds,
             rounds=numbers(line.get("rounds")),
             own_seconds=number(line.get("own_seconds")) or 0.0,
-            stage_steps=tuple(map(int, stage_steps)),
-            step_seconds=of_stages,
             load=number(load[0]) if isinstance(load, list) and load else None,
             control=numbers(line.get("control")),
             environment=texts(line.get("environment")),

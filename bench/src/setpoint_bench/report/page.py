@@ -34,8 +34,6 @@ literature on sparse training does. On this hardware it costs as much as a dense
 <dt>training FLOPs, training time</dt><dd>The whole run with everything the method did in it, an earlier dense training
 included; evaluation is left out.</dd>
 <dt>overhead</dt><dd>The part of the training time that was the method's own: sensing, deciding, resizing.</dd>
-<dt>s / FLOPs saved</dt><dd>Both as shares of the dense run; 1 means that every FLOP saved was time saved.</dd>
-<dt>ahead from step</dt><dd>From this step on the run had taken less time than the dense run.</dd>
 <dt>±</dt><dd>Sample standard deviation over seeds; of seconds that were timed, over the rounds of the measurement.</dd>
 <dt>( to )</dt><dd>Least and largest of the rounds, in each of which all runs were measured next to each other.</dd>
 </dl>

@@ -34,8 +34,6 @@ class Timing:
         seconds: of the run, everything counted.
         rounds: the same by each round of the measurement.
         own_seconds: the part that the method itself spends beside plain training steps.
-        stage_steps: optimizer steps of each stage of the run.
-        step_seconds: seconds of a step of each stage.
         load: the machine's load average before the measurement; None where it is unknown.
         control: by round, seconds of the dense model's steps / seconds of the same steps timed a second time.
         environment: hardware and versions of the measurement.
@@ -45,8 +43,6 @@ class Timing:
     seconds: float
     rounds: tuple[float, ...] = ()
     own_seconds: float = 0.0
-    stage_steps: tuple[int, ...] = ()
-    step_seconds: tuple[float, ...] = ()
     load: float | None = None
     control: tuple[float, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -80,7 +76,6 @@ class Cell:
         theoretical_train_flops: FLOPs of the run if zeros cost nothing.
         density: kept fraction of the maskable weights; None where nothing is masked.
         energy_j: joules of training; None where there is no meter.
-        break_even_step: first step at which the seconds saved exceed the overhead, by the run's own clock.
         notes: what a reader must know about the run.
         unit: of a loss: "nats" where it is a cross-entropy, else "".
         timing: seconds on an idle machine; None where they were not measured.
@@ -114,7 +109,6 @@ class Cell:
     theoretical_train_flops: float | None = None
     density: float | None = None
     energy_j: float | None = None
-    break_even_step: int | None = None
     notes: str = ""
     unit: str = "nats"
     timing: Timing | None = None

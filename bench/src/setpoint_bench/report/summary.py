@@ -8,9 +8,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from jaxtyping import Float64
-
 from setpoint.report.numbers import exact
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, Estimate, Share, difference, estimate, mean, share_of
@@ -41,10 +38,6 @@ class Row:
         seconds: duration of training, overhead included; None where others were timed and this was not.
         seconds_share: the same / dense, with minimum and maximum over the rounds of their measurement.
         overhead_seconds: part of `seconds` that the method itself spent beside plain training steps.
-        realised: seconds saved / FLOPs saved, both as shares of the dense run, likewise over rounds.
-        break_even_step: step from which on a run is ahead of the dense run in seconds: mean over the runs that are.
-        num_ahead: number of runs that are ahead of the dense run from some step on.
-        num_clocked: number of runs that could be, since their seconds count by the task's clock.
         num_budget_met: number of runs that ended within budget, None without a budget.
     """
 
@@ -73,10 +66,6 @@ class Row:
     seconds_share: Share | None
     overhead_seconds: float | None
     overhead_flops: float | None
-    realised: Share | None
-    break_even_step: float | None
-    num_ahead: int
-    num_clocked: int
     energy_j: Estimate | None
     resizes: float | None
     num_budget_met: int | None
@@ -158,15 +147,10 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
     final_flops, final_flops_ratio = same(lambda cell: cell.final_flops)
     final_params, final_params_ratio = same(lambda cell: cell.final_params)
 
-    def clocked_flops(cell: Cell) -> float | None:
-        """Only of runs whose seconds count, so that both are of the same runs."""
-        return None if seconds_of(cell, clock) is None else cell.train_flops
-
     train_flops, train_flops_ratio = same(lambda cell: cell.train_flops)
     seconds_share = None if clock == "shared" else share_of(rounds_of(cells, clock), rounds_of(dense, clock))
     landings = [cell.budget_met for cell in cells if cell.budget_met is not None]
     is_dense = first.method == DENSE
-    ahead = [] if is_dense else [break_even_of(cell, dense, clock) for cell in cells]
     return Row(
         task=first.task,
         method=first.method,
@@ -197,10 +181,6 @@ def summarise(label: str, groups: Mapping[str, Sequence[Cell]]) -> Row:
         seconds_share=seconds_share,
         overhead_seconds=mean(overhead_of(cell, clock) for cell in cells),
         overhead_flops=mean(cell.overhead_flops for cell in cells),
-        realised=realised(ratio_of(clocked_flops, clocked_flops), seconds_share),
-        break_even_step=mean(ahead),
-        num_ahead=sum(step is not None for step in ahead),
-        num_clocked=sum(cell.timing is not None for cell in cells) if clock == "timed" else len(cells),
         energy_j=estimate([cell.energy_j for cell in cells if cell.energy_j is not None]),
         resizes=mean(cell.resizes for cell in cells),
         num_budget_met=sum(landings) if landings and not is_dense else None,
@@ -261,69 +241,3 @@ def seconds_estimate(cells: Sequence[Cell], clock: str) -> Estimate | None:
             return None
         return Estimate(statistics.median(rounds), statistics.stdev(rounds) if len(rounds) > 1 else None)
     return estimate([cell.seconds for cell in cells if cell.seconds is not None])
-
-
-def realised(flops_ratio: float | None, seconds: Share | None) -> Share | None:
-    """Seconds saved / FLOPs saved, round by round; None where less than 1 % of FLOPs was saved."""
-    if flops_ratio is None or seconds is None or flops_ratio > 0.99:
-        return None
-    # The slowest round saves least, so high and low change places.
-    saved = [(1 - each) / (1 - flops_ratio) for each in (seconds.value, seconds.high, seconds.low)]
-    return Share(*saved)
-
-
-def break_even_of(cell: Cell, dense: Sequence[Cell], clock: str) -> float | None:
-    """First step from which on a run that was cut is ahead of the dense run, by the task's clock; None if never.
-
-    A run that begins with a complete dense run is never ahead of it.
-    """
-    if cell.family == "post-training":
-        return None
-    if clock == "timed":
-        return None if cell.timing is None else timed_break_even(cell, dense)
-    if clock == "shared":  # seconds of two runs do not compare, so each counts what it saved itself
-        return cell.break_even_step
-    return break_even_step(cell, dense)
-
-
-def timed_break_even(cell: Cell, rivals: Sequence[Cell]) -> float | None:
-    """The same from a timing: when the seconds saved since the first stage exceed the method's own.
-
-    It counts only up to the last step of the dense run, as far as that was timed.
-    """
-    assert cell.timing is not None
-    last = max((sum(rival.timing.stage_steps) for rival in rivals if rival.timing), default=0) or math.inf
-    steps, saved, dense = 0, 0.0, next(iter(cell.timing.step_seconds), 0.0)
-    if not cell.timing.own_seconds:
-        return None
-    for num_steps, seconds in zip(cell.timing.stage_steps, cell.timing.step_seconds, strict=True):
-        each, missing = dense - seconds, cell.timing.own_seconds - saved
-        if each > 0 and each * num_steps > missing:
-            found = float(steps + int(missing / each) + 1)
-            return found if found <= last else None
-        steps, saved = steps + num_steps, saved + each * num_steps
-    return None
-
-
-def break_even_step(cell: Cell, dense: Sequence[Cell]) -> float | None:
-    """First step from which on the run had taken fewer seconds than the dense run of the same seed.
-
-    None if it never did, or if there is no history to compare.
-    """
-    rival = next((other for other in dense if other.seed == cell.seed), dense[0] if dense else None)
-    if rival is None or rival is cell:
-        return None
-    ours, theirs = clock_ticks(cell), clock_ticks(rival)
-    if len(ours) < 2 or len(theirs) < 2:
-        return None
-    seconds = np.interp(ours[:, 0], theirs[:, 0], theirs[:, 1], left=np.nan, right=np.nan)
-    comparable = ~np.isnan(seconds)
-    steps, behind = ours[comparable, 0], (ours[:, 1] > seconds)[comparable]
-    last = int(np.flatnonzero(behind)[-1]) if behind.any() else -1
-    return float(steps[last + 1]) if last + 1 < len(steps) else None
-
-
-def clock_ticks(cell: Cell) -> Float64[np.ndarray, "ticks 2"]:
-    """Steps and seconds of a run, sorted, one row per step."""
-    ticks = {point.step: point.seconds for point in cell.history if point.seconds is not None}
-    return np.array(sorted(ticks.items()), dtype=np.float64).reshape(-1, 2)

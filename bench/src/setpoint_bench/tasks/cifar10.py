@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from setpoint_bench.catalogue import task
 from setpoint_bench.family import Family
-from setpoint_bench.image_family import PlainFamily, ResidualFamily, ShortFamily, WideFamily
+from setpoint_bench.image_family import PlainFamily, ResidualFamily, ShortFamily
 from setpoint_bench.image_set import ImageSet
 from setpoint_bench.images import Images, Splits, ten_views
 from setpoint_bench.recipe import Recipe
@@ -21,8 +19,6 @@ from setpoint_bench.simple_task import SimpleTask, smoothed_cross_entropy
 
 CIFAR10 = ImageSet("uoft-cs/cifar10", column="img", mode="RGB")
 NUM_TRAIN = 45_000
-NOISY = 5
-"""One training label in so many is wrong in the noisy task."""
 MEAN = (125.3, 123.0, 113.9)
 DEVIATION = (63.0, 62.1, 66.7)
 MINI = PlainFamily((32, 64, 64, 128, 128, 128), frozenset({1, 3, 5}))
@@ -46,19 +42,6 @@ def cifar10(data: Path | None = None) -> SimpleTask:
     return replace(made, views=ten_views)
 
 
-@task("cifar10-wrn22-2")
-def cifar10_wrn22_2(data: Path | None = None) -> SimpleTask:
-    """CIFAR-10 and a WRN-22-2 in 200 passes, for a GPU.
-
-    The network on which Evci et al., "Rigging the lottery", ICML 2020, compare sparse training.
-
-    Args:
-        data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
-    """
-    recipe = Recipe(steps=1, learning_rate=0.1, warm_up=0.05, mixed=True)
-    return _task("cifar10-wrn22-2", WideFamily(depth=22, widening=2), recipe, data).with_epochs(200)
-
-
 @task("cifar10-resnet18")
 def cifar10_resnet18(data: Path | None = None) -> SimpleTask:
     """CIFAR-10 and a ResNet-18 in 100 passes, for a GPU.
@@ -78,26 +61,9 @@ def cifar10_mini(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
     """
-    return _mini("cifar10-mini", splits_16, data)
-
-
-@task("cifar10-mini-noisy")
-def cifar10_mini_noisy(data: Path | None = None) -> SimpleTask:
-    """CIFAR-10 at 16x16 with wrong labels on a fifth of the training images, to train on alone.
-
-    Uniform noise as in Zhang et al., "Understanding deep learning requires rethinking generalization", ICLR 2017.
-
-    Args:
-        data: folder that holds `uoft-cs/cifar10`, or None for the usual places.
-    """
-    return _mini("cifar10-mini-noisy", splits_16_noisy, data)
-
-
-def _mini(name: str, load: Callable[[Path | None], Splits], data: Path | None) -> SimpleTask:
-    """A task on the small images, in ten passes."""
-    images = Images(load, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=1, flip=True, folder=data)
+    images = Images(splits_16, (3, 16, 16), NUM_TRAIN, MEAN, DEVIATION, shift=1, flip=True, folder=data)
     recipe = Recipe(steps=1, learning_rate=0.1, fall="linear", mixed=True)
-    return SimpleTask(name, MINI, images, recipe, training_criterion=smoothed_cross_entropy).with_epochs(10)
+    return SimpleTask("cifar10-mini", MINI, images, recipe, training_criterion=smoothed_cross_entropy).with_epochs(10)
 
 
 def _task(name: str, family: Family, recipe: Recipe, data: Path | None, shift: int = 4) -> SimpleTask:
@@ -116,17 +82,6 @@ def splits(data: Path | None) -> Splits:
 def splits_16(data: Path | None) -> Splits:
     """The same, each square of four pixels averaged into one."""
     return {name: (_halved(images), labels) for name, (images, labels) in CIFAR10.splits(data).items()}
-
-
-@lru_cache(maxsize=1)
-def splits_16_noisy(data: Path | None) -> Splits:
-    """The small images; a fifth of the training labels are another class, drawn once for all seeds."""
-    images, labels = splits_16(data)["train"]
-    drawn = torch.Generator().manual_seed(0)
-    wrong = torch.randperm(len(labels), generator=drawn)[: len(labels) // NOISY]
-    noisy = labels.clone()
-    noisy[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=drawn)) % 10
-    return {**splits_16(data), "train": (images, noisy)}
 
 
 def _halved(images: Tensor) -> Tensor:
