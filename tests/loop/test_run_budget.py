@@ -114,29 +114,6 @@ def test_a_run_of_another_length_is_replanned(fraction: float, change: int, fact
     assert 0.99 * limit <= spent <= limit * (1 + 1e-12)
 
 
-def test_coarse_blocks_wait_instead_of_leaving_budget_unused() -> None:
-    """With blocks of a third of the model, landing at once would leave a tenth of the budget; the wait uses it up."""
-    groups, cost = chain(48, multiple_of=16)
-    budget = Budget.fraction(0.6, of="flops", per="run")
-    spent, limit, budget_met = simulate(groups, cost, budget, 1000)
-    first_chance = next(s for s in range(300, 1000) if Schedule().due(s, 1000))
-    assert budget_met > first_chance
-    assert 0.998 * limit <= spent <= limit
-
-
-def test_wait_is_exact() -> None:
-    """Waiting one step more than `wait` says would go over the budget, waiting as long as it says does not."""
-    for spent, present, after_cut, sensing in ((600.0, 1.5, 0.8, 0.0), (500.0, 2.0, 0.5, 0.01)):
-        rest = Remaining(1000.0, spent, Schedule(), sensing=sensing)
-        wait = rest.wait(400, 800, lands=True, present=present, after=after_cut)
-
-        def total(steps: int, state: tuple[float, ...] = (spent, present + sensing, after_cut)) -> float:
-            return state[0] + state[1] * steps + state[2] * (400 - steps)
-
-        assert 0 < wait < 399
-        assert total(wait) <= 1000.0 < total(wait + 1)
-
-
 def test_a_budget_that_is_spent_or_cannot_be_met_is_refused() -> None:
     """The error says what is spent, or the least that the run can do."""
     run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Schedule(), dense=1.0)
@@ -266,18 +243,6 @@ def test_what_gates_learn_is_planned_for(name: str, fraction: float) -> None:
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
-def test_gates_that_do_not_learn_cost_nothing() -> None:
-    """Where nothing is dropped the network does not run, and its FLOPs are not counted."""
-    spent = []
-    for controller in (PricedController(), GatedController()):
-        model, optimizer, x = net()
-        budget = Budget.fraction(1.0, of="flops")
-        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=100, controller=controller)
-        train(loop, model, optimizer, x, 100)
-        spent.append(loop.finish().overhead_flops)
-    assert spent[0] == spent[1]
-
-
 def test_advice_is_one_that_a_budget_takes() -> None:
     """Where verification alone is more than a dense run spends, the least is told as a total; it is met."""
     model, optimizer, x = net()
@@ -373,22 +338,6 @@ def test_gates_take_their_share_and_no_more(batch: int) -> None:
     assert with_gates - without <= 0.0101 * flops
     assert with_gates > without or gated == priced
     assert (batch == 512) == (with_gates > without)
-
-
-def test_only_what_a_run_spends() -> None:
-    """A run budget of what no run spends, one of seconds beside other budgets, and one too low are refused in words."""
-    model, optimizer, x = net()
-    with pytest.raises(BudgetError, match="no budget per run of 'params'"):
-        setpoint.attach(
-            model, optimizer, setpoint.Budget.fraction(0.5, of="params", per="run"), example=(x,), total_steps=100
-        )
-    with pytest.raises(BudgetError, match="a budget per run is one of .flops."):
-        seconds = setpoint.Budget.fraction(0.5, of="latency", per="run")
-        budgets = [seconds, setpoint.Budget.fraction(0.5, of="params")]
-        setpoint.attach(model, optimizer, budgets, example=(x,), total_steps=100)
-    with pytest.raises(BudgetError, match="cannot be met"):
-        low = setpoint.Budget.fraction(0.08, of="flops", per="run")
-        setpoint.attach(model, optimizer, low, example=(x,), total_steps=100)
 
 
 def test_an_early_end_under_budget_but_over_its_way_is_said() -> None:

@@ -23,13 +23,13 @@ from setpoint.messages import counted, warn
 from setpoint.spending.spending import Spending
 
 
-def check_budgets(given: Any) -> tuple[Budget, ...]:
+def check_budgets(goals: Any) -> tuple[Budget, ...]:
     """The budgets of a run: at least one, each of another resource.
 
     Raises:
         BudgetError: for anything else, or a budget that is not available in this version.
     """
-    budgets = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    budgets = tuple(goals) if isinstance(goals, (list, tuple)) else (goals,)
     for budget in budgets:
         if isinstance(budget, (Price, Tolerance)):
             raise BudgetError(f"{budget!r} stands alone: attach with it, and with no budget beside it")
