@@ -32,9 +32,13 @@ def check_settings(settings: Iterable[str], of: Callable[..., Any], passed_on_to
     Traceback (most recent call last):
     TypeError: print() got an unexpected keyword argument 'revers': did you mean reverse? sorted takes key, reverse
     """
-    own = [name for name, each in inspect.signature(of).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    own = [
+        name
+        for name, parameter in inspect.signature(of).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
     taken = inspect.signature(passed_on_to).parameters.values()
-    known = [each.name for each in taken if each.kind is each.KEYWORD_ONLY]
+    known = [parameter.name for parameter in taken if parameter.kind is parameter.KEYWORD_ONLY]
     for name in settings:
         if name not in known:
             raise TypeError(
@@ -45,8 +49,8 @@ def check_settings(settings: Iterable[str], of: Callable[..., Any], passed_on_to
 
 def plain_fields(settings: Any) -> None:
     """Have all fields of a frozen dataclass hold Python's own numbers; called as it is made."""
-    for each in fields(settings):
-        object.__setattr__(settings, each.name, plain_number(getattr(settings, each.name)))
+    for field in fields(settings):
+        object.__setattr__(settings, field.name, plain_number(getattr(settings, field.name)))
 
 
 def counts(**given: object) -> list[int]:

@@ -26,9 +26,10 @@ from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
 from setpoint.loop.candidates import Candidates, unit_candidates
 from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, settle
+from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, Inputs
-from setpoint.loop.loop import Loop, Parts
+from setpoint.loop.loop import Loop
 from setpoint.loop.record import header_of
 from setpoint.progress import progress
 from setpoint.run_spec import RunSpec, any_kind, asks_for_steps, check_reads, run_spec
@@ -109,6 +110,7 @@ def attach(
     (True, True)
     """
     host = host_of(model, optimizer, copies)
+    # Everything that can be refused without a look inside the model is refused here, before a hook is set.
     spec = run_spec(
         host,
         budget,
@@ -131,15 +133,15 @@ def attach(
             complete(host.model, example)
         loop = Loop(host)
         _begin(loop, spec, Inputs.of(example))
-        _carry_sizes(host, spec)
+        _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         return loop
 
-    @one_at_a_time
+    @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
     def begin(inputs: Inputs) -> None:
         _begin(loop, spec, inputs)
 
     first = FirstBatch(host, model, method, begin)
-    _carry_sizes(host, spec)
+    _carry_sizes(host, spec)  # a state may be loaded before the first step
     loop = Loop(host)
     loop.wait(first)
     RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
@@ -180,7 +182,8 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
             )
         else:
             loop.begin(_parts(host, spec, inputs))
-            for loaded in host.optimizers:  # before attach, when nobody compared its state with the parameters
+            # Behind the discovery: only groups say which tensors are cut, and must have moments of their shape.
+            for loaded in host.optimizers:
                 check_state(loaded, host.model, loop.groups)
     except BaseException:  # nothing stays behind, and what the optimizer has loaded is there for another try
         loop.detach()

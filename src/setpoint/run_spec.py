@@ -119,7 +119,7 @@ def run_spec(
     check_method(host.model, method)
     wanted = parse_budget(budget)
     check_not_attached(host.model)
-    check_data(host.model)
+    check_data(host.model)  # NaN in a weight would fail the trials of all cuts, and no one would know why
     goal = wanted if isinstance(wanted, (Price, Tolerance)) else None
     budgets, bill = ((), None) if isinstance(wanted, (Price, Tolerance)) else split_bill(check_budgets(wanted))
     masking, regrowing = _kinds(actuator)
@@ -206,7 +206,7 @@ def check_parts(controller: object, sensor: Sensor[Any] | None, budget: object, 
         if isinstance(part, type):
             raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
         # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
-        lacking = [each for each in vars(kind) if not each.startswith("_") and not hasattr(part, each)]
+        lacking = [method for method in vars(kind) if not method.startswith("_") and not hasattr(part, method)]
         if part is not None and lacking:
             raise LoopError(
                 f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
@@ -232,7 +232,7 @@ def as_groups(groups: object) -> tuple[Group, ...] | None:
     if groups is None:
         return None
     found = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, str) else (groups,)
-    strange = [each for each in found if not isinstance(each, Group)]
+    strange = [item for item in found if not isinstance(item, Group)]
     if strange or isinstance(groups, Group):
         what = f"one of {strange[0]!r}" if strange and isinstance(groups, Iterable) else repr(groups)
         raise GroupError(

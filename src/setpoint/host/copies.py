@@ -53,6 +53,7 @@ class Listed:
                 f"{what} ({type(holder).__name__}) is no copy of the model: its shadow_params must be one plain tensor "
                 f"for each of the model's {len(parameters)} parameters, in their order and of their shapes"
             )
+        # A deep copy whose memo has the list's tensors in the place of the parameters holds these very objects.
         stand_ins = {id(own): shadow for own, shadow in zip(matching[0], listed, strict=True)}
         twin = copy_of(model, {**computed(model), **stand_ins}, users_hooks=False)
         tables = [module._parameters for module in twin.modules()]
@@ -89,7 +90,9 @@ def _named(model: nn.Module, number: int, given: Any) -> Inside | Listed:
     what = f"copies[{number}]"
     part: Inside | Listed
     held = (getattr(given, name, None) for name in ("module", "ema"))
-    root = given if isinstance(given, nn.Module) else next((each for each in held if isinstance(each, nn.Module)), None)
+    root = (
+        given if isinstance(given, nn.Module) else next((value for value in held if isinstance(value, nn.Module)), None)
+    )
     if isinstance(getattr(given, "shadow_params", None), list):
         part = Listed.of(given, model, what)
     elif root is not None:

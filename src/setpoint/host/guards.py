@@ -34,11 +34,11 @@ class Unseen:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        found = [_held(each) for each in optimizers]
-        held = Counter(number for each in found for number in {id(p) for p in each})
+        found = [_held(optimizer) for optimizer in optimizers]
+        held = Counter(number for parameters in found for number in {id(p) for p in parameters})
         self._watches = {
-            id(each): _Watch(type(each).__name__, [p for p in parameters if held[id(p)] == 1 or not n])
-            for n, (each, parameters) in enumerate(zip(optimizers, found, strict=True))
+            id(optimizer): _Watch(type(optimizer).__name__, [p for p in parameters if held[id(p)] == 1 or not n])
+            for n, (optimizer, parameters) in enumerate(zip(optimizers, found, strict=True))
         }
         self._within = False
         own = weakref.ref(self)  # a parameter must not keep a loop alive
@@ -49,17 +49,17 @@ class Unseen:
                 unseen._passed(unseen._watches[number], parameter)
 
         self._handles: list[Any] = [
-            each.parameter.register_post_accumulate_grad_hook(partial(passed, number))  # type: ignore[no-untyped-call]
-            for number, each in self._watches.items()
-            if each.parameter is not None
+            watch.parameter.register_post_accumulate_grad_hook(partial(passed, number))  # type: ignore[no-untyped-call]
+            for number, watch in self._watches.items()
+            if watch.parameter is not None
         ]
-        for each in self._watches.values():
-            each.parameter = None  # neither must a loop keep a parameter
+        for watch in self._watches.values():
+            watch.parameter = None  # neither must a loop keep a parameter
 
     @property
     def passes(self) -> int:
         """Backward passes since the last step, of the optimizer that has seen most."""
-        return max(each.passes for each in self._watches.values())
+        return max(watch.passes for watch in self._watches.values())
 
     def step_begins(self) -> None:
         """An optimizer is about to step; it may run backward passes in a closure."""
@@ -77,7 +77,7 @@ class Unseen:
             return
         self.stop()
         moved = "the weights move" if watch.moves >= _MOVES else f"{watch.passes} backward passes were made"
-        others = ", as the others do," if any(each.steps > watch.steps for each in self._watches.values()) else ""
+        others = ", as the others do," if any(other.steps > watch.steps for other in self._watches.values()) else ""
         warn(
             f"{moved}, but {watch.name}, given to attach, does not step{others} (it has {watch.steps} times so far): "
             "Setpoint acts on the steps of that very optimizer only. Where another one trains the model now, call "
@@ -86,8 +86,8 @@ class Unseen:
 
     def stop(self) -> None:
         """Look no more; may be called again."""
-        for each in self._handles:
-            each.remove()
+        for handle in self._handles:
+            handle.remove()
         self._handles.clear()
 
 
@@ -106,6 +106,7 @@ class _Watch:
         self._last_version = None
 
     def passed(self, parameter: Tensor) -> None:
+        # In-place updates raise the version, whoever makes them; a gradient that adds up stays the same object.
         version, gradient = parameter._version, parameter.grad
         self.moves += self._last_version is not None and version != self._last_version
         self.passes += self._gradient is None or self._gradient() is not gradient
@@ -114,18 +115,21 @@ class _Watch:
 
 def _held(optimizer: Optimizer) -> list[Tensor]:
     every = (parameter for settings in optimizer.param_groups for parameter in settings["params"])
-    return [each for each in every if each.requires_grad and each.is_leaf and not is_sharded_tensor(each)]
+    # fully_shard delivers gradients past the hooks of its parameters.
+    return [p for p in every if p.requires_grad and p.is_leaf and not is_sharded_tensor(p)]
 
 
 class Trained:
     """Warns once when weights of a model are trained that were frozen at first."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._frozen = [(name, weakref.ref(each)) for name, each in model.named_parameters() if not each.requires_grad]
+        self._frozen = [(name, weakref.ref(p)) for name, p in model.named_parameters() if not p.requires_grad]
 
     def check(self) -> None:
         """Look whether any of them is trained now."""
-        found = [name for name, each in self._frozen if (weight := each()) is not None and weight.requires_grad]
+        found = [
+            name for name, reference in self._frozen if (weight := reference()) is not None and weight.requires_grad
+        ]
         if not found:
             return
         self._frozen = []
@@ -166,26 +170,27 @@ class Unchanged:
         if found := _misfit(now, wide):
             name, misfit = found
             owner = name.rpartition(".")[0]
-            instead = [repr(each) for each in now.keys() - self._before.keys() if each.startswith(f"{owner}.")]
+            instead = [repr(name) for name in now.keys() - self._before.keys() if name.startswith(f"{owner}.")]
             beside = f", but {', '.join(sorted(instead)[:3])}" if instead else ""
             return f"the model was changed: {misfit}{beside}"
         ties = _ties(now)
         for name in dict.fromkeys(name for name, _ in wide):
             before, tensor = self._before[name], now[name]
+            # Optimizers know parameters by identity: another object is a weight that they do not train.
             if isinstance(before, nn.Parameter) and tensor is not before and not is_sharded_tensor(before):
                 return f"the model was changed: {name!r} is another tensor"
             if other := next(iter(sorted(ties[name] ^ self._ties[name])), ""):
                 are = "were tied" if other in ties[name] else "are tied no longer"
                 return f"the model was changed: {name!r} and {other!r} {are}"
-        for number, each in self._copies.items():
-            if found := _misfit(_of_copy(each), wide):
-                return f"copies[{number}] ({type(each).__name__}) was changed: {found[1]}"
+        for number, copy in self._copies.items():
+            if found := _misfit(_of_copy(copy), wide):
+                return f"copies[{number}] ({type(copy).__name__}) was changed: {found[1]}"
         return ""
 
 
 def _wide(groups: Sequence[Group]) -> dict[tuple[str, int | None], int]:
     """By tensor and dim, how long it is where units lie in it."""
-    return {(each.tensor, each.dim): len(each.index) for group in groups for each in group.slices}
+    return {(place.tensor, place.dim): len(place.index) for group in groups for place in group.slices}
 
 
 def _of_copy(copy: object) -> dict[str, Tensor]:
@@ -208,7 +213,7 @@ def _misfit(tensors: Mapping[str, Tensor], wide: Mapping[tuple[str, int | None],
 def _ties(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
     """By name, all names of tensors that begin at the same place in memory."""
     same: dict[Any, set[str]] = {}
-    keys = {name: _place(each) for name, each in tensors.items()}
+    keys = {name: _place(tensor) for name, tensor in tensors.items()}
     for name, key in keys.items():
         same.setdefault(key, set()).add(name)
     return {name: same[key] for name, key in keys.items()}

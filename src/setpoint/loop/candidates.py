@@ -45,7 +45,7 @@ class Candidates:
 
 def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
-    held = {id(p) for each in host.optimizers for settings in each.param_groups for p in settings["params"]}
+    held = {id(p) for optimizer in host.optimizers for settings in optimizer.param_groups for p in settings["params"]}
     trained = {name for name, p in host.model.named_parameters() if p.requires_grad and id(p) not in held}
     missing = {g.name: list(dict.fromkeys(p.tensor for p in g.slices if p.tensor in trained)) for g in groups}
     more = {name: f" and {len(tensors) - 3} more" if len(tensors) > 3 else "" for name, tensors in missing.items()}
@@ -56,12 +56,12 @@ def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], d
 def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
     """A copy must hold every tensor that will be cut, in the same shape."""
     own = named_tensors(host.model)
-    for number, each in enumerate(host.copies):
-        theirs = {name.removeprefix("module."): tensor for name, tensor in named_tensors(each).items()}
+    for number, copy in enumerate(host.copies):
+        theirs = {name.removeprefix("module."): tensor for name, tensor in named_tensors(copy).items()}
         for name in dict.fromkeys(piece.tensor for group in groups for piece in group.slices):
             if name not in theirs or theirs[name].shape != own[name].shape:
                 raise GroupError(
-                    f"copies[{number}] ({type(each).__name__}) is no copy of the model: it has no {name!r} of shape "
+                    f"copies[{number}] ({type(copy).__name__}) is no copy of the model: it has no {name!r} of shape "
                     f"{tuple(own[name].shape)}; pass a deepcopy or an AveragedModel of the model"
                 )
 
@@ -123,7 +123,7 @@ def _select(
     host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
     model = host.model
-    frozen = {each.place: each.reason for each in found.frozen}
+    frozen = {place.place: place.reason for place in found.frozen}
     chosen = found.groups if wanted is None else tuple(wanted)
     widths = widths_of(found.groups)
     for group in chosen:
@@ -167,8 +167,8 @@ def _adapter_tensors(model: nn.Module) -> frozenset[str]:
     found: set[str] = set()
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
-            base = {f"{name}.{each}" for each in named_tensors(module) if each.startswith("base_layer.")}
-            found |= {f"{name}.{each}" for each in named_tensors(module)} - base
+            base = {f"{name}.{tensor}" for tensor in named_tensors(module) if tensor.startswith("base_layer.")}
+            found |= {f"{name}.{tensor}" for tensor in named_tensors(module)} - base
     return frozenset(found)
 
 
@@ -191,8 +191,8 @@ def _verified(
 def _check_numbers(example: Example) -> None:
     """Check that no tensor of the example holds NaN, which no cut can be compared on."""
     args, kwargs = inputs_of(example)
-    for place, value in (*((f"input {number}", each) for number, each in enumerate(args)), *kwargs.items()):
-        if any(each.is_floating_point() and bool(each.isnan().any()) for each in tensors_of(value)):
+    for place, value in (*((f"input {number}", argument) for number, argument in enumerate(args)), *kwargs.items()):
+        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(value)):
             raise ExampleError(f"{place} of the example holds NaN, on which no cut can be tried out: give one without")
 
 
@@ -202,10 +202,12 @@ def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
     fixed = {group.name: group.num_units for group in found.groups if group.name not in active}
 
     def restrict(size: Size) -> Size:
-        constant = size.constant + sum(each * fixed[name] for name, each in size.parts if name in fixed)
+        constant = size.constant + sum(factor * fixed[name] for name, factor in size.parts if name in fixed)
         return Size(constant, tuple(part for part in size.parts if part[0] in active))
 
-    contractions = tuple(replace(each, sizes=tuple(map(restrict, each.sizes))) for each in found.contractions)
+    contractions = tuple(
+        replace(contraction, sizes=tuple(map(restrict, contraction.sizes))) for contraction in found.contractions
+    )
     return replace(found, groups=groups, contractions=contractions)
 
 

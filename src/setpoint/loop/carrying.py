@@ -27,6 +27,7 @@ KEY = "setpoint"
 
 def packed(state: Mapping[str, Any]) -> Tensor:
     """A state as one tensor of bytes, which every format keeps."""
+    # PyTorch's optimizers copy unknown entries of a parameter group, and all formats know tensors of bytes.
     return torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
 
 
@@ -66,6 +67,7 @@ class Carrying:
         optimizer = loop.host.optimizers[0]
         self._handles = [
             optimizer.register_state_dict_post_hook(self._put),
+            # Ahead of all others: the model must have the state's shapes when they look at it.
             optimizer.register_load_state_dict_pre_hook(self._look, prepend=True),
         ]
 

@@ -78,24 +78,25 @@ def explain(
     Raises:
         GroupError: for a group that is not pruned here, or a unit that it never had.
     """
-    found = next((each for each in dense if each.name == group), None)
+    found = next((candidate for candidate in dense if candidate.name == group), None)
     if found is None:
-        raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(each.name for each in dense)}")
+        known = ", ".join(candidate.name for candidate in dense)
+        raise GroupError(f"no group {group!r} is pruned here: use one of {known}")
     if not 0 <= origin < found.num_units:
         raise GroupError(f"group {group!r} has units 0 to {found.num_units - 1}, got {origin}")
     returned, gain = None, math.nan
-    back = next((each for each in reversed(ledger[:]) if origin in each.grown.get(group, ())), None)
+    back = next((entry for entry in reversed(ledger[:]) if origin in entry.grown.get(group, ())), None)
     if back is not None:
         returned, gain = back.step, _at(back.gain, group, back.grown[group].index(origin))
     position = np.flatnonzero(origins[group] == origin)
-    last = next((each for each in reversed(ledger[:]) if origin in each.dropped.get(group, ())), None)
+    last = next((entry for entry in reversed(ledger[:]) if origin in entry.dropped.get(group, ())), None)
     if last is not None and not len(position):
         at = last.dropped[group].index(origin)
         value, read = _at(last.worth, group, at), _at(last.saliency, group, at)
         step, reason, price = last.step, last.reason, last.price.get(resource, math.nan)
         return Explanation(group, origin, found.what, False, step, read, value, price, reason, returned, gain)
     at, plan = int(position[0]), now.plan
-    value, read = (float(each[group][at]) if group in each else math.nan for each in (now.worth, now.saliency))
+    value, read = (float(values[group][at]) if group in values else math.nan for values in (now.worth, now.saliency))
     if plan is None:
         return Explanation(group, origin, found.what, True, None, read, value, math.nan, "", returned, gain)
     return Explanation(group, origin, found.what, True, plan.step, read, value, price, plan.reason, returned, gain)

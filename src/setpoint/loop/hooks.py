@@ -49,12 +49,13 @@ class StepHooks:
         after: Callable[[], None],
         loading: Callable[[Optimizer, dict[str, Any]], None] | None = None,
     ) -> None:
-        self._before, self._after, self._loading = before, after, loading
+        self.before, self.after, self._loading = before, after, loading
         self._optimizers = {id(optimizer): optimizer for optimizer in optimizers}
         self._order: list[int] = []
         self._took: dict[int, Mark] = {}
         self._stepped: list[int] = []
         self.unseen = Unseen(optimizers)
+        # Traced into a compiled step, a hook would run once, while it is traced.
         ahead, behind = _not_compiled(self._ahead), _not_compiled(self._behind)
         self._handles = [optimizer.register_step_pre_hook(ahead) for optimizer in optimizers]
         self._handles += [optimizer.register_step_post_hook(behind) for optimizer in optimizers]
@@ -63,8 +64,10 @@ class StepHooks:
     @property
     def within_step(self) -> bool:
         """Whether some of the optimizers have stepped and others have yet to, with gradients that they can take."""
-        left = [each for number, each in self._optimizers.items() if number not in self._stepped]
-        return bool(self._stepped) and any(_has_gradients(each) and not _overflowed(each) for each in left)
+        left = [optimizer for number, optimizer in self._optimizers.items() if number not in self._stepped]
+        return bool(self._stepped) and any(
+            _has_gradients(optimizer) and not _overflowed(optimizer) for optimizer in left
+        )
 
     def _load(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
         if self._loading is not None:
@@ -91,13 +94,13 @@ class StepHooks:
             return args, {**kwargs, "closure": self._behind_closure(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer itself
             return (args[0], self._behind_closure(optimizer, args[1]), *args[2:]), kwargs
-        self._before(_grad_scale(optimizer))
+        self.before(_grad_scale(optimizer))
         return None
 
     def _behind_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_sense() -> Any:
             loss = closure()
-            self._before(_grad_scale(optimizer))
+            self.before(_grad_scale(optimizer))
             return loss
 
         return closure_then_sense
@@ -108,12 +111,12 @@ class StepHooks:
         self.unseen.step_ends(optimizer)
         self._stepped.append(id(optimizer))
         self._took[id(optimizer)] = _mark(optimizer)
-        left = [each for number, each in self._optimizers.items() if number not in self._stepped]
+        left = [optimizer for number, optimizer in self._optimizers.items() if number not in self._stepped]
         if not left and any(map(self._is_stale, self._optimizers)):
-            self._stepped.clear()
+            self._stepped.clear()  # a GradScaler let some step in this iteration and others in an earlier one
         elif not left:
             self._order, self._stepped = self._stepped, []
-            self._after()
+            self.after()
         elif not self._order and any(map(_overflowed, left)):
             self._stepped.clear()
 
@@ -128,7 +131,9 @@ class StepHooks:
         """Whether the step that is under way has ended, as this optimizer begins another."""
         if number in self._stepped:
             return True
-        return bool(self._order) and all(self._order.index(number) < self._order.index(each) for each in self._stepped)
+        return bool(self._order) and all(
+            self._order.index(number) < self._order.index(stepped) for stepped in self._stepped
+        )
 
 
 def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,6 +199,7 @@ def uninterrupted() -> Iterator[None]:
             usual(number, frame)
         kept.append(frame)
 
+    # A KeyboardInterrupt between two tensors of a cut would leave the model half cut.
     signal.signal(signal.SIGINT, keep)
     try:
         yield

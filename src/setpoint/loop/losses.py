@@ -185,6 +185,6 @@ class Losses:
             return
         steps, losses = zip(*self._fresh, strict=True)
         self._fresh = []
-        values = torch.stack([each.to(losses[0].device, torch.float64) for each in losses]).cpu().numpy()
+        values = torch.stack([loss.to(losses[0].device, torch.float64) for loss in losses]).cpu().numpy()
         self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
         self._losses = np.concatenate([self._losses, values])

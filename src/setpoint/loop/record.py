@@ -70,7 +70,7 @@ def waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, .
     unseen = sorted(reading.unseen() & {group.name for group in groups})
     if not unseen:
         return groups, ""
-    held = tuple(replace(each, min_units=each.num_units) if each.name in unseen else each for each in groups)
+    held = tuple(replace(group, min_units=group.num_units) if group.name in unseen else group for group in groups)
     few = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
     return held, f"{few} {'wait' if len(unseen) > 1 else 'waits'}: none of the steps so far has shown a gradient there"
 
@@ -114,12 +114,12 @@ def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin:
         grown=grown,
         gain=gain,
         grown_worth={
-            name: [float(each) for each in values] for name, values in plan.grow_worth.items() if name in grown
+            name: [float(value) for value in values] for name, values in plan.grow_worth.items() if name in grown
         },
     )
 
 
 def highest_rate(optimizers: Iterable[Optimizer]) -> float | None:
     """The highest learning rate of all groups of parameters; None where no optimizer has one."""
-    rates = [float(group["lr"]) for each in optimizers for group in each.param_groups if "lr" in group]
+    rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
     return max(rates, default=None)

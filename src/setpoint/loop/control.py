@@ -1,0 +1,307 @@
+"""Control: what a loop does at every step - sense, decide, act, record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from torch import Tensor
+
+from setpoint.actuator.actuator import Actuator
+from setpoint.controller.plan import Controller, Observation, Plan, Transferring
+from setpoint.errors import LoopError, RankError
+from setpoint.groups.follow import Change, check_follows, follow
+from setpoint.groups.group import Group, widths_of
+from setpoint.host.guards import Unchanged
+from setpoint.host.host import Host
+from setpoint.ledger import Entry, Ledger
+from setpoint.loop.callbacks import LOG, Callbacks, log_decision
+from setpoint.loop.hooks import StepHooks, uninterrupted
+from setpoint.loop.losses import Losses
+from setpoint.loop.record import decisions, highest_rate, recorded, refusal, waiting
+from setpoint.loop.state import RunState
+from setpoint.messages import warn
+from setpoint.sensor.reading import Reading, Sensor, sensed_every
+from setpoint.spending.metrics import metrics
+from setpoint.spending.spending import Spending
+
+_FRESH_STEPS = 50  # that are sensed before a last decision is made again
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a loop is made of once the model has been looked at.
+
+    Args:
+        sensor: reads saliencies.
+        controller: decides.
+        actuator: carries plans out; its groups are at dense widths.
+        spending: what the run may spend and has spent.
+        header: head of the ledger.
+        facts: what must be the same in a run that goes on with this one's state.
+        revocable: makes of the actuator one that can take its first cut back; None where nothing is taken back.
+    """
+
+    sensor: Sensor[Any]
+    controller: Controller[Any]
+    actuator: Actuator
+    spending: Spending
+    header: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    revocable: Callable[[], Actuator] | None = None
+
+
+@final
+class Control:
+    """The control of one run, which changes at every step. `Loop` is what the user has of it.
+
+    A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none.
+
+    Args:
+        host: holds model and optimizers.
+        parts: what was chosen for the run.
+        losses: that the user reports.
+        callbacks: called after each step.
+        hooks: on the optimizers.
+    """
+
+    def __init__(self, host: Host, parts: Parts, losses: Losses, callbacks: Callbacks, hooks: StepHooks) -> None:
+        self.host, self.losses, self.callbacks = host, losses, callbacks
+        self.sensor, self.controller, self.actuator = parts.sensor, parts.controller, parts.actuator
+        self.spending, self.facts, self.revocable = parts.spending, parts.facts, parts.revocable
+        self.dense, self.ledger, self.state = parts.actuator.groups, Ledger(parts.header), RunState()
+        widths = widths_of(self.dense) if self.actuator.by_unit else {}
+        self.controller_state = self.controller.init(self.dense)
+        check_follows(self.controller_state, widths)
+        self.sensor_state = self.sensor.init(self.dense, host.model)  # after what may fail, since it may leave hooks
+        check_follows(self.sensor_state, widths)
+        # attach saw an unsharded model.
+        self.spending.account.sensing_flops = self.sensor.flops(self.dense, host.model)
+        self._unchanged = Unchanged(host.model, host.copies, self.dense)
+        self._hooks, self._checked_host, self.finished = hooks, False, False
+        host.begin(steps=lambda: self.step, missed=self._missed_step, groups=self.dense)
+        self.spending.account.begin()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that may be pruned, at their present widths."""
+        return self.actuator.groups
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Active units by group."""
+        return widths_of(self.groups)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the run by name."""
+        return metrics(self.spending, self.step, self.state.plan, self.widths, len(self.ledger))
+
+    def before_step(self, grad_scale: Tensor | None) -> None:
+        """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
+        with uninterrupted(), self._explained():
+            by_hooks = self.sensor.hooked(self.sensor_state)
+            brings_back = self.actuator.brings_back
+            self.host.before_step(first=not self._checked_host, regrows=brings_back, by_hooks=by_hooks)
+            self._checked_host = True
+            self.actuator.before_step(grad_scale)
+            self._sense(grad_scale)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, an exception that comes of a model changed by others says so."""
+        try:
+            yield
+        except (LoopError, RankError):
+            raise
+        except Exception as error:
+            try:
+                self._unchanged.check(self.groups)
+            except LoopError as explained:
+                raise explained from error
+            raise
+
+    def _sense(self, grad_scale: Tensor | None) -> None:
+        """Take in the step under way, if it is one of those that are read; after the last decision none is."""
+        if self.state.budget_met or self.step >= self.spending.planned_steps:
+            self.release()
+        elif not self._sensed():
+            self.sensor.forget(self.sensor_state)
+        else:
+            with self.spending.account.watch.sensing:
+                self.sensor_state = self.sensor.update(self.sensor_state, self.groups, self.host.model, grad_scale)
+            self.spending.account.sensed(self.spending.account.sensing_flops)
+
+    def _sensed(self) -> bool:
+        """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
+        return self.state.overdue or self.step % sensed_every(self.spending.planned_steps) == 0
+
+    def _due(self, step: int) -> bool:
+        return step == self.state.again or self.controller.due(step, self.spending.planned_steps)
+
+    def release(self) -> None:
+        """Take off the model what the sensor reads through; changes by others matter no more."""
+        self._hooks.unseen.stop()
+        self.sensor.release(self.sensor_state)
+
+    def _missed_step(self) -> None:
+        """This rank had no batch for a step that others have made."""
+        self.after_step(made=False)
+
+    def after_step(self, made: bool = True) -> None:
+        """The optimizers have moved the weights, unless this rank has missed the step."""
+        with uninterrupted(), self._explained():
+            made = made and self.host.complete()  # asked on every rank, or the others would wait for ever
+            self.state = now = replace(self.state, step=self.step + 1)
+            self.spending.stepped()
+            self.actuator.after_step()
+            step, total_steps = now.step, self.spending.planned_steps
+            if step == self.spending.run_steps + 1:
+                warn(
+                    f"the run was to have {self.spending.run_steps:,} steps, and this is step {step:,}: training goes "
+                    "on, but Setpoint makes no more decisions"
+                )
+            elif step <= total_steps and not now.budget_met:
+                due = self._due(step)
+                if (due or now.overdue) and made:
+                    self._decide(due)
+                waits = self.state.waits or due and not made
+                self.state = replace(self.state, waits=waits, overdue=self.state.overdue or waits)
+            elif step < total_steps:
+                self._reopen_if_over()
+            else:
+                self.spending.read_joules(self.widths)
+            self._begin_step()
+        decided = len(self.ledger) > 0 and self.ledger[-1].step == self.step
+        if decided and self.host.ranks.own == 0 and LOG.isEnabledFor(logging.INFO):
+            log_decision(self.ledger[-1], self.metrics())
+        self.callbacks.notify(self.ledger[-1] if decided else None)
+
+    def _begin_step(self) -> None:
+        """The next step begins."""
+        step, total_steps = self.step, self.spending.planned_steps
+        due = self.state.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
+        open_still = step <= total_steps and not (self.state.budget_met or self.finished)
+        change, ordinary = self.actuator.prepare(step, due=due, open_still=open_still)
+        self._follow(change)
+        self.spending.prepare(ordinary and open_still)
+
+    def _follow(self, change: Change) -> None:
+        """All that remembers something by unit follows units that came for a probe, or went after it."""
+        if change.keep or change.regrown:
+            self.sensor_state = follow(self.sensor_state, change)
+            self.controller_state = follow(self.controller_state, change)
+            self.state = follow(self.state, change)
+            self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
+
+    def end_visit(self) -> None:
+        """Units that are there for a probe only leave the model."""
+        self._follow(self.actuator.before_decision())
+
+    def _decide(self, due: bool) -> None:
+        """Read, decide, act, and record; after a bad reading, try again at the next step."""
+        self.state = now = replace(self.state, overdue=True, waits=False)  # also if anything is raised from here on
+        self.end_visit()
+        before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
+        with self.spending.account.watch.deciding:
+            reading = self.host.mean(self._read, self.losses, now.step)
+            self.losses.complete(self.ledger)
+            self.spending.read_meters(before)
+            problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
+            if not problem:
+                observation, state, plan = self._plan(reading)
+        if not problem:
+            change = self._act(plan, state, reading)
+            entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
+            self.ledger.append(entry)
+            self.spending.decided(self.groups, plan.budget_met)
+            self.state = replace(self.state.decided(plan, reading, change), again=plan.again or now.again)
+        elif due:
+            self.ledger.append(self._entry(now.plan, before, problem))
+        if self.state.budget_met:
+            self.actuator.release()
+        elif not problem and self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
+            self.go_on()
+
+    def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
+        """What the controller sees, its next state, and its plan, on which all ranks agree."""
+        with self.host.together(f"the plan after step {self.step}") as facts:
+            known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
+            observation = self.spending.observation(self.step, self.groups, reading, **known)
+            groups, note = waiting(self.groups, reading)
+            state, plan = self.controller.decide(self.controller_state, observation, self.spending.cost, groups)
+            facts["plan"] = decisions(plan)  # ranks whose plans differ raise here, before anything is cut
+        if note:
+            plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
+            warn(f"{note}, so that the other groups carry the cut")
+        self.spending.account.learned(plan.flops)
+        if plan.gave_way:
+            warn(f"{plan.gave_way}, and the reference pauses until the next decision")
+        return observation, state, plan
+
+    def _act(self, plan: Plan, state: Any, reading: Reading) -> Change:
+        """Carry a plan out; sensor and controller follow."""
+        change = Change()
+        watched = self.losses.watching and not self.spending.account.resizes
+        if plan.drops() and watched and self.revocable is not None:  # the loss may ask to take the cut back
+            self.actuator, self.revocable = self.revocable(), None
+        if not plan.empty():
+            smaller = Change(keep=plan.keep)  # followed first: whatever can fail comes before the model changes
+            sensed, state = follow(self.sensor_state, smaller), follow(state, smaller)
+            with self.spending.account.watch.resizing:
+                change = self.actuator.act(plan, reading)
+            # Returned units have no history: they follow once the model has them.
+            larger = replace(change, keep={})
+            self.sensor_state, state = follow(sensed, larger), follow(state, larger)
+            self.losses.changed(self.step, cut=plan.drops())
+            if self.actuator.by_unit:
+                self.spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))
+        self.controller_state = state
+        return change
+
+    def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
+        """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
+        entry = self.spending.entry(self.step, plan, self.groups, before, reason)
+        rate = highest_rate(self.host.optimizers)
+        return replace(entry, loss=self.losses.loss, val=self.losses.val, learning_rate=rate)
+
+    def _read(self) -> Reading:
+        """A reading whose skipped steps count from the last one; of a model that was changed there is none."""
+        self._unchanged.check(self.groups)
+        reading, before = self.sensor.read(self.sensor_state, self.groups, self.step), self.state.skipped
+        self.state = replace(self.state, skipped=reading.skipped_steps)
+        return replace(reading, skipped_steps=reading.skipped_steps - before)
+
+    # What changes a run's goal.
+
+    def go_on(self) -> None:
+        """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
+        spending = self.spending
+        if self.state.budget_met and spending.limit_run:
+            self._reopen()
+        spending.replan(self.step, self.widths)
+        cost = spending.cost
+        if spending.budgets and isinstance(self.controller, Transferring):
+            present, limit = cost.total(self.widths), spending.limits.held[cost.resource]
+            self.controller_state = self.controller.transferred(
+                self.controller_state, step=self.step, total_steps=spending.planned_steps, present=present, limit=limit
+            )
+
+    def _reopen_if_over(self) -> None:
+        """Where a decision would be due: decide again if meters say that the run will be over its budget."""
+        if self.controller.due(self.step, self.spending.planned_steps) and self.spending.over(self.step, self.widths):
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """Take the last decision back, and decide again once some fresh steps have been sensed."""
+        plan = self.state.plan
+        if plan is not None:
+            again = self.step + max(1, min(_FRESH_STEPS, (self.spending.run_steps - self.step) // 10))
+            self.state = replace(self.state, budget_met=False, plan=replace(plan, budget_met=False), again=again)

@@ -1,0 +1,86 @@
+"""Resume: all that a run remembers, as plain data, and how a freshly attached loop takes it over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from setpoint.actuator.actuator import Actuator
+from setpoint.actuator.optimizer_state import check_state
+from setpoint.checkpoint.plain import plain, restored
+from setpoint.errors import CheckpointError
+from setpoint.groups.group import widths_of
+from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
+from setpoint.loop.control import Control
+from setpoint.loop.state import FORMAT, Part, RunState, check_format, check_same_run
+
+
+def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Part]:
+    """What remembers something by itself."""
+    return {"actuator": actuator, "losses": control.losses, "ledger": control.ledger, "spending": control.spending}
+
+
+def _facts(control: Control) -> dict[str, Any]:
+    """What must be the same in two runs of which one goes on with the other."""
+    return {**control.facts, **control.spending.facts()}
+
+
+def state_of(control: Control) -> dict[str, Any]:
+    """All that a run remembers, in plain tensors, numbers and strings."""
+    return {
+        "format": FORMAT,
+        "run": _facts(control),
+        "now": control.state.state_dict(),
+        "sensor": plain(control.sensor_state, "the sensor's state"),
+        "controller": plain(control.controller_state, "the controller's state"),
+        **{name: part.state_dict() for name, part in _saved_parts(control, control.actuator).items()},
+        "rng_state": {"rank": control.host.ranks.own, **rng_state()},
+    }
+
+
+def load_state(control: Control, state: Mapping[str, Any]) -> None:
+    """Take over the state of another run; the control changes only once all of it was checked."""
+    try:
+        actuator, now, controller_state = _checked(control, state)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"this is not a state that loop.state_dict() returned, or a damaged one: {error!r}"
+        ) from error
+    control.actuator, control.state, control.controller_state = actuator, now, controller_state
+    for name, part in _saved_parts(control, actuator).items():
+        part.load_state_dict(state[name])
+    # What points at the model is found again in the smaller one.
+    sensor, model = control.sensor, control.host.model
+    live = sensor.init(control.groups, model)
+    control.sensor_state = restored(state["sensor"], live, "the sensor's state", control.host.device)
+    control.spending.account.sensing_flops = sensor.flops(control.groups, model)
+    control.spending.prepare(False)
+    if not actuator.by_unit:  # units that visit are in the state
+        due = control.controller.due(control.step + 1, control.spending.planned_steps)
+        actuator.prepare(control.step, due=due, open_still=not now.budget_met)
+    rng = state["rng_state"]  # None where a framework keeps it itself
+    if rng and int(rng["rank"]) == control.host.ranks.own:  # ranks that all drew the same were no several draws
+        set_rng_state(rng)
+
+
+def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunState, Any]:
+    """What a state leads to; nothing is changed yet."""
+    check_format(state)
+    check_same_run(state["run"], _facts(control))
+    for optimizer in control.host.optimizers:
+        check_state(optimizer, control.host.model, control.dense)
+    actuator, device = control.actuator, control.host.device
+    if state["actuator"]["kind"] != actuator.kind and control.revocable is not None:
+        actuator = control.revocable()  # as the first cut of a run whose loss is watched makes it
+    parts = _saved_parts(control, actuator)
+    groups = actuator.check(state["actuator"])
+    for name in ("losses", "ledger", "spending"):
+        parts[name].check(state[name])
+    restored(state["sensor"], control.sensor.init(groups, control.host.model), "the sensor's state", device)
+    fresh = control.controller.init(groups)
+    controller_state = restored(state["controller"], fresh, "the controller's state", device)
+    if state["rng_state"] is not None:
+        check_rng_state(state["rng_state"])
+    return actuator, RunState.of(state["now"], widths_of(groups)), controller_state
