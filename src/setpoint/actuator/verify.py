@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,65 +27,54 @@ from setpoint.groups.model_copy import copy_of
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.progress import progress
 
-Found = TypeVar("Found")
-
 _FEW = 4  # samples that a verification looks at
 _LARGE = 10_000_000  # parameters
 _PIECE = 1 << 18  # entries that are compared at a time
 
 
-def verify(model: nn.Module, example: Example, groups: tuple[Group, ...], keep: Keep | None = None) -> None:
-    """Check on copies of the model that a cut computes what its masked twin computes.
+def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[tuple[str, ...], float]:
+    """Names of the groups that fail on a few rows of the example, and the share of the example that was used.
 
-    Both twins have the same randomised weights (so that zero-initialised layers do not hide a mistake)
-    and are in float64 where the model allows it. One is shrunk, the other has the dropped entries
-    masked; outputs, the kept entries' gradients and the updated buffers must agree. A float input that
-    is constant is replaced by noise. Dropout is off; a model that still draws random numbers is
-    compared in eval mode. Of a group that is not lossless only the shapes are checked, since zero is not
-    absent there. Forward hooks run on the copies as they do in the model. Model, gradients, buffers and
-    RNG state are preserved. Needs memory for about three copies of the model.
-
-    Args:
-        example: a tuple of positional or a mapping of keyword inputs.
-        keep: the cut to check; by default random subsets of unequal widths, of at least 2 where possible.
-
-    Raises:
-        VerificationError: naming the first group whose cut fails.
-        ExampleError: when the model itself does not run on the example.
-        GroupError: when `keep` does not fit the groups.
+    All rows are used where the model does not run on few.
     """
-    trial = Trial.of(model, example, groups, keep)
-    failed = next(trial.failing(), None)
-    if failed is not None:
-        name, why = failed
-        raise VerificationError(
-            f"dropping units of group {name!r} on a copy of the model did not behave like masking them: {why}. "
-            "Nothing was changed: leave this group out of `groups`"
-        )
+    few, share = few_rows(example)
+    with progress("trying every cut on copies"):
+        try:
+            return failing_groups(model, few, groups), share
+        except ExampleError:
+            if share == 1.0:
+                raise
+            return failing_groups(model, example, groups), 1.0
 
 
 def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[str, ...]:
     """Names of the groups whose cut does not behave like its masked twin; found by bisection.
 
-    After each find the remaining groups are tried again, until they pass. A large model is tried in float32 first. This
-    takes half of the memory and time of float64. If all agree to 1e-4, nothing else is tried; otherwise float64
-    decides. In float32 PyTorch's batch norms normalise by their running statistics. Float64 decides where gradients
-    come out too small to be compared then. A model is tried in float64 at once if it has instance norms, SyncBatchNorm,
-    a subclass of a batch norm, or a batch norm without running statistics.
+    Two copies of the model have the same randomised weights, so that zero-initialised layers do not hide a mistake.
+    One is shrunk, the other has the dropped entries masked; outputs, the kept entries' gradients and the updated
+    buffers must agree. Of a group that is not lossless only the shapes are checked, since zero is not absent there. A
+    float input that is constant is replaced by noise. Dropout is off; a model that still draws random numbers is
+    compared in eval mode. Forward hooks run on the copies as they do in the model, which is preserved with its RNG
+    state. Needs memory for about three copies of the model.
+
+    A large model is tried in float32 first, which takes half of the memory and time of float64. If all agree to 1e-4,
+    nothing else is tried; otherwise float64 decides. In float32 PyTorch's batch norms normalise by their running
+    statistics; float64 decides where gradients come out too small to be compared then, and where a model has other
+    norms over the batch.
 
     Raises:
         ExampleError: when the model itself does not run on the example.
     """
-    if sum(each.numel() for each in model.parameters()) > _LARGE and _has_plain_norms(model):
-        quick = Trial.of(model, example, groups, None, torch.float32)
-        faint = any(type(each) in _BATCH_NORMS for each in model.modules()) and quick.faint
+    if sum(parameter.numel() for parameter in model.parameters()) > _LARGE and _has_plain_norms(model):
+        quick = CutCheck.of(model, example, groups, None, torch.float32)
+        faint = any(type(module) in _BATCH_NORMS for module in model.modules()) and quick.faint
         if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
-    return tuple(name for name, _ in Trial.of(model, example, groups, None).failing())
+    return tuple(name for name, _ in CutCheck.of(model, example, groups, None).failing())
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class CutCheck:
     """The randomised copy on which cuts are tried, and the cut to try."""
 
     make: Callable[[], nn.Module]
@@ -104,33 +93,33 @@ class Trial:
         groups: tuple[Group, ...],
         keep: Keep | None,
         dtype: torch.dtype = torch.float64,
-    ) -> Trial:
+    ) -> CutCheck:
         """A copy in this dtype, or a wider one of its own, if the model runs in it; else in its own dtypes."""
         widened = partial(_widened, dtype=dtype)
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
         args, kwargs = mapped(_lively, inputs_of(without_cache(model, example)))
         copied = randomised_copy if dtype == torch.float64 else _copy_on_running_statistics
-        trial = cls(lambda: copied(model, groups), args, kwargs, groups, keep)
+        plain = cls(lambda: copied(model, groups), args, kwargs, groups, keep)
         wide = replace(
-            trial,
-            make=lambda: trial.make()._apply(widened),  # type: ignore[no-untyped-call]
-            args=mapped(widened, trial.args),
-            kwargs=mapped(widened, dict(trial.kwargs)),
+            plain,
+            make=lambda: plain.make()._apply(widened),  # type: ignore[no-untyped-call]
+            args=mapped(widened, plain.args),
+            kwargs=mapped(widened, dict(plain.kwargs)),
         )
-        for each in (wide, trial):
-            masked, names = each._masked()
+        for check in (wide, plain):
+            masked, names = check._masked()
             before = {name: buffer.clone() for name, buffer in masked.named_buffers()}
             with _Narrowest() as narrowest:
                 try:
-                    outcome = each.run(masked)
+                    outcome = check.run(masked)
                 except Exception as error:  # anything may go wrong in a foreign forward
                     failure = error
                     continue
-            found = replace(each, tolerance=_TOLERANCE[narrowest.bits])
+            found = replace(check, tolerance=_TOLERANCE[narrowest.bits])
             # Drawing random numbers is harmless unless another seed changes the result.
             if outcome.drew and outcome.difference(found.run(_twin(masked), seed=1), found.tolerance):
                 # It still draws random numbers that change the result: compare where it does not.
-                return replace(found, make=partial(_in_eval, each.make))
+                return replace(found, make=partial(_in_eval, check.make))
             with torch.no_grad():
                 for name, buffer in masked.named_buffers():
                     buffer.copy_(before[name])
@@ -309,23 +298,6 @@ def _largest(tensors: Iterable[Tensor]) -> float:
             least, most = tensor.aminmax()
             found.append(torch.maximum(-least, most))
     return torch.stack(found).max().item()
-
-
-def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[tuple[str, ...], float]:
-    """Names of the groups that fail on a few rows of the example, and the share of the example that was used."""
-    with progress("trying every cut on copies"):
-        return on_few_rows(lambda rows: failing_groups(model, rows, groups), example)
-
-
-def on_few_rows(find: Callable[[Example], Found], example: Example) -> tuple[Found, float]:
-    """What is found on a few rows of the example, or on all where the model does not run on few; and their share."""
-    few, share = few_rows(example)
-    try:
-        return find(few), share
-    except ExampleError:
-        if share == 1.0:
-            raise
-        return find(example), 1.0
 
 
 def few_rows(example: Example) -> tuple[Example, float]:
