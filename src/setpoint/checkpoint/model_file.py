@@ -227,9 +227,8 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
             # Before the rename: after a power cut the name must not point at contents that never reached the disk.
             os.fsync(file.fileno())
         os.replace(partial, path)
-        with suppress(
-            OSError
-        ):  # makes the new name survive a power cut; Windows, which cannot open folders, does it too
+        # The folder, too, so that the new name survives a power cut; Windows cannot open folders, and need not.
+        with suppress(OSError):
             handle = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(handle)
