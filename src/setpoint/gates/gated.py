@@ -165,6 +165,7 @@ class GatedController:
             return replace(state, priced=priced), replace(plan, reason=note)
         units = _units(state.priced, observation, cost, groups, price)
         net = state.net.trained(units.features, units.slope, units.curvature, steps, self.learning_rate)
+        # Odds of one, a gate of one half, stand for a saliency that just pays for the unit.
         logits = net.logits(units.features)
         odds = np.exp(logits.double().numpy())
         by_group = np.split(units.earns * odds, np.cumsum([group.num_units for group in groups]))[:-1]

@@ -41,13 +41,13 @@ class GateNet:
             matrix = torch.randn(hidden, fan_in, generator=generator, dtype=torch.float32, device="cpu")
             weights += [matrix / fan_in**0.5, torch.zeros(hidden, dtype=torch.float32, device="cpu")]
         weights += [torch.zeros(size, dtype=torch.float32, device="cpu") for size in ((1, hidden), (1,))]
-        zeros = tuple(torch.zeros_like(each) for each in weights)
+        zeros = tuple(torch.zeros_like(weight) for weight in weights)
         return cls(tuple(weights), zeros, zeros)
 
     @property
     def num_weights(self) -> int:
         """How many numbers are learned."""
-        return sum(each.numel() for each in self.weights)
+        return sum(weight.numel() for weight in self.weights)
 
     def logits(self, features: Float[Tensor, "units features"]) -> Float[Tensor, " units"]:
         """Logit of each unit's gate, within +-30, in float32 whatever mode the user's training is in."""
@@ -77,7 +77,7 @@ class GateNet:
         net = self
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             for _ in range(steps):
-                weights = tuple(each.detach().requires_grad_() for each in net.weights)
+                weights = tuple(weight.detach().requires_grad_() for weight in net.weights)
                 gates = torch.sigmoid(_logits(weights, features))
                 towards = (slope - curvature * (1.0 - gates.detach()) + 1.0) / (1.0 + curvature) / len(gates)
                 gradients = torch.autograd.grad(gates, weights, grad_outputs=towards)

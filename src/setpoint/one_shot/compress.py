@@ -175,27 +175,29 @@ def compress(
     check_not_attached(model)
     optimizers = () if optimizer is None else real_optimizers(optimizer)
     check_trains(optimizers, model)
-    for each in optimizers:
-        check_optimizer(each)
+    for one in optimizers:
+        check_optimizer(one)
     goal = one_budget(budget)
     for name, tensor in model.named_parameters():
         # Not known of 8-bit floats; minus infinity may be a mask.
         if tensor.is_floating_point() and tensor.itemsize > 1 and bool((tensor.isnan() | tensor.isposinf()).any()):
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
+    # Read before anything is found out about the model: a loader may draw random numbers, which are the user's.
     batches = first_batches(data, num_samples, model)
     with preserved_rng_state(model):
         traced = trace(model, batches[0])
         active, frozen = _candidates(model, traced, batches[0], groups, verify=verify)
         costs: dict[str, Cost] = {"flops": flops_cost(restricted(traced, active)), "params": params_cost(model, active)}
         widths, cost = widths_of(active), costs[goal.resource]
-        before = {name: each.total(widths) for name, each in costs.items()}
+        before = {name: known.total(widths) for name, known in costs.items()}
         original = original_costs(model, batches[0], (goal,), costs, widths)
         limit = goal.absolute(original.get(goal.resource, before[goal.resource]))
         check_reachable(goal, original.get(goal.resource, before[goal.resource]), cheapest(cost, active))
         with _unchanged_on_error(model):
+            # Scores before any weight changes: all of them are of the model that was given.
             keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
             fitted: tuple[Reader, ...] = ()
-            if not all(each.all() for each in keep.values()):
+            if not all(kept.all() for kept in keep.values()):
                 renews = _renews(model, batches)
                 fitted = refit(model, find_readers(model, active, keep), batches, "batch" if renews else "running")
                 # Masked before the norms' statistics are renewed: these are of the cut model then.
@@ -205,7 +207,7 @@ def compress(
                     _warn_of_single_samples(model, batches)
             cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)
-    after = {name: each.total(widths_of(cut)) for name, each in costs.items()}
+    after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
     refitted = tuple(name for reader in fitted for name in reader.layers)
     seen = sum(map(samples_in, batches))
     return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
@@ -230,7 +232,7 @@ def _candidates(
     model: nn.Module, traced: Trace, example: Example, groups: Sequence[Group] | None, *, verify: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups that may be cut, and why others are not pruned."""
-    frozen = {each.place: each.reason for each in traced.frozen}
+    frozen = {fixed.place: fixed.reason for fixed in traced.frozen}
     widths = widths_of(traced.groups)
     found: list[Group] = []
     layers = layers_by_weight(model)
@@ -270,7 +272,7 @@ def _renews(model: nn.Module, batches: Sequence[Example]) -> bool:
 
 
 def _warn_of_single_samples(model: nn.Module, batches: Sequence[Example]) -> None:
-    if batch_norms_of(model) and all(samples_in(each) == 1 for each in batches):
+    if batch_norms_of(model) and all(samples_in(batch) == 1 for batch in batches):
         warn("every batch has one sample, and BatchNorms got the statistics of single samples: give batches of several")
 
 
@@ -291,6 +293,7 @@ def _choose(
             trade(selection, limit, 0.01)
         if selection.total <= limit:
             found.append(selection)
+            # A high floor that leaves much of the budget unused costs more than one narrow group.
             if selection.total >= _USED_UP * limit:
                 break
     if not found:
@@ -307,8 +310,8 @@ def _choose(
 def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Inside, whatever is raised leaves tensors and gradients as they were; no shape may have changed by then."""
     held = list(named_tensors(model).values())
-    held += [each.grad for each in model.parameters() if each.grad is not None]
-    before = [each.detach().clone() for each in held]
+    held += [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
+    before = [tensor.detach().clone() for tensor in held]
     try:
         yield
     except BaseException:

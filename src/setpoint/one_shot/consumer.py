@@ -55,6 +55,7 @@ class Padding:
         self._handles = []
         for module in model.modules():
             names = _mask_arguments(getattr(type(module), "forward", None))
+            # Scripted modules take no hooks with keywords.
             if (names or module is model) and not isinstance(module, torch.jit.ScriptModule):
                 hook = self._hook(names, begins=module is model)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -203,6 +204,7 @@ def find_consumers(group: Group, model: nn.Module, layers: Layers | None = None)
 def _consumers(place: Slice, group: Group, layers: Layers, weight: nn.Parameter | None) -> Iterator[Consumer]:
     """The layers that a parameter is the weight of: several where it is tied, none where there is no parameter."""
     counts = np.bincount(place.index[place.index >= 0], minlength=group.num_units)
+    # Units with unlike numbers of channels would need matrices of unlike sizes in one elimination.
     uneven = not len(counts) or counts.min() < 1 or bool((counts != counts[0]).any())
     if weight is None or group.kind != "unit" or uneven:
         return
@@ -273,7 +275,7 @@ def input_rows(
         at = (place * layer.stride[dim] - starts[dim][0])[:, None] + offsets[:, dim] * layer.dilation[dim]
         inside &= (at >= 0) & (at < images.shape[2 + dim])
         index.append(at.clip(0, images.shape[2 + dim] - 1))
-    pixels: list[Any] = [torch.from_numpy(each).to(x.device) for each in index]
+    pixels: list[Any] = [torch.from_numpy(along).to(x.device) for along in index]
     patches = images[(pixels[0], slice(None), *pixels[1:])]
     return torch.where(torch.from_numpy(inside).to(x.device)[..., None], patches, 0).transpose(1, 2)
 

@@ -33,7 +33,7 @@ _FAR = 0.25
 
 def batch_norms_of(model: nn.Module) -> list[Any]:
     """All BatchNorms of a model, of any number of dims."""
-    return [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _settled(norm: Any) -> bool:
@@ -58,8 +58,8 @@ def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
         new = [values.new_tensor(values.shape[1]), values.sum(1), values.square().sum(1)]
         sums[norm] = [a + b for a, b in zip(sums[norm], new, strict=True)] if norm in sums else new
 
-    norms = [each for each in batch_norms_of(model) if each.running_var is not None and _settled(each)]
-    handles = [each.register_forward_pre_hook(look, with_kwargs=True) for each in norms]
+    norms = [norm for norm in batch_norms_of(model) if norm.running_var is not None and _settled(norm)]
+    handles = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
     try:
         if norms:
             run(model, batches, "running")
@@ -87,23 +87,24 @@ class EnoughSeen(Exception):  # noqa: N818 - no error: it ends a forward of whic
 def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
     """Inside, the model is in eval mode, its norms as said; its modes are restored at the end."""
     batch_norms = batch_norms_of(model)
-    before = [(each.momentum, each.num_batches_tracked) for each in batch_norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in batch_norms]
     handles: list[Any] = []
     try:
         with in_eval_mode(model):
-            for each in batch_norms if norms != "running" else ():
-                each.train()
-                each.momentum = 0.0  # it keeps what it has
+            for norm in batch_norms if norms != "running" else ():
+                # In train mode with momentum 0 a norm divides by the batch's statistics and keeps its own.
+                norm.train()
+                norm.momentum = 0.0
                 if norms == "renewed":
-                    handles.append(each.register_forward_pre_hook(_weighing(), with_kwargs=True))
-                elif each.num_batches_tracked is not None:
-                    each.num_batches_tracked = each.num_batches_tracked.clone()  # counted in train mode all the same
+                    handles.append(norm.register_forward_pre_hook(_weighing(), with_kwargs=True))
+                elif norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked = norm.num_batches_tracked.clone()  # counted in train mode all the same
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for each, (momentum, counted) in zip(batch_norms, before, strict=True):
-            each.momentum, each.num_batches_tracked = momentum, counted
+        for norm, (momentum, counted) in zip(batch_norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counted
 
 
 def _weighing() -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
@@ -198,7 +199,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
             break
     if not found:
         raise ExampleError("data has no batch with a row: give at least one, as the model is given them in training")
-    several = [each for each in found if num_samples(each) > 1] if normalised else []
+    several = [batch for batch in found if num_samples(batch) > 1] if normalised else []
     return tuple(several or found)
 
 
@@ -222,6 +223,7 @@ def _form_of(model: nn.Module, batch: Any) -> Callable[[Any], Example]:
     """
     errors: list[Exception] = []
     several = isinstance(batch, (tuple, list)) and len(batch) > 2
+    # The form is found once, on the first batch: trying it on each would cost a forward of each.
     # Where two inputs and a label come, a forward of one input and options would run with the first input alone.
     forms = (*([_all_but_the_last] if several else []), inputs_in, _with_labels, _inner)
     for form in forms:
@@ -251,7 +253,7 @@ def _check_batches(data: object) -> None:
             f"data is {a_type(data)}, whose parts are single samples: give batches, such as a DataLoader, or [x] for "
             "one batch x"
         )
-    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(each, Tensor) for each in data):
+    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(part, Tensor) for part in data):
         raise ExampleError(
             "data is a tuple of tensors, which may be one batch or several: write [(x, y)] for one batch of inputs and "
             "labels, or [x1, x2] for two batches"

@@ -57,12 +57,13 @@ def find_readers(model: nn.Module, groups: tuple[Group, ...], keep: Keep) -> tup
     stays: dict[int, np.ndarray] = {}
     known = layers_by_weight(model)
     for group in groups:
-        for each in find_consumers(group, model, known) if not keep[group.name].all() else ():
-            layer: Any = model.get_submodule(each.layer)
+        for consumer in find_consumers(group, model, known) if not keep[group.name].all() else ():
+            layer: Any = model.get_submodule(consumer.layer)
             weight = layer.weight
-            layers.setdefault(id(weight), set()).add(each.layer)
+            layers.setdefault(id(weight), set()).add(consumer.layer)
             channels = stays.setdefault(id(weight), np.ones(by_column(layer, weight).shape[0], dtype=bool))
-            channels[each.channels[~keep[group.name]].ravel()] = False
+            channels[consumer.channels[~keep[group.name]].ravel()] = False
+    # A weight that is held once more than it reads, as a tied embedding is, would be refitted for its other use, too.
     holders = [id(weight) for module in model.modules() for weight in module.parameters(recurse=False)]
     return tuple(
         Reader(tuple(sorted(layers[weight])), stays[weight])
@@ -106,6 +107,7 @@ def refit(
         ExampleError: where a layer is given NaN or infinity.
     """
     thin: dict[str, tuple[float, str]] = {}
+    # In the order of the forward, so that each fit sees what the fits before it have left.
     readers = _in_order(model, readers, batches)
     for reader in readers:
         layer, weight = _weight_of(model, reader)
@@ -152,7 +154,7 @@ def refit(
 def _blocks(channels: int, offsets: int) -> list[slice]:
     """The channels in as few even blocks as hold at most `MOST_COLUMNS` columns each."""
     number = min(channels, math.ceil(channels * offsets / MOST_COLUMNS)) or 1
-    bounds = [channels * each // number for each in range(number + 1)]
+    bounds = [channels * block // number for block in range(number + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 

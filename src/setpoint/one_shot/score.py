@@ -102,6 +102,7 @@ def _rows_given(
     A consumer that the data do not come to is left out.
     """
     rows_of_batch = -(-_ROWS // len(batches))
+    # A layer that is called several times in a batch keeps its last rows only.
     noted: list[deque[Tensor]] = [deque(maxlen=len(batches)) for _ in consumers]
     # Weak references, so that no output stays in memory for being looked at.
     made: dict[str, weakref.ref[Tensor]] = {}
@@ -183,10 +184,10 @@ def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
     array([0.2, 0. , 0.8])
     """
     num_units = len(maps[0][0])
-    by_map = [_blocks(each) for each in maps]
-    # Of a map in blocks, the energy is that of all of them.
+    by_map = [_blocks(one) for one in maps]
+    # Of a map in blocks, the energy is that of all of them: shares of blocks must be comparable.
     energies = [sum(part.energy for _, part in blocks) for blocks in by_map for _ in blocks]
-    parts = [each for blocks in by_map for each in blocks]
+    parts = [part for blocks in by_map for part in blocks]
     saliency, last = np.full(num_units, np.nan), 0.0
     if not np.isfinite(energies).all():
         return saliency
@@ -244,7 +245,7 @@ class Elimination:
     def _hold(self, inverse: np.ndarray, products: np.ndarray) -> None:
         """Begin anew with P and M, nothing put off."""
         self._inverse, self._products = inverse, products
-        self._own = [self._diagonal(each) for each in (inverse, products)]
+        self._own = [self._diagonal(matrix) for matrix in (inverse, products)]
         self._left = np.ones(len(self._units), dtype=bool)
         self._panel = [np.zeros((len(inverse), max(_PANEL, self._m))) for _ in range(3)]
         self._used = 0
@@ -256,7 +257,7 @@ class Elimination:
         own, new = slice(slot * m, (slot + 1) * m), slice(self._used, self._used + m)
         # The matrices are as they were when the panel was begun; what was removed since is in the panel:
         # P - gains columns^T and M - gains changes^T - changes gains^T.
-        gains, columns, changes = (each[:, : self._used] for each in self._panel)
+        gains, columns, changes = (panel[:, : self._used] for panel in self._panel)
         column = self._inverse[:, own] - gains @ columns[own].T
         products = self._products[:, own] - gains @ changes[own].T - changes @ gains[own].T
         gain = np.linalg.solve(column[own].T, column.T).T
@@ -264,7 +265,7 @@ class Elimination:
         for kept, values in zip(self._panel, (gain, column, change), strict=True):
             kept[:, new] = values
         self._used += m
-        own_gain, own_column, own_change = (each.reshape(-1, m, m) for each in (gain, column, change))
+        own_gain, own_column, own_change = (values.reshape(-1, m, m) for values in (gain, column, change))
         self._own[0] -= own_gain @ own_column.swapaxes(1, 2)
         self._own[1] -= own_gain @ own_change.swapaxes(1, 2) + own_change @ own_gain.swapaxes(1, 2)
         self._own[0][slot] = np.eye(m)  # what is left there is rounding, and may be singular
@@ -282,7 +283,7 @@ class Elimination:
 
     def _catch_up(self) -> None:
         """Make up for what was put off, and leave out what is gone."""
-        gains, columns, changes = (each[:, : self._used] for each in self._panel)
+        gains, columns, changes = (panel[:, : self._used] for panel in self._panel)
         kept = np.flatnonzero(np.repeat(self._left, self._m))
         both = gains[kept] @ changes[kept].T
         inverse = self._inverse[np.ix_(kept, kept)] - gains[kept] @ columns[kept].T

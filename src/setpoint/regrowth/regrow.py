@@ -77,7 +77,7 @@ def regrow(
     # All communication comes before the first check that may fail on one rank only.
     reserve = reserve.gathered(names)
     modules = [(model, "model", as_sequence(optimizer))]
-    modules += [(each, f"copy {number}", ()) for number, each in enumerate(unwrapped(sorted(names), model, copies))]
+    modules += [(copied, f"copy {number}", ()) for number, copied in enumerate(unwrapped(sorted(names), model, copies))]
     sizes = new_sizes(model, reserve, active, grow)
     jobs = []
     for module, holder, optimizers in modules:
@@ -193,14 +193,16 @@ def _changes(
 
     for name in sorted(names):
         tensor, states = tensors[name], []
-        for number, each in enumerate(optimizers):
+        for number, optimizer in enumerate(optimizers):
 
             def one(value: Tensor, part: str, number: int = number, name: str = name) -> Tensor:
                 like = value.shape == tensors[name].shape
                 return grown(Key(f"optimizer {number}", name, part), value) if like else value
 
-            if isinstance(tensor, nn.Parameter) and tensor in each.state:
-                states.append((each, {part: map_tensors(v, one, part) for part, v in each.state[tensor].items()}))
+            if isinstance(tensor, nn.Parameter) and tensor in optimizer.state:
+                states.append(
+                    (optimizer, {part: map_tensors(v, one, part) for part, v in optimizer.state[tensor].items()})
+                )
         yield Change(name, tensor, grown(Key(holder, name), tensor), tuple(states))
 
 

@@ -268,6 +268,7 @@ class Regrowth:
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Drop what is to go, then bring back what is to come back; each is undone if other ranks could not."""
+        # One resize for both: ranks gather and re-wrap once, and undo both if another rank failed.
         with self._host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
             change, cutting = Change(), self._cutting
             if plan.drops():
@@ -321,7 +322,7 @@ class Regrowth:
         gone = {name: ~active & latest[name] for name, active in reserve.active.items()}
         if any((gone[name] & ~resting).any() for name, resting in reserve.resting.items()):
             return {}
-        units = {name: np.flatnonzero(each) for name, each in gone.items()}
+        units = {name: np.flatnonzero(dropped) for name, dropped in gone.items()}
         return {name: origins for name, origins in units.items() if len(origins)}
 
     def _layers_to_turn(self, plan: Plan, turned: Iterable[str]) -> Snapshots:
@@ -443,8 +444,8 @@ def _gains(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _un
 
 def _snapshots(state: Mapping[str, Sequence[Sequence[Any]]]) -> Snapshots:
     return {
-        str(name): {Key(str(holder), str(tensor), str(part)): value.clone() for holder, tensor, part, value in each}
-        for name, each in state.items()
+        str(name): {Key(str(holder), str(tensor), str(part)): value.clone() for holder, tensor, part, value in tensors}
+        for name, tensors in state.items()
     }
 
 

@@ -40,7 +40,7 @@ def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor,
 def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
     inside = torch.ones(tuple(shape), dtype=torch.bool)
     for dim, kept in box.items():
-        inside &= torch.from_numpy(kept).view([-1 if each == dim else 1 for each in range(len(shape))])
+        inside &= torch.from_numpy(kept).view([-1 if other == dim else 1 for other in range(len(shape))])
     return inside
 
 
@@ -52,14 +52,9 @@ def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " 
     >>> tensor.tolist()
     [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
     """
-    with torch.no_grad():
-        tensor[corner(tensor, box)] = values
-
-
-def corner(tensor: Tensor, box: Box) -> tuple[Tensor, ...]:
-    """The index of a box's entries in a tensor."""
     positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
-    return tuple(torch.from_numpy(each).to(tensor.device) for each in np.ix_(*positions))
+    with torch.no_grad():
+        tensor[tuple(torch.from_numpy(along).to(tensor.device) for along in np.ix_(*positions))] = values
 
 
 class Key(NamedTuple):
@@ -157,8 +152,8 @@ class Reserve:
         full = check_keep(self.present(), keep)
         dropped = {name: np.flatnonzero(self.active[name])[~kept] for name, kept in full.items()}
         active, resting, dropped_at, drops = (
-            {name: values.copy() for name, values in each.items()}
-            for each in (self.active, self.resting, self.dropped_at, self.drops)
+            {name: values.copy() for name, values in by_group.items()}
+            for by_group in (self.active, self.resting, self.dropped_at, self.drops)
         )
         for name, origins in dropped.items():
             active[name][origins] = False
@@ -174,7 +169,7 @@ class Reserve:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the groups and the limit, in tensors, numbers and strings; each rank has its own part."""
         by_group = {
-            name: {key: torch.from_numpy(each[name].copy()) for key, each in self._by_group().items()}
+            name: {key: torch.from_numpy(by_unit[name].copy()) for key, by_unit in self._by_group().items()}
             for name in self.active
         }
         tensors = []
@@ -193,12 +188,12 @@ class Reserve:
                 if new is None or (new.shape, new.dtype) != (array.shape, array.dtype):
                     raise GroupError(f"the reserve's {part} of group {name!r} is not one {array.dtype} per unit")
         tensors = {}
-        for each in state["tensors"]:
-            key, count, values = Key(*each["key"]), int(each["count"]), each["values"].cpu()
+        for saved in state["tensors"]:
+            key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()
             mine = self.ranks.part(count) if self.shares(key.tensor) else slice(0, count)
             if len(values) != mine.stop - mine.start:
                 raise GroupError("the reserve is of another rank, or of a run on another number of ranks")
-            form = torch.empty_strided(each["shape"], each["stride"], dtype=values.dtype, device="meta")
+            form = torch.empty_strided(saved["shape"], saved["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
         after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]
         known, live = after.outlines(), after.boxes(after.active)
@@ -225,10 +220,6 @@ class Reserve:
         for (name, dim), kept in plan_cut(self.groups, units).entries.items():
             found.setdefault(name, {})[dim] = kept
         return found
-
-    def counts(self, units: Keep) -> dict[SizePlace, int]:
-        """The count at every place in Python code with these units present."""
-        return {at: int(kept.sum()) for at, kept in plan_cut(self.groups, units).sizes.items()}
 
     def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
         """This reserve with the entries that belong to its resting units, in the tensors whose resting entries change.
@@ -336,8 +327,8 @@ def held(
     tensors = named_tensors(model)
     for name in sorted(names):
         yield Key("model", name), tensors[name]
-        for number, each in enumerate(as_sequence(optimizer)):
-            for part, value in moments_of(each, tensors[name]):
+        for number, one in enumerate(as_sequence(optimizer)):
+            for part, value in moments_of(one, tensors[name]):
                 yield Key(f"optimizer {number}", name, part), value
     for number, copied in enumerate(unwrapped(names, model, copies)):
         theirs = named_tensors(copied)

@@ -35,7 +35,7 @@ class Direction:
         gain = torch.zeros(num_visitors, dtype=torch.float64, device=local(weight.detach()).device)
         if weight.grad is None:
             return gain
-        entries, visitors, values = (each.to(gain.device) for each in (self.entries, self.visitors, self.values))
+        entries, visitors, values = (part.to(gain.device) for part in (self.entries, self.visitors, self.values))
         mine = rows(weight)
         if is_sharded_tensor(weight) and self.dim == 0:
             here = (entries >= mine.start) & (entries < mine.stop)

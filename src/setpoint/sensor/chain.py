@@ -105,17 +105,18 @@ class SensorChain(Sensor[ChainState]):
         """One reading of all groups."""
         readings = [link.sensor.read(link.state, link.of(groups), step) for link in state.links]
         parts: dict[str, Any] = {
-            part: {name: values for each in readings for name, values in getattr(each, part).items()}
+            part: {name: values for reading in readings for name, values in getattr(reading, part).items()}
             for part in ("saliency", "slope", "norm", "basis", "steps_seen")
         }
         return Reading(
             step,
             **parts,
-            num_samples=max((each.num_samples for each in readings), default=1),
-            calibrated=all(each.calibrated for each in readings) and len({each.in_loss for each in readings}) < 2,
-            in_loss=all(each.in_loss for each in readings),
-            num_steps=min((each.num_steps for each in readings), default=0),
-            skipped_steps=max((each.skipped_steps for each in readings), default=0),
+            num_samples=max((reading.num_samples for reading in readings), default=1),
+            calibrated=all(reading.calibrated for reading in readings)
+            and len({reading.in_loss for reading in readings}) < 2,
+            in_loss=all(reading.in_loss for reading in readings),
+            num_steps=min((reading.num_steps for reading in readings), default=0),
+            skipped_steps=max((reading.skipped_steps for reading in readings), default=0),
         )
 
     def forget(self, state: ChainState) -> None:

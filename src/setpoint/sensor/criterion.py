@@ -1,6 +1,6 @@
 """A criterion: what is measured of every unit in one optimizer step, and what its average says of the unit's worth.
 
-A new one is a function under `@criterion`, which `AveragingSensor` makes a sensor of; the conformance battery tests
+A new one is a function under `@criterion()`, which `AveragingSensor` makes a sensor of; the conformance battery tests
 every one that is registered.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 import torch
@@ -61,32 +60,20 @@ def the_mean(mean: Values, variance: Values, num_samples: int) -> Values:
     return saliency
 
 
+# Unless a criterion says otherwise it ranks the units of a group, and adds up shards by `Units.add_up`.
 UNCALIBRATED = Traits(calibrated=False, in_loss=False, shards=True)
 
 
-@overload
-def criterion(measure: Measure) -> Criterion: ...
-@overload
 def criterion(
     *,
     saliency: Callable[[Values, Values, int], Values] = the_mean,
     role: str = "consume",
     traits: Traits = UNCALIBRATED,
     is_slope: bool = False,
-) -> Callable[[Measure], Criterion]: ...
-
-
-def criterion(
-    measure: Measure | None = None,
-    *,
-    saliency: Callable[[Values, Values, int], Values] = the_mean,
-    role: str = "consume",
-    traits: Traits = UNCALIBRATED,
-    is_slope: bool = False,
-) -> Criterion | Callable[[Measure], Criterion]:
+) -> Callable[[Measure], Criterion]:
     """Register a function of `Units` as a criterion, under its own name; the arguments are those of `Criterion`.
 
-    >>> @criterion
+    >>> @criterion()
     ... def largest_pull(units: Units) -> Tensor:
     ...     return units.add_up(lambda weight, gradient: (weight * gradient).abs())
     >>> CRITERIA.pop("largest_pull") is largest_pull
@@ -98,7 +85,7 @@ def criterion(
         CRITERIA[made.name] = made
         return made
 
-    return register if measure is None else register(measure)
+    return register
 
 
 @criterion(role="produce")
@@ -107,7 +94,7 @@ def gradient_norm(units: Units) -> Tensor:
     return units.add_up(lambda _, gradient: gradient.square()).sqrt()
 
 
-@criterion
+@criterion()
 def fisher(units: Units) -> Tensor:
     """Squared gate gradient, `(sum of w dL/dw)^2` over the weights that read a unit (Liu et al., ICML 2021)."""
     return units.add_up(torch.mul).square()

@@ -67,7 +67,9 @@ class Tap:
             if not (torch.is_grad_enabled() and args[0].requires_grad) or layer.weight.requires_grad:
                 return None
             # Shards get their gradients only when ranks average theirs, so that they show nothing of discarded ones.
-            if tap.seen and not any(is_sharded_tensor(each) or each.grad is not None for each in trained):
+            if tap.seen and not any(
+                is_sharded_tensor(parameter) or parameter.grad is not None for parameter in trained
+            ):
                 tap.take()
             channels = args[0].dim() - layer.weight.dim() + 1  # type: ignore[operator]
             return (_Passed.apply(args[0], channels, tap.note), *args[1:])  # type: ignore[no-untyped-call]
