@@ -74,7 +74,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
     [
         (
             ("bench", "--task", "imagenet"),
-            "cifar10-resnet18, clothing, clothing-160, digits, finetune",
+            "cifar10-resnet18, clothing, digits, finetune",
         ),
         (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
         (("bench", "--task", "digitts"), "did you mean digits?"),

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
-
 import pytest
 
-from setpoint_bench import sweep as sweep_module
 from setpoint_bench.coverage import Verdict
-from setpoint_bench.sweep import SUITES, chosen_models, suite_named, summary, sweep
+from setpoint_bench.sweep import SUITES, chosen_models, suite_named, summary
 from setpoint_bench.task import BenchError
 
 GOOD = Verdict("a", True, "", 1.0, 2, 20, 100, 0.5, 0.75, 1e-16)
@@ -61,37 +56,3 @@ def test_unknown_names(suite: str, models: list[str] | None, message: str) -> No
     """Unknown suites and models are errors that name what there is."""
     with pytest.raises(BenchError, match=message):
         chosen_models(suite, models)
-
-
-class Pool:
-    """A pool of processes in which a model named in `deadly` kills them all."""
-
-    deadly: tuple[str, ...] = ()
-
-    def __init__(self, workers: int) -> None:
-        self.dead = False
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, check: Any, suite: str, model: str) -> Future[Verdict]:
-        """A future that is done."""
-        self.dead = self.dead or model in self.deadly
-        future: Future[Verdict] = Future()
-        if self.dead:
-            future.set_exception(BrokenProcessPool("gone"))
-        else:
-            future.set_result(Verdict(model, True, ""))
-        return future
-
-
-def test_a_process_that_dies_fails_its_own_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models that shared the dead process are checked again, each alone."""
-    monkeypatch.setattr(sweep_module, "_pool", Pool)
-    monkeypatch.setattr(Pool, "deadly", ("gru",))
-    verdicts = sweep("plain", ["lstm", "gru", "unet"], workers=2)
-    assert [(verdict.model, verdict.passed) for verdict in verdicts] == [("lstm", True), ("gru", False), ("unet", True)]
-    assert "process died" in verdicts[1].reason

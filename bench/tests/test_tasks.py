@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import io
 import pickle
-import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
-import setpoint_bench.tasks as tasks_folder
 from setpoint_bench.catalogue import task_named, tasks
 from setpoint_bench.counter import step_flops
-from setpoint_bench.images import Images, Splits
-from setpoint_bench.networks import causal_attention
 from setpoint_bench.sizing import small_widths
 from setpoint_bench.task import BenchError, Task, dense_widths
 from setpoint_bench.tasks import cifar10, clothing, mnist, resnet56, shakespeare
@@ -122,23 +115,6 @@ def test_every_width_can_be_pruned(name: str) -> None:
     assert step_flops(thin, (inputs[:2],)) < 0.1 * step_flops(dense, (inputs[:2],))
 
 
-@pytest.mark.parametrize("name", ["finetune", "finetune-text"])
-def test_dense_models_start_from_the_checkpoint(name: str) -> None:
-    """With other random states, dense models differ in their classifier alone, narrower ones in all but embeddings."""
-    task = task_named(name)
-
-    def shared(widths: dict[str, int]) -> dict[str, bool]:
-        torch.manual_seed(0)
-        one = task.build(widths)
-        torch.manual_seed(1)
-        other = dict(task.build(widths).named_parameters())
-        return {key: torch.equal(value, other[key]) for key, value in one.named_parameters() if value.dim() > 1}
-
-    dense, thin = shared(dense_widths(task)), shared(narrow(task))
-    assert [key for key, same in dense.items() if not same] == ["classifier.weight"]
-    assert all("embeddings" in key for key, same in thin.items() if same)
-
-
 def test_a_deep_network_starts_from_its_weights(data: Path) -> None:
     """A dense ResNet starts from the data folder's weights, a narrower one does not ask for them; missing is said."""
     task = task_named("resnet20", data=data)
@@ -227,38 +203,6 @@ def test_own_task(own: str) -> None:
     assert score.loss > 0
 
 
-CATALOGUED = """
-from setpoint_bench.catalogue import task
-from own import points
-
-@task("dots")
-@task("few-dots", steps=3)
-def dots(data=None, steps=None):
-    return points() if steps is None else points().with_steps(steps)
-"""
-
-
-@pytest.fixture
-def folder(own: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a file with tasks, which the catalogue searches too."""
-    place = Path(own).parent
-    monkeypatch.syspath_prepend(str(place))
-    monkeypatch.setattr(tasks_folder, "__path__", [*tasks_folder.__path__, str(place / "more")])
-    (place / "more").mkdir()
-    tasks.cache_clear()
-    yield place / "more"
-    tasks.cache_clear()
-    for name in [each for each in sys.modules if each == "own" or each.startswith("setpoint_bench.tasks.own_")]:
-        del sys.modules[name]
-
-
-def test_a_file_in_the_folder_is_a_task(folder: Path) -> None:
-    """A file in the folder of tasks is all that a new task needs; one function may carry several names."""
-    (folder / "own_dots.py").write_text(CATALOGUED, encoding="utf-8")
-    assert {"dots", "few-dots", "digits"} <= tasks().keys()
-    assert task_named("few-dots").steps == 3 and task_named("dots").steps > 3
-
-
 def test_digits() -> None:
     """The digits task scores on splits of fixed sizes that share no image."""
     task = digits(epochs=1, width=4)
@@ -301,20 +245,6 @@ def test_digits_are_learnt() -> None:
     assert model.training
 
 
-def test_attention_is_the_fused_kernels() -> None:
-    """The attention of the GPT gives what PyTorch's fused kernel gives, forward and backward, and no FLOP more."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    ours, fused = causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    weights = torch.randn_like(ours)
-    gradients = [torch.autograd.grad((each * weights).sum(), (q, k, v)) for each in (ours, fused)]
-    assert torch.allclose(ours, fused, rtol=0, atol=1e-12)
-    assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in zip(*gradients, strict=True))
-    with FlopCounterMode(display=False) as counter:
-        causal_attention(q, k, v).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * (2 * 2 * 3 * 16 * 16 * 8)
-
-
 @pytest.mark.parametrize("name", IMAGE_SETS)
 def test_image_sets_are_decoded_once(name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded pixels are the stored ones, colour first, and come from the cache the second time."""
@@ -332,20 +262,3 @@ def test_missing_data(name: str, tmp_path: Path) -> None:
     """A named folder without the data is an error that names folder and option."""
     with pytest.raises(BenchError, match=r"from --data"):
         next(task_named(name, data=tmp_path).batches(0))
-
-
-def pictures(images: torch.Tensor, labels: torch.Tensor, *, shift: int = 0, flip: bool = False) -> Images:
-    """Data of these pictures, in raw pixels."""
-    splits: Splits = {"train": (images, labels)}
-    return Images(lambda _: splits, images.shape[1:], len(images), (0.0,), (1.0,), shift=shift, flip=flip)
-
-
-def test_shifted_images_move_by_whole_pixels() -> None:
-    """Augmentation moves the only bright pixel by at most the shift, and both mirrors occur."""
-    images = torch.zeros(200, 1, 7, 9)
-    images[:, :, 3, 2] = 1
-    batch, _ = next(pictures(images, torch.zeros(200).long(), shift=1, flip=True).batches(200, seed=0))
-    rows, columns = batch[:, 0].nonzero()[:, 1], batch[:, 0].nonzero()[:, 2]
-    assert batch.shape == images.shape
-    assert set(rows.tolist()) == {2, 3, 4}
-    assert set(columns.tolist()) == {1, 2, 3, 5, 6, 7}

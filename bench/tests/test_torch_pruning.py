@@ -74,18 +74,6 @@ def test_cuts_attention(criterion: Criterion, budget: float) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.slow
-def test_heads_stop_where_one_layer_would_lose_all() -> None:
-    """A layer all of whose heads matter least keeps them in the library's ranking; then heads are cut by less."""
-    model = TASK.build(WIDTHS)
-    with torch.no_grad():
-        model.get_parameter("layers.0.attn.c_proj.weight").mul_(1e-3)
-    _, pruner = TorchPruning("taylor").begin(TASK, model, 0.3, TASK.batches(0))
-    assert pruner is not None
-    outcome = pruner.finish()
-    assert outcome.budget_met and "of heads at most" in outcome.notes
-
-
 def test_heads_stop_where_a_layer_would_lose_nearly_all_of_its_neurons() -> None:
     """Where heads by quarters leave a layer less than a tenth of its neurons, heads one by one leave it more."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from torch import nn
 
 from setpoint_bench.counter import step_flops
 from setpoint_bench.networks import CharGPT, ResidualNet
-from setpoint_bench.weight_flops import maskable_weights, weight_flops
+from setpoint_bench.weight_flops import weight_flops
 
 RESIDUAL = {f"stage{s}{b}": 8 * s for s in (1, 2) for b in ("", ".block1", ".block2")}
 
@@ -45,10 +45,3 @@ def test_attention_and_tied_weights_are_fixed() -> None:
     attention = 3 * 2 * (2 * batch * 2 * time * time * 4)
     head = 3 * 2 * batch * time * 8 * 20
     assert flops.fixed() == attention + head
-
-
-def test_frozen_weights_are_not_masked() -> None:
-    """A weight that is not trained is not masked."""
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
-    model[0].weight.requires_grad_(False)
-    assert list(maskable_weights(model)) == ["1.weight"]

@@ -16,6 +16,7 @@ METHODS: Mapping[str, str] = {
     "cubic": "All groups narrowed evenly along a cubic schedule, by norms.",
     "gmp": "Weights masked by magnitude along a cubic schedule.",
     "setpoint": "Closed loop, widths free, Taylor readings.",
+    "fitted-first": "Cut by compress before the first step, then trained.",
     "setpoint-uniform": "Closed loop, all groups at the same density.",
     "setpoint-first": "Closed loop, settled by 2 % of the run: for a pretrained model.",
     "setpoint-early": "Closed loop, settled by 10 % of the run.",
@@ -36,7 +37,4 @@ METHODS: Mapping[str, str] = {
     "cubic-taught": "As cubic, and learns the answers of the finished dense run as well.",
     "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
     "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",
-    "fitted": "Cut by compress along Setpoint's schedule; each time what reads the cut units is fitted anew.",
-    "fitted-even": "As fitted, all groups at the same density.",
-    "fitted-first": "Cut by compress before the first step, then trained.",
 }

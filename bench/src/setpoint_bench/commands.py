@@ -245,5 +245,5 @@ def _print_table(folder: Path) -> None:
     from setpoint_bench.table import summary_tables
 
     screen = console()
-    for table in summary_tables(read_results(folder), screen.width):
+    for table in summary_tables(read_results(folder)):
         screen.print(table)

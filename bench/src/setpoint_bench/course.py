@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
 
@@ -83,3 +83,23 @@ class Pruner(Protocol):
     def finish(self) -> Outcome:
         """End its work, once the last step is done."""
         ...
+
+
+@final
+class AlreadyCut:
+    """The pruner that has done its work before the first step."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """As cut."""
+        return dict(self.outcome.widths)
+
+    def observe(self, loss: Tensor) -> None:
+        """Nothing more to decide."""
+
+    def finish(self) -> Outcome:
+        """What it came to."""
+        return self.outcome

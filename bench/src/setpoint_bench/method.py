@@ -124,6 +124,7 @@ METHODS: tuple[Method, ...] = (
     Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
     Sparse("gmp", _ZHU),
     Setpoint(),
+    Fitted(),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),
     Setpoint("setpoint-early", PricedController(Schedule(warmup=0.02, settle=0.1))),
@@ -142,13 +143,6 @@ units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), or w
 in theory).
 """
 
-
-FITTED_METHODS: tuple[Method, ...] = (
-    Fitted("fitted", Schedule()),
-    Fitted("fitted-even", Schedule(), even=True),
-    Fitted("fitted-first"),
-)
-"""Methods that are cut by `setpoint.compress`: along Setpoint's schedule, or before the first step."""
 
 TAUGHT_METHODS: tuple[Method, ...] = (
     Taught("setpoint-taught", Setpoint()),
@@ -179,7 +173,7 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 def all_methods() -> tuple[Method, ...]:
     """The methods that have a name, those of the tables first."""
-    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *LONG_METHODS, *FITTED_METHODS
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *LONG_METHODS
 
 
 def method_named(name: str) -> Method:
@@ -206,7 +200,6 @@ def method_named(name: str) -> Method:
             ("for state-space models ", STATE_METHODS),
             ("with the finished dense run as a teacher ", TAUGHT_METHODS),
             ("for as many training FLOPs as the dense run ", LONG_METHODS),
-            ("cut by setpoint.compress ", FITTED_METHODS),
         )
     )
     hint = did_you_mean(base, [method.name for method in everything])

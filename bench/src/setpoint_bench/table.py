@@ -10,67 +10,45 @@ from rich.table import Table
 
 from setpoint.report.numbers import digits, duration, human, percent
 from setpoint_bench.coverage import Verdict
-from setpoint_bench.report.columns import IN_THEORY, OF_DENSE, Column, columns, difference_columns, seeds_text
+from setpoint_bench.report.columns import (
+    Column,
+    columns,
+    difference_columns,
+    outcome_and_training,
+    seeds_text,
+)
 from setpoint_bench.report.results import Results
 from setpoint_bench.report.summary import Row, summary_rows
 
 
-def summary_tables(results: Results, width: int) -> tuple[Table, ...]:
-    """Per task what each method reached and spent, and how far it lies from its rivals.
-
-    Args:
-        results: what to show.
-        width: characters of the terminal; columns that do not fit are left out, the least telling first.
-    """
+def summary_tables(results: Results) -> tuple[Table, ...]:
+    """Per task what each method reached, what its training took, and how far it lies from its rivals."""
     found, tables = summary_rows(results), []
     for task in results.tasks():
         rows = [row for row in found if row.task == task]
-        counted = f"{seeds_text(rows)} a row"
-        tables.append(_fitting(f"{task}: {counted}", columns(rows), rows, width))
+        outcome, training = outcome_and_training(columns(rows))
+        tables.append(_table(f"{task}: {seeds_text(rows)} a row", outcome, rows))
+        tables.append(_table(f"{task}: what training took", training, rows))
         compared = [row for row in rows if row.differences]
         if compared:
             unit = "points" if rows[0].metric == "accuracy" else rows[0].unit or rows[0].metric
-            title = f"{task}: paired differences ({unit})"
-            tables.append(_fitting(title, difference_columns(rows), compared, width))
+            tables.append(_table(f"{task}: paired differences ({unit})", difference_columns(rows), compared))
     return tuple(tables)
 
 
-def _fitting(title: str, shown: Sequence[Column], rows: Sequence[Row], width: int) -> Table:
-    """The table with as many of its columns as fit."""
-    shown = list(shown)
-    while _width(shown, rows) > width and (worst := max(shown, key=lambda column: column.rank)).rank:
-        shown.remove(worst)
+def _table(title: str, shown: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """A line a row; differences whose interval excludes 0 are bold."""
     table = Table(title=escape(title), title_justify="left")
     for column in shown:
-        left = column is shown[0]
-        table.add_column(escape(_heading(column)), justify="left" if left else "right", no_wrap=True)
+        table.add_column(escape(column.heading), justify="left" if column is shown[0] else "right")
     for row in rows:
-        table.add_row(*(_styled(column, row) for column in shown))
-        following = rows[rows.index(row) + 1 :][:1]
-        if following and following[0].budget != row.budget:
-            table.add_section()
+        texts = []
+        for column in shown:
+            clear = row.differences.get(column.heading.removeprefix("to "))
+            text = escape(column.text(row))
+            texts.append(f"[bold]{text}[/]" if clear is not None and clear.clear else text)
+        table.add_row(*texts)
     return table
-
-
-def _width(shown: Sequence[Column], rows: Sequence[Row]) -> int:
-    """Characters of the table, borders and padding included."""
-    texts = ((*_heading(column).split("\n"), *(column.text(row) for row in rows)) for column in shown)
-    return 1 + sum(3 + max(map(len, each)) for each in texts)
-
-
-def _heading(column: Column) -> str:
-    """The heading in two lines where it has two parts."""
-    for part in (OF_DENSE, IN_THEORY, "(busy", "from step", "saved"):
-        if part in column.heading:
-            return column.heading.replace(f" {part}", f"\n{part}")
-    return column.heading
-
-
-def _styled(column: Column, row: Row) -> str:
-    """A cell; differences whose interval excludes 0 are bold."""
-    text = escape(column.text(row))
-    found = row.differences.get(column.heading.removeprefix("to "))
-    return f"[bold]{text}[/]" if found is not None and column.heading.startswith("to ") and found.clear else text
 
 
 def suite_table(name: str, verdicts: Sequence[Verdict]) -> Table:

@@ -67,13 +67,3 @@ def test_clocks_are_told_apart(make_results: Any) -> None:
     row = [line for line in text.splitlines() if line.startswith("| setpoint |")][1]  # the table of what training took
     assert "61 s ± 1.41 s | 61.0 %" in row
     assert "| – |" in [line for line in text.splitlines() if line.startswith("| small |")][1]
-
-
-def test_the_machine_of_the_timing_is_told(make_results: Any) -> None:
-    """Where the runs were timed with other threads than they ran with, the line below the tables says both."""
-    folder = make_results(seeds=(0,), methods=("dense",))
-    line = {"schema": 2, "task": "digits", "method": "dense", "budget": 1.0, "seed": 0, "seconds": 9.0}
-    for threads, told in ((2, "Example CPU; 2 threads; torch"), (1, "Example CPU; 2 threads (timed: 1 thread); torch")):
-        timing = {**line, "environment": {"threads": threads, "cpu": "Example CPU"}}
-        (folder / "timing.jsonl").write_text(json.dumps(timing) + "\n")
-        assert told in markdown(read_results(folder))

@@ -9,12 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from setpoint.errors import ReportError
 from setpoint_bench.report.folder import read_results
-from setpoint_bench.results import held, load_results
-from setpoint_bench.task import BenchError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,22 +57,3 @@ def test_runs_are_added_to_tables(make_results: Any, tmp_path: Path) -> None:
     assert len(list(tables.rglob("ledger.jsonl"))) == 1
     assert pack(again, tables, "--ledgers", "small").returncode == 0
     assert not list(tables.rglob("ledger.jsonl"))
-
-
-def test_tables_are_only_read(make_results: Any, tmp_path: Path) -> None:
-    """Runs are not written among tables, nor tables among runs; what cannot be read is said."""
-    runs, tables = make_results(seeds=(0,), schema=2), tmp_path / "tables"
-    assert pack(runs, tables).returncode == 0
-    with pytest.raises(BenchError, match="is packed .*: name another folder with --out"), held(tables):
-        pass
-    assert "holds runs: name a folder for the tables" in pack(runs, runs).stderr
-    (runs / "results.jsonl").rename(tables / "results.jsonl")
-    with pytest.raises(ReportError, match=r"holds results.jsonl and results.jsonl.xz"):
-        read_results(tables)
-    (tables / "results.jsonl").unlink()
-    packed = tables / "results.jsonl.xz"
-    packed.write_bytes(packed.read_bytes()[:-50])
-    with pytest.raises(ReportError, match=r"results.jsonl.xz is damaged: restore it"):
-        read_results(tables)
-    with pytest.raises(ReportError, match=r"results.jsonl.xz is damaged: restore it"):
-        load_results(tables)

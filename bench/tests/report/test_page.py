@@ -8,9 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from setpoint.errors import ReportError
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.page import render, write_page
 
@@ -76,14 +73,6 @@ def test_the_page_stands_alone(make_results: Any, tmp_path: Path) -> None:
     assert "url(" not in style and "@import" not in style
 
 
-def test_the_default_place_is_the_folder(make_results: Any) -> None:
-    """Without `out` the page is `report.html` in the results folder."""
-    folder = make_results(methods=("dense",), seeds=(0,))
-    assert write_page(folder) == folder / "report.html"
-    assert (folder / "report.html").exists()
-    assert list(folder.glob("*.tmp")) == []
-
-
 def test_hostile_names_stay_text(make_results: Any) -> None:
     """Names with markup appear as text: no element, no end of a script element, no template placeholder."""
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>%{y}"
@@ -98,13 +87,6 @@ def test_hostile_names_stay_text(make_results: Any) -> None:
     seen = Elements(page)
     assert [tag for tag, _ in seen.elements if tag in ("img", "script")] == []
     assert evil in seen.text and f"of 16 {evil}s" in seen.text  # the latter in a figure
-
-
-def test_a_single_cell_is_enough(make_results: Any) -> None:
-    """One dense run without a ledger gives a page with its curves and without a section on the budget."""
-    seen = Elements(page_of(make_results(methods=("dense",), seeds=(0,))))
-    assert "How training went" in seen.text
-    assert "How the budget was met" not in seen.text
 
 
 def test_a_page_with_a_run_that_diverged(make_results: Any) -> None:
@@ -128,9 +110,3 @@ def test_a_missing_ledger_and_history_are_survived(make_results: Any) -> None:
     assert "How the budget was met" not in seen.text and "How training went" not in seen.text
     assert "digits setpoint seed 0: no history.jsonl" in seen.text
     assert "1.2 GFLOPs" in seen.text
-
-
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    """A folder without results is refused, with what to do."""
-    with pytest.raises(ReportError, match="setpoint bench --out"):
-        write_page(tmp_path)

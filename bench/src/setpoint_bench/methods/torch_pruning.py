@@ -23,7 +23,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
 from setpoint.spending.seconds import Stopwatch
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import Outcome, Pruner
+from setpoint_bench.course import AlreadyCut, Outcome, Pruner
 from setpoint_bench.methods.fused import taken_apart
 from setpoint_bench.task import BenchError, Task
 
@@ -100,7 +100,7 @@ class TorchPruning:
             budget_met=final <= budget * dense_flops,
             notes=f"pruning ratio {ratio:.4f}" + (f", of heads at most {most_heads:.2f}" if most_heads < 1 else ""),
         )
-        return task.optimizer(model), _AlreadyCut(outcome)
+        return task.optimizer(model), AlreadyCut(outcome)
 
     def _ratios(
         self, model: nn.Module, groups: tuple[Group, ...], example: tuple[Tensor, ...], limit: float
@@ -279,23 +279,3 @@ def _bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tu
         note_cut(model, {name: now[name] for name in cut}, sizes, undo, dense=cut)
         apply_sizes(model, sizes, undo)
         undo.pop_all()
-
-
-@final
-class _AlreadyCut:
-    """The pruner that has done its work before the first step."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """As cut."""
-        return dict(self.outcome.widths)
-
-    def observe(self, loss: Tensor) -> None:
-        """Nothing more to decide."""
-
-    def finish(self) -> Outcome:
-        """What it came to."""
-        return self.outcome

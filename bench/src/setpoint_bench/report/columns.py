@@ -19,12 +19,10 @@ class Column:
     Args:
         heading: its title.
         text: a row's text.
-        rank: order of removal where a table is too wide: the highest first, 0 never.
     """
 
     heading: str
     text: Callable[[Row], str]
-    rank: int = 0
 
 
 OF_DENSE, IN_THEORY = "of dense", "in theory"
@@ -74,19 +72,19 @@ def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     found = (
         Column("method", lambda row: row.label),
         Column(f"{rows[0].metric} on {rows[0].split}", metric_text),
-        Column("FLOPs / step", lambda row: human(row.final_flops, "FLOPs"), 8),
+        Column("FLOPs / step", lambda row: human(row.final_flops, "FLOPs")),
         Column(f"FLOPs / step {OF_DENSE}", lambda row: percent(row.final_flops_ratio)),
-        Column(f"FLOPs / step {IN_THEORY}", lambda row: percent(row.theoretical_ratio), 2),
-        Column(f"parameters {OF_DENSE}", lambda row: percent(row.final_params_ratio), 5),
-        Column("training FLOPs", lambda row: human(row.train_flops, "FLOPs"), 9),
+        Column(f"FLOPs / step {IN_THEORY}", lambda row: percent(row.theoretical_ratio)),
+        Column(f"parameters {OF_DENSE}", lambda row: percent(row.final_params_ratio)),
+        Column("training FLOPs", lambda row: human(row.train_flops, "FLOPs")),
         Column(f"training FLOPs {OF_DENSE}", lambda row: percent(row.train_flops_ratio)),
-        Column(f"training FLOPs {IN_THEORY}", lambda row: percent(row.theoretical_train_ratio), 3),
-        Column(clock, seconds_text, 1),
+        Column(f"training FLOPs {IN_THEORY}", lambda row: percent(row.theoretical_train_ratio)),
+        Column(clock, seconds_text),
         Column(f"time {OF_DENSE}", lambda row: share_text(row.seconds_share)),
-        Column("overhead", overhead_text, 6),
-        Column("energy", energy_text, 5),
-        Column("cuts", lambda row: NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0"), 10),
-        Column("budget met", budget_met_text, 6),
+        Column("overhead", overhead_text),
+        Column("energy", energy_text),
+        Column("cuts", lambda row: NOTHING if not row.resizes else f"{row.resizes:.1f}".removesuffix(".0")),
+        Column("budget met", budget_met_text),
     )
     return tuple(column for column in found if any(column.text(row) != NOTHING for row in rows))
 

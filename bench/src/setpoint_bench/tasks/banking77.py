@@ -22,9 +22,8 @@ NUM_TRAIN = 9_003
 KEPT = (1, 3, 5)
 
 
-@task("banking77-long", "As banking77, in ten passes, for a GPU.", long=True)
 @task("banking77")
-def banking77(data: Path | None = None, *, long: bool = False) -> SimpleTask:
+def banking77(data: Path | None = None) -> SimpleTask:
     """A pretrained sentence model learns which of 77 intents a customer's question has.
 
     Two passes over nine tenths of the 10,003 training questions, of which a fixed tenth validates; 3,080 test. The
@@ -32,15 +31,13 @@ def banking77(data: Path | None = None, *, long: bool = False) -> SimpleTask:
 
     Args:
         data: folder that holds `PolyAI/banking77`, or None for the usual places.
-        long: ten passes, for a GPU.
     """
     recipe = Recipe(
         steps=1, batch=32, rule="adamw", learning_rate=4e-4, weight_decay=0.01, warm_up=0.1, fall="linear", mixed=True
     )
     texts = Texts(questions, NUM_TRAIN, data)
-    name, passes = ("banking77-long", 10) if long else ("banking77", 2)
-    made = SimpleTask(name, SentenceFamily(NUM_INTENTS), texts, recipe, scratch_learning_rate=4.0)
-    return made.with_epochs(passes)
+    made = SimpleTask("banking77", SentenceFamily(NUM_INTENTS), texts, recipe, scratch_learning_rate=4.0)
+    return made.with_epochs(2)
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,6 @@ from setpoint_bench.task import Dimension
 from setpoint_bench.zoo import timm_network
 
 CLOTHING = ImageSet("alexeygrigorev/clothing-dataset-small", "image", "RGB", size=96, validates=True)
-LARGE = ImageSet("alexeygrigorev/clothing-dataset-small", "image", "RGB", size=160, validates=True)
 NUM_CLASSES = 10
 NUM_TRAIN = 3_068
 HALF_OF_255 = (127.5,) * 3
@@ -107,9 +106,8 @@ def _weights() -> Mapping[str, torch.Tensor]:
     return weights
 
 
-@task("clothing-160", "As clothing, at 160x160 pixels in 20 passes, for a GPU.", large=True)
 @task("clothing")
-def clothing(data: Path | None = None, *, large: bool = False) -> SimpleTask:
+def clothing(data: Path | None = None) -> SimpleTask:
     """EfficientNet-Lite0, trained on ImageNet, learns ten classes of clothes from 3,068 photographs.
 
     Five passes at 96x96 pixels; 341 photographs validate and 372 test. Grigorev, "Clothing dataset: call for action"
@@ -117,24 +115,14 @@ def clothing(data: Path | None = None, *, large: bool = False) -> SimpleTask:
 
     Args:
         data: folder that holds `alexeygrigorev/clothing-dataset-small`, or None for the usual places.
-        large: all pixels that the set has, and more passes, for a GPU.
     """
-    load, size, name, passes = (
-        (large_photographs, 160, "clothing-160", 20) if large else (photographs, 96, "clothing", 5)
-    )
-    images = Images(load, (3, size, size), NUM_TRAIN, HALF_OF_255, HALF_OF_255, shift=8, flip=True, folder=data)
+    images = Images(photographs, (3, 96, 96), NUM_TRAIN, HALF_OF_255, HALF_OF_255, shift=8, flip=True, folder=data)
     recipe = Recipe(steps=1, batch=32, learning_rate=0.02, fall="linear", warm_up=0.1)
-    made = SimpleTask(name, LiteFamily(NUM_CLASSES), images, recipe, scratch_learning_rate=5.0)
-    return made.with_epochs(passes)
+    made = SimpleTask("clothing", LiteFamily(NUM_CLASSES), images, recipe, scratch_learning_rate=5.0)
+    return made.with_epochs(5)
 
 
 @lru_cache(maxsize=1)
 def photographs(data: Path | None) -> Splits:
     """Images and classes of each split."""
     return CLOTHING.splits(data)
-
-
-@lru_cache(maxsize=1)
-def large_photographs(data: Path | None) -> Splits:
-    """The same in full size."""
-    return LARGE.splits(data)

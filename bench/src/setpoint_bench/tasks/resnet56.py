@@ -26,9 +26,7 @@ MEAN = tuple(255 * each for each in (0.485, 0.456, 0.406))
 DEVIATION = tuple(255 * each for each in (0.229, 0.224, 0.225))
 STAGES = (16, 32, 64)
 NUM_TRAIN, PASSES = 10_000, 3
-LONG_TRAIN, LONG_PASSES = 45_000, 20
 NUM_VALIDATION = 2_000
-LONG = "As {}, with 45,000 images and 20 passes, for a GPU."
 
 
 class PaddedBlock(nn.Module):
@@ -126,9 +124,8 @@ class PaddedFamily:
         return file
 
 
-@task("resnet56-long", LONG.format("resnet56"), long=True)
 @task("resnet56")
-def resnet56(data: Path | None = None, *, long: bool = False) -> SimpleTask:
+def resnet56(data: Path | None = None) -> SimpleTask:
     """A ResNet-56 that was trained on CIFAR-10 adapts to compressed copies of its images.
 
     Three passes over 10,000 of the images that train; 2,000 of the test images validate, the others test. He et al.,
@@ -136,41 +133,30 @@ def resnet56(data: Path | None = None, *, long: bool = False) -> SimpleTask:
 
     Args:
         data: folder that holds `uoft-cs/cifar10` and the weights, or None for the usual places.
-        long: more images and passes, for a GPU.
     """
-    return _task("resnet56", 9, data, long=long)
+    return _task("resnet56", 9, data)
 
 
-@task("resnet20-long", LONG.format("resnet20"), long=True)
 @task("resnet20")
-def resnet20(data: Path | None = None, *, long: bool = False) -> SimpleTask:
+def resnet20(data: Path | None = None) -> SimpleTask:
     """A ResNet-20 that was trained on CIFAR-10 adapts to compressed copies of its images: the rival of `resnet56`.
 
     Args:
         data: folder that holds `uoft-cs/cifar10` and the weights, or None for the usual places.
-        long: more images and passes, for a GPU.
     """
-    return _task("resnet20", 3, data, long=long)
+    return _task("resnet20", 3, data)
 
 
-def _task(name: str, blocks: int, data: Path | None, *, long: bool) -> SimpleTask:
-    load, count, passes = (first_images, LONG_TRAIN, LONG_PASSES) if long else (few_images, NUM_TRAIN, PASSES)
-    images = Images(load, (3, 32, 32), count, MEAN, DEVIATION, shift=4, flip=True, folder=data)
+def _task(name: str, blocks: int, data: Path | None) -> SimpleTask:
+    images = Images(few_images, (3, 32, 32), NUM_TRAIN, MEAN, DEVIATION, shift=4, flip=True, folder=data)
     recipe = Recipe(steps=1, learning_rate=0.04, fall="linear", warm_up=0.1, mixed=True)
-    made = SimpleTask(f"{name}{'-long' * long}", PaddedFamily(blocks, data), images, recipe, scratch_learning_rate=5.0)
-    return made.with_epochs(passes)
-
-
-def few_images(data: Path | None) -> Splits:
-    """The same, of which fewer train."""
-    splits = first_images(data)
-    images, labels = splits["train"]
-    return {**splits, "train": (images[:NUM_TRAIN], labels[:NUM_TRAIN])}
+    made = SimpleTask(name, PaddedFamily(blocks, data), images, recipe, scratch_learning_rate=5.0)
+    return made.with_epochs(PASSES)
 
 
 @lru_cache(maxsize=1)
-def first_images(data: Path | None) -> Splits:
-    """CIFAR-10, of which a fixed tenth is left out.
+def few_images(data: Path | None) -> Splits:
+    """CIFAR-10, of which few images train.
 
     The weights were trained on all images that train, so that only test images can tell what is lost: the first ones
     validate, the others test.
@@ -179,7 +165,7 @@ def first_images(data: Path | None) -> Splits:
     (images, labels), (unseen, classes) = splits["train"], splits["test"]
     count = min(NUM_VALIDATION, len(unseen) // 2)
     return {
-        "train": (images[:LONG_TRAIN], labels[:LONG_TRAIN]),
+        "train": (images[:NUM_TRAIN], labels[:NUM_TRAIN]),
         "validation": (unseen[:count], classes[:count]),
         "test": (unseen[count:], classes[count:]),
     }
