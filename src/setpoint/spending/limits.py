@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.schedule import Schedule
-from setpoint.cost.budget import Budget, amount
+from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost, JointCost, Share
 from setpoint.groups.group import Group, widths_of
-from setpoint.messages import warn
-from setpoint.spending.meter import Readings
 from setpoint.spending.run_budget import RunBudget
-
-# How far the factor of a joint cost follows a new reading, as far as the controller's PI part does.
-_TRUST = 0.6
-# How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it.
-_SLACK = 0.03
 
 
 @dataclass(frozen=True)
@@ -73,16 +65,16 @@ class Limits:
 
     def held_to(self, budgets: Sequence[Budget]) -> Limits:
         """The same of these budgets, with what meters have read so far; one per run has no limit of a step yet."""
-        dense = {budget.resource: self._predicted(budget.resource) for budget in budgets}
+        dense = {budget.resource: self.predicted(budget.resource) for budget in budgets}
         per_step = {
             budget.resource: budget.absolute(dense[budget.resource]) if budget.per == "step" else dense[budget.resource]
             for budget in budgets
         }
         limits = replace(self, budgets=tuple(budgets), per_step=per_step, corrections={})
         for name, known in self.corrections.items():
-            if name in limits._followed:  # what was out of reach of the last budget may be in reach of this one
+            if name in limits.followed:  # what was out of reach of the last budget may be in reach of this one
                 known = replace(known, doubts=0, asked=None)
-                limits = limits._anchored(name, known, at_dense=True)
+                limits = limits.anchored(name, known, at_dense=True)
         return limits
 
     @property
@@ -117,15 +109,16 @@ class Limits:
     def dense(self) -> dict[str, float]:
         """Predicted dense cost by resource, with that of what the controller is to hold."""
         cost = self.cost
-        predicted = {name: self._predicted(name) for name in self.costs}
+        predicted = {name: self.predicted(name) for name in self.costs}
         return {**predicted, cost.resource: cost.total(self.dense_widths)}
 
-    def _predicted(self, name: str) -> float:
+    def predicted(self, name: str) -> float:
+        """Dense cost of a resource without any reading."""
         return self.original[name] if name in self.original else self.costs[name].total(self.dense_widths)
 
     def dense_cost(self, name: str) -> float:
         """Dense cost of a resource, by the last reading of the dense model where a meter has read it."""
-        return self.corrections[name].dense if name in self.corrections else self._predicted(name)
+        return self.corrections[name].dense if name in self.corrections else self.predicted(name)
 
     def factor(self, name: str) -> float:
         """Cost of a resource as metered / as predicted."""
@@ -168,7 +161,7 @@ class Limits:
     # What meters read.
 
     @property
-    def _followed(self) -> set[str]:
+    def followed(self) -> set[str]:
         """Resources whose readings count: those that are held, but for all of the dense cost.
 
         All of the dense cost is what the dense model spends, however a meter wavers: a fraction of 1 is left to the
@@ -177,47 +170,7 @@ class Limits:
         whole = {b.resource for b in self.budgets if b.relative and b.limit == 1 and b.per == "step"}
         return {budget.resource for budget in self.budgets} - whole if self.budgets else {self.resource}
 
-    def corrected(self, readings: Readings, widths: Mapping[str, int]) -> tuple[Limits, dict[str, float]]:
-        """The limits with readings at these widths taken in, and what the controller learns of these.
-
-        A reading that is missing, of what was read before, is replaced by what it foretold.
-        """
-        if not readings.learnable and not self.corrections:  # no meter: a plain run
-            return self, {}
-        limits, followed = self, self._followed
-        seen = {name: value for name, value in readings.learnable.items() if name in followed and value > 0}
-        for name, value in seen.items():
-            limits = limits._with_reading(name, value, widths)
-        learnt = dict(seen)
-        if len(self.budgets) > 1 and limits.corrections:  # what no meter reads now is as predicted and corrected
-            spent = {name: seen.get(name, limits.expected(name, widths)) for name in limits.per_step}
-            learnt["joint"] = max(spent[name] / limit for name, limit in limits.per_step.items())
-        for name in sorted(limits.corrections.keys() - self.corrections.keys()):
-            limits._warn_if_out_of_reach(name, seen[name], widths)
-        for name in limits.per_step:
-            if name in readings.quickest and name in limits.corrections:
-                limits = limits._doubted(name, readings.quickest[name], widths)
-        missing = self.corrections.keys() - readings.learnable.keys()
-        return limits, learnt | {name: limits.expected(name, widths) for name in missing}
-
-    def _with_reading(self, name: str, value: float, widths: Mapping[str, int]) -> Limits:
-        predicted, at_dense = self.costs[name].total(widths), widths == self.dense_widths
-        ratio, known = value / predicted, self.corrections.get(name)
-        if known is None:
-            first = Correction(ratio, ratio * self._predicted(name), predicted, value)
-            return self._anchored(name, first, at_dense=at_dense)
-        # A run budget plans with the factor itself; per step the controller's PI part follows the rest.
-        trust = 1.0 if self._per_run(name) else _TRUST
-        known = replace(known, factor=known.factor * math.exp(trust * math.log(ratio / known.factor)))
-        if not at_dense:
-            return replace(self, corrections={**self.corrections, name: known})
-        # The first steps of a run are slow, so the last reading of the dense model counts. One that falls is followed
-        # as slowly as the controller does: a limit ahead of it would be cut for.
-        dense = max(ratio, known.factor) * self._predicted(name)
-        known = replace(known, dense=dense, first_predicted=predicted, first_read=value)
-        return self._anchored(name, known, at_dense=True)
-
-    def _anchored(self, name: str, known: Correction, *, at_dense: bool) -> Limits:
+    def anchored(self, name: str, known: Correction, *, at_dense: bool) -> Limits:
         """From here on the dense cost is what a meter reads; a fraction is one of it once that model has been read."""
         per_step = dict(self.per_step)
         for budget in self.budgets:
@@ -225,45 +178,9 @@ class Limits:
                 per_step[name] = budget.absolute(known.dense)
         return replace(self, per_step=per_step, corrections={**self.corrections, name: known})
 
-    def _per_run(self, name: str) -> bool:
+    def is_per_run(self, name: str) -> bool:
+        """Whether the budget of a resource is one of the whole run."""
         return any(budget.resource == name and budget.per == "run" for budget in self.budgets)
-
-    def _warn_if_out_of_reach(self, name: str, seen: float, widths: Mapping[str, int]) -> None:
-        """Warn of a budget that could be met by prediction and cannot be by the first reading."""
-        limit, lowest = self.asked.get(name), self.expected(name, self.narrowest)
-        if limit is not None and not self._per_run(name) and limit < lowest:
-            warn(
-                f"the budget of {amount(limit, name)} cannot be met: the meter reads {amount(seen, name)} where "
-                f"{amount(self.costs[name].total(widths), name)} was predicted, and the narrowest model would still "
-                f"take about {amount(lowest, name)}"
-            )
-
-    def _doubted(self, name: str, quickest: float, widths: Mapping[str, int]) -> Limits:
-        """The limits where two readings in a row tell that no cut can meet a budget: then what is there is held.
-
-        That is so where cuts that should have saved a tenth or more have saved less than half of that, and what is
-        left to save does not lead down to the limit. With the first reading `m0` at the predicted cost `p0` and the
-        present `m` at `p`, what shrinks does so by `(m0 - m) / (p0 - p)` for each unit of predicted cost.
-        """
-        known, limit = self.corrections[name], self.per_step[name]
-        if self._per_run(name) or known.asked is not None:
-            return self
-        cost, predicted, first = self.costs[name], known.first_predicted, known.first_read
-        now, doubts, lowest = cost.total(widths), 0, 0.0
-        if quickest > limit and now <= 0.9 * predicted and 1 - quickest / first < 0.5 * (1 - now / predicted):
-            slope = max(0.0, first - quickest) / (predicted - now)
-            lowest = quickest - slope * (now - cost.total(self.narrowest))
-            doubts = known.doubts + 1 if lowest > limit else 0
-        known, per_step = replace(known, doubts=doubts), dict(self.per_step)
-        if doubts >= 2:  # one may be another program's doing
-            known, per_step[name] = replace(known, asked=limit), quickest * (1 + _SLACK)
-            warn(
-                f"the budget of {amount(limit, name)} looks out of reach: the meter reads {amount(quickest, name)}, "
-                f"and by what cuts have saved so far the narrowest model would still take about {amount(lowest, name)}"
-                ". The rest does not shrink with the model: loading data, say, or other work of this machine. Nothing "
-                "more is cut for it"
-            )
-        return replace(self, per_step=per_step, corrections={**self.corrections, name: known})
 
     # What is remembered.
 

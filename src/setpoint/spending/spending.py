@@ -19,6 +19,7 @@ from setpoint.ledger import Entry
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
+from setpoint.spending.corrections import corrected
 from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter
 from setpoint.spending.run_budget import RunBudget, RunPlan, RunState, StepOverhead, check_total, likely_widths
@@ -142,7 +143,8 @@ class Spending:
         """Take in what meters read at these widths, before a decision."""
         self.account.sensed(self.meter.time_inference(widths))
         readings, before = self.meter.read(), self.limits.corrections.keys()
-        self.limits, self._known = self.limits.corrected(readings, widths)
+        if readings.learnable or before:
+            self.limits, self._known = corrected(self.limits, readings, widths)
         self.readings = dict(readings.values)
         # Seconds are missing for a few steps after each cut, and an energy meter that vanishes says so itself.
         missing = (readings.blocked | (before - readings.learnable.keys())) - {"latency", "energy"}
