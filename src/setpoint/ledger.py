@@ -138,6 +138,7 @@ class Ledger:
         (0.5, 0.7)
         """
         place = next((place for place in reversed(range(len(self))) if self._entries[place].changed), None)
+        # Once: the loss of later steps says what training did, and no more what the cut did.
         if place is not None and self._entries[place].loss_after is None:
             self._entries[place] = replace(self._entries[place], loss_after=loss_after)
 

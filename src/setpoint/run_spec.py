@@ -124,6 +124,7 @@ def run_spec(
     budgets, bill = ((), None) if isinstance(wanted, (Price, Tolerance)) else split_bill(check_budgets(wanted))
     masking, regrowing = _kinds(actuator)
     if controller is None:
+        # A regrowing controller is chosen by the actuator: nobody should have to say it twice.
         controller = controller_for(goal or budgets, regrow=regrowing is not None)
         if masking:
             from setpoint.weights.controller import DropAndGrowController
@@ -142,7 +143,7 @@ def run_spec(
         )
     check_trains(host.optimizers, host.model)
     for optimizer in host.optimizers:
-        check_optimizer(optimizer)
+        check_optimizer(optimizer)  # steps a small copy, and looks whether its state has the parameters' shapes
     spec = RunSpec(
         goal,
         budgets,

@@ -110,9 +110,9 @@ class Control:
             by_hooks = self.sensor.hooked(self.sensor_state)
             brings_back = self.actuator.brings_back
             self.host.before_step(first=not self._checked_host, regrows=brings_back, by_hooks=by_hooks)
-            self._checked_host = True
+            self._checked_host = True  # a closer look costs milliseconds, which the first step may take
             self.actuator.before_step(grad_scale)
-            self._sense(grad_scale)
+            self._sense(grad_scale)  # behind the actuator: it masks gradients that must not count
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -207,10 +207,12 @@ class Control:
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
+        # Set first: after an exception below the decision is still due at the next step.
         self.state = now = replace(self.state, overdue=True, waits=False)  # also if anything is raised from here on
         self.end_visit()
         before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
         with self.spending.account.watch.deciding:
+            # Read and averaged before anything is refused, as all ranks must send their part.
             reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self.ledger)
             self.spending.read_meters(before)
@@ -238,7 +240,7 @@ class Control:
             groups, note = waiting(self.groups, reading)
             state, plan = self.controller.decide(self.controller_state, observation, self.spending.cost, groups)
             facts["plan"] = decisions(plan)  # ranks whose plans differ raise here, before anything is cut
-        if note:
+        if note:  # the plan holds these groups at their width, which the ledger has to say
             plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
             warn(f"{note}, so that the other groups carry the cut")
         self.spending.account.learned(plan.flops)

@@ -152,7 +152,7 @@ class Cutting:
         keep = self.kept(state)
         entries, tensors = plan_cut(self.dense, keep).entries, named_tensors(self.host.model)
         left = {(id(tensors[name]), dim): int(kept.sum()) for (name, dim), kept in entries.items()}
-        own = {}
+        own = {}  # shapes that this model would have, cut to the widths of the state
         for name, tensor in tensors.items():  # a tensor may have several names, of which a cut has one
             own[name] = tuple(left.get((id(tensor), dim), length) for dim, length in enumerate(tensor.shape))
         theirs = {name: tuple(shape) for name, shape in state["shapes"].items()}

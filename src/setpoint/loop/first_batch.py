@@ -119,17 +119,19 @@ class FirstBatch:
         """A module is called; one inside of another that is recorded is part of that one."""
         if not name:
             self._running.clear()  # what an interrupt has left there
+        # An export in another thread sets the flag for all threads, and is none of this forward.
         exporting = torch.compiler.is_exporting() and not elsewhere()
         trains = torch.is_grad_enabled() and self._model.training and not exporting
         if not trains or _redirected(module) or detect_fake_mode(tuple(call)) is not None:
             return
         self._running.append(name)
+        # A part that is checkpointed runs again in the backward pass, outside of its model: "" stands for both.
         if len(self._running) > 1 or name in self._first or "" in self._first:
             return
         device = next((parameter.device.type for parameter in self._model.parameters()), "cpu")
         if not self._first and torch.is_autocast_enabled(device):
             self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
-        self._first[name] = mapped(_detached, call)
+        self._first[name] = mapped(_detached, call)  # a copy: training may change a batch's containers in place
 
     def forward_ends(self, name: str, *, raised: bool) -> None:
         """A call of a module has ended."""
@@ -158,6 +160,7 @@ class FirstBatch:
                 "the compiled model. A model in eval mode is not training: call model.train()"
             )
         calls = min(counts.values())
+        # Rounded, as a look at an output in between is a forward without a share.
         passes = max(1, round(calls / max(1, backward_passes)))
         if "" in counts:
             example = example_of(self._model, *self._first[""], self._method)
@@ -234,6 +237,7 @@ def _num_targets(example: Example) -> int | None:
 
 
 def _detached(tensor: Tensor) -> Tensor:
+    # Not the graph behind it, which would keep the first step's activations alive.
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 

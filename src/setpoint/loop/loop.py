@@ -76,7 +76,7 @@ class Loop:
         self._summary: Summary | None = None
         self._stands_by: list[StandsBy] = []
         self._hooks = StepHooks(host.optimizers, self._before_first_step, lambda: None, self._loading)
-        note_attached(host.model)
+        note_attached(host.model)  # from here on no other loop may attach, also while this one waits
 
     def __repr__(self) -> str:
         return line(self.metrics(), finished=self._summary is not None)
@@ -330,7 +330,7 @@ class Loop:
         control = self._control
         if control.finished:
             raise LoopError("finish() has been called already: its result is in loop.summary")
-        control.end_visit()
+        control.end_visit()  # before the hooks go: units that visit must not stay in the finished model
         self.detach()
         control.finished = True
         masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())

@@ -275,6 +275,7 @@ def _verdict(
     now: RunState, spending: Spending, actuator: Actuator, num_params: int, widths: Mapping[str, int]
 ) -> tuple[bool, str]:
     """Whether the budget is met, and why or why not."""
+    # The model is counted, not believed: a budget is of no use for a model that others have changed.
     broken, accounted = actuator.broken(), spending.costs["params"].total(widths)
     if broken:
         return False, f"masked weights of {broken!r} are not zero: something other than this loop changed them"
