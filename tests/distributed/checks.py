@@ -355,13 +355,13 @@ def branches() -> None:
 
 
 def averages() -> None:
-    """An averaged copy that only one rank has, and nobody has named, is cut on that rank as a named one is."""
-    model, rank = build(), dist.get_rank()
-    wrapper, named = Parallel(model), copy.deepcopy(model)
-    ema = AveragedModel(model) if rank == 0 else None
-    optimizer, loop = attached(wrapper, Scripted({3: {"up": [1, 5]}}, regrow=False), share(0)[0], copies=(named,))
+    """An average that one rank alone keeps is cut with the model there, while the other rank has another copy."""
+    model = build()
+    wrapper, ema = Parallel(model), AveragedModel(model) if dist.get_rank() == 0 else None
+    copies = (copy.deepcopy(model),) if ema is None else (ema,)  # as many on every rank, as the ranks compare
+    optimizer, loop = attached(wrapper, Scripted({3: {"up": [1, 5]}}, regrow=False), share(0)[0], copies=copies)
     train(wrapper, optimizer, loop, range(8), share)
-    assert len(loop.host.copies) == (2 if rank == 0 else 1) and loop.widths["up"] == 22
+    assert len(loop.host.copies) == 1 and loop.widths["up"] == 22
     if ema is not None:
         ema.update_parameters(model)
         for mine, its in zip(ema.module.parameters(), model.parameters(), strict=True):

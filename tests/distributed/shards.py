@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import setpoint
@@ -312,22 +310,17 @@ def sharded_resume() -> None:
 
 
 def sharded_copies() -> None:
-    """Copies of the model are cut and regrown alike, whether they are sharded or whole; a whole one is found, too."""
+    """Copies of the model are cut and regrown alike, whether they are sharded or whole."""
     setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
-    plain, apart, together, unnamed = build(), sharded(build()), build(), AveragedModel(build())
-    ema, model = AveragedModel(plain), sharded(plain)
-    sharded(unnamed.module)
+    model, apart, together = sharded(build()), sharded(build()), build()
     script = Scripted({3: {"up": [1, 5], "wide": [0, 2]}}, {6: {"up": [5]}})
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together), verify=True)
-    assert any("AveragedModel holds a copy of the model's shapes that is sharded" in str(each.message) for each in told)
+    optimizer, loop = attached(model, script, share(0)[0], copies=(apart, together), verify=True)
     train(model, optimizer, loop, range(8), share)
-    assert ema.module.up.weight.shape == (23, 12) and unnamed.module.up.weight.shape == (24, 12)
     assert loop.widths["up"] == 23 and together.up.weight.shape == (23, 12)
-    assert not torch.equal(together.down.weight, build().down.weight[:, [n for n in range(24) if n != 1]])  # it rises
     loop.detach()
-    torch.testing.assert_close(together.down.weight, build().down.weight[:, [n for n in range(24) if n != 1]])
+    expected = build().down.weight.detach()[:, [n for n in range(24) if n != 1]]
+    expected[:, 4] = 0.0  # unit 5 came back with outgoing weights at zero
+    torch.testing.assert_close(together.down.weight.detach(), expected)
     for a, b in zip(apart.parameters(), together.parameters(), strict=True):
         assert torch.equal(whole(a), b)
     torch.testing.assert_close(apart(batch(0)[0]), together(batch(0)[0]))

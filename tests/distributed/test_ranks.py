@@ -22,7 +22,7 @@ CHECKS = {
     "join_ends:2": "a join() ends well with passes left over, by an exception, and with the loop detached inside",
     "adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
     "branches:2": "a branch that runs on some ranks only is read on all of them",
-    "averages:2": "an averaged copy that only one rank has is found and cut there",
+    "averages:2": "an average that one rank alone keeps is cut there",
     "resume:2": "a run goes on bit for bit from one file",
     "told:2": "of all ranks the first alone logs to loggers, files and the log",
     "disagreement:2": "ranks that do not agree, or of which one fails, all raise",
