@@ -136,7 +136,7 @@ class CutCheck:
         """Whether a gradient of the first pass may be too small for its errors to show; so too where none was kept."""
         if self.first is None:
             return True
-        return any(0 < _largest([each]) < _LEAST for each in self.first.outcome.gradients.values() if each.numel())
+        return any(0 < _largest([g]) < _LEAST for g in self.first.outcome.gradients.values() if g.numel())
 
     def passes(self) -> bool:
         """Whether all groups can be cut together."""
@@ -177,7 +177,7 @@ class CutCheck:
         masked, names = self.make(), self._exact([group.name for group in self.groups])
         try:
             mask(masked, None, self.groups, {name: self.keep[name] for name in names})
-        except GroupError:  # the cut of each, which fails too, will say so
+        except GroupError:  # the cut of such a group fails, too, and says so
             return masked, frozenset()
         return masked, frozenset(names)
 
@@ -206,14 +206,14 @@ class CutCheck:
             outputs = [_filled(leaf) for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
             generator = torch.Generator().manual_seed(0)
             # `abs`: backward needs a real number, and an output may be complex.
-            loss = sum((each * _noise(each, generator)).sum().abs() for each in outputs if each.requires_grad)
+            loss = sum((out * _noise(out, generator)).sum().abs() for out in outputs if out.requires_grad)
             if isinstance(loss, Tensor):
                 torch.autograd.backward(loss)
             drew = drawn()
-        gradients = {name: _filled(each.grad) for name, each in model.named_parameters() if each.grad is not None}
+        gradients = {name: _filled(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         for parameter in model.parameters():
             parameter.grad = None
-        buffers = {name: _filled(each).clone() for name, each in model.named_buffers() if _is_float(each)}
+        buffers = {name: _filled(buffer).clone() for name, buffer in model.named_buffers() if _is_float(buffer)}
         return Outcome([output.detach() for output in outputs], gradients, buffers, drew)
 
 
@@ -245,8 +245,8 @@ class Outcome:
         """The kept entries only."""
         dims = cut.dims()
         gradients, buffers = (
-            {name: take(tensor, dims[name]) if dims.get(name) else tensor for name, tensor in each.items()}
-            for each in (self.gradients, self.buffers)
+            {name: take(tensor, dims[name]) if dims.get(name) else tensor for name, tensor in tensors.items()}
+            for tensors in (self.gradients, self.buffers)
         )
         return Outcome(self.outputs, gradients, buffers, self.drew)
 
@@ -279,9 +279,7 @@ def _differ(want: Tensor, got: Tensor, tolerance: float, scale: float, rounded: 
     if tolerance == float("inf") or not want.numel():
         return None
     # In pieces along the first dim: memory that is new for each large tensor takes longer than the arithmetic.
-    pieces = (
-        torch.split(each, max(1, _PIECE * len(each) // each.numel())) if each.dim() else (each,) for each in (want, got)
-    )
+    pieces = (torch.split(x, max(1, _PIECE * len(x) // x.numel())) if x.dim() else (x,) for x in (want, got))
     error = _largest(left - right for left, right in zip(*pieces, strict=True))
     # NaN on both sides proves nothing, so the comparison is written to fail on it.
     fine = error <= tolerance * max(scale, rounded, _LEAST)
@@ -334,7 +332,7 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     except RuntimeError as error:
         raise VerificationError(f"the model cannot be copied, so no cut of it can be tried out: {error}") from error
     generator = torch.Generator().manual_seed(0)
-    factors = _Factors(generator, sum(each.numel() for each in named_tensors(twin).values()))
+    factors = _Factors(generator, sum(tensor.numel() for tensor in named_tensors(twin).values()))
     touched = {part.tensor for group in groups for part in group.slices}
     with torch.no_grad():
         for name, tensor in named_tensors(twin).items():
@@ -381,9 +379,9 @@ _BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 def _has_plain_norms(model: nn.Module) -> bool:
     """Whether all batch norms of a model are PyTorch's own, and have running statistics."""
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._NormBase)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     return all(
-        type(each) in _BATCH_NORMS and each.running_mean is not None and "forward" not in vars(each) for each in norms
+        type(norm) in _BATCH_NORMS and norm.running_mean is not None and "forward" not in vars(norm) for norm in norms
     )
 
 

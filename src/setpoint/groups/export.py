@@ -125,6 +125,7 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
         warnings.catch_warnings(action="ignore"),
         following_data() if forward.by_data else nullcontext(),
     ):
+        # Not strict: TorchDynamo refuses much Python that is harmless, and rewrites what the shims have to number.
         program = torch.export.export(_FlatForward(model, forward), tuple(forward.tensors), strict=False)
     _check_sizes(model, program, by_data=forward.by_data)
     question = users_question(program.graph) if forward.by_data else None

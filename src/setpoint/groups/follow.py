@@ -47,7 +47,7 @@ class Change:
 
     def of(self, names: Iterable[str]) -> Change:
         """What it has done to these groups."""
-        keep, regrown = ({n: each[n] for n in names if n in each} for each in (self.keep, self.regrown))
+        keep, regrown = ({n: units[n] for n in names if n in units} for units in (self.keep, self.regrown))
         return replace(self, keep=keep, regrown=regrown)
 
 
@@ -96,32 +96,32 @@ def follow(state: State, change: Change) -> State:
         return state
     held: Any = state.folded() if isinstance(state, Folding) else state
     made: dict[str, Any] = {}
-    for each, how in _what_follows(held.__class__):
-        value, fill = getattr(held, each.name), each.metadata.get("fresh", 0)
+    for part, how in _fields_that_follow(held.__class__):
+        value, fill = getattr(held, part.name), part.metadata.get("fresh", 0)
         fill = getattr(held, fill) if isinstance(fill, str) else fill
         if how == "anew":
-            made[each.name] = None
+            made[part.name] = None
         elif how == "by group":
             keep_of, came_of = change.keep.get, change.regrown.get
-            made[each.name] = {
+            made[part.name] = {
                 name: _rows(values, keep_of(name), came_of(name), fill) for name, values in value.items()
             }
         elif how == "in a row":
             keep, grown = _in_a_row(held, change)
-            made[each.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *grown]), fill)
+            made[part.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *grown]), fill)
             made["num_units"] = tuple(len(units) for units in grown)
         elif how == "by weight":
-            made[each.name] = {
+            made[part.name] = {
                 name: torch.where(change.grown[name], torch.as_tensor(fill).to(values), values)
                 if name in change.grown
                 else values
                 for name, values in value.items()
             }
         elif is_dataclass(value) or isinstance(value, tuple):
-            names = each.metadata.get("groups", ...)  # which groups the state in it is about; all where nothing is said
+            names = part.metadata.get("groups", ...)  # which groups the state in it is about; all where nothing is said
             seen = change if names is ... else change.of(() if names is None else getattr(held, names))
             inner = tuple(follow(one, seen) for one in value) if isinstance(value, tuple) else follow(value, seen)
-            made[each.name] = inner
+            made[part.name] = inner
     result: State = replace(held, **made) if made else held
     return result
 
@@ -133,13 +133,13 @@ def check_follows(state: Any, widths: Mapping[str, int]) -> None:
         LoopError: naming what is not, or annotations that cannot be read.
     """
     if isinstance(state, tuple):
-        for each in state:
-            check_follows(each, widths)
+        for part in state:
+            check_follows(part, widths)
     elif is_dataclass(state):
-        for each, how in _what_follows(state.__class__):
-            value = getattr(state, each.name)
+        for part, how in _fields_that_follow(state.__class__):
+            value = getattr(state, part.name)
             if how == "as it is" and isinstance(value, Mapping):
-                _check_nothing_by_unit(value, widths, f"{type(state).__name__}.{each.name}")
+                _check_nothing_by_unit(value, widths, f"{type(state).__name__}.{part.name}")
             elif how == "as it is":
                 check_follows(value, widths)
     else:
@@ -147,38 +147,38 @@ def check_follows(state: Any, widths: Mapping[str, int]) -> None:
 
 
 def _check_nothing_by_unit(value: Any, widths: Mapping[str, int], where: str) -> None:
-    for name, each in value.items() if isinstance(value, Mapping) else ():
-        if name in widths and isinstance(each, (np.ndarray, Tensor)) and each.shape[:1] == (widths[name],):
+    for name, values in value.items() if isinstance(value, Mapping) else ():
+        if name in widths and isinstance(values, (np.ndarray, Tensor)) and values.shape[:1] == (widths[name],):
             raise LoopError(
                 f"the state of a sensor or controller has {widths[name]} numbers for the units of {name!r} in {where}, "
                 "which cannot follow a cut: make the state a frozen dataclass, and annotate the field as "
                 "Mapping[str, ByUnit[...]] (setpoint.groups.follow)"
             )
-        _check_nothing_by_unit(each, widths, where)
+        _check_nothing_by_unit(values, widths, where)
 
 
 _NONE = np.zeros(0, dtype=bool)
 
 
 @lru_cache(maxsize=256)
-def _what_follows(kind: type) -> tuple[tuple[Field[Any], str], ...]:
+def _fields_that_follow(kind: type) -> tuple[tuple[Field[Any], str], ...]:
     """The fields of a dataclass that may have to follow, and how."""
     try:
         hints = get_type_hints(kind, include_extras=True)
     except NameError as error:  # what is imported for type checkers only is of no use here
         hints = {}
-        if any(f"By{what}" in str(each.type) for each in fields(kind) for what in ("Unit", "Weight")):
+        if any(f"By{what}" in str(part.type) for part in fields(kind) for what in ("Unit", "Weight")):
             raise LoopError(
                 f"the annotations of {kind.__name__} cannot be read ({error}): import what they name at the top of the "
                 "module, outside of `if TYPE_CHECKING`"
             ) from error
-    return tuple((each, how) for each in fields(kind) if (how := _how(each, hints.get(each.name))))
+    return tuple((part, how) for part in fields(kind) if (how := _how(part, hints.get(part.name))))
 
 
-def _how(each: Field[Any], hint: Any) -> str:
-    if each.metadata.get("anew"):
+def _how(part: Field[Any], hint: Any) -> str:
+    if part.metadata.get("anew"):
         return "anew"
-    if each.metadata.get("live"):
+    if part.metadata.get("live"):
         return ""
     marks = getattr(hint, "__metadata__", ())
     if _UNITS in marks:

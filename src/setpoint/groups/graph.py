@@ -132,7 +132,7 @@ def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int
     name = str(spec.target).removeprefix("model.")
     owner, _, key = name.rpartition(".")
     tensor: torch.Tensor = getattr(model.get_submodule(owner), key)
-    if id(tensor) not in own:
+    if id(tensor) not in own:  # a tied weight has several names, and one set of atoms
         labels = tuple(walk.atoms.fresh(size) if size > 1 else None for size in shape)
         own[id(tensor)] = Value(shape, labels, weight=True, grad=tensor.requires_grad)
         dims.extend(OwnDim(name, dim, of) for dim, of in enumerate(labels) if of is not None)
@@ -184,6 +184,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
                 for left, right in zip(finished.labels, written.labels, strict=True):
                     walk.unite(left, right)
         except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
+            # A rule that meets a call which it was not written for guesses nothing: all that the call touches stays.
             reason = (
                 f"the op's rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             )

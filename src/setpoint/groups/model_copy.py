@@ -22,6 +22,7 @@ def copy_of(model: nn.Module, memo: Mapping[int, Any] | None = None, *, users_ho
         memo: by id of an object of the model, what the copy has in its place; by default `computed(model)`.
         users_hooks: whether hooks of the user come along; torch's own, which compute weights (weight norm), always do.
     """
+    # By the memo, not removed from the copy: a hook that holds a file or a socket cannot even be copied.
     hooks = {} if users_hooks else _tables_of_torchs_hooks(model)
     return copy.deepcopy(model, {**hooks, **(computed(model) if memo is None else memo)})
 

@@ -105,6 +105,7 @@ class _Recorded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What this call returned."""
+        # A cut copy may call a module more often than the example did: the last result stands for all others.
         result = self.results[min(self.number, len(self.results) - 1)]
         self.number += 1
         reads = [*self.read, *tensors_of([args, kwargs])]

@@ -115,15 +115,15 @@ def check_rng_state(state: Mapping[str, Any]) -> None:
     if _shapes(numpy) != _shapes(like):  # NumPy itself accepts states that are too long
         raise ValueError(f"the state of NumPy's generator has the parts {_shapes(numpy)}, not {_shapes(like)}")
     generator.set_state(numpy)
-    if not all(isinstance(each, Tensor) for each in state["cuda"]):
+    if not all(isinstance(of_device, Tensor) for of_device in state["cuda"]):
         raise TypeError("the state of a GPU's generator is a tensor")
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore the state that `rng_state` returned; states of GPUs that are absent here are skipped."""
     torch.set_rng_state(state["torch"].cpu())
-    for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(each.cpu(), device)
+    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(of_device.cpu(), device)
     numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
     if np.random.get_state(legacy=False)["bit_generator"] != numpy["bit_generator"]:
         np.random.set_bit_generator(getattr(np.random, numpy["bit_generator"])())  # type: ignore[attr-defined]
@@ -133,12 +133,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _mapped(each, kind, function) for key, each in value.items()}
+        return {key: _mapped(part, kind, function) for key, part in value.items()}
     return function(value.copy() if isinstance(value, np.ndarray) else value) if isinstance(value, kind) else value
 
 
 def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _shapes(each) if isinstance(each, Mapping) else np.shape(each) for key, each in value.items()}
+    return {key: _shapes(part) if isinstance(part, Mapping) else np.shape(part) for key, part in value.items()}
 
 
 def _nested(state: Sequence[Any]) -> tuple[Any, ...]:

@@ -158,7 +158,7 @@ def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:
 
 def _sharing(model: nn.Module, name: str, layers: Mapping[str, StateSpaceLayer]) -> str:
     """Another layer that holds one of this layer's own tensors; "" if there is none."""
-    tensors = {each: set(map(id, model.get_submodule(each).parameters())) for each in layers}
+    tensors = {layer: set(map(id, model.get_submodule(layer).parameters())) for layer in layers}
     return next((n for n in layers if layers[n] is not layers[name] and tensors[n] & tensors[name]), "")
 
 
@@ -171,7 +171,7 @@ def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:
         *(Slice(prefix + tensor, batch, "carry", states, masked=False) for tensor in weights.carried),
         *(Slice(prefix + tensor, batch + 1, "consume", states) for tensor in weights.outputs),
     )
-    unique = next(each for each in (name or "states", f"{prefix}states") if each not in taken)
+    unique = next(free for free in (name or "states", f"{prefix}states") if free not in taken)
     return Group(unique, "state", system.num_states, slices, what="state")
 
 

@@ -63,7 +63,7 @@ class Trace:
 
 def repeated(traced: Trace, passes: int) -> Trace:
     """The trace of an optimizer step for which the model is called so many times, as where gradients accumulate."""
-    contractions = (replace(each, coefficient=passes * each.coefficient) for each in traced.contractions)
+    contractions = (replace(product, coefficient=passes * product.coefficient) for product in traced.contractions)
     return traced if passes == 1 else replace(traced, contractions=tuple(contractions))
 
 
@@ -173,4 +173,4 @@ def _frozen(atoms: Atoms, known: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
     copies = atoms.marked("alike")
     reported = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
     found = dict.fromkeys(Frozen(place, reason) for _, place, reason in reported)
-    return tuple(each for each in found if each not in known)
+    return tuple(frozen for frozen in found if frozen not in known)

@@ -143,7 +143,7 @@ class SizeProbe:
         return by_module(self.calls) if found is None else found
 
     def _run(self, places: Places) -> Wrong | None:
-        key = frozenset(places)
+        key = frozenset(places)  # a place has one meaning, so its labels need not be in the key
         if key not in self._seen:
             watch = Watch(self.calls, self.kept)
             outcome = outcome_of(self.candidate, places, self.kept, watch=watch)
