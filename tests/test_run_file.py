@@ -419,7 +419,7 @@ def test_a_refused_run_leaves_everything_as_it_was(dear: None, tmp_path: Path, m
     """
     whole, again = run(), run()
     whole.train(0, 14)
-    assert whole.loop.state_dict()["actuator"]["probing"] and whole.loop.widths != again.loop.widths
+    assert whole.loop.state_dict()["actuator"]["reserve"]["tensors"] and whole.loop.widths != again.loop.widths
     saved, given = beside(whole), beside(again)
     setpoint.save_run(tmp_path / "run", **saved)
     memory = {name: tensor.data_ptr() for name, tensor in again.model.state_dict().items()}

@@ -38,9 +38,7 @@ def snapshot(*parts: Any) -> Callable[[], None]:
     undo: list[Callable[[], None]] = []
     # It holds the objects as well: an address may be given away again.
     seen: dict[int, Any] = {}
-    # A part may have put hooks on all modules of the process: PyTorch keeps these in tables of its own.
-    global_hooks = [table for name, table in vars(nn.modules.module).items() if name.startswith("_global_")]
-    waiting: list[Any] = [parts, global_hooks]
+    waiting: list[Any] = [parts]
     while waiting:  # no recursion, since chains of objects may be longer than Python's stack
         value = waiting.pop()
         if id(value) not in seen:
