@@ -212,6 +212,7 @@ def check_parts(controller: object, sensor: Sensor[Any] | None, budget: object, 
             raise LoopError(
                 f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
                 + " and no ".join(sorted(lacking))
+                + (": derive it from setpoint.sensor.reading.Sensor" if hasattr(part, "update") else "")
             )
     if isinstance(budget, Price) and sensor is not None and not sensor.traits.in_loss:
         raise LoopError(

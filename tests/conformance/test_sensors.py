@@ -173,3 +173,17 @@ def test_a_new_criterion_drives_a_run() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert loop.summary is not None and loop.summary.budget_met
+
+
+def test_a_sensor_without_a_base_is_told_what_to_do() -> None:
+    """Claim: an object with a sensor's main methods only is refused, and the error names the class to derive from."""
+
+    class Bare:
+        """A sensor as it was before `Sensor` had more than five methods."""
+
+        readable = init = update = read = flops = None
+
+    model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(8, 4)
+    optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), Bare()
+    with pytest.raises(LoopError, match=r"has no forget.*derive it from setpoint\.sensor\.reading\.Sensor"):
+        setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor)  # type: ignore[arg-type]

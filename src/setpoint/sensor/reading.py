@@ -104,7 +104,8 @@ class Traits:
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
-    A sensor of your own derives from this class, which has methods that do nothing for all that few sensors need.
+    A sensor of your own derives from this class, which has methods that do nothing for all that few sensors need. Where
+    it is a mean over steps of something measured by unit, a criterion is enough (`setpoint.sensor.criterion`).
 
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
