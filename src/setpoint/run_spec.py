@@ -143,7 +143,7 @@ def run_spec(
         )
     check_trains(host.optimizers, host.model)
     for optimizer in host.optimizers:
-        check_optimizer(optimizer)  # steps a small copy, and looks whether its state has the parameters' shapes
+        check_optimizer(optimizer)  # by trying it on throwaway tensors, whatever its class is called
     spec = RunSpec(
         goal,
         budgets,
