@@ -141,12 +141,7 @@ def take_aim(
 
     Without a meter the prediction is exact. With one, what is predicted to cost x is expected to cost `x *
     feedback.factor()`, and once the reference is at the limit the aim is half a dead-band below it.
-
-    Args:
-        observation: its metered cost must belong to the present widths.
-        deadband: relative error within which the controller rests.
-        start: dense cost as metered, None before it is known.
-        feedback: what the PI part remembers.
+    `start` is the dense cost as metered, None before it is known.
     """
     resource, step, total_steps = cost.resource, observation.step, observation.planned_steps
     limit, metered = observation.limit[resource], observation.metered.get(resource)

@@ -64,13 +64,11 @@ class EvenController:
 
     @property
     def schedule(self) -> Schedule:
-        """The inner controller's."""
         schedule = getattr(self.inner, "schedule", None)
         return schedule if isinstance(schedule, Schedule) else Schedule()
 
     @property
     def goal(self) -> Goal:
-        """The inner controller's."""
         return self.inner.goal if isinstance(self.inner, Pursuing) else "budget"
 
     @property
@@ -79,7 +77,6 @@ class EvenController:
         return regrows(self.inner)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
-        """Whether the inner controller wants resting units to be read."""
         return isinstance(self.inner, RegrowingController) and self.inner.probe_due(step, total_steps)
 
     def init(self, groups: tuple[Group, ...]) -> Any:
@@ -90,11 +87,9 @@ class EvenController:
         return self.inner.init(_leaders(self._members(groups, widths_of(groups))))
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
     def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
-        """The inner controller's state for another budget."""
         if not isinstance(self.inner, Transferring):
             return state
         return self.inner.transferred(state, step=step, total_steps=total_steps, present=present, limit=limit)

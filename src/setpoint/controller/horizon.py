@@ -39,14 +39,9 @@ class Remaining:
     factor: float = 1.0  # cost of a step as metered / as predicted; 1 without a meter
 
     def wait(self, step: int, total_steps: int, *, lands: bool, present: float, after: float) -> int:
-        """Steps by which a cut that may be the last had better wait, 0 for none.
+        """Steps by which a cut that may be the last (`lands`: is the last) had better wait, 0 for none.
 
-        Args:
-            step: optimizer steps done.
-            total_steps: of the run.
-            lands: whether the plan is the last; any may be from the settle step on.
-            present: cost of a step now.
-            after: cost of a step after the cut.
+        `present` is the cost of a step now, `after` the cost after the cut.
 
         >>> remaining = Remaining(limit=100.0, spent=60.0, schedule=Schedule())
         >>> remaining.wait(60, 110, lands=True, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 more at 1.0
@@ -81,16 +76,7 @@ def step_limit(schedule: Schedule, step: int, total_steps: int, *, left: float, 
     with d(s) the last decision before s. This grows with L; bisection finds the L at which it equals what is left.
     Asked again at each decision (a receding horizon) it takes in whatever came out otherwise: blocks that left a cut
     short of its target, steps that cost more or less than predicted, overhead, a run made longer or shorter.
-
-    Args:
-        schedule: the trajectory, and when decisions are made.
-        step: the decision that is to be made now, in optimizer steps done.
-        left: what is left to spend on the steps to come, in the resource's unit.
-        start: cost of a step of the dense model.
-        present: cost of a step now.
-
-    Returns:
-        At most `start`; 0 or less where nothing is left, so that no model meets it.
+    `start` is the cost of a step of the dense model and the highest answer; where nothing is left it is 0 or less.
 
     >>> step_limit(Schedule(), 300, 1000, left=350.0, start=1.0, present=0.8)
     0.5
@@ -125,7 +111,6 @@ def spans(schedule: Schedule, step: int, total_steps: int) -> list[tuple[int, in
 
 
 def next_decision(schedule: Schedule, step: int, total_steps: int) -> int:
-    """The step of the next decision, or the end of the run where none is to come."""
     return next((at for at in schedule.decisions(total_steps) if at > step), total_steps)
 
 
@@ -140,12 +125,6 @@ def highest_step(schedule: Schedule, step: int, total_steps: int, *, left: float
 
     Where each decision keeps to it, the next one can: a run that has at least `cheapest_run` left before its first
     decision is never over its budget.
-
-    Args:
-        schedule: when decisions are made.
-        step: the decision that is to be made now, in optimizer steps done.
-        left: what is left to spend on the steps to come.
-        cheapest: cost of a step of the cheapest model.
 
     >>> round(highest_step(Schedule(), 300, 1000, left=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
     1.056

@@ -27,11 +27,9 @@ class Ladder:
 
     @property
     def num_rungs(self) -> int:
-        """How many blocks can go."""
         return len(self.edges) - 1
 
     def keep(self, rungs: int) -> Bool[np.ndarray, " units"]:
-        """Which units stay after so many rungs."""
         keep = np.ones(self.num_units, dtype=bool)
         keep[self.order[: self.edges[rungs]]] = False
         return keep
@@ -56,12 +54,8 @@ def build_ladder(
 
     Blocks hold `multiple_of` units. Where the width is no multiple, the first block is the remainder, so that every
     width on the way is a multiple. Units of equal saliency go in the order of their index.
-
-    Args:
-        saliency: of each active unit; negative values count as 0.
-        floor: width that must remain; `min_units` at least.
-        max_dropped: slew limit, in units. One block may always go, or a group of few units never would.
-        free: False for units that must stay at this decision.
+    Negative saliencies count as 0. At least `floor` units remain, and those that are not `free`. Of more than
+    `max_dropped` (the slew limit) only one block goes, or a group of few units never would.
 
     >>> group = Group("conv1", "unit", num_units=10, slices=(), multiple_of=4)
     >>> ladder = build_ladder(group, np.arange(10.0), dense=10, floor=1, max_dropped=9, free=np.ones(10, bool))
@@ -130,7 +124,6 @@ class Guards:
     dwell: int  # decisions that a unit stays after it was brought back
 
     def without_slew(self) -> Guards:
-        """These guards with the slew limit lifted."""
         return replace(self, slew=1.0)
 
     def ladders(
@@ -140,11 +133,7 @@ class Guards:
         dense: Mapping[str, int],
         age: Mapping[str, Int64[np.ndarray, " _units"]],
     ) -> dict[str, Ladder]:
-        """Ladders of all groups, by name; units that each reading makes anew have no age.
-
-        Args:
-            age: by group and active unit, decisions since the unit came back.
-        """
+        """Ladders of all groups, by name; `age` counts decisions since a unit came back."""
         return {
             group.name: build_ladder(
                 group,

@@ -66,14 +66,12 @@ class PenaltyController:
 
     @property
     def goal(self) -> Goal:
-        """The price."""
         return self.price
 
     def init(self, groups: tuple[Group, ...]) -> None:
         """Nothing is remembered between decisions."""
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether a decision is to be made after this step."""
         return self.schedule.due(step, total_steps)
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:

@@ -141,15 +141,12 @@ class PricedController:
 
     @property
     def goal(self) -> Goal:
-        """Budgets."""
         return "budget"
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
-        """State before the first decision."""
         return PricedState(age={group.name: np.full(group.num_units, self.dwell, np.int64) for group in groups})
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether a decision is to be made after this step."""
         return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
@@ -161,11 +158,7 @@ class PricedController:
     def decide(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[PricedState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer.
-
-        Args:
-            observation: what is known at this step; its metered cost must belong to the present widths.
-        """
+        """The next state and the plan. Pure: same arguments, same answer."""
         metered = observation.metered.get(cost.resource)
         problem = problem_with(observation.reading, metered, groups)
         if metered is None and state.metered:

@@ -41,17 +41,14 @@ class RollingBack:
     inner: Controller[Any]
 
     def init(self, groups: tuple[Group, ...]) -> RollBackState:
-        """State before the first decision."""
         return RollBackState(self.inner.init(groups))
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
     def transferred(
         self, state: RollBackState, *, step: int, total_steps: int, present: float, limit: float
     ) -> RollBackState:
-        """The inner controller's state for another budget."""
         if not isinstance(self.inner, Transferring):
             return state
         inner = self.inner.transferred(state.inner, step=step, total_steps=total_steps, present=present, limit=limit)

@@ -44,19 +44,17 @@ class Selection:
         return int(edges[rung + count] - edges[rung])
 
     def salience(self, name: str, rung: int, count: int = 1) -> float:
-        """Summed saliency of these blocks."""
         salience = self.ladders[name].salience
         return float(salience[rung + count] - salience[rung])
 
     def move(self, name: str, count: int) -> None:
-        """Go down `count` rungs of a group's ladder, or up when negative. `total` is left to the caller."""
+        """Go down `count` rungs, or up when negative. `total` is left to the caller."""
         rung = self.rungs[name]
         self.widths[name] -= self.size(name, rung, count)
         self.rungs[name] = rung + count
 
 
 def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], allocation: Allocation) -> Selection:
-    """The selection that drops nothing."""
     return Selection(
         cost=cost,
         ladders=ladders,
@@ -80,9 +78,7 @@ def descend(selection: Selection, target: float, ceiling: float = np.inf) -> Non
     With more blocks than can be weighed one by one in a few milliseconds, several are weighed at once, and the last
     stretch before the target is gone down in ever smaller steps, to single blocks.
 
-    Args:
-        selection: moved in place; where the ladders end above the target it stays above.
-        ceiling: worth from which on blocks stay, whatever the target.
+    Where the ladders end above the target, the selection stays above. From the worth `ceiling` on blocks stay.
     """
     num_blocks = sum(ladder.num_rungs for ladder in selection.ladders.values())
     stride = max(1, -(-num_blocks // _MAX_PICKS))
@@ -179,7 +175,6 @@ def add_back(selection: Selection, target: float) -> None:
 
 
 def _give_back(selection: Selection, name: str, target: float) -> bool:
-    """Give back the last block of a group if the cost stays within the target."""
     if selection.total + regained(selection, name) > target * (1 + 1e-9):
         return False
     selection.move(name, -1)
@@ -199,7 +194,6 @@ def regained(selection: Selection, name: str) -> float:
 
 
 def marginal_worth(selection: Selection) -> float:
-    """Highest worth among the dropped blocks; 0 where none is dropped."""
     return max((float(selection.worth[n][:rung].max()) for n, rung in selection.rungs.items() if rung), default=0.0)
 
 
@@ -222,12 +216,7 @@ def block_savings(selection: Selection) -> float:
 def even_cost(
     cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], density: float
 ) -> float:
-    """What the model costs when every group has this density of units, and `min_units` at least.
-
-    Args:
-        widths: present widths, those of groups that are not cut included.
-        density: of units, in [0, 1].
-    """
+    """What the model costs when every group has this density of units, and `min_units` at least."""
     even = {group.name: max(group.min_units, round(density * dense[group.name])) for group in groups}
     return cost.total({**widths, **even})
 
@@ -235,11 +224,7 @@ def even_cost(
 def even_density(
     cost: Cost, widths: Mapping[str, int], dense: Mapping[str, int], groups: tuple[Group, ...], limit: float
 ) -> float:
-    """The highest density of units, the same in all groups, at which the limit is met; 0 where none meets it.
-
-    Args:
-        widths: present widths, those of groups that are not cut included.
-    """
+    """The highest density of units, the same in all groups, at which the limit is met; 0 where none meets it."""
     low, high = 0.0, 1.0
     if even_cost(cost, widths, dense, groups, high) <= limit:
         return high
@@ -256,10 +241,7 @@ def landing_widths(
 
     No density lies further below the one that would meet the limit in single units than the coarsest block; one above
     it is what the rest of the limit pays for, often in a group that costs little. A group that is narrower already than
-    it would be then stays as it is, and leaves more to the others.
-
-    Args:
-        widths: widths that no group is to exceed, those of groups that are not cut included.
+    it would be then stays as it is, and leaves more to the others. No group exceeds its width in `widths`.
     """
     narrow: set[str] = set()
     while True:
@@ -276,9 +258,5 @@ def landing_widths(
 
 
 def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
-    """Cost with every group as narrow as `min_units` and whole blocks allow: no budget below it can be met.
-
-    Args:
-        cost: predicts spending; every group that it follows must be among `groups`.
-    """
+    """Cost with every group as narrow as `min_units` and whole blocks allow: no budget below it can be met."""
     return cost.total({group.name: lowest_width(group) for group in groups})

@@ -26,10 +26,7 @@ def swap(selection: Selection, target: float, deadband: float) -> None:
     elsewhere may do. Each swap raises the cost and keeps it within the target. Inside the dead-band it
     must not raise the summed saliency of what is dropped; below it, it may by as much as the cost won
     back is worth at the price. At most a few are made; afterwards no single block fits back.
-
-    Args:
-        selection: at or below the target, after `add_back`; moved in place.
-        deadband: relative distance below the target that is near enough not to pay for.
+    The selection is at or below the target, after `add_back`.
     """
     for _ in range(_MAX_SWAPS):
         gap = target - selection.total
@@ -58,7 +55,6 @@ def _swap_once(selection: Selection, target: float, price: float) -> bool:
 
 
 def _movable(selection: Selection) -> tuple[list[str], list[str]]:
-    """Groups that have a block to give back, and groups that have one left to drop."""
     back = [name for name, rung in selection.rungs.items() if rung]
     out = [name for name, rung in selection.rungs.items() if rung < selection.ladders[name].num_rungs]
     return back, out
@@ -73,8 +69,7 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
 
     the most. What a landing leaves unused is lost for good, so it counts above its price. Only the
     groups whose next or last block is nearest to the price take part, so that the search stays within
-    some thousand savings; with many groups blocks are fine and `swap` has already come near. Arguments are those of
-    `swap`.
+    some thousand savings; with many groups blocks are fine and `swap` has already come near.
     """
     for _ in range(_MAX_TRADES):
         if target - selection.total <= deadband * target:

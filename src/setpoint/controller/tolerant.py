@@ -75,15 +75,12 @@ class TolerantController:
 
     @property
     def goal(self) -> Goal:
-        """The tolerance."""
         return self.tolerance
 
     def init(self, groups: tuple[Group, ...]) -> TolerantState:
-        """State before the first decision."""
         return TolerantState(self.stride)
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether a decision is to be made after this step."""
         return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
@@ -93,11 +90,7 @@ class TolerantController:
     def decide(
         self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[TolerantState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer.
-
-        Args:
-            observation: what is known at this step; `excess` and `last_dropped` tell of the last cut.
-        """
+        """The next state and the plan. Pure: same arguments, same answer."""
         if observation.loss is None:
             raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
         everything = keep_all(groups)

@@ -25,7 +25,6 @@ class Trend:
     num_bins: int  # how many bins it was fitted to
 
     def at(self, step: float) -> float:
-        """The loss that the trend foretells at this step."""
         return self.level + self.slope * (math.log(step) - self.centre)
 
     def error(self, step: float) -> float:
@@ -60,10 +59,6 @@ def fit_trend(steps: Losses, losses: Losses) -> Trend | None:
 
         noise^2 = sum of squared residuals / (bins - 2).
 
-    Args:
-        steps: optimizer steps, ascending, at least 1.
-        losses: observed there.
-
     >>> steps = np.arange(10.0, 50.0)
     >>> trend = fit_trend(steps, 3.0 - 0.5 * np.log(steps))
     >>> abs(trend.at(100) - (3.0 - 0.5 * math.log(100))) < 0.01, trend.noise < 0.001
@@ -84,13 +79,7 @@ def fit_trend(steps: Losses, losses: Losses) -> Trend | None:
 def excess_over(trend: Trend, steps: Losses, losses: Losses, *, cut: int) -> Excess | None:
     """How far these losses lie above a trend, or None where there are fewer than eight of them.
 
-        value = mean over the bins of (median - trend),    error^2 = noise^2 / bins + trend.error^2.
-
-    Args:
-        trend: from before the cut.
-        steps: optimizer steps after the cut, once the loss has had time to recover.
-        losses: observed there.
-        cut: step after which the cut was made.
+    value = mean over the bins of (median - trend),    error^2 = noise^2 / bins + trend.error^2.
     """
     binned = _bins(steps, losses)
     if binned is None:
@@ -107,13 +96,7 @@ def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: 
 
     The window before begins a quarter of the way from the last change of the model to the cut, so that recovery from
     that change is over, and reaches back at most twice as far as the cut is old, so that a line fits.
-
-    Args:
-        steps: at which losses were observed, ascending.
-        losses: the losses; values that are not finite are left out.
-        changed: step of the change before the cut, 0 if there was none.
-        cut: step after which the cut was made.
-        now: present step.
+    Losses that are not finite are left out. `changed` is the step of the change before the cut, 0 if there was none.
     """
     begin = max(changed + (cut - changed) / 4, cut - 2 * (now - cut))
     finite = np.isfinite(losses) & (steps >= 1)

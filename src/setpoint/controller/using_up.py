@@ -26,15 +26,12 @@ class UsingUp:
     inner: Controller[Any]
 
     def init(self, groups: tuple[Group, ...]) -> Any:
-        """State of the inner controller."""
         return self.inner.init(groups)
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
     def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
-        """State of the inner controller for another budget."""
         if not isinstance(self.inner, Transferring):
             return state
         return self.inner.transferred(state, step=step, total_steps=total_steps, present=present, limit=limit)
