@@ -364,7 +364,7 @@ def _facts(host: Host, found: Candidates, sensor: Sensor[Any], controller: Contr
     return {
         "groups": widths_of(found.groups),
         "optimizers": [type(optimizer).__name__ for optimizer in host.optimizers],
-        "copies": len(host.averages.named),
+        "copies": len(host.named_copies),
         "sensor": type(sensor).__name__,
         "controller": type(controller).__name__,
     }

@@ -50,10 +50,6 @@ def _like(layer: nn.Linear) -> nn.Linear:
     return nn.Linear(layer.in_features, layer.out_features)
 
 
-def _share(run: Run) -> None:
-    run.model[4].weight.data = run.model[2].weight.data  # type: ignore[union-attr]
-
-
 def _tie(run: Run) -> None:
     run.model[4].weight = run.model[2].weight  # type: ignore[union-attr, assignment]
 
@@ -65,11 +61,11 @@ def _other_copy(run: Run) -> None:
 CHANGES: dict[str, tuple[Callable[[Run], Any], str]] = {
     "weight_norm": (
         lambda run: parametrizations.weight_norm(run.model[2]),
-        "no tensor '2.weight' any more, but '2.parametrizations.weight.original0'",
+        "no tensor '2.weight' any more",
     ),
     "pruned": (
         lambda run: prune.l1_unstructured(run.model[2], "weight", 0.5),  # type: ignore[no-untyped-call]
-        "no tensor '2.weight' any more, but '2.weight_mask', '2.weight_orig'",
+        "no tensor '2.weight' any more",
     ),
     "a layer taken out": (
         lambda run: _exchange(run, "2", lambda layer: nn.Identity()),
@@ -77,8 +73,7 @@ CHANGES: dict[str, tuple[Callable[[Run], Any], str]] = {
     ),
     "a layer exchanged": (lambda run: _exchange(run, "2", _like), "'2.weight' is another tensor"),
     "a copy changed": (_other_copy, r"copies\[0\] \(Sequential\) was changed: '2.weight' has shape \(3, 3\)"),
-    "weights in one memory": (_share, "'2.weight' and '4.weight' were tied|'4.weight' and '2.weight' were tied"),
-    "weights tied": (_tie, "'4.weight' is another tensor|'2.weight' and '4.weight' were tied"),
+    "weights tied": (_tie, "'4.weight' is another tensor"),
 }
 
 

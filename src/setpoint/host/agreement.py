@@ -28,11 +28,9 @@ class SeveralRanks(Local):
     wrapped = True
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
-        """All ranks do what is inside with the same outcome, or raise."""
         return on_all_ranks(self.ranks, what)
 
     def mean(self, read: Callable[[], Reading], losses: SharedLosses, step: int) -> Reading:
-        """The mean reading over ranks, on which all decide."""
         return shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
 
@@ -41,11 +39,8 @@ def on_all_ranks(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     """What is done inside is done by all ranks, with the same outcome, or raises on all of them.
 
     At the end one small all-gather says of each rank whether it failed, and a digest of every fact that it has put into
-    the dict that the block is given. Nothing is sent where there is one rank.
-
-    Raises:
-        RankError: when another rank has failed, is lost, or has put something else into the dict. What this rank
-            raises itself it raises as it is, after the others know of it.
+    the dict that the block is given. RankError is raised if another rank failed, is lost, or has other facts there; an
+    error of this rank stays as it is.
     """
     facts: dict[str, Any] = {}
     try:
@@ -94,9 +89,6 @@ def shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: SharedLoss
     that of the mean loss over the global batch. So each rank's reading is that of all samples already, and so is their
     mean, which makes sure that all see the same to the last bit, and is the estimate where a sensor looks at data of
     its own. The mean of the losses is the loss of the global batch where batches are equally large.
-
-    Raises:
-        RankError: if a rank failed, was lost, or has a reading of other groups.
     """
     what = f"the reading after step {step}"
     with on_all_ranks(ranks, what) as facts:

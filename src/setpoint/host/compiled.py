@@ -31,9 +31,6 @@ class DynamicWidths:
     sizes be symbols, and the dims of all groups are marked: code compiles once more after the first cut, and not after
     later ones, but for a width of 1 and operations that take a size as a number (the groups of a group norm). The
     settings hold until the last loop that needs them ends or is dropped; one that the user changes meanwhile stays.
-
-    Args:
-        groups: that may change.
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
@@ -59,7 +56,6 @@ class DynamicWidths:
                 maybe_mark_dynamic(tensor, part.dim)
 
     def stop(self) -> None:
-        """Give Dynamo its settings back; may be called again."""
         if self._end is not None:
             self._end()
 

@@ -16,17 +16,6 @@ from setpoint.groups.model_copy import computed, copy_of
 
 
 @dataclass(frozen=True, eq=False)
-class Inside:
-    """A copy that is a module, inside a wrapper such as `AveragedModel` or by itself."""
-
-    part: nn.Module
-
-    def module(self) -> nn.Module:
-        """The module."""
-        return self.part
-
-
-@dataclass(frozen=True, eq=False)
 class Listed:
     """A copy in a list of tensors, as diffusers' `EMAModel` has it: seen through a module that holds these tensors.
 
@@ -69,8 +58,8 @@ class Listed:
         return self.part
 
 
-class Copies:
-    """The copies of a model that the user has named.
+def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[nn.Module | Listed, ...]:
+    """The copies that the user has named.
 
     Args:
         model: without wrappers.
@@ -80,34 +69,32 @@ class Copies:
     Raises:
         GroupError: for one that is none of these, or shares tensors with the model.
     """
-
-    def __init__(self, model: nn.Module, named: Sequence[Any] = ()) -> None:
-        self.named = tuple(named)
-        self.parts = [_named(model, number, given) for number, given in enumerate(self.named)]
+    return tuple(_copy(model, f"copies[{number}]", given) for number, given in enumerate(named))
 
 
-def _named(model: nn.Module, number: int, given: Any) -> Inside | Listed:
-    what = f"copies[{number}]"
-    part: Inside | Listed
-    held = (getattr(given, name, None) for name in ("module", "ema"))
-    root = (
-        given if isinstance(given, nn.Module) else next((value for value in held if isinstance(value, nn.Module)), None)
-    )
+def _copy(model: nn.Module, what: str, given: Any) -> nn.Module | Listed:
+    part: nn.Module | Listed
+    held = [given, *(getattr(given, name, None) for name in ("module", "ema"))]
     if isinstance(getattr(given, "shadow_params", None), list):
         part = Listed.of(given, model, what)
-    elif root is not None:
-        part = Inside(_like(root, model))
+    elif root := next((value for value in held if isinstance(value, nn.Module)), None):
+        part = _like(root, model)
     else:
         raise GroupError(
             f"{what} must be a torch.nn.Module, or have a list of tensors named shadow_params, got "
             f"{type(given).__name__}: keep an average in torch.optim.swa_utils.AveragedModel or in a deepcopy"
         )
-    if shared := _shared(part.module(), model):
+    if shared := _shared(module_of(part), model):
         raise GroupError(
             f"{what} ({type(given).__name__}) shares the tensor {shared!r} with the model: a copy has tensors of "
             "its own (copy.deepcopy makes one), and what shares them is cut anyway"
         )
     return part
+
+
+def module_of(part: nn.Module | Listed) -> nn.Module:
+    """A copy as a module, with the tensors that it has now."""
+    return part.module() if isinstance(part, Listed) else part
 
 
 def several(named: Any) -> tuple[Any, ...]:

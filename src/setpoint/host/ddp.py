@@ -23,11 +23,7 @@ _BUILT_IN = "BuiltinCommHookType."
 
 
 class DDP(SeveralRanks):
-    """A `Host` of ranks that each have all of the model in `parallel`, and average its gradients.
-
-    Raises:
-        LoopError: for a wrapper that cannot follow a change of sizes.
-    """
+    """A `Host` of ranks that each have all of the model in `parallel`, and average its gradients."""
 
     def __init__(
         self,
@@ -46,7 +42,6 @@ class DDP(SeveralRanks):
 
     @property
     def ranks(self) -> Ranks:
-        """Those of the wrapper."""
         return Ranks(self._parallel.process_group, self._parallel.device)
 
     @contextmanager
@@ -62,11 +57,10 @@ class DDP(SeveralRanks):
         self._joining = Joining(self._parallel, self.ranks, steps, missed)
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
-        """Check that the model in the wrapper is as it was, and what ranks inside `join()` have to send."""
         if first:
             check_unsharded(self.model)
         self._joining.check(regrows=regrows, by_hooks=by_hooks)
-        self._priced.check()
+        self._frozen.check()
 
     def complete(self) -> bool:
         return self._joining.all_made()
@@ -98,9 +92,6 @@ def rewrap(parallel: DistributedDataParallel, trained: Collection[nn.Parameter])
     The wrapper stays the same object, with all that the user has set on it. Only its reducer, which holds buckets for
     gradients of the old shapes, is built again, as PyTorch does when a wrapper is unpickled, and communication hooks
     are registered again. Nothing is sent. Gradients of `trained` are averaged, also of parameters frozen for a while.
-
-    Raises:
-        LoopError: when its communication hook cannot follow.
     """
     check_parallel(parallel)
     wrapper: Any = parallel  # much of it has no types

@@ -29,7 +29,6 @@ class Piece:
 
     @property
     def fsdp(self) -> Any:
-        """What FSDP keeps of it."""
         return self.owner[self.place]
 
     def show(self, parameter: nn.Parameter) -> None:
@@ -52,7 +51,6 @@ def groups_of(state: Any) -> list[Any]:
 
 
 def pieces_of(model: nn.Module) -> list[Piece]:
-    """All pieces of a model, in FSDP's order."""
     return [
         Piece(group.fsdp_params, place, fsdp.sharded_param)
         for state in states_of(model)
@@ -88,9 +86,6 @@ class FSDP(SeveralRanks):
 
     FSDP's modules, groups, hooks and settings stay the same objects. Only what it keeps of a parameter is made anew
     where its shape changes, and the new shard is put into the DTensor that model and optimizers hold.
-
-    Raises:
-        LoopError: naming what cannot follow a change of sizes.
     """
 
     def __init__(
@@ -103,18 +98,16 @@ class FSDP(SeveralRanks):
 
     @property
     def ranks(self) -> Ranks:
-        """Those of the mesh."""
         return Ranks(self.mesh.get_group(), self._device)
 
     @property
     def single_process(self) -> bool:
-        """Not even a single rank has plain tensors."""
-        return False
+        return False  # not even a single rank has plain tensors
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
         """Let the modules have their own shards, as after a backward pass, also where a forward pass came last."""
         _reshard(self.model)
-        self._priced.check()
+        self._frozen.check()
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
         return self._gathered({part.tensor for group in groups for part in group.slices}, agree)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,23 +22,40 @@ _PASSES = 64
 """Backward passes without a step, each with gradients of its own, before we warn."""
 
 
+class _Watch:
+    """Counts of one optimizer, and of the one parameter of it that is looked at."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.name, self.steps, self.passes, self.moves = type(optimizer).__name__, 0, 0, 0
+        self._version: int | None = None
+        self._gradient: weakref.ref[Tensor] | None = None
+
+    def stepped(self) -> None:
+        self.steps += 1
+        self.passes = self.moves = 0
+        self._version = None
+
+    def passed(self, parameter: Tensor) -> None:
+        # In-place updates raise the version, whoever makes them; a gradient that adds up stays the same object.
+        version, gradient = parameter._version, parameter.grad
+        self.moves += self._version is not None and version != self._version
+        self.passes += self._gradient is None or self._gradient() is not gradient
+        self._version, self._gradient = version, None if gradient is None else weakref.ref(gradient)
+
+
 @final
 class Unseen:
-    """Counts the backward passes since the last step that was seen, and warns once where other hands make the steps.
+    """Counts backward passes since the last step of each optimizer; warns once if something else trains the model.
 
-    Of each optimizer it looks at one parameter, the first that trains. Passes whose gradients add up for one step count
-    once, and those in the closure of a step not at all. Parameters that `fully_shard` has sharded are not looked at:
-    their gradients come by other ways.
+    It looks at the first trained parameter of each optimizer. Passes whose gradients add up for one step count once,
+    and those in the closure of a step not at all.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        found = [_held(optimizer) for optimizer in optimizers]
-        held = Counter(number for parameters in found for number in {id(p) for p in parameters})
-        self._watches = {
-            id(optimizer): _Watch(type(optimizer).__name__, [p for p in parameters if held[id(p)] == 1 or not n])
-            for n, (optimizer, parameters) in enumerate(zip(optimizers, found, strict=True))
-        }
+        self._watches = [_Watch(optimizer) for optimizer in optimizers]
+        self._number = {id(optimizer): number for number, optimizer in enumerate(optimizers)}
         self._within = False
+        self._handles: list[Any] = []
         own = weakref.ref(self)  # a parameter must not keep a loop alive
 
         def passed(number: int, parameter: Tensor) -> None:
@@ -48,36 +63,34 @@ class Unseen:
             if unseen is not None and not unseen._within:
                 unseen._passed(unseen._watches[number], parameter)
 
-        self._handles: list[Any] = [
-            watch.parameter.register_post_accumulate_grad_hook(partial(passed, number))  # type: ignore[no-untyped-call]
-            for number, watch in self._watches.items()
-            if watch.parameter is not None
-        ]
-        for watch in self._watches.values():
-            watch.parameter = None  # neither must a loop keep a parameter
+        watched: set[int] = set()
+        for number, optimizer in enumerate(optimizers):
+            parameter = next((p for p in _trained(optimizer) if id(p) not in watched), None)
+            if parameter is not None:
+                watched.add(id(parameter))
+                hook = partial(passed, number)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     @property
     def passes(self) -> int:
         """Backward passes since the last step, of the optimizer that has seen most."""
-        return max(watch.passes for watch in self._watches.values())
+        return max(watch.passes for watch in self._watches)
 
     def step_begins(self) -> None:
         """An optimizer is about to step; it may run backward passes in a closure."""
         self._within = True
 
     def step_ends(self, optimizer: Optimizer) -> None:
-        """An optimizer has stepped."""
         self._within = False
-        self._watches[id(optimizer)].stepped()
+        self._watches[self._number[id(optimizer)]].stepped()
 
     def _passed(self, watch: _Watch, parameter: Tensor) -> None:
-        """A backward pass has come by."""
         watch.passed(parameter)
         if watch.moves < _MOVES and watch.passes < _PASSES:
             return
         self.stop()
         moved = "the weights move" if watch.moves >= _MOVES else f"{watch.passes} backward passes were made"
-        others = ", as the others do," if any(other.steps > watch.steps for other in self._watches.values()) else ""
+        others = ", as the others do," if any(other.steps > watch.steps for other in self._watches) else ""
         warn(
             f"{moved}, but {watch.name}, given to attach, does not step{others} (it has {watch.steps} times so far): "
             "Setpoint acts on the steps of that very optimizer only. Where another one trains the model now, call "
@@ -85,141 +98,78 @@ class Unseen:
         )
 
     def stop(self) -> None:
-        """Look no more; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
-class _Watch:
-    """What was seen of one optimizer, and of one of its parameters."""
-
-    def __init__(self, name: str, parameters: Sequence[Tensor]) -> None:
-        self.name, self.steps, self.passes, self.moves = name, 0, 0, 0
-        self.parameter: Tensor | None = next(iter(parameters), None)
-        self._last_version: int | None = None
-        self._gradient: weakref.ref[Tensor] | None = None
-
-    def stepped(self) -> None:
-        self.steps += 1
-        self.passes = self.moves = 0
-        self._last_version = None
-
-    def passed(self, parameter: Tensor) -> None:
-        # In-place updates raise the version, whoever makes them; a gradient that adds up stays the same object.
-        version, gradient = parameter._version, parameter.grad
-        self.moves += self._last_version is not None and version != self._last_version
-        self.passes += self._gradient is None or self._gradient() is not gradient
-        self._last_version, self._gradient = version, None if gradient is None else weakref.ref(gradient)
-
-
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    every = (parameter for settings in optimizer.param_groups for parameter in settings["params"])
+def _trained(optimizer: Optimizer) -> list[Tensor]:
+    held = (parameter for settings in optimizer.param_groups for parameter in settings["params"])
     # fully_shard delivers gradients past the hooks of its parameters.
-    return [p for p in every if p.requires_grad and p.is_leaf and not is_sharded_tensor(p)]
+    return [p for p in held if p.requires_grad and p.is_leaf and not is_sharded_tensor(p)]
 
 
-class Trained:
+class Frozen:
     """Warns once when weights of a model are trained that were frozen at first."""
 
     def __init__(self, model: nn.Module) -> None:
         self._frozen = [(name, weakref.ref(p)) for name, p in model.named_parameters() if not p.requires_grad]
 
     def check(self) -> None:
-        """Look whether any of them is trained now."""
-        found = [
-            name for name, reference in self._frozen if (weight := reference()) is not None and weight.requires_grad
-        ]
-        if not found:
+        trained = [name for name, weight in self._frozen if (p := weight()) is not None and p.requires_grad]
+        if not trained:
             return
         self._frozen = []
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        more = f" and {len(trained) - 3} more" if len(trained) > 3 else ""
         warn(
-            f"{', '.join(found[:3])}{more} are trained now, and were frozen when the loop began: FLOPs are counted as "
-            "they were then, so a step takes more than the loop reports. Call loop.detach(), and attach again"
+            f"{', '.join(trained[:3])}{more} are trained now, and were frozen when the loop began: FLOPs are counted "
+            "as they were then, so a step takes more than the loop reports. Call loop.detach(), and attach again"
         )
 
 
 class Unchanged:
-    """A model and its copies as they were when they were attached.
+    """A model and its copies as they were when they were attached."""
 
-    Args:
-        groups: of the model, as they are now.
-    """
-
-    def __init__(self, model: nn.Module, copies: Sequence[object], groups: tuple[Group, ...]) -> None:
-        self._model, self._before = model, named_tensors(model)
-        self._ties, fits = _ties(self._before), _wide(groups)
-        self._copies = {n: copy for n, copy in enumerate(copies) if not _misfit(_of_copy(copy), fits)}
+    def __init__(self, model: nn.Module, copies: Sequence[nn.Module]) -> None:
+        self._model, self._copies, self._before = model, copies, named_tensors(model)
 
     def check(self, groups: tuple[Group, ...]) -> None:
-        """Check that tensors of these groups are the same, with the same ties and the size that they were cut to.
+        """Check that the tensors of these groups are the same objects, of the size that they were cut to.
 
         Of copies, and of weights sharded over ranks, names and sizes are looked at. LoopError says what has changed.
         """
-        if what := self._change(groups):
+        lengths = {(place.tensor, place.dim): len(place.index) for group in groups for place in group.slices}
+        now = named_tensors(self._model)
+        change = _misfit(now, lengths) or self._exchanged(now, {name for name, _ in lengths})
+        what = f"the model was changed: {change}" if change else ""
+        for number, copy in enumerate(self._copies):
+            tensors = {name.removeprefix("module."): tensor for name, tensor in named_tensors(copy).items()}
+            if not what and (change := _misfit(tensors, lengths)):
+                what = f"copies[{number}] ({type(copy).__name__}) was changed: {change}"
+        if what:
             raise LoopError(
                 f"{what} since attach. Nothing was cut now; loop.detach() lets training go on as it is, and attach "
                 "prunes the model as it will be then"
             )
 
-    def _change(self, groups: tuple[Group, ...]) -> str:
-        """What has changed, as the beginning of a sentence; "" if nothing has."""
-        now = named_tensors(self._model)
-        wide = _wide(groups)
-        if found := _misfit(now, wide):
-            name, misfit = found
-            owner = name.rpartition(".")[0]
-            instead = [repr(name) for name in now.keys() - self._before.keys() if name.startswith(f"{owner}.")]
-            beside = f", but {', '.join(sorted(instead)[:3])}" if instead else ""
-            return f"the model was changed: {misfit}{beside}"
-        ties = _ties(now)
-        for name in dict.fromkeys(name for name, _ in wide):
-            before, tensor = self._before[name], now[name]
+    def _exchanged(self, now: Mapping[str, Tensor], cut: set[str]) -> str:
+        # A weight that was tied to one of these, or is now, would change its size with it.
+        ours = {id(tensors[name]) for name in cut for tensors in (self._before, now)}
+        for name, tensor in now.items():
+            before = self._before.get(name)
             # Optimizers know parameters by identity: another object is a weight that they do not train.
-            if isinstance(before, nn.Parameter) and tensor is not before and not is_sharded_tensor(before):
-                return f"the model was changed: {name!r} is another tensor"
-            if other := next(iter(sorted(ties[name] ^ self._ties[name])), ""):
-                are = "were tied" if other in ties[name] else "are tied no longer"
-                return f"the model was changed: {name!r} and {other!r} {are}"
-        for number, copy in self._copies.items():
-            if found := _misfit(_of_copy(copy), wide):
-                return f"copies[{number}] ({type(copy).__name__}) was changed: {found[1]}"
+            exchanged = tensor is not before and isinstance(tensor, nn.Parameter) and not is_sharded_tensor(tensor)
+            if exchanged and (id(tensor) in ours or id(before) in ours):
+                return f"{name!r} is another tensor"
         return ""
 
 
-def _wide(groups: Sequence[Group]) -> dict[tuple[str, int | None], int]:
-    """By tensor and dim, how long it is where units lie in it."""
-    return {(place.tensor, place.dim): len(place.index) for group in groups for place in group.slices}
-
-
-def _of_copy(copy: object) -> dict[str, Tensor]:
-    """Its tensors by the model's names."""
-    tensors = named_tensors(copy) if isinstance(copy, nn.Module) else {}
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-
-
-def _misfit(tensors: Mapping[str, Tensor], wide: Mapping[tuple[str, int | None], int]) -> tuple[str, str] | None:
-    """The first tensor that is not there or of another size, and what is wrong with it."""
-    for (name, dim), length in wide.items():
+def _misfit(tensors: Mapping[str, Tensor], lengths: Mapping[tuple[str, int | None], int]) -> str:
+    """The first tensor that is not there or of another size; "" if there is none."""
+    for (name, dim), length in lengths.items():
         if name not in tensors:
-            return name, f"it has no tensor {name!r} any more"
+            return f"it has no tensor {name!r} any more (parametrizations and torch.nn.utils.prune rename weights)"
         shape = tuple(tensors[name].shape)
         if dim is not None and (dim >= len(shape) or shape[dim] != length):
-            return name, f"{name!r} has shape {shape}, where dim {dim} should have {length} entries"
-    return None
-
-
-def _ties(tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
-    """By name, all names of tensors that begin at the same place in memory."""
-    same: dict[Any, set[str]] = {}
-    keys = {name: _place(tensor) for name, tensor in tensors.items()}
-    for name, key in keys.items():
-        same.setdefault(key, set()).add(name)
-    return {name: same[key] for name, key in keys.items()}
-
-
-def _place(tensor: Tensor) -> Any:
-    """Where it begins, or the object itself where there is no such place."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
-    return (tensor.device, tensor.data_ptr()) if plain and tensor.numel() else id(tensor)
+            return f"{name!r} has shape {shape}, where dim {dim} should have {length} entries"
+    return ""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from setpoint.distributed import Ranks, unwrapped
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
-from setpoint.host.copies import Copies, several
+from setpoint.host.copies import several
 from setpoint.host.local import Agreed, Local, SharedLosses, check_plain
 from setpoint.host.optimizers import Steps, real_optimizers
 from setpoint.sensor.reading import Reading
@@ -27,8 +27,8 @@ class Host(Protocol):
     """The model itself, without wrappers."""
     optimizers: tuple[Optimizer, ...]
     """Those that really step."""
-    averages: Copies
-    """Whose copies are cut like the model: averaged ones, mostly."""
+    named_copies: tuple[Any, ...]
+    """What the user has named as copies, averages mostly, in their own wrappers."""
     wrapped: bool
     """Whether `DistributedDataParallel` is around the model, or `fully_shard` in it."""
     compiled: bool
@@ -45,8 +45,7 @@ class Host(Protocol):
         """The processes that train the model together."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
+    def device(self) -> torch.device: ...
 
     @property
     def single_process(self) -> bool:
@@ -72,24 +71,12 @@ class Host(Protocol):
         """
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
-        """A loop begins.
-
-        Args:
-            steps: how many steps it has counted.
-            missed: called for each step that this rank has missed, as it had run out of batches.
-            groups: that may change.
-        """
+        """A loop begins: `steps` counts its steps, `missed` is called for each that this rank made no part of."""
 
     def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
-        """Check that the set-up is the one that was given, and that it allows what the ranks have to send.
+        """Check that the set-up is the one that was given, more closely at the first step, or raise LoopError.
 
-        Args:
-            first: whether it is the first step, where it looks closer.
-            regrows: whether units come back.
-            by_hooks: whether a sensor reads frozen weights by hooks.
-
-        Raises:
-            LoopError: when not.
+        Ranks inside `join()` cannot send what regrowth, and a sensor that reads frozen weights by hooks, need.
         """
 
     def complete(self) -> bool:

@@ -35,7 +35,7 @@ class Joining:
 
     @property
     def _enabled(self) -> bool:
-        """Whether the wrapper sends what `join()` needs; PyTorch leaves that on when a context has ended."""
+        # The wrapper sends what `join()` needs; PyTorch leaves that on when a context has ended.
         return bool(self._wrapper._join_config.enable)
 
     @property
@@ -44,11 +44,6 @@ class Joining:
         return self._open and self._enabled
 
     def check(self, *, regrows: bool, by_hooks: bool) -> None:
-        """Check before a step that the ranks can go along with each other.
-
-        Raises:
-            LoopError: in a context opened before attach; where ranks would send more than the wrapper knows of.
-        """
         if self._enabled and self._handle is None:
             raise LoopError(
                 "DistributedDataParallel.join() was entered before attach: attach first. (If that context is over, "
@@ -87,7 +82,6 @@ class Joining:
             self._handle = None
 
     def _join_hook(self, **settings: Any) -> JoinHook:
-        """What PyTorch runs on a rank that has run out of batches, with our part added."""
         own: JoinHook = type(self._wrapper).join_hook(self._wrapper, **settings)
         if self._stopped:  # the context before was left by an exception
             self._remove()
@@ -144,11 +138,9 @@ class _Absent(JoinHook):
         self._own, self._missing, self._closed = own, missing, closed
 
     def main_hook(self) -> None:
-        """For each forward pass of the others."""
         self._own.main_hook()
         self._missing()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """When all have run out."""
         self._own.post_hook(is_last_joiner)
         self._closed()

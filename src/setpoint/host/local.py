@@ -19,8 +19,8 @@ from setpoint.distributed import Ranks, is_sharded, is_sharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.compiled import DynamicWidths
-from setpoint.host.copies import Copies
-from setpoint.host.guards import Trained
+from setpoint.host.copies import find_copies, module_of
+from setpoint.host.guards import Frozen
 from setpoint.sensor.reading import Reading
 
 Agreed = Callable[[], None]
@@ -47,14 +47,14 @@ class Local:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
-        self.model, self.optimizers, self.averages = model, tuple(optimizers), Copies(model, copies)
-        self.compiled = compiled
-        self._widths, self._priced = DynamicWidths(()), Trained(model)  # until a loop begins
+        self.model, self.optimizers, self.compiled = model, tuple(optimizers), compiled
+        self.named_copies, self._copies = tuple(copies), find_copies(model, copies)
+        self._widths, self._frozen = DynamicWidths(()), Frozen(model)  # until a loop begins
         self._stop_watching: Callable[[], None] = lambda: None
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
-        return tuple(part.module() for part in self.averages.parts)
+        return tuple(map(module_of, self._copies))
 
     @property
     def ranks(self) -> Ranks:
@@ -98,7 +98,7 @@ class Local:
         return nullcontext(agree)
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
-        self._widths, self._priced = DynamicWidths(groups), Trained(self.model)
+        self._widths, self._frozen = DynamicWidths(groups), Frozen(self.model)
         if not self.wrapped:
             self._stop_watching = watch_for_wrapper(self.model)
 
@@ -106,7 +106,7 @@ class Local:
         """Check that the set-up is the one that was given."""
         if first:  # a look at all modules, too slow for every step
             check_unsharded(self.model)
-        self._priced.check()
+        self._frozen.check()
 
     def complete(self) -> bool:
         return True
@@ -148,10 +148,8 @@ def check_unsharded(model: nn.Module) -> None:
 def watch_for_wrapper(model: nn.Module) -> Callable[[], None]:
     """Refuse a `DistributedDataParallel` around a model that was given without it, in the next forward in training.
 
-    The wrapper would miss a change of sizes, after which gradients are silently not averaged any more.
-
-    Returns:
-        stops watching; may be called again.
+    The wrapper would miss a change of sizes, after which gradients are silently not averaged any more. What is
+    returned stops the watch.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return lambda: None

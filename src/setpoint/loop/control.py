@@ -80,7 +80,7 @@ class Control:
         check_follows(self.sensor_state, widths)
         # attach saw an unsharded model.
         self.spending.account.sensing_flops = self.sensor.flops(self.dense, host.model)
-        self._unchanged = Unchanged(host.model, host.copies, self.dense)
+        self._unchanged = Unchanged(host.model, host.copies)
         self._hooks, self._checked_host, self.finished = hooks, False, False
         host.begin(steps=lambda: self.step, missed=self._missed_step, groups=self.dense)
         self.spending.account.begin()

@@ -292,7 +292,7 @@ class Loop:
         """Check that a run file has the model, optimizers and copies, whose tensors the loop's state has not."""
         saved = {id(unwrapped(part) if isinstance(part, nn.Module) else real_optimizer(part)) for part in parts}
         host = self.host
-        for what, needed in {"model": [host.model], "optimizer": host.optimizers, "copy": host.averages.named}.items():
+        for what, needed in {"model": [host.model], "optimizer": host.optimizers, "copy": host.named_copies}.items():
             if not {id(part) for part in needed} <= saved:
                 raise CheckpointError(f"{name!r} is of no use without its {what}: save_run(path, {what}=..., ...)")
 
