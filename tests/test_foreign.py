@@ -12,10 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import setpoint
 from groups.zoo import GPT
-from setpoint.cost.cost import flops_cost
 from setpoint.errors import CheckpointError, GroupError, LoopError
-from setpoint.groups.group import widths_of
-from setpoint.groups.trace import trace
 
 
 def mlp(width: int = 64) -> nn.Sequential:
@@ -83,27 +80,6 @@ def test_a_part_of_a_cut_model_keeps_its_sizes(tmp_path: Path) -> None:
     assert isinstance(first, nn.Linear) and first.out_features == first.weight.shape[0] < 64
 
 
-class Recurrent(nn.Module):
-    """Most FLOPs are inside one op, which holds many products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.GRU(6, 16, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0].mean(1))
-
-
-def test_flops_of_an_op_with_many_products_are_counted() -> None:
-    """What such an op costs is part of the dense cost; its input is data, and so is its first state."""
-    model, x = Recurrent(), torch.randn(4, 5, 6)
-    traced = trace(model, (x,))
-    rnn = 2 * 4 * 48 * (5 * 2 * 6 + (5 * 3 - 1) * 16)  # forward and one or two products backward, per sample and gate
-    head = 3 * 2 * 4 * 32 * (16 + 2)
-    assert flops_cost(traced).total(widths_of(traced.groups)) == rnn + head
-
-
 class Remembers(nn.Module):
     """Keeps an activation, as attention maps and auxiliary losses are kept."""
 
@@ -138,12 +114,6 @@ def test_a_second_optimizer_that_was_not_given_keeps_its_tensors() -> None:
     with pytest.raises(GroupError, match=f"^{without}: give all optimizers, and all tensors of a layer"):
         other = mlp()
         attach(other, (torch.randn(4, 6),), trained=other[2])
-
-
-def test_an_unrelated_copy_is_refused_at_once() -> None:
-    """A copy that is none is an error of `attach`, not of a later step."""
-    with pytest.raises(GroupError, match=r"copies\[0\]"):
-        cut(mlp(), (torch.randn(4, 6),), copies=(nn.Linear(3, 3),))
 
 
 def test_a_part_of_an_attached_model_cannot_be_attached_again() -> None:

@@ -100,10 +100,3 @@ def test_each_optional_package_has_one_file() -> None:
         for package in imported_packages(path) & set(OPTIONAL):
             files[package, path.parent.name == "integrations"].append(path.relative_to(ROOT).as_posix())
     assert {package: paths for package, paths in files.items() if len(paths) > 1} == {}
-
-
-def test_the_scan_sees_late_imports(tmp_path: Path) -> None:
-    """The scan finds imports inside functions, `from` imports and `import_module` calls."""
-    source = "def f():\n    import scipy.io\n    from PIL import Image\n    return import_module('timm.models')\n"
-    (tmp_path / "late.py").write_text(source)
-    assert imported_packages(tmp_path / "late.py") == {"scipy", "PIL", "timm"}

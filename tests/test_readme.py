@@ -34,29 +34,6 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run_blocks(page)
 
 
-def test_a_broken_block_fails(tmp_path: Path) -> None:
-    """A block sees the names of the blocks above it, and a wrong one fails at its line of the page."""
-    page = tmp_path / "page.md"
-    page.write_text("# Page\n```python\nx = 2\n```\ntext\n```sh\nnot python\n```\n```python\nassert x == 3\n```\n")
-    with pytest.raises(AssertionError) as caught:
-        run_blocks(page)
-    assert caught.traceback[-1].lineno + 1 == 10
-
-
-def test_indented_blocks_count(tmp_path: Path) -> None:
-    """A block inside a list item runs too."""
-    page = tmp_path / "page.md"
-    page.write_text("* item\n\n  ```python\n  y = 1\n  assert y\n  ```\n")
-    assert run_blocks(page) == 1
-
-
-def test_a_block_in_a_comment_runs(tmp_path: Path) -> None:
-    """A block that is hidden in an HTML comment sets up what the visible ones need."""
-    page = tmp_path / "page.md"
-    page.write_text("<!--\n```python\nz = 1\n```\n-->\n```python\nassert z\n```\n")
-    assert run_blocks(page) == 2
-
-
 def test_sentences_of_the_readme_are_short() -> None:
     """Claim: no sentence of the README has more than 25 words, in prose, lists and tables that people have written."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -114,14 +114,6 @@ def test_the_wheel_works_where_nothing_else_is_installed(built: Path, folder: Pa
 
 
 @pytest.mark.slow
-def test_the_source_archive_works_where_nothing_else_is_installed(built: Path, folder: Path) -> None:
-    """Claim: the source archive and what it requires are enough for README and inspect."""
-    python = _environment(sys.executable, folder)
-    _install(python, folder, _archive(built, "setpoint"))
-    _use(python, folder)
-
-
-@pytest.mark.slow
 def test_the_lowest_versions_work(built: Path, folder: Path) -> None:
     """Claim: the lowest version of every dependency, on the oldest Python, is enough for README and inspect."""
     python = _environment(f"python{PYTHONS[0]}", folder)

@@ -356,39 +356,6 @@ def test_optimizers_that_cannot_follow_are_refused(kind: type[Optimizer], settin
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_one_bad_group_among_good_ones_is_found() -> None:
-    """Claim: every distinct setting in param_groups is tried, not only the first."""
-
-    class Sometimes(Scaled):
-        def __init__(self, params: Any, lr: float = 0.1, scale: bool = False) -> None:
-            super().__init__(params, lr)
-            for group in self.param_groups:
-                group.setdefault("scale", scale)
-
-        def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-            if self.param_groups[0]["scale"]:
-                super().step(closure)
-
-    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    check_optimizer(Sometimes([{"params": [first]}, {"params": [second]}]))
-    with pytest.raises(OptimizerError, match="Sometimes cannot follow"):
-        check_optimizer(Sometimes([{"params": [first]}, {"params": [second], "scale": True}]))
-
-
-class Demanding(torch.optim.SGD):
-    """SGD that cannot be built from its param groups alone."""
-
-    def __init__(self, params: Any, model: nn.Module) -> None:
-        super().__init__(params, 0.1)
-
-
-def test_what_cannot_be_tried_is_let_through() -> None:
-    """Claim: SparseAdam (sparse gradients only) and a class with more arguments pass; shapes are checked at the cut."""
-    model = mlp_model()
-    check_optimizer(torch.optim.SparseAdam(list(model.parameters())))
-    check_optimizer(Demanding(model.parameters(), model))
-
-
 def test_sparse_adam_follows_a_cut_of_an_embedding() -> None:
     """Claim: SparseAdam's moments are cut with a sparse embedding, which then trains like its masked twin."""
     from setpoint.groups.group import Group, SizeBinding, Slice

@@ -199,28 +199,6 @@ def test_calm_plants_do_not_cycle(plant: str, seed: int) -> None:
     assert all(decision.plan.empty() for decision in decisions if decision.step > 150)
 
 
-def test_repeated_drops_are_rare() -> None:
-    """Claim: of all units that were ever dropped, on plants whose saliencies wander by a quarter between any two
-    decisions, under 10 % are dropped twice, and none more.
-    """
-    once = twice = 0
-    for seed in range(3):
-        groups, cost = chain(24, 40, 32)
-        counts = drops_of(run(REGROWING, groups, cost, wandering(groups, seed), fraction=0.5))
-        once += len(counts)
-        twice += sum(count == 2 for count in counts.values())
-        assert max(counts.values()) <= 2
-    assert once > 100 and twice < 0.1 * once
-
-
-def test_the_same_seed_makes_the_same_plans() -> None:
-    """Claim: two runs on the same plant make the same plans, word for word."""
-    groups, cost = chain(24, 40, 32)
-    first, second = (run(REGROWING, groups, cost, wandering(groups, 3), fraction=0.5) for _ in range(2))
-    assert [(d.dropped, d.grown, d.plan.reason) for d in first] == [(d.dropped, d.grown, d.plan.reason) for d in second]
-    assert any(decision.grown for decision in first)
-
-
 def test_a_unit_that_came_back_stays_for_the_dwell() -> None:
     """Claim: a unit that came back is not dropped at the `dwell` decisions that follow."""
     groups, cost = chain(24, 40, 32)
@@ -278,10 +256,3 @@ def test_no_more_is_offered_than_the_sensor_will_read() -> None:
     saving = cost.saving({"layer0": 6, "layer1": 8}, "layer0", 1)
     assert [(offer.origins.tolist(), round(offer.worth * saving, 6)) for offer in offers] == [([0], 0.7), ([1], 0.5)]
     assert np.isinf(Probe(*some, {"layer0": one}, {"layer0": one}).foretold("layer0", 10)).all()
-
-
-@pytest.mark.parametrize("bad", [{"probe_steps": 0}, {"returns": -1}])
-def test_bad_settings(bad: dict[str, int]) -> None:
-    """Claim: settings out of range raise ValueError."""
-    with pytest.raises(ValueError, match="at least"):
-        PricedController(**bad)  # type: ignore[arg-type]

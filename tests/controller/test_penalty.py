@@ -10,10 +10,8 @@ import pytest
 from controller.plants import chain, lognormal, observe
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Plan
-from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Price
 from setpoint.cost.cost import Cost
-from setpoint.errors import BudgetError
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading
 
@@ -108,25 +106,3 @@ def test_an_uncalibrated_reading_decides_nothing() -> None:
     groups, cost = chain(8, 8)
     plan = decide(1e9, groups, cost, lognormal(groups), calibrated=False)
     assert plan.empty() and "units of the loss" in plan.reason
-
-
-@pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf, True])
-def test_bad_rates_are_refused(rate: object) -> None:
-    """A rate below 0, NaN, infinite or no number is an error that says what a rate is."""
-    with pytest.raises(BudgetError, match="rate"):
-        Price(rate, of="flops")  # type: ignore[arg-type]
-
-
-def test_unknown_resource_is_refused() -> None:
-    """The error lists the resources."""
-    with pytest.raises(BudgetError, match="'flops'"):
-        Price(1.0, of="watts")
-
-
-def test_settings_out_of_range_are_refused() -> None:
-    """Hysteresis is in [0, 1), slew in (0, 1]."""
-    with pytest.raises(ValueError, match="hysteresis"):
-        PenaltyController(Price(1.0, of="flops"), hysteresis=1.0)
-    with pytest.raises(ValueError, match="slew"):
-        PenaltyController(Price(1.0, of="flops"), slew=0.0)
-    assert PenaltyController(Price(1.0, of="flops"), Schedule(num_cuts=2)).due(300, 1000)

@@ -53,36 +53,9 @@ def test_lag_behind_a_drift() -> None:
     assert errors[-1] == pytest.approx(0.003 / 0.4, rel=1e-6)
 
 
-def test_noise_is_attenuated() -> None:
-    """White noise of the meter reaches the correction with about 0.4 of its variance."""
-    noise = np.random.default_rng(0).normal(0.0, 0.01, 20_000)
-    feedback, corrections = Feedback(), []
-    for value in noise:
-        feedback = feedback.updated(feedback.error(math.exp(value), 1.0), Gains(), 0.0)
-        corrections.append(feedback.correction)
-    impulse = lfilter([0.6, -0.1], [1.0, -0.4, -0.1], np.eye(1, 100)[0])
-    assert np.var(corrections) / np.var(noise) == pytest.approx((impulse**2).sum(), rel=0.05)
-    assert (impulse**2).sum() == pytest.approx(0.4, abs=0.05)
-
-
 def test_dead_band_rests() -> None:
     """Inside the dead-band nothing changes, just outside it does."""
     feedback = Feedback(0.2, 0.25)
     assert feedback.updated(0.0099, Gains(), deadband=0.02) is feedback
     assert feedback.updated(-0.0099, Gains(), deadband=0.02) is feedback
     assert feedback.updated(0.0101, Gains(), deadband=0.02) != feedback
-
-
-def test_without_a_meter_nothing_happens() -> None:
-    """Where metered is predicted the error is exactly 0 and so is the correction, for ever."""
-    feedback = Feedback()
-    for _ in range(10):
-        feedback = feedback.updated(feedback.error(7.3, 7.3), Gains(), 0.0)
-    assert feedback == Feedback() and feedback.factor() == 1.0
-
-
-@pytest.mark.parametrize("gains", [(-0.1, 0.5), (0.1, 0.0), (0.6, 0.5), (float("nan"), 0.5)])
-def test_gains_that_could_overshoot(gains: tuple[float, float]) -> None:
-    """Gains outside the region without overshoot are refused."""
-    with pytest.raises(ValueError, match="kp"):
-        Gains(*gains)

@@ -11,24 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.plants import (
-    Decision,
     after,
     chain,
     decide_once,
     fitting_blocks,
     lognormal,
     observe,
-    residual,
     run,
     unit_group,
 )
-from setpoint.controller.aim import Gains
 from setpoint.controller.plan import Controller, Plan
 from setpoint.controller.priced import PricedController, PricedState
-from setpoint.controller.reason import these
 from setpoint.controller.selection import cheapest, even_density
 from setpoint.cost.cost import Cost, ProductCost, Term
-from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 from setpoint_bench.scheduled import ScheduledController
@@ -128,32 +123,6 @@ def test_same_input_same_plan(spec: list[tuple[int, float, int, float, float]], 
     assert plans[0].reason == plans[1].reason == plans[2].reason
 
 
-@given(st.integers(0, 30), st.tuples(st.floats(0.3, 1.0), st.floats(0.3, 1.0)))
-def test_a_tighter_limit_costs_less(seed: int, fractions: tuple[float, float]) -> None:
-    """The tighter the limit, the lower the cost of what remains, at most 3 % below the limit with fine blocks."""
-    groups, cost = residual(40, (50, 60))
-    saliency, dense = lognormal(groups, seed=seed), cost.total(widths_of(groups))
-    limits = [fraction * dense for fraction in sorted(fractions, reverse=True)]
-    plans = [decide_once(PricedController(), groups, cost, saliency, limit=limit) for limit in limits]
-    spent = [cost.total(widths_of(after(groups, plan))) for plan in plans]
-    assert spent == sorted(spent, reverse=True)
-    assert all(0.97 * limit <= total <= limit or total == dense for total, limit in zip(spent, limits, strict=True))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_bad_reading_makes_no_decision(bad: float) -> None:
-    """One value that is not finite, anywhere, keeps everything and leaves the state as it was."""
-    groups, cost = chain(16, 16)
-    saliency = lognormal(groups)
-    saliency["layer1"][3] = bad
-    controller = PricedController()
-    state = controller.init(groups)
-    seen = observe(groups, cost, limit=1.0, dense=2.0, reading=Reading(1, saliency, 1))
-    after_state, plan = controller.decide(state, seen, cost, groups)
-    assert after_state is state and plan.empty() and not plan.budget_met
-    assert "not finite" in plan.reason
-
-
 def test_no_reading_makes_no_decision() -> None:
     """Without a reading, or with one that lacks a group or has another length, everything stays and it is said."""
     groups, cost = chain(16, 16)
@@ -186,14 +155,6 @@ def test_meter_that_goes_missing_makes_no_decision() -> None:
     assert plan.empty() and "missing" in plan.reason
 
 
-def test_dense_that_fits_is_left_alone() -> None:
-    """A budget of the dense cost or more: price 0, nothing dropped, the budget is met at once."""
-    groups, cost = chain(16, 16)
-    for fraction in (1.0, 1.5):
-        (only,) = run(PricedController(), groups, cost, lognormal(groups), fraction=fraction)
-        assert only.plan.empty() and only.plan.budget_met and only.plan.price["flops"] == 0.0
-
-
 def test_spending_follows_the_reference() -> None:
     """On the way down, predicted cost is within 1 % below the reference at every decision when blocks are fine."""
     groups, cost = chain(256, 256, 256)
@@ -202,14 +163,6 @@ def test_spending_follows_the_reference() -> None:
     for decision in decisions:
         assert 0.99 * decision.reference < decision.predicted <= decision.reference
     assert decisions[-1].plan.budget_met
-
-
-def test_price_rises_as_cost_falls() -> None:
-    """With unchanging saliencies every cut of a run is made at a higher price than the one before."""
-    groups, cost = chain(256, 256, 256)
-    decisions = run(PricedController(), groups, cost, lognormal(groups), fraction=0.4)
-    prices = [decision.plan.price["flops"] for decision in decisions]
-    assert prices == sorted(prices) and prices[0] > 0
 
 
 def test_hysteresis_separates_dropped_worth_from_price() -> None:
@@ -285,25 +238,6 @@ def test_dwell_keeps_units_that_came_back() -> None:
         state, plan = controller.decide(state, seen, cost, groups)
         kept.append(int(plan.keep["layer0"][:8].sum()))
     assert kept == [8, 8, 0]
-
-
-def test_state_is_cut_like_the_groups() -> None:
-    """`follow` drops the entries of dropped units and leaves groups that the plan does not name alone."""
-    groups, _ = chain(4, 3)
-    controller = PricedController()
-    state = replace(controller.init(groups), age={"layer0": np.arange(4), "layer1": np.arange(3)})
-    state = follow(state, Change(keep={"layer0": np.array([True, False, False, True])}))
-    assert state.age["layer0"].tolist() == [0, 3] and state.age["layer1"].tolist() == [0, 1, 2]
-
-
-def test_uncalibrated_reading_thins_groups_alike() -> None:
-    """With an uncalibrated reading all groups end at the same density, the least salient of each gone."""
-    groups, cost = chain(64, 128, 32)
-    saliency = lognormal(groups)
-    saliency["layer1"] = saliency["layer1"] * 1e6
-    last = run(PricedController(), groups, cost, saliency, fraction=0.4, calibrated=False)[-1]
-    densities = [group.num_units / dense.num_units for group, dense in zip(last.groups, groups, strict=True)]
-    assert last.plan.budget_met and max(densities) - min(densities) < 0.06
 
 
 WIDTHS = (32, 64, 64, 128, 128, 128)
@@ -412,53 +346,6 @@ def test_coarse_blocks_are_left_for_the_landing() -> None:
         assert any("left for the last cut" in decision.plan.reason for decision in decisions)
         ends.append(decisions[-1].predicted / dense)
     assert max(ends) <= 0.5 and np.mean(ends) > 0.5 * 0.97
-
-
-def test_reasons_read_like_sentences() -> None:
-    """Every reason of a run says what was dropped, of how many groups and at which price."""
-    groups, cost = chain(64, 64)
-    decisions: list[Decision] = run(PricedController(), groups, cost, lognormal(groups), fraction=0.5)
-    for decision in decisions:
-        dropped = sum(decision.before.values()) - sum(widths_of(decision.groups).values())
-        num_groups = sum(group.num_units < decision.before[group.name] for group in decision.groups)
-        assert (
-            f"dropped {these(dropped, num_groups)}" in decision.plan.reason
-            and "; the price is " in decision.plan.reason
-        )
-    assert these(1, 1) == "1 unit of 1 group" and these(2, 3) == "2 units of 3 groups"
-    assert decisions[-1].plan.reason.startswith("budget met: ")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"hysteresis": 1.0},
-        {"hysteresis": -0.1},
-        {"deadband": 1.0},
-        {"slew": 0.0},
-        {"slew": 1.1},
-        {"dwell": -1},
-        {"min_density": 1.5},
-        {"allocation": "random"},
-        {"slew": float("nan")},
-    ],
-)
-def test_bad_settings(settings: dict[str, object]) -> None:
-    """Settings out of range are refused."""
-    with pytest.raises((ValueError, TypeError)):
-        PricedController(**settings)  # type: ignore[arg-type]
-
-
-def test_without_a_meter_feedback_has_nothing_to_correct() -> None:
-    """Claim: where cost is counted, not metered (FLOPs, parameters), the gains change no plan: prediction is exact."""
-    groups, cost = chain(64, 48, 64)
-    for seed in range(3):
-        told = []
-        for gains in (Gains(), Gains(kp=0.0, ki=1e-9), Gains(kp=0.0, ki=1.0)):
-            decisions = run(PricedController(gains=gains), groups, cost, lognormal(groups, seed=seed), fraction=0.3)
-            kept = [{name: keep.tolist() for name, keep in each.plan.keep.items()} for each in decisions]
-            told.append((kept, [each.plan.price for each in decisions]))
-        assert told[0] == told[1] == told[2]
 
 
 def test_reasons_name_the_reference_and_whether_a_meter_has_corrected_it() -> None:

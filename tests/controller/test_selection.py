@@ -80,22 +80,6 @@ def test_lazy_heap_is_the_naive_greedy(widths: list[int], multiple_of: int, frac
     assert selection.total == cost.total(selection.widths)
 
 
-def test_price_separates_dropped_from_kept() -> None:
-    """With savings that do not interact, every dropped block is worth at most the price, every kept one at least."""
-    groups = tuple(unit_group(name, 50) for name in "abc")
-    terms = (Term(7.0, (Size(0, ((group.name, 1),)),)) for group in groups)
-    cost = ProductCost("params", tuple(terms))
-    saliency = lognormal(groups)
-    selection = _start(groups, cost, saliency)
-    descend(selection, 500.0)
-    price = marginal_worth(selection)
-    for group in groups:
-        keep = selection.ladders[group.name].keep(selection.rungs[group.name])
-        assert (saliency[group.name][~keep] / 7.0 <= price * (1 + 1e-9)).all()
-        assert (saliency[group.name][keep] / 7.0 >= price * (1 - 1e-9)).all()
-    assert 500.0 - 7.0 < selection.total <= 500.0
-
-
 @given(st.integers(0, 50), st.lists(st.floats(0.1, 1.0), min_size=2, max_size=6))
 def test_price_is_monotone(seed: int, fractions: list[float]) -> None:
     """The lower the target, the higher the price and the lower the cost; what goes at one price goes at a higher."""
@@ -123,17 +107,6 @@ def test_all_zero_saliencies_thin_out_evenly() -> None:
     again = _start(groups, cost, zeros)
     descend(again, 0.3 * again.total)
     assert again.rungs == selection.rungs
-
-
-def test_uniform_allocation_keeps_densities_alike() -> None:
-    """Uniform allocation keeps densities alike however different the saliencies of the groups are."""
-    groups, cost = chain(40, 80, 20)
-    saliency = lognormal(groups)
-    saliency["layer1"] = saliency["layer1"] * 1e6
-    selection = _start(groups, cost, saliency, "uniform")
-    descend(selection, 0.3 * selection.total)
-    densities = [selection.widths[group.name] / group.num_units for group in groups]
-    assert max(densities) - min(densities) < 0.06
 
 
 def test_free_units_of_no_saving_stay() -> None:
@@ -205,23 +178,6 @@ def test_trade_is_the_best_trade() -> None:
         trade(selection, target, deadband=0.0)
         reached = _dropped(selection) - salience - 3 * price * (selection.total - before)
         assert reached <= min(objectives) + 1e-12 * abs(min(objectives))
-
-
-def test_exchanges_bring_coarse_cuts_near() -> None:
-    """On narrow nets in blocks of 8, exchanges more than halve the mean undershoot of the greedy descent."""
-    greedy, exchanged = [], []
-    for seed in range(20):
-        groups, cost = chain(16, 32, 32, 64, multiple_of=8, coefficients=(97.0, 211.0, 131.0, 53.0, 89.0))
-        selection = _start(groups, cost, lognormal(groups, seed=seed))
-        target = 0.5 * selection.total
-        descend(selection, target)
-        greedy.append(1 - selection.total / target)
-        add_back(selection, target)
-        swap(selection, target, 0.01)
-        trade(selection, target, 0.01)
-        exchanged.append(1 - selection.total / target)
-    assert np.mean(exchanged) < 0.5 * np.mean(greedy)
-    assert np.mean(exchanged) < 0.02
 
 
 def test_cheapest() -> None:

@@ -12,7 +12,7 @@ from setpoint.controller.plan import Plan
 from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.trend import Excess
 from setpoint.cost.budget import Tolerance
-from setpoint.errors import BudgetError, LoopError
+from setpoint.errors import LoopError
 from setpoint.groups.group import widths_of
 from setpoint.sensor.reading import Reading
 
@@ -97,19 +97,3 @@ def test_without_a_loss_nothing_is_decided() -> None:
     seen = observe(groups, cost, limit=1.0, dense=1.0, reading=None, step=700, total_steps=1000)
     with pytest.raises(LoopError, match="call loop.observe"):
         controller.decide(controller.init(groups), seen, cost, groups)
-
-
-@pytest.mark.parametrize("loss", [-0.1, float("nan"), float("inf"), True])
-def test_a_tolerance_is_a_number_of_at_least_zero(loss: object) -> None:
-    """Anything else is refused in words."""
-    with pytest.raises(BudgetError, match="tolerance"):
-        Tolerance(loss=loss)  # type: ignore[arg-type]
-    with pytest.raises(BudgetError, match="unknown resource"):
-        Tolerance(loss=0.1, of="time")
-
-
-@pytest.mark.parametrize("settings", [{"stride": 1.0}, {"finest": 0.0}, {"finest": 0.5}, {"slew": 0.0}])
-def test_settings_out_of_range(settings: dict[str, float]) -> None:
-    """A stride, its least value or a slew limit out of range is refused."""
-    with pytest.raises(ValueError, match="got"):
-        TolerantController(Tolerance(loss=0.1), **settings)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setpoint.cost.cost import Cost, ProductCost, Term
+from setpoint.cost.cost import ProductCost, Term
 from setpoint.groups.group import Size
 
 NAMES = ("a", "b", "c", "d")
@@ -71,37 +71,11 @@ def test_like_terms_are_merged() -> None:
     assert cost.total({"a": 10, "b": 1}) == (2 + 35) * 10 * 5 + 10 + 12 + 8
 
 
-def test_terms_of_other_sizes_stay_apart() -> None:
-    """Sizes that follow the same group in another way are not alike."""
-    cost = ProductCost("flops", (Term(1.0, (Size(0, (("a", 1),)),)), Term(1.0, (Size(1, (("a", 1),)),))))
-    assert len(cost.terms) == 2
-    assert cost.total({"a": 4}) == 9.0
-
-
 def test_square_of_a_width() -> None:
     """A group on both sides of a product is squared: the saving of n units is c (w^2 - (w - n)^2)."""
     a = Size(0, (("a", 1),))
     cost = ProductCost("flops", (Term(3.0, (a, a)),))
     assert cost.saving({"a": 10}, "a", 4) == 3.0 * (100 - 36)
-
-
-def test_group_that_costs_nothing() -> None:
-    """A group that no term follows saves nothing, and a cost without terms is zero."""
-    cost = ProductCost("params", (Term(3.0, (Size(0, (("a", 1),)),)),))
-    assert cost.saving({"a": 4, "b": 9}, "b", 5) == 0.0
-    assert ProductCost("params", ()).total({"a": 1}) == 0.0
-
-
-def test_a_term_is_a_product_of_lengths() -> None:
-    """A term multiplies its lengths, of which each follows one group, several or none."""
-    term = Term(1.0, (Size(1, (("a", 2), ("b", 1))), Size(3), Size(0, (("b", 1), ("c", 4)))))
-    assert term.at({"a": 1, "b": 2, "c": 3}) == 5 * 3 * 14
-
-
-def test_is_a_cost() -> None:
-    """A product cost has the methods of the protocol."""
-    cost = ProductCost("flops", ())
-    assert isinstance(cost, Cost) and cost.resource == "flops"
 
 
 def test_saving_does_not_depend_on_the_number_of_other_terms() -> None:

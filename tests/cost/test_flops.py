@@ -128,28 +128,6 @@ def test_a_single_step_costs_what_it_does(cell: type[nn.RNNCellBase]) -> None:
     assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)
 
 
-@NO_TF32
-@pytest.mark.parametrize("front", [False, True])
-def test_an_lstm_with_projections_costs_what_it_does(front: bool) -> None:
-    """It is not pruned, and its FLOPs are counted all the same, so that a share of them is one of the model's."""
-
-    class Projected(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.front = nn.Linear(6, 6) if front else nn.Identity()
-            self.rnn = nn.LSTM(6, 8, proj_size=4, num_layers=2, bidirectional=True)
-            self.head = nn.Linear(8, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.rnn(self.front(x))[0])
-
-    model, x = Projected(), (torch.randn(3, 2, 6),)
-    traced = trace(model, x)
-    with torch.backends.mkldnn.flags(enabled=False):
-        counted = count(model, x)
-    assert flops_cost(traced).total(widths_of(traced.groups)) == counted
-
-
 @pytest.mark.parametrize("mode", ["", "no_grad", "detach", "straight through", "nested", "both"])
 def test_what_no_gradient_goes_through_is_not_charged_for_one(mode: str) -> None:
     """Layers behind `detach()` or under `no_grad` have no backward pass; those beside a straight-through value do."""
