@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.actuator.attached import RESUMING
-from setpoint.actuator.in_state_dict import PENDING, carry_sizes
+from setpoint.actuator.in_state_dict import PENDING, RESUMING, carry_sizes
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.actuator.optimizer_state import check_state
 from setpoint.controller.even import EvenController

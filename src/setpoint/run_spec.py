@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from setpoint.actuator.attached import check_not_attached
+from setpoint.actuator.in_state_dict import check_not_attached
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.tensors import named_tensors
 from setpoint.arguments import check_flags, plain_number

@@ -107,16 +107,10 @@ def test_a_keep_that_does_not_fit_is_refused(keep: dict[str, object], words: str
 
 
 def test_groups_that_contradict_each_other_are_refused() -> None:
-    """Claim: two lengths for one dim, a name used twice, a table out of range and a negative dim raise GroupError."""
+    """Claim: two lengths for one dim raise GroupError."""
     a, b = group("a", 3, "w:0:carry"), group("b", 4, "w:0:carry")
     with pytest.raises(GroupError, match="disagree about the length"):
         plan_cut((a, b), {})
-    with pytest.raises(GroupError, match="same name"):
-        plan_cut((a, a), {})
-    with pytest.raises(GroupError, match="outside its 3 units"):
-        plan_cut((group("a", 3, "w:0:carry", index=np.array([0, 3])),), {})
-    with pytest.raises(GroupError, match="count dims from 0"):
-        plan_cut((group("a", 3, "w:-1:carry"),), {})
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (8, 1, 3, 3), (8, 4, 1, 1), (8, 3, 2, 3, 3)])

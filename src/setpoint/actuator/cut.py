@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Place, SizeBinding, Slice
+from setpoint.messages import a_type
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 """By group name, one boolean per active unit, True = stays. Groups that lose nothing may be absent."""
@@ -29,13 +30,12 @@ class Cut:
     """What a keep means for tensors and sizes.
 
     Args:
-        entries: for every (tensor, dim) that holds units, one boolean per entry, True = stays.
-        elements: for every tensor whose single elements are units, one boolean per element in
-            row-major order. Such a tensor can be masked but not shrunk.
-        sizes: for every place in Python code that counts units, one boolean per counted entry;
-            the place must hold the number that are True.
-        following: the places of groups that lose units. A forward may compute the size of a call from such a
-            group, so the call is corrected even where its right size stays the same.
+        entries: by tensor and dim, one boolean per entry, True = stays.
+        elements: by tensor whose single elements are units, one boolean per element in row-major order. Such a tensor
+            can be masked but not shrunk.
+        sizes: by place in Python code, one boolean per entry that it counts.
+        following: places of groups that lose units. A forward may compute the size of a call from such a group, so the
+            call is corrected even where its right size stays the same.
     """
 
     entries: Mapping[Place, Bool[np.ndarray, " _entries"]]
@@ -53,15 +53,8 @@ class Cut:
 
 
 def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[str, Bool[np.ndarray, " _units"]]:
-    """`keep` completed with all-True vectors for the groups it leaves out.
-
-    Raises:
-        GroupError: for an unknown group, a vector that is not boolean or not one per active unit,
-            or one that keeps fewer than `min_units`.
-    """
+    """`keep` completed with all-True vectors for the groups it leaves out; a GroupError for what does not fit."""
     known = {group.name: group for group in groups}
-    if len(known) != len(groups):
-        raise GroupError("two groups have the same name: names must be unique, so that keep can tell them apart")
     for name in keep:
         if name not in known:
             some = ", ".join(map(repr, sorted(known)[:5])) or "none"
@@ -72,8 +65,7 @@ def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[st
 def _vector(group: Group, kept: object) -> Bool[np.ndarray, " units"]:
     what = f"keep[{group.name!r}]"
     if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
-        kind = kept.dtype if isinstance(kept, np.ndarray) else type(kept).__name__
-        raise GroupError(f"{what} must be an array of bool, True = stays, got {kind}")
+        raise GroupError(f"{what} must be an array of bool, True = stays, got {getattr(kept, 'dtype', a_type(kept))}")
     if kept.shape != (group.num_units,):
         raise GroupError(
             f"{what} has shape {kept.shape}, but the group has {group.num_units} active units: "
@@ -86,14 +78,11 @@ def _vector(group: Group, kept: object) -> Bool[np.ndarray, " units"]:
 
 
 def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
-    """Work out what remains of every tensor dim and size.
+    """What remains of every tensor dim and size; a GroupError when `keep` does not fit the groups.
 
     An entry stays if every group that has a unit there keeps that unit:
     `stays[i] = AND over groups g of (index_g[i] == -1 or keep[g][index_g[i]])`.
     Several groups share a dim after a concatenation.
-
-    Raises:
-        GroupError: when `keep` does not fit the groups, or two groups disagree about a dim's length.
 
     >>> a = Group("a", "unit", 2, (Slice("fc.weight", 0, "produce", np.array([0, 1, 0, 1])),))
     >>> plan_cut((a,), {"a": np.array([True, False])}).dims()["fc.weight"][0].tolist()
@@ -105,34 +94,21 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
     sizes: dict[SizePlace, Bool[np.ndarray, " _entries"]] = {}
     following: set[SizePlace] = set()
     for group in groups:
+        # Entry -1 of the lengthened vector is True, which is what index -1 (no unit here) must give.
+        kept = np.append(full[group.name], True)
         for part in group.slices:
-            stays = _stays(group, part.index, full[group.name])
             if part.dim is None:
-                _narrow(elements, part.tensor, stays)
-            # A negative dim would be a second key for the same place, and `_narrow` would not see both.
-            elif part.dim < 0:
-                raise GroupError(f"slice of {part.tensor!r} has dim {part.dim}: count dims from 0")
+                _narrow(elements, part.tensor, kept[part.index])
             else:
-                _narrow(entries, (part.tensor, part.dim), stays)
+                _narrow(entries, (part.tensor, part.dim), kept[part.index])
         for size in group.sizes:
-            _narrow(sizes, (size.module, size.place), _stays(group, size.index, full[group.name]))
-            if not full[group.name].all():
+            _narrow(sizes, (size.module, size.place), kept[size.index])
+            if not kept.all():
                 following.add((size.module, size.place))
     return Cut(entries, elements, sizes, frozenset(following))
 
 
-def _stays(
-    group: Group, index: Int[np.ndarray, " entries"], kept: Bool[np.ndarray, " units"]
-) -> Bool[np.ndarray, " entries"]:
-    if index.size and (index.min() < -1 or index.max() >= group.num_units):
-        raise GroupError(f"group {group.name!r} has an index table that points outside its {group.num_units} units")
-    # Entry -1 of the lengthened vector is True, which is what index -1 (no unit here) must give.
-    stays: Bool[np.ndarray, " entries"] = np.append(kept, True)[index]
-    return stays
-
-
 def _narrow(table: dict[Key, Bool[np.ndarray, " _entries"]], key: Key, stays: Bool[np.ndarray, " entries"]) -> None:
-    # Groups share a dim after a concatenation: an entry stays if all of them keep it.
     before = table.get(key)
     if before is not None and before.shape != stays.shape:
         raise GroupError(f"two groups disagree about the length of {key}: {before.size} and {stays.size}")
@@ -141,9 +117,6 @@ def _narrow(table: dict[Key, Bool[np.ndarray, " _entries"]], key: Key, stays: Bo
 
 def cut_groups(groups: tuple[Group, ...], keep: Keep) -> tuple[Group, ...]:
     """The groups of the smaller model: fewer units, shorter index tables, units renumbered from 0.
-
-    Raises:
-        GroupError: when `keep` does not fit the groups.
 
     >>> a = Group("a", "unit", 3, (Slice("fc.weight", 0, "produce", np.array([0, 1, 2])),))
     >>> (small,) = cut_groups((a,), {"a": np.array([True, False, True])})
@@ -175,11 +148,7 @@ def _cut_group(group: Group, kept: Bool[np.ndarray, " units"], cut: Cut) -> Grou
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Check that every tensor of the cut exists and has the length of its index tables.
-
-    Raises:
-        GroupError: naming the first that does not.
-    """
+    """Check that every tensor of the cut exists and has the length of its index tables, or raise a GroupError."""
     lengths: list[tuple[str, int | None, int]] = [(name, dim, kept.size) for (name, dim), kept in cut.entries.items()]
     lengths += [(name, None, kept.size) for name, kept in cut.elements.items()]
     for name, dim, length in lengths:
@@ -196,13 +165,9 @@ def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Check that each tensor in `changing` is of a kind that can change its shape in place.
+    """Check that each tensor in `changing` is of a kind that can change its shape in place, or raise a GroupError.
 
     `tensors` holds all tensors of the model by every name, so that shared memory is seen.
-
-    Raises:
-        GroupError: for a quantized, sparse, uninitialized or subclassed tensor (DTensor
-            among them), one that a slice names twice by two names, or one tied through shared memory.
     """
     at: dict[tuple[torch.device, int], set[int]] = {}
     # An empty tensor has no memory of its own: all of them would seem to be tied.
@@ -212,13 +177,10 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     seen: dict[int, str] = {}
     for name, tensor in changing.items():
         fake = isinstance(tensor, FakeTensor)  # it has a shape and no memory, which a cut can change all the same
-        if (
-            not (fake or type(tensor) in (Tensor, nn.Parameter))
-            or tensor.is_quantized
-            or tensor.layout != torch.strided
-        ):
-            kind = type(tensor).__name__
-            raise GroupError(f"{name!r} is a {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")
+        plain = fake or type(tensor) in (Tensor, nn.Parameter)
+        if not plain or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = a_type(tensor)
+            raise GroupError(f"{name!r} is {kind} of layout {tensor.layout}, which cannot be cut: freeze its groups")
         # One tensor by two names would be cut twice.
         if id(tensor) in seen:
             raise GroupError(f"{name!r} and {seen[id(tensor)]!r} are one tensor: name it in slices by one name only")

@@ -1,29 +1,75 @@
-"""Sizes in a state dict: what the state of a cut model says of its shapes, from the first cut on."""
+"""Sizes in a state dict: what the state of a cut model says of its shapes, and which models may take others' shapes.
+
+While a loop is at work on a model, nobody else may change its sizes.
+"""
 
 from __future__ import annotations
 
+import atexit
 import copy
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from setpoint.actuator.attached import check_loads
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.model_shapes import ModelShapes, Shapes
+from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_module
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, LoopError
+from setpoint.messages import warn
 
+ATTACHED: WeakSet[nn.Module] = WeakSet()
+"""Models that a loop is at work on; `note_attached` adds one."""
+RESUMING: WeakSet[nn.Module] = WeakSet()
+"""Those whose loop follows what is loaded: it may have other shapes."""
 KEY = "setpoint"
 """Where in the metadata of a state dict's root the sizes are."""
 FORMAT = 1
 """Version of their form, described in docs/checkpoint-format.md."""
 PENDING = "_setpoint_pending"
 """Attribute of a model that was loaded without some sizes of its code: a hook that finds them in the first forward."""
+
+
+def note_attached(model: nn.Module) -> None:
+    """Note that a loop is at work on a model, and warn at the end of the process if it still is."""
+    ATTACHED.add(model)
+    atexit.unregister(_warn_of_unfinished)  # once, however many models there are
+    atexit.register(_warn_of_unfinished)
+
+
+def _warn_of_unfinished() -> None:
+    # After an exception Python has reported what ended the run.
+    if ATTACHED and getattr(sys, "last_value", None) is None:
+        warn(
+            "the process ends, and a run was not finished: whether it met its budget was not checked. Call "
+            "loop.finish() after the last step; it returns the summary"
+        )
+
+
+def check_not_attached(model: nn.Module) -> None:
+    """Check that no loop is at work on the model, on a part of it, or on what it is a part of, or raise LoopError."""
+    if _attached_with(model):
+        raise LoopError("this model has a loop already: call finish() or detach() on that loop first")
+
+
+def check_loads(model: nn.Module) -> None:
+    """Check that no loop is at work on the model which would not follow when a state gives it other shapes."""
+    if not _attached_with(model) <= set(RESUMING):
+        raise LoopError(
+            "this model has a loop already, and the state has other shapes: load the loop's own state first, or attach "
+            "with resume=True; loop.detach() lets the model be loaded by itself. Nothing was changed"
+        )
+
+
+def _attached_with(model: nn.Module) -> set[nn.Module]:
+    parts = set(model.modules())
+    return {other for other in ATTACHED if other in parts or model in set(other.modules())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +88,7 @@ class StateSizes:
 
     @classmethod
     def of(cls, model: nn.Module) -> StateSizes | None:
-        """Of a model; None for one that was never cut."""
+        """None for a model that was never cut."""
         known, tensors = ModelShapes.of(model), named_tensors(model)
         if not known.dense:
             return None
@@ -50,19 +96,12 @@ class StateSizes:
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists, strings, integers and tensors, which `torch.load(..., weights_only=True)` reads."""
-        sizes: dict[str, dict[str, int]] = {}
-        for (module, place), size in self.sizes.items():
-            sizes.setdefault(module, {})[place] = size
         dense = {name: list(shape) for name, shape in self.dense.items()}
-        return {"format": FORMAT, "sizes": sizes, "dense": dense, "transient": dict(self.transient)}
+        return {"format": FORMAT, "sizes": by_module(self.sizes), "dense": dense, "transient": dict(self.transient)}
 
     @classmethod
     def parse(cls, value: Any) -> StateSizes:
-        """From `plain`'s form.
-
-        Raises:
-            CheckpointError: for a newer form, or for anything else.
-        """
+        """From `plain`'s form; a CheckpointError for a newer form, or for anything else."""
         try:
             if int(value["format"]) > FORMAT:
                 raise CheckpointError(
@@ -89,13 +128,10 @@ class StateSizes:
             {f"{path}.{name}": tensor for name, tensor in self.transient.items()},
         )
 
-    @classmethod
-    def union(cls, parts: Sequence[StateSizes]) -> StateSizes:
-        """Of several submodules."""
-        return cls(
-            {at: size for part in parts for at, size in part.sizes.items()},
-            {name: shape for part in parts for name, shape in part.dense.items()},
-            {name: tensor for part in parts for name, tensor in part.transient.items()},
+    def joined(self, other: StateSizes) -> StateSizes:
+        """Of two submodules together."""
+        return StateSizes(
+            {**self.sizes, **other.sizes}, {**self.dense, **other.dense}, {**self.transient, **other.transient}
         )
 
 
@@ -139,13 +175,13 @@ def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: A
     mine = ModelShapes.of(module).dense
     theirs = any(KEY in entry for entry in (getattr(state, "_metadata", None) or {}).values())
     for name, tensor in named_tensors(module).items():
-        given = state.get(prefix + name)
+        saved = state.get(prefix + name)
         # Two models that were never cut and differ are PyTorch's to refuse.
-        if isinstance(given, Tensor) and given.shape != tensor.shape and (theirs or name in mine):
+        if isinstance(saved, Tensor) and saved.shape != tensor.shape and (theirs or name in mine):
             check_loads(module)
             cut = ", which Setpoint has cut"
             raise CheckpointError(
-                f"size mismatch: {name!r} has shape {tuple(given.shape)} in the state dict{cut if theirs else ''}, and "
+                f"size mismatch: {name!r} has shape {tuple(saved.shape)} in the state dict{cut if theirs else ''}, and "
                 f"{tuple(tensor.shape)} in the model{cut if mine else ''}: call setpoint.resumable(model) first, and "
                 "it takes the sizes of the state"
             )

@@ -108,8 +108,9 @@ def note_cut(
     # What submodules remember of cuts of their own is taken into the root's record here.
     known, tensors = ModelShapes.of(model), named_tensors(model)
     now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    after = now | by_every_name(shapes, tensors)
-    before = {name: now[name] for name in by_every_name(shapes, tensors) if name in now}
+    changed = by_every_name(shapes, tensors)
+    after = {**now, **changed}
+    before = {name: now[name] for name in changed if name in now}
     before |= {**known.dense, **by_every_name(dense or {}, tensors)}
     every_buffer = dict(model.named_buffers(remove_duplicate=False))
     buffers = {name for name in shapes if name in every_buffer and not is_persistent(model, name)}
@@ -170,6 +171,14 @@ def _size_now(module: nn.Module, place: str, last: int) -> int | None:
         return None
 
 
+def by_module(sizes: Mapping[SizePlace, int]) -> dict[str, dict[str, int]]:
+    """Sizes by name of the module, then by place, as files hold them."""
+    nested: dict[str, dict[str, int]] = {}
+    for (module, place), size in sizes.items():
+        nested.setdefault(module, {})[place] = size
+    return nested
+
+
 def by_every_name(shapes: Shapes, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     """The same, where a tensor has several names: tied, or of a module that two others hold."""
     known = {id(tensors[name]): shape for name, shape in shapes.items() if name in tensors}
@@ -177,11 +186,7 @@ def by_every_name(shapes: Shapes, tensors: Mapping[str, Tensor]) -> dict[str, Sh
 
 
 def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
-    """Check that every place exists, before anything is changed.
-
-    Raises:
-        GroupError: naming the first module or place that does not exist.
-    """
+    """Check that every place exists, before anything is changed, or raise a GroupError that names it."""
     for name, place in sizes:
         try:
             module = model.get_submodule(name)
@@ -192,13 +197,7 @@ def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
 
 
 def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: ExitStack) -> None:
-    """Set sizes in the modules of `model`.
-
-    Args:
-        model: the root; names are relative to it.
-        sizes: by (module name, place), the new size; None for a call that needs no correction any more.
-        undo: takes the callbacks that put everything back.
-    """
+    """Set sizes in the modules of `model`; None for a call that needs no correction any more."""
     calls: dict[nn.Module, dict[str, int | None]] = {}
     for (name, place), size in sizes.items():
         module = model.get_submodule(name)
@@ -221,12 +220,8 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
 def at_dense_shapes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
     """Inside, every tensor that was cut has its dense shape and holds zeros, and the model's sizes are the dense ones.
 
-    At the end everything is as it was before: values, gradients, sizes and optimizer state, whatever was done to them
-    inside.
-
-    Args:
-        model: was cut, by `shrink` or by a loop, or read from a file.
-        optimizers: their state of these tensors is set aside meanwhile.
+    At the end everything is as it was before: values, gradients, sizes and optimizer state, which is set aside
+    meanwhile, whatever was done to them inside.
     """
     tensors, known = named_tensors(model), ModelShapes.of(model)
     with ExitStack() as undo, torch.no_grad():

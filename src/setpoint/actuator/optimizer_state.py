@@ -19,7 +19,6 @@ Optimizers = Optimizer | Sequence[Optimizer] | None
 
 
 def as_sequence(optimizers: Optimizers) -> tuple[Optimizer, ...]:
-    """One optimizer, several or none, as a tuple."""
     if optimizers is None:
         return ()
     return (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
@@ -30,11 +29,8 @@ def cut_state(
 ) -> dict[str, Any]:
     """The state of one parameter, cut along the same dims; new tensors, nothing is changed in place.
 
-    Tensors of the parameter's shape are cut; scalars and whatever is not a tensor stay. Lists, tuples and
-    dicts of tensors are followed. The parameter still has its old shape.
-
-    Raises:
-        OptimizerError: for a tensor of another shape or class, of which nothing says how it follows the cut.
+    Tensors of the parameter's shape are cut; scalars and whatever is not a tensor stay. The parameter still has its old
+    shape. An OptimizerError names a tensor of another shape or class, of which nothing says how it follows the cut.
     """
 
     def cut(value: Tensor, key: str) -> Tensor:
@@ -92,16 +88,10 @@ def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, Tenso
 def check_state(
     optimizer: Optimizer, model: nn.Module, groups: Iterable[Group], saved: Mapping[str, Any] | None = None
 ) -> None:
-    """Check that state tensors have the shapes of the parameters that are cut, which PyTorch does not check.
+    """Check that state tensors have the shapes of the parameters in which the groups lie, which PyTorch does not check.
 
-    Args:
-        optimizer: whose state it is.
-        model: holds the parameters.
-        groups: of the model; only parameters in which their units lie are checked.
-        saved: the state dict that the optimizer is about to load; None for the state that it has.
-
-    Raises:
-        CheckpointError: naming the first tensor that does not fit, or for a state dict of other parameters.
+    `saved` is the state dict that the optimizer is about to load, None the state that it has. A CheckpointError names
+    the first tensor that does not fit, or says that the state is of other parameters.
     """
     states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state if saved is None else _by_parameter(optimizer, saved)
     cut = {part.tensor for group in groups for part in group.slices}

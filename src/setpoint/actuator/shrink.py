@@ -13,9 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.attached import check_not_attached
 from setpoint.actuator.cut import Cut, Keep, SizePlace, check_cuttable, check_lengths, cut_groups, plan_cut
-from setpoint.actuator.in_state_dict import carry_sizes
+from setpoint.actuator.in_state_dict import carry_sizes, check_not_attached
 from setpoint.actuator.model_shapes import apply_sizes, check_sizes, note_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
 from setpoint.actuator.tensors import named_tensors, swap, take, taken_gradient
@@ -104,7 +103,7 @@ def shrink(
 
 
 def _array(kept: Any) -> Any:
-    """Booleans as an array; anything else as it is, to be refused by name."""
+    # Anything else stays as it is, to be refused by name.
     if isinstance(kept, Tensor) and kept.dtype == torch.bool:
         return kept.detach().cpu().numpy()
     if isinstance(kept, (list, tuple)) and all(isinstance(stays, (bool, np.bool_)) for stays in kept):
@@ -139,11 +138,7 @@ def shrink_live(
 
 
 def unwrapped(names: Iterable[str], model: nn.Module, copies: Sequence[nn.Module]) -> list[nn.Module]:
-    """Each copy once, out of its wrapper; `names` are tensors of the model that change.
-
-    Raises:
-        GroupError: when a copy shares tensors with the model.
-    """
+    """The copies, each once, out of their wrappers, by names of tensors that change; they share none with the model."""
     own = {id(tensor) for tensor in named_tensors(model).values()}
     first = next(iter(names), None)
     found: dict[int, nn.Module] = {}

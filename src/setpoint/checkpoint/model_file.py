@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from setpoint.actuator.attached import check_not_attached
 from setpoint.actuator.cut import SizePlace
+from setpoint.actuator.in_state_dict import check_not_attached
 from setpoint.actuator.model_shapes import ModelShapes, Shape, check_sizes
 from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.checkpoint.fields import fields_of, ordinary_file

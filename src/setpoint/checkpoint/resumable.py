@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from setpoint.actuator.attached import check_loads
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes
+from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
 from setpoint.actuator.model_shapes import ModelShapes, Shape, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import fit, not_made
@@ -175,7 +175,7 @@ def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateS
         return StateSizes.parse(found[prefix[:-1]])
     paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
     if paths:
-        return StateSizes.union([StateSizes.parse(found[f"{prefix}{path}"]).under(path) for path in paths])
+        return reduce(StateSizes.joined, (StateSizes.parse(found[f"{prefix}{path}"]).under(path) for path in paths))
     return StateSizes.parse(*found.values()) if len(found) == 1 else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from setpoint.actuator.attached import ATTACHED
+from setpoint.actuator.in_state_dict import ATTACHED
 from setpoint.arguments import plain_number
 from setpoint.errors import NotBegunError
 from setpoint.groups.example import tensors_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.actuator.attached import ATTACHED, RESUMING, note_attached
+from setpoint.actuator.in_state_dict import ATTACHED, RESUMING, note_attached
 from setpoint.actuator.optimizer_state import check_state
 from setpoint.checkpoint.snapshot import snapshot
 from setpoint.cost.budget import Budget

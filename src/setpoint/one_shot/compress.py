@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.attached import check_not_attached
-from setpoint.actuator.in_state_dict import carry_sizes
+from setpoint.actuator.in_state_dict import carry_sizes, check_not_attached
 from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
