@@ -37,8 +37,7 @@ from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
 from setpoint.spending.checks import check_reachable, original_costs
 from setpoint.spending.limits import Limits
-from setpoint.spending.meter import Meter, Unmetered
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Meter, Stopwatch, Unmetered
 from setpoint.spending.spending import Spending
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from setpoint.errors import CostError
 from setpoint.resources import costing
 from setpoint.resources.joules import Counter, EnergyMeter
 from setpoint.resources.live_bytes import peak_bytes
-from setpoint.spending import seconds as seconds_file
+from setpoint.spending import meter as meter_file
 from setpoint_bench.networks import PlainNet
 
 Budget = setpoint.Budget
@@ -71,7 +71,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
             yield widths, seconds, made.watts * seconds if meter else None
 
     monkeypatch.setattr(costing, "timed", timed)
-    monkeypatch.setattr(seconds_file, "_now", lambda synchronize: made.now)
+    monkeypatch.setattr(meter_file, "_now", lambda synchronize: made.now)
     yield made
 
 

@@ -21,7 +21,7 @@ from setpoint.host.host import host_of
 from setpoint.resources.costing import cost_out
 from setpoint.resources.inference import Inference
 from setpoint.resources.replica import forward_pass, replica
-from setpoint.spending import seconds as seconds_file
+from setpoint.spending import meter as meter_file
 
 Budget = setpoint.Budget
 __all__ = ["machine"]
@@ -198,7 +198,7 @@ def trained(held: bool) -> dict[str, Any]:
 
 def test_a_budget_of_one_trains_bit_identically(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timed passes leave weights, buffers, moments, modes, hooks and the random generators as they are without."""
-    monkeypatch.setattr(seconds_file, "_now", lambda synchronize: time.perf_counter())
+    monkeypatch.setattr(meter_file, "_now", lambda synchronize: time.perf_counter())
     alone, held = trained(False), trained(True)
     for what in alone:
         assert equal(alone[what], held[what]), what

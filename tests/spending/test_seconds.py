@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from setpoint.resources.inference import median_of
-from setpoint.spending.seconds import StepMeter, Stopwatch
+from setpoint.spending.meter import StepMeter, Stopwatch
 
 
 class Clock:

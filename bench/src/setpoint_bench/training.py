@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.report.numbers import exact
 from setpoint.resources.joules import find_energy_meter
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
 from setpoint_bench.course import Course, Outcome
 from setpoint_bench.environment import environment

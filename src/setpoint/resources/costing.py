@@ -30,7 +30,7 @@ from setpoint.resources.metering import Metering
 from setpoint.resources.replica import Replica, held_tensors, replica
 from setpoint.resources.seconds import Fit, Reading, combined, fit_joules, fit_seconds
 from setpoint.resources.tape import Tape, solved, taken
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Stopwatch
 
 Make = Callable[..., AbstractContextManager[Replica]]
 """Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""

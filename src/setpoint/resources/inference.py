@@ -16,7 +16,7 @@ from setpoint.groups.example import Example, inputs_of
 from setpoint.groups.model_copy import untouched_attributes, without_users_hooks
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.resources.replica import active_autocast, forward_pass
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Stopwatch
 
 _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 

@@ -17,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from setpoint.cost.budget import METERED
 from setpoint.cost.cost import Cost
 from setpoint.messages import warn
+from setpoint.resources.corrections import corrected
 from setpoint.resources.inference import Inference, Measured, median_of
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes
-from setpoint.spending.meter import Readings
-from setpoint.spending.seconds import StepMeter
+from setpoint.spending.limits import Limits
+from setpoint.spending.meter import Readings, StepMeter
 
 # A clock and an allocator do not repeat themselves any better than this.
 _MARGIN = 0.03
@@ -97,10 +98,10 @@ class Metering:
         self._began_j: float | None = None
         self._earlier_j: float | None = 0.0
         self._num_steps = self._since_cut = 0
+        self._warned = set[str]()
 
     @property
     def sources(self) -> dict[str, str]:
-        """By resource that is metered, what reads it."""
         found = {}
         if "latency" in self._resources:
             found["latency"] = "measured: seconds between optimizer steps"
@@ -115,17 +116,14 @@ class Metering:
 
     @property
     def peak_wanted(self) -> bool:
-        """Whether a step's bytes can be read, and none has been since the last cut."""
         return "memory" in self.sources and not self._blocked and self._peak is None
 
     @property
     def peak_known(self) -> bool:
-        """Whether a step's bytes have been read since the last cut."""
         return self._peak is not None
 
     @property
     def waits(self) -> str:
-        """Why no decision can be made yet; "" if one can."""
         if self._since_cut >= self._few:
             return ""
         return f"no decision: meters read {self._few} steps at the same widths, and this is number {self._since_cut}"
@@ -137,7 +135,6 @@ class Metering:
         return _FEW + len({"memory", "energy"} & self._resources) if timed else 0
 
     def stepped(self) -> None:
-        """An optimizer step is done."""
         self._num_steps += 1
         self._since_cut += 1
         cold = self._since_cut <= _COLD  # one more than for seconds, since a mean does not outvote a slow step
@@ -159,7 +156,6 @@ class Metering:
             self._energy.read_j()
 
     def stop(self) -> None:
-        """End the watch of a step, if there is one."""
         self._begun()
         live, self._watching = self._watching, None
         if live is None:
@@ -179,7 +175,6 @@ class Metering:
                 _push_mode(mode)
 
     def prepare(self, due: bool) -> bool:
-        """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
         # While the decision waits for steps that are timed, none is watched.
         if not due or "memory" not in self._resources or self._since_cut + 1 < self._few:
             return False
@@ -214,14 +209,12 @@ class Metering:
             handle.remove()
 
     def time_inference(self, widths: Mapping[str, int]) -> float:
-        """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
         if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the passes
             return 0.0
         self._pass_seconds, passes = self._inference.timed()
         return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)
 
     def read(self) -> Readings:
-        """What has been read since the last cut."""
         values, seconds, run_j = dict[str, float](), self._seconds, None
         if "latency" in self._resources and seconds is not None:
             values["latency"] = seconds
@@ -244,9 +237,22 @@ class Metering:
             settled={name: value for name, value in values.items() if enough.get(name, True)},
             margins={name: self._margin(name) for name in METERED},
             run_j=run_j,
-            blocked=frozenset({"memory"} if self._blocked else ()),
             vanished=self._energy is not None and not self._energy.works,
         )
+
+    def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
+        readings, known = self.read(), limits.corrections.keys()
+        # Seconds are missing for a few steps after each cut, and an energy meter that vanishes says so itself.
+        missing = (known - readings.learnable.keys()) - {"latency", "energy"}
+        if self._blocked:
+            missing |= {"memory"}
+        for name in sorted(missing - self._warned) if not self.waits else ():
+            warn(
+                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
+                "from what was read before if anything was, until it is measured again"
+            )
+            self._warned.add(name)
+        return corrected(limits, readings, widths)
 
     @property
     def _warm(self) -> tuple[float, ...]:
@@ -274,7 +280,6 @@ class Metering:
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
     def cut(self) -> None:
-        """The model has changed: forget."""
         self._peak, self._pass_seconds, self._began_j = None, None, None
         self._num_steps = self._since_cut = 0
 
@@ -284,7 +289,6 @@ class Metering:
         return {**facts, "since_cut": float(self._since_cut)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Go on with the last peak and the joules of the run."""
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked, self._since_cut = bool(state["blocked"]), int(state.get("since_cut") or 0)
         # Counters begin at 0 in each process.

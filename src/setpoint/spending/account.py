@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from setpoint.checkpoint.fields import fields_of
+from setpoint.spending.meter import StepMeter, Stopwatch
 from setpoint.spending.run_budget import Spent
-from setpoint.spending.seconds import StepMeter, Stopwatch
 
 # What is saved. What a sensing takes is not: it is asked of the sensor again.
 _COUNTED = (

@@ -1,14 +1,121 @@
-"""A meter: what the user's own optimizer steps really take of what they are held to."""
-
-# ruff: noqa: D102 - `Meter` says what the methods of both classes do
+"""Clocks of blocks and steps, and a meter: what the user's own optimizer steps take of what they are held to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Protocol, final
 
-from setpoint.spending.seconds import StepMeter
+import torch
+
+from setpoint.spending.limits import Limits
+
+
+class Stopwatch:
+    """Adds up the wall-clock seconds spent inside `with` blocks.
+
+    A GPU works behind the host's back. Without `synchronize` only the host's time is seen. With it each block first
+    waits for work queued earlier, which is not counted, and ends when its own is done.
+
+    >>> watch = Stopwatch()
+    >>> with watch:
+    ...     pass
+    >>> watch.seconds >= watch.last_seconds >= 0.0
+    True
+    """
+
+    def __init__(self, synchronize: bool = False) -> None:
+        self.seconds = self.last_seconds = 0.0
+        self._synchronize = synchronize
+        self._started: float | None = None
+
+    def __enter__(self) -> Stopwatch:
+        assert self._started is None, "a stopwatch measures one block at a time"
+        self._started = _now(self._synchronize)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.lap()
+        self._started = None
+
+    def lap(self) -> None:
+        """Stop, add, and start again at the same moment."""
+        assert self._started is not None
+        now = _now(self._synchronize)
+        self.last_seconds = now - self._started
+        self.seconds += self.last_seconds
+        self._started = now
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Seconds of all blocks, the present one included."""
+        return self.seconds + (0.0 if self._started is None else _now(self._synchronize) - self._started)
+
+
+def _now(synchronize: bool) -> float:
+    if synchronize and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class StepMeter:
+    """Smoothed seconds per optimizer step: the median of recent intervals between steps.
+
+    The median ignores an evaluation or a checkpoint between two steps, and the lower one does so even of two.
+
+    Args:
+        window: number of recent steps that count.
+        synchronize: wait for CUDA, if it is in use, at both ends of each step.
+    """
+
+    def __init__(self, window: int = 50, synchronize: bool = False) -> None:
+        self._intervals: deque[float] = deque(maxlen=window)
+        self._began: float | None = None
+        self._synchronize = synchronize
+
+    def begin(self) -> None:
+        """Mark the moment from which the next step counts."""
+        self._began = _now(self._synchronize)
+
+    def end(self) -> None:
+        """Mark the end of the step; one whose beginning was not marked is skipped."""
+        interval = 0.0 if self._began is None else _now(self._synchronize) - self._began
+        self._began = None
+        if interval > 0:  # a coarse clock may not have moved
+            self._intervals.append(interval)
+
+    def extra(self) -> float:
+        """End a step of another kind, which is skipped: by how many seconds it was longer than the median."""
+        usual, began, self._began = self.seconds_per_step, self._began, None
+        return 0.0 if began is None or usual is None else max(0.0, _now(self._synchronize) - began - usual)
+
+    def clear(self) -> None:
+        """Forget everything: the steps from here on are of another kind."""
+        self._intervals.clear()
+        self._began = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median of the recent intervals in seconds, or None before the first."""
+        return statistics.median_low(self._intervals) if self._intervals else None
+
+    @property
+    def intervals(self) -> tuple[float, ...]:
+        """The recent intervals in seconds."""
+        return tuple(self._intervals)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"intervals": list(self._intervals)}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        self.clear()  # the present step is skipped: part of it was made in another process
+        self._intervals.extend(map(float, state["intervals"]))
 
 
 @dataclass(frozen=True)
@@ -16,14 +123,13 @@ class Readings:
     """What meters have read since the last cut, by resource; what was not read is not there.
 
     Args:
-        values: cost of a step, or of a pass.
+        values: cost of a step, or of a forward pass.
         learnable: the same, with joules by the user's watts where those are what the controller follows.
         quickest: of `learnable`, by the quickest step and pass: others may have an evaluation in them.
         settled: of `values`, those that enough steps stand behind to be compared with a limit.
         margins: how far spending may lie over a limit, relatively, before the meter can tell.
         run_j: joules of the run so far; None if they are not known.
-        blocked: resources that could not be read, since foreign code stood in the way.
-        vanished: whether what reads joules has gone in the middle of the run.
+        vanished: whether the energy meter has stopped working during the run.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
@@ -32,7 +138,6 @@ class Readings:
     settled: Mapping[str, float] = field(default_factory=dict)
     margins: Mapping[str, float] = field(default_factory=dict)
     run_j: float | None = None
-    blocked: frozenset[str] = frozenset()
     vanished: bool = False
 
 
@@ -40,7 +145,7 @@ class Meter(Protocol):
     """Reads what steps take between two cuts; it changes at every step.
 
     Attributes:
-        steps: tells how long a step takes, for the account and for whatever reads seconds.
+        steps: seconds of a step.
         sources: by resource that is metered, what reads it.
         watts: the power that the user has stated, where joules are this times seconds; else 0.
         waits: why no decision can be made yet; "" if one can.
@@ -75,17 +180,18 @@ class Meter(Protocol):
     def read(self) -> Readings:
         """What has been read since the last cut."""
 
+    def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
+        """The limits by what is read at these widths, and the costs of a step that the controller learns of."""
+
     def cut(self) -> None:
         """The model has changed: forget."""
 
     def stop(self) -> None:
         """End the watch of a step, if there is one."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is remembered, in plain numbers."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @final
@@ -110,6 +216,9 @@ class Unmetered:
 
     def read(self) -> Readings:
         return self._readings
+
+    def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
+        return limits, {}
 
     def cut(self) -> None: ...
 

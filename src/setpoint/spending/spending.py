@@ -19,7 +19,6 @@ from setpoint.ledger import Entry
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
-from setpoint.spending.corrections import corrected
 from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter
 from setpoint.spending.run_budget import RunBudget, RunPlan, RunState, StepOverhead, check_total, likely_widths
@@ -35,12 +34,9 @@ class Spending:
     """What a run is held to, what it has spent, and what meters read of it. It changes at every step.
 
     Args:
-        limits: of a step, by the budgets, the costs and what meters have read; the groups are at dense widths.
-        total_steps: as the user said it; with a bill those of the dense run that a fraction of it is one of.
+        limits: of a step; the groups are at dense widths.
+        total_steps: as the user said it; a bill that is a fraction is one of a dense run of so many steps.
         schedule: when decisions are made.
-        account: counts what is spent.
-        meter: reads what steps take.
-        single_process: whether one process trains.
         regrows: whether units come back until the schedule is over.
         learning: the controller, if it learns.
         modelled: by resource, what the cost was modelled by.
@@ -72,12 +68,13 @@ class Spending:
         self._single_process, self._regrows, self._learning = single_process, regrows, learning
         self._total_steps, self._plan = total_steps, RunPlan(total_steps, total_steps)
         self._fixed_total = None if bill is None else RunBudget(bill, schedule, limits.dense_cost("flops"))
-        self.readings, self._known, self._warned = dict[str, float](), dict[str, float](), set[str]()
+        self.readings, self._warned = dict[str, float](), set[str]()
+        self._known: Mapping[str, float] = {}  # what meters have told the controller of a step
         self.hold(limits.budgets, limits.groups)
 
     @property
     def planned_steps(self) -> int:
-        """As in a run of how many steps decisions fall."""
+        """Decisions fall as in a run of so many steps."""
         return self._plan.decisions_as
 
     @property
@@ -95,27 +92,21 @@ class Spending:
         """What the controller is to hold."""
         return self.limits.cost
 
-    # What the run is held to. Whoever changes it has it checked first (`checks`).
+    # What the run is held to; `checks` has it checked before it changes.
 
     def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
-        """Be held to these budgets from here on, with these groups."""
         self.limits = self.limits.held_to(budgets)
         if self._fixed_total is not None:
-            # A new plan, since `decisions_as` of the last one would bind it; what steps take besides is still known.
+            # A new plan, since `decisions_as` of the last one would bind it; the overhead of steps is still known.
             overhead = replace(self._plan.overhead, noted=self.account.overhead_flops)
             self._plan = RunPlan(overhead=overhead)
             self._replan_length(groups, met=False)
 
     def set_length(self, total_steps: int) -> None:
-        """Give the run another length."""
         self._plan = RunPlan(total_steps, total_steps)
 
     def check_run(self, step: int, total_steps: int, groups: tuple[Group, ...]) -> None:
-        """Check that budgets of the run can be met from here, with these groups at their present widths.
-
-        Raises:
-            BudgetError: saying what is spent already, or what the least is.
-        """
+        """Refuse budgets of the run that cannot be met from here, with these groups at their present widths."""
         if self._fixed_total is not None:
             check_total(self._plan, self.account.now, self.limit_run["flops"])
         widths = widths_of(groups)
@@ -127,7 +118,6 @@ class Spending:
     # What happens.
 
     def stepped(self) -> None:
-        """An optimizer step is done."""
         self.account.stepped()
         self.meter.stepped()
         if self._fixed_total is not None:
@@ -142,40 +132,29 @@ class Spending:
     def read_meters(self, widths: Mapping[str, int]) -> None:
         """Take in what meters read at these widths, before a decision."""
         self.account.sensed(self.meter.time_inference(widths))
-        readings, before = self.meter.read(), self.limits.corrections.keys()
-        if readings.learnable or before:
-            self.limits, self._known = corrected(self.limits, readings, widths)
-        self.readings = dict(readings.values)
-        # Seconds are missing for a few steps after each cut, and an energy meter that vanishes says so itself.
-        missing = (readings.blocked | (before - readings.learnable.keys())) - {"latency", "energy"}
-        for name in sorted(missing - self._warned) if not self.meter.waits else ():
-            warn(
-                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
-                "from what was read before if anything was, until it is measured again"
-            )
-            self._warned.add(name)
+        self.readings = dict(self.meter.read().values)
+        self.limits, self._known = self.meter.corrected(self.limits, widths)
 
     def resized(self, groups: tuple[Group, ...], sensing_flops: float) -> None:
-        """The model has other widths: a step and a sensing cost something else from here on."""
+        """The model has other widths, at which a sensing has these FLOPs."""
         self.account.sensing_flops = sensing_flops
         self.account.resized(self.costs["flops"].total(widths_of(groups)))
         self.meter.cut()
 
     def decided(self, groups: tuple[Group, ...], met: bool) -> None:
-        """A decision is made, the last one where the budgets per step are met: what is left is planned again."""
+        """A decision is made; none follows once the budgets per step are met."""
         self.read_joules(widths_of(groups))
         if self._fixed_total is not None:
             self._replan_length(groups, met=met)
 
     def read_joules(self, widths: Mapping[str, int]) -> None:
-        """Set the account's joules to what the meter reads now, and those of a step to come to what is expected."""
+        """Have the account go by the meter: joules of the run as read, those of the steps to come as expected."""
         if "energy" in self._runs:
             run_j = self.meter.read().run_j
             self.account.run_j = self.account.run_j if run_j is None else run_j
             self.account.step_j = self.limits.expected("energy", widths)
 
     def _replan_length(self, groups: tuple[Group, ...], *, met: bool) -> None:
-        """Find again how long the run is that the bill pays for, with these groups."""
         assert self._fixed_total is not None
         limits, cost = self.limits, self.cost
         present, share = cost.total(widths_of(groups)), 1.0
@@ -194,7 +173,7 @@ class Spending:
     # What is known.
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same in two runs of which one goes on with the other, and on all ranks of one run."""
+        """What a run that is resumed must share with the one before, and all ranks with each other."""
         dense, bills = self.limits.dense, () if self.bill is None else (self.bill,)
         budgets = [(b.resource, float(b.limit), b.per, b.relative) for b in (*self.budgets, *bills)]
         return {
@@ -205,7 +184,7 @@ class Spending:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What a ledger says of spending before its first entry."""
+        """The part of a ledger's header that is on spending."""
         dense = {name: self.limits.dense_cost(name) for name in self.costs}
         per_step = {b.resource: b.absolute(dense[b.resource]) for b in self.budgets if b.per == "step"}
         return {
@@ -218,10 +197,7 @@ class Spending:
         }
 
     def observation(self, step: int, groups: tuple[Group, ...], reading: Reading | None, **others: Any) -> Observation:
-        """Everything that a controller sees at a decision, after what the rest of the run may spend is planned again.
-
-        `others` is what is known besides, such as the loss, by name of the observation's fields.
-        """
+        """Everything that a controller sees at a decision; `others` are more of its fields, such as the loss."""
         widths, account, resizing = widths_of(groups), self.account, self.account.watch.resizing
         self.replan(step, widths)
         runs, states = self._runs, self._states(step, widths)
@@ -279,10 +255,9 @@ class Spending:
 
     @property
     def spent_run(self) -> dict[str, float]:
-        """By resource of a run budget, what has been spent from the call of `attach` to the last optimizer step.
+        """By resource of a run budget, what was spent from `attach` to the last optimizer step, overhead included.
 
-        Overhead is included: FLOPs as they are counted, seconds by the clock, joules by the meter at its last reading
-        and as predicted from there on. Joules by the user's watts are those times the seconds of the run.
+        Joules are those of the meter's last reading and as predicted from there on, or the user's watts times seconds.
         """
         account, watts = self.account, self.meter.watts
         run_j = watts * account.run_seconds if watts else account.run_j
@@ -290,7 +265,7 @@ class Spending:
         return {name: found[name] for name in self.limit_run}
 
     def replan(self, step: int, widths: Mapping[str, int]) -> None:
-        """Find again what budgets of the run leave for each step; one that cannot be met is warned of once."""
+        """Find what budgets of the run leave for each step now; warn once of one that cannot be met."""
         self.read_joules(widths)
         per_step = dict(self.limits.per_step)
         for name, state in self._states(step, widths).items():
@@ -323,7 +298,7 @@ class Spending:
         return runs["flops"].spare(states["flops"]) if "flops" in runs else math.inf
 
     def _states(self, step: int, widths: Mapping[str, int], num_steps: int | None = None) -> dict[str, RunState]:
-        """By resource of a run budget, what is known of the run at this step; `num_steps` is another length of it.
+        """By resource of a run budget, what is known of the run at this step if it has `num_steps`.
 
         Of FLOPs, a controller that learns spends some on the decision at hand. Of seconds, the user's own code between
         steps is taken to go on as it did so far; of joules, where they are watts times seconds, likewise.
@@ -340,26 +315,25 @@ class Spending:
 
         between = max(0, num_steps - step) * account.extra_seconds_per_step
         coming = {"flops": learning_flops(0), "latency": between, "energy": between * self.meter.watts}
-        states = {}
+        spent, states = self.spent_run, dict[str, RunState]()
         for name in runs:
             states[name] = RunState(
                 step,
                 num_steps,
-                self.spent_run[name],
-                self.spent_run[name] + coming[name],
+                spent[name],
+                spent[name] + coming[name],
                 present=self.limits.expected(name, widths),
                 lowest=self.limits.expected(name, self.limits.narrowest),
                 factor=self.limits.factor(name),
                 regrows=self._regrows,
             )
-        if "flops" in states:
+        if "flops" in states:  # a meter's readings have the overhead in them
             states["flops"] = replace(states["flops"], sensing=account.sensing_flops, learning=learning_flops)
         return states
 
     # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was spent, read and learnt so far, in plain numbers."""
         return {
             "account": self.account.state_dict(),
             "metered": dict(self.readings),
@@ -375,7 +349,6 @@ class Spending:
         trial.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
         self.account.load_state_dict(state["account"])
         self.limits = self.limits.restored(state["limits"])
         self.meter.load_state_dict(state["metering"])

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
 from setpoint_bench.course import AlreadyCut, Course, Outcome, Pruner
 from setpoint_bench.results import Result

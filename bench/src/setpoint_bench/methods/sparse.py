@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.optimizer_check import check_optimizer
 from setpoint.loop.hooks import StepHooks
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Stopwatch
 from setpoint.weights.masking import mask_gradients, mask_weights
 from setpoint_bench.course import Course, Outcome, Pruner
 from setpoint_bench.results import Result

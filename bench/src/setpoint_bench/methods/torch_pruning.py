@@ -21,7 +21,7 @@ from setpoint.actuator.model_shapes import apply_sizes, note_cut
 from setpoint.actuator.tensors import named_tensors
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
-from setpoint.spending.seconds import Stopwatch
+from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
 from setpoint_bench.course import AlreadyCut, Outcome, Pruner
 from setpoint_bench.methods.fused import taken_apart
