@@ -20,7 +20,7 @@ _COUNTED = (
 
 @dataclass
 class Watches:
-    """Setpoint's own seconds, by what they go into; of a GPU, sensing and probing see the host's only."""
+    """Setpoint's own seconds, by what they go into; on a GPU, sensing and probing see the host's only."""
 
     attach: Stopwatch
     sensing: Stopwatch = field(default_factory=Stopwatch)
@@ -37,11 +37,8 @@ class Account:
     """Counts every FLOP and second of a run, from the first ones, which went into attaching and verification.
 
     Attributes:
-        watch: Setpoint's own seconds.
-        steps: seconds of a step.
         running: seconds from the first step on.
         step_flops: FLOPs of a step at the present widths.
-        sensing_flops: of a sensing.
         run_j: joules of the run, as last read and as expected from there on.
         step_j: joules that a step is expected to take.
     """
@@ -65,7 +62,6 @@ class Account:
         self._noted = dict[str, float]()
 
     def begin(self) -> None:
-        """The first step begins."""
         self.running.__enter__()  # it runs until the end, and each step is a lap of it
         self.steps.begin()
 
@@ -86,16 +82,14 @@ class Account:
 
     @property
     def overhead_seconds(self) -> float:
-        """Setpoint's own seconds so far."""
         return sum(self.watch.seconds().values())
 
     @property
     def now(self) -> Spent:
-        """What a plan of the run's length is made with."""
         return Spent(self.num_steps, self.train_flops, self.overhead_flops, self.step_flops, self.sensing_flops)
 
     def share_left(self, share: float, used: float, num_steps: int = 0) -> float:
-        """What is left, so many steps from now, of a share of the steps' FLOPs, of which some have been used."""
+        """Of a share of the FLOPs of steps, what is not `used`, `num_steps` from now."""
         return share * (self.train_flops - self.overhead_flops + num_steps * self.step_flops) - used
 
     def sensed(self, flops: float) -> None:
@@ -104,12 +98,11 @@ class Account:
         self.overhead_flops += flops
 
     def learned(self, flops: float) -> None:
-        """Count FLOPs that the controller has spent on learning."""
         self.sensed(flops)
         self.learning_flops += flops
 
     def probed(self, flops: float) -> None:
-        """Count the FLOPs that resting units add to the present step; its duration is no ordinary step's."""
+        """Count the FLOPs that resting units add to the present step."""
         self.sensed(flops)
         self.probing_flops += flops
         self.probed_steps += 1
@@ -117,7 +110,7 @@ class Account:
 
     def stepped(self) -> None:
         """Count one optimizer step at the present widths."""
-        if self._probed:  # resting units made it longer: it is no reading of the model's own steps
+        if self._probed:  # resting units made it longer than the model's own steps are
             self.watch.probing.seconds += self.steps.extra()
             self._probed = False
         else:
@@ -145,14 +138,13 @@ class Account:
         return [*self._segments, Segment(num_steps, self.steps.seconds_per_step, self.overhead_seconds)]
 
     def seconds_since_entry(self) -> dict[str, float]:
-        """Setpoint's own seconds since the last call, by what they went into."""
+        """Setpoint's own seconds since the last call, by name."""
         seconds = self.watch.seconds()
         since = {name: value - self._noted.get(name, 0.0) for name, value in seconds.items() if name != "attach"}
         self._noted = seconds
         return since
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was counted so far, in plain numbers."""
         return {
             "seconds": self.seconds - self.watch.attach.seconds,
             "watches": {**self.watch.seconds(), "running": self.running.seconds},
@@ -164,9 +156,9 @@ class Account:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where `state_dict` was taken.
+        """Take over what was counted before.
 
-        The seconds of attaching again are added; its FLOPs are not, so that no decision depends on an interruption.
+        The seconds of attaching again are added. Its FLOPs are not, so that no decision depends on an interruption.
         """
         # A moment means nothing to another process: the clock is set back by what the run has taken.
         self._began = time.perf_counter() - float(state["seconds"])
@@ -185,7 +177,6 @@ class Segment:
     """A stretch of the run between two cuts.
 
     Args:
-        num_steps: optimizer steps in it.
         seconds_per_step: median duration of a step, None if no step was timed.
         overhead_seconds: Setpoint's own seconds from attach to the end of the segment.
     """
@@ -198,9 +189,8 @@ class Segment:
 def break_even_step(segments: Iterable[Segment]) -> int | None:
     """First step at which the accumulated seconds saved exceed the overhead so far.
 
-    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of
-    segment k saves `s_0 - s_k`. The overhead is taken at the end of the segment, and a segment without
-    a timed step saves nothing. Segments come in order, the dense one first.
+    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of segment k saves
+    `s_0 - s_k`. A segment without a timed step saves nothing. Segments come in order, the dense one first.
 
     >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
     >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,11 +24,7 @@ from setpoint.spending.spending import Spending
 
 
 def check_budgets(goals: Any) -> tuple[Budget, ...]:
-    """The budgets of a run: at least one, each of another resource.
-
-    Raises:
-        BudgetError: for anything else, or a budget that is not available in this version.
-    """
+    """The budgets of a run: at least one, each of another resource; anything else is refused."""
     budgets = tuple(goals) if isinstance(goals, (list, tuple)) else (goals,)
     for budget in budgets:
         if isinstance(budget, (Price, Tolerance)):
@@ -51,11 +47,7 @@ def check_budgets(goals: Any) -> tuple[Budget, ...]:
 
 
 def split_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget | None]:
-    """The budgets that the controller is held to, and the bill that decides the run's length, if there is one.
-
-    Raises:
-        BudgetError: for a bill beside a budget for which decisions spend what is not known before.
-    """
+    """The budgets that the controller is held to, and the bill that decides the run's length, if there is one."""
     per_step = tuple(budget for budget in budgets if budget.per == "step")
     if not per_step or len(per_step) == len(budgets):
         return budgets, None
@@ -65,21 +57,6 @@ def split_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget 
             "clock asks for. Leave the bill out, and give the number of steps"
         )
     return per_step, next(budget for budget in budgets if budget.per == "run")
-
-
-def check_costed(budgets: Sequence[Budget], resources: Collection[str], before: Sequence[Budget]) -> None:
-    """Check that budgets that replace those of `before` are on resources that the run can predict and meter.
-
-    Raises:
-        BudgetError: for one that was not costed out at attach.
-    """
-    metered = {budget.resource for budget in before} & set(METERED)
-    for budget in budgets:
-        if budget.resource not in resources or (budget.resource in METERED and budget.resource not in metered):
-            raise BudgetError(
-                f"{budget.resource!r} was not costed out when this loop was attached: "
-                "change to a budget of 'flops', 'params', or a resource that attach was given"
-            )
 
 
 def _percent(share: float, rounded: Callable[[float], float] = round) -> str:
@@ -92,27 +69,18 @@ def _percent(share: float, rounded: Callable[[float], float] = round) -> str:
     return f"{rounded(100 * share * 10**decimals) / 10**decimals:.{decimals}f} %"
 
 
-_NOTHING_TO_SAVE = 0.99
-
-
-def check_reachable(budget: Budget, dense: float, least: float) -> None:
-    """Check that a budget can be met and is in the right unit, given predicted costs, dense and of the narrowest model.
-
-    Raises:
-        BudgetError: saying what the least is, or what unit is meant.
-    """
+def check_reachable(budget: Budget, dense: float, lowest: float) -> None:
+    """Refuse a budget that cannot be met or is in a wrong unit, given costs of the dense and of the narrowest model."""
     limit, resource = budget.absolute(dense), budget.resource
     if budget.per == "run":
         return  # RunBudget.check knows what a run spends
-    if limit < least:
-        advice = f"Ask for at least '{_percent(least / dense, math.ceil).replace(' ', '')} {resource}'"
-        if least >= _NOTHING_TO_SAVE * dense:
-            advice = (
-                "Narrower layers save next to nothing of it here: hold the model to a budget of 'flops' or 'params'"
-            )
+    if limit < lowest:
+        advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {resource}'"
+        if lowest >= 0.99 * dense:
+            advice = "Narrower layers save next to nothing of it: hold the model to a budget of 'flops' or 'params'"
         raise BudgetError(
             f"a budget of {amount(limit, resource)} ({_percent(limit / dense)} of dense) cannot be reached: with every "
-            f"layer at its narrowest the model still needs {amount(least, resource)} ({_percent(least / dense)}). "
+            f"layer at its narrowest the model still needs {amount(lowest, resource)} ({_percent(lowest / dense)}). "
             f"{advice}"
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
@@ -139,15 +107,11 @@ def original_costs(
 ) -> dict[str, float]:
     """FLOPs and parameters before the first cut, by resource; nothing for a model that was never cut.
 
-    A warning says so of a model that is within its budgets already.
+    A fraction of what only a measurement of the dense model would tell is refused.
 
     Args:
-        budgets: that the model is to be held to.
         costs: by resource, over the present widths.
         passes: calls of the model in one optimizer step.
-
-    Raises:
-        BudgetError: for a fraction of what only a measurement of the dense model would tell.
     """
     if not was_cut(model):
         return {}
@@ -173,11 +137,7 @@ def original_costs(
 
 
 def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
-    """Check that the budget may still be changed.
-
-    Raises:
-        LoopError: once the budget is met or frozen, or where there is no budget.
-    """
+    """Refuse another budget once the budget is met or frozen, or where there is none."""
     if not spending.budgets:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
     if budget_met or spending.schedule.final(step, spending.planned_steps):
@@ -188,21 +148,24 @@ def check_open(spending: Spending, step: int, *, budget_met: bool) -> None:
 
 
 def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], step: int) -> None:
-    """Hold the run to another budget, as `attach` takes it.
-
-    Raises:
-        BudgetError: when it cannot be met, or is on a resource that this run does not know.
-    """
+    """Hold the run to another budget, in any form that `attach` takes."""
     budgets, bill = split_bill(check_budgets(parse_budget(wanted)))
     if bill:
         raise BudgetError("the bill of a run is fixed at attach: change the budgets per step alone")
     spending.check_kind(budgets)
-    check_costed(budgets, spending.costs, spending.budgets)
+    metered = {budget.resource for budget in spending.budgets} & set(METERED)
+    for budget in budgets:
+        name = budget.resource
+        if name not in spending.costs or (name in METERED and name not in metered):
+            raise BudgetError(
+                f"{name!r} was not costed out when this loop was attached: "
+                "change to a budget of 'flops', 'params', or a resource that attach was given"
+            )
     changed = copy.copy(spending)  # so that a refused budget changes nothing
     changed.hold(budgets, groups)
     for budget in budgets:
-        name = budget.resource
-        cost, present = spending.costs[name], changed.limits.expected(name, spending.dense_widths)
+        cost, name = spending.costs[budget.resource], budget.resource
+        present = changed.limits.expected(name, spending.dense_widths)
         lowest = cheapest(cost, groups) * present / cost.total(spending.dense_widths)
         check_reachable(budget, changed.limits.original.get(name, present), lowest)
     changed.check_run(step, changed.planned_steps, groups)
@@ -210,13 +173,7 @@ def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], st
 
 
 def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group, ...], step: int) -> None:
-    """Give the run another length.
-
-    Raises:
-        BudgetError: when the budget of the run could not be met.
-        LoopError: where a bill says how long the run is.
-        ValueError: for a number that is not above the steps done.
-    """
+    """Give the run another length, if no bill says how long it is, and its budgets can still be met."""
     if spending.bill:
         raise LoopError(
             f"the bill of the run says how long it is, {counted(spending.run_steps, 'step')} as planned now: to say it "

@@ -16,13 +16,12 @@ from setpoint.spending.run_budget import RunBudget
 
 @dataclass(frozen=True)
 class Correction:
-    """What readings have told of one resource.
+    """What is known of one resource by its readings.
 
     Args:
         factor: cost as metered / as predicted.
         dense: cost of the dense model, by the last reading of it.
         first_predicted: predicted cost at the first reading.
-        first_read: the first reading.
         doubts: readings in a row by which no cut can meet the budget.
         asked: the limit that was asked for, where another is held since that one is out of reach.
     """
@@ -42,15 +41,13 @@ class Limits:
     Without any budget (`Price`, `Tolerance`) the controller sees the cost of a resource and no limit. With one budget
     it sees that budget's cost; with several, the largest share of a limit that is spent (`JointCost`), held to 1.
 
-    A fraction is one of the dense cost as predicted until a meter has read the dense model, and of the last reading of
-    that model from there on.
+    A fraction is one of the predicted dense cost until a meter has read the dense model, then of its last reading.
 
     Args:
         costs: by resource; always "flops" and "params".
         groups: at dense widths.
         resource: what is saved where there is no budget.
-        original: by resource, what a step took before the model was ever cut, where an earlier run has cut it: a
-            fraction is one of that.
+        original: by resource, the cost of a step before an earlier run cut the model: a fraction is one of that.
         per_step: limit of a step by resource of each budget, as it is held.
         corrections: by resource that a meter has read.
     """
@@ -64,7 +61,7 @@ class Limits:
     corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     def held_to(self, budgets: Sequence[Budget]) -> Limits:
-        """The same of these budgets, with what meters have read so far; one per run has no limit of a step yet."""
+        """The limits of other budgets, by what meters have read so far; one per run has no limit of a step yet."""
         dense = {budget.resource: self.predicted(budget.resource) for budget in budgets}
         per_step = {
             budget.resource: budget.absolute(dense[budget.resource]) if budget.per == "step" else dense[budget.resource]
@@ -79,7 +76,6 @@ class Limits:
 
     @property
     def dense_widths(self) -> dict[str, int]:
-        """Units by group of the dense model."""
         return widths_of(self.groups)
 
     @property
@@ -96,21 +92,20 @@ class Limits:
 
     @property
     def held(self) -> dict[str, float]:
-        """The limits that the controller is to hold."""
+        """The limits that the controller is to hold, by resource."""
         return dict(self.per_step) if len(self.budgets) <= 1 else {**self.per_step, "joint": 1.0}
 
     @property
     def asked(self) -> dict[str, float]:
-        """Limit of a step by resource of each budget, in its own unit, as it was asked for."""
+        """Limit of a step by resource of each budget, as it was asked for."""
         replaced = {name: known.asked for name, known in self.corrections.items() if known.asked is not None}
         return {**self.per_step, **replaced}
 
     @property
     def dense(self) -> dict[str, float]:
         """Predicted dense cost by resource, with that of what the controller is to hold."""
-        cost = self.cost
         predicted = {name: self.predicted(name) for name in self.costs}
-        return {**predicted, cost.resource: cost.total(self.dense_widths)}
+        return {**predicted, self.cost.resource: self.cost.total(self.dense_widths)}
 
     def predicted(self, name: str) -> float:
         """Dense cost of a resource without any reading."""
@@ -129,7 +124,6 @@ class Limits:
         return self.factor(name) * self.costs[name].total(widths)
 
     def runs(self, schedule: Schedule) -> dict[str, RunBudget]:
-        """By resource, the budgets of the whole run."""
         return {
             budget.resource: RunBudget(budget, schedule, self.dense_cost(budget.resource))
             for budget in self.budgets
@@ -137,41 +131,38 @@ class Limits:
         }
 
     def binding(self, widths: Mapping[str, int]) -> str:
-        """Resource of the budget that leads."""
+        """Resource of the budget of which most is spent."""
         cost = self.cost
         return cost.binding(widths).cost.resource if isinstance(cost, JointCost) else cost.resource
 
     def references(self, values: Mapping[str, float]) -> dict[str, float]:
-        """By resource of each budget what a plan's reference allows: one in shares is that share of each limit."""
+        """A plan's reference by resource of each budget: a joint one is the same share of each limit."""
         if len(self.budgets) <= 1 or "joint" not in values:
             return dict(values)
         return {name: values["joint"] * limit for name, limit in self.per_step.items()}
 
     def prices(self, values: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
-        """By resource of each budget the price that a plan was made at, at these widths."""
+        """A plan's price by resource of each budget."""
         cost = self.cost
         if isinstance(cost, JointCost) and "joint" in values:
             return cost.prices(values["joint"], widths)
         return dict(values)
 
     def price(self, values: Mapping[str, float], widths: Mapping[str, int]) -> float:
-        """The price of a plan for a unit of the budget that leads; 0 without one."""
+        """A plan's price for a unit of the budget of which most is spent; 0 without one."""
         return float(self.prices(values, widths).get(self.binding(widths), 0.0))
 
     # What meters read.
 
     @property
     def followed(self) -> set[str]:
-        """Resources whose readings count: those that are held, but for all of the dense cost.
-
-        All of the dense cost is what the dense model spends, however a meter wavers: a fraction of 1 is left to the
-        prediction.
-        """
+        """Resources whose readings count."""
+        # A fraction of 1 is what the dense model spends, however a meter wavers: it is left to the prediction.
         whole = {b.resource for b in self.budgets if b.relative and b.limit == 1 and b.per == "step"}
         return {budget.resource for budget in self.budgets} - whole if self.budgets else {self.resource}
 
     def anchored(self, name: str, known: Correction, *, at_dense: bool) -> Limits:
-        """From here on the dense cost is what a meter reads; a fraction is one of it once that model has been read."""
+        """The limits with this correction; a fraction is one of a reading of the dense model."""
         per_step = dict(self.per_step)
         for budget in self.budgets:
             if budget.resource == name and budget.relative and budget.per == "step" and at_dense:
@@ -179,18 +170,13 @@ class Limits:
         return replace(self, per_step=per_step, corrections={**self.corrections, name: known})
 
     def is_per_run(self, name: str) -> bool:
-        """Whether the budget of a resource is one of the whole run."""
         return any(budget.resource == name and budget.per == "run" for budget in self.budgets)
 
-    # What is remembered.
-
     def state_dict(self) -> dict[str, Any]:
-        """Limits, and what meters have read so far, in plain numbers."""
         read = {name: dict(vars(known)) for name, known in self.corrections.items()}
         return {"limit": dict(self.per_step), "corrections": read}
 
     def restored(self, state: Mapping[str, Any]) -> Limits:
-        """The limits of a state."""
         per_step = {name: float(state["limit"][name]) for name in self.per_step}
         read = {str(name): Correction(**known) for name, known in state["corrections"].items()}
         return replace(self, per_step=per_step, corrections=read)

@@ -17,8 +17,8 @@ def metrics(
     spending: Spending, step: int, last: Plan | None, widths: Mapping[str, int], num_decisions: int
 ) -> dict[str, float]:
     """Where a run is after so many steps, with these widths and this last plan; no device is waited for."""
-    limits, account = spending.limits, spending.account
-    cost = {name: spending.limits.expected(name, widths) for name in spending.costs}
+    limits = spending.limits
+    cost = {name: limits.expected(name, widths) for name in spending.costs}
     dense = {name: limits.dense_cost(name) for name in cost}
     limit = limits.asked
     reference = {name: dense[name] for name in limit} | (limits.references(last.reference) if last else {})
@@ -39,17 +39,25 @@ def metrics(
         "total_steps": spending.run_steps,
         "budget_met": last is not None and last.budget_met,
         "decisions": num_decisions,
-        "resizes": account.resizes,
         "units": sum(widths.values()),
         "dense_units": sum(spending.dense_widths.values()),
+        **_counted(spending),
+        **{f"{kind}/{name}": value for kind, values in named.items() for name, value in values.items()},
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def _counted(spending: Spending) -> dict[str, float]:
+    """What the account has counted so far."""
+    account = spending.account
+    return {
+        "resizes": account.resizes,
         "seconds": account.seconds,
         "overhead_seconds": account.overhead_seconds,
         "train_flops": account.train_flops,
         "overhead_flops": account.overhead_flops,
         "overhead_flops_ratio": account.overhead_flops / account.train_flops if account.train_flops else 0.0,
-        **{f"{kind}/{name}": value for kind, values in named.items() for name, value in values.items()},
     }
-    return {name: float(value) for name, value in found.items()}
 
 
 def line(known: Mapping[str, float], *, finished: bool) -> str:
@@ -87,8 +95,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
             account.sensed(meter.time_inference(widths))
     if step < spending.run_steps:
         spending.read_joules(widths)
-    spent = {name: limits.expected(name, widths) for name in spending.costs}
-    dense_flops = limits.dense_cost("flops")
+    spent, dense_flops = {name: limits.expected(name, widths) for name in spending.costs}, limits.dense_cost("flops")
     readings = meter.read()
     read = limits.corrections.keys() | readings.values.keys()  # a meter that has vanished reads nothing
     return {
@@ -97,14 +104,9 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
         "dense_flops": dense_flops,
         "final_flops": spent["flops"],
         "final_flops_ratio": spent["flops"] / dense_flops if dense_flops else 1.0,
-        "train_flops": account.train_flops,
-        "overhead_flops": account.overhead_flops,
-        "overhead_flops_ratio": account.overhead_flops / account.train_flops if account.train_flops else 0.0,
+        **_counted(spending),
         "probing_flops": account.probing_flops,
         "probed_steps": account.probed_steps,
-        "resizes": account.resizes,
-        "seconds": account.seconds,
-        "overhead_seconds": account.overhead_seconds,
         **{f"{name}_seconds": seconds for name, seconds in account.watch.seconds().items()},
         "limit": limits.asked,
         "spent": spent,

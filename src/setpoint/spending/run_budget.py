@@ -35,9 +35,9 @@ class RunBudget:
     """A budget on everything that a run spends, verification, sensing and probing included: pure mathematics.
 
     With a *fixed length* the budget says what each step may cost. Before each decision the limit per step is found
-    again from what the account has really spent (`step_limit`), so whatever cost more or less than planned is made up
-    for by the steps to come; a last cut waits while it would leave much unused (`Remaining`). Where a meter reads what
-    is spent, all of this aims at `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
+    again from what the account has really spent (`step_limit`), so the steps to come make up for what cost more or
+    less than planned; a last cut waits while it would leave much unused (`Remaining`). Where a meter reads what is
+    spent, all of this aims at `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
 
     With a *fixed total* (a bill) budgets per step fix the finished model, and the total fixes how long it is trained.
     The length is the largest T for which
@@ -45,12 +45,12 @@ class RunBudget:
         spent + sum over the steps s <= T to come of (f * share(reference(d(s))) + sensing) <= total,
 
     with f the FLOPs of a step now and d(s) the last decision before s. The overhead of a step, such as a teacher's, is
-    learnt and added, and enough is kept for the next step. The reference comes down from what a step costs now. It is
-    of the budget's resource, of which FLOPs are no fixed share, as in a model whose parameters lie in layers of few
-    FLOPs: `likely_widths` forecasts which share is left at the limit, and FLOPs are a power of the cost until there.
-    Decisions fall as in a run of T steps. They move ahead where T shrinks, since the budget is to be met before the
-    total is spent. If what is left does not reach the next decision, the run ends before it. So the total is not
-    exceeded, whatever the cuts come to, unless the last step has more overhead than any two steps before it.
+    learnt and added, and enough is kept for the next step. The reference is of the resource of the budgets per step,
+    and FLOPs need not fall with it: parameters may lie in layers of few FLOPs. So `likely_widths` forecasts the share
+    of FLOPs that is left at the limit, and until there FLOPs are a power of the cost. Decisions fall as in a run of T
+    steps. They move ahead where T shrinks, since the budget is to be met before the total is spent. If what is left
+    does not reach the next decision, the run ends before it. So the total is not exceeded, whatever the cuts come to,
+    unless the last step has more overhead than any two steps before it.
 
     Args:
         budget: of one resource, per run.
@@ -64,7 +64,6 @@ class RunBudget:
 
     @property
     def margin(self) -> float:
-        """Share of the budget that is left because a meter wavers."""
         return _WAVER if self.budget.resource in METERED else 0.0
 
     def limit(self, num_steps: int) -> float:
@@ -74,17 +73,9 @@ class RunBudget:
     # A fixed length.
 
     def check(self, state: RunState, cheapest: float) -> None:
-        """Check that the budget can still be met.
-
-        Args:
-            cheapest: what a step costs at the least that blocks reach.
-
-        Raises:
-            BudgetError: saying what the least is, and what is spent already.
-        """
-        step, num_steps, spent = state.step, state.num_steps, state.spent
-        limit, resource = self.limit(num_steps), self.budget.resource
-        dense_run = self.dense * num_steps
+        """Refuse a budget that cannot be met any more; `cheapest` is the lowest cost of a step that blocks reach."""
+        step, num_steps, spent, resource = state.step, state.num_steps, state.spent, self.budget.resource
+        limit, dense_run = self.limit(num_steps), self.dense * num_steps
         words = f"a budget of {amount(limit, resource)} for the run ({limit / dense_run:.1%} of a dense one)"
         if resource in IN_SECONDS and limit > MILLISECONDS * dense_run:
             raise BudgetError(
@@ -108,16 +99,12 @@ class RunBudget:
             )
 
     def ceiling(self, state: RunState, *, deciding: bool = True) -> float:
-        """The most that a step may cost until the next decision, so that the budget can still be met from there on.
-
-        Args:
-            deciding: whether a decision is made at this step.
-        """
+        """The most that a step may cost until the next decision, so that the budget can still be met from there on."""
         left = self._left(state) - self._overhead(state, deciding=deciding)
         return highest_step(self.schedule, state.step, state.num_steps, left=left, cheapest=state.lowest)
 
     def spare(self, state: RunState) -> float:
-        """What the budget leaves for other things than steps, until the next decision."""
+        """What the budget leaves for other things than steps until the next decision."""
         if state.step >= state.num_steps:
             return math.inf
         coming = next_decision(self.schedule, state.step, state.num_steps)
@@ -133,7 +120,7 @@ class RunBudget:
         return found if step < num_steps else max(found, state.present)
 
     def remaining(self, state: RunState) -> Remaining:
-        """What is left of the budget, and what else it is spent on, for whoever decides when to cut."""
+        """What is left of the budget, and what it is spent on beside steps."""
         every, now = sensed_every(state.num_steps), state.learning(0)
         return Remaining(
             self.limit(state.num_steps),
@@ -151,10 +138,9 @@ class RunBudget:
         return (1 - self.margin) * self.limit(state.num_steps) - state.committed
 
     def _overhead(self, state: RunState, *, deciding: bool) -> float:
-        """What no step takes from here to the landing at the latest: sensing, and the learning of one more decision.
+        """Cost of sensing up to the last decision, and of learning for one decision more.
 
-        After one that spends more than is left the narrowest model is all that the budget allows, and for that nothing
-        is learned. A decision that can land needs no more sensing.
+        After one that spends more than is left, only the narrowest model is within the budget, and nothing is learned.
         """
         if deciding and self._lands(state, state.step):
             return 0.0
@@ -171,10 +157,9 @@ class RunBudget:
     # A fixed total.
 
     def planned(self, plan: RunPlan, now: Spent, total: float) -> RunPlan:
-        """How long the run is that a total of FLOPs pays for, and when decisions fall, found again.
+        """The plan with the length that a total of FLOPs pays for, and with its decisions.
 
-        Without a budget of FLOPs per step cuts may save none, and decisions fall early enough for a run that saves
-        none: there, too, the reference has come down by `Schedule.land`.
+        Without a budget of FLOPs per step cuts may save none. So decisions fall early enough for a run that saves none.
         """
         plan = replace(plan, expected=plan.overhead.mean)
         left = _left(plan, now, total)
@@ -190,12 +175,7 @@ class RunBudget:
         return self._measured(plan, now, total)
 
     def stepped(self, plan: RunPlan, now: Spent, total: float, *, learn: bool) -> RunPlan:
-        """The plan after a step.
-
-        Args:
-            learn: whether the overhead of steps is learnt. Not on several ranks, where it may differ: their decisions
-                must fall together.
-        """
+        """The plan after a step. The overhead of several ranks may differ: none is learnt, or decisions would, too."""
         if learn:
             sensing = 0.0 if plan.met else now.sensing_flops
             plan = replace(plan, overhead=plan.overhead.learnt(now.overhead_flops, sensing))
@@ -210,7 +190,7 @@ class RunBudget:
         return plan
 
     def _measured(self, plan: RunPlan, now: Spent, total: float) -> RunPlan:
-        """How long the run is, with decisions as they are planned."""
+        """The plan with the length that is paid for if decisions fall as planned."""
         left = _left(plan, now, total)
         if plan.met:
             length = _affordable(plan, now, total)
@@ -238,10 +218,8 @@ class RunState:
     """What is known at a step of a run of fixed length, of one resource and in its own unit.
 
     Args:
-        step: optimizer steps done.
-        num_steps: of the whole run.
         spent: so far, from the call of `attach` on.
-        committed: that, and what will be spent besides steps whatever is decided, such as on the user's own code.
+        committed: `spent`, and what will be spent beside steps whatever is decided, such as on the user's own code.
         present: cost of a step now, by all that is known.
         lowest: cost of a step of the narrowest model.
         factor: cost of a step as metered / as predicted.
