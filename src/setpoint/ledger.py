@@ -171,20 +171,15 @@ class Ledger:
             return tuple(self._entries[position])
         return self._entries[position]
 
-    def lines(self, first: int = 0) -> Iterator[str]:
-        """The lines of its file from this one on; the header is line 0, and each has its line break."""
-        rows = [{"ledger": FORMAT, **self.header}] if not first else []
-        rows += [asdict(entry) for entry in self._entries[max(0, first - 1) :]]
-        rows += [{"ended": self.ended}] if self.ended is not None else []
-        yield from (json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows)
-
     def to_rows(self) -> list[dict[str, Any]]:
         """Entries as dictionaries that JSON can hold: NaN and infinity are None."""
         return [without_nan(asdict(entry)) for entry in self._entries]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON Lines into a folder that exists; the file is replaced at once, so it is never half old."""
-        replace_text(Path(path), "".join(self.lines()))
+        rows = [{"ledger": FORMAT, **self.header}, *map(asdict, self._entries)]
+        rows += [{"ended": self.ended}] if self.ended is not None else []
+        replace_text(Path(path), "".join(json.dumps(without_nan(row), allow_nan=False) + "\n" for row in rows))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:

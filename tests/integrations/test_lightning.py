@@ -389,7 +389,7 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("example", [None, (torch.zeros(8, 6),)])
 def test_no_step_is_made_where_the_bill_is_spent(tmp_path: Path, example: Any) -> None:
-    """Claim: a run that goes on from its end leaves the model as it is, and says why, with an example or without."""
+    """Claim: a run that begins at its end is refused and leaves the model as it is, with an example or without."""
     bill = {"flops": "50%", "flops/run": "100%"}
     folder = tmp_path / "checkpoints"
     saving = ModelCheckpoint(folder, save_last=True, save_top_k=0)
@@ -398,8 +398,8 @@ def test_no_step_is_made_where_the_bill_is_spent(tmp_path: Path, example: Any) -
     fitted(tmp_path, Classifier(), first, saving, **length)
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     model, again = Classifier(), SetpointCallback(bill, total_steps=STEPS, example=example)
-    with pytest.warns(UserWarning, match="has spent its bill: the Trainer is told to stop"):
-        run = trainer(tmp_path, again, **length)
+    run = trainer(tmp_path, again, **length)
+    with pytest.raises(LoopError, match="has spent its bill: nothing is left to train"):
         run.fit(model, data(), data(), ckpt_path=folder / "last.ckpt", weights_only=True)
     assert first.summary is not None and run.global_step == first.summary.steps
     assert all(torch.equal(value, saved["state_dict"][name]) for name, value in model.state_dict().items())

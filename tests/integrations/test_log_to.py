@@ -244,14 +244,3 @@ def test_a_run_that_goes_on_has_its_whole_ledger(tmp_path: Path) -> None:
     again.loop.finish()
     steps = [entry.step for entry in setpoint.Ledger.load(path)]
     assert steps == [entry.step for entry in again.loop.ledger] and min(steps) <= 4 < max(steps)
-
-
-def test_a_file_that_was_removed_comes_back_whole(tmp_path: Path) -> None:
-    """Claim: the next decision writes all of the ledger again."""
-    run, path = Run(), tmp_path / "run.jsonl"
-    log_to(run.loop, path)
-    run.train(3)
-    path.unlink()
-    loop = run.train(STEPS - 3)
-    loop.finish()
-    assert [entry.step for entry in setpoint.Ledger.load(path)] == [entry.step for entry in loop.ledger]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import setpoint
 from golden.models import mlp
+from setpoint.errors import LoopError
 from setpoint.integrations.session import Session
 
 STEPS = 24
@@ -59,8 +60,7 @@ class FakeCallback(Session):
 
     def on_start(self, trainer: FakeTrainer) -> None:
         copies = [trainer.average]
-        if self.begin(trainer.model, trainer.optimizer, total_steps=trainer.num_steps, copies=copies):
-            trainer.should_stop = True
+        self.begin(trainer.model, trainer.optimizer, total_steps=trainer.num_steps, copies=copies)
 
     def on_step(self, trainer: FakeTrainer) -> None:
         trainer.should_stop = self.stepped()
@@ -109,7 +109,8 @@ def test_a_fake_trainer_stops_when_its_run_budget_is_spent(tmp_path: Path) -> No
     assert callback.summary is not None and callback.summary.budget_met
     assert STEPS < trainer.step == callback.summary.steps < 10 * STEPS
     again = FakeTrainer(10 * STEPS, tmp_path, FakeCallback(budget, total_steps=STEPS))
-    again.fit(str(trainer.step))
+    with pytest.raises(LoopError, match="nothing is left to train"):
+        again.fit(str(trainer.step))
     assert again.step == trainer.step and again.callback.summary is None
 
 

@@ -15,8 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from setpoint.cost.budget import Tolerance
 from setpoint.errors import LoopError
-from setpoint.integrations.session import SPENT, Session
-from setpoint.messages import warn
+from setpoint.integrations.session import Session
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -69,13 +68,9 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
             copies = [average.get_submodule(self.module) for average in copies]
             own = set(map(id, model.parameters()))
             optimizers = [
-                optimizer
-                for optimizer in optimizers
-                if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+                one for one in optimizers if own & {id(p) for group in one.param_groups for p in group["params"]}
             ]
-        if self.begin(model, optimizers, total_steps=_total_steps(trainer), copies=copies):
-            warn(f"{SPENT}: the Trainer is told to stop")
-            trainer.should_stop = True
+        self.begin(model, optimizers, total_steps=_total_steps(trainer), copies=copies)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # The epoch that `StochasticWeightAveraging` adds for batch norm: no optimizer steps in it.
@@ -112,11 +107,9 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
         self.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        saves = any(
-            getattr(callback, "save_on_exception", type(callback).__name__ == "OnExceptionCheckpoint")
-            for callback in trainer.checkpoint_callbacks
-        )
-        if not saves:  # a checkpoint that is yet to be saved needs the loop's state
+        savers = trainer.checkpoint_callbacks
+        saves = (getattr(one, "save_on_exception", type(one).__name__ == "OnExceptionCheckpoint") for one in savers)
+        if not any(saves):  # a checkpoint that is yet to be saved needs the loop's state
             self.stop()
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.errors import LoopError, UsageError
-from setpoint.ledger import Entry, Ledger
 from setpoint.loop.callbacks import Event
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
@@ -44,11 +43,23 @@ def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") ->
     if begun and loop.summary is not None:
         raise LoopError("the run is finished, so that nothing is to come: call log_to before loop.finish()")
     if isinstance(to, os.PathLike) or isinstance(to, str) and to.endswith(".jsonl"):
-        file = LedgerFile(loop, to)
-        if begun:
-            file(None)
-        return loop.on_step(file)
+        return loop.on_step(_ledger_writer(loop, Path(to), begun=begun))
     return loop.on_step(_Logging(loop, to, every, prefix))
+
+
+def _ledger_writer(loop: Loop, path: Path, *, begun: bool) -> Callable[[Event], None]:
+    """What keeps a file equal to the ledger, on the first rank."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it first")
+
+    def write(event: Event) -> None:
+        # All of it, which is rarely much: the entry of the last cut learns later what the cut did to the loss.
+        if loop.host.ranks.own == 0 and (event is not None or not path.exists()):
+            loop.ledger.save(path)
+
+    if begun and loop.host.ranks.own == 0:
+        loop.ledger.save(path)
+    return write
 
 
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
@@ -71,16 +82,11 @@ def _opener(name: str) -> Callable[[], Any]:
             from trackio.context_vars import current_run
 
             return lambda: current_run.get() or trackio.init(project="setpoint")
-        module = _mlflow()
-        return lambda: module
+        import mlflow
+
+        return lambda: mlflow
     except ImportError as error:
         raise ModuleNotFoundError(f"{LOGGERS[name]} is not installed: pip install {name}", name=name) from error
-
-
-def _mlflow() -> Any:
-    import mlflow
-
-    return mlflow
 
 
 def _has(to: Any, *methods: str) -> bool:
@@ -114,7 +120,8 @@ def _write_mlflow(to: Any, metrics: Mapping[str, float], step: int) -> None:
     if _has(to, "log_metrics"):
         to.log_metrics(named, step=step)
         return
-    mlflow = _mlflow()
+    import mlflow
+
     client, run = (to, mlflow.active_run()) if _has(to, "log_batch") else (mlflow.MlflowClient(), to)
     if run is None:
         raise UsageError("an MLflow client needs a run: begin one by mlflow.start_run(), or give log_to the run itself")
@@ -152,41 +159,3 @@ class _Logging:
             self._logged = loop.step
         if isinstance(event, Summary) and self._named and _has(self._to, "add_scalar"):
             self._to.close()  # nobody else has it at hand
-
-
-class LedgerFile:
-    """Keeps a file equal to what `Ledger.save` would write, by appending to it.
-
-    What the last cut did to the loss is known only later: then that line is written again.
-
-    Args:
-        loop: of which the first rank writes the ledger.
-        path: of a file, which is overwritten; the folder must exist.
-    """
-
-    def __init__(self, loop: Loop, path: str | os.PathLike[str]) -> None:
-        self._loop, self._path = loop, Path(path)
-        self._written: list[Entry] = []
-        self._ends: list[int] = []
-        if not self._path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self._path.parent} for {self._path.name}: make it first")
-
-    def __call__(self, event: Event) -> None:
-        """Write what is new after a step, if there is anything."""
-        if self._loop.host.ranks.own == 0 and (event is not None or not self._ends):
-            self._write(self._loop.ledger)
-
-    def _write(self, ledger: Ledger) -> None:
-        entries = list(ledger)
-        same = 0
-        while same < min(len(entries), len(self._written)) and entries[same] is self._written[same]:
-            same += 1
-        whole = not self._ends or not self._path.exists()  # somebody may have removed it
-        first = 0 if whole else same + 1  # the header is line 0
-        ends = self._ends[:first]
-        with open(self._path, "wb" if whole else "r+b") as file:
-            file.truncate(file.seek(ends[-1] if ends else 0))
-            for line in ledger.lines(first):
-                file.write(line.encode())
-                ends.append(file.tell())
-        self._written, self._ends = entries, ends

@@ -17,8 +17,6 @@ from setpoint.loop.carrying import brought
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 
-SPENT = "the checkpoint is of a run that has spent its bill"
-
 
 class Session:
     """Prunes the model that a framework's trainer trains; it changes with each run.
@@ -53,12 +51,8 @@ class Session:
     def prepare(self, *models: nn.Module, callbacks: Iterable[Any] = ()) -> None:
         """Let models, averages too, take the sizes of any checkpoint that is loaded into them.
 
-        Args:
-            models: that checkpoints are loaded into.
-            callbacks: of the trainer.
-
         Raises:
-            LoopError: where several of the callbacks prune.
+            LoopError: where several of the trainer's callbacks prune.
         """
         if sum(isinstance(callback, Session) for callback in callbacks) > 1:
             raise LoopError(f"{type(self).__name__} was given to the Trainer twice: give it once, with all budgets")
@@ -66,7 +60,7 @@ class Session:
         for model in models:
             resumable(model)
 
-    def begin(self, model: nn.Module, optimizers: Any, **known: Any) -> bool:
+    def begin(self, model: nn.Module, optimizers: Any, **known: Any) -> None:
         """Attach to what trains now.
 
         Args:
@@ -75,11 +69,9 @@ class Session:
             known: what the trainer knows of `attach`'s arguments: `total_steps`, None where it does not know, and the
                 averages that it keeps as `copies`.
 
-        Returns:
-            Whether the checkpoint that was loaded is of a run that is over: no step must be made.
-
         Raises:
-            LoopError: where nobody knows how many steps there will be; and what `attach` raises.
+            LoopError: where nobody knows how many steps there will be, or where the checkpoint that was loaded is of a
+                run that has spent its budget; and what `attach` raises.
         """
         self.stop()
         self.loop = self.summary = None
@@ -91,29 +83,34 @@ class Session:
             )
         self.loop = attach(model, optimizers, self.budget, **settings)
         if not (self.has_run_budget and settings["resume"]):
-            return False
-        state = brought(optimizers[0] if isinstance(optimizers, Sequence) else optimizers)
+            return
         # A loop without an example takes the state over in its first step, so it does not know of its end before.
-        return self.stepped() if state is None else bool(state["now"]["step"] >= state["spending"]["plan"]["length"])
+        state = brought(optimizers[0] if isinstance(optimizers, Sequence) else optimizers)
+        if self.stepped() if state is None else state["now"]["step"] >= state["spending"]["plan"]["length"]:
+            self.stop()
+            raise LoopError(
+                "the checkpoint is of a run that has spent its bill: nothing is left to train, so load the model from "
+                "the checkpoint"
+            )
 
     @property
     def has_run_budget(self) -> bool:
-        """Whether a budget per run, beside budgets per step, says how long the run is."""
+        """Whether a budget per run says how long the run is, and others what a step takes."""
         budgets = self.goal if isinstance(self.goal, Sequence) else [self.goal]
         return {budget.per for budget in budgets if isinstance(budget, Budget)} == {"step", "run"}
 
     def stepped(self) -> bool:
         """Whether the trainer is to stop, since the run has spent its budget; asked after each optimizer step."""
-        begun = self.has_run_budget and self.loop is not None and self.loop.step > 0
-        return begun and self.loop is not None and self.loop.step >= self.loop.total_steps
+        loop = self.loop if self.has_run_budget else None
+        return loop is not None and loop.step > 0 and loop.step >= loop.total_steps
 
     def metrics(self) -> dict[str, float]:
         """What the loop measures, for the trainer's own log."""
-        found = {} if self.loop is None else self.loop.metrics()
-        return {f"setpoint/{name}": value for name, value in found.items()}
+        measured = {} if self.loop is None else self.loop.metrics()
+        return {f"setpoint/{name}": value for name, value in measured.items()}
 
     def finish(self) -> None:
-        """End the run and keep its summary; may be called again."""
+        """End the run and keep its summary; a second call changes nothing."""
         if self.loop is None or self.summary is not None:
             return
         try:

@@ -57,14 +57,12 @@ class Taught(_Trainer):  # type: ignore[misc]
         self._divides: bool | None = None
 
     def train(self, *args: Any, **settings: Any) -> Any:
-        """Train as ever."""
         self._session()
         return super().train(*args, **settings)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of the Trainer, and in training the teacher's."""
         asked = {name: value for name, value in inputs.items() if name != "labels"}  # the Trainer may take them out
         learns = model.training and self.teacher.alpha > 0
         accumulated = self.current_gradient_accumulation_steps

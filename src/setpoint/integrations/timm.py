@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 
 from torch import nn
@@ -12,7 +11,7 @@ from setpoint.actuator.model_shapes import ModelShapes, at_dense_shapes
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
-from setpoint.groups.sizes_in_code.place import is_call, read_size
+from setpoint.groups.sizes_in_code.place import is_call
 from setpoint.messages import a_type
 
 try:
@@ -40,9 +39,8 @@ def shape_string(model: nn.Module) -> str:
     'conv1.weight:[64, 3, 7, 7]***bn1.weight:[64]***bn1.bias'
     """
     model = unwrapped(model)
-    times = int(
-        getattr(getattr(model, "global_pool", None), "feat_mult", lambda: 1)()
-    )  # inputs of a linear layer per feature
+    # A pooling layer such as "catavgmax" gives the linear layer each feature several times.
+    times = int(getattr(getattr(model, "global_pool", None), "feat_mult", lambda: 1)())
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -59,9 +57,10 @@ def shape_string(model: nn.Module) -> str:
 
 def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
     """Modules that timm would build otherwise, and why."""
+    for name, place in ModelShapes.of(model).sizes:
+        if is_call(place):
+            yield name, "its code writes a size that had to be corrected"
     dense = copy.deepcopy(model)  # timm puts what it is given into eval mode
-    calls = (name for name, place in ModelShapes.of(model).sizes if is_call(place))
-    yield from ((name, "its code writes a size that had to be corrected") for name in calls)
     try:
         with at_dense_shapes(dense):
             built = adapt_model_from_string(dense, string)
@@ -69,6 +68,7 @@ def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
         yield "", f"timm stops at it with {error!r}"
         return
     for (name, module), other in zip(model.named_modules(), built.modules(), strict=True):
+        # Of timm's own classes extra_repr may say anything; linear layers become plain ones.
         linear = isinstance(module, nn.Linear) and isinstance(other, nn.Linear)
         if not linear and type(module) is not type(other):
             yield name, f"timm builds {a_type(other)}"
@@ -78,14 +78,3 @@ def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
     for name, tensor in named_tensors(model).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             yield name.rpartition(".")[0], f"timm does not give {name!r} the shape {tuple(tensor.shape)}"
-    for (name, place), size in ModelShapes.of(model).sizes.items():
-        if is_call(place) or read_size(built.get_submodule(name), place) == size:
-            continue
-        if place.partition(".")[0].partition("[")[0] in _read_by_forward(type(model.get_submodule(name))):
-            yield name, f"timm leaves {place!r}, which its forward reads, at the dense number"
-
-
-def _read_by_forward(kind: type) -> set[str]:
-    """Names of the attributes that the forwards of a class mention."""
-    functions = (value for name, value in vars(kind).items() if name.startswith("forward"))
-    return set(itertools.chain.from_iterable(f.__code__.co_names for f in functions if hasattr(f, "__code__")))

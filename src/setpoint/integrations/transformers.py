@@ -7,9 +7,8 @@ from functools import wraps
 from typing import Any
 
 from setpoint.cost.budget import Tolerance
-from setpoint.errors import LoopError
 from setpoint.integrations.checkpointing import enable_transformers, replace_once
-from setpoint.integrations.session import SPENT, Session
+from setpoint.integrations.session import Session
 from setpoint.integrations.taught import Taught
 from setpoint.messages import warn
 
@@ -60,10 +59,7 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
         wrapped = getattr(self.trainer, "model_wrapped", None)
         model = kwargs["model"] if wrapped is None else wrapped  # a compiled model has no truth value
         self._was_within = True  # a run that goes on within its budget keeps its best checkpoint
-        if self.begin(model, kwargs["optimizer"], total_steps=state.max_steps):
-            self.stop()
-            # A Trainer makes one step before it looks whether it is to stop.
-            raise LoopError(f"{SPENT}: nothing is left to train, so load the model from the checkpoint's folder")
+        self.begin(model, kwargs["optimizer"], total_steps=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         within = self.loop is not None and self.loop.budget_met

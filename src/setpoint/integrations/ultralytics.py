@@ -44,7 +44,6 @@ class Pruning(Session):
         trainer.get_model = get_model
 
     def on_train_start(self, trainer: Any) -> None:
-        """Attach, when a checkpoint has been loaded already."""
         rows = max(1, trainer.batch_size // max(1, trainer.world_size))
         shape = (rows, trainer.data.get("channels", 3), trainer.args.imgsz, trainer.args.imgsz)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(trainer.device)
@@ -61,7 +60,6 @@ class Pruning(Session):
         _renew(trainer)
 
     def on_train_end(self, trainer: Any) -> None:
-        """Finish, after the last checkpoint, which holds the loop's state."""
         self.finish()
 
     def teardown(self, trainer: Any) -> None:
