@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,7 +17,6 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.tensors import swap
 from setpoint.distributed import is_sharded_tensor
-from setpoint.groups.rng import rng_state, set_rng_state
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -139,3 +139,54 @@ def _items(items: Any) -> Callable[[], None]:
 def _same(ones: list[Any], others: list[Any]) -> bool:
     """Whether two lists hold the same objects; what has not changed is not touched."""
     return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+
+def rng_state() -> dict[str, Any]:
+    """RNG states of PyTorch (GPUs too), NumPy and Python, in tensors, numbers and strings."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy),
+        "python": random.getstate(),
+    }
+
+
+def check_rng_state(state: Mapping[str, Any]) -> None:
+    """Try RNG states on throwaway generators; KeyError, TypeError, ValueError or RuntimeError for what is none."""
+    torch.Generator().set_state(state["torch"].cpu())
+    random.Random().setstate(_nested(state["python"]))
+    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
+    generator = np.random.RandomState(getattr(np.random, numpy["bit_generator"])())
+    like = generator.get_state(legacy=False)
+    if _shapes(numpy) != _shapes(like):  # NumPy itself accepts states that are too long
+        raise ValueError(f"the state of NumPy's generator has the parts {_shapes(numpy)}, not {_shapes(like)}")
+    generator.set_state(numpy)
+    if not all(isinstance(of_device, Tensor) for of_device in state["cuda"]):
+        raise TypeError("the state of a GPU's generator is a tensor")
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the state that `rng_state` returned; states of GPUs that are absent here are skipped."""
+    torch.set_rng_state(state["torch"].cpu())
+    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(of_device.cpu(), device)
+    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
+    if np.random.get_state(legacy=False)["bit_generator"] != numpy["bit_generator"]:
+        np.random.set_bit_generator(getattr(np.random, numpy["bit_generator"])())  # type: ignore[attr-defined]
+    np.random.set_state(numpy)
+    random.setstate(_nested(state["python"]))
+
+
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, kind, function) for key, part in value.items()}
+    return function(value.copy() if isinstance(value, np.ndarray) else value) if isinstance(value, kind) else value
+
+
+def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _shapes(part) if isinstance(part, Mapping) else np.shape(part) for key, part in value.items()}
+
+
+def _nested(state: Sequence[Any]) -> tuple[Any, ...]:
+    version, numbers, pair = state
+    return version, tuple(numbers), pair

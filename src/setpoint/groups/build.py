@@ -1,4 +1,4 @@
-"""From atoms to groups: units whose entries lie in the same places form one group."""
+"""From atoms to groups: units whose entries lie in the same places form one group, which binds sizes in the code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.group import Group, Role, Size, Slice
-from setpoint.groups.walk import DimLabels
+from setpoint.groups.group import Group, Role, Size, SizeBinding, Slice
+from setpoint.groups.walk import DimLabels, Walk
 
 _MIN_BLOCKS = 8
 """Blocks are as large as suits the hardware, but a group has at least this many."""
@@ -72,6 +72,10 @@ class Units:
 
 Labels = np.ndarray
 """Atoms along a dim."""
+
+
+Places = dict[tuple[str, str], Labels]
+"""Atoms along the dim that a place in Python code counts, by (module, place)."""
 
 
 class Kept:
@@ -252,3 +256,72 @@ def _largest(num_units: int, liked: int, least: int) -> int:
     while block > 1 and num_units // block < least:
         block //= 2
     return block
+
+
+# Attributes of torch's own modules that name the size of a dim of one of their tensors.
+_STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
+    (nn.Linear, "in_features", "weight", 1),
+    (nn.Linear, "out_features", "weight", 0),
+    (nn.modules.batchnorm._NormBase, "num_features", "weight", 0),
+    (nn.modules.batchnorm._NormBase, "num_features", "running_mean", 0),
+    (nn.GroupNorm, "num_channels", "weight", 0),
+    (nn.Embedding, "embedding_dim", "weight", 1),
+    (nn.PReLU, "num_parameters", "weight", 0),
+)
+_WITH_SIZES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Unflatten)
+"""Modules of torch whose own forward computes with sizes."""
+
+
+def only_standard_sizes(model: nn.Module, walk: Walk, units: Units) -> bool:
+    """Whether torch's own code alone runs in the forward, so that no size stands anywhere but in its attributes."""
+    for module in model.modules():
+        own = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+        if not own or isinstance(module, _WITH_SIZES) or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return not walk.opaque_calls and not any(units.among(call.labels) for call in walk.calls)
+
+
+def standard_places(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Places:
+    """Attributes of torch's own modules that count entries of their tensors."""
+    labels_of = {(dim.tensor, dim.dim): dim.labels for dim in dims}
+    places: Places = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for kind, attribute, tensor, dim in _STANDARD:
+            labels = labels_of.get((f"{prefix}{tensor}", dim))
+            if isinstance(module, kind) and labels is not None and getattr(module, attribute, None) == len(labels):
+                places[name, attribute] = labels
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            for position in range(len(module.normalized_shape)):
+                labels = labels_of.get((f"{prefix}weight", position))
+                if labels is not None:
+                    places[name, f"normalized_shape[{position}]"] = labels
+    for (name, attribute), labels in walk.attributes.items():
+        module = model.get_submodule(name)
+        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase))
+        if follows and getattr(module, attribute) == len(labels):
+            places[name, attribute] = labels
+    return places
+
+
+def with_sizes(walk: Walk, units: Units, places: Places) -> tuple[Group, ...]:
+    """Bind every attribute to the groups it counts, and a corrected call to all that it may come from."""
+    sizes: dict[int, list[SizeBinding]] = {}
+    by_module: dict[str, set[int]] = {}
+    for (module, place), labels in places.items():
+        members = set(units.among(labels))
+        if "#" in place:
+            if module not in by_module:
+                by_module[module] = _touching(walk, units, module)
+            members |= by_module[module]
+        for position in sorted(members):
+            sizes.setdefault(position, []).append(SizeBinding(module, place, units.index(labels, position)))
+    return tuple(replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups))
+
+
+def _touching(walk: Walk, units: Units, module: str) -> set[int]:
+    """Groups with units along a dim of any tensor that the module or a submodule reads or makes."""
+    inside = f"{module}." if module else ""
+    within = ((*read, *made) for name, read, made in walk.flow if name == module or name.startswith(inside))
+    arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}
+    return {group for labels in arrays.values() for group in units.among(labels)}

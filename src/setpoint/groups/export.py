@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +16,10 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
-from setpoint.groups.data_dependent import TORCH_FOLDER, following_data, is_code, is_library, users_question
-from setpoint.groups.example import Example, check_device, inputs_of, tensors_of
-from setpoint.groups.model_copy import copy_of, has_users_hooks, untouched_attributes, without_users_hooks
-from setpoint.groups.partial import PartialForward, draw_for, marked_functions, modules_of_same_code, with_opaque
+from setpoint.groups.example import Example, check_device, inputs_of
+from setpoint.groups.forward import PartialForward, marked_functions
+from setpoint.groups.model_copy import has_users_hooks, untouched_attributes, without_users_hooks
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.groups.walk import op_name
 
 
 class _FlatForward(nn.Module):
@@ -36,9 +31,8 @@ class _FlatForward(nn.Module):
         self.training = model.training
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Tensors of the output in a fixed order."""
-        given = zip(self.partial.tensors, tensors, strict=True)
-        return list(self.partial.with_tensors({id(own): tensor for own, tensor in given}).run(self.model))
+        pairs = zip(self.partial.tensors, tensors, strict=True)
+        return list(self.partial.with_tensors({id(own): tensor for own, tensor in pairs}).run(self.model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +51,7 @@ class Exported:
 
 
 def check_model(model: nn.Module, example: Example) -> None:
-    """Check what can be seen of a model and an example before a forward.
-
-    Raises:
-        ExampleError: the model has no forward, no shapes yet, or is on another device than the example.
-        ExportError: the model is scripted.
-    """
+    """Check what can be seen of a model and an example before a forward, or raise ExampleError or ExportError."""
     inputs_of(example)
     if isinstance(model, torch.jit.ScriptModule):
         raise ExportError("a scripted model has no Python code that can be followed: give it before torch.jit.script")
@@ -98,14 +87,16 @@ def export(model: nn.Module, example: Example) -> Exported:
         try:
             program = _exported(model, forward, running)
         except Exception as error:  # anything may go wrong in a foreign forward
-            fault = _Fault.of(error, running[-1] if running else "")
+            from setpoint.groups.partial import Fault, check_runs, without
+
+            fault = Fault.of(error, running[-1] if running else "")
             if first is None:
-                _check_runs(model, example)
+                check_runs(model, example)
                 first = fault.refusal()
                 program = _without_hooks(model, forward)
                 if program is not None:
                     return Exported(program, forward)
-            forward = _without(model, example, forward, fault, first)
+            forward = without(model, example, forward, fault, first)
         else:
             if "" not in forward.reasons:
                 _check_outputs(program)
@@ -123,16 +114,18 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
         _without_logs(),
         _noting_calls(model, running),
         warnings.catch_warnings(action="ignore"),
-        following_data() if forward.by_data else nullcontext(),
+        _following_data() if forward.by_data else nullcontext(),
     ):
         # Not strict: TorchDynamo refuses much Python that is harmless, and rewrites what the shims have to number.
         program = torch.export.export(_FlatForward(model, forward), tuple(forward.tensors), strict=False)
     _check_sizes(model, program, by_data=forward.by_data)
-    question = users_question(program.graph) if forward.by_data else None
-    if question is not None:
-        node, line = question
-        raise _ByDataError(module_of(node), False, f"it asks for the values of a tensor {line}")
     return program
+
+
+def _following_data() -> Any:
+    from setpoint.groups.partial import following_data
+
+    return following_data()
 
 
 @contextmanager
@@ -215,100 +208,19 @@ def _without_hooks(model: nn.Module, forward: PartialForward) -> Any:
     return None
 
 
-def _without(
-    model: nn.Module, example: Example, forward: PartialForward, fault: _Fault, first: ExportError
-) -> PartialForward:
-    """The forward without this fault: libraries may decide by data, and what else cannot be exported is opaque.
-
-    Raises:
-        ExportError: the forward of the model itself decides by data, which the user can change.
-    """
-    if fault.by_data and fault.library and not forward.by_data:
-        return replace(forward, by_data=True, draw=draw_for(model, example))
-    if fault.module in forward.reasons:
-        raise first
-    if fault.by_data and not (fault.module or fault.library):
-        raise fault.refusal()
-    why = f"it cannot be exported, so it is not pruned: {fault.text}"
-    found = dict.fromkeys(modules_of_same_code(model, fault.module), why)
-    return with_opaque(model, example, forward, {**forward.reasons, **found})
-
-
-class _ByDataError(Exception):
-    """A module decides by data; which one, and whether its code is a library's."""
-
-    def __init__(self, module: str, library: bool, text: str) -> None:
-        super().__init__(text)
-        self.module, self.library = module, library
-
-
-class _DynamicSizeError(_ByDataError):
-    """A module makes a tensor whose size the data decides (tokens sent to an expert, say)."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Fault:
-    """Why an export has failed.
-
-    Args:
-        error: what was raised.
-        module: name of the innermost module that was running.
-        library: whether the line is not the user's own.
-        by_data: whether the values of a tensor decide there.
-        text: what was raised, and where.
-    """
-
-    error: Exception
-    module: str
-    library: bool
-    by_data: bool
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception, module: str) -> _Fault:
-        """Of an error in an export, raised while this module was running."""
-        if isinstance(error, _ByDataError):
-            return cls(error, error.module, error.library, True, str(error))
-        by_data = bool({type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA)
-        line = _innermost(error, is_code)
-        library = line is not None and is_library(line.filename)
-        return cls(error, module, library, by_data, f"{_first_line(error)}{_user_line(error)}")
-
-    def refusal(self) -> ExportError:
-        """The error that says so."""
-        hint = "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
-        if self.by_data and not self.library:
-            hint = (
-                "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
-                "or compute the condition outside the model"
-            )
-        elif _in_recurrent_network(self.error):
-            hint = (
-                "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
-            )
-        elif self.by_data:
-            hint = "the code of a library decides by the values of a tensor there"
-        text = f"the model's forward cannot be exported: {self.text}; {hint}"
-        error = ExportError(self.text if isinstance(self.error, _DynamicSizeError) else text)
-        error.__cause__ = self.error
-        return error
-
-
 def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
-    """Check that every size in the graph is a number."""
+    """Check that every size in the graph is a number, and that only libraries ask for values."""
     for node in program.graph.nodes:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             sizes = leaf.shape if isinstance(leaf, torch.Tensor) else ()
             if any(not isinstance(known(size) if by_data else size, int) for size in sizes):
-                module = module_of(node)
-                kind = sys.modules.get(type(model.get_submodule(module)).__module__)
-                raise _DynamicSizeError(
-                    module,
-                    is_library(str(getattr(kind, "__file__", ""))),
-                    f"{module or 'model'}: {op_name(node.target)} makes a tensor whose size depends on the data, "
-                    "so nothing after it can be followed: give every expert all tokens and weigh them, or leave it to "
-                    "a batched product over experts",
-                )
+                from setpoint.groups.partial import dynamic_size
+
+                raise dynamic_size(model, node)
+    if by_data:
+        from setpoint.groups.partial import check_asks_nothing
+
+        check_asks_nothing(program.graph)
 
 
 # PyTorch has no public name for these; 2.10 has the first two. Later releases have the others, and warn of the first.
@@ -330,69 +242,3 @@ def known(value: Any) -> Any:
 def shape_of(tensor: torch.Tensor) -> torch.Size:
     """The shape of a tensor of a graph, by the example's data where that decides on it."""
     return torch.Size([int(known(size)) for size in tensor.shape])
-
-
-def _check_runs(model: nn.Module, example: Example) -> None:
-    """Distinguish a bad example from a forward that cannot be exported, by running a copy of the model eagerly."""
-    args, kwargs = inputs_of(example)
-    try:
-        with preserved_rng_state(model), torch.no_grad():
-            copy_of(model)(*args, **kwargs)
-    except Exception as plain:
-        inputs = ", ".join(
-            f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            for tensor in tensors_of([*args, *kwargs.items()])
-        )
-        few = "more than 1 value per channel" in str(plain)
-        raise ExampleError(
-            f"the model does not accept the example ({inputs}): {_first_line(plain)}{_user_line(plain)}"
-            + (". Give two rows or more: a batch norm needs them" if few else "")
-        ) from plain
-
-
-_DEPENDS_ON_DATA = {"DataDependentOutputException", "DynamicOutputShapeException"}
-_DEPENDS_ON_DATA |= {"GuardOnDataDependentSymNode", "UserError"}
-
-
-def _in_recurrent_network(error: BaseException) -> bool:
-    """Torch's recurrent networks fail to export by themselves only with packed sequences."""
-    file = str(TORCH_FOLDER / "nn" / "modules" / "rnn.py")
-    last = [frame for link in _chain(error) for frame in traceback.extract_tb(link.__traceback__)[-4:]]
-    return any(frame.filename == file for frame in last)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
-
-
-def _user_line(error: BaseException) -> str:
-    frame = _innermost(error, lambda file: is_code(file) and TORCH_FOLDER not in Path(file).parents)
-    return f' (at {frame.filename}:{frame.lineno}: "{frame.line}")' if frame is not None and frame.line else ""
-
-
-def _innermost(error: BaseException, fits: Callable[[str], bool]) -> traceback.FrameSummary | None:
-    """The innermost line in a file that fits."""
-    for link in _chain(error):
-        for frame in reversed(traceback.extract_tb(link.__traceback__)):
-            if fits(frame.filename):
-                return frame
-    return None
-
-
-def module_of(node: torch.fx.Node) -> str:
-    """Name of the module of the user's model whose own forward holds a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return plain_path(next(reversed(stack.values()))[0] if stack else "")
-
-
-def plain_path(path: str) -> str:
-    """Module path in the user's model: without the wrapper, and without the number of a repeated call."""
-    path = path.split("@")[0]
-    return "" if path in ("", "model") else path.removeprefix("model.")

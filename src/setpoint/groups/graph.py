@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 import setpoint.groups.rules  # noqa: F401 - registers the rules
 from setpoint.groups.build import OwnDim
-from setpoint.groups.export import known, module_of, plain_path, shape_of
-from setpoint.groups.walk import Value, Walk, finish, op_name, rule_for
+from setpoint.groups.export import known, shape_of
+from setpoint.groups.walk import Value, Walk, finish, module_of, op_name, plain_path, rule_for
 
 
 def walk_graph(model: nn.Module, program: Any, opaque_calls: Mapping[str, str]) -> tuple[Walk, list[OwnDim]]:

@@ -1,137 +1,189 @@
-"""Partial forwards: what a graph cannot show is a marked call in it, and whatever touches that call is frozen.
+"""What cannot be exported: why, by whose line, and the forward in which it is an opaque call.
 
-A module whose forward cannot be exported returns what it returned at the example. A custom autograd Function is
-exported, but no graph shows its backward.
+A forward of a library that decides by values of tensors is exported on the path that the example takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cache, wraps
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
-from setpoint.errors import ExportError
-from setpoint.groups.example import Example, inputs_of, mapped, tensors_of, with_tensors
+from setpoint.errors import ExampleError, ExportError
+from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
+from setpoint.groups.forward import AnsweredDraws, PartialForward, RecordedCall
 from setpoint.groups.model_copy import copy_of
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.groups.walk import Value, Walk, rule
+from setpoint.groups.walk import module_of, op_name
 
-OPAQUE_CALL = "setpoint::opaque_call"
-"""The op that stands in a graph for each tensor that an opaque module returns."""
-CUSTOM_FUNCTION = "setpoint::custom_function"
-"""The op that marks an input or output of a custom autograd Function."""
+_TORCH = Path(torch.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
+_STANDARD = Path(sysconfig.get_path("stdlib"))
+_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<number>\d+).*\n\s+(?P<text>.*)')
+
+
+class ByDataError(Exception):
+    """A module decides by data; which one, and whether its code is a library's."""
+
+    def __init__(self, module: str, library: bool, text: str) -> None:
+        super().__init__(text)
+        self.module, self.library = module, library
+
+
+class _DynamicSizeError(ByDataError):
+    """A module makes a tensor whose size the data decides (tokens sent to an expert, say)."""
+
+
+def dynamic_size(model: nn.Module, node: fx.Node) -> ByDataError:
+    """The error for a node whose size is no number."""
+    module = module_of(node)
+    kind = sys.modules.get(type(model.get_submodule(module)).__module__)
+    return _DynamicSizeError(
+        module,
+        _is_library(str(getattr(kind, "__file__", ""))),
+        f"{module or 'model'}: {op_name(node.target)} makes a tensor whose size depends on the data, so nothing after "
+        "it can be followed: give every expert all tokens and weigh them, or leave it to a batched product over "
+        "experts",
+    )
+
+
+def check_asks_nothing(graph: fx.Graph) -> None:
+    """Check that the user's own code asks for no value, or raise ByDataError with the line.
+
+    The path of a library is that of the example. A user can replace an `if` in code of his own, and is asked to.
+    """
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", "").startswith(("item", "_local_scalar_dense")):
+            lines = [line for line in _LINE.finditer(node.meta.get("stack_trace") or "") if _is_code(line["file"])]
+            if lines and not _is_library(lines[-1]["file"]):
+                file, number, text = lines[-1].group("file", "number", "text")
+                raise ByDataError(
+                    module_of(node), False, f'it asks for the values of a tensor (at {file}:{number}: "{text}")'
+                )
+
+
+@contextmanager
+def following_data() -> Iterator[None]:
+    """Inside, tensors without data carry the example's along, by which sizes and branches are decided."""
+    import torch._functorch.config as config
+    from torch._subclasses import meta_utils
+
+    parts: Any = meta_utils
+    before = parts._safe_copy, parts._safe_clone
+
+    # Torch's own copies carry no data of parameters: an empty tensor is in its place.
+    def copied(target: Tensor, source: Tensor | None) -> None:
+        if source is not None:
+            target.copy_(source.detach())
+
+    parts._safe_copy, parts._safe_clone = copied, lambda source: source.detach().clone()
+    with ExitStack() as stack:
+        stack.callback(vars(parts).update, _safe_copy=before[0], _safe_clone=before[1])
+        stack.enter_context(config.patch(fake_tensor_propagate_real_tensors=True))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
-class RecordedCall:
-    """A call of a module, with its inputs."""
-
-    module: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class PartialForward:
-    """What of a model is exported: by default one call of the whole, on the example.
+class Fault:
+    """Why an export has failed.
 
     Args:
-        calls: the model's, and those that opaque modules make of their parts.
-        results: by name of an opaque module, what its calls return.
-        reasons: by name of an opaque module, why it is opaque.
-        draw: the answer to every draw of a single random number, which may decide whether a layer is skipped.
-        by_data: whether values of tensors may decide on the path, as they do at the example.
+        error: what was raised.
+        module: name of the innermost module that was running.
+        library: whether the line is not the user's own.
+        by_data: whether the values of a tensor decide there.
+        text: what was raised, and where.
     """
 
-    calls: tuple[RecordedCall, ...]
-    results: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    draw: float | None = None
-    by_data: bool = False
+    error: Exception
+    module: str
+    library: bool
+    by_data: bool
+    text: str
 
     @classmethod
-    def whole(cls, example: Example) -> PartialForward:
-        """One call of the whole model."""
-        return cls((RecordedCall("", *inputs_of(example)),))
+    def of(cls, error: Exception, module: str) -> Fault:
+        """Of an error in an export, raised while this module was running."""
+        if isinstance(error, ByDataError):
+            return cls(error, error.module, error.library, True, str(error))
+        by_data = bool({type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA)
+        line = _innermost(error, _is_code)
+        library = line is not None and _is_library(line.filename)
+        return cls(error, module, library, by_data, f"{_first_line(error)}{_user_line(error)}")
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All inputs of the calls, and what opaque modules return."""
-        return list({id(tensor): tensor for tensor in tensors_of([self._objects])}.values())
+    def refusal(self) -> ExportError:
+        """The error that says so."""
+        if isinstance(self.error, _DynamicSizeError):
+            error = ExportError(self.text)
+        else:
+            error = ExportError(f"the model's forward cannot be exported: {self.text}; {self._hint()}")
+        error.__cause__ = self.error
+        return error
 
-    @property
-    def _objects(self) -> Any:
-        return [(call.args, dict(call.kwargs)) for call in self.calls], dict(self.results)
-
-    def with_tensors(self, tensors: Mapping[int, Any]) -> PartialForward:
-        """The same with other tensors, by id of these."""
-        inputs, results = with_tensors(self._objects, tensors)
-        calls = tuple(RecordedCall(call.module, *given) for call, given in zip(self.calls, inputs, strict=True))
-        return replace(self, calls=calls, results=results)
-
-    def run(self, model: nn.Module) -> Iterator[Tensor]:
-        """Tensors that the calls return, of a model whose opaque modules return their results."""
-        with nullcontext() if self.draw is None else AnsweredDraws(self.draw):
-            for name in self.results:
-                module = model.get_submodule(name)
-                read = self._read(model, name)
-                if name:
-                    module.__dict__["forward"] = _Recorded(name, read, self.results[name])
-                if read:  # marked here, too: no recorded call may reach this module
-                    _opaque_op()(read, torch.zeros((), device=read[0].device), name)
-            for call in self.calls:
-                yield from tensors_of(model.get_submodule(call.module)(*call.args, **call.kwargs))
-
-    def _read(self, model: nn.Module, name: str) -> list[Tensor]:
-        """Parameters of an opaque module, but for those of calls inside it."""
-        inside = f"{name}." if name else ""
-        others = [call.module for call in self.calls if call.module.startswith(inside) and call.module != name]
-        exported = {id(p) for other in others for p in model.get_submodule(other).parameters()}
-        return [parameter for parameter in model.get_submodule(name).parameters() if id(parameter) not in exported]
+    def _hint(self) -> str:
+        if self.by_data and not self.library:
+            return (
+                "its control flow depends on the values of a tensor; replace the Python `if` by torch.where, "
+                "or compute the condition outside the model"
+            )
+        # Torch's recurrent networks fail to export by themselves only with packed sequences.
+        last = [frame for link in _chain(self.error) for frame in traceback.extract_tb(link.__traceback__)[-4:]]
+        if any(frame.filename == str(_TORCH / "nn" / "modules" / "rnn.py") for frame in last):
+            return (
+                "a packed sequence has sizes that depend on its lengths; give the recurrent network the padded tensor"
+            )
+        if self.by_data:
+            return "the code of a library decides by the values of a tensor there"
+        return "torch.export cannot follow it; `torch.export.export(model, example, strict=False)` shows the same error"
 
 
-class _Recorded:
-    """A forward that returns what was recorded, one call after the other, and the last from then on."""
-
-    def __init__(self, name: str, read: Sequence[Tensor], results: Sequence[Any]) -> None:
-        self.name, self.read, self.results, self.number = name, read, results, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What this call returned."""
-        # A cut copy may call a module more often than the example did: the last result stands for all others.
-        result = self.results[min(self.number, len(self.results) - 1)]
-        self.number += 1
-        reads = [*self.read, *tensors_of([args, kwargs])]
-        return mapped(lambda tensor: _opaque_op()(reads, tensor, self.name), result)
-
-
-@cache
-def _opaque_op() -> Any:
-    @torch.library.custom_op(OPAQUE_CALL, mutates_args=(), schema="(Tensor[] reads, Tensor result, str name) -> Tensor")
-    def call(reads: list[Tensor], result: Tensor, name: str) -> Tensor:
-        return result.clone()  # a custom op must not return its input
-
-    call.register_fake(lambda reads, result, name: torch.empty_like(result))
-    return call
+def check_runs(model: nn.Module, example: Example) -> None:
+    """Distinguish a bad example from a forward that cannot be exported, by running a copy of the model eagerly."""
+    args, kwargs = inputs_of(example)
+    try:
+        with preserved_rng_state(model), torch.no_grad():
+            copy_of(model)(*args, **kwargs)
+    except Exception as plain:
+        inputs = ", ".join(
+            f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for tensor in tensors_of([*args, *kwargs.items()])
+        )
+        few = "more than 1 value per channel" in str(plain)
+        raise ExampleError(
+            f"the model does not accept the example ({inputs}): {_first_line(plain)}{_user_line(plain)}"
+            + (". Give two rows or more: a batch norm needs them" if few else "")
+        ) from plain
 
 
-@rule(OPAQUE_CALL)
-def _opaque_call(walk: Walk, out: Value, reads: Sequence[Value], result: Value, name: str) -> Value:
-    """Whatever goes in is frozen, and what comes out is data."""
-    for read in reads:
-        for labels in read.labels:
-            walk.atoms.freeze(labels, name or "model", walk.opaque_calls[name])
-    return Value(out.shape, (None,) * out.ndim, zero=False)
+def without(
+    model: nn.Module, example: Example, forward: PartialForward, fault: Fault, first: ExportError
+) -> PartialForward:
+    """The forward without this fault: libraries may decide by data, and what else cannot be exported is opaque.
+
+    Raises:
+        ExportError: the forward of the model itself decides by data, which the user can change.
+    """
+    if fault.by_data and fault.library and not forward.by_data:
+        return replace(forward, by_data=True, draw=_draw_for(model, example))
+    if fault.module in forward.reasons:
+        raise first
+    if fault.by_data and not (fault.module or fault.library):
+        raise fault.refusal()
+    why = f"it cannot be exported, so it is not pruned: {fault.text}"
+    found = dict.fromkeys(_modules_of_same_code(model, fault.module), why)
+    return _with_opaque(model, example, forward, {**forward.reasons, **found})
 
 
-def with_opaque(
+def _with_opaque(
     model: nn.Module, example: Example, forward: PartialForward, reasons: Mapping[str, str]
 ) -> PartialForward:
     """The forward in which these modules are opaque, too: a copy of the model is run on the example once."""
@@ -172,7 +224,7 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def modules_of_same_code(model: nn.Module, name: str) -> list[str]:
+def _modules_of_same_code(model: nn.Module, name: str) -> list[str]:
     """The module, and all others that run the same code, where that is not torch's own or around it."""
     kind = type(model.get_submodule(name))
     if kind.__module__.partition(".")[0] == "torch":
@@ -182,26 +234,11 @@ def modules_of_same_code(model: nn.Module, name: str) -> list[str]:
     return [name, *others]
 
 
-class AnsweredDraws(TorchFunctionMode):
-    """Answers draws of a single random number, which may decide whether a layer is skipped."""
-
-    def __init__(self, answer: float) -> None:
-        super().__init__()
-        self.answer, self.asked = answer, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is not torch.rand or result.numel() != 1:
-            return result
-        self.asked = True
-        return torch.full_like(result, self.answer)
-
-
 # The ends of what a draw may be: a layer that is skipped with some probability is called at one of them.
 _DRAWS = (1.0 - 2.0**-24, 0.0)
 
 
-def draw_for(model: nn.Module, example: Example) -> float | None:
+def _draw_for(model: nn.Module, example: Example) -> float | None:
     """The answer to single random draws with which a copy of the model calls most modules; None where it makes none."""
     counts: dict[float, int] = {}
     for draw in _DRAWS:
@@ -218,48 +255,54 @@ def draw_for(model: nn.Module, example: Example) -> float | None:
     return max(counts, key=lambda draw: counts[draw])
 
 
-@cache
-def _custom_op() -> Any:
-    @torch.library.custom_op(CUSTOM_FUNCTION, mutates_args=(), schema="(Tensor x, str name) -> Tensor")
-    def mark(x: Tensor, name: str) -> Tensor:
-        return x.clone()  # a custom op must not return its input
-
-    mark.register_fake(lambda x, name: torch.empty_like(x))
-    return mark
+_DEPENDS_ON_DATA = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+    "UserError",
+}
 
 
-@contextmanager
-def marked_functions() -> Iterator[None]:
-    """Inside, inputs and outputs of custom autograd Functions are marked; those of torch's own Functions are not."""
-    kinds = type(torch.autograd.Function)
-
-    # Every call looks up `forward`, even that of an `apply` which user code stored earlier, and which may be C code.
-    def read(kind: type, name: str) -> Any:
-        found = type.__getattribute__(kind, name)
-        if name != "forward" or kind.__module__.partition(".")[0] == "torch":
-            return found
-
-        def marked(x: Tensor) -> None:
-            if x.is_floating_point() or x.is_complex():
-                _custom_op()(x, kind.__qualname__)
-
-        @wraps(found)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            results = found(*args, **kwargs)
-            # The results of the marks are not used: they are there to freeze what the Function reads and writes.
-            pytree.tree_map_only(Tensor, marked, (args, kwargs, results))
-            return results
-
-        return forward
-
-    kinds.__getattribute__ = read  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        del kinds.__getattribute__
+def _is_library(file: str) -> bool:
+    """Whether a file is of an installed package, so that it is not the user's to change."""
+    path = Path(file)
+    return _installed(path) or _TORCH in path.parents
 
 
-@rule(CUSTOM_FUNCTION)
-def _custom_function(walk: Walk, out: Value, x: Value, name: str) -> Value:
-    walk.freeze_all(x, f"the custom autograd Function {name} has a backward of its own, which no graph shows")
-    return Value(out.shape, x.labels, zero=x.zero)
+def _is_code(file: str) -> bool:
+    """Whether a file holds code of models: no inner parts of torch, of this package, of Python or of type checks."""
+    path = Path(file)
+    if _TORCH in path.parents:
+        return _TORCH / "nn" in path.parents and path.name != "module.py"
+    if file.startswith("<") or _PACKAGE in path.parents or {"jaxtyping", "beartype"} & set(path.parts):
+        return False
+    return _STANDARD not in path.parents or _installed(path)
+
+
+def _installed(path: Path) -> bool:
+    return bool({"site-packages", "dist-packages"} & set(path.parts))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _user_line(error: BaseException) -> str:
+    frame = _innermost(error, lambda file: _is_code(file) and _TORCH not in Path(file).parents)
+    return f' (at {frame.filename}:{frame.lineno}: "{frame.line}")' if frame is not None and frame.line else ""
+
+
+def _innermost(error: BaseException, fits: Callable[[str], bool]) -> traceback.FrameSummary | None:
+    """The innermost line in a file that fits."""
+    for link in _chain(error):
+        for frame in reversed(traceback.extract_tb(link.__traceback__)):
+            if fits(frame.filename):
+                return frame
+    return None

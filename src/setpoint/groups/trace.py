@@ -12,17 +12,26 @@ from torch import fx, nn
 from setpoint.distributed import is_sharded
 from setpoint.errors import LoopError
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.build import build, device_type_of
+from setpoint.groups.build import (
+    OwnDim,
+    Places,
+    Units,
+    build,
+    device_type_of,
+    only_standard_sizes,
+    standard_places,
+    with_sizes,
+)
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.rng import gc_paused, one_at_a_time, preserved_rng_state
-from setpoint.groups.states import find_states
+from setpoint.groups.states import StateSpaceLayer, find_states
 from setpoint.groups.walk import Walk
 from setpoint.progress import progress
 
 if TYPE_CHECKING:
-    from setpoint.groups.sizes_in_code.fake_forward import FakeForward
+    from setpoint.groups.export import Exported
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,8 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 def _trace(model: nn.Module, example: Example) -> Trace:
     # Imported here: an exporter, and rules that look up hundreds of ops, for which `import setpoint` need not wait.
-    from setpoint.groups.export import check_model, export, shape_of
+    from setpoint.groups.export import check_model, export
     from setpoint.groups.graph import walk_graph
-    from setpoint.groups.sizes_in_code.bind import bind, tie_pieces
-    from setpoint.groups.sizes_in_code.fake_forward import FakeForward
-    from setpoint.groups.sizes_in_code.size_probe import Candidate
 
     example = without_cache(model, example)
     check_model(model, example)
@@ -92,14 +98,18 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     program, opaque = exported.program, exported.forward.reasons
     walk, dims = walk_graph(model, program, opaque)
     solve(walk.atoms, walk.products)
-    tie_pieces(model, walk.calls, walk.atoms)  # not before: heads are known only now
+    if any(call.place.startswith(("split#", "chunk#")) for call in walk.calls):
+        from setpoint.groups.sizes_in_code.bind import tie_pieces
+
+        tie_pieces(model, walk.calls, walk.atoms)  # not before: heads are known only now
     _mark_grouped(walk)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
     units = build(walk.atoms, dims, products, device_type_of(model))
-    fake = FakeForward(model, example, exported.forward)
-    (output,) = [node for node in program.graph.nodes if node.op == "output"]
-    shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
-    units, groups = bind(Candidate(fake, shapes, walk, dims, units))
+    if only_standard_sizes(model, walk, units):
+        places = standard_places(model, walk, dims)
+    else:
+        units, places = _probed(model, example, exported, walk, dims, units)
+    groups = with_sizes(walk, units, places)
     if exported.refused is not None and opaque and not groups:
         raise exported.refused
     contractions = [
@@ -107,11 +117,27 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         for c in walk.contracts
     ]
     if walk.unknown or opaque:
-        contractions += _uncounted(FakeForward(model, example), groups, contractions)
-    groups, refused = find_states(model, groups)
+        contractions += _uncounted(model, example, groups, contractions)
+    refused: dict[str, str] = {}
+    if any(isinstance(module, StateSpaceLayer) or hasattr(module, "A_log") for module in model.modules()):
+        groups, refused = find_states(model, groups)
     known = tuple(Frozen(name or "model", why) for name, why in opaque.items())
     frozen = (*known, *_frozen(walk.atoms, known), *(Frozen(name, why) for name, why in refused.items()))
     return Trace(groups, tuple(contractions), frozen, tuple(_unreached(program)))
+
+
+def _probed(
+    model: nn.Module, example: Example, exported: Exported, walk: Walk, dims: Sequence[OwnDim], units: Units
+) -> tuple[Units, Places]:
+    """Units whose cut the live forward survives, and the places that hold sizes, by forwards without data."""
+    from setpoint.groups.export import shape_of
+    from setpoint.groups.sizes_in_code.bind import bind
+    from setpoint.groups.sizes_in_code.fake_forward import FakeForward
+    from setpoint.groups.sizes_in_code.size_probe import Candidate
+
+    (output,) = [node for node in exported.program.graph.nodes if node.op == "output"]
+    shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
+    return bind(Candidate(FakeForward(model, example, exported.forward), shapes, walk, dims, units))
 
 
 def _unreached(program: Any) -> Iterator[str]:
@@ -130,18 +156,20 @@ def _mark_grouped(walk: Walk) -> None:
 
 
 def _uncounted(
-    forward: FakeForward, groups: tuple[Group, ...], contractions: Sequence[Contraction]
+    model: nn.Module, example: Example, groups: tuple[Group, ...], contractions: Sequence[Contraction]
 ) -> list[Contraction]:
     """FLOPs of ops without a rule by PyTorch's own counter, as a constant cost; backward counts as two forwards."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+
+    from setpoint.groups.sizes_in_code.fake_forward import FakeForward
 
     widths = widths_of(groups)
     known = sum(c.coefficient * math.prod(size.at(widths) for size in c.sizes) for c in contractions)
     # The counter knows no fused attention: in its mathematical form it consists of products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:
-            forward.run(lambda twin: counter.flop_counts.clear())
+            FakeForward(model, example).run(lambda twin: counter.flop_counts.clear())
         except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
             return []
     total = int(counter.get_total_flops())

@@ -191,6 +191,18 @@ def op_name(target: Any) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def module_of(node: fx.Node) -> str:
+    """Name of the module of the user's model whose own forward holds a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return plain_path(next(reversed(stack.values()))[0] if stack else "")
+
+
+def plain_path(path: str) -> str:
+    """Module path in the user's model: without the wrapper, and without the number of a repeated call."""
+    path = path.split("@")[0]
+    return "" if path in ("", "model") else path.removeprefix("model.")
+
+
 def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
     """`Value`s of what a rule returned."""
     weight, zero = all(value.weight for value in inputs), all(value.zero for value in inputs)

@@ -8,9 +8,9 @@ from typing import Any
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_state import check_state
 from setpoint.checkpoint.plain import plain, restored
+from setpoint.checkpoint.snapshot import check_rng_state, rng_state, set_rng_state
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
-from setpoint.groups.rng import check_rng_state, rng_state, set_rng_state
 from setpoint.loop.control import Control
 from setpoint.loop.state import FORMAT, Part, RunState, check_format, check_same_run
 

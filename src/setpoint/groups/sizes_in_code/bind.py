@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,14 +10,13 @@ import torch
 from torch import nn
 
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.build import Kept, Labels, Units
+from setpoint.groups.build import Kept, Labels, Places, Units, standard_places
 from setpoint.groups.example import MethodForward
-from setpoint.groups.group import Group, SizeBinding, random_keep
+from setpoint.groups.group import random_keep
 from setpoint.groups.sizes_in_code.shim import HEADS, get_call_sizes
 from setpoint.groups.sizes_in_code.size_probe import (
     Candidate,
     Outcome,
-    Places,
     SizeProbe,
     call_of,
     dense_outcome,
@@ -27,23 +25,12 @@ from setpoint.groups.sizes_in_code.size_probe import (
 )
 from setpoint.groups.walk import Call
 
-# Attributes of torch's own modules that name the size of a dim of one of their tensors.
-_STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
-    (nn.Linear, "in_features", "weight", 1),
-    (nn.Linear, "out_features", "weight", 0),
-    (nn.modules.batchnorm._NormBase, "num_features", "weight", 0),
-    (nn.modules.batchnorm._NormBase, "num_features", "running_mean", 0),
-    (nn.GroupNorm, "num_channels", "weight", 0),
-    (nn.Embedding, "embedding_dim", "weight", 1),
-    (nn.PReLU, "num_parameters", "weight", 0),
-)
-
 _MAKING_CALLS = {"zeros", "ones", "full", "new_zeros", "expand", "repeat", "tile"}
 """Calls that make new dims, which in the graph may be the model's or the data's."""
 
 
-def bind(candidate: Candidate) -> tuple[Units, tuple[Group, ...]]:
-    """Units whose cut the live forward survives, and their groups with the size bindings that it needs."""
+def bind(candidate: Candidate) -> tuple[Units, Places]:
+    """Units whose cut the live forward survives, and the places that then have to be set."""
     following = _calls_that_follow_units(candidate, candidate.walk.calls)
     dense, calls, lost = dense_outcome(candidate, _heads(candidate), following)
     if isinstance(vars(candidate.model).get("forward"), MethodForward):
@@ -62,7 +49,7 @@ def bind(candidate: Candidate) -> tuple[Units, tuple[Group, ...]]:
         failing = _counted(candidate, lost_in_other_mode(candidate, placed), f" in {mode} mode") if placed else {}
         failing = failing or _failing(candidate, places, dense)
         if not failing:
-            return candidate.units, _with_sizes(candidate, {**places, **_stated(candidate, places)})
+            return candidate.units, {**places, **_stated(candidate, places)}
 
 
 def _counted(candidate: Candidate, calls: Sequence[Call], when: str) -> dict[str, str]:
@@ -79,7 +66,7 @@ def _counted(candidate: Candidate, calls: Sequence[Call], when: str) -> dict[str
 
 def _places(candidate: Candidate, calls: Sequence[Call]) -> Places:
     """Places that a cut has to set: standard attributes, and what probes of the forward show to be needed."""
-    places = {**_standard(candidate), **_heads(candidate)}
+    places = {**standard_places(candidate.model, candidate.walk, candidate.dims), **_heads(candidate)}
     if not calls:
         return places
     probes: list[SizeProbe] = []
@@ -116,28 +103,6 @@ def _places(candidate: Candidate, calls: Sequence[Call]) -> Places:
             constant = written.get((type(candidate.model.get_submodule(call.module)), call.place), False)
             found[call.module, f"{call.place}={call.size}" if constant else call.place] = call.labels
     return places | found
-
-
-def _standard(candidate: Candidate) -> Places:
-    own = {(dim.tensor, dim.dim): dim.labels for dim in candidate.dims}
-    places: Places = {}
-    for name, module in candidate.model.named_modules():
-        prefix = f"{name}." if name else ""
-        for kind, attribute, tensor, dim in _STANDARD:
-            labels = own.get((f"{prefix}{tensor}", dim))
-            if isinstance(module, kind) and labels is not None and getattr(module, attribute, None) == len(labels):
-                places[name, attribute] = labels
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            for position in range(len(module.normalized_shape)):
-                labels = own.get((f"{prefix}weight", position))
-                if labels is not None:
-                    places[name, f"normalized_shape[{position}]"] = labels
-    for (name, attribute), labels in candidate.walk.attributes.items():
-        module = candidate.model.get_submodule(name)
-        follows = isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase))
-        if follows and getattr(module, attribute) == len(labels):
-            places[name, attribute] = labels
-    return places
 
 
 def _heads(candidate: Candidate) -> Places:
@@ -246,31 +211,6 @@ def _culprits(suspects: list[str], fault: Callable[[frozenset[str]], str | None]
         failing[found[0]] = fault(frozenset([*context, *found])) or "the forward fails"
         suspects = [name for name in suspects if name != found[0]]
     return failing
-
-
-def _with_sizes(candidate: Candidate, places: Places) -> tuple[Group, ...]:
-    """Bind every attribute to the groups it counts, and a corrected call to all that it may come from."""
-    units = candidate.units
-    sizes: dict[int, list[SizeBinding]] = {}
-    by_module: dict[str, set[int]] = {}
-    for (module, place), labels in places.items():
-        members = set(units.among(labels))
-        if "#" in place:
-            if module not in by_module:
-                by_module[module] = _touching(candidate, module)
-            members |= by_module[module]
-        for position in sorted(members):
-            sizes.setdefault(position, []).append(SizeBinding(module, place, units.index(labels, position)))
-    return tuple(replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups))
-
-
-def _touching(candidate: Candidate, module: str) -> set[int]:
-    """Groups with units along a dim of any tensor that the module or a submodule reads or makes."""
-    inside = f"{module}." if module else ""
-    flow = candidate.walk.flow
-    within = ((*read, *made) for name, read, made in flow if name == module or name.startswith(inside))
-    arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}
-    return {group for labels in arrays.values() for group in candidate.units.among(labels)}
 
 
 # Stated sizes: attributes that say a width, though the forward that was traced does not read them. A YOLO block keeps

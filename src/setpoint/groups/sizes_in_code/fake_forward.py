@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from setpoint.groups.example import Example
+from setpoint.groups.forward import PartialForward
 from setpoint.groups.model_copy import computed, copy_of
-from setpoint.groups.partial import PartialForward
 from setpoint.groups.rng import preserved_rng_state
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from setpoint.groups.build import Kept, Labels, OwnDim, Units
+from setpoint.groups.build import Kept, Labels, OwnDim, Places, Units
 from setpoint.groups.group import keep_all
 from setpoint.groups.sizes_in_code.fake_forward import FakeForward
 from setpoint.groups.sizes_in_code.place import write_size
@@ -55,9 +55,6 @@ class Candidate:
         """The same candidate with these groups frozen."""
         return replace(self, units=self.units.without(names))
 
-
-Places = dict[tuple[str, str], Labels]
-"""Atoms along the dim that a place counts, by (module, place)."""
 
 Wrong = dict[str, dict[str, int]]
 """Places by module at which the live forward gives a wrong size, and that size."""
