@@ -14,12 +14,11 @@ import setpoint
 from setpoint.errors import LoopError
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.averaging import AveragingSensor
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.criterion import CRITERIA, criterion
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint.sensor.reading import Sensor
-from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.reading import Reading, Sensor, Traits
+from setpoint.sensor.taylor import AveragingSensor, TaylorSensor
 from setpoint.sensor.units import Units
 from setpoint.states.hankel import HankelSensor
 from setpoint_bench.random_sensor import RandomSensor
@@ -175,15 +174,51 @@ def test_a_new_criterion_drives_a_run() -> None:
     assert loop.summary is not None and loop.summary.budget_met
 
 
-def test_a_sensor_without_a_base_is_told_what_to_do() -> None:
-    """Claim: an object with a sensor's main methods only is refused, and the error names the class to derive from."""
+class Counting:
+    """A sensor of one's own that derives from nothing: units that come later are worth more."""
 
-    class Bare:
-        """A sensor as it was before `Sensor` had more than five methods."""
+    traits = Traits()
 
-        readable = init = update = read = flops = None
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        return groups
 
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> int:
+        return 0
+
+    def update(self, state: int, groups: Any, model: nn.Module, grad_scale: Tensor | None = None) -> int:
+        return state + 1
+
+    def read(self, state: int, groups: tuple[Group, ...], step: int) -> Reading:
+        return Reading(step, {group.name: np.arange(1.0, group.num_units + 1) for group in groups}, 1)
+
+    def flops(self, groups: Any, model: nn.Module) -> float:
+        return 0.0
+
+    def over(self, ranks: Any) -> Any:
+        return self
+
+    def hooked(self, state: int) -> bool:
+        return False
+
+    def forget(self, state: int) -> None: ...
+
+    def release(self, state: int) -> None: ...
+
+
+@pytest.mark.parametrize("lacking", ["", "traits", "forget", "read"])
+def test_a_sensor_of_ones_own_needs_no_base(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: an object with a sensor's methods and traits is one; of another, the error names what it lacks."""
     model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(8, 4)
-    optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), Bare()
-    with pytest.raises(LoopError, match=r"has no forget.*derive it from setpoint\.sensor\.reading\.Sensor"):
-        setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor)  # type: ignore[arg-type]
+    optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), Counting()
+    if lacking:
+        monkeypatch.delattr(Counting, lacking)
+        with pytest.raises(LoopError, match=rf"which has no {lacking}: .*setpoint\.sensor\.reading\.Sensor"):
+            setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor)
+        return
+    assert isinstance(sensor, Sensor)
+    with setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor) as loop:
+        for _ in range(30):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loop.summary is not None and loop.summary.budget_met and loop.origin["0"].tolist() == list(range(16, 32))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.averaging import Moments
-from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.taylor import Moments, TaylorSensor
 
 
 def _group(num_units: int, *slices: Slice, name: str = "units") -> Group:

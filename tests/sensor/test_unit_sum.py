@@ -37,13 +37,6 @@ def test_adds_up_every_entry_to_its_unit(table: str, dim: int, layout: str) -> N
     torch.testing.assert_close(sums.add_up(sums.select(values)), want)
 
 
-def test_every_element_may_be_a_unit() -> None:
-    """With dim None the elements are counted in row-major order, whatever the layout."""
-    values = torch.arange(6.0).view(2, 3).t().contiguous().t()
-    sums = UnitSum.of(Slice("w", None, "consume", np.array([0, 1, 2, 3, 4, -1])), 5, values.device)
-    assert sums.add_up(sums.select(values)).tolist() == [0, 1, 2, 3, 4]
-
-
 def test_selecting_copies_nothing() -> None:
     """The selected part shares memory with the tensor, in channels_last too."""
     weight = torch.randn(4, 6, 3, 3).contiguous(memory_format=torch.channels_last)

@@ -15,14 +15,13 @@ from setpoint.sensor.reading import Reading, Sensor, Traits
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """One sensor of a chain at work: the names of its groups, and its state."""
+    """One sensor of a chain at work, on the groups of these names."""
 
     sensor: Sensor[Any] = field(metadata={"live": True})
     names: frozenset[str] = field(metadata={"live": True})
     state: Any = field(metadata=of_groups("names"))
 
     def of(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-        """Its groups among all."""
         return tuple(group for group in groups if group.name in self.names)
 
 
@@ -34,9 +33,7 @@ class ChainState:
 
 
 class SensorChain(Sensor[ChainState]):
-    """Hands each group to the first sensor that can read it, and puts their readings together.
-
-    The whole is calibrated if every part is, in the same unit.
+    """Hands each group to the first sensor that can read it; their readings make one, calibrated if all are.
 
     Raises:
         ValueError: when there is no sensor.
@@ -60,11 +57,9 @@ class SensorChain(Sensor[ChainState]):
         )
 
     def over(self, ranks: Ranks) -> SensorChain:
-        """The chain where gradients are averaged over ranks."""
         return SensorChain(*(sensor.over(ranks) for sensor in self.sensors))
 
     def hooked(self, state: ChainState) -> bool:
-        """Whether any of the sensors reads by hooks."""
         return any(link.sensor.hooked(link.state) for link in state.links)
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
@@ -77,32 +72,26 @@ class SensorChain(Sensor[ChainState]):
         return shares
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups that any of the sensors can read, in their order."""
         names = {group.name for _, found in self._shares(groups, model) for group in found}
         return tuple(group for group in groups if group.name in names)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> ChainState:
-        """States before the first step; a sensor without groups is left out."""
-        links = [
-            Link(sensor, frozenset(group.name for group in found), sensor.init(found, model))
-            for sensor, found in self._shares(groups, model)
-            if found
-        ]
+        links = []
+        for sensor, found in self._shares(groups, model):
+            if found:
+                links.append(Link(sensor, frozenset(group.name for group in found), sensor.init(found, model)))
         return ChainState(tuple(links))
 
     def update(
         self, state: ChainState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> ChainState:
-        """Take in one optimizer step."""
         states = [link.sensor.update(link.state, link.of(groups), model, grad_scale) for link in state.links]
         return ChainState(tuple(replace(link, state=new) for link, new in zip(state.links, states, strict=True)))
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update, all sensors together."""
         return sum(sensor.flops(found, model) for sensor, found in self._shares(groups, model) if found)
 
     def read(self, state: ChainState, groups: tuple[Group, ...], step: int) -> Reading:
-        """One reading of all groups."""
         readings = [link.sensor.read(link.state, link.of(groups), step) for link in state.links]
         parts: dict[str, Any] = {
             part: {name: values for reading in readings for name, values in getattr(reading, part).items()}
@@ -120,11 +109,9 @@ class SensorChain(Sensor[ChainState]):
         )
 
     def forget(self, state: ChainState) -> None:
-        """Steps that are not taken in are forgotten by the sensors that read through hooks."""
         for link in state.links:
             link.sensor.forget(link.state)
 
     def release(self, state: ChainState) -> None:
-        """Hooks of all sensors are taken off."""
         for link in state.links:
             link.sensor.release(link.state)

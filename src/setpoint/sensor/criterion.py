@@ -40,11 +40,6 @@ class Criterion:
     traits: Traits
     is_slope: bool = False
 
-    @property
-    def name(self) -> str:
-        """What it is registered as."""
-        return self.measure.__name__
-
     def places(self, group: Group) -> tuple[Slice, ...]:
         """Where the weights lie that are read of a group."""
         return tuple(place for place in group.slices if place.role == self.role)
@@ -82,7 +77,7 @@ def criterion(
 
     def register(measure: Measure) -> Criterion:
         made = Criterion(measure, saliency, role, traits, is_slope)
-        CRITERIA[made.name] = made
+        CRITERIA[measure.__name__] = made
         return made
 
     return register

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.criterion import UNCALIBRATED
 from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.tap import parameter_named
 from setpoint.sensor.units import find_units
 
 
@@ -37,38 +37,30 @@ class MagnitudeSensor(Sensor[MagnitudeState]):
     traits = UNCALIBRATED
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups that trained weights write or read."""
-        return tuple(group for group in groups if _judged_by(group, _parameters(model)))
+        return tuple(group for group in groups if _places(group, model))
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> MagnitudeState:
-        """A state that points at the live model."""
         return MagnitudeState(model)
 
     def update(
         self, state: MagnitudeState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> MagnitudeState:
-        """Count the step; only `read` looks at weights."""
         return MagnitudeState(model, state.num_steps + 1)
 
     @torch.no_grad()
     def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
         """Norms of the present weights; a NaN or infinite weight gives a NaN or infinite norm."""
-        names = _parameters(state.model)
-        units = find_units(groups, state.model, lambda group: _judged_by(group, names))
+        units = find_units(groups, state.model, lambda group: _places(group, state.model))
         norms = units.add_up_weights(torch.square).double().sqrt().cpu().numpy()
         parts = np.split(norms, np.cumsum(units.num_units)[:-1])
         saliency = {group.name: values for group, values in zip(groups, parts, strict=True)} if groups else {}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
 
 
-def _parameters(model: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-
-
-def _judged_by(group: Group, parameters: Container[str]) -> tuple[Slice, ...]:
+def _places(group: Group, model: nn.Module) -> tuple[Slice, ...]:
     """The trained weights that write the group, or else those that read it."""
     for role in ("produce", "consume"):
-        places = tuple(place for place in group.slices if place.role == role and place.tensor in parameters)
-        if places:
-            return places
+        places = (place for place in group.slices if place.role == role)
+        if found := tuple(place for place in places if parameter_named(model, place.tensor) is not None):
+            return found
     return ()

@@ -41,8 +41,8 @@ class Reading:
         calibrated: False when the values rank units within one group only.
         in_loss: False when they are calibrated, but not in the unit of the loss.
         num_steps: how many optimizer steps went into the reading.
-        skipped_steps: steps that were left out because a gradient was NaN or infinite; counted since `init` by a
-            sensor, since the last reading in an `Observation`.
+        skipped_steps: steps left out because a gradient was NaN or infinite: a sensor's since `init`, those of an
+            `Observation` since the last reading.
         steps_seen: by group name, in how many steps it was seen, if known; with 0 its saliencies mean nothing.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
@@ -74,10 +74,8 @@ class Reading:
 
 State = TypeVar("State")
 
-_DENSELY_SENSED = 100
-"""Steps of a run whose every step is worth a reading."""
-_LONGEST_STRIDE = 4
-"""No more than this many steps from one sensed step to the next."""
+_DENSELY_SENSED = 100  # steps of a run whose every step is worth a reading
+_LONGEST_STRIDE = 4  # steps from one sensed step to the next
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,13 @@ class Traits:
     single_weights: bool = False
 
 
+@runtime_checkable
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
-    A sensor of your own derives from this class, which has methods that do nothing for all that few sensors need. Where
-    it is a mean over steps of something measured by unit, a criterion is enough (`setpoint.sensor.criterion`).
+    A sensor of your own has these methods and `traits`. It may derive from this class, whose methods do nothing where
+    few sensors need them. Where it is a mean over steps of something measured by unit, a criterion is enough
+    (`setpoint.sensor.criterion`).
 
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
@@ -159,9 +159,9 @@ class Sensor(Protocol[State]):
 def sensed_every(total_steps: int) -> int:
     """Every how many optimizer steps the sensor is updated.
 
-    Decisions are spread over a run as fractions of it, so the longer the run, the more steps lie between
-    two of them. Of a run that is four times as long, half of that goes into more readings for each
-    decision and half into fewer sensed steps: the stride is `sqrt(total_steps / 100)`, rounded down to a power of 2.
+    The longer the run, the more steps lie between two decisions. Of a run that is four times as long, half of that goes
+    into more readings for each decision and half into fewer sensed steps: the stride is `sqrt(total_steps / 100)`,
+    rounded down to a power of 2.
 
     >>> [sensed_every(total_steps) for total_steps in (300, 400, 1500, 10_000)]
     [1, 2, 2, 4]

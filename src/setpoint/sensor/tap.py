@@ -18,13 +18,11 @@ _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def tappable(group: Group, model: nn.Module) -> frozenset[str]:
     """Names of the frozen outgoing weights that taps can read, of a group that trained weights write; else none."""
-    found = {place.tensor: parameter_named(model, place.tensor) for place in group.slices}
-    parameters = {name: parameter for name, parameter in found.items() if parameter is not None}
-    writers = [place.tensor for place in group.slices if place.role != "consume"]
-    if not any(name in parameters and parameters[name].requires_grad for name in writers):
+    if not _trained_writers(group, model):
         return frozenset()
-    readers = [place for place in group.slices if place.role == "consume" and place.tensor in parameters]
-    frozen = [place for place in readers if not parameters[place.tensor].requires_grad]
+    readers = [place for place in group.slices if place.role == "consume"]
+    found = ((place, parameter_named(model, place.tensor)) for place in readers)
+    frozen = [place for place, parameter in found if parameter is not None and not parameter.requires_grad]
     return frozenset(place.tensor for place in frozen if _layer(place, model) is not None)
 
 
@@ -32,6 +30,11 @@ def parameter_named(model: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter of a qualified name, None where a buffer has it, without a look at all others."""
     owner, _, key = name.rpartition(".")
     return model.get_submodule(owner)._parameters.get(key)
+
+
+def _trained_writers(group: Group, model: nn.Module) -> list[nn.Parameter]:
+    written = (parameter_named(model, place.tensor) for place in group.slices if place.role != "consume")
+    return [parameter for parameter in written if parameter is not None and parameter.requires_grad]
 
 
 def _layer(place: Slice, model: nn.Module) -> nn.Module | None:
@@ -67,9 +70,7 @@ class Tap:
             if not (torch.is_grad_enabled() and args[0].requires_grad) or layer.weight.requires_grad:
                 return None
             # Shards get their gradients only when ranks average theirs, so that they show nothing of discarded ones.
-            if tap.seen and not any(
-                is_sharded_tensor(parameter) or parameter.grad is not None for parameter in trained
-            ):
+            if tap.seen and all(p.grad is None and not is_sharded_tensor(p) for p in trained):
                 tap.take()
             channels = args[0].dim() - layer.weight.dim() + 1  # type: ignore[operator]
             return (_Passed.apply(args[0], channels, tap.note), *args[1:])  # type: ignore[no-untyped-call]
@@ -79,11 +80,9 @@ class Tap:
 
     @property
     def seen(self) -> bool:
-        """Whether there was a backward pass since the last reading."""
         return self._total is not None
 
     def note(self, summed: Tensor) -> None:
-        """Add the sums of one backward pass."""
         self._total = summed if self._total is None else self._total + summed
 
     def take(self) -> Tensor | None:
@@ -92,7 +91,6 @@ class Tap:
         return total
 
     def stop(self) -> None:
-        """Remove the hook; may be called again."""
         self._handle.remove()
 
 
@@ -136,11 +134,15 @@ class GradientScale:
         self._handle = parameter.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
         weakref.finalize(self, self._handle.remove)
 
-    def applied(self, read: Tensor, ranks: Ranks) -> Tensor:
-        """What taps have read, at the scale of the present gradients; over several ranks, the mean of what they read.
+    @classmethod
+    def of(cls, groups: tuple[Group, ...], model: nn.Module, tapped: frozenset[str]) -> GradientScale:
+        """The scale of the smallest trained weight that writes units of a group whose outgoing weights are tapped."""
+        read = (group for group in groups if any(place.tensor in tapped for place in group.slices))
+        writers = [parameter for group in read for parameter in _trained_writers(group, model)]
+        return cls(min(writers, key=lambda parameter: parameter.numel()))
 
-        Several ranks call this together.
-        """
+    def applied(self, read: Tensor, ranks: Ranks) -> Tensor:
+        """What taps have read, at the scale of the present gradients, as the mean over ranks; a collective call."""
         before, self._after_backward = self._after_backward, None
         if is_sharded_tensor(self._parameter):
             return ranks.total(read) / ranks.count
@@ -156,9 +158,8 @@ class GradientScale:
         return read * torch.where(square > 0, (before * now).sum() / square, 1.0).to(read)
 
     def forget(self) -> None:
-        """A step passes that is not read; a cut may come before the next one."""
+        """Drop the gradient of a step that is not read: a cut may come before the next one."""
         self._after_backward = None
 
     def stop(self) -> None:
-        """Remove the hook; may be called again."""
         self._handle.remove()

@@ -1,16 +1,254 @@
-"""The Taylor sensor: saliency from the gradients that an ordinary training step leaves behind."""
+"""The Taylor sensor: a criterion from the gradients that an ordinary step leaves, averaged over the recent steps."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, field, replace
+
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
 
+from setpoint.arguments import counts
 from setpoint.distributed import Ranks
-from setpoint.sensor.averaging import AveragingSensor
-from setpoint.sensor.criterion import Values, criterion
-from setpoint.sensor.reading import Traits
-from setpoint.sensor.units import Units
+from setpoint.errors import GroupError, LoopError
+from setpoint.groups.follow import FOUND_ANEW, ByUnit
+from setpoint.groups.group import Group
+from setpoint.sensor.criterion import Criterion, Values, criterion
+from setpoint.sensor.reading import Reading, Sensor, Traits
+from setpoint.sensor.tap import GradientScale, Tap, tappable
+from setpoint.sensor.units import Source, Units, find_units
+
+_FOLD_AT = 16  # steps that are folded into the moments at a time: on small models calls cost more than arithmetic
+_TINY = 1e-30  # keeps a division by a weight of zero, which then counts for nothing, from making NaN
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Running moments of what is measured of all units, one group after the other.
+
+    A step's weight is `decay^age`, its age counted in later steps that were taken in.
+    """
+
+    names: tuple[str, ...]  # of the groups, in the order in which their units lie
+    num_units: tuple[int, ...]
+    mean: ByUnit[Float[Tensor, " all_units"]]  # weighted mean over the folded steps
+    variance: ByUnit[Float[Tensor, " all_units"]]  # weighted mean of the squared distance from it
+    weight: ByUnit[Float[Tensor, " all_units"]]  # sum of the weights of the steps in which the unit was there
+    squares: ByUnit[Float[Tensor, " all_units"]]  # sum of their squared weights
+    num_steps: Float[Tensor, ""]  # how many there are (0-dim tensors, so that counting needs no host sync)
+    skipped_steps: Float[Tensor, ""]  # steps left out because a gradient was NaN or infinite
+    steps_seen: tuple[int, ...]  # by group, steps in which any of its weights had a gradient
+    recent: tuple[Float[Tensor, " all_units"], ...] = ()  # what was measured in steps not folded yet, the latest last
+    units: Units | None = field(default=None, metadata=FOUND_ANEW)  # whose weights are read
+    tapped: frozenset[str] = field(default=frozenset(), metadata={"live": True})  # weights frozen at `init`
+    scale: GradientScale | None = field(default=None, metadata={"live": True})  # of gradients against taps
+    window: int = field(default=50, metadata={"live": True})  # number of recent steps that count
+
+    def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
+        return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
+
+    @torch.no_grad()
+    def folded(self, seen: Bool[Tensor, " all_units"] | None = None) -> Moments:
+        """The recent steps taken into the moments, but only of the units that were seen in them; no host sync.
+
+        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the newer set's share
+        of the weight, `m = m1 + s (m2 - m1)` and `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
+        """
+        if not self.recent:
+            return self
+        steps, decay = torch.stack(self.recent), 1.0 - 1.0 / self.window
+        finite = torch.isfinite(steps.sum(1))
+        steps = torch.where(finite[:, None], steps, 0.0)
+        taken = finite.to(steps.dtype)
+        count = taken.sum()
+        weights = (taken * torch.pow(decay, count - taken.cumsum(0)))[:, None]
+        new_weight, new_squares, ageing = weights.sum(), weights.square().sum(), torch.pow(decay, count)
+        if seen is not None:
+            weights, ageing = weights * seen, torch.where(seen, ageing, 1.0)
+            new_weight, new_squares = weights.sum(0), weights.square().sum(0)
+        weight = self.weight * ageing + new_weight
+        share = new_weight / weight.clamp_min(_TINY)
+        per_step = weights / new_weight.clamp_min(_TINY)
+        new_mean = (per_step * steps).sum(0)
+        new_variance = (per_step * (steps - new_mean).square()).sum(0)
+        apart = new_mean - self.mean
+        return replace(
+            self,
+            mean=self.mean + share * apart,
+            variance=(1.0 - share) * (self.variance + share * apart.square()) + share * new_variance,
+            weight=weight,
+            squares=self.squares * ageing.square() + new_squares,
+            num_steps=self.num_steps + count,
+            skipped_steps=self.skipped_steps + (len(self.recent) - count),
+            recent=(),
+        )
+
+
+class AveragingSensor(Sensor[Moments]):
+    """A criterion, averaged over recent optimizer steps.
+
+    Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, in float32 (float64
+    for float64 models). A step in which any gradient is NaN or infinite is left out and counted. Each rank adds up its
+    own part of sharded weights. While the weights that are read of a group are frozen in the middle of a run, its
+    earlier readings stand.
+
+    Args:
+        criterion: what is measured, and what its average says.
+        num_samples: independent samples behind each optimizer step's gradient, over ranks and micro-batches.
+        window: number of recent steps that count, in optimizer steps.
+    """
+
+    def __init__(self, criterion: Criterion, num_samples: int = 1, window: int = 50) -> None:
+        self.criterion, self.traits = criterion, criterion.traits
+        self.num_samples, self.window = counts(num_samples=num_samples, window=window)
+        self.ranks = Ranks()  # over which gradients are averaged; what taps read is averaged too
+
+    def over(self, ranks: Ranks) -> AveragingSensor:
+        other = copy.copy(self)
+        other.ranks = ranks
+        return other
+
+    def hooked(self, state: Moments) -> bool:
+        return bool(state.tapped)
+
+    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
+        """The groups of which every weight that is read is trained, or frozen where a tap can read the layer's input.
+
+        What is measured of any other would be a part of the truth. Incoming ("produce") weights are no substitute for
+        outgoing ones: before a normalisation their sum of w * dL/dw is zero, and through a curved activation it has the
+        wrong size or sign.
+        """
+        parameters = model.named_parameters(remove_duplicate=False)
+        trained = {name for name, parameter in parameters if parameter.requires_grad}
+
+        def is_readable(group: Group) -> bool:
+            read = {place.tensor for place in self.criterion.places(group)}
+            return bool(read) and read <= trained | (tappable(group, model) if self.traits.hooks else frozenset())
+
+        return tuple(group for group in groups if is_readable(group))
+
+    def init(self, groups: tuple[Group, ...], model: nn.Module) -> Moments:
+        unreadable = sorted({group.name for group in groups} - {group.name for group in self.readable(groups, model)})
+        if unreadable:
+            raise GroupError(
+                f"groups {unreadable} have {_WORDS[self.criterion.role]} weights without gradients, so "
+                f"{type(self).__name__} cannot read them: leave them out ({type(self).__name__}.readable picks the "
+                "others) or use another sensor"
+            )
+        tapped = frozenset[str]().union(*(tappable(group, model) for group in groups if self.traits.hooks))
+        scale = GradientScale.of(groups, model, tapped) if tapped else None
+        units = find_units(groups, model, self.criterion.places, tapped, scale, self.ranks)
+        zeros, none = units.like.new_zeros(sum(units.num_units)), units.like
+        names, seen = tuple(group.name for group in groups), (0,) * len(groups)
+        moments = (zeros, zeros, zeros, zeros, none, none)
+        return Moments(names, units.num_units, *moments, seen, (), units, tapped, scale, self.window)
+
+    @torch.no_grad()
+    def update(
+        self, state: Moments, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
+    ) -> Moments:
+        units = state.units
+        # A rank cannot know what others have seen through their taps: what nobody has seen counts as zero, unless it
+        # could not be seen, since the taps have only just been put there.
+        shared = self.ranks.count > 1 and units is not None
+        units = units or find_units(groups, model, self.criterion.places, state.tapped, state.scale, self.ranks)
+
+        def elsewhere(source: Source) -> bool:
+            return shared and source.tap is not None
+
+        steps_seen = tuple(
+            steps + any(elsewhere(source) or source.has_gradient() for source in sources)
+            for steps, sources in zip(state.steps_seen, units.by_group, strict=True)
+        )
+        # A weight without a gradient was not used by the loss, and is worth nothing in this step. But as long as
+        # nothing was ever seen of a group it may as well be frozen, or behind a `detach`: then it is unknown.
+        counts = [
+            steps > 0 and all(elsewhere(source) or source.readable() for source in sources)
+            for steps, sources in zip(steps_seen, units.by_group, strict=True)
+        ]
+        measured = self.criterion.measure(units if grad_scale is None else replace(units, grad_scale=grad_scale))
+        if not all(counts):
+            counted = torch.from_numpy(np.repeat(counts, state.num_units)).to(measured.device)
+            state = replace(state.folded(), recent=(measured,), units=units, steps_seen=steps_seen)
+            return state.folded(counted)
+        state = replace(state, recent=(*state.recent, measured), units=units, steps_seen=steps_seen)
+        return state if len(state.recent) < _FOLD_AT else state.folded()
+
+    def forget(self, state: Moments) -> None:
+        for tap in _taps(state):
+            tap.take()
+        if state.scale is not None:
+            state.scale.forget()
+
+    def release(self, state: Moments) -> None:
+        for tap in _taps(state):
+            tap.stop()
+        if state.scale is not None:
+            state.scale.stop()
+
+    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
+        """On each rank, three for each entry that is read, and one for every gradient that is only checked."""
+        units = find_units(groups, model, self.criterion.places)
+        read = sum(source.num_read for sources in units.by_group for source in sources)
+        return (3.0 * read + sum(parameter.numel() for parameter in units.others)) / units.ranks.count
+
+    def read(self, state: Moments, groups: tuple[Group, ...], step: int) -> Reading:
+        """With fewer than two steps the variance counts as zero; LoopError for a group that taps have not seen."""
+        state = state.folded()
+        facts = torch.stack([state.num_steps, state.skipped_steps])
+        # One transfer to the host, which waits for the device, in place of six.
+        values = torch.cat([facts, state.mean, state.variance, state.weight, state.squares]).double().cpu().numpy()
+        num_steps, skipped = (float(value) for value in values[:2])
+        mean, variance, weight, squares = np.split(values[2:], 4)
+        # Where readings are shared, a step counts that nobody saw anything in.
+        _check_seen(state, num_steps, weight > 0 if self.ranks.count == 1 else (mean != 0) | (variance != 0))
+        # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
+        shares = squares / np.maximum(weight, _TINY) ** 2
+        several = (weight > 0) & (shares < 1.0)
+        unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
+        is_slope = self.criterion.is_slope
+        return Reading(
+            step,
+            state.by_group(self.criterion.saliency(mean, unbiased, self.num_samples)),
+            self.num_samples,
+            calibrated=self.traits.calibrated,
+            in_loss=self.traits.in_loss,
+            num_steps=round(num_steps),
+            skipped_steps=round(skipped),
+            steps_seen=dict(zip(state.names, state.steps_seen, strict=True)),
+            slope=state.by_group(mean) if is_slope else {},
+            norm=state.by_group(_norms(state.units)) if is_slope and state.units is not None else {},
+        )
+
+
+_WORDS = {"consume": "outgoing", "produce": "incoming"}
+
+
+def _taps(state: Moments) -> list[Tap]:
+    by_group = () if state.units is None else state.units.by_group
+    return [source.tap for sources in by_group for source in sources if source.tap is not None]
+
+
+def _check_seen(state: Moments, num_steps: float, seen: Bool[np.ndarray, " all_units"]) -> None:
+    """Check that taps have seen something of each group that they are to read, once steps were taken in."""
+    if not state.tapped or not num_steps or state.units is None:
+        return
+    for (name, of_units), sources in zip(state.by_group(seen).items(), state.units.by_group, strict=True):
+        if any(source.tap is not None for source in sources) and len(of_units) and not of_units.any():
+            raise LoopError(
+                f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes through its "
+                "layer, or the layer is not called as a module, or it runs as compiled code. Leave the group out "
+                "(groups=...), or train the weights"
+            )
+
+
+@torch.no_grad()
+def _norms(units: Units) -> Float[np.ndarray, " all_units"]:
+    norms: np.ndarray = units.add_up_weights(torch.square).sqrt().double().cpu().numpy()
+    return norms
+
 
 _IN_LOSS = Traits(shards=True, hooks=True)
 
@@ -64,10 +302,7 @@ class TaylorSensor(AveragingSensor):
     Saliency has the unit of the loss. Gradients that are clipped or scaled before the optimizer's step scale r, too. A
     weight that is tied to another one carries the gradients of both.
 
-    Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, in float32 (float64
-    for float64 models). A step in which any gradient is NaN or infinite is left out and counted. Each rank adds up its
-    own part of sharded weights, and one sum over ranks makes r exact. While outgoing weights of a group are frozen in
-    the middle of a run, its earlier readings stand.
+    Mean and variance are those of `AveragingSensor`; one sum over ranks makes r of sharded weights exact.
 
     *Weights that are frozen from the beginning* (the base of a low-rank adapter) have no gradient. The gate may as well
     scale the layer's inputs: `r = sum of x * dL/dx over the unit's inputs x of that layer`. A hook on the layer (`Tap`)
@@ -78,17 +313,15 @@ class TaylorSensor(AveragingSensor):
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and micro-batches.
         window: number of recent steps that count, in optimizer steps.
         first_order: whether the slope counts too.
-        ranks: over which gradients are averaged, where what hooks read is to be averaged too.
 
     Raises:
-        ValueError: if either is not a positive integer.
+        ValueError: if `num_samples` or `window` is not a positive integer.
 
     References:
         Molchanov et al.: "Importance Estimation for Neural Network Pruning", CVPR 2019. LeCun, Denker, Solla: "Optimal
         Brain Damage", NIPS 1990. Theis et al.: "Faster gaze prediction with dense networks and Fisher pruning", 2018.
 
     >>> import setpoint
-    >>> from torch import nn
     >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
     >>> optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), TaylorSensor(num_samples=16, window=20)
     >>> loop = setpoint.attach(model, optimizer, 0.5, total_steps=30, example=(x,), sensor=sensor)
@@ -99,8 +332,5 @@ class TaylorSensor(AveragingSensor):
     >>> loop.detach()
     """
 
-    def __init__(
-        self, num_samples: int, window: int = 50, first_order: bool = False, ranks: Ranks | None = None
-    ) -> None:
-        super().__init__(taylor_with_slope if first_order else taylor, num_samples, window, ranks)
-        self.first_order = first_order
+    def __init__(self, num_samples: int, window: int = 50, first_order: bool = False) -> None:
+        super().__init__(taylor_with_slope if first_order else taylor, num_samples, window)

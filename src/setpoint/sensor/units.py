@@ -25,8 +25,8 @@ class UnitSum:
     any other needs one `index_add`.
     """
 
-    dim: int | None  # the dim along which units lie, or None when every element is a unit
-    num_units: int  # number of units of the group
+    dim: int  # along which units lie
+    num_units: int  # of the group
     start: int  # first entry along the dim that belongs to a unit
     length: int  # number of entries from there to the last one that does
     repeat: int | None  # number of neighbouring entries of each unit, if the table is such a repeat; else None
@@ -35,23 +35,22 @@ class UnitSum:
     @classmethod
     def of(cls, place: Slice, num_units: int, device: torch.device) -> UnitSum:
         """The unit sum of a slice, with its table on the device of the tensor."""
-        used = np.flatnonzero(place.index >= 0)
-        start, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        assert place.dim is not None, "only single weights lie along no dim"
+        start, stop = _extent(place)
         index = np.asarray(place.index[start:stop], dtype=np.int64)
-        repeat, rest = divmod(stop - start, num_units) if num_units else (0, 0)
-        if rest == 0 and repeat and np.array_equal(index, np.repeat(np.arange(num_units), repeat)):
+        repeat, remainder = divmod(stop - start, num_units) if num_units else (0, 0)
+        if repeat and not remainder and np.array_equal(index, np.repeat(np.arange(num_units), repeat)):
             return cls(place.dim, num_units, start, stop - start, repeat, None)
         table = torch.from_numpy(np.where(index < 0, num_units, index)).to(device)
         return cls(place.dim, num_units, start, stop - start, None, table)
 
     def select(self, tensor: Tensor) -> Tensor:
         """The part of the tensor in which the units lie, as a view."""
-        flat, dim = (tensor.reshape(-1), 0) if self.dim is None else (tensor, self.dim)
-        return flat if self.length == flat.shape[dim] else flat.narrow(dim, self.start, self.length)
+        return tensor if self.length == tensor.shape[self.dim] else tensor.narrow(self.dim, self.start, self.length)
 
     def add_up(self, values: Float[Tensor, "..."]) -> Float[Tensor, " units"]:
         """Sum by unit of values that have the shape `select` returns."""
-        entries = _entry_sums(values, self.dim or 0)
+        entries = _entry_sums(values, self.dim)
         if self.repeat is not None:
             return entries if self.repeat == 1 else entries.view(self.num_units, self.repeat).sum(1)
         assert self.table is not None, "units that do not lie in a row have a table"
@@ -59,16 +58,10 @@ class UnitSum:
         return entries.new_zeros(self.num_units + 1).index_add_(0, self.table, entries)[:-1]
 
 
-def part_of(place: Slice, tensor: Tensor) -> Slice:
-    """The slice in this rank's shard of a sharded tensor; the slice itself for any other tensor."""
-    return replace(place, index=place.index[rows(tensor)]) if is_sharded_tensor(tensor) and place.dim == 0 else place
-
-
-def num_entries(place: Slice, tensor: Tensor) -> int:
-    """Number of entries that `UnitSum.select` takes of the tensor, on all ranks together."""
+def _extent(place: Slice) -> tuple[int, int]:
+    """The first entry of a slice that belongs to a unit, and the one behind the last."""
     used = np.flatnonzero(place.index >= 0)
-    length = int(used[-1] - used[0]) + 1 if len(used) else 0
-    return length * (tensor.numel() // len(place.index)) if len(place.index) else 0
+    return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
 
 
 def _entry_sums(values: Tensor, dim: int) -> Tensor:
@@ -88,11 +81,11 @@ class Source:
     weight: nn.Parameter
     sums: UnitSum  # adds up this rank's entries of the weight by unit
     num_read: int  # number of entries that are read, on all ranks together
-    tap: Tap | None = None  # reads the layer's input in place of a frozen weight; None where nothing does
+    tap: Tap | None = None  # reads the layer's input in place of a frozen weight
     channels: UnitSum | None = None  # adds up what the tap reads by unit
 
-    def seen(self) -> bool:
-        """Whether there is something to read in this step; a trained weight that the loss does not use counts as 0."""
+    def readable(self) -> bool:
+        """Whether this step can be read; a trained weight that the loss does not use counts as 0."""
         return self.weight.requires_grad or (self.tap is not None and self.tap.seen)
 
     def has_gradient(self) -> bool:
@@ -132,7 +125,7 @@ class Units:
         A weight without a gradient adds nothing. NaN where any gradient of the model is NaN or infinite.
         """
 
-        def one(source: Source) -> Tensor | None:
+        def of_source(source: Source) -> Tensor | None:
             gradient = source.weight.grad
             if gradient is None or (source.tap is not None and not source.weight.requires_grad):
                 return None
@@ -141,7 +134,7 @@ class Units:
 
         zero = _zero_if_finite(self.others, self.like)
         zero = zero if self.grad_scale is None else zero + 0.0 * self.grad_scale.to(zero)
-        return self.ranks.total(self._summed(one) + zero)
+        return self.ranks.total(self._summed(of_source) + zero)
 
     def add_up_weights(self, values: Callable[[Tensor], Tensor]) -> Float[Tensor, " all_units"]:
         """Sum by unit of `values(weight)` over all entries that the unit owns."""
@@ -150,25 +143,21 @@ class Units:
     def tapped(self) -> Float[Tensor, " all_units"]:
         """Sum by unit of `w * dL/dw` over the frozen weights, as their taps have read it in the backward pass."""
 
-        def one(source: Source) -> Tensor | None:
+        def of_source(source: Source) -> Tensor | None:
             if source.weight.requires_grad or source.tap is None or source.channels is None:
                 return None
             read = source.tap.take()
             return None if read is None else source.channels.add_up(source.channels.select(read)).to(self.like)
 
-        read = self._summed(one)
+        read = self._summed(of_source)
         read = read if self.scale is None else self.scale.applied(read, self.averaging)
         return read if self.grad_scale is None else read / self.grad_scale
 
-    def taps(self) -> list[Tap]:
-        """The taps on layers of the model."""
-        return [source.tap for of_group in self.by_group for source in of_group if source.tap is not None]
-
     def _summed(self, read: Callable[[Source], Tensor | None]) -> Float[Tensor, " all_units"]:
-        parts = [self.like.new_zeros(0)]
-        for num_units, of_group in zip(self.num_units, self.by_group, strict=True):
-            there = [found for source in of_group if (found := read(source)) is not None]
-            parts.append(sum(there[1:], there[0]) if there else self.like.new_zeros(num_units))
+        parts = [self.like.new_zeros(0)]  # there may be no group
+        for num_units, sources in zip(self.num_units, self.by_group, strict=True):
+            found = [part for source in sources if (part := read(source)) is not None]
+            parts.append(sum(found[1:], found[0]) if found else self.like.new_zeros(num_units))
         return torch.cat(parts)
 
 
@@ -180,29 +169,32 @@ def find_units(
     scale: GradientScale | None = None,
     averaging: Ranks | None = None,
 ) -> Units:
-    """The weights of each group at its places, with their index tables on the device, and all other trained parameters.
+    """The weights of each group at its places, with their index tables on the device.
 
-    Args:
-        tapped: names of the weights that were frozen at first, and are read by taps.
-        scale, averaging: as in `Units`.
+    `tapped` are names of weights that are frozen, and read by taps; `scale` and `averaging` are as in `Units`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
 
-    def source(place: Slice, num_units: int) -> Source:
+    def source_at(place: Slice, num_units: int) -> Source:
         weight = parameters[place.tensor]
-        sums = UnitSum.of(part_of(place, weight), num_units, local(weight.detach()).device)
+        device = local(weight.detach()).device
+        # A rank adds up the rows that it holds of a weight that is sharded along its units.
+        sharded = is_sharded_tensor(weight) and place.dim == 0
+        held = replace(place, index=place.index[rows(weight)]) if sharded else place
+        first, last = _extent(place)
+        num_read = (last - first) * (weight.numel() // max(len(place.index), 1))
+        sums = UnitSum.of(held, num_units, device)
         if place.tensor not in tapped:
-            return Source(weight, sums, num_entries(place, weight))
-        channels = UnitSum.of(replace(place, dim=0), num_units, weight.device)
-        return Source(weight, sums, num_entries(place, weight), Tap(place, model, trained), channels)
+            return Source(weight, sums, num_read)
+        channels = UnitSum.of(replace(place, dim=0), num_units, device)
+        return Source(weight, sums, num_read, Tap(place, model, trained), channels)
 
-    by_group = tuple(tuple(source(place, group.num_units) for place in places(group)) for group in groups)
-    covered = {
-        id(source.weight) for of_group in by_group for source in of_group if source.num_read == source.weight.numel()
-    }
+    by_group = tuple(tuple(source_at(place, group.num_units) for place in places(group)) for group in groups)
+    sources = [source for of_group in by_group for source in of_group]
+    covered = {id(source.weight) for source in sources if source.num_read == source.weight.numel()}
     others = tuple(parameter for parameter in trained if id(parameter) not in covered)
-    first = next((source.weight for of_group in by_group for source in of_group), torch.zeros(()))
+    first = sources[0].weight if sources else torch.zeros(())
     like = torch.zeros((), dtype=torch.promote_types(first.real.dtype, torch.float32), device=first.device)
     num_units = tuple(group.num_units for group in groups)
     return Units(num_units, by_group, others, ranks_of(parameters.values()), like, scale, averaging or Ranks())

@@ -13,9 +13,8 @@ from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group, Slice
 from setpoint.groups.states import state_layer
-from setpoint.sensor.averaging import Moments
 from setpoint.sensor.reading import Basis, Reading, Sensor
-from setpoint.sensor.taylor import TaylorSensor
+from setpoint.sensor.taylor import Moments, TaylorSensor
 from setpoint.states.balance import Balance, balance
 from setpoint.states.modes import BalancedPairs
 from setpoint.states.system import check_system
