@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from setpoint.errors import UsageError
-from setpoint.report.inspection import inspect_model
-from setpoint.report.inspection_views import inspection_lines
+from setpoint.report.inspection import inspect_model, inspection_lines
 from setpoint_bench.zoo import named_model
 
 

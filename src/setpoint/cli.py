@@ -75,8 +75,7 @@ def inspect(
     with errors_as_messages():
         from dataclasses import asdict
 
-        from setpoint.report.inspection import inspect_model
-        from setpoint.report.inspection_views import inspection_lines, inspection_tree, write_inspection
+        from setpoint.report.inspection import inspect_model, inspection_lines, inspection_tree, write_inspection
         from setpoint.report.target import load_target, names_a_file
 
         check_folder(out)

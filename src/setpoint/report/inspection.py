@@ -1,30 +1,38 @@
-"""An inspection: the groups, costs and frozen places of a model, before any training."""
+"""An inspection: the groups, costs and frozen places of a model before any training, and what a person reads of it."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape as plain
+from rich.tree import Tree
 from torch import nn
 
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.cost import flops_cost, params_cost
 from setpoint.groups.example import Example, inputs_of, tensors_of
-from setpoint.groups.group import Group, Slice, widths_of
+from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Frozen, trace
 from setpoint.messages import counted
+from setpoint.report.numbers import human, percent, share
+from setpoint.report.page import document, save
 
-
-@dataclass(frozen=True)
-class Part:
-    """The entries of a tensor along units of one group, or of none (""); a model's parts hold each parameter once."""
-
-    tensor: str
-    group: str
-    params: int
+ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
+"""What a tensor does with its units, in words."""
+_WIDTH = 80
+"""Columns of the line of the most FLOPs, as far as names let it fit."""
+_MOST_REASONS, _MOST_PLACES = 3, 8
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class GroupReport:
     """One group for readers. Fields of the same name as in `Group` have its meaning.
 
     Args:
-        each: entries of a unit along a dim of the weight that writes it: 4 where it is four channels, or four gates.
+        unit_size: entries of a unit along a dim of the weight that writes it: 4 where it is four channels or gates.
         kept_whole: why `attach` does not prune it by default; empty if it may be pruned.
         params: parameters that lie along its units; one may lie along units of two groups.
         flops_share: share of the model's FLOPs saved by cutting this group alone to its fewest units.
@@ -44,7 +52,7 @@ class GroupReport:
     num_units: int
     min_units: int
     multiple_of: int
-    each: int
+    unit_size: int
     kept_whole: str
     params: int
     params_share: float
@@ -54,9 +62,9 @@ class GroupReport:
     @property
     def units(self) -> str:
         """So many units in words: "16 channels", or "4 units of 4 channels". A neuron is one, whatever its gates."""
-        if self.each == 1 or self.what != "channel":
+        if self.unit_size == 1 or self.what != "channel":
             return counted(self.num_units, self.what)
-        return f"{counted(self.num_units, 'unit')} of {self.each} channels"
+        return f"{counted(self.num_units, 'unit')} of {self.unit_size} channels"
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,6 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
         ExportError: the model cannot be exported.
     """
     found = trace(model, example)
-    # On the meta device there are no weights that a cut could be compared with.
     verify = verify and not any(parameter.is_meta for parameter in model.parameters())
     flops, params = flops_cost(found), params_cost(model, found.groups)
     dense = widths_of(found.groups)
@@ -113,7 +120,7 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
             num_units=group.num_units,
             min_units=low,
             multiple_of=group.multiple_of,
-            each=_each(group),
+            unit_size=_unit_size(group),
             kept_whole=whole[group.name],
             params=along,
             params_share=along / total if total else 0.0,
@@ -136,27 +143,9 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     )
 
 
-def _each(group: Group) -> int:
+def _unit_size(group: Group) -> int:
     written = next((place for place in group.slices if place.role == "produce" and place.dim is not None), None)
     return 1 if written is None else int((written.index >= 0).sum()) // group.num_units
-
-
-def parts(model: nn.Module, groups: Sequence[Group]) -> tuple[Part, ...]:
-    """Divide the parameters among the groups; an entry along units of several counts for the one that writes it."""
-    places = _places(model, groups)
-    found: dict[tuple[str, str], float] = {}
-    for name, parameter in model.named_parameters():
-        free = [np.ones(length, dtype=bool) for length in parameter.shape]
-        # Writers first: what a group writes is its own, what it reads belongs to the group before it.
-        for group, place in sorted(places.get(name, ()), key=lambda it: it[1].role == "consume"):
-            assert place.dim is not None, "places have a dim"
-            mine = free[place.dim] & (place.index >= 0)
-            others = math.prod(int(entries.sum()) for dim, entries in enumerate(free) if dim != place.dim)
-            found[name, group] = found.get((name, group), 0) + int(mine.sum()) * others
-            # Entries count once: the next group gets what is left of this dim.
-            free[place.dim] &= ~mine
-        found[name, ""] = math.prod(int(entries.sum()) for entries in free)
-    return tuple(Part(tensor, group, int(params)) for (tensor, group), params in found.items() if params)
 
 
 def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> int:
@@ -164,31 +153,264 @@ def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool 
 
     With `embeddings`, tables of `nn.Embedding` modules (and weights tied to them) count.
     """
-    chosen = {name for name, _ in _parameters(model, embeddings)}
-    return sum(part.params for part in parts(model, groups) if part.group and part.tensor in chosen)
+    # Tied weights have several names, and would count once for each.
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    places: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for group in groups:
+        for place in group.slices:
+            if place.dim is not None and place.tensor in names:
+                places.setdefault(names[place.tensor], []).append((place.dim, place.index))
+    along = 0
+    for name, parameter in _counted_parameters(model, embeddings):
+        free = [np.ones(length, dtype=bool) for length in parameter.shape]
+        for dim, index in places.get(name, ()):
+            free[dim] &= index < 0
+        # An entry that no group holds has no unit along any of its dims.
+        along += parameter.numel() - math.prod(int(entries.sum()) for entries in free)
+    return along
 
 
 def share_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> float:
     """`params_along` as a share of all parameters that count; 0 for a model without any."""
-    total = sum(parameter.numel() for _, parameter in _parameters(model, embeddings))
+    total = sum(parameter.numel() for _, parameter in _counted_parameters(model, embeddings))
     return params_along(model, groups, embeddings=embeddings) / total if total else 0.0
 
 
-def _parameters(model: nn.Module, embeddings: bool) -> Iterator[tuple[str, nn.Parameter]]:
+def _counted_parameters(model: nn.Module, embeddings: bool) -> list[tuple[str, nn.Parameter]]:
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        if embeddings or id(parameter) not in tables:
-            yield name, parameter
+    return [(name, p) for name, p in model.named_parameters() if embeddings or id(p) not in tables]
 
 
-def _places(model: nn.Module, groups: Sequence[Group]) -> dict[str, list[tuple[str, Slice]]]:
-    """(group, slice) by the first name of each parameter: a tied one has several."""
-    # Tied weights have several names, and would count once for each.
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    named = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    places: dict[str, list[tuple[str, Slice]]] = {}
+# What a person reads: seven lines and a tree, in a terminal or on a page.
+
+
+def _same_but_for_numbers(found: Inspection) -> list[list[GroupReport]]:
+    """Groups that differ only in the numbers of their names, prunable ones first."""
+    # Twelve equal blocks are one line: a reader looks for the layers that differ.
+    same: dict[Hashable, list[GroupReport]] = {}
+    for group in sorted(found.groups, key=lambda group: bool(group.kept_whole)):
+        places = frozenset((skeleton(tensor), dim, role) for tensor, dim, role in group.places)
+        sizes = (group.num_units, group.unit_size, group.min_units, group.multiple_of, group.params)
+        key = skeleton(group.name), group.what, sizes, round(group.flops_share, 4), skeleton(group.kept_whole), places
+        same.setdefault(key, []).append(group)
+    return list(same.values())
+
+
+def _places(groups: Sequence[GroupReport]) -> list[str]:
+    """Where these groups lie, in words, folded."""
+    tensors: dict[tuple[int | None, str], list[str]] = {}
     for group in groups:
-        for place in group.slices:
-            if place.dim is not None and place.tensor in named:
-                places.setdefault(named[place.tensor], []).append((group.name, place))
-    return places
+        for tensor, dim, role in group.places:
+            tensors.setdefault((dim, role), []).append(tensor)
+    return [
+        f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {ROLES.get(role, role)}"
+        for (dim, role), names in tensors.items()
+        for tensor in fold(names)
+    ]
+
+
+def inspection_lines(found: Inspection) -> tuple[str, ...]:
+    """Seven lines that a person reads before any training, four where there is nothing to prune.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+        >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
+        ...     print(line)
+        mine on 2x8: 2.24 kFLOPs per training step, 264 parameters
+        can be pruned: 20 units in 1 group, with 98.5 % of the parameters
+        cheapest reachable: 224 FLOPs (10.0 %), 30 parameters (11.4 %)
+        most FLOPs: layer 0 (20 neurons, 90.0 %)
+        not pruned: nothing
+        frozen: 2 places: input of the network, or other data; output of the network
+        checked: each cut was tried on a copy of the model
+    """
+    pruned = [group for group in found.groups if not group.kept_whole]
+    units = sum(group.num_units for group in pruned)
+    if not pruned:
+        return _nothing(found), _dense(found), _not_pruned(found), _frozen(found)
+    return (
+        _dense(found),
+        f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
+        f"with {percent(found.prunable_params_share)} of the parameters",
+        _cheapest(found),
+        _largest(pruned),
+        _not_pruned(found),
+        _frozen(found),
+        "checked: each cut was tried on a copy of the model"
+        if found.verified
+        else "not checked: no cut was tried on a copy of the model",
+    )
+
+
+def _dense(found: Inspection) -> str:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in found.inputs)
+    costs = f"{human(found.flops, 'FLOPs')} per training step, {human(found.params)} parameters"
+    return f"{found.model} on {shapes}: {costs}"
+
+
+def _cheapest(found: Inspection) -> str:
+    return (
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOPs')} ({share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
+    )
+
+
+def _nothing(found: Inspection) -> str:
+    """That nothing can be pruned, and the reason that most units, or else most places, have."""
+    reasons = Counter[str]()
+    for group in found.groups:
+        reasons[group.kept_whole.partition("; ")[0]] += group.num_units
+    reasons = reasons or Counter(frozen.reason for frozen in found.frozen) or Counter(["it has no dim of its own"])
+    return f"nothing can be pruned: {reasons.most_common(1)[0][0]}"
+
+
+def _largest(pruned: Sequence[GroupReport]) -> str:
+    same: dict[tuple[str, str, str], list[GroupReport]] = {}
+    for group in sorted(pruned, key=lambda group: -group.flops_share):
+        same.setdefault((skeleton(group.name), group.units, percent(group.flops_share)), []).append(group)
+    line, total = "most FLOPs: ", 0.0
+    for (_, units, saved), groups in same.items():
+        many, each = (f"{len(groups)} x ", " each") if len(groups) > 1 else ("", "")
+        names = fold(group.name for group in groups)
+        named = ", ".join(f"layer {name}" if name.isdigit() else name for name in names)  # "0" alone reads as a number
+        more = f"{named} ({many}{units}, {saved}{each})"
+        if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
+            break
+        line += f", {more}" if line.endswith(")") else more
+        total += sum(group.flops_share for group in groups)
+    return line + ("; groups share FLOPs, so these add up to over 100 %" if total > 1 else "")
+
+
+def _not_pruned(found: Inspection) -> str:
+    whole = [group for group in found.groups if group.kept_whole]
+    if not whole:
+        return "not pruned: nothing"
+    reasons = [dict.fromkeys(why.partition(" (")[0] for why in group.kept_whole.split("; ")) for group in whole]
+    names = some((group.name for group in whole), 1)
+    return _most_frequent(f"not pruned: {counted(len(whole), 'group')} ({names})", sum(map(list, reasons), []))
+
+
+def _frozen(found: Inspection) -> str:
+    if not found.frozen:
+        return "frozen: nothing"
+    places = counted(len(found.frozen), "place")
+    return _most_frequent(f"frozen: {places}", (frozen.reason for frozen in found.frozen))
+
+
+def _most_frequent(what: str, reasons: Iterable[str]) -> str:
+    """What has these reasons: the most frequent ones, and how often each is given."""
+    same: dict[str, list[str]] = {}
+    for reason in reasons:
+        same.setdefault(skeleton(reason), []).append(reason)
+    by_number = sorted(same.values(), key=len, reverse=True)
+    shown = [f"{len(given)} x " * (len(given) > 1) + ", ".join(fold(given)) for given in by_number[:_MOST_REASONS]]
+    rest = len(by_number) - len(shown)
+    return f"{what}: {'; '.join(shown)}" + (f"; and {counted(rest, 'other reason')}" if rest else "")
+
+
+def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
+    """The tree of an inspection; a terminal has the first places of each group, unless it wants all."""
+    shown = None if all_places else _MOST_PLACES
+    model, colon, costs = _dense(found).partition(" on ")
+    tree = Tree(f"[bold]{plain(model)}[/]{colon}{plain(costs)}")
+    if all(group.kept_whole for group in found.groups):
+        tree.add(plain(_nothing(found)))
+    tree.add(_cheapest(found))
+    if not found.verified:
+        tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
+    for groups in _same_but_for_numbers(found):
+        first, several = groups[0], len(groups) > 1
+        line = (
+            f"[bold]{plain(', '.join(fold(group.name for group in groups)))}[/]: "
+            f"{f'{len(groups)} groups of ' if several else ''}{first.units}, at least {first.min_units}, in steps of "
+            f"{first.multiple_of}; {human(first.params)} parameters, {percent(first.flops_share)} of the FLOPs"
+            f"{' each' if several else ''}"
+        )
+        reasons = some(reason for group in groups for reason in group.kept_whole.split("; ") if reason)
+        node = tree.add(line + (f" [yellow](not pruned: {plain(reasons)})[/]" if reasons else ""))
+        places = _places(groups)
+        for place in places[:shown]:
+            node.add(f"[dim]{plain(place)}[/]")
+        if shown is not None and len(places) > shown:
+            node.add(f"[dim]and {counted(len(places) - shown, 'more place')}[/]")
+    if found.frozen:
+        node = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
+        by_reason: dict[str, list[str]] = {}
+        for frozen in found.frozen:
+            by_reason.setdefault(frozen.reason, []).append(frozen.place)
+        for reason, names in by_reason.items():
+            node.add(f"{plain(', '.join(fold(names)))}: [dim]{plain(reason)}[/]")
+    return tree
+
+
+def write_inspection(found: Inspection, out: Path) -> Path:
+    """Write the lines and the tree as a page, which needs no network and no other file."""
+    # A console that writes nowhere records; its tree is the one of the terminal.
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(inspection_tree(found, all_places=True))
+    tree = console.export_html(inline_styles=True, code_format='<pre class="scroll tree">{code}</pre>')
+    lines = "".join(f"<p>{escape(line)}</p>\n" for line in inspection_lines(found))
+    head = f"<header><h1>Setpoint <span>inspection</span></h1><p>{escape(found.model)}</p></header>\n"
+    return save(document(found.model, f"{head}<section>\n{lines}{tree}</section>\n"), out)
+
+
+# Names.
+
+
+def skeleton(name: str) -> str:
+    """A name without its numbers.
+
+    >>> skeleton("layer1.0.conv2")
+    'layer#.#.conv#'
+    """
+    return _NUMBER.sub("#", name)
+
+
+def fold(names: Iterable[str]) -> tuple[str, ...]:
+    """The same names in fewer words: exactly these and no other.
+
+    >>> fold(["h.0.mlp", "h.1.mlp", "h.2.mlp", "head"])
+    ('h.{0..2}.mlp', 'head')
+    >>> fold(["a.0.0", "a.0.1", "a.1.0"])
+    ('a.0.{0,1}', 'a.1.0')
+    """
+    same: dict[str, list[tuple[str, ...]]] = {}
+    for name in dict.fromkeys(names):
+        same.setdefault(skeleton(name), []).append(tuple(_NUMBER.findall(name)))
+    return tuple(word for form, rows in same.items() for word in _fold_form(form, rows))
+
+
+def some(names: Iterable[str], most: int = 2) -> str:
+    """The first of them, folded, and how many more there are.
+
+    >>> some(["no weight", "no dim", "tied"])
+    'no weight; no dim; and 1 more'
+    """
+    folded = fold(names)
+    return "; ".join(folded[:most]) + (f"; and {len(folded) - most} more" if len(folded) > most else "")
+
+
+def _fold_form(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
+    columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
+    # Only a full grid may be written as one word: it stands for exactly these names.
+    if math.prod(map(len, columns)) == len(rows):
+        written = iter(columns)
+        return [re.sub("#", lambda _: _span(next(written)), form)]
+    first = next(place for place, column in enumerate(columns) if len(column) > 1)
+    return [
+        word
+        for number in columns[first]
+        for word in _fold_form(form, [numbers for numbers in rows if numbers[first] == number])
+    ]
+
+
+def _span(numbers: Sequence[str]) -> str:
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) > 2 and [str(int(numbers[0]) + step) for step in range(len(numbers))] == list(numbers):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(numbers)}}}"

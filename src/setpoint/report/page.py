@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from rich.markup import escape as plain
 from rich.table import Table
@@ -26,7 +22,6 @@ from setpoint.report.record import (
     Record,
     dropped,
     dynamics_line,
-    headline,
     ledger_line,
     num_dropped,
     num_grown,
@@ -38,7 +33,7 @@ MOST_NAMED = 12
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text says why."
 BILL = "A point is a cut. After the last decision each step counts what that decision left."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
-WIDTHS = "Active units / units of the dense model, by group, over steps."
+WIDTHS = "Active units of those of the dense model, by group, over steps."
 LIVES = (
     "Each line is a unit; a marker ends it, and shows its worth, saliency, the price and the reason. "
     "Blue: worth next to nothing. Orange: a close call."
@@ -68,11 +63,6 @@ def save(page: str, target: Path) -> Path:
     return target
 
 
-def pair(text: str, *below: str) -> str:
-    """A table cell's content, with smaller lines below."""
-    return escape(text) + "".join(f"<small>{escape(line)}</small>" for line in below if line and line != NOTHING)
-
-
 def html_table(titles: Iterable[str], lines: Iterable[Sequence[str]], classes: str = "") -> str:
     """A table whose first column names the line; cells are HTML already."""
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
@@ -81,25 +71,11 @@ def html_table(titles: Iterable[str], lines: Iterable[Sequence[str]], classes: s
     return f'<table class="{classes}"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
 
 
-def width_bar(full: float, kept: float) -> str:
-    """A bar in a table: its outline is `full` of the column, and `kept` of it is filled."""
-    return f'<i class="width" style="--full:{full:.4f};--kept:{kept:.4f}"></i>'
-
-
 def drawn(figure: Figure | None, title: str, caption: str) -> str:
     """A titled figure; nothing if there is none."""
     if figure is None:
         return ""
     return f"<figure><h4>{escape(title)}</h4>{drawing(figure, title)}<figcaption>{caption}</figcaption></figure>\n"
-
-
-def download(name: str, text: str, titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A link that saves numbers, which the page holds, as a file of comma-separated values."""
-    written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerows([titles, *lines])
-    # A data: address keeps the page one file, which can be sent by mail.
-    address = f"data:text/csv;charset=utf-8,{quote(written.getvalue(), safe=',/:;')}"
-    return f'<a download="{escape(name)}" href="{address}">{escape(text)}</a>'
 
 
 # The page of a run.
@@ -118,14 +94,13 @@ def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> P
     Raises:
         ReportError: if the ledger cannot be read.
     """
-    record = read_ledger(file)
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
-    body = head + first + run(file.stem, record) + "</section>\n"
+    body = head + first + run(file.stem, read_ledger(file)) + "</section>\n"
     return save(document(file.stem, body), page_of(file) if out is None else out)
 
 
-def run(label: str, record: Record, *, more: str = "", final: tuple[float, float] | None = None) -> str:
-    """One run: the budget, `more`, the architecture, the units, and the numbers.
+def run(label: str, record: Record, *, final: tuple[float, float] | None = None) -> str:
+    """One run: the budget, the architecture, the units, and the numbers.
 
     Args:
         final: the last step and its loss, where known.
@@ -135,16 +110,16 @@ def run(label: str, record: Record, *, more: str = "", final: tuple[float, float
         named, per = NAMES.get(resource, resource), PER.get(resource, "step")
         page += drawn(figures.bill(record, resource), f"Spent against the bill: {named} of the whole run", BILL)
         page += drawn(figures.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
-    page += more + _architecture(record)
+    page += _architecture(record)
     page += drawn(figures.widths(record), "Width of each group", WIDTHS)
     returns = any(num_grown(entry) for entry in record.entries)
-    about = f"{LIVES} An open circle brings a unit back. {escape(dynamics_line(record))}" if returns else LIVES
+    about = f"{LIVES} A circle brings a unit back. {escape(dynamics_line(record))}" if returns else LIVES
     timeline = figures.timeline(record, record.resources[0] if record.resources else None)
     page += drawn(timeline, "What was dropped when, and why", about)
     for resource in record.resources:
         page += drawn(figures.price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
     page += "".join(entries_table(record, resource, final) for resource in record.resources or (None,))
-    return page + _numbers_files(record, label)
+    return page
 
 
 def _architecture(record: Record) -> str:
@@ -156,7 +131,8 @@ def _architecture(record: Record) -> str:
     lines = []
     for name, num_units in before.items():
         kept = after[name] / num_units if num_units else 1.0
-        bar = width_bar(num_units / max(before.values()), kept)
+        # The outline is the width before, as a share of the widest group's, and `kept` of it is filled.
+        bar = f'<i class="width" style="--full:{num_units / max(before.values()):.4f};--kept:{kept:.4f}"></i>'
         lines.append([escape(name), bar, f"{num_units:,}", f"{after[name]:,}", percent(kept)])
     left = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {counted(len(before), 'group')}."
     about = f"{left} The outline is the width before, the filled part the width after."
@@ -165,26 +141,6 @@ def _architecture(record: Record) -> str:
         f'<figure><h4>Architecture before and after</h4><div class="bare">{table}</div>'
         f"<figcaption>{about}</figcaption></figure>\n"
     )
-
-
-def _numbers_files(record: Record, label: str) -> str:
-    """Links to the page's numbers as files: spending by decision and resource, widths of the groups by decision."""
-    costs: list[tuple[Any, ...]] = []
-    for entry in record.entries:
-        for name, spent in entry.spent.items():
-            values = (getattr(entry, field).get(name, "") for field in ("reference", "limit", "price", "metered"))
-            loss = "" if entry.loss is None else entry.loss
-            costs.append((entry.step, name, record.dense.get(name, ""), spent, *values, loss))
-    titles = ("step", "resource", "dense", "spent", "reference", "budget", "price", "measured", "loss")
-    links = download(f"{label}-spending.csv", "spending", titles, costs)
-    known = figures.first_widths(record)
-    heads, changes = ("step", "dropped", "regrown", "reason", *known), [(0, 0, 0, "", *known.values())]
-    for entry in record.entries:
-        known |= {name: left for name, left in entry.widths.items() if name in known}
-        counts = (dropped(entry), sum(num_grown(entry).values()))
-        changes.append((entry.step, *counts, entry.reason, *known.values()))
-    links += ", " + download(f"{label}-widths.csv", "widths", heads, changes)
-    return f'<p class="caption files">Numbers as CSV: {links}</p>\n'
 
 
 def _by_group(counts: Mapping[str, int]) -> str:
@@ -233,7 +189,9 @@ def ledger_tables(record: Record) -> Iterator[Table]:
         for entry in record.entries:
             lost = dropped(entry)
             amounts = _amounts(entry, resource, unit, read)
-            table.add_row(f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(headline(entry)))
+            table.add_row(
+                f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(entry.reason.partition("; ")[0])
+            )
         yield table
 
 

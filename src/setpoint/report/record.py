@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +25,11 @@ NAMES = {
 UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
 PER = {"inference": "forward pass", "params": "model"}
 """Denominator of spending, where it is not a training step."""
-_LARGEST = 1e100
-"""Numbers above it are no measurements: somebody wrote them."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A ledger as it was written: what was known before the first decision, and the decisions.
+    """A ledger as it was written: what was known before the first decision, the decisions, and the end.
 
     Args:
         what: kind of unit, by group: "channel", "head".
@@ -39,10 +38,8 @@ class Record:
         pattern: of the masks, where units are single weights; "" where units were cut.
         calibration: by resource, relative error of the prediction on copies of the model.
         limit_run: budgets of the whole run.
-        end_step: step at which the run ended; None where the ledger has no end.
-        end: whether the budget is met at the end, and why not; "" where the ledger has no end.
-        reason: how the run ended, as its summary says it; None where the ledger has no end.
-        budget_met: likewise.
+        end_step: step at which the run ended; None where the ledger has no end. So are the two that follow.
+        reason: why the budget is met or not, as the run's summary has it.
     """
 
     units: Mapping[str, int]
@@ -57,7 +54,6 @@ class Record:
     limit_run: Mapping[str, float] = field(default_factory=dict)
     idle_watts: float | None = None
     end_step: int | None = None
-    end: str = ""
     reason: str | None = None
     budget_met: bool | None = None
 
@@ -88,59 +84,54 @@ def read_ledger(file: Path) -> Record:
     try:
         return record_of(Ledger.load(file))
     except FileNotFoundError as error:
-        said = f"the ledger {file} cannot be read: there is no such file; "
-        raise ReportError(f"{said}a run writes it by log_to(loop, {str(file)!r})") from error
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:  # somebody edited the file
+        text = (
+            f"the ledger {file} cannot be read: there is no such file; a run writes it by log_to(loop, {str(file)!r})"
+        )
+        raise ReportError(text) from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # somebody edited the file
         then = "" if isinstance(error, CheckpointError) else ": loop.ledger.save(file) writes one"
         raise ReportError(f"the ledger {file} cannot be read: {error}{then}") from error
 
 
 def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
-    header, ended = ledger.header, mapping(ledger.ended)
-    groups = {str(name): mapping(group) for name, group in mapping(header.get("groups")).items()}
-    met = ended.get("budget_met") is True
-    end = "the budget is met" if met else f"the budget is NOT met: {ended.get('reason', '')}"
+    header, ended = ledger.header, ledger.ended or {}
+    groups = header.get("groups", {})
+    sources: dict[str, tuple[str, ...]] = {}
+    for kind in ("modelled", "measured"):
+        for resource, text in header.get(kind, {}).items():
+            sources[resource] = (*sources.get(resource, ()), text)
     return Record(
-        units={name: units for name, group in groups.items() if (units := _count(group.get("num_units"))) is not None},
-        what={name: str(group.get("what", "unit")) for name, group in groups.items()},
-        total_steps=_count(ended.get("total_steps", header.get("total_steps"))),
+        units={name: group["num_units"] for name, group in groups.items() if "num_units" in group},
+        what={name: group.get("what", "unit") for name, group in groups.items()},
+        total_steps=integer(ended.get("total_steps", header.get("total_steps"))),
         entries=tuple(_finite(entry) for entry in ledger),
-        sources=_sources(header),
-        pattern=str(header.get("pattern", "")),
+        sources=sources,
+        pattern=header.get("pattern", ""),
         **{name: quantities(header.get(name)) for name in ("dense", "limit", "limit_run", "calibration")},
         idle_watts=number(header.get("idle_watts")),
-        end_step=_count(ended.get("step")),
-        end=end if ended else "",
-        reason=str(ended.get("reason", "")) if ended else None,
-        budget_met=met if ended else None,
+        end_step=integer(ended.get("step")),
+        reason=ended.get("reason"),
+        budget_met=ended.get("budget_met"),
     )
 
 
-def _sources(header: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for kind in ("modelled", "measured"):
-        for resource, text in mapping(header.get(kind)).items():
-            found[str(resource)] = (*found.get(str(resource), ()), str(text))
-    return found
-
-
 def _finite(entry: Entry) -> Entry:
+    """An entry without NaN and infinities, which no axis can hold."""
     by_resource = ("spent", "metered", "predicted", "reference", "price", "limit", "spent_run")
     kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in by_resource}
-    kept |= {"loss": number(entry.loss), "seconds": number(entry.seconds) or 0.0, "reason": str(entry.reason)}
-    return replace(entry, **kept)
+    return replace(entry, **kept, loss=number(entry.loss), loss_after=number(entry.loss_after))
 
 
 # Values of a JSON line, read leniently: a value of another kind counts as missing.
 
 
 def number(value: Any) -> float | None:
-    """A finite float of a size that is measured, or None for anything else."""
+    """A finite float, or None for anything else."""
     # True is an int to Python.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) <= _LARGEST else None  # NaN is not
+    return float(value) if abs(value) <= sys.float_info.max else None  # NaN is not
 
 
 def integer(value: Any) -> int | None:
@@ -156,11 +147,6 @@ def mapping(value: Any) -> Mapping[str, Any]:
 def quantities(value: Any) -> dict[str, float]:
     """Finite numbers by name; other values are dropped."""
     return {str(key): found for key, item in mapping(value).items() if (found := number(item)) is not None}
-
-
-def _count(value: Any) -> int | None:
-    found = integer(value)
-    return None if found is None or found < 0 else found
 
 
 # What a record says.
@@ -179,11 +165,6 @@ def num_grown(entry: Entry) -> dict[str, int]:
 def dropped(entry: Entry) -> int:
     """Number of units the entry dropped."""
     return sum(num_dropped(entry).values())
-
-
-def headline(entry: Entry) -> str:
-    """The first clause of an entry's reason: what was decided, without the numbers behind it."""
-    return entry.reason.partition("; ")[0]
 
 
 def dense_of(record: Record, resource: str) -> float | None:
@@ -220,7 +201,10 @@ def ledger_line(record: Record) -> str:
     early = record.end_step is not None and record.total_steps and record.end_step < record.total_steps
     planned = f" of {record.total_steps:,} that were planned" if early else ""
     sentence = f"{'; '.join(clauses)}, over {record.last_step:,} optimizer steps{planned}"
-    return f"{sentence}; {record.end}." if record.end else f"{sentence}."
+    if record.budget_met is None:
+        return f"{sentence}."
+    end = "the budget is met" if record.budget_met else f"the budget is NOT met: {record.reason}"
+    return f"{sentence}; {end}."
 
 
 def _clauses(record: Record, resource: str) -> list[str]:
@@ -248,31 +232,15 @@ def _clauses(record: Record, resource: str) -> list[str]:
 
 def dynamics_line(record: Record) -> str:
     """One sentence about units that were dropped and came back."""
-    since: dict[tuple[str, int], int] = {}
-    rests, units, returned = [], set[tuple[str, int]](), set[tuple[str, int]]()
-    num_drops = 0
-    for entry in record.entries:
-        for name, origins in entry.grown.items():
-            for unit in ((name, origin) for origin in origins):
-                if unit in since:
-                    rests.append(entry.step - since.pop(unit))
-                    returned.add(unit)
-        for name, origins in entry.dropped.items():
-            # After the returns of the same entry: a unit may come back and go at one decision, in this order.
-            since |= {(name, origin): entry.step for origin in origins}
-            units |= {(name, origin) for origin in origins}
-            num_drops += len(origins)
-    sentence = f"{counted(len(units), 'unit')} dropped, {len(returned):,} of them brought back"
-    if rests:
-        again = num_drops - len(units)
-        sentence += f" after {digits(statistics.median(rests))} steps (median), {again:,} dropped again"
-    return f"{sentence}."
+    drops = Counter((name, unit) for entry in record.entries for name, units in entry.dropped.items() for unit in units)
+    returned = {(name, unit) for entry in record.entries for name, units in entry.grown.items() for unit in units}
+    again = sum(count > 1 for count in drops.values())
+    return f"{counted(len(drops), 'unit')} dropped, {len(returned):,} of them brought back, {again:,} dropped again."
 
 
 def state(record: Record) -> dict[str, Any]:
     """Where a run is, or how it ended, by the names that docs/cli.md explains."""
-    last = record.entries[-1] if record.entries else None
-    widths = record.final_widths
+    last, widths = record.entries[-1] if record.entries else None, record.final_widths
     limits = {name: limit_of(record, name) for name in record.resources}
     return {
         "step": record.end_step if record.end_step is not None else last.step if last else 0,

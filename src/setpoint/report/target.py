@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,11 +59,7 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
 
 
 def check_shape(shape: tuple[int, ...] | None) -> None:
-    """Refuse the shape of an example that has no numbers, or far too many.
-
-    Raises:
-        UsageError: for such a shape.
-    """
+    """Refuse the shape of an example that has no numbers, or far too many."""
     if shape is not None and min(shape) < 1:
         raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
     if shape is not None and math.prod(shape) > MOST_NUMBERS:
@@ -116,11 +111,6 @@ def own_function(target: str) -> Callable[[], Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise _absent(path, name, [name for name, value in vars(module).items() if inspect.isfunction(value)])
-    if not isinstance(function, nn.Module):
-        try:
-            inspect.signature(function).bind()
-        except TypeError as error:
-            raise UsageError(f"{target} must take nothing, since it is called with nothing: {error}") from None
     return function  # type: ignore[no-any-return]
 
 
@@ -147,8 +137,6 @@ def check_own_function(target: str) -> tuple[Path, str]:
 
 
 def _absent(path: Path, name: str, own: list[str]) -> UsageError:
-    if "@" in name:
-        return UsageError(f"{path} has no function {name!r}: only methods of Setpoint's own have settings by name")
     listed = f"it has {', '.join(own)}" if own else "it has no functions"
     return UsageError(f"{path} has no function {name!r}: {did_you_mean(name, own)}{listed}")
 
@@ -169,19 +157,14 @@ def _file_meant(target: str) -> str:
 # Once for each text: a user who edits the file in a notebook gets the new one.
 @cache
 def _module(path: Path, source: bytes) -> ModuleType:
-    """A file's module, loaded once for each text of it.
-
-    Its module name is unique, so that the file may have the name of any other module, or of another file.
-    """
+    # Two files may have one name: the second one's module has another.
     name = f"own_{path.stem}"
-    while (other := sys.modules.get(name)) is not None and Path(other.__file__ or "") != path:
+    while name in sys.modules and sys.modules[name].__file__ != str(path):
         name += "_"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    if path.stem in sys.stdlib_module_names:
-        import_module(path.stem)  # before the file's folder hides it
     # As `python file.py` has it, so that the file finds its neighbours.
     sys.path.insert(0, str(path.parent))
     try:
@@ -193,11 +176,7 @@ def _module(path: Path, source: bytes) -> ModuleType:
 
 @contextmanager
 def named_errors(target: str) -> Iterator[None]:
-    """Turn any exception of a user's file into one line: function, place in the file, and message.
-
-    Raises:
-        UsageError: in place of anything but itself.
-    """
+    """Turn any exception of a user's file into a UsageError of one line: function, place in the file, and message."""
     try:
         yield
     except UsageError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from setpoint.report.drawing import BLUE, FAINT, GREY, INK, MARKS, ORANGE, OTHERS, Figure, Trace, escape, layout, line
+from setpoint.report.drawing import BLUE, FAINT, GREY, INK, ORANGE, OTHERS, Figure, Rule, Trace, line
 from setpoint.report.numbers import scale
 from setpoint_bench.report.columns import metric_text
 from setpoint_bench.report.results import Cell
@@ -26,12 +26,12 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 Cost = Callable[[Row], Estimate | None]
 
 
-def looks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each method, the same in all figures; no two alike up to colours times marks."""
+def looks(methods: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Colour of each method, the same in all figures, and whether its dots are squares: for the second round."""
     others = sorted({method for method in methods if method not in FIXED})
-    found = {method: (color, "circle") for method, color in FIXED.items()}
+    found = {method: (color, False) for method, color in FIXED.items()}
     for place, method in enumerate(others):
-        found[method] = OTHERS[place % len(OTHERS)], [*MARKS][place // len(OTHERS) % len(MARKS)]
+        found[method] = OTHERS[place % len(OTHERS)], place // len(OTHERS) % 2 == 1
     return found
 
 
@@ -46,9 +46,9 @@ def training_seconds(row: Row) -> Estimate | None:
 
 
 def pareto(rows: Sequence[Row], cost: Cost, title: str, unit: str) -> Figure | None:
-    """The metric against a cost: a mark per method and budget with its deviation over seeds, and the front.
+    """The metric against a cost: a dot per method and budget with its deviation over seeds, and the front.
 
-    Marks are full at the largest budget and open at smaller ones. The line joins what no other mark beats in both.
+    Dots are large at the largest budget and small at the others. The line joins what no other dot beats in both.
     None for fewer than two rows whose metric and cost are numbers.
     """
     known = [(row, spent) for row in rows if math.isfinite(row.value.mean) and (spent := cost(row)) is not None]
@@ -59,35 +59,38 @@ def pareto(rows: Sequence[Row], cost: Cost, title: str, unit: str) -> Figure | N
     colors, data = looks(row.method for row in rows), [_front(known, factor)]
     for method in dict.fromkeys(row.method for row, _ in known):
         points = [(row, spent) for row, spent in known if row.method == method]
-        color, mark = colors[method]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": escape(method),
-                "x": [spent.mean / factor for _, spent in points],
-                "y": [row.value.mean * _percent(row) for row, _ in points],
-                "error_x": {"array": [(spent.deviation or 0.0) / factor for _, spent in points]},
-                "error_y": {"array": [(row.value.deviation or 0.0) * _percent(row) for row, _ in points]},
-                "marker": {"color": color, "symbol": [mark + "-open" * (r.budget in budgets[1:]) for r, _ in points]},
-                "hovertext": [f"<b>{escape(row.label)}</b><br>{metric_text(row)}" for row, _ in points],
-                "hovertemplate": "%{hovertext}",
-            }
-        )
-    shape = layout(_metric_title(rows[0]), f"{title} ({counted})", height=400)
-    shape["xaxis"]["rangemode"] = "tozero"
-    return Figure(data, shape)
+        color, square = colors[method]
+        data.append(_deviations(points, factor, color))
+        for rows_shown, dot in (
+            ([point for point in points if point[0].budget not in budgets[1:]], 11),
+            ([point for point in points if point[0].budget in budgets[1:]], 7),
+        ):
+            places = [(spent.mean / factor, row.value.mean * _percent(row)) for row, spent in rows_shown]
+            texts = [f"{row.label}\n{metric_text(row)}" for row, _ in rows_shown]
+            data.append(Trace(method, places, color, texts, dot=dot, square=square))
+    return Figure(data, _metric_title(rows[0]), f"{title} ({counted})", height=400, x_from_zero=True)
+
+
+def _deviations(points: Sequence[tuple[Row, Estimate]], factor: float, color: str) -> Trace:
+    """Bars of the deviation over seeds, both ways, around the means."""
+    ends: list[tuple[float, float | None]] = []
+    for row, spent in points:
+        x, y = spent.mean / factor, row.value.mean * _percent(row)
+        right, up = (spent.deviation or 0.0) / factor, (row.value.deviation or 0.0) * _percent(row)
+        # A y of None lifts the pen.
+        ends += [(x - right, y), (x + right, y), (x, None), (x, y - up), (x, y + up), (x, None)]
+    return Trace("deviation", ends, color, width=1, in_legend=False)
 
 
 def _front(known: Sequence[tuple[Row, Estimate]], factor: float) -> Trace:
-    """The staircase of what no other mark equals or beats in both a low cost and a good metric."""
+    """The staircase of what no other dot equals or beats in both a low cost and a good metric."""
     better = 1.0 if known[0][0].metric == "accuracy" else -1.0
     points = [(spent.mean / factor, better * row.value.mean * _percent(row)) for row, spent in known]
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or y > best[-1][1]:
             best.append((x, y))
-    return line("front", [(x, better * y) for x, y in best], INK, width=1.2, shape="hv") | {"opacity": 0.55}
+    return Trace("front", [(x, better * y) for x, y in best], INK, width=1.2, stairs=True, opacity=0.55)
 
 
 def _percent(row: Row) -> float:
@@ -122,18 +125,15 @@ def spending(series: Mapping[str, Sequence[Cell]]) -> Figure | None:
     factor, unit = scale(max(y for points in lines.values() for _, y in points), "FLOPs")
     look = _line_look(list(lines))
     data = [
-        line(escape(label), [(x, y / factor) for x, y in points], look[label][0], dash=look[label][1], width=2.0)
+        line(label, [(x, y / factor) for x, y in points], look[label][0], dash=look[label][1], width=2.0, unit=unit)
         for label, points in lines.items()
     ]
-    shapes, notes = list[Trace](), list[Trace]()
     budgets = {cell.budget for cells in series.values() for cell in cells if cell.method != DENSE and cell.budget}
-    for budget in sorted(budgets) if DENSE in lines else ():
-        y = budget * lines[DENSE][0][1] / factor
-        shapes.append({"y0": y, "line": {"color": FAINT, "dash": "solid", "width": 1.4}})
-        notes.append({"y": y, "text": f"budget {budget:g}"})
-    shape = layout(f"{unit} per step", height=300, shapes=shapes, annotations=notes)
-    shape["yaxis"]["rangemode"] = shape["xaxis"]["rangemode"] = "tozero"
-    return Figure(data, shape)
+    rules = [
+        Rule(budget * lines[DENSE][0][1] / factor, f"budget {budget:g}", FAINT)
+        for budget in (sorted(budgets) if DENSE in lines else ())
+    ]
+    return Figure(data, f"{unit} per step", height=300, rules=rules, x_from_zero=True, y_from_zero=True)
 
 
 def _spending_line(cell: Cell) -> list[tuple[float, float]]:
@@ -176,8 +176,20 @@ def curves(series: Mapping[str, Sequence[Cell]], quantity: str) -> Figure | None
                 points = [(float(x), float(y)) for x, y in (stretch.mean(axis=0) for stretch in stretches)]
             if points:
                 color, dash = look[label]
-                trace = line(escape(label), points, color, dash=dash, width=1.2 if split == "train" else 2.0)
-                trace["showlegend"] = escape(label) not in {other["name"] for other in data}
-                data.append(trace | ({"opacity": 0.45} if split == "train" else {"mode": "lines+markers"}))
+                thin = split == "train"
+                texts = [f"{label}, {split}\n{y:.4g} after {x:.4g} {unit}" for x, y in points]
+                data.append(
+                    Trace(
+                        label,
+                        points,
+                        color,
+                        texts,
+                        width=1.2 if thin else 2.0,
+                        dash=dash,
+                        dot=0 if thin else 6,
+                        opacity=0.45 if thin else 1.0,
+                        in_legend=label not in {other.name for other in data},
+                    )
+                )
     title = "accuracy (%)" if quantity == "accuracy" else "loss"
-    return Figure(data, layout(title, f"training so far ({unit})")) if data else None
+    return Figure(data, title, f"training so far ({unit})") if data else None

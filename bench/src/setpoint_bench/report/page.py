@@ -92,7 +92,7 @@ def _headline(rows: Sequence[Row]) -> str:
 def _costs(rows: Sequence[Row]) -> str:
     """The metric against what it cost."""
     metric = rows[0].metric.capitalize()
-    caption = "Full marks: the largest budget. Bars: ± over seeds. Line: the front. Masked models are left out."
+    caption = "Large dots: the largest budget. Bars: ± over seeds. Line: the front. Masked models are left out."
     flops = pareto(rows, training_flops, "training FLOPs", "FLOPs")
     made = drawn(flops, f"{metric} against training FLOPs", caption)
     made += drawn(pareto(rows, training_seconds, "training time", "s"), f"{metric} against training time", caption)
