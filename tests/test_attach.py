@@ -253,14 +253,6 @@ def test_the_cheapest_reachable_budget_is_reached() -> None:
     assert loop.summary is not None and loop.summary.budget_met
 
 
-def test_asks_for_the_steps_of_a_run() -> None:
-    """Claim: a call without total_steps, or with it by place, says what to give."""
-    call: Any = setpoint.attach
-    for budget in ((0.5,), (0.5, 40)):
-        with pytest.raises(TypeError, match=r"needs total_steps=.*such as epochs \* len\(loader\)"):
-            call(nn.Linear(2, 2), None, *budget)
-
-
 def test_refuses_optimizers_of_other_models() -> None:
     """An optimizer that trains none of the model is named, also as one of several."""
     model, other = _mlp(), _mlp()

@@ -13,7 +13,7 @@ import torch
 import setpoint
 from golden.models import mlp
 from setpoint.errors import SetpointError
-from setpoint.progress import progress
+from setpoint.messages import progress
 
 
 class Terminal(io.StringIO):

@@ -27,7 +27,7 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint.resumable import is_resumable
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.loop.first_batch import Inputs
-from setpoint.loop.state import check_format
+from setpoint.loop.resume import check_format
 
 Make = Callable[[], nn.Module]
 

@@ -52,30 +52,10 @@ _LEAVES = {
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 
 
-_MOVED = """
-    errors.BudgetError errors.CheckpointError errors.CostError errors.DeviceError errors.ExampleError
-    errors.ExportError errors.GroupError errors.LoopError errors.OptimizerError errors.PathError errors.RankError
-    errors.StateSpaceError errors.VerificationError groups.group.Group groups.group.SizeBinding groups.group.Slice
-    ledger.Entry cost.cost.Cost groups.state_space.StateSpaceLayer sensor.reading.Reading sensor.reading.Sensor
-    sensor.magnitude.MagnitudeSensor sensor.chain.SensorChain states.selective.SelectiveSensor
-    weights.taylor.WeightTaylorSensor regrowth.regrow.regrow weights.semi_structured.to_semi_structured
-    controller.plan.Controller controller.plan.Observation loop.explain.Explanation controller.plan.Plan
-    controller.penalty.PenaltyController controller.tolerant.TolerantController gates.gated.GatedController
-    regrowth.reserve.Reserve
-""".split()  # noqa: SIM905
-"""Where names are that `setpoint` had in version 0.1."""
-
-_RENAMED = {"Reference": "Schedule", "whole": "unsharded"}
-
-
 def __getattr__(name: str) -> Any:
     if name in _LEAVES:
         return getattr(import_module(_LEAVES[name]), name)
-    hint = f": use setpoint.{_RENAMED[name]}" if name in _RENAMED else ""
-    for module, _, moved in (place.rpartition(".") for place in _MOVED):
-        if moved == name:
-            hint = f": use `from setpoint.{module} import {name}`"
-    raise AttributeError(f"module 'setpoint' has no attribute {name!r}{hint}")
+    raise AttributeError(f"module 'setpoint' has no attribute {name!r}: other names are imported from their folders")
 
 
 __all__ = [

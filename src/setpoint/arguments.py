@@ -22,44 +22,19 @@ def plain_number(value: Any) -> Any:
     return value.item() if single else value
 
 
-def check_settings(settings: Iterable[str], of: Callable[..., Any], passed_on_to: Callable[..., Any]) -> None:
-    """Check that settings which one function passes on are keyword arguments of another.
-
-    Raises:
-        TypeError: for any other, with the nearest name.
-
-    >>> check_settings(["revers"], print, sorted)
-    Traceback (most recent call last):
-    TypeError: print() got an unexpected keyword argument 'revers': did you mean reverse? sorted takes key, reverse
-    """
-    own = [
-        name
-        for name, parameter in inspect.signature(of).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    taken = inspect.signature(passed_on_to).parameters.values()
-    known = [parameter.name for parameter in taken if parameter.kind is parameter.KEYWORD_ONLY]
-    for name in settings:
-        if name not in known:
-            raise TypeError(
-                f"{of.__name__}() got an unexpected keyword argument {name!r}: {did_you_mean(name, [*own, *known])}"
-                f"{passed_on_to.__name__} takes {', '.join(known)}"
-            )
-
-
 def plain_fields(settings: Any) -> None:
     """Have all fields of a frozen dataclass hold Python's own numbers; called as it is made."""
     for field in fields(settings):
         object.__setattr__(settings, field.name, plain_number(getattr(settings, field.name)))
 
 
-def counts(**given: object) -> list[int]:
+def counts(**settings: object) -> list[int]:
     """These settings as Python's own numbers; ValueError for one that is no positive integer."""
-    found = [plain_number(value) for value in given.values()]
-    for name, value in zip(given, found, strict=True):
+    numbers = [plain_number(value) for value in settings.values()]
+    for name, value in zip(settings, numbers, strict=True):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return found
+    return numbers
 
 
 def check_flags(**flags: object) -> None:
@@ -67,3 +42,21 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name} is True or False, got {value!r}")
+
+
+def check_settings(settings: Iterable[str], of: Callable[..., Any], passed_on_to: Callable[..., Any]) -> None:
+    """Raise a TypeError for settings that one function passes on and another does not take by keyword.
+
+    >>> check_settings(["revers"], print, sorted)
+    Traceback (most recent call last):
+    TypeError: print() got an unexpected keyword argument 'revers': did you mean reverse? sorted takes key, reverse
+    """
+    own = inspect.signature(of).parameters
+    parameters = inspect.signature(passed_on_to).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f"{of.__name__}() got an unexpected keyword argument {name!r}: {did_you_mean(name, [*own, *known])}"
+                f"{passed_on_to.__name__} takes {', '.join(known)}"
+            )

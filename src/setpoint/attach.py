@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from setpoint.actuator.actuator import Actuator
@@ -29,9 +31,8 @@ from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, Inputs
 from setpoint.loop.loop import Loop
-from setpoint.loop.record import header_of
-from setpoint.progress import progress
-from setpoint.run_spec import RunSpec, any_kind, asks_for_steps, check_reads, run_spec
+from setpoint.messages import progress
+from setpoint.run_spec import RunSpec, run_spec
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from setpoint.weights.masking import Masking
 
 
-@asks_for_steps
 @one_at_a_time
 def attach(
     model: nn.Module,
@@ -249,11 +249,13 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         even = evened(host.model, traced, some, allow_lossy=spec.allow_lossy)
         traced, some, controller = even.traced, even.groups, replace(controller, kinds=even.kinds)
     sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
-    if host.mesh is not None:
-        check_reads(sensor)
+    if host.mesh is not None and not sensor.traits.shards:
+        raise LoopError(
+            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
+            "use TaylorSensor, or set traits = Traits(shards=True) on a sensor that adds up what each rank has"
+        )
     sensor = sensor if host.single_process else sensor.over(host.ranks)
-    lossy, verify = spec.allow_lossy, spec.verify
-    found = unit_candidates(host, traced, example, sensor, some, allow_lossy=lossy, verify=verify)
+    found = unit_candidates(host, traced, example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify)
     found = even.complete(found, host.model) if even else found
     if regrows(controller):
         from setpoint.regrowth.regrowing import check_regrowth
@@ -321,7 +323,7 @@ def _spending(
     limits: Limits,
     meter: Meter,
     clock: Stopwatch,
-    check_kind: Callable[[Sequence[Budget]], None] = any_kind,
+    check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
 ) -> Spending:
     """What the run may spend; a budget that cannot be met is refused."""
     for budget in spec.budgets:
@@ -354,7 +356,21 @@ def _spending(
 
 def _header(host: Host, found: Candidates, spending: Spending) -> Mapping[str, Any]:
     """The head of the ledger."""
-    return {**header_of(found.groups, found.frozen, spending.header, host.model), **found.header}
+    held_to = spending.header
+    return {
+        "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in found.groups},
+        "frozen": dict(found.frozen),
+        **{name: held_to[name] for name in ("dense", "limit", "limit_run", "total_steps")},
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "devices": sorted({str(parameter.device) for parameter in host.model.parameters()}),
+        },
+        **{name: held_to[name] for name in ("modelled", "measured")},
+        **found.header,
+    }
 
 
 def _facts(host: Host, found: Candidates, sensor: Sensor[Any], controller: Controller[Any]) -> Mapping[str, Any]:

@@ -1,39 +1,36 @@
-"""Messages: how a sentence counts things and names types, the nearest known name, and warnings at the user's line."""
+"""Messages: how a sentence counts things, hints at known names, warns at the user's line, and shows what takes time."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import os
+import shutil
+import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 _FOLDERS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 _INSTALLED = tuple(os.path.join(folder, "") for folder in _FOLDERS)
+_RUNNING: list[str] = []  # what is being done now, the outermost first
 
 
 def counted(number: float, what: str) -> str:
-    """A number of things, in singular or plural.
-
-    >>> counted(1, "group"), counted(1200, "unit"), counted(0, "cut")
-    ('1 group', '1,200 units', '0 cuts')
-    """
+    """A number of things, such as "1 group" or "1,200 units"."""
     return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
 
 
 def a_type(value: object) -> str:
-    """The type of a value, with its article.
-
-    >>> a_type(3), a_type({})
-    ('an int', 'a dict')
-    """
+    """The type of a value with its article, such as "an int"."""
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The known names nearest to an unknown one, as the hint of an error message; empty where none is near.
+    """The hint of an error message that names the known names nearest to an unknown one; "" where none is near.
 
     >>> did_you_mean("FLOP", ["flops", "params"]), did_you_mean("joule", ["flops"])
     ('did you mean flops? ', '')
@@ -50,3 +47,39 @@ def warn(text: str) -> None:
     while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_INSTALLED):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """While inside, a line on stderr shows what is being done, or, where that is no terminal, the log says so once.
+
+    Of several processes of `torchrun` only the first does. Yields a function that takes the share that is done.
+    """
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if not (first_rank and _on_terminal()):
+        if first_rank:
+            logging.getLogger("setpoint").info("%s ...", what)
+        yield lambda share: None
+        return
+    _RUNNING.append(what)
+    _draw()
+    try:
+        yield lambda share: _draw(f" {share:.0%}")
+    finally:
+        _RUNNING.pop()
+        _draw()
+
+
+def _draw(share: str = "") -> None:
+    width = shutil.get_terminal_size().columns - 1
+    text = f"setpoint: {': '.join(_RUNNING)}{share}"[:width] if _RUNNING else ""
+    # Spaces erase what a longer line left; notebooks know a carriage return, but no escape sequence that erases.
+    sys.stderr.write(f"\r{' ' * width}\r{text}")
+    sys.stderr.flush()
+
+
+def _on_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # a program may have put something else there, or None, or closed it
+        return False

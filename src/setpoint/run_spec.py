@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +15,26 @@ from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.tensors import named_tensors
 from setpoint.arguments import check_flags, plain_number
 from setpoint.controller.even import EvenController
-from setpoint.controller.goal import check_goal, controller_for
-from setpoint.controller.plan import Controller, RegrowingController
+from setpoint.controller.penalty import PenaltyController
+from setpoint.controller.plan import Controller, Pursuing, RegrowingController
+from setpoint.controller.priced import PricedController
 from setpoint.controller.rolling_back import RollingBack
 from setpoint.controller.schedule import Schedule
+from setpoint.controller.tolerant import TolerantController
 from setpoint.controller.using_up import UsingUp
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance
 from setpoint.cost.parse import parse_budget
-from setpoint.errors import CostError, GroupError, LoopError
+from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import check_method
 from setpoint.groups.group import Group, check_blocks
 from setpoint.host.host import Host
-from setpoint.messages import did_you_mean
+from setpoint.messages import a_type
 from setpoint.sensor.reading import Sensor
 from setpoint.spending.checks import check_budgets, split_bill
 
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.weights.masking import Masking
-
-_STEPS = "give the optimizer steps of the whole run, such as epochs * len(loader)"
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +111,23 @@ def run_spec(
     method: str,
 ) -> RunSpec:
     """Check the arguments of `attach`, and whether host and optimizers can give what they ask for."""
-    check_parts(controller, sensor, budget, allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
-    steps, some = whole_steps(total_steps), as_groups(groups)
+    check_flags(allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
+    _check_part("controller", controller, Controller, "PricedController")
+    _check_part("sensor", sensor, Sensor, "TaylorSensor")
+    steps = plain_number(total_steps)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(
+            f"total_steps must be a positive integer, got {total_steps!r}: give the optimizer steps of the whole run, "
+            "such as epochs * len(loader)"
+        )
+    chosen_groups = as_groups(groups)
     check_method(host.model, method)
     wanted = parse_budget(budget)
+    if isinstance(wanted, Price) and sensor is not None and not sensor.traits.in_loss:
+        raise LoopError(
+            f"{type(sensor).__name__} reads in no unit of the loss, so that no Price can be set against it: give a "
+            'budget, such as "50% flops", or leave the sensor to attach'
+        )
     check_not_attached(host.model)
     check_data(host.model)  # NaN in a weight would fail the trials of all cuts, and no one would know why
     goal = wanted if isinstance(wanted, (Price, Tolerance)) else None
@@ -125,13 +135,13 @@ def run_spec(
     masking, regrowing = _kinds(actuator)
     if controller is None:
         # A regrowing controller is chosen by the actuator: nobody should have to say it twice.
-        controller = controller_for(goal or budgets, regrow=regrowing is not None)
+        controller = _controller_for(goal or budgets, regrow=regrowing is not None)
         if masking:
             from setpoint.weights.controller import DropAndGrowController
 
             controller = DropAndGrowController(controller)
     else:
-        check_goal(goal, controller)
+        _check_goal(goal, controller)
     if even and masking:
         raise LoopError("even=True is for units that are cut: Masking(...) keeps every layer as wide as it is")
     if even and not isinstance(controller, EvenController):
@@ -144,7 +154,13 @@ def run_spec(
     check_trains(host.optimizers, host.model)
     for optimizer in host.optimizers:
         check_optimizer(optimizer)  # by trying it on throwaway tensors, whatever its class is called
-    spec = RunSpec(
+    resources = {goal.resource} if goal else {budget.resource for budget in budgets}
+    if not host.single_process and (measured := sorted(resources & set(METERED))):
+        raise CostError(
+            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
+            "another cost: use a budget of 'flops' or 'params'"
+        )
+    return RunSpec(
         goal,
         budgets,
         bill,
@@ -153,19 +169,26 @@ def run_spec(
         sensor,
         masking,
         regrowing,
-        some,
+        chosen_groups,
         allow_lossy=bool(allow_lossy),
         verify=bool(verify),
         resume=bool(resume),
         method=method,
     )
-    if not host.single_process:
-        check_shared_costs({goal.resource for goal in spec.goals})
-    return spec
 
 
-def any_kind(budgets: Sequence[Budget]) -> None:
-    """Units can be held to budgets of any kind."""
+def _check_part(name: str, part: object, kind: type, example: str) -> None:
+    """Check that a controller or sensor is an object with the methods of one, or None."""
+    if isinstance(part, type):
+        raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
+    # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
+    lacking = sorted(method for method in vars(kind) if not method.startswith("_") and not hasattr(part, method))
+    if part is not None and lacking:
+        derive = ": derive it from setpoint.sensor.reading.Sensor" if hasattr(part, "update") else ""
+        raise LoopError(
+            f"{name} must be a {kind.__name__}, such as {example}(...), or None; got {part!r}, which has no "
+            f"{' and no '.join(lacking)}{derive}"
+        )
 
 
 def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
@@ -180,53 +203,27 @@ def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
     return (actuator, None) if isinstance(actuator, Masking) else (None, actuator)
 
 
-def asks_for_steps(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function; where `total_steps` is missing it says what to give."""
-
-    @wraps(function)
-    def asking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if "total_steps" not in kwargs:
-            meant = "".join(f", got {name}=" for name in kwargs if did_you_mean(name, ("total_steps",)))
-            raise TypeError(f"{function.__name__}() needs total_steps=...{meant}: {_STEPS}")
-        return function(*args, **kwargs)
-
-    return asking
+def _controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool) -> Controller[Any]:
+    """The default controller of a goal; `regrow` says whether dropped units are to come back."""
+    if isinstance(goal, Price):
+        return PenaltyController(goal)
+    if isinstance(goal, Tolerance):
+        return TolerantController(goal)
+    return PricedController(deadband=min(budget.deadband for budget in goal), regrow=regrow)
 
 
-def check_parts(controller: object, sensor: Sensor[Any] | None, budget: object, **flags: object) -> None:
-    """Check that controller and sensor are such objects, or None, and that flags are flags.
-
-    Raises:
-        LoopError: for a class, a name, or an object that lacks a method; for a price, and a sensor whose readings are
-            in no unit of the loss, by its `traits`.
-        ValueError: for a flag that is neither True nor False.
-    """
-    check_flags(**flags)
-    kinds = (("controller", controller, Controller, "PricedController"), ("sensor", sensor, Sensor, "TaylorSensor"))
-    for name, part, kind, such in kinds:
-        if isinstance(part, type):
-            raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
-        # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
-        lacking = [method for method in vars(kind) if not method.startswith("_") and not hasattr(part, method)]
-        if part is not None and lacking:
-            raise LoopError(
-                f"{name} must be a {kind.__name__}, such as {such}(...), or None; got {part!r}, which has no "
-                + " and no ".join(sorted(lacking))
-                + (": derive it from setpoint.sensor.reading.Sensor" if hasattr(part, "update") else "")
-            )
-    if isinstance(budget, Price) and sensor is not None and not sensor.traits.in_loss:
-        raise LoopError(
-            f"{type(sensor).__name__} reads in no unit of the loss, so that no Price can be set against it: give a "
-            'budget, such as "50% flops", or leave the sensor to attach'
+def _check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> None:
+    """Check that a controller that pursues one goal was made for this one; None stands for budgets."""
+    inner = getattr(controller, "inner", controller)
+    if not isinstance(inner, Pursuing):
+        return
+    name = type(inner).__name__
+    if inner.goal != "budget" and inner.goal != goal:
+        raise BudgetError(f"this {name} pursues {inner.goal!r}: give the same to attach, got {goal or 'budgets'}")
+    if inner.goal == "budget" and goal is not None:
+        raise BudgetError(
+            f"{name} holds a budget, not {a_type(goal)}: give attach a Budget, or leave the controller to it"
         )
-
-
-def whole_steps(total_steps: Any) -> int:
-    """The steps of a run as Python's own number; ValueError for anything but a positive integer."""
-    number = plain_number(total_steps)
-    if type(number) is not int or number < 1:
-        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}: {_STEPS}")
-    return number
 
 
 def as_groups(groups: object) -> tuple[Group, ...] | None:
@@ -266,22 +263,3 @@ def _has_nan(tensor: Tensor) -> bool:
     if tensor.is_floating_point() and bool(tensor.detach().sum().isfinite()):
         return False
     return bool(tensor.isnan().any())
-
-
-def check_shared_costs(resources: set[str]) -> None:
-    """Check that costs are the same on all ranks, so that they can follow one plan."""
-    measured = sorted(resources & set(METERED))
-    if measured:
-        raise CostError(
-            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
-            "another cost: use a budget of 'flops' or 'params'"
-        )
-
-
-def check_reads(sensor: Sensor[Any]) -> None:
-    """Check that a sensor says that it reads weights of which each rank has a part."""
-    if not sensor.traits.shards:
-        raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
-            "use TaylorSensor, or set traits = Traits(shards=True) on a sensor that adds up what each rank has"
-        )

@@ -20,7 +20,7 @@ import setpoint.cost.parse
 from golden.models import GPT, ResNet, mlp
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import BudgetError, CheckpointError, LoopError, NotBegunError
-from setpoint.loop.state import check_same_run
+from setpoint.loop.resume import check_same_run
 
 STEPS = 40
 

@@ -25,7 +25,7 @@ from setpoint.groups.example import Example, inputs_of, is_dense, mapped, tensor
 from setpoint.groups.group import Group, random_keep
 from setpoint.groups.model_copy import copy_of
 from setpoint.groups.rng import preserved_rng_state
-from setpoint.progress import progress
+from setpoint.messages import progress
 
 _FEW = 4  # samples that a verification looks at
 _LARGE = 10_000_000  # parameters

@@ -28,7 +28,7 @@ from setpoint.groups.product import solve
 from setpoint.groups.rng import gc_paused, one_at_a_time, preserved_rng_state
 from setpoint.groups.states import StateSpaceLayer, find_states
 from setpoint.groups.walk import Walk
-from setpoint.progress import progress
+from setpoint.messages import progress
 
 if TYPE_CHECKING:
     from setpoint.groups.export import Exported

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.errors import LoopError, UsageError
-from setpoint.loop.callbacks import Event
 from setpoint.loop.loop import Loop
+from setpoint.loop.record import Event
 from setpoint.loop.summary import Summary
 from setpoint.messages import a_type
 

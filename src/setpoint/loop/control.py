@@ -18,10 +18,18 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.host.guards import Unchanged
 from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
-from setpoint.loop.callbacks import LOG, Callbacks, log_decision
 from setpoint.loop.hooks import StepHooks, uninterrupted
 from setpoint.loop.losses import Losses
-from setpoint.loop.record import decisions, highest_rate, recorded, refusal, waiting
+from setpoint.loop.record import (
+    LOG,
+    Callbacks,
+    decisions,
+    highest_rate,
+    log_decision,
+    recorded,
+    refusal,
+    waiting,
+)
 from setpoint.loop.state import RunState
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every

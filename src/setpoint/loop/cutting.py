@@ -64,29 +64,41 @@ class Cutting:
         self.kind, self.by_unit, self.brings_back = "cutting", True, False
         self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
 
+    # What other actuators do between two cuts: units that are cut for good need nothing of it.
+
     def before_step(self, grad_scale: Tensor | None) -> None:
-        """Nothing is to be done."""
+        pass
 
     def after_step(self) -> None:
-        """Nothing is to be done."""
+        pass
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
-        """Every step before a decision is an ordinary one."""
-        return Change(), due
+        return Change(), due  # the step before a decision is an ordinary one
 
     def before_decision(self) -> Change:
-        """No unit is there for a probe."""
         return Change()
 
     def extras(self, step: int) -> Mapping[str, Any]:
-        """Nothing is known besides."""
         return {}
 
+    def broken(self) -> str:
+        return ""
+
+    def totals(self) -> Mapping[str, Any]:
+        return {}
+
+    def release(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    # What it does.
+
     def act(self, plan: Plan, reading: Reading) -> Change:
-        """Cut what the plan drops."""
-        host, some = self.host, changing(plan, self.groups)
+        host, resized = self.host, changing(plan, self.groups)
         with (
-            host.resizable(f"the cut after step {plan.step}", some) as agreed,
+            host.resizable(f"the cut after step {plan.step}", resized) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
         ):
             groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
@@ -104,31 +116,13 @@ class Cutting:
         return Change(keep=plan.keep)
 
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
-        """Units came back by other hands: know of them."""
+        """Record groups and origins after units were regrown elsewhere."""
         self.groups, self.origin = groups, dict(origin)
-
-    def broken(self) -> str:
-        """Nothing is masked."""
-        return ""
-
-    def totals(self) -> Mapping[str, Any]:
-        """Nothing is said besides."""
-        return {}
-
-    def release(self) -> None:
-        """Nothing was kept."""
-
-    def stop(self) -> None:
-        """Nothing is held."""
 
     # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
-        """Which units are active, and the sizes of all tensors.
-
-        Raises:
-            LoopError: when the model is of another size than the groups say.
-        """
+        """Which units are active, and the sizes of all tensors; LoopError if these are not what the groups say."""
         tensors = named_tensors(self.host.model)
         for group in self.groups:
             wide = all(
@@ -148,12 +142,12 @@ class Cutting:
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """The groups at the widths of the state."""
         keep = self.kept(state)
         entries, tensors = plan_cut(self.dense, keep).entries, named_tensors(self.host.model)
+        # By identity: a tensor may have several names, of which a cut has one.
         left = {(id(tensors[name]), dim): int(kept.sum()) for (name, dim), kept in entries.items()}
         own = {}  # shapes that this model would have, cut to the widths of the state
-        for name, tensor in tensors.items():  # a tensor may have several names, of which a cut has one
+        for name, tensor in tensors.items():
             own[name] = tuple(left.get((id(tensor), dim), length) for dim, length in enumerate(tensor.shape))
         theirs = {name: tuple(shape) for name, shape in state["shapes"].items()}
         if theirs != own:
@@ -175,7 +169,6 @@ class Cutting:
         return keep
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut the dense model to the units of the state."""
         keep, host = self.kept(state), self.host
         with host.resizable("loading the state of the loop", self.dense) as agreed:
             self.groups = shrink_live(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)

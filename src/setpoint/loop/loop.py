@@ -22,14 +22,13 @@ from setpoint.groups.group import Group
 from setpoint.host.host import Host
 from setpoint.host.optimizers import real_optimizer
 from setpoint.ledger import Ledger
-from setpoint.loop.callbacks import Callbacks, Event
 from setpoint.loop.control import Control, Parts
 from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.first_batch import FirstBatch
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.losses import Losses
-from setpoint.loop.resume import load_state, state_of
-from setpoint.loop.state import AGAIN
+from setpoint.loop.record import Callbacks, Event
+from setpoint.loop.resume import AGAIN, load_state, state_of
 from setpoint.loop.summary import Summary, summarise, warn_of_miss
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.spending.checks import change_budget, change_total_steps, check_open

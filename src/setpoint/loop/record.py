@@ -1,15 +1,14 @@
-"""The record of a run: the head of its ledger, and what an entry says of a reading, a plan, and what was done."""
+"""The record of a run: what its ledger, its log and the user's callbacks are told of each decision."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Origins
@@ -17,37 +16,51 @@ from setpoint.controller.plan import Plan, Probe
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
 from setpoint.ledger import Entry
+from setpoint.loop.summary import Summary
 from setpoint.messages import counted
 from setpoint.sensor.reading import Reading
+from setpoint.spending.metrics import leading
+
+Event = Entry | Summary | None
+"""What a callback is given: a decision, the summary at the end, or None after a step without a decision."""
+
+LOG = logging.getLogger("setpoint")
 
 
-def header_of(
-    groups: tuple[Group, ...],
-    frozen: Mapping[str, str],
-    spending: Mapping[str, Any],
-    model: nn.Module,
-) -> dict[str, Any]:
-    """What stands at the head of a ledger.
+class Callbacks:
+    """Functions that may be added and taken off at any time, also by one another."""
 
-    Args:
-        groups: at dense widths.
-        frozen: by name or place, why it is not pruned.
-        spending: what the run is held to.
-        model: whose devices are named.
-    """
-    return {
-        "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in groups},
-        "frozen": dict(frozen),
-        **{name: spending[name] for name in ("dense", "limit", "limit_run", "total_steps")},
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
-        },
-        **{name: spending[name] for name in ("modelled", "measured")},
-    }
+    def __init__(self) -> None:
+        self._callbacks: dict[object, Callable[[Event], None]] = {}
+
+    def add(self, callback: Callable[[Event], None]) -> Callable[[], object]:
+        """Call this from now on; returns what takes it off again."""
+        key = object()  # the same function may be added twice
+        self._callbacks[key] = callback
+        return partial(self._callbacks.pop, key, None)
+
+    def notify(self, event: Event) -> None:
+        for callback in tuple(self._callbacks.values()):
+            callback(event)
+
+
+def log_decision(entry: Entry, known: Mapping[str, float]) -> None:
+    """Log a decision that changed the model or was the last one; `known` are the loop's metrics."""
+    resource = leading(known)
+    ratio = known.get(f"cost_ratio/{resource}", 1.0)
+    if entry.changed:
+        dropped = sum(map(len, entry.dropped.values())) + sum(entry.num_dropped.values())
+        grown = sum(map(len, entry.grown.values())) + sum(entry.num_grown.values())
+        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
+        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
+        price = known.get(f"price/{resource}", 0.0)
+        LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", entry.step, moved, 100 * ratio, resource, price)
+    if known["budget_met"]:
+        what = "budget met" if f"limit/{resource}" in known else "done"
+        units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"
+        LOG.info(
+            "step %d: %s at %.1f %% of dense %s, %s units are left", entry.step, what, 100 * ratio, resource, units
+        )
 
 
 def refusal(reading: Reading) -> str:
@@ -64,8 +77,8 @@ def refusal(reading: Reading) -> str:
 def waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, ...], str]:
     """The groups as a controller may cut them, those not at all of which nothing was seen yet; and a note about these.
 
-    An empty reading is no reading of zero: weights that are frozen at first, or not reached by the loss, would be
-    dropped before all others.
+    No gradient seen does not mean a saliency of zero: weights that are frozen at first, or not reached by the loss,
+    would be dropped before all others.
     """
     unseen = sorted(reading.unseen() & {group.name for group in groups})
     if not unseen:
@@ -76,22 +89,16 @@ def waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, .
 
 
 def decisions(plan: Plan) -> list[Any]:
-    """All that a plan decides, in plain values of which the same ones look alike."""
+    """All that a plan decides, in plain values that ranks can compare."""
     keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
     grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
     return [plan.step, plan.budget_met, keep, grow]
 
 
 def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin: Origins, probe: Probe | None) -> Entry:
-    """The entry with what was dropped and what came back, by origin, and what is known about it.
+    """The entry with what was dropped and what came back, by origin; single weights are counted, not listed.
 
-    Args:
-        entry: the entry so far.
-        plan: that was carried out.
-        change: what that did; single weights are counted, not listed.
-        reading: that the plan was made on.
-        origin: by group, original index of each unit that was active before the plan.
-        probe: that the plan was made on.
+    `reading`, `probe` and `origin`, the dense index of each unit, are those from before the plan was carried out.
     """
     if change.note:
         entry = replace(entry, reason=f"{entry.reason}; {change.note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_state import check_state
@@ -12,7 +12,63 @@ from setpoint.checkpoint.snapshot import check_rng_state, rng_state, set_rng_sta
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
 from setpoint.loop.control import Control
-from setpoint.loop.state import FORMAT, Part, RunState, check_format, check_same_run
+from setpoint.loop.state import RunState
+
+FORMAT = 2
+"""Version of the state's form, its entry "format"."""
+
+AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
+
+
+class Part(Protocol):
+    """What a loop is made of and remembers by itself."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in plain tensors, numbers and strings."""
+
+    def check(self, state: Mapping[str, Any]) -> Any:
+        """Check that a state fits, before anything is changed."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a state was taken; it was checked."""
+
+
+def check_format(state: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError for a state of another version."""
+    if state["format"] != FORMAT:
+        # Version 0.1 wrote format 1; models that it saved still load.
+        then = "finish that run with setpoint==0.1.0" if state["format"] == 1 else "upgrade Setpoint"
+        raise CheckpointError(f"the state has format {state['format']!r}, and this reads {FORMAT}: {then}")
+
+
+def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError that names the first fact in which two runs differ."""
+    for name, value in own.items():
+        if (found := saved.get(name)) != value:
+            advice = AGAIN
+            if name == "total_steps":
+                billed = any(per == "run" for _, _, per, _ in own["budgets"])
+                change = "" if billed else f", and set loop.total_steps = {value} once it has begun"
+                advice = f"attach with {found}{change}"
+            raise CheckpointError(
+                f"the state is of another run: its {name} are {_short(found, value)}, here they are "
+                f"{_short(value, found)}: {advice}"
+            )
+
+
+def _short(value: Any, other: Any) -> str:
+    """Of two dicts what differs, budgets in words; of anything else the value."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {key: item for key, item in value.items() if other.get(key) != item}
+    if isinstance(value, list):
+        value = ", ".join(
+            f"{f'{100 * item[1]:g} %' if item[3] else f'{item[1]:g}'} {item[0]} per {item[2]}"
+            if isinstance(item, (list, tuple))
+            else str(item)
+            for item in value
+        )
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Part]:

@@ -20,8 +20,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
-from setpoint.messages import warn
-from setpoint.progress import progress
+from setpoint.messages import progress, warn
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
