@@ -15,11 +15,10 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# Each rank sends as much, so that nobody has to know how long the messages of the others are.
 _MESSAGE_BYTES = 1024
-"""Length of a message; each rank sends as much, so that nobody has to know how long the others' are."""
-
+# How long we wait at most until the threads of gloo have dropped what was sent.
 _LET_GO_S = 1.0
-"""How long a message waits, at most, until the threads that have sent it hold nothing of it any more."""
 
 
 @final
@@ -43,20 +42,14 @@ class Ranks:
 
     @property
     def count(self) -> int:
-        """How many there are."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def own(self) -> int:
-        """The rank of this process among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def mean(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        """The mean over ranks of each entry, by one all-reduce; on all ranks the same to the last bit.
-
-        Args:
-            values: as many on every rank.
-        """
+        """The mean over ranks of each entry, by one all-reduce; on all ranks the same to the last bit."""
         if self.count == 1:
             return values
         sent = [torch.from_numpy(values.copy()).to(self.device)]
@@ -66,11 +59,7 @@ class Ranks:
         return mean
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks of each entry, by one all-reduce; on all ranks the same to the last bit.
-
-        Args:
-            values: of one shape on every rank.
-        """
+        """The sum over ranks of each entry, by one all-reduce; on all ranks the same to the last bit."""
         if self.count == 1:
             return values
         sent = [values.to(self.device, copy=True)]
@@ -80,33 +69,20 @@ class Ranks:
         return total
 
     def part(self, length: int) -> slice:
-        """Which of so many entries this rank has where they are shared out: equal parts in order but for the last ones.
-
-        Args:
-            length: how many there are.
-        """
+        """This rank's part of `length` entries: equal parts in order, but for the last ones."""
         per_rank = -(-length // self.count)
         first = self.own * per_rank
         return slice(min(first, length), min(first + per_rank, length))
 
     def joined(self, part: Tensor, length: int) -> Tensor:
-        """All entries of which each rank has its `part`, by one all-gather; on the device of the part.
-
-        Args:
-            part: of this rank, of one dim.
-            length: how many entries there are.
-        """
+        """All `length` entries, of which each rank has its `part`, by one all-gather; on the device of the part."""
         if self.count == 1:
             return part
         found = self._gathered(torch.nn.functional.pad(part, (0, -(-length // self.count) - len(part))))
         return found.flatten()[:length].to(part.device)
 
     def all_gather_text(self, message: str) -> list[str]:
-        """The message of every rank, in the order of ranks; each is cut to 1024 bytes.
-
-        Args:
-            message: of this rank.
-        """
+        """The message of every rank, in the order of ranks; each is cut to 1024 bytes."""
         if self.count == 1:
             return [message]
         text = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
@@ -114,7 +90,7 @@ class Ranks:
         return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in gathered]
 
     def _gathered(self, own: Tensor) -> Tensor:
-        """What each rank has, stacked, by one all-gather."""
+        """`own` of every rank, stacked, by one all-gather."""
         sent = [torch.empty_like(own, device=self.device) for _ in range(self.count)]
         sent.append(own.to(self.device, copy=True))
         dist.all_gather(sent[:-1], sent[-1], group=self.group)
@@ -124,11 +100,11 @@ class Ranks:
 
 
 def _let_go(sent: list[Tensor]) -> None:
-    """Empty a list of tensors that were sent, the only one who knows them, and wait until PyTorch does not either.
+    """Empty a list with the only references to tensors that were sent, and wait until PyTorch has dropped its own.
 
     A thread of gloo holds what was sent for a moment after the others have it, and takes Python's lock to drop it. A
-    process that ends in that moment aborts. So this waits, on the CPU, which is for some microseconds; not for long,
-    since a debugger or a profiler may keep tensors.
+    process that ends in that moment aborts. So this waits for some microseconds on the CPU; never for long, since a
+    debugger or a profiler may keep tensors.
     """
     on_cpu = all(tensor.device.type == "cpu" for tensor in sent)
     left = [weakref.ref(tensor) for tensor in sent]
@@ -153,7 +129,7 @@ def plain_kind(module: nn.Module) -> type[nn.Module]:
 
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded over ranks: a DTensor."""
+    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh")
 
 

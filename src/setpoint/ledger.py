@@ -94,8 +94,7 @@ class Ledger:
     """All entries of a run, in order, and a header that says what the run was.
 
     A ledger grows only at its end. The effect of a decision on the loss shows one step later; `complete` notes it once.
-    The file is JSON Lines: first the header, then one entry a line, and last how the run ended, if it did.
-    Numbers that JSON does not know (NaN, infinity) are written as null.
+    The file is JSON Lines: the header, one entry a line, and how the run ended, if it did; NaN and infinity are null.
 
     Args:
         header: facts of the run; docs/results-format.md lists those that `attach` writes.
@@ -115,11 +114,7 @@ class Ledger:
         self.ended: Mapping[str, Any] | None = None
 
     def append(self, entry: Entry) -> None:
-        """Add one entry at the end.
-
-        Raises:
-            ValueError: if its step lies before the last one's.
-        """
+        """Add one entry at the end; a `ValueError` if its step lies before the last one's."""
         if self._entries and entry.step < self._entries[-1].step:
             raise ValueError(f"a ledger is in order of steps: got step {entry.step} after {self._entries[-1].step}")
         self._entries.append(entry)
@@ -138,21 +133,19 @@ class Ledger:
         (0.5, 0.7)
         """
         place = next((place for place in reversed(range(len(self))) if self._entries[place].changed), None)
-        # Once: the loss of later steps says what training did, and no more what the cut did.
+        # Only once: the loss of later steps shows what training did, not what the cut did.
         if place is not None and self._entries[place].loss_after is None:
             self._entries[place] = replace(self._entries[place], loss_after=loss_after)
 
     def state_dict(self) -> dict[str, Any]:
-        """All entries, in plain tensors, numbers and strings."""
         return {"entries": [plain(asdict(entry), "the ledger") for entry in self._entries]}
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Check that a state holds entries."""
         for entry in state["entries"]:
             _entry(entry)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the entries of a state in behind those that are there."""
+        """Append the entries of a state."""
         for entry in state["entries"]:
             self.append(Entry(**entry))
 
@@ -213,7 +206,7 @@ class Ledger:
 
 
 def _entry(row: Mapping[str, Any] | None) -> Entry:
-    """The entry of a row; keys that a later version may add are left out."""
+    """The entry of a row, without keys that a later version may add."""
     row = row or {}
     # Ledgers of version 0.2 have a number for each: pages are still drawn from them.
     earlier = {name: row[f"{name}_seconds"] for name in OWN_SECONDS if f"{name}_seconds" in row}
@@ -235,12 +228,8 @@ def without_nan(value: Any) -> Any:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file in UTF-8 into a folder that exists. Of two writers the last one wins.
-
-    Raises:
-        OSError: if the folder cannot be written to; then nothing stays behind.
-    """
-    # A name of its own: several processes of one run may write the same file.
+    """Write a text file in UTF-8 into a folder that exists, at once; on an error nothing stays behind."""
+    # A name of its own: several processes of one run may write the same file, and the last one wins.
     unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")

@@ -75,7 +75,7 @@ def test_counters_are_looked_at_between_decisions(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     counter = Counter("recorded", lambda: (100.0 * clock[0]) % 6000.0, range_j=6000.0)
     meter = EnergyMeter([counter])
-    metering = Metering({"energy"}, list, torch.device("cpu"), energy=meter)
+    metering = Metering({"energy"}, list, torch.device("cpu"), model=torch.nn.Identity(), energy=meter)
     metering.stepped()
     for _ in range(3600):
         clock[0] += 1.0

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
+from resources.peak import peak_bytes
 from setpoint.errors import CostError
 from setpoint.resources import costing
 from setpoint.resources.joules import Counter, EnergyMeter
-from setpoint.resources.live_bytes import peak_bytes
 from setpoint.spending import meter as meter_file
 from setpoint_bench.networks import PlainNet
 

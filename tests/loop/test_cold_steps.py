@@ -72,7 +72,7 @@ def test_no_decision_before_a_few_steps(machine: Machine) -> None:
 
 def test_a_cold_meter_goes_on_in_another_process() -> None:
     """Claim: how many steps were made since the last cut is in the state, so a resumed run decides at the same step."""
-    meters = [Metering({"latency"}, list, torch.device("cpu")) for _ in range(2)]
+    meters = [Metering({"latency"}, list, torch.device("cpu"), model=torch.nn.Identity()) for _ in range(2)]
     for _ in range(3):
         meters[0].stepped()
     meters[1].load_state_dict(meters[0].state_dict())
@@ -86,9 +86,8 @@ def test_a_cold_meter_goes_on_in_another_process() -> None:
 def test_joules_count_from_warm_steps() -> None:
     """Claim: joules of a step are the mean over the steps behind the first three after a cut."""
     joules = [0.0]
-    meter = Metering(
-        {"energy"}, list, torch.device("cpu"), energy=EnergyMeter([Counter("recorded", lambda: joules[0], range_j=1e6)])
-    )
+    energy = EnergyMeter([Counter("recorded", lambda: joules[0], range_j=1e6)])
+    meter = Metering({"energy"}, list, torch.device("cpu"), model=torch.nn.Identity(), energy=energy)
     for spent in (9.0, 7.0, 5.0, 2.0, 2.0):
         joules[0] += spent
         meter.stepped()

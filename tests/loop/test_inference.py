@@ -215,7 +215,7 @@ def test_a_timed_pass_undoes_what_a_forward_does() -> None:
     before, last, kept = copy.deepcopy(model.state_dict()), model.last, model.kept
     modes = [module.training for module in model.modules()]
     measured, passes = Inference.of(model, (torch.randn(4, 6),)).timed()
-    assert measured is not None and measured.value > 0 and passes == measured.count + 1 >= 6
+    assert measured is not None and measured.value > 0 and measured.low <= measured.value and passes >= 6
     with pytest.raises(RuntimeError, match="shapes"):
         Inference.of(model, (torch.randn(4, 7),)).timed()
     assert model.last is last and model.kept is kept and equal(before, dict(model.state_dict()))

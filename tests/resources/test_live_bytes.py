@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from setpoint.resources.live_bytes import LiveBytes, peak_bytes
+from resources.peak import peak_bytes
+from setpoint.resources.live_bytes import LiveBytes
 from setpoint.spending.metrics import resident_bytes
 
 

@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from groups.zoo import MODELS
+from resources.peak import peak_bytes
 from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources import costing
 from setpoint.resources.lengths import narrowing_widths, trial_widths
-from setpoint.resources.live_bytes import peak_bytes
-from setpoint.resources.memory import MemoryCost
 from setpoint.resources.replica import Replica, replica
-from setpoint.resources.tape import Tape, solved, taken
+from setpoint.resources.tape import MemoryCost, Tape, solved, taken
 from setpoint_bench.networks import CharGPT, PlainNet
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]

@@ -23,7 +23,7 @@ from setpoint.cli import (
     out_option,
     write_json,
 )
-from setpoint.errors import UsageError
+from setpoint.errors import BudgetError, UsageError
 from setpoint.messages import did_you_mean
 
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data, for images.")]
@@ -53,12 +53,10 @@ def bench(
     Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
     """
     with errors_as_messages():
-        from setpoint.cost.parse import fraction
-
         _bench(
             task,
             methods,
-            [fraction(each, "--budgets") for each in names(budgets, "--budgets")],
+            [_fraction(budget) for budget in names(budgets, "--budgets")],
             numbers(seeds, "--seeds", int),
             out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
@@ -68,6 +66,20 @@ def bench(
             workers=workers,
             interleaved=interleaved,
         )
+
+
+def _fraction(text: str) -> float:
+    """A budget of FLOPs per step as a fraction of the dense model's; the option takes no other."""
+    from setpoint.cost.parse import parse_budget
+
+    takes = "--budgets takes a fraction of the dense FLOPs per step, above 0 and at most 1, such as 0.5 or 50%"
+    try:
+        budget = parse_budget(text)
+    except BudgetError as error:
+        raise BudgetError(f"{takes}: got {text!r}") from error
+    if (budget.resource, budget.per, budget.relative) != ("flops", "step", True):
+        raise BudgetError(f"{takes}: got {text!r}, a budget of another kind")
+    return float(budget.limit)
 
 
 def report_folder(folder: Path, out: Path | None) -> None:

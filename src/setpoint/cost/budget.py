@@ -17,25 +17,16 @@ METERED = ("memory", "latency", "inference", "energy")
 
 
 def check_resource(name: object) -> None:
-    """Refuse a resource that no cost knows.
-
-    Raises:
-        BudgetError: the message has the nearest name.
-    """
+    """Refuse a resource that no cost knows, with the nearest name."""
     if name not in RESOURCES:
         hint = did_you_mean(name, RESOURCES)
         raise BudgetError(f"unknown resource {name!r}: {hint}use one of {', '.join(map(repr, RESOURCES))}")
 
 
 def check_means(resource: str, watts: float | None, example: Any) -> None:
-    """Check the watts and the example that a goal on this resource is given; each may be None.
-
-    Raises:
-        BudgetError: for watts that are not a positive finite power, or for watts or an example that the resource
-            does not use.
-    """
+    """Refuse watts that are no power, and watts or an example that a goal on this resource does not use."""
     if watts is not None:
-        if isinstance(watts, bool) or not isinstance(watts, (int, float)) or not 0 < watts < math.inf:
+        if not _is_finite(watts) or watts <= 0:
             raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
         if resource != "energy":
             raise BudgetError(
@@ -46,6 +37,10 @@ def check_means(resource: str, watts: float | None, example: Any) -> None:
             f"example is for a budget or a price of 'inference', got one of {resource!r}: add one, or leave the "
             "example out"
         )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Budget:
         check_resource(self.resource)
         if self.per not in ("step", "run"):
             raise BudgetError(f"per={self.per!r} is not known: use per='step' or per='run'")
-        if isinstance(self.limit, bool) or not isinstance(self.limit, (int, float)) or not math.isfinite(self.limit):
+        if not _is_finite(self.limit):
             raise BudgetError(f"a budget is a finite number above 0, got {self.limit!r}")
         if self.limit <= 0:
             raise BudgetError(f"a budget must be above 0, got {self.limit!r}: 0.5 keeps half of the dense cost")
@@ -97,7 +92,7 @@ class Budget:
                 f"a fraction must be at most 1, got {self.limit!r}: 1.0 is the dense model{percent}; "
                 f"for an absolute limit use Budget.total({self.limit!r}, of={self.resource!r})"
             )
-        if isinstance(self.deadband, bool) or not isinstance(self.deadband, (int, float)) or not 0 <= self.deadband < 1:
+        if not _is_finite(self.deadband) or not 0 <= self.deadband < 1:
             raise BudgetError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
         check_means(self.resource, self.watts, self.example)
 
@@ -182,7 +177,7 @@ class Price:
 
     @property
     def resource(self) -> str:
-        """The resource, by the name that a budget gives it."""
+        """`of`, by the name that a budget gives it."""
         return self.of
 
     def absolute(self, dense: float) -> float:
@@ -229,8 +224,7 @@ class Tolerance:
 
 
 def _check_amount(value: Any, name: str, meaning: str) -> None:
-    """Refuse anything but a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _is_finite(value):
         raise BudgetError(f"{name} is a finite number of at least 0, got {value!r}")
     if value < 0:
         raise BudgetError(f"{name} must be at least 0, got {value!r}: it is {meaning}")
@@ -249,7 +243,7 @@ DENSE = {
 }
 """What a share of it is a share of, in words."""
 IN_SECONDS = ("latency", "inference")
-"""Resources that are measured by the clock."""
+"""Resources that the clock measures."""
 MILLISECONDS = 50
 """A budget of seconds this many times the dense cost is taken for one in milliseconds."""
 
@@ -272,9 +266,5 @@ def amount(value: float, resource: str) -> str:
 
 
 def of_dense(ratio: float, resource: str) -> str:
-    """A share of what the dense model spends.
-
-    >>> of_dense(0.4994, "flops")
-    '49.9 % of the dense FLOPs'
-    """
+    """A share of what the dense model spends: "49.9 % of the dense FLOPs"."""
     return f"{100 * ratio:.1f} % of the {DENSE.get(resource, resource)}"

@@ -36,19 +36,15 @@ class Term:
     sizes: tuple[Size, ...]
 
     def at(self, widths: Mapping[str, int]) -> float:
-        """Value of the term at these widths."""
         return self.coefficient * math.prod([size.at(widths) for size in self.sizes])
 
 
 class ProductCost:
-    """A cost that is a sum of products of widths: FLOPs and parameters are of this form.
-
-    Args:
-        terms: the products; like terms are merged, so evaluation takes microseconds.
-    """
+    """A cost that is a sum of products of widths: FLOPs and parameters are of this form."""
 
     def __init__(self, resource: str, terms: tuple[Term, ...]) -> None:
         self.resource = resource
+        # Like terms are merged, so that evaluation takes microseconds.
         merged: dict[tuple[Size, ...], float] = {}
         for term in terms:
             constant = math.prod(size.constant for size in term.sizes if not size.parts)
@@ -59,21 +55,20 @@ class ProductCost:
         self._terms_of: dict[str, list[tuple[float, list[tuple[Size, int]]]]] = {}
         for term in self.terms:
             for name in {name for size in term.sizes for name, _ in size.parts}:
-                per_unit = [(size, sum(each for part, each in size.parts if part == name)) for size in term.sizes]
+                per_unit = [(size, sum(length for part, length in size.parts if part == name)) for size in term.sizes]
                 self._terms_of.setdefault(name, []).append((term.coefficient, per_unit))
 
     def total(self, widths: Mapping[str, int]) -> float:
-        """Spending at these widths, in the resource's own unit."""
         return sum(term.at(widths) for term in self.terms)
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
-        """`total(widths) - total(widths with num_units fewer units in group)`; O(terms of the group)."""
+        """As in `Cost`, in O(terms of the group)."""
         saved = 0.0
         for coefficient, per_unit in self._terms_of.get(group, ()):
             now = fewer = 1
-            for size, each in per_unit:  # a plain loop, as in `Size.at`
+            for size, of_unit in per_unit:  # a plain loop: this is called for every block of every decision
                 length = size.at(widths)
-                now, fewer = now * length, fewer * (length - num_units * each)
+                now, fewer = now * length, fewer * (length - num_units * of_unit)
             saved += coefficient * now - coefficient * fewer
         return saved
 
@@ -122,28 +117,22 @@ def params_cost(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """One of the budgets.
-
-    Args:
-        cost: predicts spending.
-        limit: in the resource's own unit.
-        factor: metered cost / predicted cost, as last seen; 1 without a meter.
-    """
+    """One of several budgets; `factor` is metered cost / predicted cost, as last seen, and 1 without a meter."""
 
     cost: Cost
     limit: float
     factor: float = 1.0
 
     def total(self, widths: Mapping[str, int]) -> float:
-        """Share of the limit that is spent at these widths."""
+        """Share of the limit that is spent."""
         return self.factor * self.cost.total(widths) / self.limit
 
 
 class JointCost:
     """`total(widths) = max over budgets of factor * cost(widths) / limit`: at 1 all budgets are met.
 
-    A block saves what it takes off the largest share. So the binding budget decides what is worth
-    dropping, until another one is level with it.
+    A block saves what it takes off the largest share. So the binding budget decides what is worth dropping, until
+    another one binds.
     """
 
     resource: Final = "joint"
@@ -152,11 +141,9 @@ class JointCost:
         self.shares = tuple(shares)
 
     def total(self, widths: Mapping[str, int]) -> float:
-        """The largest share of a limit that is spent."""
         return max(share.total(widths) for share in self.shares)
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
-        """`total(widths) - total(widths with num_units fewer units in group)`."""
         return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
 
     def binding(self, widths: Mapping[str, int]) -> Share:

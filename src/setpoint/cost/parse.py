@@ -16,7 +16,7 @@ from setpoint.messages import did_you_mean
 _TIMES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0, "h": 3600.0}
 _BYTES = {"b": 1.0, **{f"{prefix}b": value for prefix, value in _TIMES.items() if prefix}} | {
-    f"{each}ib": 1024.0**power for power, each in enumerate("kmgt", start=1)
+    f"{prefix}ib": 1024.0**power for power, prefix in enumerate("kmgt", start=1)
 }
 _COUNTS = {**_TIMES, "b": 1e9}
 _FLOPS = {f"{prefix}{unit}": value for prefix, value in _TIMES.items() for unit in ("flop", "flops", "")}
@@ -47,13 +47,9 @@ def parse_budget(budget: Any) -> Any:
 
     A number is a fraction of the dense model's FLOPs per optimizer step, and so is a number or a percentage alone in a
     text, `"0.5"` or `"50%"`. Other texts have an amount and a resource, `"50% flops"`, `"8 ms latency"`, `"40% of flops
-    per run"`; where the unit says the resource, it is enough: `"3 GFLOPs"`, `"4 GiB"`. A budget is per step, and may
-    say so: `"8 ms latency per step"`. A mapping has an amount by resource, with "flops/run" or "flops per run" for the
-    bill of the whole run: with budgets per step it decides how many steps there are (`loop.total_steps`). Up to 1,
-    FLOPs and parameters are fractions.
-
-    Raises:
-        BudgetError: for an amount or resource that is not understood.
+    per run"`, or an amount whose unit says the resource: `"3 GFLOPs"`, `"4 GiB"`. A budget is per step, and may say so:
+    `"8 ms latency per step"`. A mapping has an amount by resource, with "flops/run" or "flops per run" for the bill of
+    the whole run. Up to 1, FLOPs and parameters are fractions.
 
     >>> parse_budget(0.5)
     Budget(resource='flops', limit=0.5, per='step', relative=True, deadband=0.01)
@@ -73,43 +69,19 @@ def parse_budget(budget: Any) -> Any:
     if isinstance(budget, (Budget, Price, Tolerance)):
         return budget
     if _number(budget):
-        small = not isinstance(budget, int) or abs(budget) < _MOST  # a larger int is no float
-        return Budget.fraction(float(budget) if small else _MOST, of="flops")
+        return Budget.fraction(float(budget), of="flops")
     if isinstance(budget, str):
         return _by_words(budget)
     if isinstance(budget, Mapping):
         found = [_amount(*_per(str(resource)), amount) for resource, amount in budget.items()]
         return found[0] if len(found) == 1 else found
     if isinstance(budget, Sequence):
-        return [parse_budget(each) for each in budget]
+        return [parse_budget(part) for part in budget]
     return budget
-
-
-# An integer above it has no counterpart among floats, and is no fraction anyway.
-_MOST = 1e300
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
-
-
-def fraction(text: str, option: str) -> float:
-    """A budget of FLOPs per step as a fraction of the dense model's, for an option that takes no other.
-
-    Raises:
-        BudgetError: for any other budget.
-
-    >>> fraction("25%", "--budget")
-    0.25
-    """
-    takes = f"{option} takes a fraction of the dense FLOPs per step, above 0 and at most 1, such as 0.5 or 50%"
-    try:
-        found = _by_words(text)
-    except BudgetError as error:
-        raise BudgetError(f"{takes}: got {text!r}") from error
-    if (found.resource, found.per, found.relative) != ("flops", "step", True):
-        raise BudgetError(f"{takes}: got {text!r}, a budget of another kind")
-    return found.limit
 
 
 def is_time(text: Any) -> bool:

@@ -27,20 +27,20 @@ class _Watch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.name, self.steps, self.passes, self.moves = type(optimizer).__name__, 0, 0, 0
-        self._version: int | None = None
+        self._last_version: int | None = None
         self._gradient: weakref.ref[Tensor] | None = None
 
     def stepped(self) -> None:
         self.steps += 1
         self.passes = self.moves = 0
-        self._version = None
+        self._last_version = None
 
     def passed(self, parameter: Tensor) -> None:
         # In-place updates raise the version, whoever makes them; a gradient that adds up stays the same object.
         version, gradient = parameter._version, parameter.grad
-        self.moves += self._version is not None and version != self._version
+        self.moves += self._last_version is not None and version != self._last_version
         self.passes += self._gradient is None or self._gradient() is not gradient
-        self._version, self._gradient = version, None if gradient is None else weakref.ref(gradient)
+        self._last_version, self._gradient = version, None if gradient is None else weakref.ref(gradient)
 
 
 @final

@@ -18,9 +18,9 @@ _SLACK = 0.03
 
 
 def corrected(before: Limits, readings: Readings, widths: Mapping[str, int]) -> tuple[Limits, dict[str, float]]:
-    """The limits with readings at these widths taken in, and what the controller learns of these.
+    """The limits by readings at these widths, and the costs that the controller learns of.
 
-    A reading that is missing, of what was read before, is replaced by what it foretold.
+    What was read before and is missing now is as predicted and corrected.
     """
     limits, followed = before, before.followed
     seen = {name: value for name, value in readings.learnable.items() if name in followed and value > 0}
@@ -69,11 +69,11 @@ def _warn_if_out_of_reach(limits: Limits, name: str, seen: float, widths: Mappin
 
 
 def _doubted(limits: Limits, name: str, quickest: float, widths: Mapping[str, int]) -> Limits:
-    """The limits where two readings in a row tell that no cut can meet a budget: then what is there is held.
+    """Hold the present cost where two readings in a row show that no cut can meet a budget.
 
-    That is so where cuts that should have saved a tenth or more have saved less than half of that, and what is
-    left to save does not lead down to the limit. With the first reading `m0` at the predicted cost `p0` and the
-    present `m` at `p`, what shrinks does so by `(m0 - m) / (p0 - p)` for each unit of predicted cost.
+    They do if cuts that should have saved a tenth or more have saved less than half of that, and what is left to save
+    does not reach the limit. With the first reading `m0` at the predicted cost `p0` and the present `m` at `p`, cuts
+    save `(m0 - m) / (p0 - p)` for each unit of predicted cost.
     """
     known, limit = limits.corrections[name], limits.per_step[name]
     if limits.is_per_run(name) or known.asked is not None:

@@ -24,11 +24,10 @@ from setpoint.messages import progress, warn
 from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
-from setpoint.resources.memory import MemoryCost
 from setpoint.resources.metering import Metering
 from setpoint.resources.replica import Replica, held_tensors, replica
 from setpoint.resources.seconds import Fit, Reading, combined, fit_joules, fit_seconds
-from setpoint.resources.tape import Tape, solved, taken
+from setpoint.resources.tape import MemoryCost, Tape, solved, taken
 from setpoint.spending.meter import Stopwatch
 
 Make = Callable[..., AbstractContextManager[Replica]]
@@ -42,12 +41,10 @@ class Costing:
     """What is known of resources that are measured.
 
     Args:
-        costs: by resource.
         sources: by resource, what it was modelled by.
-        header: what a ledger says of it. "calibration" has by resource the relative error of the prediction on copies,
-            the median of several; "step_seconds" by group the seconds of a dense step that go when the group alone is
-            cut to its fewest units; "idle_watts" the power drawn while this process rests, where joules are metered.
-        meter: reads what steps take.
+        header: for the ledger. "calibration" has by resource the median relative error of the prediction on copies;
+            "step_seconds" by group the seconds of a dense step that go when the group alone is cut to its fewest units;
+            "idle_watts" the power drawn while this process rests, where joules are metered.
         passes: steps on copies, in steps of the dense model by FLOPs.
     """
 
@@ -66,13 +63,10 @@ def cost_out(
     goals: Sequence[Budget | Price | Tolerance],
     calls: int = 1,
 ) -> Costing:
-    """Build costs and meter of the resources that goals are on; the model itself is left alone.
+    """Costs and meter of the resources that goals are on; the model itself is left alone.
 
     Args:
         found: of an optimizer step, in which the model is called `calls` times on examples; copies make one call.
-
-    Raises:
-        CostError: if the step cannot be recorded, or joules are asked for and there is nothing to tell them from.
     """
     measured = {goal.resource for goal in goals} & set(METERED)
     watts = next((goal.watts for goal in goals if goal.watts is not None), None)
@@ -131,7 +125,6 @@ def cost_out(
 
 
 def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | None:
-    """The meter of joules, or None where the user has stated watts and there is none."""
     meter, why = find_energy_meter([device])
     if meter is None and watts is None:
         raise CostError(
@@ -147,7 +140,7 @@ def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | No
 def _joules(
     latency: ProductCost, watts: float | None, joules: Sequence[Reading], meter: EnergyMeter | None
 ) -> tuple[ProductCost, float, str]:
-    """The cost in joules, its error, and what it was modelled by."""
+    """The cost in joules, its relative error, and what it was modelled by."""
     if meter is not None and joules:
         fit = fit_joules(latency, joules, meter.source)
         return fit.cost, fit.error, f"modelled: fit to steps metered by {meter.source}"
@@ -165,14 +158,13 @@ def _joules(
 def record(make: Make, groups: tuple[Group, ...]) -> Tape:
     """The step as a function of widths.
 
-    One copy is recorded that becomes narrower, where few widths tell the groups apart and the copy runs, with enough
-    memory beside the model; else copies without data. Some modules (`nn.MultiheadAttention`) take another way through
-    PyTorch as soon as they are cut. Then the step is that of a model in which everything is. Others take another way
-    with one unit of two, such as key/value heads. Then that group saves nothing by prediction, and meters see what it
-    does save.
-    Whatever goes wrong in foreign code becomes one error that says what to do.
+    One copy that becomes narrower is recorded, if few widths tell the groups apart and memory is left for the copy;
+    else copies without data. Whatever goes wrong in foreign code becomes one error that says what to do.
     """
     narrow, apart = narrowing_widths(groups, dense=False)
+    # `nn.MultiheadAttention` takes another way through PyTorch once it is cut: the second trial cuts every group. Some
+    # modules take another way with one unit of two, such as key/value heads: the third holds such a group, which then
+    # saves nothing by prediction, and meters see what it does save.
     trials = (trial_widths(groups), trial_widths(groups, dense=False), trial_widths(held_at_two(groups)))
     try:
         with progress("recording a step"):
@@ -194,7 +186,6 @@ def record(make: Make, groups: tuple[Group, ...]) -> Tape:
 
 
 def _of_one_copy(make: Make, vectors: Sequence[Mapping[str, int]]) -> Tape:
-    """The step of one copy, which becomes narrower from one vector to the next."""
     with make(vectors[0], data=True) as copy:
         takes = [taken(copy)]
         for widths in vectors[1:]:
@@ -223,7 +214,7 @@ def _timed_fit(
     device: torch.device,
     meter: EnergyMeter | None,
 ) -> tuple[Fit, list[Reading]]:
-    """Seconds of a step as fitted to a few whole ones, and the joules of those."""
+    """Seconds of a step, fitted to a few whole ones, and the joules of those."""
     seconds, joules = list[Reading](), list[Reading]()
     with progress(f"timing whole steps ({resource})"):
         for widths, taken_s, spent_j in timed(make, calibration_widths(groups), device, meter):

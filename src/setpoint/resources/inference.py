@@ -23,14 +23,7 @@ _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """A model that answers one batch.
-
-    The modules' own `training` flags are set and put back, without calling `train()` or `eval()`: what a model does
-    in an overridden one, such as folding weights together, is left out.
-
-    Args:
-        autocast: the type of numbers that the forward is cast to, None for the model's own.
-    """
+    """A model that answers one batch, under autocast to a type of numbers, or to None."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -39,14 +32,14 @@ class Inference:
 
     @classmethod
     def of(cls, model: nn.Module, example: Example) -> Inference:
-        """A model, on the inputs of an example and under the autocast that is active now."""
+        """A model on the inputs of an example, under the autocast that is active now."""
         return cls(model, *inputs_of(example), active_autocast(model))
 
     def timed(self) -> tuple[Measured | None, int]:
         """Seconds of a pass as the median of several, after one that is not counted; and the number of all passes.
 
         Weights, buffers, attributes, modes, gradients and random number generators are as before, and the user's
-        hooks are not called. A pass in which the clock stood still or ran backwards is skipped.
+        hooks are not called.
         """
         watch, times = Stopwatch(synchronize=True), list[float]()
         undone = (preserved_rng_state, _untouched_buffers, untouched_attributes, without_users_hooks)
@@ -54,13 +47,13 @@ class Inference:
             for untouched in undone:
                 after.enter_context(untouched(self.model))
             for module in self.model.modules():
-                module.training = False
+                module.training = False  # not by `eval`, which a model may override to fold weights together
             self._pass()
             while len(times) < _MOST_PASSES and (len(times) < _LEAST_PASSES or watch.seconds < _ENOUGH_S):
                 with watch:
                     self._pass()
                 times.append(watch.last_seconds)
-        read = [seconds for seconds in times if seconds > 0]
+        read = [seconds for seconds in times if seconds > 0]  # a coarse clock may stand still
         return median_of(read) if read else None, 1 + len(times)
 
     def _pass(self) -> None:
@@ -85,31 +78,23 @@ def _untouched_buffers(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Measured:
-    """A median of repeated measurements, and how sure it is.
-
-    Args:
-        low, high: its 95 % interval.
-        least: the smallest of them: of seconds, what it takes with nothing else on the machine.
-    """
+    """A median of repeated measurements with its 95 % interval, and the lowest of them."""
 
     value: float
     low: float
     high: float
-    count: int
-    least: float
+    lowest: float
 
 
 def median_of(values: Sequence[float]) -> Measured:
     """The median with its 95 % interval, which holds for any distribution.
 
-    The number of n values that lie below the true median is binomial with probability 1/2, so the
-    order statistics `n/2 -+ 1.96 sqrt(n)/2` enclose it. Below six values they are the extremes.
+    The number of n values that lie below the true median is binomial with probability 1/2, so the order statistics
+    `n/2 -+ 1.96 sqrt(n)/2` enclose it. Below six values they are the extremes.
 
     >>> median_of([1.0, 2.0, 3.0, 4.0, 100.0])
-    Measured(value=3.0, low=1.0, high=100.0, count=5, least=1.0)
+    Measured(value=3.0, low=1.0, high=100.0, lowest=1.0)
     """
-    ordered = sorted(values)
-    count = len(ordered)
-    reach = 1.96 * math.sqrt(count) / 2
-    low = max(0, math.floor(count / 2 - reach))
-    return Measured(statistics.median(ordered), ordered[low], ordered[count - 1 - low], count, ordered[0])
+    ordered, count = sorted(values), len(values)
+    low = max(0, math.floor(count / 2 - 1.96 * math.sqrt(count) / 2))
+    return Measured(statistics.median(ordered), ordered[low], ordered[count - 1 - low], ordered[0])

@@ -39,11 +39,10 @@ class Counter:
 class EnergyMeter:
     """Joules spent since the meter was made, over all of its counters.
 
-    A counter with a known range that reads less than before has wrapped. One that runs backwards without having
-    wrapped, jumps ahead by more than a hundred kilowatts could explain, stands still for two seconds, or reads a
-    negative value or no number, has vanished: the meter says so once, as a warning, and has no reading from then on.
-    Read it more often than a counter takes for half a turn (a minute at least), or a turn is missed: a step back
-    by less than half of the range is no wrap.
+    A counter with a known range that reads less than before has wrapped. A step back by less than half of the range is
+    no wrap, so read it more often than it takes for half a turn (a minute at least). A counter that runs backwards,
+    jumps ahead by more than a hundred kilowatts could explain, stands still for two seconds, or reads no energy, has
+    vanished: the meter warns once, and has no reading from then on.
 
     >>> values = iter([10.0, 13.5, 1.0])
     >>> meter = EnergyMeter([Counter("recorded", lambda: next(values), range_j=16.0)])
@@ -61,12 +60,10 @@ class EnergyMeter:
 
     @property
     def source(self) -> str:
-        """What is counted, for people."""
         return " + ".join(counter.name for counter in self._counters)
 
     @property
     def works(self) -> bool:
-        """Whether there is still something to read."""
         return self._last is not None
 
     def read_j(self) -> float | None:
@@ -120,8 +117,7 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     """Counters of the processor packages and their memory by RAPL (Intel and AMD), and why there are none.
 
     Of the parts of a package only "dram" is read, which the package does not count (Intel SDM, volume 3, "RAPL
-    domains"); "core" and "uncore" are in it, and "psys" counts everything again. If one of the counters cannot be
-    read there is none at all: a part of the energy would look like the whole.
+    domains"); "core" and "uncore" are in it, and "psys" counts everything again.
     """
     found, why = [], f"no RAPL domain under {root}"
     for folder in sorted(root.glob("intel-rapl:*")):
@@ -135,6 +131,7 @@ def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
             if not read() and part:  # a domain that the processor names and does not count
                 continue
         except PermissionError as error:
+            # None at all: a part of the energy would look like the whole.
             return [], f"{error.filename} may be read by root only: give this user read access to it"
         except (OSError, ValueError) as error:
             return [], f"{folder} cannot be read: {error}"
@@ -174,14 +171,10 @@ def _nvml_joules(nvml: Any, handle: Any) -> float:
 
 
 def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) -> tuple[EnergyMeter | None, str]:
-    """A meter of what these devices and the processor spend, and why there is none.
-
-    A GPU in use whose counter cannot be read leaves no meter at all: the processor alone would be a
-    part of the energy that looks like the whole.
-    """
+    """A meter of what these devices and the processor spend, and why there is none."""
     cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     counters, why = nvml_counters(cuda) if cuda else ([], "")
-    if cuda and not counters:
+    if cuda and not counters:  # the processor alone would be a part of the energy that looks like the whole
         return None, why
     packages, why = rapl_counters(root)
     if not packages and not cuda:

@@ -23,11 +23,8 @@ _FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
 def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
     """Width vectors that tell all groups apart: the dense one and as many random ones as that takes.
 
-    Two groups are distinguished if their widths do not change in proportion. Widths are those that whole blocks
-    reach; a group that no block can leave stays as it is.
-
-    Args:
-        dense: whether a group may keep its full width; else all are cut that can be, in the first trial by one block.
+    Two groups are told apart if their widths do not change in proportion. Without `dense` each group is cut that can
+    be, in the first vector by one block.
 
     >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
     [4]
@@ -47,12 +44,9 @@ def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) 
 def narrowing_widths(groups: Sequence[Group], *, dense: bool) -> tuple[list[dict[str, int]], bool]:
     """Four width vectors, each nowhere wider than those before; and whether they tell all groups apart.
 
-    Each group has densities of its own, so that products of widths and all else do not shrink in proportion. Groups of
-    few units, as heads are, may be too many to be told apart.
-
-    Args:
-        dense: whether the dense widths come first. They do so, too, where narrower ones do not tell the groups apart.
-            A step there takes longest.
+    Each group has densities of its own, so that products of widths do not shrink in proportion. Groups of few units, as
+    heads are, may be too many to be told apart. The dense widths come first with `dense`, or where narrower ones do not
+    tell the groups apart.
     """
     reach = {group.name: _reach(group) for group in groups}
     for bands in (_FROM_DENSE,) if dense else (_LOW, _CLOSE, _FROM_DENSE):
@@ -90,10 +84,9 @@ def _reach(group: Group) -> list[int]:
 
 
 def held_at_two(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """The groups, those held as they are that can become narrower but only to a width of 1.
+    """The groups, with those held as they are that can become narrower only to a width of 1.
 
-    A tensor with one unit along a dim may need no copy where one with two does, as with one key/value head of two. Then
-    no width above 1 is left to tell how sizes follow such a group, and a step is known where it stays.
+    A tensor with one unit along a dim may need no copy where one with two does, as with one key/value head of two.
     """
     return tuple(replace(group, min_units=group.num_units) if _reach(group)[1:] == [1] else group for group in groups)
 
@@ -116,9 +109,8 @@ def _direction(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
 class Lengths:
     """Finds the `Size` behind a number that was seen at several width vectors.
 
-    A number that does not change is a constant; one that changes in proportion to the width of one group
-    follows that group, `constant + per_unit * width`. Sums over several groups are learnt where they are
-    made, by `learn`.
+    A number that changes in proportion to the width of one group follows that group, `constant + per_unit * width`.
+    Sums over several groups are learnt where they are made, by `learn`.
 
     >>> lengths = Lengths([{"a": 8, "b": 8}, {"a": 4, "b": 6}, {"a": 2, "b": 7}])
     >>> lengths.size((24, 12, 6)), lengths.size((5, 5, 5))
@@ -134,17 +126,13 @@ class Lengths:
             self._by_direction.setdefault(direction, (name, factor, width))
 
     def size(self, values: tuple[int, ...]) -> Size | None:
-        """The size that has these values at the vectors, or None if it is of no known form."""
+        """The size with these values at the vectors, or None if it is of no known form."""
         if values not in self._known:
             self._known[values] = self._find(values)
         return self._known[values]
 
     def learn(self, pieces: Sequence[Size]) -> None:
-        """A length that is the sum of these may occur from here on.
-
-        Raises:
-            CostError: where the widths do not tell this sum from another length.
-        """
+        """A length that is the sum of these may occur from here on."""
         parts: dict[str, int] = {}
         for piece in pieces:
             for name, per_unit in piece.parts:

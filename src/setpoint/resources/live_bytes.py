@@ -13,19 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Noted = Callable[[str, int, Tensor | None], None]
-"""Called with "made" or "gone", a storage's number, and the tensor that it was made for."""
+"""Called with "made" or "gone", the number of a storage, and the tensor that it was made for."""
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes in the tensors that are alive while it is active, and their peak.
 
-    Every storage that an operation makes counts from there until nothing holds it any more, those that
-    autograd saves included. What kernels allocate inside themselves does not show. Of a storage that was there before,
-    as behind a batch that is a slice of all data, no more counts than what the first view of it covers.
+    Every storage that an operation makes counts until nothing holds it any more, those that autograd saves included.
+    What kernels allocate inside themselves does not show. Of a storage that was there before, as behind a batch that is
+    a slice of all data, only what the first view of it covers counts.
 
     Args:
-        held: tensors that are there from the beginning; of a storage that they share no more counts than their entries.
-        noted: called whenever a storage is made or gone, in order; storages are numbered as they come.
+        held: tensors that are there from the beginning; of a storage that they share only their entries count.
+        noted: called when a storage is made or gone; storages are numbered in order.
 
     >>> with LiveBytes() as live:
     ...     x = torch.ones(1000)
@@ -54,12 +54,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def __exit__(self, *ending: Any) -> None:
-        """Note nothing any more: what goes after the end, whenever it is collected, is not the code's doing."""
+        # What is collected after the end is not noted: when that happens is up to the collector.
         self._noted = None
         super().__exit__(*ending)  # type: ignore[no-untyped-call]
 
     def see(self, tensor: Tensor, given: Any = ()) -> None:
-        """Count the storage of what an operation has returned; of one that was given to it, what the tensor covers."""
+        """Count the storage of a tensor that an operation returned; of one of its arguments, what the tensor covers."""
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._new(tensor, key, size)
 
     def _hold(self, tensor: Tensor) -> None:
-        """Count what a tensor covers of its storage."""
+        """Count only what a tensor covers of its storage."""
         if tensor.layout != torch.strided:
             return
         key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
@@ -111,17 +111,3 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storage_of(value: Any) -> int | None:
     strided = isinstance(value, Tensor) and value.layout == torch.strided
     return value.untyped_storage()._cdata if strided else None
-
-
-def peak_bytes(run: Callable[[], object], held: Iterable[Tensor] = (), device: torch.device | None = None) -> int:
-    """Peak memory in bytes while `run` runs: the allocator's on a GPU, live tensors' elsewhere."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device))
-    live = LiveBytes(held)
-    with live:
-        run()
-    return live.peak_bytes

@@ -37,7 +37,7 @@ _LOOK_S = 10.0
 
 
 class _FirstCall:
-    """The hook that tells a meter of a call; one that was copied or stored with the model tells nobody."""
+    """The hook that tells a meter of a call; one that was copied or stored with the model does nothing."""
 
     def __init__(self, metering: Metering | None = None) -> None:
         self._metering = metering
@@ -52,21 +52,19 @@ class _FirstCall:
 
 @final
 class Metering:
-    """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
+    """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts: a `Meter`.
 
     Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
     after a cut are slow. Bytes are the peak of one step, the last before a decision: of the allocator on a GPU, of live
-    tensors on the CPU. There the step runs under a dispatch mode, which is slow, so its seconds do not count; compiled
-    code and code under somebody else's mode are left alone and are not read. What goes on between two steps, such as
-    an evaluation, is left out: the peak counts from the first call of the model or a part of it with gradients, in the
-    mode, training or not, that the model was in when the last step ended.
+    tensors on the CPU. There the step runs under a dispatch mode, which is slow, so its seconds do not count. Compiled
+    code and code under another dispatch mode are not read. Nor is what the user does between two steps, such as an
+    evaluation: the peak counts from the first call of the model or a part of it with gradients, in the mode, training
+    or not, that the model was in when the last step ended.
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
 
     Args:
         held: gives the tensors that live between steps.
-        model: whose first call in training begins the step.
-        pass_flops: FLOPs of one forward pass of it, None where none is timed.
-        watts: power that the user has stated, where joules are this times seconds; else 0.
+        pass_flops: FLOPs of one forward pass, None where none is timed.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class Metering:
         held: Callable[[], Sequence[Tensor]],
         device: torch.device,
         *,
-        model: nn.Module | None = None,
+        model: nn.Module,
         compiled: bool = False,
         energy: EnergyMeter | None = None,
         inference: Inference | None = None,
@@ -130,7 +128,7 @@ class Metering:
 
     @property
     def _few(self) -> int:
-        """Steps after a cut before a decision: the last is watched for its bytes, and for joules there is one more."""
+        """Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more."""
         timed = {"latency", "energy"} & self._resources
         return _FEW + len({"memory", "energy"} & self._resources) if timed else 0
 
@@ -148,10 +146,8 @@ class Metering:
 
     def _look(self) -> None:
         """Read the energy counters every few seconds: one that wraps twice between two readings loses a turn."""
-        if self._energy is None:
-            return
         now = time.monotonic()
-        if self._looked is None or not 0 <= now - self._looked < _LOOK_S:
+        if self._energy is not None and (self._looked is None or now - self._looked >= _LOOK_S):
             self._looked = now
             self._energy.read_j()
 
@@ -186,15 +182,15 @@ class Metering:
             self._watching.__enter__()  # type: ignore[no-untyped-call]
         elif not self._compiled:
             self._blocked = True
-        if self._model is not None and not self._compiled and (self._allocating or self._watching is not None):
+        if not self._compiled and (self._allocating or self._watching is not None):
             self._mode = self._model.training
             hook = _FirstCall(self)
             self._beginning = [module.register_forward_pre_hook(hook) for module in self._model.modules()]
         return self._watching is not None
 
     def first_call(self) -> None:
-        """The model or a part of it is called; with gradients the step itself begins, and what was before goes."""
-        if self._model is None or self._model.training != self._mode or not torch.is_grad_enabled():
+        """The model or a part of it is called: with gradients this begins the step, and what was before is dropped."""
+        if self._model.training != self._mode or not torch.is_grad_enabled():
             return
         self._begun()
         if self._allocating:
@@ -203,7 +199,7 @@ class Metering:
             self._watching.peak_bytes = self._watching.live_bytes
 
     def _begun(self) -> None:
-        """The step has begun, or will not: no call is awaited any more."""
+        """The step has begun, or will not: wait for no call any more."""
         handles, self._beginning = self._beginning, []
         for handle in handles:
             handle.remove()
@@ -256,12 +252,10 @@ class Metering:
 
     @property
     def _warm(self) -> tuple[float, ...]:
-        """Seconds of the recent steps; of the first ones after a cut those count that are not cold."""
         return self.steps.intervals[_COLD:]
 
     @property
     def _seconds(self) -> float | None:
-        """Median of the recent steps; None before a few."""
         return statistics.median_low(self._warm) if self._warm and self._since_cut >= _FEW else None
 
     def _quickest(self, known: Mapping[str, float]) -> dict[str, float]:
@@ -270,11 +264,10 @@ class Metering:
         if len(seconds) >= 3:
             found |= {"latency": min(seconds), "energy": self.watts * min(seconds) or known.get("energy", 0.0)}
         if self._pass_seconds is not None:
-            found["inference"] = self._pass_seconds.least
+            found["inference"] = self._pass_seconds.lowest
         return {name: value for name, value in found.items() if name in known}
 
     def _margin(self, resource: str) -> float:
-        """How far spending may lie over a limit, relatively, before a meter of this resource can tell."""
         warm = median_of(self._warm) if self._warm else None
         seconds = {"latency": warm, "inference": self._pass_seconds}.get(resource)
         return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
@@ -284,12 +277,11 @@ class Metering:
         self._num_steps = self._since_cut = 0
 
     def state_dict(self) -> dict[str, float | None]:
-        """The last peak, and the joules of the run; those of a step count anew in another process."""
+        # Joules of a step are not among them: counters begin at 0 in each process.
         facts = {"peak": self._peak, "run_j": self.read().run_j, "blocked": float(self._blocked)}
         return {**facts, "since_cut": float(self._since_cut)}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked, self._since_cut = bool(state["blocked"]), int(state.get("since_cut") or 0)
-        # Counters begin at 0 in each process.
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])

@@ -22,10 +22,9 @@ from setpoint.groups.model_copy import computed, strip, untouched_attributes
 
 
 class Replica:
-    """A copy in training, or one that only answers. It changes by `narrow`.
+    """A copy in training, or one that only answers, at the widths of its groups. It changes by `narrow`.
 
     Args:
-        groups: at its widths.
         steps: the widths of each step that it makes are added here.
         trains: whether a step is one of training, else a forward pass without autograd.
     """
@@ -69,7 +68,6 @@ class Replica:
         self.groups = shrink(self.model, self.optimizers, self.groups, keep)
 
     def held(self) -> list[Tensor]:
-        """Tensors that live between steps."""
         return held_tensors(self.model, self.optimizers, self.inputs)
 
 
@@ -81,7 +79,6 @@ def held_tensors(model: nn.Module, optimizers: Sequence[Optimizer], inputs: Any)
 
 
 def device_type_of(model: nn.Module) -> str:
-    """The kind of device of the model."""
     return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
@@ -94,7 +91,6 @@ def active_autocast(model: nn.Module) -> torch.dtype | None:
 def forward_pass(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None
 ) -> None:
-    """One pass without autograd."""
     # Without a cache: weights that autocast keeps from here would have no gradient in a step of training.
     casting = torch.autocast(device_type_of(model), dtype=autocast, enabled=autocast is not None, cache_enabled=False)
     with torch.no_grad(), casting:
@@ -120,7 +116,7 @@ def replica(
     """A copy of a model, cut to these widths; one in training has made a step, so its optimizer state exists.
 
     Args:
-        steps: the widths of each step that the copy makes are added here, unless it computes nothing.
+        steps: the widths of each step that the copy makes are added here, if it has data.
         data: whether its tensors have memory; without, a step computes nothing.
     """
     with ExitStack() as inside:
@@ -138,7 +134,7 @@ def replica(
         if trains and not model.training:
             twin.train()
         for module in twin.modules() if not trains else ():
-            module.training = False  # not by `eval`, which a model may override, as to fold weights together
+            module.training = False  # not by `eval`, which a model may override to fold weights together
         inside.enter_context(torch.enable_grad())
         for trainer in trainers:
             trainer.zero_grad()
@@ -150,7 +146,6 @@ def replica(
 
 
 def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
-    """A copy of the tensor, without memory of its own in a fake mode."""
     if mode is None:
         return tensor.detach().clone()
     if tensor.numel() == 1 and not tensor.requires_grad:

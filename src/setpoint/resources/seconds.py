@@ -30,25 +30,14 @@ Reading = tuple[Mapping[str, int], float]
 
 @dataclass(frozen=True)
 class Fit:
-    """A cost that was fitted to measured steps.
-
-    Args:
-        error: median relative error over steps that the fit did not see; NaN if there were too few to leave one out.
-    """
+    """A cost fitted to measured steps, and its median relative error on a step left out; NaN where they are too few."""
 
     cost: ProductCost
     error: float
 
 
 def fit_seconds(resource: str, flops: ProductCost, moved: ProductCost, steps: Sequence[Reading]) -> Fit:
-    """Seconds of a step from measured ones, with the error on steps left out one by one.
-
-    Args:
-        resource: "latency" or "inference".
-        flops: of a step, up to a constant factor.
-        moved: bytes of a step.
-        steps: widths and seconds.
-    """
+    """Seconds of a step from measured ones, its FLOPs and the bytes that it moves."""
     # One row for each step: what a, b and c are multiplied by.
     rows = np.array([[1.0, flops.total(widths), moved.total(widths)] for widths, _ in steps])
     seconds = np.array([measured for _, measured in steps])
@@ -58,11 +47,7 @@ def fit_seconds(resource: str, flops: ProductCost, moved: ProductCost, steps: Se
 
 
 def fit_joules(seconds: ProductCost, steps: Sequence[Reading], source: str) -> Fit:
-    """Joules of a step from metered ones.
-
-    Raises:
-        CostError: for joules that are not above 0.
-    """
+    """Joules of a step from metered ones."""
     joules = np.array([energy_j for _, energy_j in steps])
     if not len(joules) or not (np.isfinite(joules) & (joules > 0)).all():
         raise CostError(f"metered steps need joules above 0, got {joules.tolist()} from {source}: meter longer steps")

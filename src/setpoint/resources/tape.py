@@ -1,13 +1,15 @@
-"""A tape: every storage of one training step, from where it is made to where it goes, with sizes that follow widths."""
+"""A tape: every storage of one training step, from where it is made to where it goes; and the peak of its bytes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from setpoint.cost.cost import ProductCost, Term
@@ -20,18 +22,16 @@ from setpoint.resources.live_bytes import LiveBytes, Noted
 
 
 class Trainee(Protocol):
-    """A model that can make one more step, or pass."""
+    """A model that can make one more step, or pass; `held` are the tensors that live between steps."""
 
-    def step(self) -> None:
-        """Make one."""
+    def step(self) -> None: ...
 
-    def held(self) -> Sequence[Tensor]:
-        """Tensors that live between steps: weights, buffers, optimizer state, inputs."""
+    def held(self) -> Sequence[Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A piece of memory: its bytes are `itemsize * prod(sizes)`."""
+    """A piece of memory of `itemsize * prod(sizes)` bytes."""
 
     itemsize: int
     sizes: tuple[Size, ...]
@@ -39,18 +39,13 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """One step.
-
-    Args:
-        storages: those that live between steps first.
-        events: (storage, True if made and False if gone), in order.
-    """
+    """The storages of one step, those that live between steps first, and its events in order: (storage, made)."""
 
     storages: tuple[Storage, ...]
     events: tuple[tuple[int, bool], ...]
 
     def moved_bytes(self) -> ProductCost:
-        """Bytes of all storages of the step together: what it has to write, as a pure function of widths."""
+        """Bytes that the step has to write: those of all its storages."""
         return ProductCost("bytes", tuple(Term(storage.itemsize, storage.sizes) for storage in self.storages))
 
 
@@ -77,7 +72,7 @@ class Take:
 
 
 class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
-    """Notes calls and storages: one mode for both, since a mode costs more than what it notes."""
+    """Notes calls, too: one mode for both, since a mode costs more than what it notes."""
 
     def __init__(self, held: Iterable[Tensor], noted: Noted, calls: list[tuple[Any, tuple[int, ...]]]) -> None:
         super().__init__(held, noted)
@@ -103,7 +98,6 @@ def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]
 
 
 def taken(trainee: Trainee) -> Take:
-    """One step of a copy."""
     take = Take([], [], [])
 
     def noted(what: str, number: int, tensor: Tensor | None) -> None:
@@ -121,11 +115,7 @@ def taken(trainee: Trainee) -> Take:
 
 
 def solved(takes: Sequence[Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
-    """The step at any widths, from steps at several vectors of them (`trial_widths`).
-
-    Raises:
-        CostError: if the step is not the same at all widths, or a size follows widths in no known way.
-    """
+    """The step at any widths, from steps at several vectors of them (`trial_widths`)."""
     first = takes[0]
     for vector, take in zip(vectors[1:], takes[1:], strict=True):
         same = [func for func, _ in take.calls] == [func for func, _ in first.calls]
@@ -160,3 +150,75 @@ def _size(lengths: Lengths, values: Sequence[int]) -> Size:
             "hold the model to a budget of 'flops' or 'params'"
         )
     return found
+
+
+class MemoryCost:
+    """Peak bytes of one training step, as a pure function of widths.
+
+    Weights, buffers, gradients, optimizer state, inputs, what autograd saves and what the step makes on its way count,
+    each storage from where it is made to where nothing holds it any more:
+
+        total(widths) = max over moments of the step of the sum of the bytes alive then.
+
+    The bytes of a storage are a product of widths, so this is a maximum of sums of products. What kernels allocate
+    inside themselves is in no storage: on a GPU feedback from the allocator corrects the prediction by that; on the CPU
+    nothing shows it.
+    """
+
+    resource: Final = "memory"
+
+    def __init__(self, tape: Tape) -> None:
+        monomials: dict[tuple[Size, ...], int] = {}
+        factors = np.zeros(len(tape.storages))
+        columns = np.zeros(len(tape.storages), dtype=np.int64)
+        for number, storage in enumerate(tape.storages):
+            variable = tuple(sorted((size for size in storage.sizes if size.parts), key=repr))
+            constant = np.prod([size.constant for size in storage.sizes if not size.parts])
+            factors[number] = storage.itemsize * float(constant)
+            columns[number] = monomials.setdefault(variable, len(monomials))
+        self._alive = _undominated(_moments(tape, factors, columns, len(monomials)))
+        self._groups = tuple(sorted({name for sizes in monomials for size in sizes for name, _ in size.parts}))
+        sizes = list(dict.fromkeys(size for monomial in monomials for size in monomial))
+        place = {size: i for i, size in enumerate(sizes)}
+        self._constant = np.array([*(size.constant for size in sizes), 1], dtype=np.float64)
+        self._per_unit = np.zeros((len(sizes) + 1, len(self._groups)))
+        for i, size in enumerate(sizes):
+            for name, per_unit in size.parts:
+                self._per_unit[i, self._groups.index(name)] += per_unit
+        one, longest = len(sizes), max(map(len, monomials), default=0)  # the last size is 1: it fills up short products
+        self._index = np.array([[*map(place.get, m), *[one] * (longest - len(m))] for m in monomials], dtype=np.int64)
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """Peak bytes at these widths."""
+        sizes = self._constant + self._per_unit @ np.array([widths[name] for name in self._groups], dtype=np.float64)
+        return float((self._alive @ sizes[self._index].prod(axis=1)).max())
+
+    def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
+        """`total(widths) - total(widths with num_units fewer units in group)`."""
+        if group not in self._groups:
+            return 0.0
+        return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
+
+
+def _moments(
+    tape: Tape, factors: Float64[np.ndarray, " storages"], columns: np.ndarray, num_monomials: int
+) -> Float64[np.ndarray, "moments monomials"]:
+    """Coefficient of each monomial in the bytes alive, at every moment after which something goes."""
+    alive, rows, rising = np.zeros(num_monomials), [], False
+    for storage, made in tape.events:
+        if not made and rising:
+            rows.append(alive.copy())
+        alive[columns[storage]] += factors[storage] if made else -factors[storage]
+        rising = made
+    rows.append(alive)
+    return np.unique(np.array(rows), axis=0)
+
+
+def _undominated(rows: Float64[np.ndarray, "moments monomials"]) -> Float64[np.ndarray, "kept monomials"]:
+    """The rows that no other row exceeds in every entry: only they can be the maximum."""
+    order = np.argsort(-rows.sum(axis=1), kind="stable")
+    kept: list[np.ndarray] = []
+    for row in rows[order]:
+        if not kept or not (np.array(kept) >= row).all(axis=1).any():
+            kept.append(row)
+    return np.array(kept)
