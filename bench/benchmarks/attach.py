@@ -39,14 +39,12 @@ BUDGETS = ("latency", "memory", "energy")
 
 
 def resnet18() -> tuple[nn.Module, Any]:
-    """ResNet-18 at 64 x 3x32x32."""
     import torchvision
 
     return torchvision.models.resnet18(num_classes=10), (torch.randn(64, 3, 32, 32),)
 
 
 def minilm() -> tuple[nn.Module, Any]:
-    """The shape of MiniLM-L6 at 32 x 32 tokens."""
     import transformers
 
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -84,14 +82,12 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Processor seconds of a call."""
     start = time.process_time()
     function()
     return time.process_time() - start
 
 
 def attached(model: nn.Module, example: Any, resource: str = "flops") -> None:
-    """Attach to a model in training, and leave it."""
     watts = 45.0 if resource == "energy" else None
     share = 0.9 if resource == "memory" else 0.5  # of a language model's memory the embeddings alone are half
     optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(share, of=resource, watts=watts)
@@ -99,7 +95,6 @@ def attached(model: nn.Module, example: Any, resource: str = "flops") -> None:
 
 
 def step_of(model: nn.Module, example: Any) -> Callable[[], None]:
-    """A training step."""
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
@@ -149,7 +144,6 @@ def in_process(name: str, tree: Path, resource: str) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """Median and extremes of seconds, and of ratios to a training step."""
     values = [run[key] for run in runs]
     found = {"seconds_median": statistics.median(values), "seconds_range": [min(values), max(values)]}
     if runs[0]["step_s"]:

@@ -7,7 +7,6 @@ the masked twin. Everything is measured from the model itself, so the judge need
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,12 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils._pytree import tree_map
 
 from setpoint.actuator.verify import randomised_copy
 from setpoint.groups.example import inputs_of, tensors_of
 from setpoint.groups.model_copy import computed
-from setpoint_bench.coverage import TOLERANCE, Build, Float64Throughout
+from setpoint_bench.coverage import TOLERANCE, Build, in_float64, output_errors, tied_names
 
 REMOVED_SHARE = 0.05
 """Share of the parameters that must be gone for a model to count as cut."""
@@ -37,8 +35,7 @@ class Outcome:
         reason: first line of the error, at most 300 characters.
         passed: the cut returned, removed something, and training forward and backward run with outputs as before.
         seconds: processor time of the discovery, on one thread.
-        params: parameters of the model.
-        removed_share: share of them that the cut removed.
+        removed_share: share of the parameters that the cut removed.
         tied: whether tied parameters stayed tied; None for a model without.
         frozen: whether the parameter that was frozen before the cut, and cut, is still frozen.
         optimizer: whether an optimizer made before the cut holds exactly the parameters that are trained after it.
@@ -77,12 +74,6 @@ class Contender(Protocol):
 Report = Callable[[dict[str, Any]], None]
 
 
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error, at most 300 characters."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
 def judge(library: Callable[..., Contender], build: Build, report: Report = lambda outcome: None) -> dict[str, Any]:
     """Let a library cut one model and measure what became of it.
 
@@ -96,8 +87,13 @@ def judge(library: Callable[..., Contender], build: Build, report: Report = lamb
         for now in _stages(library, build):
             report(asdict(now))
     except Exception as error:  # noqa: BLE001 - whatever a foreign model does is an outcome
-        now = replace(now, reason=first_line(error))
+        now = replace(now, reason=_first_line(error))
     return asdict(now)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def _stages(library: Callable[..., Contender], build: Build) -> Iterator[Outcome]:
@@ -107,7 +103,7 @@ def _stages(library: Callable[..., Contender], build: Build) -> Iterator[Outcome
     model, example = build()
     model = randomised_copy(model, ())
     params = sum(p.numel() for p in model.parameters())
-    shapes = [tuple(each.shape) for each in _train(model, example)]
+    shapes = _trained_shapes(model, example)
     ignored = output_layers(model, example)
     modes = {name: module.training for name, module in model.named_modules()}
     yield (now := replace(now, stage="discovery", params=params))
@@ -119,78 +115,51 @@ def _stages(library: Callable[..., Contender], build: Build) -> Iterator[Outcome
     if frozen is not None:
         frozen.requires_grad_(False)
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ties, twin = _ties(model), copy.deepcopy(model, computed(model))
+    ties, twin = tied_names(model), copy.deepcopy(model, computed(model))
     contender.cut(optimizer)
     for name, module in model.named_modules():
         module.training = modes.get(name, module.training)
-    yield (now := replace(now, stage="removed", **_kept(model, optimizer, names, ties, params)))
+    now = replace(now, stage="removed", **_kept(model, optimizer, names, ties))
+    now = replace(now, removed_share=1 - sum(p.numel() for p in model.parameters()) / params)
+    yield now
     if (now.removed_share or 0) < REMOVED_SHARE:
         raise ValueError(f"{now.removed_share:.2%} of the parameters removed")
     yield (now := replace(now, stage="training"))
     small = copy.deepcopy(model, computed(model))
-    got = [tuple(each.shape) for each in _train(model, example)]
+    got = _trained_shapes(model, example)
     yield (now := replace(now, stage="shapes"))
     if got != shapes:
         raise ValueError(f"outputs of shapes {got} instead of {shapes}")
     yield (now := replace(now, stage="done", passed=True))
     try:
-        error = _twin_error(small, twin, contender, example)
-        yield replace(now, exact=error <= TOLERANCE, error=error if math.isfinite(error) else None)
+        contender.mask(twin)
+        small, example = in_float64(small, example)
+        error = max(output_errors(small, twin.double(), example, training=False), default=0.0)
+        yield replace(now, exact=error <= TOLERANCE, error=error)
     except Exception as error:  # noqa: BLE001 - a measurement that cannot be made is said so
-        yield replace(now, exact_reason=first_line(error))
+        yield replace(now, exact_reason=_first_line(error))
 
 
-def _train(model: nn.Module, example: Any) -> list[Tensor]:
-    """The model's own forward and backward on a loss that sees every output; the outputs."""
+def _trained_shapes(model: nn.Module, example: Any) -> list[tuple[int, ...]]:
+    """Run the model's own forward, and backward on a loss that sees every output; the shapes of the outputs."""
     torch.manual_seed(0)
     args, kwargs = inputs_of(example)
-    outputs = list(tensors_of(model(*args, **kwargs)))
-    trained = [each for each in outputs if each.requires_grad]
-    torch.stack([(each * torch.randn_like(each)).mean() for each in trained]).sum().backward()
+    outputs: list[Tensor] = list(tensors_of(model(*args, **kwargs)))
+    losses = [(each * torch.randn_like(each)).mean() for each in outputs if each.requires_grad]
+    torch.stack(losses).sum().backward()
     model.zero_grad(set_to_none=True)
-    return [each.detach() for each in outputs]
+    return [tuple(each.shape) for each in outputs]
 
 
-def _kept(
-    model: nn.Module, optimizer: SGD, frozen: list[str], ties: Mapping[str, int], params: int
-) -> Mapping[str, float | bool | None]:
-    """What a cut removed, and what it left as it was."""
+def _kept(model: nn.Module, optimizer: SGD, frozen: list[str], ties: Mapping[str, int]) -> dict[str, bool | None]:
+    """Whether ties, freezing and the optimizer's parameters are as before the cut; None where there was nothing."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     live = {id(p) for p in model.parameters() if p.requires_grad}
     return {
-        "removed_share": 1 - sum(p.numel() for p in model.parameters()) / params,
-        "tied": _ties(model) == ties if len(set(ties.values())) < len(ties) else None,
+        "tied": tied_names(model) == ties if len(set(ties.values())) < len(ties) else None,
         "frozen": all(name in parameters and not parameters[name].requires_grad for name in frozen) if frozen else None,
         "optimizer": {id(p) for group in optimizer.param_groups for p in group["params"]} == live,
     }
-
-
-def _ties(model: nn.Module) -> dict[str, int]:
-    """By name, the position of the first name of the parameter that stands there."""
-    first: dict[int, int] = {}
-    names = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(p), position) for position, (name, p) in enumerate(names)}
-
-
-def _twin_error(small: nn.Module, twin: nn.Module, contender: Contender, example: Any) -> float:
-    """Largest difference of the cut model's outputs from its masked twin's, relative to the largest value of each."""
-    contender.mask(twin)
-    example = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, example)
-    args, kwargs = inputs_of(example)
-    outputs = []
-    for model in (small, twin):
-        model.double().eval()
-        torch.manual_seed(0)
-        with torch.no_grad(), Float64Throughout():
-            outputs.append([each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()])
-    got, want = outputs
-    if any(not bool(torch.isfinite(each).all()) for each in want):
-        raise ValueError("an output of the masked twin is not finite")
-    if [each.shape for each in got] != [each.shape for each in want]:
-        return math.inf
-    pairs = [(a, b) for a, b in zip(got, want, strict=True) if a.numel()]
-    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs]
-    return max((error if math.isfinite(error) else math.inf for error in errors), default=0.0)
 
 
 _WIDE = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.Embedding, nn.MultiheadAttention)

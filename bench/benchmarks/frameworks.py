@@ -94,7 +94,6 @@ FRAMEWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 
 
 def main() -> None:
-    """Run the tests, and keep what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--reports", type=Path, nargs="+", help="of tests that have been run")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from setpoint.resources.joules import find_energy_meter
 from setpoint.weights.semi_structured import to_semi_structured
 from setpoint_bench.device import autocast, best_device
 from setpoint_bench.joules import Joules
+from setpoint_bench.zoo import library
 
 FRACTION, SEED = 0.5, 0
 
@@ -58,32 +58,14 @@ def _tokens(count: int, length: int, vocabulary: int) -> Callable[[], dict[str, 
     return lambda: {"input_ids": torch.randint(0, vocabulary, (count, length))}
 
 
-def _torchvision(name: str, **settings: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import torchvision
-
-        made: nn.Module = torchvision.models.get_model(name, **settings)
-        return made
-
-    return build
-
-
 def _timm(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import timm
-
-        made: nn.Module = timm.create_model(name)
-        return made
-
-    return build
+    return lambda: library("timm").create_model(name)
 
 
 def _transformers(family: str, kind: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        import transformers
-
-        config = transformers.AutoConfig.for_model(family, **settings)
-        made: nn.Module = getattr(transformers, kind)(config)
+        transformers = library("transformers")
+        made: nn.Module = getattr(transformers, kind)(transformers.AutoConfig.for_model(family, **settings))
         return made
 
     return build
@@ -93,43 +75,33 @@ def _gpt(**settings: Any) -> Callable[[], nn.Module]:
     return _transformers("gpt2", "GPT2LMHeadModel", use_cache=False, bos_token_id=0, eos_token_id=0, **settings)
 
 
+def _bert(**settings: Any) -> Callable[[], nn.Module]:
+    return _transformers("bert", "BertForSequenceClassification", **settings)
+
+
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 _LITTLE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-_LITTLE_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 32}
 
 FULL = {
-    "ResNet-50": Subject(_torchvision("resnet50"), _images(128, 224), 100, 10),
+    "ResNet-50": Subject(_timm("resnet50"), _images(128, 224), 100, 10),
     "ViT-S": Subject(_timm("vit_small_patch16_224"), _images(128, 224), 100, 10),
     "GPT-2 124 M": Subject(_gpt(), _tokens(16, 512, 50_000), 100, 10),
-    "MiniLM-L6": Subject(
-        _transformers("bert", "BertForSequenceClassification", **_MINILM), _tokens(128, 128, 30_000), 100, 20
-    ),
+    "MiniLM-L6": Subject(_bert(**_MINILM), _tokens(128, 128, 30_000), 100, 20),
 }
 SMALL = {
     "residual network": Subject(_timm("test_resnet"), _images(2, 64), 12, 1),
-    "vision transformer": Subject(_timm("test_vit"), _images(2, 160), 12, 1),
-    "GPT": Subject(_gpt(**_LITTLE_GPT), _tokens(2, 16, 128), 12, 1),
-    "BERT": Subject(
-        _transformers("bert", "BertForSequenceClassification", vocab_size=128, **_LITTLE), _tokens(2, 16, 128), 12, 1
-    ),
+    "BERT": Subject(_bert(vocab_size=128, **_LITTLE), _tokens(2, 16, 128), 12, 1),
 }
 
 
-LEAST_ROUNDS = 2
-
-
-def measure(
-    subject: Subject, device: torch.device, rounds: int, *, compiled: bool, seconds: float = math.inf
-) -> dict[str, Any]:
+def measure(subject: Subject, device: torch.device, rounds: int, modes: tuple[str, ...]) -> dict[str, Any]:
     """Seconds, bytes and joules of a training step of the networks, and what Setpoint's own work took.
 
     Args:
-        rounds: turns of each network, fewer but two at least where time runs out.
-        compiled: whether compiled networks take turns, too; not where half of the time is over before.
-        seconds: to measure for.
+        rounds: turns of each network.
+        modes: "eager", and "compiled" if compiled networks take turns, too.
     """
     torch.manual_seed(SEED)
-    start = time.perf_counter()
     dense = subject.build().to(device).train()
     example = _moved(subject.example(), device)
     before = time.perf_counter()
@@ -137,8 +109,6 @@ def measure(
     trained = time.perf_counter() - before
     even, even_flops = _even(copy.deepcopy(dense), example)
     models = {"dense": dense, "even": even, "Setpoint": ours}
-    compiled = compiled and time.perf_counter() - start < seconds / 2
-    modes = ("eager", "compiled") if compiled else ("eager",)
     turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in models}
     joules: dict[str, list[float | None]] = {name: [] for name in models}
     steps, first, optimizers = {}, {}, {}
@@ -152,9 +122,7 @@ def measure(
             _wait(device)
             first[name, mode] = time.perf_counter() - begun
             steps[name, mode]()
-    for number in range(rounds):
-        if number >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
-            break
+    for _ in range(rounds):
         for (name, mode), step in steps.items():
             meter = Joules(find_energy_meter([device])[0])
             _wait(device)
@@ -300,24 +268,21 @@ def semi_structured(device: torch.device, width: int, rounds: int) -> dict[str, 
 
 
 def main() -> None:
-    """Measure, print a line for each network, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--small", action="store_true", help="tiny networks, for the tests")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--minutes", type=float, default=9.0, help="leave out compiled networks and turns beyond these")
     args = parser.parse_args()
     device, networks = best_device(), dict[str, Any]()
-    until = time.perf_counter() + 60 * args.minutes
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"on {hardware}", flush=True)
     subjects = SMALL if args.small else FULL
     found = {"hardware": hardware, "seed": SEED, "fraction": FRACTION, "networks": networks, "semi_structured": None}
-    for number, (name, subject) in enumerate(subjects.items()):
-        seconds = (until - time.perf_counter()) / (len(subjects) - number)
+    modes = ("eager",) if args.eager else ("eager", "compiled")
+    for name, subject in subjects.items():
         try:
-            networks[name] = measure(subject, device, args.rounds, compiled=not args.eager, seconds=seconds)
+            networks[name] = measure(subject, device, args.rounds, modes)
         except torch.OutOfMemoryError as error:
             networks[name] = {"why_not": str(error).splitlines()[0]}
             print(f"{name}: {networks[name]['why_not']}", flush=True)

@@ -33,7 +33,7 @@ from setpoint.sensor.reading import sensed_every
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.environment import environment, machine
 from setpoint_bench.results import load_results
-from setpoint_bench.task import Task
+from setpoint_bench.simple_task import SimpleTask
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -42,19 +42,19 @@ RUNS = {"finetune": 300, "banking77": 300, "cifar10-mini": 2000, "shakespeare-mi
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def spread(values: list[float]) -> list[float]:
-    """Lower and upper quartile."""
     low, _, high = statistics.quantiles(values, n=4)
     return [low, high]
 
 
-def sensor_seconds(task: Task, model: torch.nn.Module, backward: Callable[[], None], updates: int = 72) -> list[float]:
+def sensor_seconds(
+    task: SimpleTask, model: torch.nn.Module, backward: Callable[[], None], updates: int = 72
+) -> list[float]:
     """Seconds of single sensings, each right after a backward pass, without the first ones, which fill caches."""
     groups = tuple(group for group in setpoint.find_groups(model, task.example()) if group.lossless)
     sensor = setpoint.TaylorSensor(num_samples=1)
@@ -191,7 +191,6 @@ def whole_run(name: str, base: Path | None, data: Path | None, pairs: int) -> di
 
 
 def write(out: Path, result: dict[str, Any]) -> None:
-    """Replace the file at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -199,7 +198,6 @@ def write(out: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure everything, print it, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/overhead.json"))
     parser.add_argument("--rounds", type=int, default=20)

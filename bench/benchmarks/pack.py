@@ -83,7 +83,6 @@ def pack(source: Path, target: Path, methods: Collection[str]) -> None:
 
 
 def main() -> None:
-    """Pack what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder that `setpoint bench --out` wrote")
     parser.add_argument("tables", type=Path, help="folder of the tables, such as results/digits")

@@ -12,7 +12,7 @@ from itertools import islice
 
 import torch
 
-from setpoint_bench.task import dense_widths
+from setpoint_bench.simple_task import dense_widths
 from setpoint_bench.tasks.finetune import PRETRAINED, pretraining, save_features
 
 

@@ -36,7 +36,6 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check

@@ -50,7 +50,6 @@ def outcome(command: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the checks, one after the other, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--resizes", type=int, default=2000)

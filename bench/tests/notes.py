@@ -15,9 +15,7 @@ class Notes:
         self.endings: list[tuple[str, Result | Failure]] = []
 
     def __call__(self, cell: Cell, progress: Progress) -> None:
-        """Note a turn."""
         self.turns.append((cell.name, progress.step))
 
     def ended(self, cell: Cell, ending: Result | Failure) -> None:
-        """Note an ending."""
         self.endings.append((cell.name, ending))

@@ -22,7 +22,6 @@ def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def invoke(*arguments: str | Path) -> Result:
-    """Run the command line in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

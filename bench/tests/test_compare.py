@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,17 +14,10 @@ from torch import nn
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a file of benchmarks/ as the scripts import each other."""
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of benchmarks/ import each other by their bare names."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    yield load
-    for name in ("contenders", "libraries", "tables.records"):
-        sys.modules.pop(name, None)
 
 
 class Gated(nn.Module):
@@ -48,9 +37,11 @@ def build() -> tuple[nn.Module, Any]:
     return Gated(), (torch.randn(5, 4),)
 
 
-def test_setpoint_meets_every_demand(script: Any) -> None:
+def test_setpoint_meets_every_demand() -> None:
     """On a gated layer with tied weights each column of Setpoint is true, at every stage a JSON object."""
-    contenders, libraries = script("contenders"), script("libraries")
+    import contenders
+    import libraries
+
     stages: list[str] = []
     outcome = contenders.judge(libraries.Setpoint, build, lambda now: stages.append(json.dumps(now, allow_nan=False)))
     held = {key: outcome[key] for key in ("passed", "tied", "frozen", "optimizer", "exact")}
@@ -60,19 +51,22 @@ def test_setpoint_meets_every_demand(script: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_pruning_is_measured_from_the_model(script: Any) -> None:
+def test_torch_pruning_is_measured_from_the_model() -> None:
     """Its cut of the same layer is exact; it makes new parameters, so ties, freezing and the optimizer are lost."""
     pytest.importorskip("torch_pruning")
-    outcome = script("libraries").best("torch_pruning", build)
+    import libraries
+
+    outcome = libraries.best("torch_pruning", build)
     assert outcome["passed"] and outcome["exact"], outcome
     assert not outcome["tied"] and not outcome["frozen"] and not outcome["optimizer"]
 
 
-def test_a_wrong_cut_is_not_exact(script: Any) -> None:
+def test_a_wrong_cut_is_not_exact() -> None:
     """A contender whose mask names other entries than its cut is told so."""
-    contenders, libraries = script("contenders"), script("libraries")
+    import contenders
+    import libraries
 
-    class Wrong(libraries.Setpoint):  # type: ignore[name-defined, misc]
+    class Wrong(libraries.Setpoint):
         def mask(self, twin: nn.Module) -> None:
             """Nothing at all."""
 
@@ -80,9 +74,11 @@ def test_a_wrong_cut_is_not_exact(script: Any) -> None:
     assert outcome["passed"] and outcome["exact"] is False
 
 
-def test_the_table_counts_what_the_file_says(script: Any) -> None:
+def test_the_table_counts_what_the_file_says() -> None:
     """A row per suite and library, the stages that stopped them, and Setpoint's failures."""
-    contenders, records = script("contenders"), script("tables.records")
+    import contenders
+    from tables import records
+
     good = asdict(
         contenders.Outcome(
             stage="done", passed=True, seconds=1.0, params=9, removed_share=0.5, frozen=True, optimizer=True, exact=True

@@ -16,7 +16,6 @@ from scripts import script
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module."""
     return script("gpu", monkeypatch)
 
 

@@ -17,8 +17,8 @@ from setpoint_bench.methods.sparse import Masked, Sparse, highest
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.results import MODEL, Result
 from setpoint_bench.scheduled import ScheduledController
-from setpoint_bench.simple_task import SimpleTask
-from setpoint_bench.task import BenchError, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tasks.shakespeare import VOCABULARY, GPTFamily
 from setpoint_bench.tensors import Tensors
@@ -53,7 +53,6 @@ class Finished(dict[str, Result]):
 
 
 def finish(task: SimpleTask, method: Method, out: Path, needed: Mapping[str, Result], budget: float = BUDGET) -> Result:
-    """Train one cell to its end."""
     training = train(Cell(task, method, budget if method.sized else None, 0), out, needed)
     while True:
         try:

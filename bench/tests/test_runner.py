@@ -27,8 +27,8 @@ from setpoint_bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.results import FILE, Result, append_result
 from setpoint_bench.runner import finished, grid, run
-from setpoint_bench.simple_task import SimpleTask
-from setpoint_bench.task import BenchError, Split, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError, Split
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tensors import Tensors
 from setpoint_bench.worker import LOG

@@ -7,8 +7,9 @@ import torch
 
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.counter import step_flops
+from setpoint_bench.simple_task import dense_widths
 from setpoint_bench.sizing import fit_widths, small_widths
-from setpoint_bench.task import BenchError, Dimension, dense_widths
+from setpoint_bench.task import BenchError, Dimension
 
 META = torch.device("meta")
 

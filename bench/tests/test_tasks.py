@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 import setpoint
 from setpoint_bench.catalogue import task_named, tasks
 from setpoint_bench.counter import step_flops
+from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.sizing import small_widths
-from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.task import BenchError
 from setpoint_bench.tasks import cifar10, clothing, mnist, resnet56, shakespeare
 from setpoint_bench.tasks.digits import digits
 from setpoint_bench.tasks.digits import splits as digits_splits
@@ -53,15 +54,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _png(shade: int, shape: tuple[int, ...]) -> bytes:
-    """An image in one shade."""
     image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
     image.fromarray(np.full(shape, shade, dtype=np.uint8)).save(file, format="png")
     return file.getvalue()
 
 
-def narrow(task: Task) -> dict[str, int]:
-    """The narrowest model's widths."""
+def narrow(task: SimpleTask) -> dict[str, int]:
     return {name: dimension.multiple_of for name, dimension in task.dimensions.items()}
 
 
@@ -159,8 +158,8 @@ import torch
 from torch import nn
 from setpoint_bench.family import ByWidths
 from setpoint_bench.recipe import Recipe
+from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.sizing import small_widths
-from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import Dimension
 from setpoint_bench.tensors import Tensors
 

@@ -36,7 +36,6 @@ class Characters:
             yield self.example(batch), self.example(batch)
 
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
-        """The same again."""
         return self.example(4), self.example(4)
 
 

@@ -294,7 +294,6 @@ def _of_known(values: Iterable[bool | None]) -> str:
 
 
 def _code(text: str) -> str:
-    """Text of an error as a span of code."""
     return f"`{text.replace('`', chr(39))}`"
 
 

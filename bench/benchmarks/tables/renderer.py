@@ -70,7 +70,6 @@ def record_block(name: str, file: str) -> Callable[[Callable[[Record], str]], Ca
 
 
 def threads_text(environment: Mapping[str, object]) -> str:
-    """How many threads a run had."""
     return f"{environment['threads']} thread{'s' * (str(environment['threads']) != '1')}"
 
 

@@ -105,7 +105,6 @@ def _cut_after(ours: Row, others: Mapping[str, Row]) -> Row | None:
 
 
 def _mean_text(row: Row | None) -> str:
-    """The metric without its standard deviation."""
     if row is None:
         return NOTHING
     return re.sub(r" ± [\d.]+", "", metric_text(row)) + " (one seed)" * (row.num_seeds == 1)
@@ -209,8 +208,6 @@ def ahead() -> str:
 
 @block("ahead-validation")
 def ahead_on_validation() -> str:
-    """The same on validation data."""
-
     def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
         return _ahead(difference(ours, theirs, _last_validation), ours[0].metric) + _cost_mark(ours, theirs)
 
@@ -264,7 +261,6 @@ def _of_equal_steps(name: str) -> list[Row]:
 
 
 def _cells(name: str, method: str, budget: float | None) -> list[Cell]:
-    """The runs of a method at a budget."""
     return [cell for cell in read_results(RESULTS / name).cells if (cell.method, cell.budget) == (method, budget)]
 
 

@@ -13,12 +13,12 @@ import setpoint_bench.tasks
 from setpoint.messages import a_type, did_you_mean
 from setpoint.report.target import is_own_function, named_errors, own_function
 from setpoint_bench.simple_task import SimpleTask
-from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
+from setpoint_bench.task import PLAIN, BenchError, fits_a_folder
 
-MakeTask = Callable[[Path | None], Task]
+MakeTask = Callable[[Path | None], SimpleTask]
 """Makes a task at its own length, on the data in a folder or in the usual places."""
 
-M = TypeVar("M", bound=Callable[..., Task])
+M = TypeVar("M", bound=Callable[..., SimpleTask])
 _MADE: dict[tuple[str, str], MakeTask] = {}
 """What the decorator saw, by module and name of the task."""
 
@@ -64,7 +64,9 @@ def tasks() -> dict[str, MakeTask]:
     return dict(sorted(found.items()))
 
 
-def task_named(name: str, *, epochs: int | None = None, steps: int | None = None, data: Path | None = None) -> Task:
+def task_named(
+    name: str, *, epochs: int | None = None, steps: int | None = None, data: Path | None = None
+) -> SimpleTask:
     """The task of that name, or the user's own.
 
     Args:
@@ -86,13 +88,10 @@ def task_named(name: str, *, epochs: int | None = None, steps: int | None = None
         return usual.with_steps(steps)
     if epochs is None:
         return usual
-    if not isinstance(usual, SimpleTask):
-        raise BenchError(f"{usual.name} has no epochs: give its length as --steps N")
     return usual.with_epochs(epochs)
 
 
-def _usual(name: str, data: Path | None) -> Task:
-    """The task at its own length."""
+def _usual(name: str, data: Path | None) -> SimpleTask:
     known: Mapping[str, MakeTask] = tasks()
     if name in known:
         return known[name](data)
@@ -103,7 +102,7 @@ def _usual(name: str, data: Path | None) -> Task:
         raise BenchError(f"--data is for the tasks that come with Setpoint: {name} finds its data itself")
     with named_errors(name):
         made = own_function(name)()
-    if not isinstance(made, Task):
+    if not isinstance(made, SimpleTask):
         raise BenchError(f"{name} returned {a_type(made)}: return a setpoint_bench.simple_task.SimpleTask")
     if not fits_a_folder(made.name):
         raise BenchError(f"{name} returned a task named {made.name!r}, which cannot name a folder: {PLAIN}")

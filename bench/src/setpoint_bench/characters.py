@@ -35,7 +35,6 @@ class Characters:
         return None
 
     def example(self, batch: int) -> Int[Tensor, "batch window"]:
-        """Random characters."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocabulary, (batch, self.window), generator=generator)
 

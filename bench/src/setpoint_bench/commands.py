@@ -83,7 +83,6 @@ def _fraction(text: str) -> float:
 
 
 def report_folder(folder: Path, out: Path | None) -> None:
-    """Tables and page of a results folder."""
     from setpoint_bench.report.markdown import NAME, write_markdown
 
     check_folder(out or folder)
@@ -143,7 +142,6 @@ def list_names(
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add the benchmark's commands to Setpoint's command line."""
     runs = (
         "setpoint bench --task digits",
         "setpoint bench --task cifar10-mini --methods dense,small,setpoint --budgets 0.5,0.25 --seeds 0,1,2",
@@ -163,7 +161,6 @@ def named_model(name: str, shape: tuple[int, ...] | None) -> Any:
 
 
 def list_tasks() -> dict[str, str]:
-    """The tasks, by name, and what each is in one line."""
     from setpoint_bench.catalogue import tasks
 
     return {name: _first_line(make) for name, make in tasks().items()}
@@ -208,7 +205,6 @@ def _bench(
     workers: int = 1,
     interleaved: bool = False,
 ) -> None:
-    """Run a benchmark, write its page, and print the table."""
     from dataclasses import asdict
     from functools import partial
 
@@ -242,7 +238,6 @@ def _bench(
 
 
 def _write_page(folder: Path, out: Path | None) -> Path:
-    """The report page, in the results folder or in another."""
     from setpoint_bench.report.page import write_page
 
     if out is None:
@@ -252,7 +247,6 @@ def _write_page(folder: Path, out: Path | None) -> Path:
 
 
 def _print_table(folder: Path) -> None:
-    """The summary of all results in the folder, on stdout."""
     from setpoint_bench.report.folder import read_results
     from setpoint_bench.table import summary_tables
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from setpoint.ledger import Ledger
-from setpoint_bench.task import Task
+from setpoint_bench.simple_task import SimpleTask
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Course:
 
     Args:
         task: the task with the steps and the learning rate of this method.
-        widths: widths of the model to build, by name as in `Task.dimensions`.
+        widths: widths of the model to build, by name as in `SimpleTask.dimensions`.
         goes_on_from: name of the method whose trained model is loaded into it, and whose FLOPs, seconds and
             steps are counted as this one's; "" to train from scratch.
         notes: what a reader of the result must know, such as a search that is not counted.
     """
 
-    task: Task
+    task: SimpleTask
     widths: Mapping[str, int]
     goes_on_from: str = ""
     notes: str = ""
@@ -85,6 +86,11 @@ class Pruner(Protocol):
         ...
 
 
+Batches = Iterator[tuple[Tensor, Tensor]]
+Begun = tuple[Optimizer, Pruner | None]
+"""An optimizer, and what acts on the model as it trains, if anything."""
+
+
 @final
 class AlreadyCut:
     """The pruner that has done its work before the first step."""
@@ -94,12 +100,10 @@ class AlreadyCut:
 
     @property
     def widths(self) -> dict[str, int]:
-        """As cut."""
         return dict(self.outcome.widths)
 
     def observe(self, loss: Tensor) -> None:
         """Nothing more to decide."""
 
     def finish(self) -> Outcome:
-        """What it came to."""
         return self.outcome

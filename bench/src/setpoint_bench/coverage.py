@@ -133,7 +133,7 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
 
     What further cuts add counts by its share of `FURTHER`.
     """
-    small, example = _in_float64(randomised_copy(model, groups), example)
+    small, example = in_float64(randomised_copy(model, groups), example)
     _without_chance(small)
     frozen = _freeze_one(small, groups)
     optimizer = _optimizer(small)
@@ -141,7 +141,7 @@ def _twin_error(model: nn.Module, example: Any, groups: tuple[Group, ...], keep:
     masked, twin_optimizer = copy.deepcopy((small, optimizer), computed(small))
     calls: list[int] = []
     small.register_forward_hook(lambda *_: calls.append(1))
-    ties, modes = _ties(small), {name: module.training for name, module in small.named_modules()}
+    ties, modes = tied_names(small), {name: module.training for name, module in small.named_modules()}
     cut = shrink(small, optimizer, groups, keep)
     _check_kept(small, optimizer, frozen, ties, modes)
     before = {name: p.detach().clone() for name, p in small.named_parameters()}
@@ -186,12 +186,12 @@ def _further_errors(
         keep: what they were cut to, in units of `groups`.
         example: their inputs.
     """
-    errors = _output_errors(small[0], masked[0], example, not small[0].training)
+    errors = output_errors(small[0], masked[0], example, not small[0].training)
     for further, mode in _further_cuts(groups, keep):
         now = {name: kept[keep[name]] for name, kept in further.items()}
         live, keep = shrink(*small, live, now), further
         mask(*masked, groups, keep)
-        errors += _output_errors(small[0], masked[0], example, small[0].training is (mode == "same"))
+        errors += output_errors(small[0], masked[0], example, small[0].training is (mode == "same"))
     return errors
 
 
@@ -210,7 +210,7 @@ def _first(kept: np.ndarray, num: int) -> np.ndarray:
     return chosen
 
 
-def _output_errors(small: nn.Module, masked: nn.Module, example: Any, training: bool) -> list[float]:
+def output_errors(small: nn.Module, masked: nn.Module, example: Any, training: bool) -> list[float]:
     """Differences of the outputs without gradients, in train or eval mode; the models' modes stay."""
     outputs = []
     for model in (small, masked):
@@ -254,7 +254,6 @@ def _step(model: nn.Module, optimizer: SGD, example: Any) -> _Step:
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """Every floating-point output, from fixed random numbers."""
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(SEED)
     args, kwargs = inputs_of(example)
@@ -293,7 +292,7 @@ def _freeze_one(model: nn.Module, groups: tuple[Group, ...]) -> str:
     return name
 
 
-def _ties(model: nn.Module) -> dict[str, int]:
+def tied_names(model: nn.Module) -> dict[str, int]:
     """By name, which tensor stands there: the position of its first name."""
     first: dict[int, int] = {}
     names = model.named_parameters(remove_duplicate=False)
@@ -307,7 +306,7 @@ def _check_kept(
     live = {id(p) for p in model.parameters() if p.requires_grad}
     if held != live:
         raise _Failed("the optimizer does not hold exactly the live parameters")
-    if _ties(model) != ties:
+    if tied_names(model) != ties:
         raise _Failed("tied parameters came apart")
     tensor = dict(model.named_parameters(remove_duplicate=False)).get(frozen)
     if tensor is not None and tensor.requires_grad and len(live) > 1:
@@ -316,9 +315,7 @@ def _check_kept(
         raise _Failed("train or eval mode changed")
 
 
-def _in_float64(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-    """Model and example in double precision."""
-
+def in_float64(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     def wide(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import setpoint
-from setpoint_bench.task import Task
+from setpoint_bench.simple_task import SimpleTask
 
 LIBRARIES = {
     "torch_pruning": "torch-pruning",
@@ -27,7 +27,7 @@ LIBRARIES = {
 """Modules whose versions count where a run has imported them, and the packages that they come from."""
 
 
-def environment(task: Task) -> dict[str, str | int]:
+def environment(task: SimpleTask) -> dict[str, str | int]:
     """Versions, platform, processor, threads, and the type that products are computed in."""
     return {
         **machine(),
@@ -39,7 +39,6 @@ def environment(task: Task) -> dict[str, str | int]:
 
 
 def machine() -> dict[str, str | int]:
-    """Versions, platform and processor."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -60,7 +59,6 @@ def code_version() -> str:
 
 
 def package_version(package: str) -> str:
-    """Version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -68,7 +66,6 @@ def package_version(package: str) -> str:
 
 
 def _processor() -> str:
-    """Model name of the processor, as far as the platform tells."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text(encoding="utf-8", errors="replace").splitlines():

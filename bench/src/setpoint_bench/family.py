@@ -45,11 +45,9 @@ class ByFactor:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """The one share, in thousandths."""
         return {"width": Dimension(NUM_FACTORS)}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The model of that share."""
         return self.model(widths["width"] / NUM_FACTORS)
 
 
@@ -70,5 +68,4 @@ class ByWidths:
     model: Callable[[Mapping[str, int]], nn.Module]
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The model of these widths."""
         return self.model(widths)

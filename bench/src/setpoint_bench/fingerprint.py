@@ -14,13 +14,13 @@ from torch import Tensor
 
 from setpoint_bench.characters import Characters
 from setpoint_bench.own_random import OwnRandom
-from setpoint_bench.simple_task import SimpleTask, unaltered
-from setpoint_bench.task import Split, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths, unaltered
+from setpoint_bench.task import Split
 from setpoint_bench.tensors import Tensors
 
 
 @cache
-def fingerprint(task: Task) -> str:
+def fingerprint(task: SimpleTask) -> str:
     """Sixteen hexadecimal digits that change with the dense model, the recipe and the data; not with steps or device.
 
     Of the model its modules and shapes count, of the recipe also what it does with fresh weights, of functions their
@@ -73,5 +73,4 @@ def _batch(tensor: Tensor) -> str:
 
 
 def _name(function: Callable[..., object]) -> str:
-    """Name of a function, or of the class of what is called."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))

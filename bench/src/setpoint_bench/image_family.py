@@ -32,11 +32,9 @@ class PlainFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Channels of each convolution."""
         return {f"conv{number}": Dimension(width, self.block) for number, width in enumerate(self.channels, start=1)}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
         return channels_last(PlainNet(widths, self.pool_after, channels=self.inputs, classes=self.classes))
 
 
@@ -62,11 +60,9 @@ class ResidualFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Residual stream of each stage, and the inside of each block."""
         return _stages(self.channels, self.blocks, self.block)
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
         return channels_last(ResidualNet(widths, self.blocks, channels=self.inputs, classes=self.classes))
 
 
@@ -82,18 +78,15 @@ class ShortFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Coefficients of the patches, residual stream of each stage, and the inside of both blocks."""
         first, second, third = (Dimension(width, 8) for width in self.channels)
         stages = {"stage1": first, "block1": first, "stage2": second, "stage3": third, "block3": third}
         return {"patches": Dimension(27), **stages}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
         return channels_last(ShortResidualNet(widths, classes=10))
 
 
 def _stages(channels: tuple[int, ...], blocks: tuple[int, ...], block: int) -> dict[str, Dimension]:
-    """Each stage's residual stream and the insides of its blocks."""
     dimensions = {}
     for stage, (width, count) in enumerate(zip(channels, blocks, strict=True), start=1):
         dimensions[f"stage{stage}"] = Dimension(width, block)

@@ -39,12 +39,10 @@ class ImageSet:
 
     @property
     def name(self) -> str:
-        """The last part of the repository's name."""
         return self.repository.rpartition("/")[2]
 
     @property
     def folder(self) -> str:
-        """Where its files lie in a data folder."""
         return f"{self.repository}/data"
 
     def splits(self, data: Path | None) -> Splits:
@@ -87,7 +85,6 @@ class ImageSet:
         return arrays
 
     def _decoded(self, compressed: Iterable[bytes]) -> UInt8[np.ndarray, "count channels height width"]:
-        """Compressed images as an array."""
         try:
             from PIL import Image
         except ImportError as error:

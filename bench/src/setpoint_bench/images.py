@@ -56,7 +56,6 @@ class Images:
             yield self._normalised(window), labels[rows]
 
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
-        """All images and labels of a split."""
         images, labels = self.load(self.folder)[split]
         return self._normalised(images), labels
 
@@ -68,7 +67,6 @@ class Images:
 def standardised(
     images: Float[Tensor, "count channels height width"], mean: tuple[float, ...], deviation: tuple[float, ...]
 ) -> Float[Tensor, "count channels height width"]:
-    """Pixels less the mean of their channel, in units of its deviation."""
     centre, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, deviation))
     return (images - centre) / scale
 

@@ -29,7 +29,6 @@ class Looped:
         return {} if self._masked else self.loop.widths
 
     def observe(self, loss: Tensor) -> None:
-        """Hand the loss on."""
         self.loop.observe(loss=loss)
 
     def finish(self) -> Outcome:

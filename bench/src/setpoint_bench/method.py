@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from setpoint.controller.aim import Gains
 from setpoint.controller.priced import PricedController
@@ -18,7 +17,7 @@ from setpoint.gates.gated import GatedController
 from setpoint.messages import did_you_mean
 from setpoint.report.target import is_own_function, named_errors, own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
-from setpoint_bench.course import Course, Pruner
+from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.methods.fitted import Fitted
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.long import Long
@@ -31,14 +30,18 @@ from setpoint_bench.methods.torch_pruning import TorchPruning
 from setpoint_bench.random_sensor import RandomSensor
 from setpoint_bench.results import Result
 from setpoint_bench.scheduled import ScheduledController
-from setpoint_bench.task import PLAIN, BenchError, Task, fits_a_folder
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import PLAIN, BenchError, fits_a_folder
 
 __all__ = ["METHODS", "Dense", "Method", "Setpoint", "Small", "method_named"]
 
 
 @runtime_checkable
 class Method(Protocol):
-    """Chooses a course, and what acts on the model while it trains. A method is a value."""
+    """Chooses a course, and what acts on the model while it trains. A method is a value.
+
+    In every method `learning_rate` is the peak of the schedule relative to the task's.
+    """
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ class Method(Protocol):
         """Setpoint's methods whose cell of the same task, budget and seed must be finished first."""
         ...
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         """Where to begin and how long to train.
 
         Args:
@@ -81,9 +84,7 @@ class Method(Protocol):
         """
         ...
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Make the optimizer, and put the pruner in place; the time that takes counts as the method's own.
 
         Args:

@@ -24,7 +24,6 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
-        """Output of the block."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.shortcut(x) + self.bn2(self.conv2(y)))
 
@@ -59,7 +58,6 @@ class ResidualNet(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Class scores."""
         scores: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
         return scores
 
@@ -86,7 +84,6 @@ class PlainNet(nn.Module):
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Class scores."""
         scores: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
         return scores
 
@@ -105,7 +102,6 @@ class ShortBlock(nn.Module):
         self.branch = nn.Sequential(*_convolution(width, inner), *_convolution(inner, width))
 
     def forward(self, x: Float[Tensor, "batch width height width_"]) -> Float[Tensor, "batch width height width_"]:
-        """Output of the block."""
         out: Tensor = x + self.branch(x)
         return out
 
@@ -133,7 +129,6 @@ class Patches(nn.Module):
         self.norm = nn.BatchNorm2d(width, eps=0.01, affine=False)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch coefficients height width"]:
-        """The coefficients of the patch around each pixel."""
         out: Tensor = self.norm(F.conv2d(x, self.filters, padding=1))
         return out
 
@@ -164,7 +159,6 @@ class ShortResidualNet(nn.Module):
         self.head = nn.Linear(third, classes)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        """Class scores."""
         scores: Tensor = 0.2 * self.head(self.features(x).amax((2, 3)))
         return scores
 
@@ -187,7 +181,6 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.n_inner, n_embd)
 
     def forward(self, x: Float[Tensor, "batch time embd"]) -> Float[Tensor, "batch time embd"]:
-        """What each position gathers from itself and the positions before it."""
         B, T, _ = x.size()
         q, k, v = self.c_attn(x).split(self.n_inner, dim=2)
         C = self.n_inner
@@ -231,7 +224,6 @@ class Layer(nn.Module):
         self.c_proj = nn.Linear(neurons, n_embd)
 
     def forward(self, x: Float[Tensor, "batch time embd"]) -> Float[Tensor, "batch time embd"]:
-        """The residual stream after this layer."""
         x = x + self.dropout(self.attn(self.ln_1(x)))
         x = x + self.dropout(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)))))
         return x
@@ -283,7 +275,6 @@ class CharGPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocabulary"]:
-        """Scores of the next character at every position."""
         x = self.dropout(self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device)))
         for layer in self.layers:
             x = layer(x)

@@ -58,7 +58,6 @@ class ProgressBars:
 
 
 def _ending(ending: Result | Failure) -> str:
-    """What a cell came to, in words."""
     if isinstance(ending, Failure):
         return ending.error
     value = f"{100 * ending.value:.2f} %" if ending.metric == "accuracy" else f"{ending.value:.4f}"

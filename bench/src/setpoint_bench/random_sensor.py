@@ -38,11 +38,9 @@ class RandomSensor(Sensor[RandomState]):
         self.seed = seed
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """All groups."""
         return groups
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> RandomState:
-        """A number for each unit."""
         rng = np.random.default_rng(self.seed)
         return RandomState({group.name: rng.random(group.num_units) for group in groups})
 
@@ -60,7 +58,6 @@ class RandomSensor(Sensor[RandomState]):
         return replace(state, numbers=numbers, num_grown=state.num_grown + 1)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update: none."""
         return 0.0
 
     def read(self, state: RandomState, groups: tuple[Group, ...], step: int) -> Reading:

@@ -57,7 +57,6 @@ class Recipe:
 
     @property
     def steps_per_validation(self) -> int:
-        """Optimizer steps between two looks at the validation data."""
         return max(1, self.steps // self.num_validations)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

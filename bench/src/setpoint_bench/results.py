@@ -141,14 +141,12 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Append one JSON object as one line; a line left half-written by an interrupted run is cut off first."""
     mend(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def append_result(folder: Path, result: Result) -> None:
-    """Append one result to the results file of a folder."""
     append_line(folder / FILE, dataclasses.asdict(result))
 
 

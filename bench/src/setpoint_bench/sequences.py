@@ -39,11 +39,9 @@ class SequenceFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """States of a block."""
         return {"states": Dimension(self.states)}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The classifier with so many states."""
         return SequenceClassifier(
             self.inputs,
             self.classes,
@@ -78,21 +76,17 @@ class PixelSequences:
 
     @property
     def length(self) -> int:
-        """Steps of a sequence."""
         return (self.shape[1] // self.pool) * (self.shape[2] // self.pool)
 
     def example(self, batch: int) -> Float[Tensor, "batch steps channels"]:
-        """Noise."""
         return torch.randn(batch, self.length, self.shape[0], generator=torch.Generator().manual_seed(0))
 
     def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless shuffled batches."""
         images, labels = self.load(self.folder)["train"]
         for rows in shuffled_rows(len(images), batch, torch.Generator().manual_seed(seed)):
             yield self._read(images[rows]), labels[rows]
 
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
-        """All sequences and labels of a split."""
         images, labels = self.load(self.folder)[split]
         return self._read(images), labels
 

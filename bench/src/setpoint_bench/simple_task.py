@@ -1,4 +1,4 @@
-"""A simple task: a family of models, data, and a recipe, put together into a task."""
+"""A task: a family of models, data, and a recipe that every method is measured on."""
 
 from __future__ import annotations
 
@@ -70,6 +70,9 @@ def smoothed_cross_entropy(scores: Shaped[Tensor, "... classes"], targets: Shape
 class SimpleTask:
     """A family of models, trained on data by a recipe: all that a method and the runner ask of a task.
 
+    The model is built from its widths alone, so that dense, small and pruned models are of one family. Everything
+    random follows from the seed, and no data order depends on the method.
+
     Args:
         name: name in result files.
         family: the models, by width.
@@ -117,7 +120,6 @@ class SimpleTask:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """The free widths of the family."""
         return self.family.dimensions
 
     @property
@@ -128,7 +130,6 @@ class SimpleTask:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of one run."""
         return self.recipe.steps
 
     def num_samples(self) -> int:
@@ -138,17 +139,14 @@ class SimpleTask:
 
     @property
     def steps_per_validation(self) -> int:
-        """Optimizer steps between two looks at the validation data."""
         return self.recipe.steps_per_validation
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The type that products are computed in."""
         return product_dtype(self.device) if self.recipe.mixed else torch.float32
 
     @property
     def dtype(self) -> str:
-        """Name of the type that products are computed in."""
         return str(self.product_dtype).removeprefix("torch.")
 
     def with_steps(self, steps: int) -> SimpleTask:
@@ -166,7 +164,6 @@ class SimpleTask:
         return self.with_steps(epochs * max(1, self.data.num_train // self.recipe.batch))
 
     def with_learning_rate_factor(self, factor: float) -> SimpleTask:
-        """The same task at a learning rate `factor` times as high."""
         return replace(self, recipe=replace(self.recipe, learning_rate=factor * self.recipe.learning_rate))
 
     def from_scratch(self) -> SimpleTask:
@@ -179,28 +176,22 @@ class SimpleTask:
             return self.family.build(widths)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The recipe's optimizer."""
         return self.recipe.optimizer(model)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """The recipe's learning rate."""
         return self.recipe.schedule(optimizer)
 
     def example(self) -> tuple[Tensor, ...]:
-        """Inputs shaped like one training batch."""
         return (self.data.example(self.recipe.batch).to(self.device),)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless training batches, in an order fixed by the seed."""
         for inputs, targets in self.data.batches(self.recipe.batch, seed):
             yield inputs.to(self.device), targets.to(self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Context in which products run in `dtype`."""
         return autocast(self.device, self.product_dtype)
 
     def scores(self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."]) -> Tensor:
-        """The model's answer, in float32."""
         with self.autocast():
             scores: Tensor = model(inputs)
         return scores.float()
@@ -208,7 +199,6 @@ class SimpleTask:
     def loss(
         self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."], targets: Shaped[Tensor, "batch ..."]
     ) -> Tensor:
-        """Batch-mean training loss."""
         return (self.training_criterion or self.criterion)(self.scores(model, inputs), targets)
 
     @torch.no_grad()
@@ -228,3 +218,7 @@ class SimpleTask:
                 if self.metric == "accuracy":
                     right += int((scores.argmax(-1) == y).sum())
         return Score(loss / len(targets), right / targets.numel() if self.metric == "accuracy" else None)
+
+
+def dense_widths(task: SimpleTask) -> dict[str, int]:
+    return {name: dimension.dense for name, dimension in task.dimensions.items()}

@@ -9,11 +9,12 @@ from functools import cache, partial
 import torch
 
 from setpoint_bench.counter import step_flops
-from setpoint_bench.task import BenchError, Dimension, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError, Dimension
 
 
 @cache
-def small_widths(task: Task, budget: float) -> dict[str, int]:
+def small_widths(task: SimpleTask, budget: float) -> dict[str, int]:
     """Widths of the task's model scaled by one factor to at most `budget` of the dense FLOPs per step.
 
     Args:

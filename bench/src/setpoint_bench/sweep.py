@@ -104,7 +104,6 @@ def _verdicts(name: str, models: Sequence[str], workers: int) -> Iterator[Verdic
 
 
 def _alone(name: str, model: str) -> Verdict:
-    """Check a model in a process of its own: the one it was to share has died, perhaps through another model."""
     with _pool(1) as pool:
         try:
             return pool.submit(_check, name, model).result()

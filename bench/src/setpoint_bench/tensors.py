@@ -45,12 +45,10 @@ class Tensors:
 
     @property
     def num_train(self) -> int:
-        """Examples in one pass over the training data."""
         return len(self._fitted[0])
 
     @property
     def _fitted(self) -> Pair:
-        """What is trained on."""
         return self.train if self.validation is not None else held_out(self.train)[0]
 
     def example(self, batch: int) -> Tensor:
@@ -59,13 +57,11 @@ class Tensors:
         return inputs[torch.arange(batch) % len(inputs)]
 
     def batches(self, batch: int, seed: int) -> Iterator[Pair]:
-        """Endless shuffled batches."""
         inputs, targets = self._fitted
         for rows in shuffled_rows(len(inputs), batch, torch.Generator().manual_seed(seed)):
             yield inputs[rows], targets[rows]
 
     def split(self, split: Split) -> Pair:
-        """All inputs and targets of a split."""
         return self.test if split == "test" else self.validation or held_out(self.train)[1]
 
 

@@ -12,16 +12,15 @@ from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.progress import ProgressBars
 from setpoint_bench.results import held
 from setpoint_bench.runner import Outcome, check_budgets, finished, make_data_ready, run
-from setpoint_bench.task import Task
+from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.training import Cell
-from setpoint_bench.worker import METHOD_FILE, source_hash
 
 
 def train_cells(
     cells: Sequence[Cell],
     out: Path,
     workers: int,
-    make_task: Callable[[], Task] | None,
+    make_task: Callable[[], SimpleTask] | None,
     own_methods: Mapping[str, str],
     *,
     interleaved: bool = False,
@@ -34,10 +33,6 @@ def train_cells(
     other = sum(result.environment.get("code") != code_version() for result in done.values())
     told = f"; {len(done)} of them are there already" if done else ""
     told += f", {other} made by other code than today's" if other else ""
-    for name, target in own_methods.items():
-        mine = [result for result in done.values() if result.method == name]
-        changed = sum(result.environment.get(METHOD_FILE) != source_hash(target) for result in mine)
-        told += f", {changed} of {name} by another version of its file" if changed else ""
     who = ", ".join(dict.fromkeys(cell.method.name for cell in cells))
     size = f"{counted(len(cells), 'run')} of {counted(task.steps, 'step')}"
     ahead = counted((len(cells) - len(done)) * task.steps, "step")

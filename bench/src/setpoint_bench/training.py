@@ -24,7 +24,8 @@ from setpoint_bench.joules import Joules
 from setpoint_bench.method import Method
 from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, HISTORY, LEDGER, MODEL, Result
-from setpoint_bench.task import BenchError, Score, Split, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError, Score, Split
 
 STEPS_PER_TURN = 10
 WARM_UP_STEPS = 3
@@ -42,7 +43,7 @@ class Cell:
         split: what the reported value is measured on; the test set is for reporting only.
     """
 
-    task: Task
+    task: SimpleTask
     method: Method
     budget: float | None
     seed: int
@@ -50,7 +51,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the cell, and of its folder."""
         budget = "" if self.budget is None else f"-{exact(self.budget)}"
         return f"{self.task.name}-{self.method.name}{budget}-seed{self.seed}"
 
@@ -155,7 +155,7 @@ def _earlier(course: Course, out: Path, needed: Mapping[str, Result]) -> Earlier
     return Earlier(result, path)
 
 
-def warm_up(task: Task, widths: Mapping[str, int]) -> None:
+def warm_up(task: SimpleTask, widths: Mapping[str, int]) -> None:
     """A few steps of a throwaway model, so that first calls are slow outside of the clock."""
     model = task.build(widths)
     optimizer = task.optimizer(model)
@@ -237,7 +237,6 @@ class Run:
         return self.step // every > (self.step - STEPS_PER_TURN) // every or self.step == self.task.steps
 
     def validate(self) -> None:
-        """Score the model on the validation data."""
         self.score = self.judge("validation")
 
     def judge(self, split: Split) -> Score:
@@ -246,7 +245,6 @@ class Run:
             return self.task.evaluate(self.model, split)
 
     def row(self, split: str, score: Score | None) -> dict[str, object]:
-        """A row of the history."""
         values = {} if score is None else {key: value for key, value in asdict(score).items() if value is not None}
         return {
             "step": self.step + (self.earlier.steps if self.earlier else 0),
@@ -274,7 +272,6 @@ class Run:
         return None if earlier is None or self.energy.energy_j is None else self.energy.energy_j + earlier
 
     def result(self, final: Score, outcome: Outcome) -> Result:
-        """The finished cell."""
         value = final.accuracy if self.task.metric == "accuracy" else final.loss
         assert value is not None, "a task whose metric is accuracy measures it"
         earlier_flops = self.earlier.train_flops if self.earlier else 0.0
@@ -310,7 +307,7 @@ class Run:
             density=outcome.density,
             energy_j=self._energy_j(),
             break_even_step=outcome.break_even_step,
-            unit=getattr(self.task, "unit", "nats"),  # what a task of another class calls a loss is in nats
+            unit=self.task.unit,
             fingerprint=fingerprint(self.cell.task),
             notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )

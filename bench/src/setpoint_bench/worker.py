@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -20,12 +19,11 @@ from setpoint.errors import SetpointError
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
 from setpoint_bench.results import Result
-from setpoint_bench.task import BenchError, Split, Task
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import BenchError, Split
 from setpoint_bench.training import Cell, Progress, train
 
 LOG = "log.txt"
-METHOD_FILE = "method_file"
-"""Where a result's environment holds what tells the file of the user's own that made its method from other versions."""
 _PATIENCE_S = 5.0
 
 
@@ -63,7 +61,7 @@ class Worker:
         out: Path,
         needed: Mapping[str, Result],
         threads: int,
-        make_task: Callable[[], Task] | None = None,
+        make_task: Callable[[], SimpleTask] | None = None,
         own_method: str | None = None,
     ) -> None:
         self.cell, self._log = cell, out / cell.name / LOG
@@ -113,7 +111,7 @@ class _Order:
     """A cell on its way to another process: its task and method or what makes them, and a made task's fingerprint."""
 
     name: str
-    task: Task | Callable[[], Task]
+    task: SimpleTask | Callable[[], SimpleTask]
     method: Method | str
     budget: float | None
     seed: int
@@ -126,7 +124,7 @@ class _Order:
         Raises:
             BenchError: the task or the method was made anew and is another one.
         """
-        task = self.task if isinstance(self.task, Task) else self.task()
+        task = self.task if isinstance(self.task, SimpleTask) else self.task()
         if self.fingerprint and fingerprint(task) != self.fingerprint:
             raise BenchError(
                 f"{task.name} is made anew for every run, and its data or model came out different: draw whatever is "
@@ -137,10 +135,6 @@ class _Order:
         if cell.name != self.name:
             raise BenchError(f"what makes {self.name} was changed meanwhile and makes {cell.name}: start again")
         return cell
-
-    def environment(self) -> dict[str, str | int]:
-        """What is known of the run's making beyond its environment: the version of the file that made its method."""
-        return {METHOD_FILE: source_hash(self.method)} if isinstance(self.method, str) else {}
 
 
 def _train(order: _Order, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:
@@ -155,9 +149,7 @@ def _train(order: _Order, out: Path, needed: Mapping[str, Result], threads: int,
     torch.set_num_threads(max(1, min(threads, torch.get_num_threads())))
     with suppress(BrokenPipeError):  # nobody is left to hear it
         try:
-            more = order.environment()
-            result = _result(order.cell(), out, needed, pipe)
-            pipe.send(replace(result, environment={**result.environment, **more}))
+            pipe.send(_result(order.cell(), out, needed, pipe))
         except BrokenPipeError:
             raise
         except SetpointError as error:
@@ -181,14 +173,8 @@ def _result(cell: Cell, out: Path, needed: Mapping[str, Result], pipe: Connectio
 
 
 def _ending(code: int | None) -> str:
-    """How a process ended, in words."""
     if code is None or code >= 0:
         return f"exit code {code}"
     with suppress(ValueError):
         return f"{signal.Signals(-code).name}{', out of memory?' if -code == 9 else ''}"
     return f"signal {-code}"
-
-
-def source_hash(target: str) -> str:
-    """Hash of the text of the file that `module.py:function` names, 16 hexadecimal digits."""
-    return hashlib.sha256(Path(target.rpartition(":")[0]).read_bytes()).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -88,17 +87,10 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
             missing.append(library_name)
             continue
         tagged = library_name == "timm" and name.partition(".")[0] in found
-        if name in found or tagged or (library_name == "transformers" and "/" in name and not _misspelt(name)):
+        if name in found or tagged or (library_name == "transformers" and "/" in name):
             return _BUILDERS[library_name](name, shape)
         known += found
     raise UsageError(_unknown(target, target.removesuffix(name), known, missing))
-
-
-def _misspelt(name: str) -> str:
-    """The library that was meant by `tim/resnet18`, which would be a model of the user `tim` on the Hub."""
-    folder, slash, _ = name.partition("/")
-    meant = difflib.get_close_matches(folder.lower(), LIBRARIES, 1, 0.8) if slash else []
-    return meant[0] if meant and folder not in LIBRARIES else ""
 
 
 def _unknown(target: str, prefix: str, known: list[str], missing: list[str]) -> str:
@@ -106,20 +98,14 @@ def _unknown(target: str, prefix: str, known: list[str], missing: list[str]) -> 
     own = "or give module.py:function that returns your own"
     if Path(target, "config.json").is_file():
         return f"unknown model {target!r}: write ./{target} for the folder"
-    if meant := _misspelt(target):
-        return f"unknown library in {target!r}: did you mean {meant}? A model on the Hub is transformers:{target}"
     if not known:
-        first, *others = missing
-        more = f" (or {', '.join(others)})" if others else ""
-        return f"{target!r} needs {'a model library' if others else first}: pip install {first}{more}, {own}"
+        return f"{target!r} needs {' or '.join(missing)}: pip install {missing[0]}, {own}"
     hint = did_you_mean(target, [f"{prefix}{name}" for name in dict.fromkeys(known)])
     hint = f"{hint}Otherwise name" if hint else "name"
     absent = f"; not installed: {', '.join(missing)}" if missing else ""
-    hub = "; models of the Hub are written owner/name, such as google-bert/bert-base-uncased"
-    of_hub = "-" in target and not prefix and "/" not in target
     return (
-        f"unknown model {target!r}: {hint} a model of torchvision, timm or transformers, {own}{absent}"
-        f"{hub if of_hub else ''}"
+        f"unknown model {target!r}: {hint} a model of torchvision, timm or transformers, {own}{absent}; models of the "
+        "Hub are written owner/name, such as google-bert/bert-base-uncased"
     )
 
 

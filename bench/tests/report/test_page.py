@@ -48,7 +48,6 @@ class Elements(HTMLParser):
 
 
 def page_of(folder: Path) -> str:
-    """The page of a folder."""
     return render(read_results(folder))
 
 

@@ -12,7 +12,6 @@ from setpoint_bench.report.statistics import Difference, difference, estimate, t
 
 
 def cells(values: dict[int, float]) -> list[Cell]:
-    """One cell per seed."""
     return [Cell(task="t", method="m", value=value, seed=seed) for seed, value in values.items()]
 
 

@@ -19,7 +19,6 @@ def cells(method: str, values: list[float], **more: Any) -> list[Cell]:
 
 
 def row(found: list[Cell], label: str) -> Row:
-    """The row with this label."""
     return {row.label: row for row in summary_rows(Results(tuple(found)))}[label]
 
 

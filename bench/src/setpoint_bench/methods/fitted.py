@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import AlreadyCut, Course, Outcome, Pruner
+from setpoint_bench.course import AlreadyCut, Batches, Begun, Course, Outcome
 from setpoint_bench.results import Result
-from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError
 
 
 @final
@@ -28,14 +28,8 @@ class Fitted:
     and fits; their decompositions and inverses do not, which are a few per cent of these.
 
     Args:
-        name: name on the command line and in result files.
         even: the same share of all groups stays.
         num_samples: that the cut looks at.
-        learning_rate: peak of the schedule, relative to the task's.
-        family: kind of method, for reports.
-        paper: none.
-        sized: always.
-        needs: nothing.
 
     Raises:
         BenchError: the cut is to look at no sample.
@@ -54,13 +48,10 @@ class Fitted:
         if self.num_samples < 1:
             raise BenchError(f"num_samples is at least 1, got {self.num_samples}")
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The dense widths."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Cut at once, and make an optimizer for what is left."""
         dense_flops, watch = float(step_flops(model, task.example())), Stopwatch(synchronize=True)
         # The counter knows attention by its products alone.

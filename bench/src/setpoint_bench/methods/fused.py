@@ -37,7 +37,6 @@ class Apart(nn.Module):
             self.parts.append(part)
 
     def forward(self, x: Float[Tensor, "... features"]) -> Float[Tensor, "... outputs"]:
-        """The parts' outputs, one after the other."""
         return torch.cat([part(x) for part in self.parts], -1)
 
     @torch.no_grad()

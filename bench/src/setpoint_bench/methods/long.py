@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from setpoint_bench.course import Course, Pruner
+from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.results import Result
-from setpoint_bench.task import Task
+from setpoint_bench.simple_task import SimpleTask
 
 
 @final
@@ -25,7 +24,6 @@ class Long:
     that it may end some tenths of a per cent beside these FLOPs.
 
     Args:
-        name: name on the command line and in result files.
         prunes: the method.
     """
 
@@ -34,17 +32,14 @@ class Long:
 
     @property
     def family(self) -> str:
-        """That of what prunes."""
         return self.prunes.family
 
     @property
     def sized(self) -> bool:
-        """Whether it goes by the budget."""
         return self.prunes.sized
 
     @property
     def paper(self) -> str:
-        """Where what prunes comes from."""
         return self.prunes.paper
 
     @property
@@ -52,13 +47,9 @@ class Long:
         """The run whose FLOPs it may spend, and the run that says what a step costs."""
         return "dense", self.prunes.name
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The dense widths and a longer schedule."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         share = needed["dense"].train_flops / needed[self.prunes.name].train_flops
         return self.prunes.course(task.with_steps(max(1, int(task.steps * share))), budget, needed)
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """As what prunes."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return self.prunes.begin(task, model, budget, batches)

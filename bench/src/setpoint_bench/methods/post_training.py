@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import final
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from setpoint_bench.course import Course, Pruner
+from setpoint_bench.course import Batches, Begun, Course
+from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.sparse import Sparse
+from setpoint_bench.methods.torch_pruning import TorchPruning
 from setpoint_bench.results import Result
-from setpoint_bench.task import BenchError, Task, dense_widths
-
-
-@runtime_checkable
-class Prunes(Protocol):
-    """The part of a method that prunes: what begins with a model, whatever it was trained on before."""
-
-    @property
-    def sized(self) -> bool:
-        """Whether it goes by the budget."""
-        ...
-
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """As in `Method`."""
-        ...
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError
 
 
 @final
@@ -41,17 +28,13 @@ class PostTraining:
     network pruning", ICLR 2020).
 
     Args:
-        name: name on the command line and in result files.
         prunes: what prunes the trained model.
-        paper: where it comes from.
         share: steps of fine-tuning, as a share of the task's steps.
         learning_rate: peak of the fine-tuning's schedule, relative to the task's.
-        family: kind of method, for reports.
-        needs: the dense run.
     """
 
     name: str
-    prunes: Prunes
+    prunes: Setpoint | Sparse | TorchPruning
     paper: str
     share: float = 0.25
     learning_rate: float = 1.0
@@ -64,17 +47,12 @@ class PostTraining:
 
     @property
     def sized(self) -> bool:
-        """Whether it goes by the budget."""
         return self.prunes.sized
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The trained dense model, and a short schedule."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         steps = max(1, round(self.share * task.steps))
         short = task.with_steps(steps).with_learning_rate_factor(self.learning_rate)
         return Course(short, dense_widths(task), goes_on_from="dense")
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """Prune."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return self.prunes.begin(task, model, budget, batches)

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import Course, Pruner
+from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.results import Result
+from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.sizing import small_widths
-from setpoint_bench.task import Task, dense_widths
-
-Begun = tuple[Optimizer, Pruner | None]
-"""An optimizer, and what acts on the model as it trains, if anything."""
 
 
 @final
 @dataclass(frozen=True)
 class Dense:
-    """The full model, trained as it is: what pruning is measured against.
-
-    Args:
-        name: name on the command line and in result files.
-        learning_rate: peak of the schedule, relative to the task's.
-        family: kind of method, for reports.
-        sized: never.
-        paper: none.
-        needs: nothing.
-    """
+    """The full model, trained as it is: what pruning is measured against."""
 
     name: str = "dense"
     learning_rate: float = 1.0
@@ -41,12 +28,10 @@ class Dense:
     paper: str = ""
     needs: tuple[str, ...] = ()
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The dense widths."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
-    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
-        """Nothing but the optimizer."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return task.optimizer(model), None
 
 
@@ -56,12 +41,7 @@ class Small:
     """A uniformly narrower model trained from scratch at the budget: the honest rival of pruning.
 
     Args:
-        name: name on the command line and in result files.
         learning_rate: peak of the schedule, relative to the task's for fresh weights.
-        family: kind of method, for reports.
-        sized: always.
-        paper: none.
-        needs: nothing.
     """
 
     name: str = "small"
@@ -71,12 +51,10 @@ class Small:
     paper: str = ""
     needs: tuple[str, ...] = ()
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """Widths scaled by one factor to the budget."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         return Course(task.from_scratch().with_learning_rate_factor(self.learning_rate), small_widths(task, budget))
 
-    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
-        """Nothing but the optimizer."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return task.optimizer(model), None
 
 
@@ -89,11 +67,6 @@ class SmallLong:
     Its learning rate deserves the same tuning as everyone's: `small-long@learning_rate=0.5` halves it.
 
     Args:
-        name: name on the command line and in result files.
-        learning_rate: peak of the schedule, relative to the task's.
-        family: kind of method, for reports.
-        sized: always.
-        paper: none.
         needs: the run whose FLOPs it may spend.
     """
 
@@ -104,18 +77,16 @@ class SmallLong:
     paper: str = ""
     needs: tuple[str, ...] = ("setpoint",)
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """Small widths and a longer schedule."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         widths = small_widths(task, budget)
         longer = task.from_scratch().with_steps(_affordable_steps(task, widths, needed["setpoint"]))
         return Course(longer.with_learning_rate_factor(self.learning_rate), widths)
 
-    def begin(self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]) -> Begun:
-        """Nothing but the optimizer."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return task.optimizer(model), None
 
 
-def _affordable_steps(task: Task, widths: Mapping[str, int], spent: Result) -> int:
+def _affordable_steps(task: SimpleTask, widths: Mapping[str, int], spent: Result) -> int:
     """Steps of a model of these widths that cost what another run has spent in training."""
     per_step = step_flops(task.build(widths, torch.device("meta")), task.example())
     return max(1, round(spent.train_flops / per_step))

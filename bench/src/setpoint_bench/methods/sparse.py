@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -14,10 +14,11 @@ from setpoint.actuator.optimizer_check import check_optimizer
 from setpoint.loop.hooks import StepHooks
 from setpoint.spending.meter import Stopwatch
 from setpoint.weights.masking import mask_gradients, mask_weights
-from setpoint_bench.course import Course, Outcome, Pruner
+from setpoint_bench.course import Batches, Begun, Course, Outcome
 from setpoint_bench.results import Result
 from setpoint_bench.scheduled import cubic_density
-from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError
 from setpoint_bench.weight_flops import WeightFlops, maskable_weights, weight_flops
 
 
@@ -30,15 +31,10 @@ class Sparse:
     has gone does not come back. With `begin = end = 0` the smallest weights go before the first step.
 
     Args:
-        name: name on the command line and in result files.
-        paper: where it comes from.
         begin_at: fraction of the run that stays dense.
         end: fraction of the run by which the final density is reached.
         num_updates: number of updates in between, in runs too short for that one per step.
         density: kept fraction of the maskable weights in place of a budget; 0 to go by the budget.
-        learning_rate: peak of the schedule, relative to the task's.
-        family: kind of method, for reports.
-        needs: nothing.
 
     Raises:
         BenchError: for a setting out of range.
@@ -70,14 +66,10 @@ class Sparse:
         """Unless it has a density of its own."""
         return not self.density
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The dense widths."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """Masks on the model's weights."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         optimizer = task.optimizer(model)
         return optimizer, Masked(model, optimizer, self, task.example(), total_steps=task.steps, budget=budget)
 

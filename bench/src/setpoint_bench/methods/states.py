@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 import setpoint
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import params_cost
 from setpoint.groups.group import Group
-from setpoint_bench.course import Course, Pruner
+from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.looped import Looped
 from setpoint_bench.results import Result
-from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.task import BenchError
 
 
 @final
@@ -43,14 +43,10 @@ class Hankel:
         """Unless it has a number of states of its own."""
         return not self.states
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
-        """The dense widths."""
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         return Course(task, dense_widths(task))
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """A loop over the groups of states."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         optimizer, groups = task.optimizer(model), _states(task, model)
         limit = setpoint.Budget.fraction(budget, of="flops")
         if self.states:
@@ -68,7 +64,6 @@ class Hankel:
         return optimizer, Looped(loop)
 
     def _reference(self) -> Schedule:
-        """The usual one, earlier or later."""
         return Schedule() if self.settle == Schedule().settle else Schedule(self.settle / 5, self.settle)
 
 
@@ -88,7 +83,7 @@ class FewStates:
     paper: str = ""
     needs: tuple[str, ...] = ()
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths, but for the states.
 
         Raises:
@@ -99,14 +94,11 @@ class FewStates:
             raise BenchError(f"task {task.name} has no states: use smnist or smnist-196")
         return Course(task, {**widths, "states": round(self.states)})
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
-        """Nothing but the optimizer."""
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return task.optimizer(model), None
 
 
-def _states(task: Task, model: nn.Module) -> tuple[Group, ...]:
+def _states(task: SimpleTask, model: nn.Module) -> tuple[Group, ...]:
     """The groups of states.
 
     Raises:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast, final
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from setpoint.distillation import Teacher
-from setpoint_bench.course import Course, Outcome, Pruner
+from setpoint_bench.course import Batches, Begun, Course, Outcome
 from setpoint_bench.looped import Looped
 from setpoint_bench.methods.in_training import Setpoint
 from setpoint_bench.methods.scratch import Dense
 from setpoint_bench.results import Result
-from setpoint_bench.simple_task import SimpleTask
-from setpoint_bench.task import BenchError, Task, dense_widths
+from setpoint_bench.simple_task import SimpleTask, dense_widths
 
 
 @final
@@ -29,12 +27,9 @@ class Taught:
     its own passes do.
 
     Args:
-        name: name on the command line and in result files.
         trains: the method.
         alpha: the teacher's share of the loss.
         temperature: by which logits are divided.
-        paper: where it comes from.
-        needs: the dense run.
     """
 
     name: str
@@ -46,29 +41,23 @@ class Taught:
 
     @property
     def family(self) -> str:
-        """That of what trains."""
         return self.trains.family
 
     @property
     def sized(self) -> bool:
-        """Whether it goes by the budget."""
         return self.trains.sized
 
-    def course(self, task: Task, budget: float, needed: Mapping[str, Result]) -> Course:
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths; the dense run's weights are the teacher's."""
         course = self.trains.course(task, budget, needed)
-        if not isinstance(course.task, SimpleTask):
-            raise BenchError(f"{self.name} teaches logits, which {task.name} does not say: it is no SimpleTask")
-        return Course(cast(Task, _Lesson(course.task)), course.widths, goes_on_from="dense", notes=course.notes)
+        return Course(cast(SimpleTask, _Lesson(course.task)), course.widths, goes_on_from="dense", notes=course.notes)
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Take the trained model for the teacher, and begin with fresh weights."""
         lesson = cast(_Lesson, task)
         teacher = Teacher(copy.deepcopy(model), alpha=self.alpha, temperature=self.temperature)
         model.load_state_dict(task.build(dense_widths(task)).state_dict())
-        optimizer, pruner = self.trains.begin(cast(Task, lesson.task), model, budget, batches)
+        optimizer, pruner = self.trains.begin(lesson.task, model, budget, batches)
         if isinstance(pruner, Looped):
             teacher.loop = pruner.loop
         lesson.teachers.append(teacher)
@@ -87,7 +76,6 @@ class _Bill:
         """Nothing to decide."""
 
     def finish(self) -> Outcome:
-        """The teacher's FLOPs."""
         return Outcome(widths=self.widths, dense_widths=self.widths, overhead_flops=self.teacher.flops)
 
 
@@ -105,7 +93,6 @@ class _Lesson:
         return getattr(self.task, name)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's loss, and the teacher's."""
         if not self.teachers:
             return self.task.loss(model, inputs, targets)
         (teacher,) = self.teachers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 
 from setpoint.actuator.model_shapes import apply_sizes, note_cut
 from setpoint.actuator.tensors import named_tensors
@@ -23,9 +22,10 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import AlreadyCut, Outcome, Pruner
+from setpoint_bench.course import AlreadyCut, Batches, Begun, Outcome
 from setpoint_bench.methods.fused import taken_apart
-from setpoint_bench.task import BenchError, Task
+from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.task import BenchError
 
 Criterion = Literal["norm", "taylor"]
 SEARCH_STEPS = 7
@@ -56,7 +56,6 @@ class TorchPruning:
             group-norm pruner without its own sparse training; "taylor" for `GroupTaylorImportance`, all groups
             ranked together.
         num_batches: batches whose gradients Taylor adds up.
-        sized: always.
 
     References:
         Fang, Ma, Song, Mi, Wang: "DepGraph: Towards Any Structural Pruning", CVPR 2023. Molchanov, Mallya, Tyree,
@@ -67,9 +66,7 @@ class TorchPruning:
     num_batches: int = 10
     sized: bool = True
 
-    def begin(
-        self, task: Task, model: nn.Module, budget: float, batches: Iterator[tuple[Tensor, Tensor]]
-    ) -> tuple[Optimizer, Pruner | None]:
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Cut the model, and make an optimizer for what is left.
 
         Raises:

@@ -50,7 +50,6 @@ class SequenceBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "batch steps channels"]) -> Float[Tensor, "batch steps channels"]:
-        """The sequence after the block."""
         hidden = self.dropout(F.gelu(self.lru(self.norm(x.mT).mT)))
         gated: Tensor = self.dropout(self.gated(hidden) * torch.sigmoid(self.gate(hidden)))
         return x + gated
@@ -106,6 +105,5 @@ class SequenceClassifier(nn.Module):
         self.head = nn.Linear(num_channels, num_classes)
 
     def forward(self, x: Float[Tensor, "batch steps inputs"]) -> Float[Tensor, "batch classes"]:
-        """Logits."""
         logits: Tensor = self.head(self.blocks(self.encoder(x)).mean(1))
         return logits

@@ -75,7 +75,6 @@ class LRU(nn.Module):
         self.D = nn.Parameter(torch.randn(num_channels))
 
     def forward(self, u: Float[Tensor, "batch steps channels"]) -> Float[Tensor, "batch steps channels"]:
-        """The output sequence."""
         scale = self.gamma_log.exp().unsqueeze(-1)
         y = diagonal_scan(u, self._eigenvalues(), (self.B_re * scale, self.B_im * scale), (self.C_re, self.C_im))
         return y + self.D * u
@@ -125,7 +124,6 @@ class LRU(nn.Module):
         return StateWeights(("B_re", "B_im"), ("C_re", "C_im"), torch.complex(scale, torch.zeros_like(scale)))
 
     def extra_repr(self) -> str:
-        """Sizes, as they are now."""
         return f"num_channels={self.D.shape[0]}, num_states={self.nu_log.shape[0]}"
 
 

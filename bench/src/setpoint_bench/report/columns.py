@@ -141,7 +141,6 @@ def interval_text(found: Difference, metric: str) -> str:
 
 
 def seconds_text(row: Row) -> str:
-    """The training time with its standard deviation."""
     return quantity_text(row.seconds, duration)
 
 
@@ -158,12 +157,10 @@ def share_text(share: Share | None) -> str:
 
 
 def energy_text(row: Row) -> str:
-    """The energy with its standard deviation."""
     return quantity_text(row.energy_j, lambda value: human(value, "J"))
 
 
 def quantity_text(found: Estimate | None, text: Callable[[float], str]) -> str:
-    """An estimate with its standard deviation."""
     if found is None:
         return NOTHING
     return text(found.mean) + ("" if found.deviation is None else f" ± {text(found.deviation)}")
@@ -187,7 +184,6 @@ def budget_met_text(row: Row) -> str:
 
 
 def seeds_text(rows: Sequence[Row]) -> str:
-    """How many seeds are behind the rows."""
     counts = sorted({row.num_seeds for row in rows})
     span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{span} seed{'s' if counts[-1] > 1 else ''}"

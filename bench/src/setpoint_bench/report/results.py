@@ -51,33 +51,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method on a task, at a budget, with a seed. Unknown numbers are None.
+    """One run as the report reads it; fields are those of `setpoint_bench.results.Result`, unknown numbers are None.
 
     Args:
-        method: "dense" is the one that others are compared with.
-        budget: the fraction asked for, None where the method has none.
-        metric: "accuracy" (a share in [0, 1], more is better) or "loss" (less is better).
-        value: the metric on `split`, after the last step.
-        split: "test" or "validation".
-        final_flops, final_params: FLOPs of one optimizer step, and parameters, of the finished model.
-        train_flops: FLOPs of the run, overhead included.
-        seconds: duration of training, overhead included.
-        overhead_seconds: the part of `seconds` that Setpoint spent: attaching, sensing, deciding, resizing.
-        overhead_flops: the part of `train_flops` spent on them.
-        resizes: number of cuts.
-        budget_met: whether the run ended within budget; None without a budget.
-        widths, dense_widths: active units of the finished and of the dense model, by group.
-        environment: versions and hardware, as text.
-        date: when the run ended.
-        family: kind of method: "dense", "small", "post-training", "open-loop", "sparse" or "setpoint".
-        clock: "interleaved" where the methods took turns in one process, "shared" where other work may have
-            shared the machine.
-        theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where nothing is masked.
-        theoretical_train_flops: FLOPs of the run if zeros cost nothing.
-        density: kept fraction of the maskable weights; None where nothing is masked.
-        energy_j: joules of training; None where there is no meter.
-        notes: what a reader must know about the run.
-        unit: of a loss: "nats" where it is a cross-entropy, else "".
         timing: seconds on an idle machine; None where they were not measured.
         history: loss and accuracy over the run.
         record: the ledger, None where there is none.
@@ -129,9 +105,7 @@ class Results:
     remarks: tuple[str, ...] = ()
 
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks, in the order of the file."""
         return tuple(dict.fromkeys(cell.task for cell in self.cells))
 
     def of(self, task: str) -> tuple[Cell, ...]:
-        """The cells of one task."""
         return tuple(cell for cell in self.cells if cell.task == task)

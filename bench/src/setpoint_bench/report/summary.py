@@ -73,7 +73,6 @@ class Row:
 
     @property
     def difference(self) -> Difference | None:
-        """Difference to the dense model."""
         return self.differences.get(DENSE)
 
     @property

@@ -15,7 +15,6 @@ from setpoint_bench.suites.sequences import SEQUENCES
 
 
 def suite() -> Mapping[str, Build]:
-    """By name, how to make each model."""
     return {**_SUITE, **SEQUENCES, **FAMILIES}
 
 

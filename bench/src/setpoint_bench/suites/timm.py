@@ -39,7 +39,6 @@ _NAMES = """
 
 
 def suite() -> Mapping[str, Build]:
-    """By name, how to make each model."""
     return {name: partial(_build, name) for name in _NAMES}
 
 

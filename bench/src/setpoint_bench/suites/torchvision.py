@@ -15,7 +15,6 @@ _TOO_LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 
 
 def suite() -> Mapping[str, Build]:
-    """By name, how to make each model."""
     return {name: partial(_build, name) for name in classifier_names() if name not in _TOO_LARGE}
 
 

@@ -122,7 +122,6 @@ _MODELS: dict[str, dict[str, Any]] = {
 
 
 def suite() -> Mapping[str, Build]:
-    """By name, how to make each model."""
     return {name: partial(_build, name, sizes) for name, sizes in _MODELS.items()}
 
 

@@ -42,7 +42,6 @@ def banking77(data: Path | None = None) -> SimpleTask:
 
 @lru_cache(maxsize=1)
 def questions(data: Path | None) -> Splits:
-    """Tokens and intents of each split."""
     rows = {split: columns_of(REPOSITORY, split, ("text", "label"), data) for split in ("train", "test")}
     pairs = {name: (tokens_of(each["text"]), torch.tensor(each["label"])) for name, each in rows.items()}
     train, validation = held_out(pairs["train"])

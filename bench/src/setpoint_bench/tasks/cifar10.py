@@ -67,14 +67,12 @@ def cifar10_mini(data: Path | None = None) -> SimpleTask:
 
 
 def _task(name: str, family: Family, recipe: Recipe, data: Path | None, shift: int = 4) -> SimpleTask:
-    """A task on the images at full size."""
     images = Images(splits, (3, 32, 32), NUM_TRAIN, MEAN, DEVIATION, shift, flip=True, folder=data)
     return SimpleTask(name, family, images, recipe, training_criterion=smoothed_cross_entropy)
 
 
 @lru_cache(maxsize=1)
 def splits(data: Path | None) -> Splits:
-    """8-bit images and labels."""
     return CIFAR10.splits(data)
 
 

@@ -55,7 +55,6 @@ class LiteFamily:
         return {name: Dimension(width, 8) for name, width in EXPANSIONS.items()}
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
         try:
             model = timm_network("efficientnet_lite0", self.classes)
         except ImportError as error:
@@ -124,5 +123,4 @@ def clothing(data: Path | None = None) -> SimpleTask:
 
 @lru_cache(maxsize=1)
 def photographs(data: Path | None) -> Splits:
-    """Images and classes of each split."""
     return CLOTHING.splits(data)

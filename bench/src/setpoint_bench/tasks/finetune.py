@@ -41,11 +41,9 @@ class PretrainedFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """Channels of each convolution."""
         return self.plain.dimensions
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
         model = self.plain.build(widths)
         dense = all(widths[name] == dimension.dense for name, dimension in self.dimensions.items())
         if dense and not next(model.parameters()).is_meta:
@@ -99,13 +97,11 @@ def finetune(data: Path | None = None) -> SimpleTask:
 
 
 def _images(load: Callable[[Path | None], Splits], num_train: int, data: Path | None) -> Images:
-    """Small images, shifted by up to two pixels and mirrored."""
     return Images(load, (3, 16, 16), num_train, cifar10.MEAN, cifar10.DEVIATION, shift=2, flip=True, folder=data)
 
 
 @lru_cache(maxsize=1)
 def splits_six(data: Path | None) -> Splits:
-    """Small images of the six classes."""
     return _chosen(cifar10.splits_16(data), SIX)
 
 

@@ -33,5 +33,4 @@ def mnist(data: Path | None = None) -> SimpleTask:
 
 @lru_cache(maxsize=1)
 def splits(data: Path | None) -> Splits:
-    """8-bit images and labels."""
     return MNIST.splits(data)

@@ -45,7 +45,6 @@ class PaddedBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs h w"]:
-        """Output of the block."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1:
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added))
@@ -75,7 +74,6 @@ class PaddedNet(nn.Module):
         self.linear = nn.Linear(width, 10)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Class scores."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         scores: Tensor = self.linear(x.mean((2, 3)))
@@ -98,7 +96,6 @@ class PaddedFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """The inside of each block."""
         return {
             f"layer{stage}.block{block}": Dimension(width, 4)
             for stage, width in enumerate(STAGES, start=1)
@@ -106,7 +103,6 @@ class PaddedFamily:
         }
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The network of these widths."""
         model = channels_last(PaddedNet(widths, self.blocks))
         dense = all(widths[name] == dimension.dense for name, dimension in self.dimensions.items())
         if dense and not next(model.parameters()).is_meta:

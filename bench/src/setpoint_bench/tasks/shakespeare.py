@@ -51,7 +51,6 @@ class GPTFamily:
 
     @property
     def dimensions(self) -> Mapping[str, Dimension]:
-        """The residual stream, and heads and neurons of each layer."""
         dimensions = {"n_embd": Dimension(self.n_embd, 8)}
         for layer in range(1, self.layers + 1):
             dimensions[f"layer{layer}.heads"] = Dimension(self.heads)
@@ -59,7 +58,6 @@ class GPTFamily:
         return dimensions
 
     def build(self, widths: Mapping[str, int]) -> nn.Module:
-        """The GPT of these widths."""
         of_layers = {name: width for name, width in widths.items() if name != "n_embd"}
         return CharGPT(of_layers, VOCABULARY, self.window, widths["n_embd"], self.head_dim, self.dropout)
 
@@ -135,7 +133,6 @@ def splits(data: Path | None) -> Mapping[str, Tensor]:
 
 
 def read_text(data: Path | None) -> str:
-    """The text, from a data folder, the usual places, or the net."""
     return (find_data(FILE, data) or _download()).read_text(encoding="utf-8")
 
 
