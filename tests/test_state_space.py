@@ -247,10 +247,10 @@ _COMPILED = """
 import numpy as np
 import torch
 import setpoint
-from setpoint_bench.balance_and_shrink import balance_and_shrink
+from states.balanced import balance_and_shrink
 from setpoint_bench.models import SequenceClassifier
 from setpoint.states import BalancedPairs, balance
-from setpoint_bench.balance_and_shrink import balance_and_shrink
+from states.balanced import balance_and_shrink
 from setpoint.errors import BudgetError
 from setpoint.groups.group import Group
 from setpoint.errors import StateSpaceError

@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,72 +26,70 @@ NONE = "–"
 
 HUGGING, LIGHTNING, RECIPES = "test_transformers", "test_lightning", "test_recipes"
 FOLDERS, YOLO = "test_pretrained_folders", "test_ultralytics"
-FRAMEWORKS: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "Hugging Face Trainer": (
+
+
+@dataclass(frozen=True)
+class Framework:
+    """Its package ("" for a script), the lines added to its script, and by column the tests, by their beginnings."""
+
+    package: str
+    lines: int
+    lands: str
+    averages: str = NONE
+    resumes: str = NONE
+    best: str = NONE
+    loads: str = NONE
+
+    def columns(self) -> dict[str, str]:
+        tests = (self.lands, self.averages, self.resumes, self.best, self.loads)
+        return dict(zip(COLUMNS, tests, strict=True))
+
+
+def _of_a_script(package: str, lines: int, row: str) -> Framework:
+    """A script of tests/integrations/test_recipes.py, whose tests have a row for each."""
+    tests = ("test_few_lines", "test_the_average", "test_it_goes_on", "test_the_best_model")
+    lands, average, resumes, best = (f"{RECIPES}::{test}[{row}" for test in tests)
+    return Framework(package, lines, lands, average, resumes, best, best)
+
+
+FRAMEWORKS = {
+    "Hugging Face Trainer": Framework(
         "transformers",
         1,
-        (
-            f"{HUGGING}::test_trainer_resumes_bit_for_bit {HUGGING}::test_what_a_trainer_can_do "
-            f"{HUGGING}::test_two_ranks {HUGGING}::test_a_teacher_is",
-            NONE,
-            f"{HUGGING}::test_trainer_resumes_bit_for_bit {HUGGING}::test_two_ranks",
-            f"{HUGGING}::test_the_best_model_is_loaded",
-            f"{HUGGING}::test_folders_of_cut_models {HUGGING}::test_a_pipeline_in_another_process",
-        ),
+        f"{HUGGING}::test_trainer_resumes_bit_for_bit {HUGGING}::test_what_a_trainer_can_do "
+        f"{HUGGING}::test_two_ranks {HUGGING}::test_a_teacher_is",
+        resumes=f"{HUGGING}::test_trainer_resumes_bit_for_bit {HUGGING}::test_two_ranks",
+        best=f"{HUGGING}::test_the_best_model_is_loaded",
+        loads=f"{HUGGING}::test_folders_of_cut_models {HUGGING}::test_a_pipeline_in_another_process",
     ),
-    "Accelerate": (
-        "accelerate",
-        1,
-        (f"{HUGGING}::test_accelerate", NONE, f"{HUGGING}::test_accelerate", NONE, NONE),
+    "Accelerate": Framework("accelerate", 1, f"{HUGGING}::test_accelerate", resumes=f"{HUGGING}::test_accelerate"),
+    "sentence-transformers": Framework(
+        "sentence-transformers", 2, f"{FOLDERS}::test_sentence", loads=f"{FOLDERS}::test_sentence"
     ),
-    "sentence-transformers": (
-        "sentence-transformers",
-        2,
-        (f"{FOLDERS}::test_sentence", NONE, NONE, NONE, f"{FOLDERS}::test_sentence"),
-    ),
-    "diffusers": (
-        "diffusers",
-        2,
-        (f"{FOLDERS}::test_diffusers", f"{FOLDERS}::test_diffusers", NONE, NONE, f"{FOLDERS}::test_diffusers"),
-    ),
-    "Ultralytics": (
+    "diffusers": Framework("diffusers", 2, *[f"{FOLDERS}::test_diffusers"] * 2, loads=f"{FOLDERS}::test_diffusers"),
+    "Ultralytics": Framework(
         "ultralytics",
         1,
-        (f"{YOLO}::test_one_line {YOLO}::test_a_run", f"{YOLO}::test_one_line", NONE, f"{YOLO}::test_its_files",
-         f"{YOLO}::test_its_files"),
+        f"{YOLO}::test_one_line {YOLO}::test_a_run",
+        f"{YOLO}::test_one_line",
+        best=f"{YOLO}::test_its_files",
+        loads=f"{YOLO}::test_its_files",
     ),
-    "PEFT (LoRA)": (
-        "peft",
-        1,
-        (f"{HUGGING}::test_adapters", NONE, NONE, NONE, f"{HUGGING}::test_adapters"),
-    ),
-    "Lightning": (
+    "PEFT (LoRA)": Framework("peft", 1, f"{HUGGING}::test_adapters", loads=f"{HUGGING}::test_adapters"),
+    "Lightning": Framework(
         "lightning",
         1,
-        (
-            f"{LIGHTNING}::test_one_callback {LIGHTNING}::test_manual_optimization {LIGHTNING}::test_parts_that",
-            f"{LIGHTNING}::test_the_moving_average {LIGHTNING}::test_stochastic_weight {LIGHTNING}::test_averages_over",
-            f"{LIGHTNING}::test_a_run_goes_on_bit_for_bit",
-            f"{LIGHTNING}::test_the_best_model",
-            f"{LIGHTNING}::test_the_best_model",
-        ),
+        f"{LIGHTNING}::test_one_callback {LIGHTNING}::test_manual_optimization {LIGHTNING}::test_parts_that",
+        f"{LIGHTNING}::test_the_moving_average {LIGHTNING}::test_stochastic_weight {LIGHTNING}::test_averages_over",
+        f"{LIGHTNING}::test_a_run_goes_on_bit_for_bit",
+        best=f"{LIGHTNING}::test_the_best_model",
+        loads=f"{LIGHTNING}::test_the_best_model",
     ),
-    "Fabric": (
-        "lightning",
-        2,
-        (f"{LIGHTNING}::test_fabric", NONE, f"{LIGHTNING}::test_fabric", NONE, NONE),
-    ),
-    "timm": ("timm", 3, tuple(f"{RECIPES}::{each}[timm" for each in (
-        "test_few_lines", "test_the_average", "test_it_goes_on", "test_the_best_model", "test_the_best_model",
-    ))),
-    "torchvision's references": ("torchvision", 2, tuple(f"{RECIPES}::{each}[torchvision" for each in (
-        "test_few_lines", "test_the_average", "test_it_goes_on", "test_the_best_model", "test_the_best_model",
-    ))),
-    "nanoGPT": (
-        "", 3, (f"{RECIPES}::test_few_lines[nanogpt", NONE, f"{RECIPES}::test_it_goes_on[nanogpt", NONE, NONE)
-    ),
-}  # fmt: skip
-"""By framework: its package ("" for a script), lines added to it, and by column the tests, by their beginnings."""
+    "Fabric": Framework("lightning", 2, f"{LIGHTNING}::test_fabric", resumes=f"{LIGHTNING}::test_fabric"),
+    "timm": _of_a_script("timm", 3, "timm"),
+    "torchvision's references": _of_a_script("torchvision", 2, "torchvision"),
+    "nanoGPT": Framework("", 3, f"{RECIPES}::test_few_lines[nanogpt", resumes=f"{RECIPES}::test_it_goes_on[nanogpt"),
+}
 
 
 def main() -> None:
@@ -109,9 +108,9 @@ def main() -> None:
             for case in ET.parse(report).iter("testcase")
         }
     found = {}
-    for name, (package, lines, columns) in FRAMEWORKS.items():
-        cells = {column: _cell(tests, cases) for column, tests in zip(COLUMNS, columns, strict=True)}
-        found[name] = {"version": _version(package), "lines": lines, "cells": cells}
+    for name, framework in FRAMEWORKS.items():
+        cells = {column: _cell(tests, cases) for column, tests in framework.columns().items()}
+        found[name] = {"version": _version(framework.package), "lines": framework.lines, "cells": cells}
     keep({"frameworks": found}, given.out)
 
 
@@ -122,7 +121,7 @@ def _cell(tests: str, cases: dict[str, set[str]]) -> str:
         name: tags
         for beginning in tests.split()
         for name, tags in cases.items()
-        if name.startswith(_plain(beginning)) and _row(beginning, name)
+        if name.startswith(beginning.partition("[")[0]) and _row(beginning, name)
     }
     if all("skipped" in tags for tags in ran.values()):
         return "not run"
@@ -131,10 +130,6 @@ def _cell(tests: str, cases: dict[str, set[str]]) -> str:
         return f"fails: {failed[0]}"
     passed = sum("skipped" not in tags for tags in ran.values())
     return f"{passed} test{'s' * (passed != 1)}"
-
-
-def _plain(beginning: str) -> str:
-    return beginning.partition("[")[0]
 
 
 def _row(beginning: str, name: str) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torchvision
-from record import commit_of
+from record import commit_of, write
 
 import setpoint
 from setpoint.groups.group import random_keep
@@ -68,15 +68,10 @@ def sensor_seconds(
     return durations[8:]
 
 
-def committed_steps(name: str) -> int:
-    """Steps of the runs of a task in the committed results."""
-    return max(result.steps for result in load_results(RESULTS / name))
-
-
 def sensing(name: str, rounds: int) -> dict[str, Any]:
     """Share of the steps that sensing takes, on the dense model of a task in a run as long as the committed one."""
     task = task_named(name)
-    steps = committed_steps(name)
+    steps = max(result.steps for result in load_results(RESULTS / name))
     every = sensed_every(steps)
     torch.manual_seed(0)
     plain = task.build({key: dimension.dense for key, dimension in task.dimensions.items()})
@@ -190,13 +185,6 @@ def whole_run(name: str, base: Path | None, data: Path | None, pairs: int) -> di
     return {**made, "steps": steps, **({"base": commit_of(base)} if base else {}), "runs": runs}
 
 
-def write(out: Path, result: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/overhead.json"))
@@ -204,20 +192,13 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a checkout of the version to compare whole runs with")
     parser.add_argument("--data", type=Path, help="folder that holds the data")
     parser.add_argument("--pairs", type=int, default=2, choices=range(1, 100), metavar="N", help="of whole runs")
-    parser.add_argument(
-        "--runs",
-        nargs="+",
-        choices=list(RUNS),
-        help="measure whole runs of these tasks alone; the rest of the file stays",
-    )
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), help="whole runs of these tasks alone; the rest stays")
     arguments = parser.parse_args()
     if arguments.runs:
-        if arguments.base is None:
-            parser.error("--runs replaces rows that have an older version beside this one: give --base")
         kept = json.loads(arguments.out.read_text(encoding="utf-8"))
         for name in arguments.runs:
             kept["whole_runs"][name] = whole_run(name, arguments.base, arguments.data, arguments.pairs)
-            write(arguments.out, kept)
+            write(kept, arguments.out)
         return
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,15 +209,7 @@ def main() -> None:
         "resnet50": resizing(),
         "import": importing(),
     }
-    write(arguments.out, result)
-    for name, numbers in result["sensing"].items():
-        shares = f"{numbers['sensing_share_median']:.2%} (mean {numbers['sensing_share_mean']:.2%})"
-        print(f"{name}: sensing {shares} of a step of {numbers['step_seconds']:.3f} s; "
-              f"step with against without {numbers['slowdown_median']:+.2%}")  # fmt: skip
-    resnet = result["resnet50"]
-    print(f"resnet50: find_groups {min(resnet['find_groups_seconds']):.2f} s; resize {resnet['resize_seconds']:.2f} s, "
-          f"{resnet['resize_in_steps']:.2f} training steps of batch {resnet['batch']}")  # fmt: skip
-    print(f"import setpoint: {result['import']['added_seconds_median']:+.3f} s beside import torch")
+    write(result, arguments.out)
     print(json.dumps(result))
 
 

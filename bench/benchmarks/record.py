@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,3 @@ def write(record: Mapping[str, Any], file: Path) -> None:
     """Write a record, in a folder that is made where there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def keep_rows(rows: Sequence[Mapping[str, Any]], out: Path | None) -> None:
-    """Write a record of rows, each with its task; rows of other tasks that the file holds stay."""
-    old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out is not None and out.exists() else []
-    measured = {row["task"] for row in rows}
-    kept = [row for row in old if row["task"] not in measured]
-    keep({"rows": [*kept, *rows]}, out, shown={"rows": len(rows)})

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from torch import nn
 
 from scripts import script
 
@@ -36,16 +34,3 @@ def test_it_measures_and_tells(gpu: ModuleType, tmp_path: Path, monkeypatch: pyt
 
     head, _, row, *_ = gpu_block(data).splitlines()
     assert "**Setpoint**" in head and row.startswith("| BERT | eager |")
-
-
-def test_what_is_held_is_weights_and_states(gpu: ModuleType) -> None:
-    """Claim: a network holds its weights, AdamW's moments and steps, its buffers and its inputs, once each."""
-    model, inputs = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8)), torch.randn(2, 4)
-    optimizer = gpu._optimizer_of(model)
-    model(inputs).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    weights, buffers = 32 + 8 + 8, 4 * (8 + 8) + 8
-    held = gpu._held(model, optimizer, (inputs,))
-    assert held == 4 * (3 * weights + 3) + buffers + inputs.nbytes
-    assert gpu._peak(lambda: None, held, torch.device("cpu")) == {"held": held, "step": None, "whole": None}

@@ -112,29 +112,3 @@ def test_setpoint_is_ahead_where_its_runs_are_better(table: str) -> None:
             unsized = all(each["budget"] is None for each in theirs.values())
             apart = 0.0 if unsized else spent[0] / spent[1] - 1
             assert text.endswith("↓") == (apart < -0.02) and text.endswith("↑") == (apart > 0.02), (method, column)
-
-
-def test_setpoint_is_faster_where_its_rounds_are() -> None:
-    """Each entry of the table of seconds is the median over rounds of the ratio of means over seeds.
-
-    It is bold where all rounds lie on one side of 1, and there is one wherever both were timed and are current.
-    """
-    results, found = lines_of("results"), lines_of("timing")
-    columns, rows = columns_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"), "seconds")
-    assert len(rows) >= 26 and len(columns) >= 13
-    num_shown = 0
-    for method, texts in rows:
-        for column, text in zip(columns, texts, strict=True):
-            rounds = []
-            for name in ("setpoint", method):
-                runs = results.get((column, name), {})
-                timed = found.get((column, name), {}).items()
-                current = [row["rounds"] for seed, row in timed if row["date"] >= runs[seed]["date"]]
-                rounds.append(np.array(current).mean(axis=0) if current else np.array([]))
-            if not all(each.size for each in rounds):
-                assert text == "–", (method, column)
-                continue
-            ratio, num_shown = rounds[0] / rounds[1], num_shown + 1
-            assert abs(float(text.strip("*")) - np.median(ratio)) <= 0.00501, (method, column)
-            assert text.startswith("**") == bool((ratio > 1).all() or (ratio < 1).all()), (method, column)
-    assert num_shown > 250

@@ -17,7 +17,6 @@ from torch import nn
 
 import setpoint
 from notes import Notes
-from setpoint.ledger import Ledger
 from setpoint_bench import training
 from setpoint_bench.family import ByFactor
 from setpoint_bench.fingerprint import fingerprint
@@ -236,21 +235,3 @@ def test_grid_trains_dense_once() -> None:
     assert sum(isinstance(cell.method, Dense) for cell in cells) == 2
     assert sum(isinstance(cell.method, Setpoint) for cell in cells) == 4
     assert len({cell.name for cell in cells}) == len(cells) == 10
-
-
-@pytest.mark.slow
-def test_random_choices_follow_the_seed(tmp_path: Path) -> None:
-    """`setpoint-random` drops other units in every seed, and the same ones when a seed is run again."""
-
-    def dropped(out: Path, seed: int) -> dict[str, set[int]]:
-        (result,) = run_interleaved(grid(TINY, [method_named("setpoint-random")], [0.5], [seed]), out, Notes())
-        found: dict[str, set[int]] = {}
-        for entry in Ledger.load(out / result.folder / training.LEDGER):
-            for name, units in entry.dropped.items():
-                found.setdefault(name, set()).update(units)
-        return found
-
-    first, second, again = dropped(tmp_path, 0), dropped(tmp_path, 1), dropped(tmp_path / "again", 0)
-    assert first == again
-    assert {name: len(units) for name, units in first.items()} == {name: len(units) for name, units in second.items()}
-    assert first != second

@@ -1,17 +1,13 @@
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from setpoint_bench.method import STATE_METHODS, method_named
+from setpoint_bench.method import method_named
 from setpoint_bench.methods.states import FewStates, Hankel
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.sequences import PixelSequences, SequenceFamily
 from setpoint_bench.simple_task import SimpleTask
-from setpoint_bench.task import BenchError
-from setpoint_bench.tensors import Tensors
 from setpoint_bench.training import Cell, train
 
 
@@ -43,24 +39,6 @@ def test_methods_drop_states_and_nothing_else(tmp_path: Path) -> None:
     course = FewStates(states=5.0).course(TASK, 1.0, {})
     model = TASK.build(course.widths)
     assert isinstance(model, nn.Module) and sum(p.shape[0] == 5 for p in model.parameters()) == 5
-
-
-def test_tasks_without_states_are_refused() -> None:
-    """Methods for states say which tasks have any."""
-    ten = torch.randn(20, 4), torch.zeros(20, dtype=torch.long)
-    plain = SimpleTask("plain", _Plain(), Tensors(ten, ten), Recipe(steps=2, batch=4))
-    batches: Iterator[tuple[Tensor, Tensor]] = iter(())
-    for method in STATE_METHODS:
-        with pytest.raises(BenchError, match="task plain has no states"):
-            course = method.course(plain, 0.5, {})
-            method.begin(plain, plain.build(course.widths), 0.5, batches)
-
-
-class _Plain:
-    dimensions: dict[str, object] = {}
-
-    def build(self, widths: object) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
 def test_pixels_are_read_in_order() -> None:

@@ -49,7 +49,6 @@ def test_large_models_have_shapes_only() -> None:
         ("timm:vit_tiny_patch16_22", "did you mean timm:vit_tiny_patch16_224"),
         ("transformers:gpt-2", "did you mean transformers:gpt2"),
         ("jax:resnet50", "unknown library 'jax'"),
-        ("torchvison/resnet18", r"did you mean torchvision\?"),
         ("bert-base-uncased", "are written owner/name, such as google-bert/bert-base-uncased"),
     ],
 )
@@ -70,18 +69,6 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.training
 
 
-def test_without_any_library_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a bare installation the error says what to install."""
-
-    def absent(library: str) -> list[str]:
-        raise ImportError(library)
-
-    monkeypatch.setattr("setpoint_bench.zoo.library_names", absent)
-    words = r"'resnet18' needs a model library: pip install torchvision \(or timm, transformers\)"
-    with pytest.raises(UsageError, match=words):
-        named_model("resnet18")
-
-
 @pytest.mark.parametrize(
     ("target", "shape", "unit"),
     [
@@ -98,13 +85,6 @@ def test_models_by_name(target: str, shape: tuple[int, ...] | None, unit: str) -
     assert any(group.what == unit and not group.kept_whole for group in found.groups)
     assert 0 < found.cheapest_flops < found.flops and 0 < found.cheapest_params < found.params
     assert found.frozen and 0 < found.prunable_params_share <= 1
-
-
-def test_a_name_as_on_the_hub() -> None:
-    """`timm/NAME.TAG`, as a model's page on the Hub says it, is the same model as `timm:NAME`."""
-    pytest.importorskip("timm")
-    models = [named_model(name, (2, 3, 64, 64))[0] for name in ("timm/resnet18.a1_in1k", "timm:resnet18")]
-    assert len({sum(parameter.numel() for parameter in model.parameters()) for model in models}) == 1
 
 
 def test_seven_lines_fit_a_terminal() -> None:

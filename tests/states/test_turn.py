@@ -19,8 +19,8 @@ from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.turn import turned
-from setpoint_bench.balance_and_shrink import balance_and_shrink
 from setpoint_bench.models import SequenceClassifier
+from states.balanced import balance_and_shrink
 
 X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -272,7 +272,7 @@ def test_a_failing_cut_is_rolled_back() -> None:
     group, basis = _states(model)
     before = _snapshot(model, optimizer)
     with (
-        patch("setpoint_bench.balance_and_shrink.shrink", side_effect=RuntimeError("no memory")),
+        patch("states.balanced.shrink", side_effect=RuntimeError("no memory")),
         pytest.raises(RuntimeError, match="no memory"),
     ):
         balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})

@@ -37,9 +37,6 @@ class RandomSensor(Sensor[RandomState]):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        return groups
-
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> RandomState:
         rng = np.random.default_rng(self.seed)
         return RandomState({group.name: rng.random(group.num_units) for group in groups})
@@ -56,9 +53,6 @@ class RandomSensor(Sensor[RandomState]):
         for name in blank:
             numbers[name] = np.where(np.isnan(numbers[name]), rng.random(len(numbers[name])), numbers[name])
         return replace(state, numbers=numbers, num_grown=state.num_grown + 1)
-
-    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        return 0.0
 
     def read(self, state: RandomState, groups: tuple[Group, ...], step: int) -> Reading:
         """The units' numbers, between 0 and 1."""

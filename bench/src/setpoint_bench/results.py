@@ -29,45 +29,7 @@ LOCK = ".lock"
 class Result:
     """What one cell (task, method, budget, seed) came to.
 
-    Args:
-        task: name of the task.
-        method: name of the method.
-        budget: fraction of the dense FLOPs per step; None where the method has none.
-        seed: seed of weights, data order and augmentation.
-        metric: "accuracy" or "loss".
-        value: the metric on `split`, after the last step.
-        split: "test" or "validation".
-        final_flops: FLOPs of one optimizer step of the finished model, by the independent counter.
-        claimed_flops: the same by Setpoint's own cost; None where Setpoint took no part.
-        final_params: parameters of the finished model.
-        train_flops: FLOPs of all optimizer steps, overhead included.
-        seconds: wall-clock time of training, overhead included, evaluation excluded.
-        evaluation_seconds: wall-clock time of evaluation.
-        overhead_seconds: the part of `seconds` that the method itself spent beside plain training steps.
-        overhead_flops: the part of `train_flops` that it spent.
-        resizes: how many times the model was cut.
-        budget_met: whether the run met its budget; None where there is none.
-        steps: optimizer steps.
-        widths: active units by group at the end.
-        dense_widths: the same at the start.
-        environment: what the numbers depend on.
-        date: when the cell finished, ISO 8601 in UTC.
-        folder: the cell's folder, relative to the results file.
-        dense_flops: FLOPs per step of the model that pruning began with; None where Setpoint took no part.
-        family: what kind of method it is, such as "post-training".
-        task_steps: optimizer steps of the task's recipe; a method may take more or fewer.
-        clock: "interleaved" where the methods took turns in one process, "shared" where each cell had
-            a process of its own and other work may have shared the machine.
-        theoretical_flops: FLOPs of one step of the finished model if zeros cost nothing; None where there are none.
-        theoretical_train_flops: FLOPs of the run if zeros cost nothing, as the sparse-training literature counts.
-        density: kept fraction of the maskable weights; None where nothing is masked.
-        energy_j: joules of training, other work of the machine in that time included; None where there is no meter.
-        break_even_step: first step at which the seconds saved exceed the overhead; None if never or unknown.
-        notes: what a reader must know about this run.
-        unit: of a loss: "nats" where it is known to be a cross-entropy, else ""; None in rows of versions that knew
-            cross-entropies only.
-        fingerprint: of the task: its dense model, recipe and data; "" in rows of versions that knew none.
-        schema: version of this format.
+    docs/results-format.md says what each field is, in which unit, and when it is None.
     """
 
     task: str

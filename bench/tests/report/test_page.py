@@ -98,14 +98,3 @@ def test_a_page_with_a_run_that_diverged(make_results: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of(folder)
     assert "not a number" in page and not re.search(r'd="[^"]*nan|:nan%', page)
-
-
-def test_a_missing_ledger_and_history_are_survived(make_results: Any) -> None:
-    """Without ledgers and histories the summary remains, and the page says what is missing."""
-    folder = make_results(seeds=(0,))
-    for path in [*folder.glob("*/ledger.jsonl"), *folder.glob("*/history.jsonl")]:
-        path.unlink()
-    seen = Elements(page_of(folder))
-    assert "How the budget was met" not in seen.text and "How training went" not in seen.text
-    assert "digits setpoint seed 0: no history.jsonl" in seen.text
-    assert "1.2 GFLOPs" in seen.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -20,13 +20,6 @@ def cells(method: str, values: list[float], **more: Any) -> list[Cell]:
 
 def row(found: list[Cell], label: str) -> Row:
     return {row.label: row for row in summary_rows(Results(tuple(found)))}[label]
-
-
-def test_mean_and_spread_over_seeds() -> None:
-    """Value is the mean over seeds with the sample standard deviation; a single seed has none."""
-    several = row(cells("dense", [0.9, 0.8, 0.7]), "dense").value
-    assert several.mean == pytest.approx(0.8) and several.deviation == pytest.approx(0.1)
-    assert row(cells("dense", [0.9]), "dense").value.deviation is None
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -80,14 +73,6 @@ def test_shares_are_taken_round_by_round() -> None:
     assert found.seconds and (found.seconds.mean, found.seconds.deviation) == (66.0, pytest.approx(36.68, abs=0.01))
     told = {column.heading: column.text(found) for column in columns([found])}
     assert told["time of dense"] == "55.0 % (50.0 to 60.0)"
-
-
-def test_a_round_is_the_mean_over_seeds() -> None:
-    """In each round the seeds' seconds are averaged, so that ± is the measurement's."""
-    first, second = cells("cubic", [0.9, 0.8])
-    runs = [replace(first, timing=Timing(1.0, (1.0, 3.0))), replace(second, timing=Timing(2.0, (3.0, 5.0)))]
-    found = row(runs, "cubic").seconds
-    assert found and (found.mean, found.deviation) == (3.0, pytest.approx(2**0.5))
 
 
 def test_masked_models_are_shown_in_theory_and_as_they_are() -> None:

@@ -41,14 +41,6 @@ class Share:
     low: float
     high: float
 
-    def at_most(self, bound: float) -> bool | None:
-        """Whether all rounds are at a bound or below; None where they lie on both sides."""
-        return True if self.high <= bound else False if self.low > bound else None
-
-    def at_least(self, bound: float) -> bool | None:
-        """Whether all rounds are at a bound or above; None where they lie on both sides."""
-        return True if self.low >= bound else False if self.high < bound else None
-
 
 @dataclass(frozen=True)
 class Difference:

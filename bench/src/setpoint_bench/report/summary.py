@@ -207,13 +207,6 @@ def ratio(value: float | None, whole: float | None) -> float | None:
     return None if value is None or not whole else value / whole
 
 
-def seconds_of(cell: Cell, clock: str) -> float | None:
-    """Seconds of a run by the task's clock."""
-    if clock == "timed":
-        return None if cell.timing is None else cell.timing.seconds
-    return cell.seconds
-
-
 def overhead_of(cell: Cell, clock: str) -> float | None:
     """Seconds of a run that the method itself spent, by the task's clock."""
     if clock == "timed":

@@ -1,4 +1,4 @@
-"""Balance and shrink: a model cut with its states turned on the way, and what becomes of their optimizer state."""
+"""A model cut with its states turned on the way, as the loop cuts it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,6 @@ def balance_and_shrink(
     *,
     moments: Moments = "carry",
 ) -> tuple[Group, ...]:
-    """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way.
-
-    All or nothing: on any exception model, optimizers and copies are as they were. Arguments are those of `turned`.
-
-    Raises:
-        GroupError: as `shrink` and `turned`.
-        OptimizerError: as `shrink`.
-        StateSpaceError: when the layer is not stable or not finite.
-    """
+    """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way."""
     with turned(model, optimizer, groups, keep, basis, copies, moments=moments):
         return shrink(model, optimizer, groups, keep, copies)
