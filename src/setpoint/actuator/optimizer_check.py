@@ -20,11 +20,7 @@ from setpoint.errors import OptimizerError
 
 
 def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Check that every optimizer holds at least one of the model's parameters.
-
-    Raises:
-        OptimizerError: naming the optimizer that holds none.
-    """
+    """Check that every optimizer holds at least one of the model's parameters, or raise OptimizerError."""
     ours = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -39,15 +35,13 @@ def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
 def check_optimizer(optimizer: Optimizer) -> None:
     """Check, by trying it on throwaway tensors, that a smaller parameter trains as its masked twin would.
 
-    For every distinct setting in `param_groups`, an optimizer of the same class and settings takes one
-    step on random parameters of shapes (6, 4) and (6,) in float64. Then one copy is cut and another is
-    masked, both take three more steps with the same gradients, and the kept entries must agree to 1e-9.
-    An update that depends on the tensor's shape, or state of another shape (Adafactor, L-BFGS,
-    Shampoo, quantised moments), shows up here whatever the class is called. PyTorch's Muon is compared with the twin
-    that `steps_by_matrix` describes, at the precision of bfloat16.
+    For every distinct setting in `param_groups`, an optimizer of the same class and settings takes one step. Then one
+    copy is cut and another is masked, both take three more steps with the same gradients, and the kept entries must
+    agree to 1e-9. An update that depends on the tensor's shape, or state of another shape (Adafactor, L-BFGS, Shampoo,
+    quantised moments), shows up here whatever the class is called.
 
     A class that cannot be built or stepped this way (further constructor arguments, sparse gradients only) passes;
-    the shapes of its state are still checked when it is cut. RNG state is preserved.
+    the shapes of its state are still checked when it is cut.
 
     Raises:
         OptimizerError: when the two disagree, or state has another shape than its parameter.
@@ -97,12 +91,12 @@ def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer of the same class has to be built with."""
     names = inspect.signature(type(optimizer).__init__).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
     settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}
-    settings = {
-        key: value for key, value in settings.items() if key in names or (takes_any and key in optimizer.defaults)
-    }
+    known = {*names, *(optimizer.defaults if takes_any else ())}
+    settings = {key: value for key, value in settings.items() if key in known}
     if "lr" in settings:
         settings["lr"] = 0.01  # a warm-up starts at 0, where no step moves anything and every optimizer would pass
     return settings
@@ -112,8 +106,6 @@ _DIMS = {0: np.array([0, 2, 3, 5]), 1: np.array([0, 1, 3])}
 _BFLOAT16_STEPS = 1e-3  # a twentieth of what three trial steps change
 _LARGE = (64, 128)
 _SHAPES = (((6, 4), (6,)), ((6, 4),), ((6,),))  # Muon takes matrices only, others vectors only
-
-Trial = tuple[Optimizer, list[nn.Parameter]]
 
 
 def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.device) -> None:
@@ -125,16 +117,19 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
         # Five draws: the weights, the gradients of the step that makes state, and those of three compared steps.
         draws = [[torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in "12345"]
         try:
-            masked, small = _start(kind, settings, draws), _start(kind, settings, draws)
+            masked, small = _started(kind, settings, draws), _started(kind, settings, draws)
         except Exception:  # whatever a foreign class raises, it means that it cannot be tried out on these shapes
             continue
-        _cut(*small)
+        for parameter in _parameters(small):
+            state = cut_state(small, parameter, _dims(parameter), "a trial parameter")
+            swap(parameter, take(parameter, _dims(parameter)), ExitStack())  # not to be undone
+            small.state[parameter] = state
         if by_matrix:
-            _refit(masked[0], settings)
+            _refit(masked, settings)
         for gradients in draws[2:]:
-            _masked_step(*masked, gradients)
-            _step(small[0], small[1], [take(gradient, _dims(gradient)) for gradient in gradients])
-        for twin, part in zip(masked[1], small[1], strict=True):
+            _masked_step(masked, gradients)
+            _step(small, [take(gradient, _dims(gradient)) for gradient in gradients])
+        for twin, part in zip(_parameters(masked), _parameters(small), strict=True):
             # bfloat16 rounds steps, not weights: a large weight is allowed no larger difference.
             relative = 0.0 if by_matrix else tolerance
             if not torch.allclose(take(twin, _dims(twin)), part.detach(), rtol=relative, atol=tolerance):
@@ -150,9 +145,10 @@ def _try_large(kind: type[Optimizer], settings: Mapping[str, Any], device: torch
     """Check the state of a large parameter: some keep it in 8 bits, but that of small ones as it is."""
     value = torch.zeros(_LARGE, device=device)
     try:
-        optimizer, (parameter,) = _start(kind, settings, [[value], [torch.ones_like(value)]])
+        optimizer = _started(kind, settings, [[value], [torch.ones_like(value)]])
     except Exception:  # as above
         return
+    (parameter,) = _parameters(optimizer)
     cut_state(optimizer, parameter, _dims(parameter), f"a parameter of shape {_LARGE}")
 
 
@@ -160,30 +156,24 @@ def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " _kept"]]:
     return {dim: _DIMS[dim] for dim in range(tensor.dim())}
 
 
-def _start(kind: type[Optimizer], settings: Mapping[str, Any], draws: list[list[Tensor]]) -> Trial:
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _started(kind: type[Optimizer], settings: Mapping[str, Any], draws: list[list[Tensor]]) -> Optimizer:
     """An optimizer of this kind after its first step, so that it has state."""
-    parameters = [nn.Parameter(value.clone()) for value in draws[0]]
-    optimizer = kind(parameters, **settings)
-    _step(optimizer, parameters, draws[1])
-    return optimizer, parameters
+    optimizer = kind([nn.Parameter(value.clone()) for value in draws[0]], **settings)
+    _step(optimizer, draws[1])
+    return optimizer
 
 
-def _step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+def _step(optimizer: Optimizer, gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(_parameters(optimizer), gradients, strict=True):
         parameter.grad = gradient.clone()
     try:
         optimizer.step()
     except TypeError:  # L-BFGS insists on a closure
         optimizer.step(lambda: 0.0)
-
-
-def _cut(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        state = cut_state(optimizer, parameter, _dims(parameter), "a trial parameter")
-        with ExitStack() as undo:
-            swap(parameter, take(parameter, _dims(parameter)), undo)
-            undo.pop_all()
-        optimizer.state[parameter] = state
 
 
 def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
@@ -195,23 +185,24 @@ def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
         group["weight_decay"] /= ratio
 
 
-def _masked_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    def mask_all() -> None:
-        for parameter in parameters:
-            _zero_dropped(parameter)
-            for _, moment in moments_of(optimizer, parameter):
-                _zero_dropped(moment)
+def _masked_step(optimizer: Optimizer, gradients: list[Tensor]) -> None:
+    """A step before and after which the dropped entries of weights, moments and gradients are zero."""
 
-    mask_all()
+    def mask_all() -> None:
+        for parameter in _parameters(optimizer):
+            for tensor in (parameter, *(moment for _, moment in moments_of(optimizer, parameter))):
+                _zero_dropped(tensor)
+
     gradients = [gradient.clone() for gradient in gradients]
     for gradient in gradients:
         _zero_dropped(gradient)
-    _step(optimizer, parameters, gradients)
+    mask_all()
+    _step(optimizer, gradients)
     mask_all()
 
 
+@torch.no_grad()
 def _zero_dropped(tensor: Tensor) -> None:
-    with torch.no_grad():
-        for dim, kept in _dims(tensor).items():
-            dropped = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
-            tensor.index_fill_(dim, torch.from_numpy(dropped).to(tensor.device), 0)
+    for dim, kept in _dims(tensor).items():
+        dropped = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
+        tensor.index_fill_(dim, torch.from_numpy(dropped).to(tensor.device), 0)

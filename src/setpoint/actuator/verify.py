@@ -33,11 +33,8 @@ _PIECE = 1 << 18  # entries that are compared at a time
 
 
 def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[tuple[str, ...], float]:
-    """Names of the groups that fail on a few rows of the example, and the share of the example that was used.
-
-    All rows are used where the model does not run on few.
-    """
-    few, share = few_rows(example)
+    """Names of the groups that fail on a few rows of the example, or on all where it must, and the share used."""
+    few, share = _few_rows(example)
     with progress("trying every cut on copies"):
         try:
             return failing_groups(model, few, groups), share
@@ -50,23 +47,20 @@ def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group,
 def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[str, ...]:
     """Names of the groups whose cut does not behave like its masked twin; found by bisection.
 
-    Two copies of the model have the same randomised weights, so that zero-initialised layers do not hide a mistake.
-    One is shrunk, the other has the dropped entries masked; outputs, the kept entries' gradients and the updated
-    buffers must agree. Of a group that is not lossless only the shapes are checked, since zero is not absent there. A
-    float input that is constant is replaced by noise. Dropout is off; a model that still draws random numbers is
-    compared in eval mode. Forward hooks run on the copies as they do in the model, which is preserved with its RNG
-    state. Needs memory for about three copies of the model.
+    Of two copies with the same randomised weights one is shrunk, and the other has the dropped entries masked; outputs,
+    the kept entries' gradients and the updated buffers must agree. Of a group that is not lossless only the shapes are
+    checked, since zero is not absent there. Dropout is off; a model that still draws random numbers is compared in eval
+    mode. Forward hooks run on the copies, too. Needs memory for about three copies of the model.
 
     A large model is tried in float32 first, which takes half of the memory and time of float64. If all agree to 1e-4,
-    nothing else is tried; otherwise float64 decides. In float32 PyTorch's batch norms normalise by their running
-    statistics; float64 decides where gradients come out too small to be compared then, and where a model has other
-    norms over the batch.
+    nothing else is tried; otherwise float64 decides. In float32 batch norms normalise by their running statistics.
 
     Raises:
         ExampleError: when the model itself does not run on the example.
     """
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGE and _has_plain_norms(model):
         quick = CutCheck.of(model, example, groups, None, torch.float32)
+        # Statistics that only run may leave gradients too small for their errors to show.
         faint = any(type(module) in _BATCH_NORMS for module in model.modules()) and quick.faint
         if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
@@ -117,7 +111,7 @@ class CutCheck:
                     continue
             found = replace(check, tolerance=_TOLERANCE[narrowest.bits])
             # Drawing random numbers is harmless unless another seed changes the result.
-            if outcome.drew and outcome.difference(found.run(_twin(masked), seed=1), found.tolerance):
+            if outcome.drew and outcome.difference(found.run(copy_of(masked), seed=1), found.tolerance):
                 # It still draws random numbers that change the result: compare where it does not.
                 return replace(found, make=partial(_in_eval, check.make))
             with torch.no_grad():
@@ -133,7 +127,7 @@ class CutCheck:
 
     @property
     def faint(self) -> bool:
-        """Whether a gradient of the first pass may be too small for its errors to show; so too where none was kept."""
+        """Whether a gradient of the first pass may be too small to be compared."""
         if self.first is None:
             return True
         return any(0 < _largest([g]) < _LEAST for g in self.first.outcome.gradients.values() if g.numel())
@@ -185,7 +179,7 @@ class CutCheck:
         keep = {name: self.keep[name] for name in names}
         # What was masked already has the same kept entries, and whatever is masked has the same shapes.
         first = self.first if self.first and (not by_value or self.first.names == set(names)) else None
-        small = first.spare.pop() if first and first.spare else _twin(self.model)
+        small = first.spare.pop() if first and first.spare else copy_of(self.model)
         try:
             shrink(small, None, self.groups, keep)
             got = self.run(small)
@@ -195,7 +189,7 @@ class CutCheck:
         if first:
             want = first.outcome
         else:
-            masked = _twin(self.model)
+            masked = copy_of(self.model)
             mask(masked, None, self.groups, keep)
             want = self.run(masked)
         return want.cut(plan_cut(self.groups, keep)).difference(got, self.tolerance if by_value else float("inf"))
@@ -219,17 +213,11 @@ class CutCheck:
 
 @dataclass(frozen=True, eq=False)
 class _First:
-    """What all lossless groups are compared with at once.
+    """What all lossless groups are compared with at once."""
 
-    Args:
-        names: of these groups, which were masked.
-        outcome: of the masked copy.
-        spare: the masked copy as it was before its pass, to be cut by whoever takes it.
-    """
-
-    names: frozenset[str]
-    outcome: Outcome
-    spare: list[nn.Module]
+    names: frozenset[str]  # of the groups that were masked
+    outcome: Outcome  # of the masked copy
+    spare: list[nn.Module]  # the masked copy as it was before its pass, to be cut by whoever takes it
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,10 +245,8 @@ class Outcome:
         for position, (want, got) in enumerate(zip(self.outputs, other.outputs, strict=True)):
             if why := _differ(want, got, tolerance, _largest([want]) if want.numel() else 0.0):
                 return f"output {position} {why}"
-        for what, wants, gots in (
-            ("gradient", self.gradients, other.gradients),
-            ("buffer", self.buffers, other.buffers),
-        ):
+        gradients, buffers = (self.gradients, other.gradients), (self.buffers, other.buffers)
+        for what, (wants, gots) in (("gradient", gradients), ("buffer", buffers)):
             scales = {name: _largest([want]) for name, want in wants.items() if want.numel()}
             # Rounding in a sum that cancels, as a gradient of a bias before a norm, goes by what it is made of.
             largest = max(filter(math.isfinite, scales.values()), default=0.0)
@@ -298,16 +284,8 @@ def _largest(tensors: Iterable[Tensor]) -> float:
     return torch.stack(found).max().item()
 
 
-def few_rows(example: Example) -> tuple[Example, float]:
-    """The first rows of a batch, and the share of the batch that they are.
-
-    A few samples show a wrong cut as well as many do. Rows are taken along the leading dim if all tensors of the
-    example share its length; otherwise the example is returned as it is.
-
-    >>> example, share = few_rows((torch.zeros(64, 3),))
-    >>> tuple(example[0].shape), share
-    ((4, 3), 0.0625)
-    """
+def _few_rows(example: Example) -> tuple[Example, float]:
+    """The first rows of a batch, if all its tensors have as many rows, and the share of the batch that they are."""
     example = dict(example) if isinstance(example, Mapping) else example
     tensors = list(tensors_of(inputs_of(example)))
     leading = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors}
@@ -332,24 +310,29 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     except RuntimeError as error:
         raise VerificationError(f"the model cannot be copied, so no cut of it can be tried out: {error}") from error
     generator = torch.Generator().manual_seed(0)
-    factors = _Factors(generator, sum(tensor.numel() for tensor in named_tensors(twin).values()))
+    tensors = named_tensors(twin)
+    # Factors near 1, read round and round.
+    num_drawn = min(sum(tensor.numel() for tensor in tensors.values()), _DRAWN)
+    factors = torch.randn(num_drawn, generator=generator).clamp_(-2, 2).mul_(0.3).add_(1).repeat(2)
+    start = 0
     touched = {part.tensor for group in groups for part in group.slices}
     with torch.no_grad():
-        for name, tensor in named_tensors(twin).items():
-            if (
-                not _is_float(tensor)
-                or not (isinstance(tensor, nn.Parameter) or name in touched)
-                or not is_dense(tensor)
-            ):
+        for name, tensor in tensors.items():
+            if not _is_float(tensor) or not is_dense(tensor):
+                continue
+            if not (isinstance(tensor, nn.Parameter) or name in touched):
                 continue
             scale = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
-            # In pieces, so that no large tensor is made beside it.
-            for piece in torch.split(tensor.view(-1), _DRAWN) if tensor.is_contiguous() else (tensor,):
+            flat = tensor.reshape(-1)  # a copy where the tensor is not contiguous
+            for piece in torch.split(flat, _DRAWN):  # so that no large tensor is made beside it
                 size = piece.real if piece.is_complex() else piece  # phases stay
                 zero = piece == 0 if int(piece.count_nonzero()) < piece.numel() else None  # to count is quicker
-                piece.mul_(factors.of(size))
+                size.mul_(factors[start : start + len(piece)].to(size))
+                start = (start + len(piece)) % max(num_drawn, 1)
                 if zero is not None:
                     piece.copy_(torch.where(zero, _noise(piece, generator) * scale, piece))
+            if not tensor.is_contiguous():
+                tensor.copy_(flat.view(tensor.shape))
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -357,11 +340,8 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
 
 
 def _copy_on_running_statistics(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
-    """A `randomised_copy` whose batch norms normalise by their running statistics, in training mode.
-
-    Rounding in float32 grows to per cents where the statistics are those of a few samples. The mode stays, since a
-    forward may ask for it.
-    """
+    """A `randomised_copy` whose batch norms normalise by their running statistics, in the model's own mode."""
+    # Rounding in float32 grows to per cents where the statistics are those of a few samples.
     twin = randomised_copy(model, groups)
     for module in twin.modules():
         if type(module) in _BATCH_NORMS:
@@ -389,25 +369,6 @@ _DRAWN = 1_000_003
 """Random numbers that are drawn for a large tensor. They repeat, but no two rows are equal, since this is a prime."""
 
 
-class _Factors:
-    """Factors near 1 for `total` entries, of one tensor after the other; a draw is read round and round."""
-
-    def __init__(self, generator: torch.Generator, total: int) -> None:
-        drawn = torch.randn(min(total, _DRAWN), generator=generator).clamp_(-2, 2).mul_(0.3).add_(1)
-        self._twice = drawn.repeat(2) if total > _DRAWN else drawn
-        self._start = 0
-
-    def of(self, like: Tensor) -> Tensor:
-        """Those of a tensor, in its shape, type and place."""
-        start, count = self._start, like.numel()
-        self._start = (start + count) % _DRAWN
-        if count > _DRAWN:
-            found = self._twice[start : start + _DRAWN].repeat(-(-count // _DRAWN))[:count]
-        else:
-            found = self._twice[start : start + count]
-        return found.to(like.device, like.dtype).reshape(like.shape)
-
-
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     dtype = like.dtype if like.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
     count = like.numel()
@@ -419,10 +380,6 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _in_eval(make: Callable[[], nn.Module]) -> nn.Module:
     return make().eval()
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    return copy_of(model)
 
 
 def _is_float(leaf: Any) -> bool:
@@ -443,18 +400,15 @@ def _widened(leaf: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]:
-    """Preserved RNG state: the global generators are seeded inside and put back after; autocast is off.
-
-    Yields a function that returns whether any of them has been used since.
-    """
+    """Inside, the global generators are seeded, and autocast is off; yields whether any of them was used since."""
     devices = {parameter.device for parameter in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
     kind = min((device.type for device in devices), default="cpu")
 
     def state() -> list[Any]:
         tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
-        legacy = np.random.get_state(legacy=False)["state"]
-        return [[tensor.tolist() for tensor in tensors], random.getstate(), legacy["pos"], legacy["key"].tolist()]
+        numpy = np.random.get_state(legacy=False)["state"]
+        return [[tensor.tolist() for tensor in tensors], random.getstate(), numpy["pos"], numpy["key"].tolist()]
 
     with preserved_rng_state(model), torch.autocast(kind, enabled=False):
         torch.default_generator.manual_seed(seed)
