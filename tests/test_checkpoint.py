@@ -280,8 +280,8 @@ OTHER = "made for another model"
         (lambda h, t: h.update(dense={"flat.weight": 3}), "damaged"),
         (lambda h, t: h["dense"].update({"flat.weight": ["16", 32]}), "damaged"),
         (lambda h, t: h.update(format=[1]), "damaged"),
-        (lambda h, t: t.update({"out.weight": torch.zeros(17, 12)}), f"{OTHER}.*'out.weight' cannot have been cut"),
-        (lambda h, t: t.update({"out.weight": torch.zeros(16)}), f"{OTHER}.*'out.weight' cannot have been cut"),
+        (lambda h, t: t.update({"out.weight": torch.zeros(17, 12)}), f"{OTHER}.*'out.weight'.* only become narrower"),
+        (lambda h, t: t.update({"out.weight": torch.zeros(16)}), f"{OTHER}.*'out.weight'.* only become narrower"),
         (lambda h, t: h["sizes"].update(nowhere={"in_features": 1}), f"{OTHER}.*nowhere"),
         (lambda h, t: h["sizes"][""].update({"forward.__func__.__code__.co_flags": 0}), f"{OTHER}.*not a place"),
     ],
@@ -330,14 +330,11 @@ def test_a_wrong_model_is_refused(other: Callable[[], nn.Module], words: str, tm
 
 
 def test_a_model_without_the_sizes_is_refused(tmp_path: Path) -> None:
-    """Claim: same tensors in code that lacks a size, or has a smaller one, raise CheckpointError."""
-    model, dense, _, _, path = shrunk("mlp", tmp_path)
+    """Claim: same tensors in code that lacks a size raise CheckpointError."""
+    _, dense, _, _, path = shrunk("mlp", tmp_path)
     del dense[2].in_features
     with pytest.raises(CheckpointError, match="made for another model.*no 'in_features'"):
         load(path, into=dense)
-    dense = mlp_model()
-    dense[2].in_features = 2
-    refuse(path, dense, "sets 2.in_features to 4, more than the model has")
 
 
 def test_a_failure_while_loading_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

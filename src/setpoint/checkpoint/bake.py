@@ -9,7 +9,6 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
@@ -38,7 +37,7 @@ class PathError(RuntimeError):
 
 
 '''
-_RECORDS = (RECORD, PENDING)
+_HOOKS = ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
 def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -> nn.Module:
@@ -62,30 +61,22 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     if not (path.suffix == ".py" and path.stem.isidentifier()):
         raise CheckpointError(f"{str(path)!r} is no file that Python can import: name it such as 'small_model.py'")
     baked: nn.Module = copy.deepcopy(unwrap_module("bake", model))
-    corrected = (shim.SizedForward, shim.HeadsForward)
     written: ModuleType | None = None
     for module in baked.modules():
         # A pickle keeps `__dict__`: what Setpoint noted there would be of no use without it.
-        for record in _RECORDS:
+        for record in (RECORD, PENDING):
             module.__dict__.pop(record, None)
-        tables: tuple[dict[Any, Any], ...] = (
-            module._state_dict_hooks,
-            module._load_state_dict_pre_hooks,
-            module._load_state_dict_post_hooks,
-        )
-        for hooks in tables:
-            hooks.pop(KEY, None)
+        for hooks in _HOOKS:
+            getattr(module, hooks).pop(KEY, None)
         forward = module.__dict__.get("forward")
-        if not isinstance(forward, corrected):
-            continue
-        # Pickle stores a class by its module's name, so the written class must stand in place of Setpoint's here, too.
-        written = _written(path) if written is None else written
-        module.__dict__["forward"] = getattr(written, type(forward).__name__)(module, dict(forward.sizes))
+        if isinstance(forward, (shim.SizedForward, shim.HeadsForward)):
+            # Pickle stores a class by its module's name, so the written class stands in place of Setpoint's here, too.
+            written = written or _written(path)
+            module.__dict__["forward"] = getattr(written, type(forward).__name__)(module, dict(forward.sizes))
     return baked
 
 
 def _written(path: Path) -> ModuleType:
-    """The file's module, written anew."""
     source = inspect.getsource(shim)
     body = source[source.index("_PIECES = ") :]  # without the imports, some of which are Setpoint's
     try:

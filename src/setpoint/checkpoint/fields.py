@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from setpoint.errors import CheckpointError
+from setpoint.messages import a_type
 
 MOST = 2**53
 """Above it a file's number is no count of steps or units, and no float holds it exactly."""
@@ -20,11 +22,7 @@ LARGEST = 10**100
 
 
 def ordinary_file(path: str | os.PathLike[str]) -> Path:
-    """The path of a file that can be opened; a folder, or what does not exist, is left for `open` to name.
-
-    Raises:
-        CheckpointError: for a pipe, a device, or a path with a null byte.
-    """
+    """The path, unless it has a null byte or is of a pipe or a device; a folder is left for `open` to name."""
     file = Path(path)
     if "\0" in str(file):
         raise CheckpointError(f"{str(file)!r} has a null byte, which no path can have")
@@ -34,11 +32,7 @@ def ordinary_file(path: str | os.PathLike[str]) -> Path:
 
 
 def json_object(line: str) -> dict[str, Any] | None:
-    """The JSON object that a line holds; None for anything else, whatever is in it.
-
-    >>> json_object('{"step": 1}'), json_object('{"st'), json_object("[" * 100_000)
-    ({'step': 1}, None, None)
-    """
+    """The JSON object that a line holds; None for anything else, such as half a line."""
     try:
         value = json.loads(line)
         if "\\ud" in line.lower():  # half of a pair of surrogates cannot be printed
@@ -51,8 +45,7 @@ def json_object(line: str) -> dict[str, Any] | None:
 def fields_of(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a JSON object that are fields of a dataclass; an integer is a count, a null number NaN.
 
-    Raises:
-        ValueError: naming the first field of another type.
+    A ValueError names the first field of another type.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -75,33 +68,25 @@ def _read(value: Any, declared: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in inside:
             return None
-        others = [option for option in inside if option is not NoneType]
-        for option in others[:-1]:
-            try:
-                return _read(value, option, where)
-            except ValueError:
-                continue
-        return _read(value, others[-1], where)
+        kinds = [kind for kind in inside if kind is not NoneType]
+        # A float may stand as an integer in JSON, so that the first kind is tried where none is the value's own.
+        return _read(value, type(value) if type(value) in kinds else kinds[0], where)
     if origin is not None and issubclass(origin, Mapping):
-        if isinstance(value, dict) and all(type(key) is str for key in value):
+        if isinstance(value, dict):  # keys of JSON are strings
             return {key: _read(item, inside[1], f"{where}[{key!r:.80}]") for key, item in value.items()}
-    elif origin is tuple:  # JSON has lists only
+    elif origin in (tuple, list):  # JSON has lists only
         if isinstance(value, (list, tuple)):
-            return tuple(_read(item, inside[0], f"{where}[{number}]") for number, item in enumerate(value))
-    elif origin is list:
-        if isinstance(value, list):
-            return [_read(item, inside[0], f"{where}[{number}]") for number, item in enumerate(value)]
+            return origin(_read(item, inside[0], f"{where}[{number}]") for number, item in enumerate(value))
     elif declared is float:
         if value is None:
             return math.nan
         if type(value) is float or (type(value) is int and abs(value) <= LARGEST):
             return float(value)
-    elif declared is int:
-        if type(value) is int and 0 <= value <= MOST:
-            return value
-    elif type(value) is declared:
+    elif type(value) is declared and (declared is not int or 0 <= value <= MOST):
         return value
-    raise ValueError(f"{where} must be {_NAMES.get(origin or declared, declared)}, got {_short(value)}")
+    # Not `repr`: a value may be nested deeper than Python's stack.
+    found = a_type(value) if isinstance(value, (dict, list)) else reprlib.repr(value)
+    raise ValueError(f"{where} must be {_NAMES.get(origin or declared, declared)}, got {found}")
 
 
 _NAMES = {
@@ -113,11 +98,3 @@ _NAMES = {
     str: "a text",
     bool: "true or false",
 }
-
-
-def _short(value: Any) -> str:
-    # Not `repr` of all of it, which may be nested deeper than Python's stack.
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,19 +1,36 @@
-"""Fit: a model takes the shapes of a state or a file; all or nothing."""
+"""Fit: a model takes the shapes of a state or a file; sizes that nothing else says follow from the shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import ast
+import inspect
+import textwrap
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import cache, partial
 
+import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace
+from setpoint.actuator.cut import Cut, SizePlace, plan_cut
 from setpoint.actuator.in_state_dict import carry_sizes
-from setpoint.actuator.model_shapes import ModelShapes, Shapes, apply_sizes, by_every_name, check_sizes, note_cut
-from setpoint.actuator.tensors import in_format, named_tensors, swap
+from setpoint.actuator.model_shapes import (
+    ModelShapes,
+    Shapes,
+    apply_sizes,
+    at_dense_shapes,
+    by_every_name,
+    check_sizes,
+    note_cut,
+)
+from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, swap
 from setpoint.errors import CheckpointError, GroupError
+from setpoint.groups.example import Example
+from setpoint.groups.group import Group, Place, Slice
+from setpoint.groups.sizes_in_code.shim import COUNTED
+from setpoint.groups.trace import trace
 
 
 @torch.no_grad()
@@ -24,9 +41,10 @@ def fit(
     values: Mapping[str, Tensor],
     dense: Shapes | None = None,
 ) -> ExitStack:
-    """Give a model other shapes; all or nothing.
+    """Give a model other shapes, all or nothing; what is returned puts everything back when it is closed.
 
-    Tensors keep their identity, device and memory format. What is not named gets its dense shape and size.
+    Tensors keep their identity, device and memory format. What is not named gets its dense shape and size. A
+    CheckpointError names what this model does not have, or what is wider than when this model was built.
 
     Args:
         shapes: by name of each tensor that is narrower than when the model was built.
@@ -34,12 +52,6 @@ def fit(
         values: by name, new contents; other tensors that change hold zeros until a state is loaded. A buffer that the
             model's code has declared as None, and makes in a forward, is made.
         dense: shapes before the first cut, by name, where the model itself does not know them.
-
-    Returns:
-        What puts everything back when it is closed.
-
-    Raises:
-        CheckpointError: for what this model does not have, or is wider than this model was when it was built.
     """
     known, later = ModelShapes.of(model), not_made(model, values)
     full = {**known.full(model), **(dense or {})}
@@ -47,16 +59,16 @@ def fit(
         if name in later:
             continue
         if name not in full:
-            raise CheckpointError(f"the state dict is of another model: this one has no {name!r}")
+            raise CheckpointError(f"the state was made for another model: this one has no {name!r}")
         if len(shape) != len(full[name]) or any(new > old for new, old in zip(shape, full[name], strict=True)):
             raise CheckpointError(
-                f"the state dict is of another model: {name!r} has shape {shape} there and {full[name]} in the dense "
+                f"the state was made for another model: {name!r} has shape {shape} there and {full[name]} in the dense "
                 "model, which can only become narrower"
             )
     try:
         check_sizes(model, sizes)
     except GroupError as error:
-        raise CheckpointError(f"the state dict is of another model: {error}") from error
+        raise CheckpointError(f"the state was made for another model: {error}") from error
     with ExitStack() as undo:
         # Made first, since the record below takes shapes of tensors that are there.
         for name in later:
@@ -92,9 +104,137 @@ def not_made(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _make(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
-    """Give a model a buffer that its code has yet to make, on the device of its parameters."""
     owner, _, key = name.rpartition(".")
     device = next((parameter.device for parameter in model.parameters()), value.device)
     put = partial(model.get_submodule(owner).register_buffer, key, persistent=False)
     undo.callback(put, None)
     put(value.detach().to(device, copy=True))
+
+
+def infer_sizes(model: nn.Module, shapes: Shapes) -> tuple[dict[SizePlace, int], tuple[str, ...]]:
+    """The sizes of PyTorch's own layers, each from the new shapes of its tensors, and the names of other modules.
+
+    The code of these may write sizes that no shape tells, such as a number of heads.
+    """
+    sizes: dict[SizePlace, int] = {}
+    unsure: list[str] = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        own = {key: shape for key, shape in inside.items() if "." not in key}
+        found = _layer_sizes(module, own) if own else {}
+        # A class of the user's may write any size; only its source tells whether it does.
+        if found is None or (inside and (_writes_sizes(module.__class__) or module._non_persistent_buffers_set)):
+            unsure.append(name)
+        sizes.update({(name, place): size for place, size in (found or {}).items()})
+    return sizes, tuple(unsure)
+
+
+def _layer_sizes(module: nn.Module, shapes: Shapes) -> dict[str, int] | None:
+    """Sizes of one layer by the new shapes of its own tensors; None where these do not tell."""
+    weight = shapes.get("weight") or shapes.get("running_mean") or shapes.get("bias")
+    if weight is None or "parametrizations" in module._modules:
+        return None
+    if isinstance(module, nn.Linear) and len(weight) == 2:
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight[0]}
+    if isinstance(module, nn.modules.conv._ConvNd) and len(weight) > 1:
+        return _conv_sizes(module, weight)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": weight[0]}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(weight) == 1:
+        return {"normalized_shape[0]": weight[0]}
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {"num_embeddings": weight[0], "embedding_dim": weight[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight[0]}
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and len(weight) == 2:  # transformers' linear layer
+        return {"nf": weight[1], "nx": weight[0]} if hasattr(module, "nx") else {"nf": weight[1]}
+    return None
+
+
+def _conv_sizes(module: nn.modules.conv._ConvNd, weight: tuple[int, ...]) -> dict[str, int] | None:
+    first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+    dense = (getattr(module, first), getattr(module, second) // module.groups)
+    if module.groups == 1 or weight[0] == dense[0]:
+        return {first: weight[0], second: weight[1] * module.groups}
+    if dense[1] == weight[1] == 1 and weight[0] * module.groups % dense[0] == 0:  # depthwise: groups go with channels
+        groups = weight[0] * module.groups // dense[0]
+        return {first: weight[0], second: groups, "groups": groups}
+    return None
+
+
+@cache
+def _writes_sizes(kind: Hashable) -> bool:
+    """Whether the forward of a class outside of torch calls anything that is given sizes, or cannot be read."""
+    assert isinstance(kind, type)
+    if kind.__module__.startswith("torch.nn."):
+        return kind in (nn.MultiheadAttention, nn.Unflatten, nn.GroupNorm, nn.PixelShuffle)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in COUNTED and not all(map(_follows, node.args)):
+                return True
+        if isinstance(node, ast.Slice) and (node.lower or node.upper):
+            return True
+    return False
+
+
+def _follows(size: ast.expr) -> bool:
+    """Whether a size in code is -1, 1, or one that is asked of a tensor: it is right at any width."""
+    if isinstance(size, ast.UnaryOp):
+        size = size.operand
+    if isinstance(size, ast.Constant):
+        return size.value == 1
+    if isinstance(size, ast.Subscript):
+        return isinstance(size.value, ast.Attribute) and size.value.attr == "shape"
+    return isinstance(size, ast.Call) and isinstance(size.func, ast.Attribute) and size.func.attr == "size"
+
+
+def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:
+    """The cut of the dense model that leads to these shapes, by its groups; a CheckpointError if none does.
+
+    Which units were kept is not known: it takes the first ones. The model may be dense or cut, and is as before.
+    """
+    # Shapes say how narrow a layer is only in comparison with the dense model, which the groups describe.
+    with at_dense_shapes(model):
+        groups = trace(model, example).groups
+        dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        # A buffer that no state dict holds follows the others, and says nothing.
+        known = {name: shape for name, shape in dense.items() if name in parameters or is_persistent(model, name)}
+        cut = plan_cut(groups, _kept_units(groups, {**known, **shapes}))
+    except GroupError as error:
+        raise CheckpointError(f"the state dict is of another model, or was not cut by units: {error}") from error
+    for name, shape in shapes.items():
+        dims = {dim: int(cut.entries[name, dim].sum()) for dim in range(len(shape)) if (name, dim) in cut.entries}
+        if tuple(dims.get(dim, length) for dim, length in enumerate(dense[name])) != shape:
+            raise CheckpointError(
+                f"the state dict is of another model, or was not cut by units: {name!r} has shape {shape} there and "
+                f"{dense[name]} in the dense model, and no cut of its groups leads from one to the other"
+            )
+    return cut
+
+
+def _kept_units(groups: tuple[Group, ...], shapes: Shapes) -> dict[str, Bool[np.ndarray, " _units"]]:
+    """The first units of each group, as many as shapes leave: each dim is an equation in the widths of its groups."""
+    parts: dict[Place, list[tuple[int, Slice]]] = {}
+    for number, group in enumerate(groups):
+        for place in group.slices:
+            if place.dim is not None and place.tensor in shapes:
+                parts.setdefault((place.tensor, place.dim), []).append((number, place))
+    rows, left = np.zeros((len(parts), len(groups))), np.zeros(len(parts))
+    for row, ((tensor, dim), slices) in enumerate(parts.items()):
+        entries = {number: int((place.index >= 0).sum()) for number, place in slices}
+        for number, count in entries.items():
+            rows[row, number] = count / groups[number].num_units
+        left[row] = shapes[tensor][dim] - (len(slices[0][1].index) - sum(entries.values()))
+    # Least squares: a tensor in which two groups meet gives one equation for both, and some widths have several.
+    widths = np.linalg.lstsq(rows, left, rcond=None)[0] if parts else np.array([g.num_units for g in groups])
+    return {g.name: np.arange(g.num_units) < round(float(width)) for g, width in zip(groups, widths, strict=True)}

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from operator import gt
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import check_not_attached
-from setpoint.actuator.model_shapes import ModelShapes, Shape, check_sizes
+from setpoint.actuator.model_shapes import ModelShapes, Shape, by_module
 from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.checkpoint.fields import fields_of, ordinary_file
 from setpoint.checkpoint.fit import fit, not_made
 from setpoint.checkpoint.plain import to_host
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError, GroupError
-from setpoint.groups.sizes_in_code.place import is_call, read_size
+from setpoint.errors import CheckpointError
 from setpoint.messages import a_type
 
 FORMAT = 1
@@ -46,9 +43,6 @@ class _Header:
     transient: tuple[str, ...]  # names of non-persistent buffers that a cut has changed
     dense: Mapping[str, tuple[int, ...]]  # by name, the shape that a tensor had before its first cut
 
-    def places(self) -> dict[SizePlace, int]:
-        return {(module, place): size for module, sizes in self.sizes.items() for place, size in sizes.items()}
-
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, shrunk or not, to one safetensors file: tensors, sizes and a digest.
@@ -58,8 +52,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder must exist. A wrapper of `torch.compile` or `DistributedDataParallel` is removed.
 
     Raises:
-        CheckpointError: when a tensor cannot be stored (sharded, quantized, without data), a module
-            keeps extra state that is not a tensor, or the file cannot be written.
+        CheckpointError: when a tensor cannot be stored (sharded, quantized, without data), a module keeps extra state,
+            or the file cannot be written; the old file is then still there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -68,22 +62,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Linear(in_features=2, out_features=3, bias=True)
     """
     model = unwrap_module("save", model)
-    for path_in, module in model.named_modules():
+    for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
-                f"module {path_in!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
+                f"module {name!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
                 "turn that state into buffers, or save it beside the file"
             )
     known = ModelShapes.of(model)
     own, aliases = _stored(model, known.buffers)
-    for name, tensor in own.items():
-        _check_plain(name, tensor)
-    sizes: dict[str, dict[str, int]] = {}
-    for (owner, place), size in known.sizes.items():
-        sizes.setdefault(owner, {})[place] = size
     pairs = tuple(name for name, tensor in own.items() if tensor.is_complex())
     dense = {name: shape for name, shape in known.dense.items() if name in own}
-    header = _Header(sizes, aliases, pairs, known.buffers, dense)
+    header = _Header(by_module(known.sizes), aliases, pairs, known.buffers, dense)
     tensors = {name: to_host(tensor) for name, tensor in own.items()}
     text = json.dumps({"format": FORMAT, **asdict(header), "sha256": digest(tensors, _words(header))})
     write_file(Path(path), tensors, {_KEY: text})
@@ -115,51 +104,28 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     check_not_attached(into)
     path = Path(path)
     if path.is_dir():
-        then = _of_pretrained(path) or "give the file that setpoint.save wrote"
+        then = _how_pretrained_loads(path) or "give the file that setpoint.save wrote"
         raise CheckpointError(f"{str(path)!r} is a folder: {then}")
     metadata, stored = read_file(path)
     header = _parse(path, metadata, stored)
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     pairs = {name: torch.view_as_complex(stored[name].clone()) for name in header.complex}
     tensors = stored | pairs
-    known = ModelShapes.of(into)
     own, aliases = _stored(into, header.transient)
-    later = {name: tensors[name] for name in not_made(into, header.transient) if name in tensors}
-    _check_same_names({**own, **later}, aliases, tensors, header)
-    dense = known.full(into)
+    later = {name for name in not_made(into, header.transient) if name in tensors}
+    _check_same_names({*own, *later}, aliases, tensors, header)
+    dense = ModelShapes.of(into).full(into)
     for name, tensor in own.items():
-        _check_plain(name, tensor)
-        _check_shape(name, tensors[name], dense[name], header.dense.get(name))
-        _check_kind(name, tensors[name], tensor)
-    _check_places(into, header.places(), known)
+        _check_fits(name, tensors[name], header.dense.get(name), tensor, dense[name])
     shapes = {name: tuple(tensors[name].shape) for name in header.dense}
-    with fit(into, shapes, header.places(), tensors, header.dense) as undo:
+    sizes = {(module, place): size for module, places in header.sizes.items() for place, size in places.items()}
+    with fit(into, shapes, sizes, tensors, header.dense) as undo:
         undo.pop_all()
     return into
 
 
-def _check_places(model: nn.Module, sizes: Mapping[SizePlace, int], known: ModelShapes) -> None:
-    """Check that the model's code has all places of the file, none smaller than what the file wants there."""
-    try:
-        check_sizes(model, sizes)
-    except GroupError as error:
-        raise CheckpointError(f"the file was made for another model: {error}") from error
-    for (name, place), size in sizes.items():
-        dense = known.dense_sizes.get((name, place))
-        if not is_call(place) and size > (dense or read_size(model.get_submodule(name), place)):
-            raise CheckpointError(
-                f"the file was made for another model: it sets {name}.{place} to {size}, more than the model has; "
-                "`into` must be the dense model that was shrunk"
-            )
-
-
 def unwrap_module(what: str, value: Any) -> nn.Module:
-    """The module, unwrapped.
-
-    >>> unwrap_module("save", nn.ReLU)
-    Traceback (most recent call last):
-    setpoint.errors.CheckpointError: save takes a torch.nn.Module, got the class ReLU: give the model itself
-    """
+    """The module, out of its wrappers."""
     if not isinstance(value, nn.Module):
         found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise CheckpointError(f"{what} takes a torch.nn.Module, got {found}: give the model itself")
@@ -167,16 +133,18 @@ def unwrap_module(what: str, value: Any) -> nn.Module:
     return module
 
 
-def _stored(model: nn.Module, transient: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _stored(model: nn.Module, transient: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors that belong in a file by their first name, and that name by every further one."""
     first: dict[int, str] = {}
-    own, aliases, wanted = dict[str, Tensor](), dict[str, str](), set(transient)
+    own: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
     for name, tensor in named_tensors(model).items():
-        if not isinstance(tensor, nn.Parameter) and name not in wanted and not is_persistent(model, name):
+        if not isinstance(tensor, nn.Parameter) and name not in transient and not is_persistent(model, name):
             continue
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
         else:
+            _check_plain(name, tensor)
             first[id(tensor)] = name
             own[name] = tensor
     return own, aliases
@@ -210,11 +178,7 @@ def digest(tensors: Mapping[str, Tensor], words: str) -> str:
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write to a neighbouring file, `.NAME.PID.partial`, and rename it: nobody ever sees half a file.
-
-    Raises:
-        CheckpointError: when it cannot be written; the old file is then still there.
-    """
+    """Write to a neighbouring file, `.NAME.PID.partial`, and rename it: nobody ever sees half a file."""
     partial = ordinary_file(path).with_name(f".{path.name}.{os.getpid()}.partial")
     if not path.parent.is_dir():
         raise CheckpointError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
@@ -242,7 +206,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
 
 
 def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, or CheckpointError when it is not one, or cannot be read."""
+    """Metadata and tensors of a safetensors file, or a CheckpointError when it is none, or cannot be read."""
     ordinary_file(path)
     try:
         with open(path, "rb") as file:
@@ -263,11 +227,11 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def damaged(path: Path) -> CheckpointError:
-    """The error for a digest that does not match."""
+    """The error for what is not as it was written."""
     return CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
 
 
-def _of_pretrained(folder: Path) -> str:
+def _how_pretrained_loads(folder: Path) -> str:
     """How to load what `save_pretrained` wrote of a cut model; empty for another folder."""
     if not (folder / SIZES_FILE).is_file():
         return ""
@@ -279,7 +243,8 @@ def _of_pretrained(folder: Path) -> str:
 
 def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> _Header:
     if _KEY not in metadata:
-        then = _of_pretrained(path.parent) or ("load it with safetensors.torch.load_file and model.load_state_dict")
+        then = _how_pretrained_loads(path.parent)
+        then = then or "load it with safetensors.torch.load_file and model.load_state_dict"
         raise CheckpointError(f"{str(path)!r} is a safetensors file, but setpoint.save did not write it: {then}")
     try:
         text: dict[str, Any] = json.loads(metadata[_KEY])
@@ -287,8 +252,9 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         if type(version) is not int:
             raise damaged(path)
         if version > FORMAT:
-            newer = f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
-            raise CheckpointError(newer)
+            raise CheckpointError(
+                f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
+            )
         header, expected = _Header(**fields_of(_Header, text)), text["sha256"]
     except CheckpointError:
         raise
@@ -300,43 +266,40 @@ def _parse(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
 
 
 def _check_same_names(
-    own: Mapping[str, Tensor], aliases: Mapping[str, str], tensors: Mapping[str, Tensor], header: _Header
+    own: set[str], aliases: Mapping[str, str], tensors: Mapping[str, Tensor], header: _Header
 ) -> None:
-    theirs, ours = set(tensors) | set(header.aliases), set(own) | set(aliases)
+    theirs, ours = {*tensors, *header.aliases}, {*own, *aliases}
     if theirs != ours:
         raise CheckpointError(
-            f"the file was made for another model: only the file has {_some(theirs - ours)}; "
-            f"only the model has {_some(ours - theirs)}; build `into` with the code of the saved model"
+            f"the file was made for another model: only the file has {some_of(theirs - ours)}; "
+            f"only the model has {some_of(ours - theirs)}; build `into` with the code of the saved model"
         )
     if dict(header.aliases) != dict(aliases):
         differing = {name for name in ours if header.aliases.get(name) != aliases.get(name)}
         raise CheckpointError(
-            f"the file and the model tie different tensors: {_some(differing)}; "
+            f"the file and the model tie different tensors: {some_of(differing)}; "
             "build `into` with the same weight tying as the saved model"
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
+    """The first names in their order, for a message.
+
+    >>> some_of("bcad")
+    "'a', 'b', 'c' and 1 more"
+    """
     ordered = sorted(names)
     return ", ".join(map(repr, ordered[:3])) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "") or "none"
 
 
-def _check_shape(name: str, saved: Tensor, dense: Shape, before: Sequence[int] | None) -> None:
-    """Check that the tensor was as large in the dense model of the file as it is in this one."""
+def _check_fits(name: str, saved: Tensor, before: Sequence[int] | None, own: Tensor, dense: Shape) -> None:
+    """Check that a tensor was as large in the dense model of the file as it is in this one, and of the same kind."""
     if dense not in (tuple(saved.shape), tuple(before or saved.shape)):
         raise CheckpointError(
             f"the file was made for another model: {name!r} has shape {tuple(saved.shape)} in the file and "
             f"{dense} in the model; `into` must be the dense model that was shrunk"
         )
-    if before is not None and (len(before) != saved.dim() or any(map(gt, saved.shape, before))):
-        raise CheckpointError(
-            f"the file was made for another model: {name!r} cannot have been cut from {tuple(before)} to "
-            f"{tuple(saved.shape)}"
-        )
-
-
-def _check_kind(name: str, saved: Tensor, own: Tensor) -> None:
-    """Check that neither complex nor integer numbers take the place of real ones: `load` takes the file's dtype."""
+    # `load` takes the file's dtype: complex or integer numbers must not take the place of real ones.
     if (saved.is_complex(), saved.is_floating_point()) != (own.is_complex(), own.is_floating_point()):
         raise CheckpointError(
             f"the file was made for another model: {name!r} is {saved.dtype} in the file and {own.dtype} in the model"

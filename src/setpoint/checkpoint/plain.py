@@ -1,10 +1,14 @@
-"""Plain data: states as tensors, numbers and strings that any checkpoint can hold, and as one table of tensors."""
+"""Plain data: states as tensors, numbers and strings that any checkpoint can hold, and as one table of tensors.
+
+Those of the random generators are among them.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -34,11 +38,8 @@ def plain(value: Any, where: str) -> Any:
     """A value as nested dicts, lists and tuples of tensors, numbers, strings and None.
 
     Dataclasses become dicts of their fields, without those whose `metadata` says `"live"`: these point at the model,
-    and `restored` takes them from there. NumPy arrays become `{"numpy": tensor}`. Tensors are copied. `where` names
-    the value in messages.
-
-    Raises:
-        CheckpointError: for anything else, which no checkpoint could hold without running its code.
+    and `restored` takes them from there. NumPy arrays become `{"numpy": tensor}`. Tensors are copied. Anything else,
+    which no checkpoint could hold without running its code, is a CheckpointError; `where` names the value in it.
 
     >>> plain({"age": np.array([1, 2])}, "state")
     {'age': {'numpy': tensor([1, 2])}}
@@ -69,10 +70,8 @@ def plain(value: Any, where: str) -> Any:
 def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
     """The value that `plain` was given, with the live fields of `like`, a value of the same types and shapes.
 
-    Tensors without a counterpart there go to the device; `where` names the value in messages.
-
-    Raises:
-        CheckpointError: when it lacks something, or has arrays or tensors of other shapes or dtypes.
+    Tensors without a counterpart there go to the device. A CheckpointError says what is missing, or is of another shape
+    or dtype.
     """
     if is_dataclass(like) and not isinstance(like, type):
         names = {field.name for field in fields(like) if not field.metadata.get("live")}
@@ -138,10 +137,7 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
     """Nested dicts, lists and tuples of tensors, arrays, numbers, strings and None as tensors in host memory.
 
     Tensors that share all of their memory are stored once. NumPy's numbers become Python's. Keys of dicts are strings
-    or integers.
-
-    Raises:
-        CheckpointError: for anything else.
+    or integers. Anything else is a CheckpointError.
 
     >>> sorted(to_tensors({"weight": torch.zeros(2), "step": 3}))
     ['0', 'tree']
@@ -196,11 +192,7 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
-    """The data that `to_tensors` was given, laid out in memory as it was.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: when the tensors are something else.
-    """
+    """The data that `to_tensors` was given; other tensors are a KeyError, TypeError, ValueError or RuntimeError."""
 
     def decode(value: Any) -> Any:
         if isinstance(value, list):
@@ -220,15 +212,64 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
-    """A copy of a contiguous tensor with these strides, where they leave no gaps and nothing overlaps."""
+    """A copy of a contiguous tensor with these strides, where they cover as many places in memory as it has elements.
+
+    Others would take memory for the gaps of a view that nobody can see any more.
+    """
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     tensor = torch.view_as_complex(tensor.clone()) if is_complex else tensor
-    order = sorted(range(tensor.dim()), key=lambda dim: -stride[dim])
-    dense = tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(tensor.dim())])
-    if list(dense.stride()) == list(stride):
-        return dense.clone() if dense.data_ptr() == tensor.data_ptr() else dense
-    # Any other strides are kept only if they cover the memory exactly: as many elements as places, and none twice.
-    size = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, stride, strict=True))
-    if tensor.numel() and size == tensor.numel() and 0 not in stride:
+    places = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, stride, strict=True))
+    if places == tensor.numel() and 0 not in stride:
         return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
-    return dense.clone()
+    return tensor.clone()
+
+
+def rng_state() -> dict[str, Any]:
+    """RNG states of PyTorch (GPUs too), NumPy and Python, in tensors, numbers and strings."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy),
+        "python": random.getstate(),
+    }
+
+
+def check_rng_state(state: Mapping[str, Any]) -> None:
+    """Try RNG states on throwaway generators; KeyError, TypeError, ValueError or RuntimeError for what is none."""
+    torch.Generator().set_state(state["torch"].cpu())
+    random.Random().setstate(_nested(state["python"]))
+    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
+    generator = np.random.RandomState(getattr(np.random, numpy["bit_generator"])())
+    like = generator.get_state(legacy=False)
+    if _shapes(numpy) != _shapes(like):  # NumPy itself accepts states that are too long
+        raise ValueError(f"the state of NumPy's generator has the parts {_shapes(numpy)}, not {_shapes(like)}")
+    generator.set_state(numpy)
+    if not all(isinstance(of_device, Tensor) for of_device in state["cuda"]):
+        raise TypeError("the state of a GPU's generator is a tensor")
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the state that `rng_state` returned; states of GPUs that are absent here are skipped."""
+    torch.set_rng_state(state["torch"].cpu())
+    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(of_device.cpu(), device)
+    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
+    if np.random.get_state(legacy=False)["bit_generator"] != numpy["bit_generator"]:
+        np.random.set_bit_generator(getattr(np.random, numpy["bit_generator"])())  # type: ignore[attr-defined]
+    np.random.set_state(numpy)
+    random.setstate(_nested(state["python"]))
+
+
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, kind, function) for key, part in value.items()}
+    return function(value.copy() if isinstance(value, np.ndarray) else value) if isinstance(value, kind) else value
+
+
+def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _shapes(part) if isinstance(part, Mapping) else np.shape(part) for key, part in value.items()}
+
+
+def _nested(state: Sequence[Any]) -> tuple[Any, ...]:
+    version, numbers, pair = state
+    return version, tuple(numbers), pair

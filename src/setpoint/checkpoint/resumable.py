@@ -19,9 +19,8 @@ from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
 from setpoint.actuator.model_shapes import ModelShapes, Shape, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
-from setpoint.checkpoint.fit import fit, not_made
-from setpoint.checkpoint.infer import cut_to, infer
-from setpoint.checkpoint.model_file import unwrap_module
+from setpoint.checkpoint.fit import cut_to, fit, infer_sizes, not_made
+from setpoint.checkpoint.model_file import some_of, unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.example import Example, example_of
@@ -97,23 +96,26 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     prefix = next((prefix for prefix in ("", *_WRAPPERS) if any(f"{prefix}{name}" in state for name in names)), None)
     if prefix is None:
         raise CheckpointError(
-            f"the state dict has none of the model's tensors: its names are {_some(tuple(map(str, state))) or 'none'}, "
-            f"the model's {_some(tuple(names))}: give the part that is the model's, without a prefix of its names"
+            f"the state dict has none of the model's tensors: its names are {some_of(map(str, state))}, the model's "
+            f"{some_of(names)}: give the part that is the model's, without a prefix of its names"
         )
     wanted = _Wanted.of(module, state, prefix)
-    if wanted is not None and wanted.carried is None and example is not None:
+    if wanted is None:
+        return model
+    if wanted.carried is None and example is not None:
         wanted = wanted.completed(module, example)
-    if wanted is not None and wanted.unsure:
+    if wanted.unsure:
+        unsure = some_of(name or "the model" for name in wanted.unsure)
         raise CheckpointError(
-            f"the shapes of the state dict do not tell all sizes that {_some(wanted.unsure)} writes in its code: give "
-            "an example, shrink_to(model, state, example=(x,)), or a state dict with its metadata, as torch.save keeps "
-            "it"
+            f"the shapes of the state dict do not tell all sizes that {unsure} writes in its code: give an example, "
+            "shrink_to(model, state, example=(x,)), or a state dict with its metadata, as torch.save keeps it"
         )
-    if wanted is not None:
-        wanted.fit(module)
+    wanted.fit(module)
     return model
 
 
+_LOAD = "load_state_dict", nn.modules.module.__file__
+"""Name and file of PyTorch's method."""
 _WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 
 
@@ -145,15 +147,10 @@ def _fit_to(
     # PyTorch tells its hooks always that the load is strict. Whether it is decides if missing names are an error, and
     # stands in the frame of `load_state_dict` only.
     frame: FrameType | None = sys._getframe()
-    while frame is not None and not _is_load(frame):
+    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != _LOAD:
         frame = frame.f_back
     if frame is not None:  # else a framework loads by itself, and does not say at the end how it went
         _loading[module] = undo, errors, bool(frame.f_locals["strict"])
-
-
-def _is_load(frame: FrameType) -> bool:
-    code = frame.f_code
-    return code.co_name == "load_state_dict" and code.co_filename == nn.modules.module.__file__
 
 
 def _after_load(module: nn.Module, keys: Any) -> None:
@@ -221,13 +218,12 @@ class _Wanted:
         narrow = {name: shape for name, shape in shapes.items() if shape != dense[name]}
         if carried is not None:
             return cls(narrow, carried.sizes, carried.transient, carried)
-        lost = [name for name in known.buffers if now[name] != dense[name]]
-        if lost:
+        if lost := [name for name in known.buffers if now[name] != dense[name]]:
             raise CheckpointError(
                 f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
             )
-        inferred = infer(module, narrow)
-        return cls(narrow, inferred.sizes, {}, unsure=inferred.unsure)
+        sizes, unsure = infer_sizes(module, narrow)
+        return cls(narrow, sizes, {}, unsure=unsure)
 
     def completed(self, module: nn.Module, example: Example) -> _Wanted:
         """With all sizes, by the groups of the dense model."""
@@ -299,8 +295,3 @@ def complete(module: nn.Module, example: Example) -> None:
     # average it over the ranks no more.
     twin = copy_of(module, users_hooks=False)
     wanted.completed(twin, example).fit(module)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(repr(name or "the model") for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,23 +1,37 @@
-"""A run file: everything that a training run needs to go on, in one file that is never half written."""
+"""A run file: everything that a training run needs to go on, in one file that is never half written.
+
+A load changes all parts or none: a snapshot of them is put back when it fails.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from setpoint.checkpoint.model_file import damaged, digest, read_file, write_file
-from setpoint.checkpoint.plain import from_tensors, to_tensors
-from setpoint.checkpoint.snapshot import snapshot
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from setpoint.actuator.tensors import swap
+from setpoint.checkpoint.model_file import damaged, digest, read_file, some_of, write_file
+from setpoint.checkpoint.plain import from_tensors, rng_state, set_rng_state, to_tensors
+from setpoint.distributed import is_sharded_tensor
 from setpoint.errors import CheckpointError, LoopError, RankError
 
 FORMAT = 1
 """Version of the file format, described in docs/resume.md."""
 
 _KEY = "setpoint_run"
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @runtime_checkable
@@ -105,7 +119,8 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     states, values = _read(Path(path))
     if set(states) != set(parts):
         raise CheckpointError(
-            f"{str(path)!r} holds the states of {_some(states)}, load_run was given {_some(parts)}: give the same parts"
+            f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the same "
+            "parts"
         )
     # Any other order would load narrow tensors into a model that is still dense.
     loops_first = sorted(states, key=lambda name: not isinstance(parts[name], Resizing))
@@ -170,6 +185,109 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise damaged(path) from error
 
 
-def _some(names: Any) -> str:
-    ordered = sorted(names)
-    return ", ".join(map(repr, ordered[:5])) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "") or "none"
+def snapshot(*parts: Any) -> Callable[[], None]:
+    """A function that puts everything in these parts back: tensors with shapes and hooks, tables, attributes.
+
+    Objects keep their identity. Followed are modules, optimizers, what has a `state_dict`, and Setpoint's own objects.
+    The global random generators are put back too. Values wait in host memory. Tensors that `fully_shard` has made are
+    left as they are.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> put_back = snapshot(layer)
+    >>> layer.out_features, layer.weight.data = 1, torch.ones(1, 2)
+    >>> put_back()
+    >>> layer, layer.weight.shape
+    (Linear(in_features=2, out_features=3, bias=True), torch.Size([3, 2]))
+    """
+    undo: list[Callable[[], None]] = []
+    # It holds the objects as well: an address may be given away again.
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [parts]
+    while waiting:  # no recursion, since chains of objects may be longer than Python's stack
+        value = waiting.pop()
+        if id(value) not in seen:
+            seen[id(value)] = value
+            waiting.extend(_held(value, undo))
+    generators = rng_state()
+
+    def put_back() -> None:
+        for restore in undo:
+            restore()
+        set_rng_state(generators)
+
+    return put_back
+
+
+def _held(value: Any, undo: list[Callable[[], None]]) -> Iterable[Any]:
+    """What an object holds that is to be put back too; how to put back the object itself goes to `undo`."""
+    if isinstance(value, Tensor):
+        if not is_sharded_tensor(value):
+            undo.append(_tensor(value))
+    elif isinstance(value, np.ndarray):
+        if value.flags.writeable and not value.dtype.hasobject:
+            undo.append(partial(np.copyto, value, value.copy()))
+    elif isinstance(value, DistributedDataParallel):
+        return [value.module]  # a reducer must not come back: the host makes it for the present parameters
+    elif isinstance(value, (dict, list, deque, set)):
+        undo.append(_contents(value))
+        return _objects_in(value)
+    elif isinstance(value, (tuple, frozenset)):
+        return value
+    elif _has_state(value):
+        return [vars(value)]
+    return ()
+
+
+def _has_state(value: Any) -> bool:
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return False
+    own = type(value).__module__.partition(".")[0] == "setpoint"
+    return own or isinstance(value, (nn.Module, Optimizer)) or hasattr(type(value), "state_dict")
+
+
+def _tensor(tensor: Tensor) -> Callable[[], None]:
+    memory = tensor.detach()  # what it lies in; a change of shape gives it other memory
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    stored = plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_inference())
+    # Entries of an expanded tensor share memory, and `copy_` into such a tensor raises.
+    overlaps = stored and any(
+        step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    values = memory.to("cpu", copy=True) if stored and not overlaps else None
+    gradient = tensor.grad if tensor.is_leaf else None
+    hooks = [set(getattr(tensor, name, None) or ()) for name in _HOOKS]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        now, before = [(one.shape, one.dtype, one.data_ptr() if stored else 0) for one in (tensor, memory)]
+        if now != before:
+            swap(tensor, memory, ExitStack())
+        if values is not None:
+            memory.copy_(values)
+        if tensor.is_leaf:
+            tensor.grad = gradient
+        # Masks put hooks on parameters; a mask of a run that was refused must not go on zeroing gradients.
+        for name, known in zip(_HOOKS, hooks, strict=True):
+            table = getattr(tensor, name, None) or {}
+            for number in set(table) - known:
+                del table[number]
+
+    return put_back
+
+
+def _contents(container: Any) -> Callable[[], None]:
+    before = dict(container) if isinstance(container, dict) else list(container)
+    objects = _objects_in(container)
+
+    def put_back() -> None:
+        now = _objects_in(container)
+        # What has not changed is not touched: somebody may be iterating over it.
+        if len(now) != len(objects) or not all(map(is_, now, objects)):
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+    return put_back
+
+
+def _objects_in(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.in_state_dict import ATTACHED, RESUMING, note_attached
 from setpoint.actuator.optimizer_state import check_state
-from setpoint.checkpoint.snapshot import snapshot
 from setpoint.cost.budget import Budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError, RankError
@@ -301,6 +300,8 @@ class Loop:
 
         Tensors that `fully_shard` has sharded are not put back.
         """
+        from setpoint.checkpoint.run_file import snapshot  # late: only a run that loads something needs it
+
         host = self.host
         put_back = snapshot(self, host.model, host.copies, host.optimizers, others)
         try:
