@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.one_shot.consumer import Padding, Positions, input_rows, real_positions
+from setpoint.one_shot.consumer import Padding, input_rows, real_positions
 
 REAL = torch.tensor([[True, True, False], [True, False, False]])
-
-
-def positions(real: Tensor) -> Positions:
-    return Positions(real.numel(), real.flatten().nonzero().flatten())
 
 
 class Layer(nn.Module):
@@ -58,18 +54,18 @@ def test_each_form_of_mask_says_which_positions_are_real(form: str) -> None:
 def test_rows_are_those_of_real_positions() -> None:
     """Claim: with a mask all real tokens are picked and nothing else; without one, or for another length, any."""
     layer, x = nn.Linear(1, 2), torch.arange(6.0).view(2, 3, 1)
-    assert input_rows(layer, x, 6, positions(REAL)).flatten().tolist() == [0.0, 1.0, 3.0]
-    assert set(input_rows(layer, x, 2, positions(REAL)).flatten().tolist()) <= {0.0, 1.0, 3.0}
-    assert input_rows(layer, x, 6).equal(input_rows(layer, x, 6, positions(REAL[:1])))
-    assert input_rows(layer, x, 6, positions(torch.ones(2, 3, dtype=torch.bool))).equal(input_rows(layer, x, 6))
-    assert not len(input_rows(layer, x, 6, positions(torch.zeros(2, 3, dtype=torch.bool))))
+    assert input_rows(layer, x, 6, REAL).flatten().tolist() == [0.0, 1.0, 3.0]
+    assert set(input_rows(layer, x, 2, REAL).flatten().tolist()) <= {0.0, 1.0, 3.0}
+    assert input_rows(layer, x, 6).equal(input_rows(layer, x, 6, REAL[:1]))
+    assert input_rows(layer, x, 6, torch.ones(2, 3, dtype=torch.bool)).equal(input_rows(layer, x, 6))
+    assert not len(input_rows(layer, x, 6, torch.zeros(2, 3, dtype=torch.bool)))
 
 
 def test_many_rows_are_picked_evenly() -> None:
     """Claim: of many real tokens those that are picked lie evenly, and none is padding."""
     real = torch.rand(64, 50) < 0.3
     x = torch.where(real, torch.arange(3200.0).view(64, 50), -1.0)[..., None]
-    picked = input_rows(nn.Linear(1, 2), x, 256, positions(real)).flatten()
+    picked = input_rows(nn.Linear(1, 2), x, 256, real).flatten()
     assert bool((picked >= 0).all())
     assert picked.mean().item() == pytest.approx(float(x[x >= 0].mean()), rel=0.05)
 

@@ -82,14 +82,6 @@ class Compressed:
         """By group, the share of its units that stayed."""
         return {name: width / self.dense_widths[name] for name, width in self.widths.items()}
 
-    def _why(self) -> str:
-        """The first reason, and where the others are."""
-        if not self.frozen:
-            return ""
-        place, reason = next(iter(self.frozen.items()))
-        more = f"; {len(self.frozen) - 1} more in `frozen`" if len(self.frozen) > 1 else ""
-        return f": {place}: {reason}{more}"
-
     def __str__(self) -> str:
         words = {"flops": "FLOPs", "params": "parameters"}
         shares = ", ".join(
@@ -97,14 +89,17 @@ class Compressed:
         )
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
         spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
-        less = sum(self.widths.values()) < sum(self.dense_widths.values())
+        less = self.widths != self.dense_widths
         if spent and less and self.after[self.resource] < 0.97 * self.limit:
             spent += " (units go in blocks, and no block more fits the budget)"
+        # The first reason, and where the others are.
+        why = "".join(f": {place}: {reason}" for place, reason in list(self.frozen.items())[:1])
+        why += f"; {len(self.frozen) - 1} more in `frozen`" if len(self.frozen) > 1 else ""
         return (
             f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}{spent}\n"
             f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
-            f"{counted(len(self.frozen), 'place')} not pruned{self._why()}"
+            f"{counted(len(self.frozen), 'place')} not pruned{why}"
         )
 
 
@@ -197,13 +192,13 @@ def compress(
             keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
             fitted: tuple[Reader, ...] = ()
             if not all(kept.all() for kept in keep.values()):
-                renews = _renews(model, batches)
+                renews = not norms_were_constant(model, batches)
                 fitted = refit(model, find_readers(model, active, keep), batches, "batch" if renews else "running")
                 # Masked before the norms' statistics are renewed: these are of the cut model then.
                 mask(model, None, active, keep)
                 if renews:
                     run(model, batches, "renewed")
-                    _warn_of_single_samples(model, batches)
+                _warn_of_norms(model, batches, renews=renews)
             cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)
     after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
@@ -213,11 +208,7 @@ def compress(
 
 
 def one_budget(budget: Any) -> Budget:
-    """The budget that `compress` is given, of FLOPs or parameters.
-
-    Raises:
-        BudgetError: for any other.
-    """
+    """The budget that `compress` is given, of FLOPs or parameters; BudgetError for any other."""
     takes = f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}"
     if isinstance(budget, str) and not any(letter.isdigit() for letter in budget):
         raise BudgetError(takes)
@@ -236,11 +227,9 @@ def _candidates(
     found: list[Group] = []
     layers = layers_by_weight(model)
     for group in traced.groups if groups is None else groups:
-        if not isinstance(group, Group):
-            raise GroupError(f"groups holds {a_type(group)}: give groups of find_groups(model, example)")
-        if widths.get(group.name) != group.num_units:
+        if not isinstance(group, Group) or widths.get(group.name) != group.num_units:
             raise GroupError(
-                f"group {group.name!r} with {group.num_units} units is not one of this model's: use "
+                f"groups holds {getattr(group, 'name', group)!r}, which is not one of this model's groups: use "
                 "find_groups(model, example) on the model as it is now"
             )
         if not group.lossless:
@@ -259,19 +248,13 @@ def _candidates(
     return active, frozen
 
 
-def _renews(model: nn.Module, batches: Sequence[Example]) -> bool:
-    """Whether BatchNorms get new statistics; warns where they do not."""
-    if norms_were_constant(model, batches):
+def _warn_of_norms(model: nn.Module, batches: Sequence[Example], *, renews: bool) -> None:
+    if not renews:
         warn(
             "most BatchNorms have running statistics far from those of the data. They count as constants of the "
             "training, and stay. If they are none, give data that are prepared as in training"
         )
-        return False
-    return True
-
-
-def _warn_of_single_samples(model: nn.Module, batches: Sequence[Example]) -> None:
-    if batch_norms_of(model) and all(samples_in(batch) == 1 for batch in batches):
+    elif batch_norms_of(model) and all(samples_in(batch) == 1 for batch in batches):
         warn("every batch has one sample, and BatchNorms got the statistics of single samples: give batches of several")
 
 

@@ -28,19 +28,6 @@ _FAR_BELOW = -1e3
 """A mask adds less than this, in half precision too, to a score that does not count."""
 
 
-@dataclass(frozen=True, eq=False)
-class Positions:
-    """Flat positions of a batch that hold data.
-
-    Args:
-        total: positions of the batch.
-        index: of those that are no padding.
-    """
-
-    total: int
-    index: Int[Tensor, " real"]
-
-
 class Padding:
     """Hooks on all modules that take an `attention_mask`, which note it; changes with each forward, until `stop`.
 
@@ -50,8 +37,7 @@ class Padding:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.real: Bool[Tensor, "batch positions"] | None = None
-        self._positions: Positions | None = None
+        self.real: Bool[Tensor, "batch positions"] | None = None  # of this forward; None where nothing is padding
         self._handles = []
         for module in model.modules():
             names = _mask_arguments(getattr(type(module), "forward", None))
@@ -62,8 +48,8 @@ class Padding:
 
     def _hook(self, names: tuple[str, ...], *, begins: bool) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if begins:
-                self.begin()
+            if begins:  # nothing is known of this forward yet
+                self.real = None
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             other_keys = given.get("key_value_states") is not None or (
                 given.get("encoder_hidden_states") is not None and "encoder_attention_mask" not in names
@@ -73,31 +59,19 @@ class Padding:
 
         return look
 
-    @property
-    def positions(self) -> Positions | None:
-        """The real positions of this forward; None where nothing is padding. Synchronises, once for each mask."""
-        if self._positions is None and self.real is not None:
-            self._positions = Positions(self.real.numel(), self.real.flatten().nonzero().flatten())
-        return self._positions
-
-    def begin(self) -> None:
-        """The model is called: nothing is known of this forward yet."""
-        self.real = self._positions = None
-
     def note(self, mask: Any) -> None:
         """A module is given this mask."""
         if mask is None:
-            self.begin()
+            self.real = None
         # A mask of positions has the last word: libraries let rows of padding attend to everything in a mask of
         # pairs, so that no softmax is empty.
         elif isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 4 and self.real is None)):
-            self.real, self._positions = real_positions(mask), None
+            self.real = real_positions(mask)
 
     def stop(self) -> None:
-        """Take the hooks off, and forget; may be called again."""
         for handle in self._handles:
             handle.remove()
-        self.begin()
+        self.real = None
 
 
 def real_positions(mask: Tensor) -> Bool[Tensor, "batch positions"]:
@@ -144,7 +118,6 @@ class Consumer:
 
     @property
     def num_units(self) -> int:
-        """Units of the group."""
         return int(self.channels.shape[0])
 
     @property
@@ -159,7 +132,7 @@ class Consumer:
         return columns[self._channels(columns)].flatten(0, 1)
 
     def rows(
-        self, layer: nn.Module, x: Tensor, count: int, real: Positions | None = None
+        self, layer: nn.Module, x: Tensor, count: int, real: Bool[Tensor, "batch positions"] | None = None
     ) -> Float[Tensor, "units columns rows"]:
         """What the units give the layer at up to `count` positions of its input x, picked evenly among the real."""
         seen = input_rows(layer, x, count, real)
@@ -185,11 +158,7 @@ def layers_by_weight(model: nn.Module) -> Layers:
 
 
 def find_consumers(group: Group, model: nn.Module, layers: Layers | None = None) -> tuple[Consumer, ...]:
-    """Every layer that reads the units of a group; none where one of its readers is not such a layer.
-
-    Args:
-        layers: `layers_by_weight(model)`, which whoever asks for many groups finds once.
-    """
+    """Every layer that reads the units of a group; none where one of its readers is not such a layer."""
     layers = layers_by_weight(model) if layers is None else layers
     found: list[Consumer] = []
     for place in group.slices:
@@ -248,7 +217,7 @@ def from_columns(layer: nn.Module, columns: Float[Tensor, "channels offsets outp
 
 
 def input_rows(
-    layer: nn.Module, x: Tensor, count: int, real: Positions | None = None
+    layer: nn.Module, x: Tensor, count: int, real: Bool[Tensor, "batch positions"] | None = None
 ) -> Float[Tensor, "rows channels offsets"]:
     """The layer's input at up to `count` positions, picked evenly: tokens, or patches under a kernel.
 
@@ -257,8 +226,8 @@ def input_rows(
     """
     if not isinstance(layer, nn.modules.conv._ConvNd):
         tokens = x.detach().reshape(-1, x.shape[-1])
-        if real is not None and real.total == len(tokens):
-            tokens = tokens[real.index.to(x.device)]
+        if real is not None and real.numel() == len(tokens):
+            tokens = tokens[real.flatten().to(x.device)]
         return tokens[_picked(len(tokens), count).to(x.device), :, None]
     dims = layer.weight.dim() - 2
     images = x.detach() if x.dim() == dims + 2 else x.detach()[None]

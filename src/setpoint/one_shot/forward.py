@@ -6,7 +6,7 @@ Dropout is off, and norms use running statistics, those of the batch, or renew t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any, Literal
 
@@ -122,28 +122,13 @@ def _weighing() -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
     return weigh
 
 
-@contextmanager
-def _no_kept_copies() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-
-
 @torch.no_grad()
 def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callable[[], Any] = lambda: None) -> None:
-    """Run the model on all batches.
-
-    Args:
-        norms: what its norms use.
-        each: called after each batch.
-
-    Raises:
-        ExampleError: for a batch that the model does not take.
-    """
+    """Run the model on all batches, and call `each` after every one; ExampleError for one that it does not take."""
     # An autocast region would keep low-precision copies of weights, and these are fitted anew between runs.
     torch.clear_autocast_cache()
-    with without_training(model, norms), _no_kept_copies():
+    with without_training(model, norms), ExitStack() as afterwards:
+        afterwards.callback(torch.clear_autocast_cache)
         for number, batch in enumerate(batches):
             args, kwargs = inputs_of(batch)
             try:
@@ -161,20 +146,17 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callab
 
 
 _LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
-_MOST_EMPTY = 100
-"""Batches without a row that are passed over, one after the other; a stream of nothing else would never end."""
 
 
 def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Example, ...]:
     """The first batches of the data that have as many samples together, on the model's device.
 
-    Batches without a row are passed over. So are batches of one sample, where the model has a BatchNorm and another
-    batch has more: the variance of one is not known.
+    Labels are taken out, unless the model runs only with them. Batches of one sample are passed over, where the model
+    has a BatchNorm and another batch has more: the variance of one is not known.
 
     Args:
         data: batches: tensors; tuples or lists whose first part is the input, or a tuple of inputs, or of which all
-            parts but the last are inputs; or dicts of inputs by name. Labels are taken out, unless the model runs only
-            with them.
+            parts but the last are inputs; or dicts of inputs by name.
         count: of samples; the last batch is taken whole.
         model: that is given them.
 
@@ -188,39 +170,25 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     form: Callable[[Any], Example] | None = None
     normalised = bool(batch_norms_of(model))
     seen = 0
-    for number, batch in _with_rows(data):
+    for number, batch in enumerate(data):
         batch = mapped(lambda tensor: tensor.detach().to(device), batch)
         form = form or _form_of(model, batch)
         found.append(form(batch))
-        _check_numbers(found[-1], number)
+        for tensor in tensors_of(found[-1]):
+            if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
+                raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
         rows = num_samples(found[-1])
         seen += 0 if normalised and rows == 1 else rows
         if seen >= count or len(found) > count:
             break
     if not found:
-        raise ExampleError("data has no batch with a row: give at least one, as the model is given them in training")
+        raise ExampleError("data has no batch: give at least one, as the model is given them in training")
     several = [batch for batch in found if num_samples(batch) > 1] if normalised else []
     return tuple(several or found)
 
 
-def _with_rows(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The batches that hold rows, with their numbers."""
-    empty = 0
-    for number, batch in enumerate(data):
-        rows = next((len(tensor) for tensor in tensors_of(inputs_in(batch)) if tensor.dim()), 1)
-        empty = 0 if rows else empty + 1
-        if rows:
-            yield number, batch
-        elif empty == _MOST_EMPTY:
-            return
-
-
 def _form_of(model: nn.Module, batch: Any) -> Callable[[Any], Example]:
-    """What makes inputs of a batch: the first that the model runs on.
-
-    Raises:
-        ExampleError: when it runs on none.
-    """
+    """What makes inputs of a batch: the first that the model runs on."""
     errors: list[Exception] = []
     several = isinstance(batch, (tuple, list)) and len(batch) > 2
     # The form is found once, on the first batch: trying it on each would cost a forward of each.
@@ -241,12 +209,6 @@ def _form_of(model: nn.Module, batch: Any) -> Callable[[Any], Example]:
     ) from first
 
 
-def _check_numbers(example: Example, number: int) -> None:
-    for tensor in tensors_of(example):
-        if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
-            raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
-
-
 def _check_batches(data: object) -> None:
     if isinstance(data, Tensor) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
         raise ExampleError(
@@ -263,11 +225,7 @@ def _check_batches(data: object) -> None:
 
 
 def are_batches(data: object) -> bool:
-    """Whether data can be gone through batch by batch; a module cannot, even where its parts can.
-
-    >>> are_batches([(3, 4)]), are_batches(5), are_batches(nn.Sequential())
-    (True, False, False)
-    """
+    """Whether data can be gone through batch by batch; a module cannot, even where its parts can."""
     iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     return iterable and not isinstance(data, (nn.Module, str, type))
 

@@ -95,26 +95,19 @@ def refit(
     end. A bias is fitted with the weights. Inputs that are wider than `MOST_COLUMNS` are fitted in blocks without cross
     terms.
 
-    Warns where a layer has far fewer rows of data than inputs to fit.
-
-    Args:
-        norms: what BatchNorms use meanwhile.
-
-    Returns:
-        Those that were fitted: all that the data come to.
-
-    Raises:
-        ExampleError: where a layer is given NaN or infinity.
+    A layer with far fewer rows of data than inputs to fit is warned of, one that is given NaN or infinity is an error.
+    Those that were fitted are returned: all that the data come to.
     """
     thin: dict[str, tuple[float, str]] = {}
     # In the order of the forward, so that each fit sees what the fits before it have left.
     readers = _in_order(model, readers, batches)
     for reader in readers:
-        layer, weight = _weight_of(model, reader)
+        layer: Any = model.get_submodule(reader.layers[0])
+        weight = layer.weight
         channels = by_column(layer, weight.detach())
         found = torch.zeros_like(channels)
         # Layers that share a weight may have biases of their own, which then stay as they are.
-        bias: Any = layer.bias if len(reader.layers) == 1 else None
+        bias = layer.bias if len(reader.layers) == 1 else None
         shift = torch.zeros(channels.shape[-1], dtype=torch.float64)
         for block in _blocks(len(channels), channels.shape[1]):
             moment = _moment(model, reader, batches, block, norms)
@@ -178,8 +171,8 @@ def _moment(
     model: nn.Module, reader: Reader, batches: Sequence[Example], block: slice, norms: Norms
 ) -> Float64[Tensor, "columns columns"]:
     """Second moment of what the layers are given, by column of these channels, with a last column of ones."""
-    layer, weight = _weight_of(model, reader)
-    columns = (block.stop - block.start) * by_column(layer, weight).shape[1]
+    layer: Any = model.get_submodule(reader.layers[0])
+    columns = (block.stop - block.start) * by_column(layer, layer.weight).shape[1]
     count = math.ceil(max(_FEWEST_ROWS, _ROWS_PER_COLUMN * columns) / len(batches))
     total: list[Tensor] = []
     calls: list[int] = []
@@ -187,7 +180,7 @@ def _moment(
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
         of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
-        rows = input_rows(layer, of_block, count, padding.positions).flatten(1).mT
+        rows = input_rows(layer, of_block, count, padding.real).flatten(1).mT
         moment = moment_of(torch.cat([rows, torch.ones_like(rows[:1])])[:, None])
         total[:] = [moment + total[0]] if total else [moment]
         calls[-1] += 1
@@ -204,14 +197,8 @@ def _moment(
     return total[0]
 
 
-def _weight_of(model: nn.Module, reader: Reader) -> tuple[nn.Module, Tensor]:
-    layer: Any = model.get_submodule(reader.layers[0])
-    return layer, layer.weight
-
-
 @contextmanager
 def _hooked(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, these hooks look at what layers are given."""
     handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     try:
         yield

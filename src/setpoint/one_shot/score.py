@@ -56,13 +56,9 @@ def unit_scores(
     Where y goes into a BatchNorm, each output counts in units of the deviation that the norm divides by, times its
     scale.
 
-    Raises:
-        ExampleError: where a layer is given NaN or infinity.
-
     References:
-        Hassibi, Stork: "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992. Luo, Wu, Lin:
-        "ThiNet", ICCV 2017, and He, Zhang, Sun: "Channel pruning for accelerating very deep neural networks", ICCV 2017
-        (channels by what the next layer can reconstruct).
+        Luo, Wu, Lin: "ThiNet", ICCV 2017, and He, Zhang, Sun: "Channel pruning for accelerating very deep neural
+        networks", ICCV 2017 (channels by what the next layer can reconstruct).
     """
     found = dict[str, np.ndarray]()
     layers = layers_by_weight(model)
@@ -115,7 +111,7 @@ def _rows_given(
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(x, Tensor) and x.numel():
-                noted[number].append(consumer.rows(layer, x, count, padding.positions))
+                noted[number].append(consumer.rows(layer, x, count, padding.real))
             if isinstance(output, Tensor):
                 made[consumer.layer] = weakref.ref(output)
 
@@ -169,13 +165,7 @@ def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
 
     That is when its turn comes: the cheapest goes first, the others take over what they can of it, and so on. Shares
     never fall along this order, so that units of the least shares are those that go first. Of several maps, shares add
-    up. A map that gives nothing loses nothing.
-
-    Args:
-        maps: at least one, of the same units.
-
-    Returns:
-        In [0, number of maps] but for the ridge; NaN where a weight is NaN or infinite.
+    up. A map that gives nothing loses nothing. They are NaN where a weight is NaN or infinite.
 
     Of two units that give the same, the first is free, and the second is then worth both:
 
@@ -204,10 +194,6 @@ def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
     return saliency
 
 
-def _num_blocks(num_units: int, num_columns: int) -> int:
-    return min(num_units, math.ceil(num_units * num_columns / MOST_COLUMNS)) or 1
-
-
 class Elimination:
     """Optimal brain surgeon on `y = W^T x` in which each unit owns m rows of W; changes with each removal.
 
@@ -218,11 +204,6 @@ class Elimination:
 
     after which `P <- P - P_:j (P_jj)^-1 P_j:`. Losses of removals one after the other add up to the error of the best
     fit without all of these units. Of W only `M = W W^T` is needed.
-
-    Args:
-        moment: G.
-        weight: W.
-        num_columns: m.
 
     References:
         Hassibi, Stork: "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992. Frantar,
@@ -292,7 +273,6 @@ class Elimination:
         self._hold(inverse, products)
 
     def _diagonal(self, matrix: np.ndarray) -> Float64[np.ndarray, "units m m"]:
-        """The units' own blocks."""
         num, m = len(matrix) // self._m, self._m
         return matrix.reshape(num, m, num, m)[np.arange(num), :, np.arange(num)].copy()
 
@@ -301,7 +281,8 @@ def _blocks(one: Map) -> list[tuple[slice, Elimination]]:
     """A map in blocks of units, each as an elimination of its own."""
     rows, weight = one
     num_units, m = rows.shape[:2]
-    edges = np.linspace(0, num_units, _num_blocks(num_units, m) + 1).round().astype(int)
+    num_blocks = min(num_units, math.ceil(num_units * m / MOST_COLUMNS)) or 1
+    edges = np.linspace(0, num_units, num_blocks + 1).round().astype(int)
     found = []
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         moment = moment_of(rows[start:stop])
