@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +12,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from setpoint.actuator.cut import SizePlace, check_cuttable, check_lengths, plan_cut
-from setpoint.actuator.model_shapes import check_sizes
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
 from setpoint.actuator.shrink import Change, Job, commit, unwrapped
 from setpoint.actuator.tensors import in_format, named_tensors, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.sizes_in_code.place import call_of, is_call, read_size
+from setpoint.groups.sizes_in_code.place import call_of, is_call
 from setpoint.regrowth.reserve import Box, Key, Reserve, write
 
 Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
@@ -78,13 +76,13 @@ def regrow(
     reserve = reserve.gathered(names)
     modules = [(model, "model", as_sequence(optimizer))]
     modules += [(copied, f"copy {number}", ()) for number, copied in enumerate(unwrapped(sorted(names), model, copies))]
-    sizes = new_sizes(model, reserve, active, grow)
+    sizes, boxes = _new_sizes(reserve, active, grow), reserve.boxes(active)
     jobs = []
     for module, holder, optimizers in modules:
         tensors = named_tensors(module)
         check_lengths(plan_cut(reserve.present(), {}), tensors, type(module).__name__)
         check_cuttable({name: tensors[name] for name in sorted(names)}, tensors)
-        jobs.append(Job(module, tuple(_changes(module, holder, optimizers, reserve, active, names)), sizes))
+        jobs.append(Job(module, tuple(_changes(module, holder, optimizers, reserve, boxes, names)), sizes))
     after = after.refilled(reserve, {}, names)
     with ExitStack() as undo:
         for job in jobs:
@@ -113,59 +111,6 @@ def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " uni
     return active
 
 
-class Outgoing(NamedTuple):
-    """Where some units of a group are read: their entries in a tensor along one of its dims."""
-
-    group: str
-    tensor: str
-    dim: int
-    entries: Int[np.ndarray, " entries"]
-    units: Int[np.ndarray, " entries"]  # whose each entry is
-
-
-def outgoing(groups: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> list[Outgoing]:
-    """Where units that have just arrived are read.
-
-    Args:
-        arrived: by group, one boolean per active unit.
-    """
-    found = []
-    for group in groups:
-        for part in group.slices if group.name in arrived else ():
-            if part.role == "consume" and part.dim is not None:
-                entries = np.flatnonzero(np.isin(part.index, np.flatnonzero(arrived[group.name])))
-                found.append(Outgoing(group.name, part.tensor, part.dim, entries, part.index[entries]))
-    return found
-
-
-@torch.no_grad()
-def silence(
-    model: nn.Module,
-    groups: tuple[Group, ...],
-    arrived: Mapping[str, Bool[np.ndarray, " _units"]],
-    copies: Sequence[nn.Module] = (),
-) -> None:
-    """Set the outgoing weights of units that have just arrived to zero, so that they change no output yet.
-
-    Args:
-        model: after `regrow`, and not sharded now, as are the copies.
-        groups: with these units.
-
-    >>> from setpoint.groups.group import Slice
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> groups = (Group("inputs", "unit", 2, (Slice("weight", 1, "consume", np.arange(2)),)),)
-    >>> silence(model, groups, {"inputs": np.array([False, True])})
-    >>> model.weight[0, 0].item() != 0.0, model.weight[0, 1].item()
-    (True, 0.0)
-    """
-    places = outgoing(groups, arrived)
-    for module in (model, *unwrapped([place.tensor for place in places], model, copies)):
-        tensors = named_tensors(module)
-        for place in places:
-            tensor = tensors[place.tensor]
-            tensor.index_fill_(place.dim, torch.from_numpy(place.entries).to(tensor.device), 0)
-
-
 def _check_same_widths(groups: tuple[Group, ...], reserve: Reserve) -> None:
     widths = {name: int(units.sum()) for name, units in reserve.active.items()}
     for group in groups:
@@ -181,66 +126,44 @@ def _changes(
     holder: str,
     optimizers: Sequence[torch.optim.Optimizer],
     reserve: Reserve,
-    active: Mapping[str, Bool[np.ndarray, " units"]],
+    boxes: Mapping[str, Box],
     names: frozenset[str],
 ) -> Iterator[Change]:
+    """Each tensor of these names, and its state in optimizers, with the entries that lie in its box then."""
     tensors = named_tensors(module)
-    live, larger = reserve.boxes(reserve.active), reserve.boxes(active)
-    known = reserve.outlines()
 
-    def grown(key: Key, source: Tensor) -> Tensor:
-        return enlarge(reserve, key, source, known[key.tensor], live[key.tensor], larger[key.tensor])
+    def enlarged(key: Key, live: Tensor) -> Tensor:
+        dense, form = reserve.unsharded(key, live)
+        box, before = boxes[key.tensor], reserve.live[key.tensor]
+        new = take(dense, {dim: np.flatnonzero(kept) for dim, kept in box.items()}).to(live.device, live.dtype)
+        write(new, {dim: before[dim][kept] for dim, kept in box.items()}, live.detach())
+        return in_format(new, form)
 
     for name in sorted(names):
         tensor, states = tensors[name], []
         for number, optimizer in enumerate(optimizers):
 
-            def one(value: Tensor, part: str, number: int = number, name: str = name) -> Tensor:
-                like = value.shape == tensors[name].shape
-                return grown(Key(f"optimizer {number}", name, part), value) if like else value
+            def of_state(value: Tensor, part: str, number: int = number, name: str = name) -> Tensor:
+                key = Key(f"optimizer {number}", name, part)
+                return enlarged(key, value) if value.shape == tensors[name].shape else value
 
             if isinstance(tensor, nn.Parameter) and tensor in optimizer.state:
-                states.append(
-                    (optimizer, {part: map_tensors(v, one, part) for part, v in optimizer.state[tensor].items()})
-                )
-        yield Change(name, tensor, grown(Key(holder, name), tensor), tuple(states))
+                kept = optimizer.state[tensor]
+                states.append((optimizer, {part: map_tensors(value, of_state, part) for part, value in kept.items()}))
+        yield Change(name, tensor, enlarged(Key(holder, name), tensor), tuple(states))
 
 
-def enlarge(reserve: Reserve, key: Key, source: Tensor, known: Box, live: Box, larger: Box) -> Tensor:
-    """A live tensor with further entries from the reserve, on its own device.
-
-    `known` are the entries of all units that are active or rest, `live` those of the live tensor, `larger` the
-    result's.
-    """
-    dense, form = reserve.unsharded(key, source, known, live)
-    positions = {dim: np.flatnonzero(kept) for dim, kept in larger.items()}
-    new = take(dense, positions).to(source.device, source.dtype)
-    write(new, {dim: live[dim][kept] for dim, kept in larger.items()}, source.detach())
-    return in_format(new, form)
-
-
-def new_sizes(
-    model: nn.Module, reserve: Reserve, active: Mapping[str, Bool[np.ndarray, " units"]], grow: Grow
+def _new_sizes(
+    reserve: Reserve, active: Mapping[str, Bool[np.ndarray, " units"]], grow: Grow
 ) -> dict[SizePlace, int | None]:
-    """The new value of every size that counts regrown units; None for a call that needs no correction any more.
-
-    The reserve is as before, `active` as after. GroupError: a place is not there, or does not hold what the groups say.
-    """
+    """The new value of every size that counts regrown units; None for a call that needs no correction any more."""
     some = {name for name, origins in grow.items() if len(origins)}
     places = {(size.module, size.place) for group in reserve.groups if group.name in some for size in group.sizes}
-    before, final = plan_cut(reserve.groups, reserve.active).sizes, plan_cut(reserve.groups, active)
-    after = final.sizes
+    after = plan_cut(reserve.groups, active)
     calls = {call_of(at) for at in places if is_call(at[1])}  # all sizes of a call go together
-    places |= {at for at in after if is_call(at[1]) and call_of(at) in calls}
-    check_sizes(model, places)
+    places |= {at for at in after.sizes if is_call(at[1]) and call_of(at) in calls}
     # A forward may compute the size of a call from any group that it touches, even where that size is dense again.
-    cut = {call_of(at) for at in after if at in final.following or at in reserve.corrected}
-    found: dict[SizePlace, int | None] = {}
-    for at in sorted(places):
-        name, place = at
-        if not is_call(place) and (old := read_size(model.get_submodule(name), place)) != before[at].sum():
-            raise GroupError(
-                f"{name}.{place} is {old}, but by the reserve's account {before[at].sum()}: use the last one"
-            )
-        found[at] = int(after[at].sum()) if not is_call(place) or call_of(at) in cut else None
-    return found
+    cut = {call_of(at) for at in after.sizes if at in after.following or at in reserve.corrected}
+    return {
+        at: int(after.sizes[at].sum()) if not is_call(at[1]) or call_of(at) in cut else None for at in sorted(places)
+    }

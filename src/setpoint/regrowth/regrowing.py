@@ -7,8 +7,7 @@ and the units that its plan names come back, with outgoing weights at zero too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -23,28 +22,19 @@ from setpoint.actuator.shrink import shrink_live
 from setpoint.arguments import plain_fields
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan, Probe, RegrowingController
-from setpoint.errors import CheckpointError, GroupError, LoopError
+from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.cutting import Cutting, changing
 from setpoint.messages import counted, warn
-from setpoint.regrowth.regrow import Grow, regrow, silence, with_units
+from setpoint.regrowth.regrow import Grow, regrow, with_units
 from setpoint.regrowth.reserve import Key, Reserve, held
-from setpoint.regrowth.visit import Visit
+from setpoint.regrowth.visit import Arrived, Visit, silence
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.spending.spending import Spending
 
-Snapshots = dict[str, dict[Key, Tensor]]
-"""By group, the tensors of a layer as it was before the last cut."""
-
-Arriving = Callable[[tuple[Group, ...], Mapping[str, Bool[np.ndarray, " _units"]]], None]
-"""Called with larger groups, and by group which active units have just arrived."""
-
-_PROBE_SHARE = 0.01
-"""Probing never takes more than this share of the FLOPs of the steps so far."""
-
-_PROBES = 4
-"""Probed steps before a decision that what may be spent is to last for."""
+_PROBE_SHARE = 0.01  # probing never takes more than this share of the FLOPs of the steps so far
+_PROBES = 4  # probed steps before a decision that what may be spent is to last for
 
 
 @final
@@ -59,7 +49,7 @@ class Regrowing:
 
     Args:
         reserve_bytes: the most host memory, on each rank, for dropped units. Beyond it a warning is given, and the
-            units that were dropped first are let go. None: no limit.
+            units of the first cuts are let go. None: no limit.
 
     Raises:
         ValueError: for what is no number of bytes.
@@ -115,24 +105,20 @@ class Regrowth:
         self._decisions = self._last_rest = self._turn = 0
         self._visit: Visit | None = None
         self._gains: list[dict[str, Float64[np.ndarray, " _units"]]] = []  # by visited step, NaN for all who were away
-        self._snapshots: Snapshots = {}
+        self._snapshots: dict[str, dict[Key, Tensor]] = {}  # by group, a layer's tensors before the last cut turned it
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups at their present widths."""
         return self._cutting.groups
 
     @property
     def origin(self) -> Origins:
-        """By group, the index that each active unit has in the dense model."""
         return self._cutting.origin
 
     def broken(self) -> str:
-        """Nothing is masked."""
         return ""
 
     def totals(self) -> Mapping[str, Any]:
-        """A summary counts what came back from the ledger."""
         return {}
 
     # Visits.
@@ -172,37 +158,33 @@ class Regrowth:
         visit = self._visit
         if visit is None:
             return Change()
+        present = {name: units for name, units in self.origin.items() if name in visit.origins}
+        keep = {name: ~np.isin(units, visit.origins[name]) for name, units in present.items()}
+        host, some = self._host, [group for group in self.groups if group.name in keep]
         with self._spending.account.watch.probing:
-            keep = {
-                name: ~np.isin(units, visit.origins[name])
-                for name, units in self.origin.items()
-                if name in visit.origins
-            }
-            host, changed = self._host, [group for group in self.groups if group.name in keep]
-            with host.resizable("the end of a probe", changed) as agreed:
+            with host.resizable("the end of a probe", some) as agreed:
                 groups = shrink_live(self._model, self._optimizers, self.groups, keep, host.copies, agreed=agreed)
-            self._cutting.take_over(groups, self._origins_of(self.reserve))
+            self._take_over(groups, self.reserve)
         self._visit = None  # only now: where the resize fails, they are still there
         return Change(keep=keep)
 
     def _begin_visit(self, step: int) -> Change:
         """Let units visit, if there are any and a share of the FLOPs pays for them."""
         origins = self._affordable()
-        if not origins or _PROBES * self._extra_flops(origins) > self._spending.spare_flops(
-            step, widths_of(self.groups)
-        ):
+        spare_flops = self._spending.spare_flops(step, widths_of(self.groups))
+        if not origins or _PROBES * self._extra_flops(origins) > spare_flops:
             return Change()
         visits = list[Visit]()
 
-        def silent(larger: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+        def begin(larger: tuple[Group, ...], arrived: Arrived) -> None:
+            # While visitors still have the outgoing weights that they rested with: gains are read along these.
             visits.append(Visit.of(self._model, larger, arrived, origins))
-            silence(self._model, larger, arrived, self._host.copies)
+            self._silence(larger, arrived)
 
-        with self._spending.account.watch.probing:
-            changed = [group for group in self.groups if group.name in origins]
-            with self._host.resizable("a probe", changed) as agreed:
-                # The reserve that `regrow` returns lacks the visitors; it is not kept, since they leave again.
-                arrived, _ = self._regrow(origins, silent, agreed)
+        some = [group for group in self.groups if group.name in origins]
+        with self._spending.account.watch.probing, self._host.resizable("a probe", some) as agreed:
+            # The reserve that comes of it lacks the visitors; it is not kept, since they leave again.
+            arrived, _ = self._regrow(origins, begin, agreed)
         self._visit = visits[0]
         return Change(regrown=arrived)
 
@@ -273,46 +255,74 @@ class Regrowth:
             change, cutting = Change(), self._cutting
             if plan.drops():
                 snapshots = self._layers_to_turn(plan, reading.basis)
-                with (
-                    cutting.coordinates(cutting.host, self.groups, plan, reading, rest=self.lasting),
-                    self._resting(plan.keep) as note,
-                ):
+                with cutting.coordinates(self._host, self.groups, plan, reading, rest=self.lasting):
+                    reserve, note = self._rested(plan.keep)
                     change = replace(cutting.drop(plan, agreed), note=note)
-                self._snapshots = snapshots
+                self.reserve, self._last_rest, self._snapshots = reserve, self._decisions, snapshots
             if plan.grows():
-                arrived, self.reserve = self._regrow(plan.grow, self._undo if plan.undoes else self._silent, agreed)
+                arrived, self.reserve = self._regrow(plan.grow, self._undo if plan.undoes else self._silence, agreed)
                 change = replace(change, regrown=arrived)
             return change
 
+    def _rested(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> tuple[Reserve, str]:
+        """The reserve with the units that are dropped, and in words what is let go for them."""
+        if not self.lasting:
+            self.release()
+        reserve = self.reserve.rest(self._model, self._optimizers, keep, self._host.copies, when=self._decisions)
+        if not reserve.let_go:
+            return reserve, ""
+        gone = counted(sum(len(origins) for origins in reserve.let_go.values()), "unit")
+        words = f"the reserve of {reserve.limit_bytes:,} bytes is full: let go of {gone} dropped earlier"
+        warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room")
+        return reserve, words
+
     def _regrow(
-        self, units: Grow, then: Arriving, agreed: Callable[[], None]
-    ) -> tuple[dict[str, Bool[np.ndarray, " _units"]], Reserve]:
-        """Bring units back; by group which active units have just arrived, and the reserve without them.
+        self, units: Grow, then: Callable[[tuple[Group, ...], Arrived], None], agreed: Callable[[], None]
+    ) -> tuple[Arrived, Reserve]:
+        """Bring units back: which active units have just arrived, and the reserve without them.
 
         Args:
-            then: called with the larger groups and what has arrived, before all ranks agree.
+            then: called with the larger groups and what has arrived, while tensors of a sharded model are unsharded.
         """
         active = with_units(self.reserve, units)
         arrived = {n: np.isin(np.flatnonzero(active[n]), origins) for n, origins in units.items() if len(origins)}
         larger = cut_groups(self.reserve.groups, active)
 
-        def arriving() -> None:  # while the tensors of a sharded model are unsharded
+        def before_ranks_agree() -> None:
             then(larger, arrived)
             agreed()
 
         model, reserve, copies = self._model, self.reserve, self._host.copies
-        groups, after = regrow(model, self._optimizers, self.groups, reserve, units, copies, agreed=arriving)
-        self._cutting.take_over(groups, self._origins_of(after))
+        groups, after = regrow(model, self._optimizers, self.groups, reserve, units, copies, agreed=before_ranks_agree)
+        self._take_over(groups, after)
         return arrived, after
 
-    def _silent(self, larger: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+    def _take_over(self, groups: tuple[Group, ...], reserve: Reserve) -> None:
+        self._cutting.take_over(groups, {name: np.flatnonzero(units) for name, units in reserve.active.items()})
+
+    def _silence(self, larger: tuple[Group, ...], arrived: Arrived) -> None:
         """Units that come back change no output yet, so that the loss does not jump."""
         silence(self._model, larger, arrived, self._host.copies)
 
-    def _undo(self, larger: tuple[Group, ...], arrived: Mapping[str, Bool[np.ndarray, " _units"]]) -> None:
+    def _undo(self, larger: tuple[Group, ...], arrived: Arrived) -> None:
         """A whole cut is taken back: units have their weights at once, layers that were turned are as before."""
-        for name in self._snapshots:
-            self._put_back(name)
+        for snapshot in self._snapshots.values():
+            names = frozenset(key.tensor for key in snapshot)
+            tensors = dict(held(self._model, self._optimizers, self._host.copies, names))
+            # Where anything else about the layer's shape has changed since, it stays as it is.
+            if all(key in tensors and tensors[key].shape == value.shape for key, value in snapshot.items()):
+                for key, value in snapshot.items():
+                    tensors[key].detach().copy_(value)
+
+    def _layers_to_turn(self, plan: Plan, turned: Iterable[str]) -> dict[str, dict[Key, Tensor]]:
+        """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
+        snapshots = {}
+        for group in self.groups:
+            if group.name in turned and not plan.keep[group.name].all():
+                names = frozenset(piece.tensor for piece in group.slices)
+                tensors = held(self._model, self._optimizers, self._host.copies, names)
+                snapshots[group.name] = {key: tensor.detach().clone() for key, tensor in tensors}
+        return snapshots
 
     @property
     def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
@@ -325,51 +335,9 @@ class Regrowth:
         units = {name: np.flatnonzero(dropped) for name, dropped in gone.items()}
         return {name: origins for name, origins in units.items() if len(origins)}
 
-    def _layers_to_turn(self, plan: Plan, turned: Iterable[str]) -> Snapshots:
-        """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
-        snapshots: Snapshots = {}
-        for group in self.groups:
-            if group.name in turned and not plan.keep[group.name].all():
-                names = frozenset(piece.tensor for piece in group.slices)
-                tensors = held(self._model, self._optimizers, self._host.copies, names)
-                snapshots[group.name] = {key: tensor.detach().clone() for key, tensor in tensors}
-        return snapshots
-
-    @contextmanager
-    def _resting(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> Iterator[str]:
-        """Take in the units that are dropped inside; what is let go for them, in words. If dropping fails, nothing."""
-        if not self.lasting:
-            self.release()
-        before, last_rest = self.reserve, self._last_rest
-        self._last_rest = self._decisions
-        self.reserve = before.rest(self._model, self._optimizers, keep, self._host.copies, when=self._decisions)
-        let_go, words = self.reserve.let_go, ""
-        if let_go:
-            gone = counted(sum(len(origins) for origins in let_go.values()), "unit")
-            words = f"the reserve of {before.limit_bytes:,} bytes is full: let go of {gone} dropped earlier"
-        try:
-            if words:
-                warn(f"{words} for good; actuator=Regrowing(reserve_bytes=...) makes room")
-            yield words
-        except BaseException:
-            self.reserve, self._last_rest = before, last_rest
-            raise
-
-    def _put_back(self, name: str) -> None:
-        """Put a layer back as it was before the last cut, if nothing else about its shape has changed since."""
-        snapshot = self._snapshots[name]
-        names = frozenset(key.tensor for key in snapshot)
-        tensors = dict(held(self._model, self._optimizers, self._host.copies, names))
-        if any(key not in tensors or tensors[key].shape != value.shape for key, value in snapshot.items()):
-            return
-        with torch.no_grad():
-            for key, value in snapshot.items():
-                tensors[key].copy_(value)
-
     def release(self) -> None:
         """Nothing comes back any more: give the reserve's memory back."""
-        nothing = {name: np.zeros_like(units) for name, units in self.reserve.resting.items()}
-        self.reserve, self._snapshots = replace(self.reserve, tensors={}, resting=nothing), {}
+        self.reserve, self._snapshots = self.reserve.emptied(), {}
 
     def stop(self) -> None:
         """The loop has let visitors leave."""
@@ -377,7 +345,6 @@ class Regrowth:
     # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors and numbers."""
         snapshots = {
             name: [(*key, value) for key, value in tensors.items()] for name, tensors in self._snapshots.items()
         }
@@ -394,39 +361,27 @@ class Regrowth:
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """The groups at the widths of the state."""
         if state["kind"] == "cutting":
             raise CheckpointError(
                 "units come back in one of the two runs only: build the model anew, dense, and attach with the "
                 "arguments of the run that is to go on"
             )
-        groups, keep = self._cutting.check(state), self._cutting.kept(state)
-        reserve = self.reserve.resumed(state["reserve"])
-        widths = {name: len(active) for name, active in reserve.active.items()}
-        visit = None if state["visit"] is None else Visit.resumed(state["visit"], widths)
-        active = reserve.active if visit is None else with_units(reserve, visit.origins)
-        if any((active[name] != kept).any() for name, kept in keep.items()):
-            raise CheckpointError("the reserve and the loop disagree about which units are active")
-        for name, values in (item for gains in _gains(state) for item in gains.items()):
-            if values.shape != (widths.get(name),):
-                raise GroupError(f"gains of visitors of {name!r} are not one per unit")
-        int(state["decisions"]), int(state["last_rest"]), int(state["turn"])
-        _snapshots(state["snapshots"])
+        groups = self._cutting.check(state)
+        self.reserve.resumed(state["reserve"])  # its errors belong here, before anything changes
         return groups
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut the dense model to the units of the state, and go on with its reserve."""
-        reserve = self.reserve.resumed(state["reserve"])  # asks the dense model
+        reserve = self.reserve.resumed(state["reserve"])
         self._cutting.load_state_dict(state)
         self.reserve, self._decisions = reserve, int(state["decisions"])
         self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
-        self._snapshots, self._gains = _snapshots(state["snapshots"]), _gains(state)
-        widths = {name: len(active) for name, active in reserve.active.items()}
-        self._visit = None if state["visit"] is None else Visit.resumed(state["visit"], widths)
-
-    @staticmethod
-    def _origins_of(reserve: Reserve) -> dict[str, Int[np.ndarray, " _units"]]:
-        return {name: np.flatnonzero(units) for name, units in reserve.active.items()}
+        cpu = torch.device("cpu")
+        self._gains = [restored(gains, {}, "gains of visitors", cpu) for gains in state["gains"]]
+        self._visit = None if state["visit"] is None else Visit.resumed(state["visit"])
+        self._snapshots = {
+            name: {Key(holder, tensor, part): value.clone() for holder, tensor, part, value in tensors}
+            for name, tensors in state["snapshots"].items()
+        }
 
 
 def check_regrowth(sensor: Sensor[Any]) -> None:
@@ -438,25 +393,10 @@ def check_regrowth(sensor: Sensor[Any]) -> None:
         )
 
 
-def _gains(state: Mapping[str, Any]) -> list[dict[str, Float64[np.ndarray, " _units"]]]:
-    return [restored(gains, {}, "gains of visitors", torch.device("cpu")) for gains in state["gains"]]
-
-
-def _snapshots(state: Mapping[str, Sequence[Sequence[Any]]]) -> Snapshots:
-    return {
-        str(name): {Key(str(holder), str(tensor), str(part)): value.clone() for holder, tensor, part, value in tensors}
-        for name, tensors in state.items()
-    }
-
-
 def _mean_and_deviation(
     rows: Float64[np.ndarray, "steps units"],
 ) -> tuple[Float64[np.ndarray, " units"], Float64[np.ndarray, " units"], Int[np.ndarray, " units"]]:
-    """Mean over the steps in which a unit was present, their sample deviation (NaN for a single one) and number.
-
-    >>> _mean_and_deviation(np.array([[1.0, np.nan], [3.0, 5.0]]))
-    (array([2., 5.]), array([1.41421356,        nan]), array([2, 1]))
-    """
+    """Mean over the steps in which a unit was present, their sample deviation (NaN for a single one) and number."""
     present = np.isfinite(rows)
     count = present.sum(0)
     mean = np.where(present, rows, 0.0).sum(0) / count

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +26,12 @@ from setpoint.groups.sizes_in_code.shim import get_call_sizes
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
 """By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
 
+_BY_UNIT = ("active", "resting", "dropped_at", "drops")  # fields of a reserve with an entry for each dense unit
 
-def count_entries(shape: Sequence[int], box: Box) -> int:
+
+def _count(shape: Sequence[int], box: Box) -> int:
     """Number of entries of a tensor in a box."""
     return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
-
-
-def resting_entries(shape: Sequence[int], known: Box, live: Box) -> Bool[Tensor, " *shape"]:
-    """True at each entry whose units are all known, but not all of them active."""
-    return _inside(shape, known) & ~_inside(shape, live)
 
 
 def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
@@ -107,9 +104,7 @@ class Reserve:
     def of(
         cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, mesh: Any = None
     ) -> Reserve:
-        """The empty reserve of a model, before any cut that it is to remember; ValueError for a bad limit."""
-        if limit_bytes is not None and (isinstance(limit_bytes, bool) or limit_bytes < 0):
-            raise ValueError(f"limit_bytes is a number of bytes, at least 0, or None: got {limit_bytes!r}")
+        """The empty reserve of a model, before any cut that it is to remember."""
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
         corrected = frozenset(at for at in places if at[1] in get_call_sizes(model.get_submodule(at[0])))
         own = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
@@ -128,9 +123,22 @@ class Reserve:
         """Host memory of the resting entries on this rank."""
         return sum(rest.values.numel() * rest.values.itemsize for rest in self.tensors.values())
 
-    def shares(self, name: str) -> bool:
-        """Whether the resting entries of a tensor are sharded."""
-        return self.mesh is not None and name not in self.own
+    @cached_property
+    def live(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
+        """By tensor, the box of the active units."""
+        return self.boxes(self.active)
+
+    @cached_property
+    def known(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
+        """By tensor, the box of all units that are active or rest."""
+        return self.boxes({name: units | self.resting[name] for name, units in self.active.items()})
+
+    def boxes(self, units: Keep) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
+        """By tensor and dim, the entries that are present with these units."""
+        found: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
+        for (name, dim), kept in plan_cut(self.groups, units).entries.items():
+            found.setdefault(name, {})[dim] = kept
+        return found
 
     def present(self) -> tuple[Group, ...]:
         """The groups as they are in the model now."""
@@ -140,12 +148,18 @@ class Reserve:
         """By group, origins of the units that rest here; groups with none are absent."""
         return {name: np.flatnonzero(units) for name, units in self.resting.items() if units.any()}
 
+    def names(self, units: Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]) -> frozenset[str]:
+        """Names of the tensors in which any of these units lie."""
+        some = {name for name, origins in units.items() if len(origins)}
+        groups = [group for group in self.groups if group.name in some]
+        return frozenset(part.tensor for group in groups for part in group.slices if part.dim is not None)
+
     def rest(
         self, model: nn.Module, optimizer: Optimizers, keep: Keep, copies: Sequence[nn.Module] = (), when: int = 0
     ) -> Reserve:
         """The reserve with the units that `keep` drops; call it just before `shrink` with the same arguments.
 
-        Over the limit, the units that were dropped first are let go for good. Optimizers and copies are always the same
+        Over the limit, the units of the first cuts are let go for good. Optimizers and copies are always the same
         ones in the same order, since `Key` numbers them. `when` is noted. GroupError: `keep` does not fit the active
         units.
         """
@@ -162,86 +176,58 @@ class Reserve:
             drops[name][origins] += 1
         after = replace(self, active=active, resting=resting, dropped_at=dropped_at, drops=drops, let_go={})
         sources = dict(held(model, optimizer, copies, self.names(dropped)))
-        after = after._within_limit({key: rest.values for key, rest in self.tensors.items()} | sources, self)
+        if self.limit_bytes is not None:
+            dense = {key: self._dense_shape(key, source) for key, source in sources.items()}
+            dense |= {key: rest.form.shape for key, rest in self.tensors.items()}
+            itemsizes = {key: rest.values.itemsize for key, rest in self.tensors.items()}
+            itemsizes |= {key: source.itemsize for key, source in sources.items()}
+            while after._need(dense, itemsizes) > self.limit_bytes:
+                after = after._without_oldest()
         names = self.names(dropped) | self.names(after.let_go)
         return after.refilled(self.gathered(names), sources, names)
 
+    def emptied(self) -> Reserve:
+        """The reserve of which nothing comes back any more."""
+        return replace(self, tensors={}, resting={name: np.zeros_like(units) for name, units in self.resting.items()})
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the groups and the limit, in tensors, numbers and strings; each rank has its own part."""
-        by_group = {
-            name: {key: torch.from_numpy(by_unit[name].copy()) for key, by_unit in self._by_group().items()}
+        units = {
+            name: {part: torch.from_numpy(getattr(self, part)[name].copy()) for part in _BY_UNIT}
             for name in self.active
         }
         tensors = []
         for key, rest in self.tensors.items():
             form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
             tensors.append({"key": tuple(key), "values": rest.values, "count": rest.count, **form})
-        return {"units": by_group, "tensors": tensors}
+        return {"units": units, "tensors": tensors}
 
     def resumed(self, state: Mapping[str, Any]) -> Reserve:
         """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
-        units = state["units"].items()
-        by_group = {key: {n: u[key].numpy().copy() for n, u in units if key in u} for key in self._by_group()}
-        for part, old in self._by_group().items():
-            for name, array in old.items():
-                new = by_group[part].get(name)
-                if new is None or (new.shape, new.dtype) != (array.shape, array.dtype):
-                    raise GroupError(f"the reserve's {part} of group {name!r} is not one {array.dtype} per unit")
+        by_unit: dict[str, Any] = {
+            part: {name: state["units"][name][part].numpy().copy() for name in self.active} for part in _BY_UNIT
+        }
+        for part, by_group in by_unit.items():
+            for name, values in by_group.items():
+                if len(values) != len(self.active[name]):
+                    raise GroupError(f"the reserve's {part} of group {name!r} is not one per unit")
         tensors = {}
         for saved in state["tensors"]:
             key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()
-            mine = self.ranks.part(count) if self.shares(key.tensor) else slice(0, count)
+            mine = self._part(key.tensor, count)
             if len(values) != mine.stop - mine.start:
                 raise GroupError("the reserve is of another rank, or of a run on another number of ranks")
             form = torch.empty_strided(saved["shape"], saved["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
-        after = replace(self, tensors=tensors, **by_group)  # type: ignore[arg-type]
-        known, live = after.outlines(), after.boxes(after.active)
-        for key, rest in tensors.items():
-            shape = rest.form.shape
-            if key.tensor not in known or any(len(kept) != shape[dim] for dim, kept in known[key.tensor].items()):
-                raise GroupError(f"the reserve holds {key.tensor!r} of shape {tuple(shape)}, which no group has")
-            if rest.count != count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor]):
-                raise GroupError(f"the reserve lacks entries of {key.tensor!r}")
-        return after
+        return replace(self, tensors=tensors, **by_unit)
 
-    def _by_group(self) -> dict[str, Mapping[str, np.ndarray]]:
-        return {key: getattr(self, key) for key in ("active", "resting", "dropped_at", "drops")}
+    def _is_shared(self, name: str) -> bool:
+        """Whether the resting entries of a tensor are sharded."""
+        return self.mesh is not None and name not in self.own
 
-    def names(self, units: Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]) -> frozenset[str]:
-        """Names of the tensors in which any of these units lie."""
-        some = {name for name, origins in units.items() if len(origins)}
-        groups = [group for group in self.groups if group.name in some]
-        return frozenset(part.tensor for group in groups for part in group.slices if part.dim is not None)
-
-    def boxes(self, units: Keep) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
-        """By tensor and dim, the entries that are present with these units."""
-        found: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
-        for (name, dim), kept in plan_cut(self.groups, units).entries.items():
-            found.setdefault(name, {})[dim] = kept
-        return found
-
-    def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
-        """This reserve with the entries that belong to its resting units, in the tensors whose resting entries change.
-
-        They are taken from the reserve `before`, `gathered`, and from live tensors, which hold what was active in it.
-        """
-        known, live = before.outlines(), before.boxes(before.active)
-        wanted, mine = self.outlines(), self.boxes(self.active)
-        tensors = dict(self.tensors)
-        keys = dict.fromkeys([*sources, *(key for key in before.tensors if key.tensor in names)])
-        for key in keys:
-            name = key.tensor
-            source = sources.get(key)
-            dense, form = before.unsharded(key, source, known[name], live[name])
-            if source is not None:
-                write(dense, live[name], source.detach().to("cpu", dense.dtype))
-            values = dense[resting_entries(dense.shape, wanted[name], mine[name])]
-            tensors.pop(key, None)
-            if values.numel():
-                part = values[self.ranks.part(len(values))].clone() if self.shares(name) else values
-                tensors[key] = Rest(part, form, len(values))
-        return replace(self, tensors=tensors)
+    def _part(self, name: str, count: int) -> slice:
+        """Which of the resting entries of a tensor are on this rank."""
+        return self.ranks.part(count) if self._is_shared(name) else slice(0, count)
 
     def gathered(self, names: Collection[str]) -> Reserve:
         """The reserve with all resting entries of these tensors only, unsharded; every rank calls this.
@@ -250,73 +236,69 @@ class Reserve:
         """
         if self.mesh is None:
             return self
-        # Sorted, so that all ranks gather in the same order.
-        wanted = {key: rest for key, rest in sorted(self.tensors.items()) if key.tensor in names}
-        unsharded = {
-            key: replace(rest, values=self.ranks.joined(rest.values, rest.count)) if self.shares(key.tensor) else rest
-            for key, rest in wanted.items()
-        }
-        return replace(self, tensors=unsharded, mesh=None)
+        tensors = {}
+        for key, rest in sorted(self.tensors.items()):  # all ranks gather in the same order
+            if key.tensor in names:
+                shared = self._is_shared(key.tensor)
+                tensors[key] = replace(rest, values=self.ranks.joined(rest.values, rest.count)) if shared else rest
+        return replace(self, tensors=tensors, mesh=None)
 
-    def unsharded(self, key: Key, like: Tensor | None, known: Box, live: Box) -> tuple[Tensor, Tensor]:
-        """A tensor at its dense size, unsharded in host memory, and its form; zero where nothing rests.
+    def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
+        """This reserve with the entries that belong to its resting units, in the tensors of these names.
 
-        `known` and `live` are the entries of units active or resting, and of the active ones. `like` is the live
-        tensor.
+        They are taken from the reserve `before`, `gathered`, and from live tensors, which hold what was active in it.
         """
+        tensors = dict(self.tensors)
+        for key in dict.fromkeys([*sources, *(key for key in before.tensors if key.tensor in names)]):
+            name, source = key.tensor, sources.get(key)
+            dense, form = before.unsharded(key, source)
+            if source is not None:
+                write(dense, before.live[name], source.detach().to("cpu", dense.dtype))
+            values = dense[self._resting_entries(name, dense.shape)]
+            tensors.pop(key, None)
+            if values.numel():
+                # A part is a view, which would keep the entries of all ranks in memory.
+                part = values[self._part(name, len(values))].clone() if self._is_shared(name) else values
+                tensors[key] = Rest(part, form, len(values))
+        return replace(self, tensors=tensors)
+
+    def unsharded(self, key: Key, like: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A tensor at its dense size in host memory, and its form; zero where nothing rests. `like` is the live one."""
         rest = self.tensors.get(key)
         if rest is None and key.holder.startswith("copy"):  # made after the cut: what rests of it is as in the model
             rest = self.tensors.get(Key("model", key.tensor))
         if rest is not None:
-            whole = torch.zeros(rest.form.shape, dtype=rest.values.dtype if like is None else like.dtype)
-            whole[resting_entries(whole.shape, known, live)] = rest.values.to(whole.dtype)
-            return whole, rest.form
+            dense = torch.zeros(rest.form.shape, dtype=rest.values.dtype if like is None else like.dtype)
+            dense[self._resting_entries(key.tensor, dense.shape)] = rest.values.to(dense.dtype)
+            return dense, rest.form
         assert like is not None
-        shape = [len(live[dim]) if dim in live else length for dim, length in enumerate(like.shape)]
-        form = in_format(torch.empty(shape, dtype=like.dtype, device="meta"), like)
-        return torch.zeros(shape, dtype=like.dtype), form
+        dense = torch.zeros(self._dense_shape(key, like), dtype=like.dtype)
+        return dense, in_format(torch.empty_like(dense, device="meta"), like)
 
-    def outlines(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
-        """Boxes of all units that are active or rest."""
-        return self.boxes({name: units | self.resting[name] for name, units in self.active.items()})
+    def _resting_entries(self, name: str, shape: Sequence[int]) -> Bool[Tensor, " *shape"]:
+        """True at each entry whose units are all known, but not all of them active."""
+        return _inside(shape, self.known[name]) & ~_inside(shape, self.live[name])
 
-    def _within_limit(self, tensors: Mapping[Key, Tensor], before: Reserve) -> Reserve:
-        """This reserve without the units, first dropped first, for which there is no room."""
-        shapes, limit = before._shapes(tensors), self.limit_bytes
-        if limit is None or self._need(shapes, tensors) <= limit:
-            return self
-        resting = [(name, int(unit)) for name, units in self.resting.items() for unit in np.flatnonzero(units)]
-        order = sorted((int(self.dropped_at[name][unit]), name, unit) for name, unit in resting)
-        # The need falls with every unit let go, so the least number of them is found by bisection.
-        number = bisect_left(
-            range(len(order)), True, key=lambda n: self._without(order[:n])._need(shapes, tensors) <= limit
-        )
-        return self._without(order[:number])
+    def _dense_shape(self, key: Key, live: Tensor) -> tuple[int, ...]:
+        box = self.live[key.tensor]
+        return tuple(len(box[dim]) if dim in box else length for dim, length in enumerate(live.shape))
 
-    def _without(self, units: Sequence[tuple[int, str, int]]) -> Reserve:
-        resting = {name: values.copy() for name, values in self.resting.items()}
-        let_go: dict[str, list[int]] = {}
-        for _, name, unit in units:
-            resting[name][unit] = False
-            let_go.setdefault(name, []).append(unit)
-        return replace(self, resting=resting, let_go={name: tuple(sorted(gone)) for name, gone in let_go.items()})
+    def _without_oldest(self) -> Reserve:
+        """This reserve without the units that were dropped first: of a cut in part, none could be taken back."""
+        first = min(int(self.dropped_at[name][units].min()) for name, units in self.resting.items() if units.any())
+        gone = {name: units & (self.dropped_at[name] == first) for name, units in self.resting.items()}
+        resting = {name: units & ~gone[name] for name, units in self.resting.items()}
+        origins = {name: tuple(np.flatnonzero(units).tolist()) for name, units in gone.items() if units.any()}
+        let_go = {name: self.let_go.get(name, ()) + units for name, units in origins.items()}
+        return replace(self, resting=resting, let_go={**self.let_go, **let_go})
 
-    def _shapes(self, tensors: Mapping[Key, Tensor]) -> dict[Key, tuple[int, ...]]:
-        live = self.boxes(self.active)
-        return {
-            key: tuple(self.tensors[key].form.shape)
-            if key in self.tensors
-            else tuple(len(live[key.tensor].get(dim, ())) or length for dim, length in enumerate(tensor.shape))
-            for key, tensor in tensors.items()
-        }
-
-    def _need(self, shapes: Mapping[Key, tuple[int, ...]], tensors: Mapping[Key, Tensor]) -> int:
-        """Bytes that the resting entries of these tensors take, on each rank."""
-        known, live, ranks = self.outlines(), self.boxes(self.active), self.ranks.count
+    def _need(self, shapes: Mapping[Key, Sequence[int]], itemsizes: Mapping[Key, int]) -> int:
+        """Bytes that the resting entries of tensors of these dense shapes take, on each rank."""
         total = 0
         for key, shape in shapes.items():
-            count = count_entries(shape, known[key.tensor]) - count_entries(shape, live[key.tensor])
-            total += tensors[key].itemsize * (-(-count // ranks) if self.shares(key.tensor) else count)
+            count = _count(shape, self.known[key.tensor]) - _count(shape, self.live[key.tensor])
+            per_rank = -(-count // self.ranks.count) if self._is_shared(key.tensor) else count
+            total += itemsizes[key] * per_rank
         return total
 
 

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 
+from setpoint.actuator.shrink import unwrapped
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor, local, ranks_of, rows
-from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.regrowth.regrow import outgoing
+
+Arrived = Mapping[str, Bool[np.ndarray, " _units"]]
+"""By group, which active units have just come back: one boolean for each."""
+
+
+class _Outgoing(NamedTuple):
+    """Where some units of a group are read: their entries in a tensor along one of its dims."""
+
+    group: str
+    tensor: str
+    dim: int
+    entries: Int[np.ndarray, " entries"]
+    units: Int[np.ndarray, " entries"]  # whose each entry is
+
+
+def _outgoing(groups: tuple[Group, ...], arrived: Arrived) -> list[_Outgoing]:
+    found = []
+    for group in groups:
+        for part in group.slices if group.name in arrived else ():
+            if part.role == "consume" and part.dim is not None:
+                entries = np.flatnonzero(np.isin(part.index, np.flatnonzero(arrived[group.name])))
+                found.append(_Outgoing(group.name, part.tensor, part.dim, entries, part.index[entries]))
+    return found
+
+
+@torch.no_grad()
+def silence(model: nn.Module, groups: tuple[Group, ...], arrived: Arrived, copies: Sequence[nn.Module] = ()) -> None:
+    """Set the outgoing weights of units that have just arrived to zero, so that they change no output yet.
+
+    Model and copies are those after `regrow`, and not sharded now; `groups` are with these units.
+
+    >>> from setpoint.groups.group import Slice
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> groups = (Group("inputs", "unit", 2, (Slice("weight", 1, "consume", np.arange(2)),)),)
+    >>> silence(model, groups, {"inputs": np.array([False, True])})
+    >>> model.weight[0, 0].item() != 0.0, model.weight[0, 1].item()
+    (True, 0.0)
+    """
+    places = _outgoing(groups, arrived)
+    for module in (model, *unwrapped([place.tensor for place in places], model, copies)):
+        tensors = named_tensors(module)
+        for place in places:
+            tensor = tensors[place.tensor]
+            tensor.index_fill_(place.dim, torch.from_numpy(place.entries).to(tensor.device), 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +107,12 @@ class Visit:
         cls,
         model: nn.Module,
         groups: tuple[Group, ...],
-        arrived: Mapping[str, Bool[np.ndarray, " _units"]],
+        arrived: Arrived,
         origins: Mapping[str, Int[np.ndarray, " _units"]],
     ) -> Visit:
-        """The visit of units that have just come back as they were, before their outgoing weights are set to zero.
-
-        Args:
-            groups: with the visitors.
-            arrived: by group, one boolean per active unit, True = visits.
-        """
+        """The visit of units that have just come back as they were, before their outgoing weights are set to zero."""
         tensors, found = named_tensors(model), []
-        for place in outgoing(groups, arrived):
+        for place in _outgoing(groups, arrived):
             weight, at = tensors[place.tensor], torch.from_numpy(place.entries)
             if isinstance(weight, nn.Parameter):
                 visitors = np.searchsorted(np.flatnonzero(arrived[place.group]), place.units)
@@ -87,10 +125,7 @@ class Visit:
     ) -> dict[str, Float64[np.ndarray, " _visitors"]] | None:
         """By group, the gain of each visitor in this step; None where a gradient is NaN, or none is there.
 
-        Call it when all gradients are ready, before the optimizer moves the weights.
-
-        Args:
-            grad_scale: what the gradients are still multiplied by, or None.
+        `grad_scale` is what the gradients are still multiplied by, or None.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {name: torch.zeros(len(units), dtype=torch.float64) for name, units in self.origins.items()}
@@ -107,16 +142,11 @@ class Visit:
         return {name: values.numpy() for name, values in zip(found, parts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors, numbers and strings."""
         origins = {name: torch.from_numpy(np.asarray(units)) for name, units in self.origins.items()}
         return {"origins": origins, "directions": [vars(direction) for direction in self.directions]}
 
     @classmethod
-    def resumed(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> Visit:
-        """The visit whose `state_dict` this is; GroupError where it is not of groups with so many units."""
+    def resumed(cls, state: Mapping[str, Any]) -> Visit:
+        """The visit whose `state_dict` this is."""
         origins = {str(name): units.cpu().numpy() for name, units in state["origins"].items()}
-        directions = tuple(Direction(**direction) for direction in state["directions"])
-        inside = all(np.isin(units, np.arange(widths.get(name, 0))).all() for name, units in origins.items())
-        if not inside or any(direction.group not in origins for direction in directions):
-            raise GroupError("units that visit are not units of this model's groups")
-        return cls(origins, directions)
+        return cls(origins, tuple(Direction(**direction) for direction in state["directions"]))
