@@ -150,9 +150,9 @@ def measure(subject: Subject, device: torch.device, rounds: int, modes: tuple[st
         "run": {
             "steps": summary.steps,
             "seconds": trained,
-            "attach_seconds": summary.attach_seconds,
+            "attach_seconds": summary.overhead["attach"],
             "overhead_seconds": summary.overhead_seconds,
-            "resizing_seconds": summary.resizing_seconds,
+            "resizing_seconds": summary.overhead["resizing"],
             "resizes": summary.resizes,
             "budget_met": summary.budget_met,
         },

@@ -101,7 +101,7 @@ def sensing(name: str, rounds: int) -> dict[str, Any]:
     for turn in range(rounds):
         for model in (plain, watched) if turn % 2 else (watched, plain):
             (without if model is plain else with_it).append(seconds(lambda model=model: step(model)))
-    attach_seconds = loop.finish().attach_seconds
+    attach_seconds = loop.finish().overhead["attach"]
     sensed = sensor_seconds(task, watched, lambda: step_gradients(watched))
     ratios = [b / a - 1 for a, b in zip(without, with_it, strict=True)]
     return {

@@ -19,7 +19,7 @@ from setpoint.controller.plan import Controller, Learning, RegrowingController, 
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget, Tolerance
 from setpoint.errors import CheckpointError, LoopError
-from setpoint.groups.example import Example, called_by, check_example
+from setpoint.groups.example import Example, called_by, check_example, num_samples
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import one_at_a_time, preserved_rng_state
 from setpoint.groups.trace import repeated, trace
@@ -130,7 +130,7 @@ def attach(
 
             complete(host.model, example)
         loop = Loop(host)
-        _begin(loop, spec, Inputs.of(example))
+        _begin(loop, spec, Inputs(example, samples=num_samples(example)))
         _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         return loop
 
@@ -144,7 +144,7 @@ def attach(
     loop.wait(first)
     RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
     if resume and host.wrapped and model is not host.model:
-        loop.stand_by(FollowLoads(host, model))
+        loop.stop_too(FollowLoads(host, model))
     return loop
 
 
@@ -188,7 +188,7 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
         raise
     if spec.resume:
         forget(first_optimizer)
-        loop.stand_by(Carrying(loop, inputs.form()))
+        loop.stop_too(Carrying(loop, inputs.form()))
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:

@@ -65,7 +65,6 @@ SUMMARY_PLAN = {
     "resizes": "resizes",
     "dropped_units": "dropped_units",
     "regrown_units": "regrown_units",
-    "probed_steps": "probed_steps",
 }
 SUMMARY_NUMBERS = {
     "final_flops": "final_flops",
@@ -112,6 +111,7 @@ def facts_of(loop: setpoint.Loop, models: Mapping[str, nn.Module], digits: int) 
         "plan": {
             "entries": [read(entry, PLAN) for entry in ledger],
             **read(summary, SUMMARY_PLAN),
+            "probed_steps": loop.spending.account.probed_steps,
             "origin": {name: digest(each) for name, each in loop.origin.items()} if loop.masks else loop.origin,
         },
         "numbers": {"entries": [read(entry, NUMBERS) for entry in ledger], **read(summary, SUMMARY_NUMBERS)},

@@ -117,7 +117,7 @@ def test_passes_are_overhead(machine: Machine) -> None:
     one_pass = 2 * 2 * (16 * 256 + 256 * 256 + 256 * 4)
     read = found[0] - found[1]
     assert read > 0 and read % one_pass == 0
-    seconds = [loop.summary.deciding_seconds for loop in loops if loop.summary]
+    seconds = [loop.summary.overhead["deciding"] for loop in loops if loop.summary]
     assert seconds[0] > seconds[1]
 
 

@@ -89,9 +89,10 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
-        if self.summary is None or not (args.load_best_model_at_end and state.best_model_checkpoint):
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        if self.loop is None or self.summary is None or not best:
             return
-        num_params = self.summary.final_params + self.summary.masked_params
+        num_params = self.summary.final_params + sum(int((~mask).sum()) for mask in self.loop.masks.values())
         loaded = sum(parameter.numel() for parameter in kwargs["model"].parameters())
         if loaded > num_params:
             warn(

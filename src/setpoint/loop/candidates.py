@@ -47,9 +47,11 @@ def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], d
     """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
     held = {id(p) for optimizer in host.optimizers for settings in optimizer.param_groups for p in settings["params"]}
     trained = {name for name, p in host.model.named_parameters() if p.requires_grad and id(p) not in held}
-    missing = {g.name: list(dict.fromkeys(p.tensor for p in g.slices if p.tensor in trained)) for g in groups}
-    more = {name: f" and {len(tensors) - 3} more" if len(tensors) > 3 else "" for name, tensors in missing.items()}
-    strangers = {name: f"{', '.join(all_[:3])}{more[name]}: {_UNTRAINED}" for name, all_ in missing.items() if all_}
+    strangers = {}
+    for group in groups:
+        missing = list(dict.fromkeys(place.tensor for place in group.slices if place.tensor in trained))
+        if missing:
+            strangers[group.name] = f"{_listed(missing, 3)}: {_UNTRAINED}"
     return tuple(group for group in groups if group.name not in strangers), strangers
 
 
@@ -74,15 +76,22 @@ def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
     """Check that there is anything to prune."""
     if not groups:
         if strangers := [why for why in frozen.values() if why.endswith(_UNTRAINED)]:
-            more = f"; and so in {len(strangers) - 2} more groups" if len(strangers) > 2 else ""
-            help = "give all optimizers, and all tensors of a layer to one. Nothing else can be pruned"
-            raise GroupError(f"{'; '.join(strangers[:2])}{more}: {help}")
-        reasons = "; ".join(f"{place}: {reason}" for place, reason in list(frozen.items())[:8]) or "no dim at all"
-        more = f"; and {len(frozen) - 8} more" if len(frozen) > 8 else ""
+            raise GroupError(
+                f"{_listed(strangers, 2, '; ')}: give all optimizers, and all tensors of a layer to one. Nothing else "
+                "can be pruned"
+            )
+        reasons = _listed([f"{place}: {reason}" for place, reason in frozen.items()], 8, "; ") or "no dim at all"
         lossy = [name for name, why in frozen.items() if why.endswith(_LOSSY)]
-        help = f". attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same" if lossy else ""
-        help = help or ". docs/own-ops.md says how to teach an op; a layer needs another one behind it to be narrowed"
-        raise GroupError(f"nothing in this model can be pruned: {reasons}{more}{help}")
+        advice = "docs/own-ops.md says how to teach an op; a layer needs another one behind it to be narrowed"
+        if lossy:
+            advice = f"attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same"
+        raise GroupError(f"nothing in this model can be pruned: {reasons}. {advice}")
+
+
+def _listed(items: Sequence[str], limit: int, between: str = ", ") -> str:
+    """The first items of a list, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return between.join(items[:limit]) + more
 
 
 def unit_candidates(
@@ -95,16 +104,7 @@ def unit_candidates(
     allow_lossy: bool,
     verify: bool,
 ) -> Candidates:
-    """The units that may be cut, and why others are not pruned.
-
-    Args:
-        wanted: out of these groups; None for all.
-        allow_lossy: also those in which a zeroed unit is not the same as an absent one.
-        verify: try every cut on copies of the model.
-
-    Raises:
-        GroupError: when `wanted` are not the model's groups, or nothing is left.
-    """
+    """The units that may be cut, out of the groups that are wanted (None for all), and why others are not pruned."""
     groups, frozen = _select(host, found, wanted, sensor, allow_lossy)
     active, strangers = in_hand(host, groups)
     frozen |= strangers
@@ -164,7 +164,7 @@ def _select(
 
 def _adapter_tensors(model: nn.Module) -> frozenset[str]:
     """Names of the tensors that PEFT has added to layers: low ranks are small by choice already."""
-    found: set[str] = set()
+    found = set[str]()
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             base = {f"{name}.{tensor}" for tensor in named_tensors(module) if tensor.startswith("base_layer.")}
@@ -180,20 +180,17 @@ def _verified(
         return groups, {}, 0.0
     failed, share = failing_on_few_rows(model, example, groups)
     if failed:
-        _check_numbers(example)
+        args, kwargs = inputs_of(example)
+        for place, value in (*((f"input {number}", argument) for number, argument in enumerate(args)), *kwargs.items()):
+            if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(value)):
+                raise ExampleError(
+                    f"{place} of the example holds NaN, so that no cut can be tried out: give one without"
+                )
         warn(f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}")
     reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
     # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
     passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
     return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
-
-
-def _check_numbers(example: Example) -> None:
-    """Check that no tensor of the example holds NaN, which no cut can be compared on."""
-    args, kwargs = inputs_of(example)
-    for place, value in (*((f"input {number}", argument) for number, argument in enumerate(args)), *kwargs.items()):
-        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(value)):
-            raise ExampleError(f"{place} of the example holds NaN, on which no cut can be tried out: give one without")
 
 
 def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
@@ -220,6 +217,6 @@ def warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...])
     stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
     if stray:
         warn(
-            f"the example does not reach {', '.join(stray[:5])}{' and more' if len(stray) > 5 else ''}: if training "
+            f"the example does not reach {_listed(stray, 5)}: if training "
             "does, give an example that does, too. Otherwise units that these weights read may be cut without them"
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from setpoint.errors import CheckpointError
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
 from setpoint.host.host import Host
+from setpoint.loop.loop import Loop
 
 KEY = "setpoint"
 """Entry of the first parameter group: PyTorch keeps such entries through its optimizers' states as they are."""
@@ -32,11 +33,7 @@ def packed(state: Mapping[str, Any]) -> Tensor:
 
 
 def unpacked(data: Any) -> Any:
-    """What `packed` was given.
-
-    Raises:
-        CheckpointError: for anything else.
-    """
+    """What `packed` was given; CheckpointError for anything else."""
     try:
         return from_tensors(load(data.cpu().numpy().tobytes()))
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -55,14 +52,9 @@ def forget(optimizer: Optimizer) -> None:
 
 
 class Carrying:
-    """Puts a loop's state into what its first optimizer saves, and takes it out of what that loads.
+    """Puts a loop's state, and the form of its first inputs, into what its first optimizer saves, and takes it back."""
 
-    Args:
-        loop: begun, and the only one of its optimizers.
-        form: of the inputs with which the run began.
-    """
-
-    def __init__(self, loop: Resumed, form: Mapping[str, Any]) -> None:
+    def __init__(self, loop: Loop, form: Mapping[str, Any]) -> None:
         self._loop, self._form = loop, form
         optimizer = loop.host.optimizers[0]
         self._handles = [
@@ -94,29 +86,9 @@ class Carrying:
             check_state(host.optimizers[0], host.model, loop.groups, remaining)
 
     def stop(self) -> None:
-        """Take the hooks away; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-class Resumed(Protocol):
-    """A loop, as far as its state is carried."""
-
-    host: Host
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups, at their present widths."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loop's state."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state over."""
-
-    def restored_on_error(self, what: str) -> AbstractContextManager[None]:
-        """Inside, states are loaded on all ranks or on none."""
 
 
 @contextmanager
@@ -153,9 +125,7 @@ def settle(host: Host, groups: tuple[Group, ...]) -> None:
 class FollowLoads:
     """Re-wraps a model before its next forward when a state that was loaded has cut it inside a wrapper such as DDP.
 
-    Args:
-        host: holds the model; its loop has not begun.
-        called: the model in its wrapper.
+    The loop has not begun; `called` is the model in its wrapper.
     """
 
     def __init__(self, host: Host, called: nn.Module) -> None:
@@ -172,5 +142,4 @@ class FollowLoads:
                 self._shapes = shapes
 
     def stop(self) -> None:
-        """Take the hook away; may be called again."""
         self._handle.remove()

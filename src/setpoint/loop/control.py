@@ -44,10 +44,7 @@ class Parts:
     """What a loop is made of once the model has been looked at.
 
     Args:
-        sensor: reads saliencies.
-        controller: decides.
         actuator: carries plans out; its groups are at dense widths.
-        spending: what the run may spend and has spent.
         header: head of the ledger.
         facts: what must be the same in a run that goes on with this one's state.
         revocable: makes of the actuator one that can take its first cut back; None where nothing is taken back.
@@ -67,13 +64,6 @@ class Control:
     """The control of one run, which changes at every step. `Loop` is what the user has of it.
 
     A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none.
-
-    Args:
-        host: holds model and optimizers.
-        parts: what was chosen for the run.
-        losses: that the user reports.
-        callbacks: called after each step.
-        hooks: on the optimizers.
     """
 
     def __init__(self, host: Host, parts: Parts, losses: Losses, callbacks: Callbacks, hooks: StepHooks) -> None:
@@ -90,26 +80,23 @@ class Control:
         self.spending.account.sensing_flops = self.sensor.flops(self.dense, host.model)
         self._unchanged = Unchanged(host.model, host.copies)
         self._hooks, self._checked_host, self.finished = hooks, False, False
-        host.begin(steps=lambda: self.step, missed=self._missed_step, groups=self.dense)
+        # A rank that has run out of batches misses steps that others make.
+        host.begin(steps=lambda: self.step, missed=lambda: self.after_step(made=False), groups=self.dense)
         self.spending.account.begin()
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return self.state.step
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The groups that may be pruned, at their present widths."""
         return self.actuator.groups
 
     @property
     def widths(self) -> dict[str, int]:
-        """Active units by group."""
         return widths_of(self.groups)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the run by name."""
         return metrics(self.spending, self.step, self.state.plan, self.widths, len(self.ledger))
 
     def before_step(self, grad_scale: Tensor | None) -> None:
@@ -124,7 +111,7 @@ class Control:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Inside, an exception that comes of a model changed by others says so."""
+        """Inside, an exception whose cause is a model that others have changed says so."""
         try:
             yield
         except (LoopError, RankError):
@@ -137,7 +124,7 @@ class Control:
             raise
 
     def _sense(self, grad_scale: Tensor | None) -> None:
-        """Take in the step under way, if it is one of those that are read; after the last decision none is."""
+        """Read the gradients of this step, if it is one of those that are read; after the last decision none is."""
         if self.state.budget_met or self.step >= self.spending.planned_steps:
             self.release()
         elif not self._sensed():
@@ -148,20 +135,16 @@ class Control:
             self.spending.account.sensed(self.spending.account.sensing_flops)
 
     def _sensed(self) -> bool:
-        """Whether the next step is read; while a decision waits for a reading without NaN, so that none hides, each."""
+        """Whether the next step is read: every one while a decision waits for a reading without NaN."""
         return self.state.overdue or self.step % sensed_every(self.spending.planned_steps) == 0
 
     def _due(self, step: int) -> bool:
         return step == self.state.again or self.controller.due(step, self.spending.planned_steps)
 
     def release(self) -> None:
-        """Take off the model what the sensor reads through; changes by others matter no more."""
+        """Take off the model what the sensor reads through; what others change matters no more."""
         self._hooks.unseen.stop()
         self.sensor.release(self.sensor_state)
-
-    def _missed_step(self) -> None:
-        """This rank had no batch for a step that others have made."""
-        self.after_step(made=False)
 
     def after_step(self, made: bool = True) -> None:
         """The optimizers have moved the weights, unless this rank has missed the step."""
@@ -202,7 +185,7 @@ class Control:
         self.spending.prepare(ordinary and open_still)
 
     def _follow(self, change: Change) -> None:
-        """All that remembers something by unit follows units that came for a probe, or went after it."""
+        """Resize what has an entry for each unit after units came for a probe, or went after it."""
         if change.keep or change.regrown:
             self.sensor_state = follow(self.sensor_state, change)
             self.controller_state = follow(self.controller_state, change)
@@ -210,13 +193,13 @@ class Control:
             self.spending.account.sensing_flops = self.sensor.flops(self.groups, self.host.model)
 
     def end_visit(self) -> None:
-        """Units that are there for a probe only leave the model."""
+        """Take units that are there for a probe only out of the model."""
         self._follow(self.actuator.before_decision())
 
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         # Set first: after an exception below the decision is still due at the next step.
-        self.state = now = replace(self.state, overdue=True, waits=False)  # also if anything is raised from here on
+        self.state = now = replace(self.state, overdue=True, waits=False)
         self.end_visit()
         before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
         with self.spending.account.watch.deciding:
@@ -283,7 +266,7 @@ class Control:
         return replace(entry, loss=self.losses.loss, val=self.losses.val, learning_rate=rate)
 
     def _read(self) -> Reading:
-        """A reading whose skipped steps count from the last one; of a model that was changed there is none."""
+        """A reading whose skipped steps count from the last one; LoopError if others have changed the model."""
         self._unchanged.check(self.groups)
         reading, before = self.sensor.read(self.sensor_state, self.groups, self.step), self.state.skipped
         self.state = replace(self.state, skipped=reading.skipped_steps)
@@ -292,7 +275,7 @@ class Control:
     # What changes a run's goal.
 
     def go_on(self) -> None:
-        """Go on with another budget or length: without a bump, and without a last decision that held for other ones."""
+        """Replan after a new budget or length, bumpless; a last decision for the old ones is taken back."""
         spending = self.spending
         if self.state.budget_met and spending.limit_run:
             self._reopen()

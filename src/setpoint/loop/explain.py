@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,38 +74,38 @@ def explain(
     price: float,
     resource: str,
 ) -> Explanation:
-    """What became of a unit, and why; `price` is that of the resource at the last decision.
-
-    Raises:
-        GroupError: for a group that is not pruned here, or a unit that it never had.
-    """
+    """What became of a unit, and why; `price` is that of the resource at the last decision."""
     found = next((candidate for candidate in dense if candidate.name == group), None)
     if found is None:
         known = ", ".join(candidate.name for candidate in dense)
         raise GroupError(f"no group {group!r} is pruned here: use one of {known}")
     if not 0 <= origin < found.num_units:
         raise GroupError(f"group {group!r} has units 0 to {found.num_units - 1}, got {origin}")
+    entries = list(reversed(ledger[:]))
     returned, gain = None, math.nan
-    back = next((entry for entry in reversed(ledger[:]) if origin in entry.grown.get(group, ())), None)
+    back = next((entry for entry in entries if origin in entry.grown.get(group, ())), None)
     if back is not None:
         returned, gain = back.step, _at(back.gain, group, back.grown[group].index(origin))
     position = np.flatnonzero(origins[group] == origin)
-    last = next((entry for entry in reversed(ledger[:]) if origin in entry.dropped.get(group, ())), None)
-    if last is not None and not len(position):
-        at = last.dropped[group].index(origin)
-        value, read = _at(last.worth, group, at), _at(last.saliency, group, at)
-        step, reason, price = last.step, last.reason, last.price.get(resource, math.nan)
-        return Explanation(group, origin, found.what, False, step, read, value, price, reason, returned, gain)
-    at, plan = int(position[0]), now.plan
-    value, read = (float(values[group][at]) if group in values else math.nan for values in (now.worth, now.saliency))
-    if plan is None:
-        return Explanation(group, origin, found.what, True, None, read, value, math.nan, "", returned, gain)
-    return Explanation(group, origin, found.what, True, plan.step, read, value, price, plan.reason, returned, gain)
+    drop = next((entry for entry in entries if origin in entry.dropped.get(group, ())), None)
+    if drop is not None and not len(position):
+        at = drop.dropped[group].index(origin)
+        worth, saliency = _at(drop.worth, group, at), _at(drop.saliency, group, at)
+        alive, step, reason, price = False, drop.step, drop.reason, drop.price.get(resource, math.nan)
+    else:
+        at = int(position[0])
+        worth, saliency = _at(now.worth, group, at), _at(now.saliency, group, at)
+        alive, step, reason = True, None, ""
+        if now.plan is not None:
+            step, reason = now.plan.step, now.plan.reason
+        else:
+            price = math.nan
+    return Explanation(group, origin, found.what, alive, step, saliency, worth, price, reason, returned, gain)
 
 
-def _at(values: Mapping[str, Sequence[float]], group: str, position: int) -> float:
+def _at(values: Mapping[str, Any], group: str, position: int) -> float:
     own = values.get(group, ())
-    return own[position] if position < len(own) else math.nan
+    return float(own[position]) if position < len(own) else math.nan
 
 
 def _number(value: float) -> str:

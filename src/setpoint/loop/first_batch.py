@@ -41,21 +41,12 @@ class Inputs:
     samples: int = 1
     recorded: bool = False
 
-    @classmethod
-    def of(cls, example: Example) -> Inputs:
-        """Of an example of a whole step."""
-        return cls(example, samples=num_samples(example))
-
     def form(self) -> dict[str, Any]:
         """What batches of one run may differ in, where they are padded to their longest row or the last is short."""
         return {"shapes": shapes_of(self.example), "passes": self.passes, "samples": self.samples}
 
     def in_form(self, form: Any) -> Inputs:
-        """These inputs in the form of those with which a run began, as its state has it; an example stays as it is.
-
-        Raises:
-            CheckpointError: for a damaged form.
-        """
+        """These inputs in the form of those with which a run began, as its state has it; an example stays as it is."""
         if not self.recorded:
             return self
         try:
@@ -84,12 +75,7 @@ class FirstBatch:
 
     A forward that raises, runs in eval mode or without gradients is not recorded. Where training never calls the model
     itself but parts of it, `self.decoder(self.encoder(x))` in a `training_step`, each outermost part is recorded.
-
-    Args:
-        host: holds the model.
-        called: the model in its wrappers, as training calls it.
-        method: name of the model's method that training calls.
-        begin: called with what was recorded when the first optimizer is about to step.
+    `called` is the model in its wrappers, and `begin` is called when the first optimizer is about to step.
     """
 
     def __init__(self, host: Host, called: nn.Module, method: str, begin: Callable[[Inputs], None]) -> None:
@@ -116,7 +102,6 @@ class FirstBatch:
                 ]
 
     def forward_begins(self, name: str, module: nn.Module, call: _Call) -> None:
-        """A module is called; one inside of another that is recorded is part of that one."""
         if not name:
             self._running.clear()  # what an interrupt has left there
         # An export in another thread sets the flag for all threads, and is none of this forward.
@@ -134,7 +119,6 @@ class FirstBatch:
         self._first[name] = mapped(_detached, call)  # a copy: training may change a batch's containers in place
 
     def forward_ends(self, name: str, *, raised: bool) -> None:
-        """A call of a module has ended."""
         if not self._running or self._running[-1] != name:
             return
         self._running.pop()
@@ -148,9 +132,8 @@ class FirstBatch:
     def begin(self, backward_passes: int) -> None:
         """Begin the loop with what was recorded.
 
-        Args:
-            backward_passes: until now, those whose gradients add up counted once. Where a GradScaler has skipped steps,
-                there are several, each with its share of the forwards.
+        Passes whose gradients add up are one of the `backward_passes`. Where a GradScaler has skipped steps there are
+        several, each with its share of the forwards.
         """
         counts = {name: self._counts[name] for name in self._outermost()}
         if not counts:
@@ -209,7 +192,6 @@ class FirstBatch:
                 self._model.forward = before
 
     def stop(self) -> None:
-        """Take the hooks away; may be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -242,22 +224,20 @@ def _detached(tensor: Tensor) -> Tensor:
 
 
 class _Record:
-    """The hooks of one module; on a copy of the model, and in a pickle, they do nothing."""
+    """The hooks of one module; on a copy of the model, and after unpickling, they do nothing."""
 
     def __init__(self, name: str = "", batch: FirstBatch | None = None) -> None:
         self.name, self._batch = name, batch
 
     def batch(self) -> FirstBatch | None:
-        """Who records; nobody while code is compiled."""
+        """The batch that records; None while code is compiled."""
         return None if torch.compiler.is_compiling() else self._batch
 
     def ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward begins."""
         if (batch := self.batch()) is not None:
             batch.forward_begins(self.name, module, _Call(args, dict(kwargs)))
 
     def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward has ended."""
         if (batch := self.batch()) is not None:
             batch.forward_ends(self.name, raised=output is None)  # None is what PyTorch gives after an exception
 
@@ -269,7 +249,7 @@ class _Record:
 
 
 class _RecordedMethod:
-    """In the place of a model's method while its first calls are recorded; of a copy it is the plain method."""
+    """Replaces a model's method while its first calls are recorded; on a copy it is the plain method."""
 
     def __init__(self, model: nn.Module, method: str, record: _Record) -> None:
         self.model, self.method, self.record = model, method, record

@@ -29,11 +29,9 @@ class StepHooks:
     called behind it, since that is where the gradients come from.
 
     Under a GradScaler with several optimizers, call `scaler.unscale_` for all of them before the
-    first steps: the scale of the others' gradients cannot be seen from there. A step in which the scaler lets some
-    optimizers step and skips others is not counted, no more than one in which it skips all. It has ended when one
-    that has stepped is about to step again, or one that comes before those that have stepped, by the order of the
-    last whole step; before there was any, when gradients of the others are not finite. One that stepped before and
-    has gradients that are not finite now is not part of this step.
+    first steps: the scale of the others' gradients cannot be seen from there. A step in which the scaler skips any
+    optimizer is not counted. Such a step ends when an optimizer that has stepped, or that came before it in the last
+    whole step, is about to step; before there was a whole step, when gradients of the others are not finite.
 
     Args:
         optimizers: the optimizers of one training step.
@@ -47,9 +45,9 @@ class StepHooks:
         optimizers: tuple[Optimizer, ...],
         before: Callable[[Tensor | None], None],
         after: Callable[[], None],
-        loading: Callable[[Optimizer, dict[str, Any]], None] | None = None,
+        loading: Callable[[Optimizer, dict[str, Any]], None] = lambda optimizer, saved: None,
     ) -> None:
-        self.before, self.after, self._loading = before, after, loading
+        self.before, self.after = before, after
         self._optimizers = {id(optimizer): optimizer for optimizer in optimizers}
         self._order: list[int] = []
         self._took: dict[int, Mark] = {}
@@ -59,7 +57,7 @@ class StepHooks:
         ahead, behind = _not_compiled(self._ahead), _not_compiled(self._behind)
         self._handles = [optimizer.register_step_pre_hook(ahead) for optimizer in optimizers]
         self._handles += [optimizer.register_step_post_hook(behind) for optimizer in optimizers]
-        self._handles += [optimizer.register_load_state_dict_pre_hook(self._load) for optimizer in optimizers]
+        self._handles += [optimizer.register_load_state_dict_pre_hook(loading) for optimizer in optimizers]
 
     @property
     def within_step(self) -> bool:
@@ -69,12 +67,7 @@ class StepHooks:
             _has_gradients(optimizer) and not _overflowed(optimizer) for optimizer in left
         )
 
-    def _load(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-        if self._loading is not None:
-            self._loading(optimizer, saved)
-
     def remove(self) -> None:
-        """Take all hooks away; may be called again."""
         self.unseen.stop()
         for handle in self._handles:
             handle.remove()
@@ -164,7 +157,6 @@ def _overflowed(optimizer: Optimizer) -> bool:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """The entries of a gradient that is stored, be it sparse or sharded over ranks."""
     dense = gradient.coalesce().values() if gradient.is_sparse else gradient
     return local(dense)
 
@@ -181,11 +173,8 @@ def _grad_scale(optimizer: Optimizer) -> Tensor | None:
 def uninterrupted() -> Iterator[None]:
     """Inside, the first SIGINT is kept until the end; a second one comes through at once, whatever it leaves behind.
 
-    Whatever handles SIGINT (Python's own handler, which raises KeyboardInterrupt, or the user's) is put back and then
-    called. Outside of the main thread, and where SIGINT is ignored or ends the process, nothing is changed.
-
-    >>> with uninterrupted():
-    ...     pass
+    Whatever handles SIGINT, Python's own handler or the user's, is put back and then called. Outside of the main
+    thread, and where SIGINT is ignored or ends the process, nothing is changed.
     """
     usual = signal.getsignal(signal.SIGINT)
     if not callable(usual) or threading.current_thread() is not threading.main_thread():

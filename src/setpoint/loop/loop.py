@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, final
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -35,12 +35,11 @@ from setpoint.spending.metrics import line
 from setpoint.spending.spending import Spending
 
 
-@runtime_checkable
-class StandsBy(Protocol):
-    """What is on model or optimizers beside the loop."""
+class Stoppable(Protocol):
+    """What has hooks on model or optimizers in addition to the loop's own."""
 
     def stop(self) -> None:
-        """Leave them alone; may be called again."""
+        """Take them away; may be called again."""
 
 
 @final
@@ -72,7 +71,7 @@ class Loop:
         self._first: FirstBatch | None = None
         self._callbacks = Callbacks()
         self._summary: Summary | None = None
-        self._stands_by: list[StandsBy] = []
+        self._attached_too: list[Stoppable] = []
         self._hooks = StepHooks(host.optimizers, self._before_first_step, lambda: None, self._loading)
         note_attached(host.model)  # from here on no other loop may attach, also while this one waits
 
@@ -84,11 +83,11 @@ class Loop:
     def wait(self, first: FirstBatch) -> None:
         """Begin at the first optimizer step, with the batch that this has recorded until then."""
         self._first = first
-        self.stand_by(first)
+        self.stop_too(first)
 
-    def stand_by(self, part: StandsBy) -> None:
+    def stop_too(self, part: Stoppable) -> None:
         """Stop this, too, when the loop is detached."""
-        self._stands_by.append(part)
+        self._attached_too.append(part)
 
     def begin(self, parts: Parts) -> None:
         """Begin with these parts, before the first optimizer step or in it."""
@@ -111,11 +110,7 @@ class Loop:
 
     @property
     def control(self) -> Control:
-        """What runs at every step.
-
-        Raises:
-            NotBegunError: before the first step, where `attach` was given no example.
-        """
+        """What runs at every step; NotBegunError before the first step, where `attach` was given no example."""
         if self._control is None:
             raise NotBegunError(
                 "the loop begins at the first optimizer step, as attach was given no example: ask it after that step"
@@ -345,7 +340,7 @@ class Loop:
 
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
-        for part in self._stands_by:
+        for part in self._attached_too:
             part.stop()
         self._hooks.remove()
         if self._control is not None:

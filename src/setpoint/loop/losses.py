@@ -14,8 +14,7 @@ from torch import Tensor
 from setpoint.controller.trend import Excess, excess_after
 from setpoint.ledger import Ledger
 
-_MOST_FRESH = 4096
-"""Losses that wait on their device before they are brought to the host at the latest."""
+_MAX_FRESH = 4096  # losses that wait on their device before they are brought to the host at the latest
 
 
 class Losses:
@@ -35,30 +34,20 @@ class Losses:
 
     @property
     def watching(self) -> bool:
-        """Whether any loss has been observed."""
         return bool(self._fresh) or len(self._steps) > 0
 
     @property
     def loss(self) -> float | None:
-        """The last training loss."""
         return None if self._last["loss"] is None else float(self._last["loss"])
 
     @property
     def val(self) -> float | None:
-        """The last validation loss."""
         return None if self._last["val"] is None else float(self._last["val"])
 
     def observe(self, step: int, loss: Tensor | float | None, val: Tensor | float | None, *, keep: bool) -> None:
-        """Take in what is observed at a step.
+        """Take in what is observed at a step, the coming one; ValueError for a tensor of several elements.
 
-        Args:
-            step: optimizer steps done, the coming one included.
-            loss: training loss, a number or a tensor of one element.
-            val: validation loss, the same.
-            keep: whether the loss is still to be watched; that of the first step after a change is kept anyway.
-
-        Raises:
-            ValueError: for a tensor of several elements.
+        `keep` says whether the loss is still watched; that of the first step after a change is kept anyway.
         """
         for name, value in (("loss", loss), ("val", val)):
             if isinstance(value, Tensor) and value.numel() != 1:
@@ -66,10 +55,11 @@ class Losses:
             if value is not None:
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
         if loss is not None and (keep or self._first_after(step)):
+            # Not `loss` itself, which the user's loop may change in place before it is read.
             reported = self._last["loss"]
-            of_numbers = None if isinstance(reported, Tensor) else torch.float64
-            self._fresh.append((step, torch.as_tensor(reported, dtype=of_numbers).reshape(())))
-            if len(self._fresh) >= _MOST_FRESH:
+            dtype = None if isinstance(reported, Tensor) else torch.float64
+            self._fresh.append((step, torch.as_tensor(reported, dtype=dtype).reshape(())))
+            if len(self._fresh) >= _MAX_FRESH:
                 self._gather()
 
     def changed(self, step: int, *, cut: bool) -> None:
@@ -104,12 +94,6 @@ class Losses:
         """What a controller sees of it, by name of the observation's fields."""
         return {"loss": self.loss if self.watching else None, "val": self.val, "excess": self.excess(step)}
 
-    @property
-    def recent(self) -> Float64[np.ndarray, " observed"]:
-        """Training losses since the change of the model before the last one."""
-        self._gather()
-        return self._losses
-
     def complete(self, ledger: Ledger) -> None:
         """Note in the ledger what the last change of the model did to the loss, once that has been observed."""
         self._gather()
@@ -118,7 +102,6 @@ class Losses:
             ledger.complete(float(self._losses[self._steps == self._steps[after].min()].mean()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors, numbers and strings."""
         self._gather()
         return {
             "loss": self.loss,
@@ -131,11 +114,9 @@ class Losses:
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Check a state before anything is changed."""
         type(self)().load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; nothing is changed if it does not fit."""
         steps, losses = (state[name].cpu().double().numpy().copy() for name in ("steps", "losses"))
         if steps.ndim != 1 or steps.shape != losses.shape:
             raise ValueError("observed losses and their steps are not as many")
@@ -147,13 +128,10 @@ class Losses:
         self._changed, self._cut, self._shared = changed, cut, shared
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
-        """What this rank alone was given up to a step: numbers whose mean over ranks `share` takes.
+        """What this rank alone was given up to a step, the same on all ranks: numbers whose mean `share` takes.
 
         The last loss and validation loss, each as value and 1, or 0 and 0 where there is none; then, of each step since
         the ranks last shared what they knew, the sum of its losses, and then how many those were.
-
-        Args:
-            step: optimizer steps done; on all ranks the same.
         """
         self._gather()
         last = [(0.0, 0.0) if value is None else (float(value), 1.0) for value in self._last.values()]
@@ -163,20 +141,15 @@ class Losses:
         return np.concatenate([np.ravel(last), sums, counts]).astype(np.float64)
 
     def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
-        """From here on know of the steps up to this one what all ranks together know: one mean loss for each.
-
-        Args:
-            step: that `unshared` was given.
-            means: over ranks, of what it returned.
-        """
+        """Replace the losses up to this step by one mean over ranks for each; `means` are those of `unshared(step)`."""
         for name, (value, count) in zip(self._last, means[:4].reshape(2, 2), strict=True):
             if count:
                 self._last[name] = float(value / count)
         sums, counts = np.split(means[4:], 2)
-        told_at = np.flatnonzero(counts)
+        observed = np.flatnonzero(counts)
         before, later = self._steps <= self._shared, self._steps > step
-        steps = [self._steps[before], self._shared + 1.0 + told_at, self._steps[later]]
-        losses = [self._losses[before], sums[told_at] / counts[told_at], self._losses[later]]
+        steps = [self._steps[before], self._shared + 1.0 + observed, self._steps[later]]
+        losses = [self._losses[before], sums[observed] / counts[observed], self._losses[later]]
         self._steps, self._losses, self._shared = np.concatenate(steps), np.concatenate(losses), step
 
     def _gather(self) -> None:

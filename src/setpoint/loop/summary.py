@@ -1,8 +1,7 @@
-"""A summary: what a finished run came to, in FLOPs and in seconds, everything counted."""
+"""A summary: what a finished run came to, in FLOPs and in seconds, everything counted, and how that reads."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -28,47 +27,36 @@ class Summary:
 
     Args:
         budget_met: whether the model ends within the budget, and the last decision was made or none was needed.
+        reason: why the budget is met or not.
         steps: optimizer steps done.
         total_steps: optimizer steps announced at attach.
         widths: active units by group, now.
         dense_widths: units by group, of the dense model.
         dense_flops: FLOPs of one optimizer step of the dense model.
         final_flops: FLOPs of one optimizer step of the finished model.
-        final_flops_ratio: `final_flops / dense_flops`.
         final_params: parameters of the finished model, masked ones not counted.
         train_flops: FLOPs of the whole run, overhead included.
         overhead_flops: FLOPs of verification, sensing and probing.
-        overhead_flops_ratio: `overhead_flops / train_flops`.
         seconds: wall-clock seconds from attach to finish, attach included.
-        overhead_seconds: the sum of the four that follow and `probing_seconds`.
-        attach_seconds: tracing and verification.
-        sensing_seconds: reading gradients before each step.
-        deciding_seconds: readings and decisions.
-        resizing_seconds: cutting model and optimizer.
+        overhead: seconds of Setpoint's own work by kind: "attach" (tracing and verification), "sensing" (reading
+            gradients before each step), "deciding" (readings and decisions), "resizing" (cutting model and optimizer),
+            "probing" (taking resting units in and out, and what probed steps took longer).
         resizes: number of cuts.
         limit: the budget, by resource, in the resource's own unit.
         spent: cost of one optimizer step of the finished model by resource, as predicted, and corrected by what meters
             have read so far; in theory, where single weights are masked.
-        metered: the same as measured, by resource; what no meter has read is not there.
-        sources: by resource, what it was "measured" or "modelled" by.
-        resident_bytes: largest resident set of the process so far, for information: nothing is held to it; None
-            without a goal of memory, or where the system does not tell.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
-        reason: why the budget is met or not.
         note: a hint about the run; "" for none.
-        probing_seconds: taking resting units in and out, and what probed steps took longer.
-        probing_flops: FLOPs that resting units added to probed steps.
-        probed_steps: steps in which resting units were present.
+        metered: the same as `spent`, measured; what no meter has read is not there.
+        sources: by resource, what it was "measured" or "modelled" by.
         dropped_units: units that were dropped at least once.
         regrown_units: units that came back at least once.
-        dropped_again: units that were dropped more than once.
         limit_run: by resource, what the whole run may spend (`per="run"`); `limit` then is what that left per step.
         spent_run: by resource of a run budget, what the run has spent, overhead included.
         gave_way: which goal lost when budget and loss could not both be met; "" if none did.
         theoretical_flops: FLOPs of one optimizer step of the finished model if masked weights cost nothing; None where
             whole units are cut. Dense hardware does not get faster: `final_flops` is what it computes.
         theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
-        masked_params: parameters that are masked.
         final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
 
     >>> import torch, setpoint
@@ -84,50 +72,53 @@ class Summary:
     """
 
     budget_met: bool
+    reason: str
     steps: int
     total_steps: int
     widths: Mapping[str, int]
     dense_widths: Mapping[str, int]
     dense_flops: float
     final_flops: float
-    final_flops_ratio: float
     final_params: int
     train_flops: float
     overhead_flops: float
-    overhead_flops_ratio: float
     seconds: float
-    overhead_seconds: float
-    attach_seconds: float
-    sensing_seconds: float
-    deciding_seconds: float
-    resizing_seconds: float
+    overhead: Mapping[str, float]
     resizes: int
     limit: Mapping[str, float]
     spent: Mapping[str, float]
     break_even_step: int | None
-    reason: str
     note: str = ""
     metered: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
-    probing_seconds: float = 0.0
-    probing_flops: float = 0.0
-    probed_steps: int = 0
     dropped_units: int = 0
     regrown_units: int = 0
-    dropped_again: int = 0
     limit_run: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
     gave_way: str = ""
     theoretical_flops: float | None = None
     theoretical_train_flops: float | None = None
-    masked_params: int = 0
     final_loss: float | None = None
-    resident_bytes: int | None = None
+
+    @property
+    def final_flops_ratio(self) -> float:
+        """`final_flops / dense_flops`."""
+        return self.final_flops / self.dense_flops if self.dense_flops else 1.0
+
+    @property
+    def overhead_flops_ratio(self) -> float:
+        """`overhead_flops / train_flops`."""
+        return self.overhead_flops / self.train_flops if self.train_flops else 0.0
+
+    @property
+    def overhead_seconds(self) -> float:
+        """All seconds of Setpoint's own work."""
+        return sum(self.overhead.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields in values that JSON can hold; `Summary(**found)` gives them back. NaN and infinity are None."""
-        found: dict[str, Any] = without_nan(asdict(self))
-        return found
+        """All fields in values that JSON can hold; `Summary(**fields)` gives them back. NaN and infinity are None."""
+        fields: dict[str, Any] = without_nan(asdict(self))
+        return fields
 
     def __str__(self) -> str:
         units, dense_units = (sum(widths.values()) for widths in (self.widths, self.dense_widths))
@@ -144,8 +135,7 @@ class Summary:
         saved = "less than the overhead"
         if self.break_even_step is not None:
             saved = f"more than the overhead from step {self.break_even_step:,} on, by the clock of this run"
-        own = ("attach", "sensing", "deciding", "resizing", "probing")
-        seconds = {name: getattr(self, f"{name}_seconds") for name in own}
+        parts = [f"{name} {value:.1f}" for name, value in self.overhead.items() if value >= 0.05 or name == "attach"]
         return "\n".join(
             (
                 f"verdict     {'' if self.budget_met else 'budget NOT met: '}{self.reason}"
@@ -155,11 +145,8 @@ class Summary:
                 f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
                 f"training    {self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s"
                 + (f", loss {self.final_loss:.4g} at the end" if self.final_loss is not None else ""),
-                f"overhead    {100 * self.overhead_flops_ratio:.1f} % of the FLOPs, {self.overhead_seconds:.1f} s ("
-                + ", ".join(
-                    f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05 or name == "attach"
-                )
-                + ")",
+                f"overhead    {100 * self.overhead_flops_ratio:.1f} % of the FLOPs, {self.overhead_seconds:.1f} s "
+                f"({', '.join(parts)})",
                 f"time saved  {saved}",
             )
         )
@@ -174,21 +161,11 @@ def summarise(
     dense_widths: Mapping[str, int],
     losses: Losses,
 ) -> Summary:
-    """The summary of a run.
-
-    Args:
-        now: where it ended.
-        spending: what it has spent.
-        ledger: every decision.
-        actuator: what was cut.
-        num_params: parameters of the finished model, masked ones not counted.
-        dense_widths: units by group, of the dense model.
-        losses: what was observed of the loss.
-    """
+    """The summary of a run that ended in the state `now`; `num_params` of the finished model, without masked ones."""
     widths = widths_of(actuator.groups)
     spent = totals(spending, now.step, widths)
     budget_met, reason = _verdict(now, spending, actuator, num_params, widths)
-    drops = Counter((name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units)
+    dropped = {(name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units}
     returned = {(name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units}
     outcome = "the budget was met" if budget_met else "the budget was missed"
     summary = Summary(
@@ -198,9 +175,8 @@ def summarise(
         widths=widths,
         dense_widths=dense_widths,
         final_params=num_params,
-        dropped_units=len(drops),
+        dropped_units=len(dropped),
         regrown_units=len(returned),
-        dropped_again=sum(count > 1 for count in drops.values()),
         gave_way=f"{now.gave_way}; {outcome}" if now.gave_way else "",
         final_loss=losses.loss,
     )
@@ -209,15 +185,11 @@ def summarise(
 
 
 def warn_of_miss(summary: Summary, now: RunState, passes: int) -> None:
-    """Warn if a run has missed its budget; one in which nothing was trained has not begun.
-
-    Args:
-        now: where it ended.
-        passes: backward passes since the last step.
-    """
+    """Warn if a run has missed its budget; `passes` are the backward passes since the last step."""
     if summary.budget_met and (unspent := _unspent(summary)):
         warn(f"{unspent}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger max_steps")
-    if summary.budget_met or not {**summary.limit, **summary.limit_run} or not (summary.steps or passes):
+    began = summary.steps or passes  # where nothing was trained nobody can have missed anything
+    if summary.budget_met or not {**summary.limit, **summary.limit_run} or not began:
         return
     known = {**summary.spent, **summary.metered}
     words = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ def metrics(
     spending: Spending, step: int, last: Plan | None, widths: Mapping[str, int], num_decisions: int
 ) -> dict[str, float]:
     """Where a run is after so many steps, with these widths and this last plan; no device is waited for."""
-    limits = spending.limits
+    limits, account = spending.limits, spending.account
     cost = {name: limits.expected(name, widths) for name in spending.costs}
     dense = {name: limits.dense_cost(name) for name in cost}
     limit = limits.asked
@@ -41,23 +40,15 @@ def metrics(
         "decisions": num_decisions,
         "units": sum(widths.values()),
         "dense_units": sum(spending.dense_widths.values()),
-        **_counted(spending),
-        **{f"{kind}/{name}": value for kind, values in named.items() for name, value in values.items()},
-    }
-    return {name: float(value) for name, value in found.items()}
-
-
-def _counted(spending: Spending) -> dict[str, float]:
-    """What the account has counted so far."""
-    account = spending.account
-    return {
         "resizes": account.resizes,
         "seconds": account.seconds,
         "overhead_seconds": account.overhead_seconds,
         "train_flops": account.train_flops,
         "overhead_flops": account.overhead_flops,
         "overhead_flops_ratio": account.overhead_flops / account.train_flops if account.train_flops else 0.0,
+        **{f"{kind}/{name}": value for kind, values in named.items() for name, value in values.items()},
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 def line(known: Mapping[str, float], *, finished: bool) -> str:
@@ -95,38 +86,27 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
             account.sensed(meter.time_inference(widths))
     if step < spending.run_steps:
         spending.read_joules(widths)
-    spent, dense_flops = {name: limits.expected(name, widths) for name in spending.costs}, limits.dense_cost("flops")
+    spent = {name: limits.expected(name, widths) for name in spending.costs}
     readings = meter.read()
     read = limits.corrections.keys() | readings.values.keys()  # a meter that has vanished reads nothing
     return {
         "steps": step,
         "total_steps": spending.run_steps,
-        "dense_flops": dense_flops,
+        "dense_flops": limits.dense_cost("flops"),
         "final_flops": spent["flops"],
-        "final_flops_ratio": spent["flops"] / dense_flops if dense_flops else 1.0,
-        **_counted(spending),
-        "probing_flops": account.probing_flops,
-        "probed_steps": account.probed_steps,
-        **{f"{name}_seconds": seconds for name, seconds in account.watch.seconds().items()},
+        "train_flops": account.train_flops,
+        "overhead_flops": account.overhead_flops,
+        "seconds": account.seconds,
+        "overhead": account.watch.seconds(),
+        "resizes": account.resizes,
         "limit": limits.asked,
         "spent": spent,
         "metered": dict(readings.values),
         "sources": {**spending.modelled, **{name: source for name, source in meter.sources.items() if name in read}},
-        "resident_bytes": resident_bytes() if "memory" in meter.sources or "memory" in spending.modelled else None,
         "break_even_step": break_even_step(account.segments()),
         "limit_run": spending.limit_run,
         "spent_run": spending.spent_run,
     }
-
-
-def resident_bytes() -> int | None:
-    """Largest resident set of this process so far, for information only; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else 1024 * peak)  # kibibytes on Linux, bytes on macOS
 
 
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:

@@ -49,8 +49,8 @@ class Masking:
     ...         model(x).square().mean().backward()
     ...         optimizer.step()
     ...         optimizer.zero_grad()
-    >>> loop.summary.masked_params, {name: int(mask.sum()) for name, mask in loop.masks.items()}
-    (96, {'0.weight': 64, '2.weight': 32})
+    >>> {name: (mask.numel(), int(mask.sum())) for name, mask in loop.masks.items()}
+    {'0.weight': (128, 64), '2.weight': (64, 32)}
     """
 
     pattern: str = "unstructured"
@@ -88,20 +88,14 @@ class Masks:
         """By group, the position of each active weight in its tensor, in row-major order."""
         return {name: np.flatnonzero(mask.cpu().numpy()) for name, mask in self.masks.items()}
 
-    @property
-    def num_masked(self) -> int:
-        """How many weights are masked."""
-        return sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
-
-    def counts(self) -> tuple[int, int, int]:
-        """How many weights were dropped at least once, came back at least once, and were dropped more than once."""
-        dropped = back = again = 0
+    def counts(self) -> tuple[int, int]:
+        """How many weights were dropped at least once, and how many came back at least once."""
+        dropped = back = 0
         for name, times in self._num_dropped.items():
             masked = (~self.masks[name]).to(torch.uint8)
             dropped += int((times > 0).sum())
             back += int((times > masked).sum())  # one that is masked now has come back once less than it was dropped
-            again += int((times > 1).sum())
-        return dropped, back, again
+        return dropped, back
 
     def broken(self) -> str:
         """The first tensor in which a masked weight is not zero, or ""."""
@@ -267,17 +261,14 @@ class Masks:
 
     def totals(self) -> dict[str, Any]:
         """What a summary says of single weights."""
-        dropped, back, again = self.counts()
+        dropped, back = self.counts()
         return {
             "dense_flops": self._flops.total,
             "final_flops": self._flops.total,
-            "final_flops_ratio": 1.0,
             "theoretical_flops": self._flops.at(widths_of(self.groups)),
             "theoretical_train_flops": self.train_flops,
-            "masked_params": self.num_masked,
             "dropped_units": dropped,
             "regrown_units": back,
-            "dropped_again": again,
         }
 
 
