@@ -27,7 +27,6 @@ class Summary:
 
     Args:
         budget_met: whether the model ends within the budget, and the last decision was made or none was needed.
-        reason: why the budget is met or not.
         steps: optimizer steps done.
         total_steps: optimizer steps announced at attach.
         widths: active units by group, now.
@@ -46,6 +45,7 @@ class Summary:
         spent: cost of one optimizer step of the finished model by resource, as predicted, and corrected by what meters
             have read so far; in theory, where single weights are masked.
         break_even_step: first step at which the seconds saved exceed the overhead, None if never.
+        reason: why the budget is met or not.
         note: a hint about the run; "" for none.
         metered: the same as `spent`, measured; what no meter has read is not there.
         sources: by resource, what it was "measured" or "modelled" by.
@@ -72,7 +72,6 @@ class Summary:
     """
 
     budget_met: bool
-    reason: str
     steps: int
     total_steps: int
     widths: Mapping[str, int]
@@ -88,6 +87,7 @@ class Summary:
     limit: Mapping[str, float]
     spent: Mapping[str, float]
     break_even_step: int | None
+    reason: str
     note: str = ""
     metered: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
