@@ -29,7 +29,8 @@ def warn(message, *rest, **options):
     told(message, *rest, **options)
 
 warnings.warn = warn
-runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]  # an example reads its own arguments
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Ends at a warning of Setpoint, also at one after the last line; a busy machine may miss a budget of seconds."""
 
