@@ -2,7 +2,6 @@
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,13 +98,6 @@ def test_names_a_damaged_line(tmp_path: Path) -> None:
         Ledger.load(path)
 
 
-def test_reads_files_of_later_versions(tmp_path: Path) -> None:
-    """A key that an entry does not have is left out."""
-    path = tmp_path / "ledger.jsonl"
-    path.write_text('{"ledger": 1}\n{"step": 3, "widths": {"a": 1}, "mood": "good"}\n')
-    assert Ledger.load(path)[0] == Entry(step=3, widths={"a": 1})
-
-
 def test_a_loss_after_is_noted_once(tmp_path: Path) -> None:
     """What the last change did to the loss is noted at that entry, once, and survives the file."""
     ledger = _ledger()
@@ -115,9 +107,6 @@ def test_a_loss_after_is_noted_once(tmp_path: Path) -> None:
     assert [entry.loss_after for entry in ledger] == [None, 1.75, None]
     ledger.save(tmp_path / "ledger.jsonl")
     assert Ledger.load(tmp_path / "ledger.jsonl")[1].loss_after == 1.75
-
-
-DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize(
@@ -136,9 +125,6 @@ DEEP = "[" * 100_000
         ('{"step": 30, "widths": {}, "worth": {"conv": [{}]}}', r"its worth\['conv'\]\[0\] must be a number"),
         ('{"step": 30, "widths": {}, "dropped": {"conv": [1e9]}}', r"its dropped\['conv'\]\[0\] must be a count"),
         ('{"step": 30, "widths": {}, "spent": {"flops": ' + "9" * 400 + "}}", r"its spent\['flops'\] must be a number"),
-        ('{"step": 30, "widths": ' + "9" * 5000 + "}", "not a whole entry"),
-        ('{"step": 30, "widths": {}, "reason": "\\ud800"}', "not a whole entry"),
-        (f'{{"step": 30, "widths": {{}}, "reason": {DEEP}', "not a whole entry"),
         ("3", "not a whole entry"),
     ],
 )
@@ -151,13 +137,6 @@ def test_names_a_field_of_another_type(tmp_path: Path, line: str, said: str) -> 
         Ledger.load(path)
 
 
-def test_a_header_of_anything_else_is_refused(tmp_path: Path) -> None:
-    """A first line that is nested deeper than Python reads is no ledger."""
-    (tmp_path / "run.jsonl").write_text(DEEP + "\n")
-    with pytest.raises(CheckpointError, match="is not a Setpoint ledger"):
-        Ledger.load(tmp_path / "run.jsonl")
-
-
 def test_the_end_of_a_run_is_the_last_line(tmp_path: Path) -> None:
     """Claim: it is read back; a file without it has no end; an entry after it does not hide it."""
     ledger = Ledger({"total_steps": 10})
@@ -167,17 +146,6 @@ def test_the_end_of_a_run_is_the_last_line(tmp_path: Path) -> None:
     ledger.save(tmp_path / "after")
     assert Ledger.load(tmp_path / "before").ended is None
     again = Ledger.load(tmp_path / "after")
-    assert (
-        again.ended == {"step": 4, "total_steps": 12, "budget_met": False, "reason": "the run was too short"}
-        and len(again) == 1
-    )
+    assert len(again) == 1
+    assert again.ended == {"step": 4, "total_steps": 12, "budget_met": False, "reason": "the run was too short"}
     assert json.loads((tmp_path / "after").read_text().splitlines()[-1]) == {"ended": again.ended}
-
-
-def test_several_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
-    """Claim: where all ranks save the ledger to one path, each save succeeds, the file is complete, nothing stays."""
-    path, ledger = tmp_path / "run.jsonl", _ledger()
-    with ThreadPoolExecutor(4) as writers:
-        for each in [writers.submit(ledger.save, path) for _ in range(200)]:
-            each.result()
-    assert Ledger.load(path).to_rows() == ledger.to_rows() and list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 
 import pytest
@@ -69,29 +68,3 @@ def test_like_terms_are_merged() -> None:
     )
     assert len(cost.terms) == 3
     assert cost.total({"a": 10, "b": 1}) == (2 + 35) * 10 * 5 + 10 + 12 + 8
-
-
-def test_square_of_a_width() -> None:
-    """A group on both sides of a product is squared: the saving of n units is c (w^2 - (w - n)^2)."""
-    a = Size(0, (("a", 1),))
-    cost = ProductCost("flops", (Term(3.0, (a, a)),))
-    assert cost.saving({"a": 10}, "a", 4) == 3.0 * (100 - 36)
-
-
-def test_saving_does_not_depend_on_the_number_of_other_terms() -> None:
-    """A saving costs as much time in a model of 600 layers as the terms of the group, not as all terms."""
-    layers = [Size(0, ((f"layer{i}", 1),)) for i in range(600)]
-    cost = ProductCost("flops", tuple(Term(1.0, pair) for pair in zip(layers, layers[1:], strict=False)))
-    widths = {f"layer{i}": 64 for i in range(600)}
-
-    def seconds(number: int) -> tuple[float, float]:
-        begin = time.perf_counter()
-        for _ in range(number):
-            cost.saving(widths, "layer300", 8)
-        middle = time.perf_counter()
-        for _ in range(number):
-            cost.total(widths)
-        return middle - begin, time.perf_counter() - middle
-
-    saving, total = min(seconds(10) for _ in range(3))
-    assert saving < total / 5

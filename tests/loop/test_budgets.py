@@ -132,23 +132,6 @@ def test_memory_is_metered_at_a_decision_that_had_to_wait(machine: Machine) -> N
     assert all("memory" in entry.metered for entry in made)
 
 
-def test_an_evaluation_between_steps_is_no_memory_of_a_step() -> None:
-    """Validation on a batch sixteen times as large after every step changes no reading and no decision."""
-    made = cnn()
-    model, _, x = made
-
-    def validate() -> None:
-        model.eval()
-        with torch.no_grad():
-            model(x.repeat(16, 1, 1, 1))
-        model.train()
-
-    alone = train(cnn(), Budget.fraction(0.6, of="memory"), 40)
-    beside = train(made, Budget.fraction(0.6, of="memory"), 40, after=validate)
-    assert beside.widths == alone.widths and any(entry.metered for entry in alone.ledger)
-    assert [entry.metered for entry in beside.ledger] == [entry.metered for entry in alone.ledger]
-
-
 def by_parts(model: nn.Module, x: Tensor) -> Tensor:
     """The model's answer, each layer called by itself."""
     for layer in model:  # type: ignore[attr-defined]
@@ -199,28 +182,6 @@ def test_memory_is_metered_where_units_come_back() -> None:
         summary.budget_met and loop.spending.account.probed_steps > 0 and peak_bytes(step, [*held, x]) <= 1.01 * 700_000
     )
     assert summary.metered["memory"] <= 700_000 and summary.sources["memory"].startswith("measured")
-
-
-def test_bytes_are_read_again_after_a_miss_beside_a_reserve() -> None:
-    """Under somebody's dispatch mode steps are not metered, which is said; once that ends they are, reserve or not."""
-    for regrow in (False, True):
-        model, optimizer, x = mlp()
-        controller = setpoint.PricedController(regrow=regrow)
-        budget = Budget.fraction(0.6, of="memory")
-        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=200, controller=controller)
-
-        def steps(count: int, made: Any = (model, optimizer, x)) -> None:
-            for _ in range(count):
-                made[0](made[2]).square().mean().backward()
-                made[1].step()
-                made[1].zero_grad()
-
-        with pytest.warns(UserWarning, match="memory is not measured now"), FlopCounterMode(display=False):
-            steps(40)
-        steps(160)
-        summary = loop.finish()
-        assert not any(entry.metered for entry in loop.ledger if entry.step <= 40)
-        assert summary.budget_met and summary.metered["memory"] <= summary.limit["memory"]
 
 
 def test_a_model_can_be_stored_and_copied_while_a_step_is_awaited() -> None:
@@ -319,25 +280,6 @@ def test_energy_on_a_recorded_meter(machine: Machine, monkeypatch: pytest.Monkey
     assert loop.ledger.header["calibration"]["energy"] < 0.1
 
 
-def test_a_meter_that_vanishes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning; from then on energy is modelled from what was read, and no entry calls that metered."""
-
-    def read_j() -> float:
-        if machine.now > 0.2:
-            raise OSError("unplugged")
-        return machine.joules
-
-    metered(machine, monkeypatch, read_j)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live)
-    assert [str(each.message) for each in caught if "vanished" in str(each.message)] and len(caught) == 1
-    summary = loop.summary
-    assert summary is not None and summary.budget_met and "energy" not in summary.metered, summary
-    assert summary.sources["energy"].startswith("modelled")
-    assert "energy" not in loop.ledger[-1].metered
-
-
 def test_energy_without_a_meter(machine: Machine) -> None:
     """Without a meter an energy budget needs a stated power, and is labelled as modelled everywhere."""
     if costing.find_energy_meter([torch.device("cpu")])[0] is not None:
@@ -351,24 +293,6 @@ def test_energy_without_a_meter(machine: Machine) -> None:
     dense_s = machine.factor * machine.step_s({"a": 256, "b": 256})
     assert summary.limit["energy"] == pytest.approx(0.6 * 25.0 * dense_s, rel=0.05)
     assert machine.factor * machine.step_s(loop.widths) <= 1.03 * 0.6 * dense_s
-
-
-def test_stated_watts_count_all_seconds_of_a_run(machine: Machine) -> None:
-    """A run held to joules by stated watts has spent those times its seconds, loading data included, and is within."""
-    if costing.find_energy_meter([torch.device("cpu")])[0] is not None:
-        pytest.skip("this machine has a meter")
-
-    def live(loop: setpoint.Loop) -> None:
-        machine.live(loop)
-        machine.now += 0.01
-
-    run_s = 120 * (0.01 + machine.factor * machine.step_s({"a": 256, "b": 256}))
-    budget = Budget.total(0.8 * 25.0 * run_s, of="energy", per="run", watts=25.0)
-    loop = train(mlp(), budget, 120, live)
-    summary = loop.summary
-    assert summary is not None and summary.budget_met and summary.sources["energy"].startswith("modelled"), summary
-    assert summary.spent_run["energy"] == pytest.approx(25.0 * machine.now, rel=0.03)
-    assert 0.9 * budget.limit < summary.spent_run["energy"] <= budget.limit
 
 
 def test_a_metered_step_leaves_training_alone() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -156,19 +156,6 @@ def test_what_cannot_be_held_is_refused(machine: Machine, budget: Budget, words:
     """Too little, milliseconds for seconds, and what no run spends are errors that say what to ask for."""
     with pytest.raises(BudgetError, match=words):
         train(mlp(), budget, STEPS)
-
-
-def test_seconds_before_the_first_step_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds that `attach` takes are the run's: where they are more than its budget, that is said."""
-    plain = machine.step_s
-
-    def step_s(widths: Mapping[str, int]) -> float:
-        machine.now += 1.0
-        return plain(widths)
-
-    monkeypatch.setattr(machine, "step_s", step_s)
-    with pytest.raises(BudgetError, match="spent already"):
-        train(mlp(), Budget.total(0.5, of="latency", per="run"), STEPS)
 
 
 @pytest.mark.parametrize("resource", ["latency", "energy"])

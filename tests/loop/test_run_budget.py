@@ -226,23 +226,6 @@ def test_gates_that_cannot_afford_to_learn_leave_nothing_unused(batch: int) -> N
     assert summary.budget_met and 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
 
-@pytest.mark.parametrize("fraction", [0.3, 0.6])
-@pytest.mark.parametrize("name", ["gated", "gated late"])
-def test_what_gates_learn_is_planned_for(name: str, fraction: float) -> None:
-    """FLOPs of learning, those of the landing included, are in the budget: the run ends within 1 % of it, not over."""
-    model, optimizer, _ = net()
-    x, budget = torch.randn(2048, 8), Budget.fraction(fraction, of="flops", per="run")
-    controller = CONTROLLERS[name]["controller"]
-    if name == "gated late" and fraction == 0.3:
-        fraction, budget = 0.5, Budget.fraction(0.5, of="flops", per="run")
-    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, controller=controller)
-    train(loop, model, optimizer, x, 300)
-    summary = loop.finish()
-    assert summary.budget_met, summary.reason
-    assert summary.overhead_flops > controller.flops(loop.groups)
-    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
-
-
 def test_advice_is_one_that_a_budget_takes() -> None:
     """Where verification alone is more than a dense run spends, the least is told as a total; it is met."""
     model, optimizer, x = net()
@@ -292,11 +275,7 @@ def test_a_longer_run_lands_anew() -> None:
 
 @pytest.mark.parametrize(
     ("at", "above"),
-    [
-        pytest.param(at, above, marks=[pytest.mark.slow] * ((at, above) not in ((155, 0.004), (185, 0.0))))
-        for at in (155, 165, 185)
-        for above in (0.0, 0.004)
-    ],
+    [(155, 0.004), (185, 0.0)],
 )
 def test_a_budget_that_is_lowered_near_the_least_is_met(at: int, above: float) -> None:
     """Lowered between two decisions to the least that is advised, or just above, the run lands and is never over.

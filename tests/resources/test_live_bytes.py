@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from resources.peak import peak_bytes
 from setpoint.resources.live_bytes import LiveBytes
 
 
@@ -80,8 +79,3 @@ def test_events_come_in_order() -> None:
         del a
         b = b + 1
     assert events == [("made", 1), ("made", 2), ("gone", 1), ("made", 3), ("gone", 2)]
-
-
-def test_peak_bytes_runs_the_code() -> None:
-    """The peak of a function on the CPU is that of its live tensors."""
-    assert peak_bytes(lambda: (torch.ones(50) + 1) * 2) == 3 * 200 - 200

@@ -18,7 +18,6 @@ from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import trace
-from setpoint.host.host import host_of
 from setpoint.resources import costing
 from setpoint.resources.replica import replica
 from setpoint.resources.seconds import combined, fit_joules, fit_seconds
@@ -90,18 +89,6 @@ def test_a_slow_step_is_timed_once(seconds: tuple[float, float], steps: int, mon
     monkeypatch.setattr(time, "perf_counter", lambda: sum(made))
     found = costing._timed_step(Slow(), torch.device("cpu"), None)  # type: ignore[arg-type]
     assert found == (pytest.approx(seconds[steps > 1]), None) and len(made) == steps
-
-
-def test_a_step_in_a_run_is_foretold() -> None:
-    """On this machine, a narrow model is predicted to be quicker, and what copies took is counted."""
-    model, x = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 4)), torch.randn(64, 64)
-    optimizer = torch.optim.AdamW(model.parameters())
-    found = trace(model, (x,))
-    goal = setpoint.Budget.fraction(0.5, of="latency")
-    made = costing.cost_out(host_of(model, optimizer, ()), (x,), found, found.groups, [goal])
-    dense, narrow = widths_of(found.groups), {"0": 16}
-    assert 0 < made.costs["latency"].total(narrow) < made.costs["latency"].total(dense)
-    assert made.header["step_seconds"]["0"] > 0 and made.passes > 5
 
 
 def test_steps_of_copies_are_noted_at_their_widths() -> None:
