@@ -139,23 +139,6 @@ def with_a_closure(model: nn.Module, loop: Callable[[Any], setpoint.Loop]) -> No
         optimizer.step(closure)
 
 
-def sharpness_aware(model: nn.Module, loop: Callable[[Any], setpoint.Loop]) -> None:
-    """Weights move away and back between two passes of each step."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    loop(optimizer)
-    for step in range(10):
-        backward(model, step)
-        with torch.no_grad():
-            for each in model.parameters():
-                each.add_(0.01)
-        backward(model, step)
-        with torch.no_grad():
-            for each in model.parameters():
-                each.sub_(0.01)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def two_optimizers(model: nn.Module, loop: Callable[[Any], setpoint.Loop]) -> None:
     """Each of its own half."""
     parameters = list(model.parameters())
@@ -190,11 +173,9 @@ def after_the_last_decision(model: nn.Module, loop: Callable[[Any], setpoint.Loo
     train(model, torch.optim.AdamW(model.parameters()), 100)
 
 
-@pytest.mark.parametrize(
-    "training", [accumulating, with_a_closure, sharpness_aware, two_optimizers, skipped, after_the_last_decision]
-)
+@pytest.mark.parametrize("training", [accumulating, with_a_closure, two_optimizers, skipped, after_the_last_decision])
 def test_training_as_it_is_done_is_not_told_of(training: Callable[..., None]) -> None:
-    """Claim: gradients that add up over many batches, closures, weights that are moved and put back, several
+    """Claim: gradients that add up over many batches, closures, several
     optimizers, a scaler that skips steps, and what comes after the last decision give no warning.
     """
     model, loops = build(), []
@@ -319,18 +300,4 @@ def test_weights_that_are_trained_later_are_warned_of(later: str, waits: bool) -
     with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias are trained now, and were frozen when the loop began"):
         train(model, optimizer, 1)
     train(model, optimizer, 3)
-    loop.detach()
-
-
-def test_weights_that_are_frozen_later_are_no_news() -> None:
-    """Claim: nothing is said of a model of which less is trained later, nor of weights that are not the model's."""
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    loop = attached(model, optimizer)
-    train(model, optimizer, 2)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    model[0].requires_grad_(False)  # type: ignore[index, operator]
-    train(model, optimizer, 2)
-    model[0].requires_grad_(True)  # type: ignore[index, operator]
-    train(model, optimizer, 2)
     loop.detach()

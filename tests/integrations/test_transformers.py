@@ -483,17 +483,6 @@ def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(save: str, when
     assert again.state.global_step == summary.steps
 
 
-def test_a_teacher_by_default_is_the_model_as_it_came(tmp_path: Path) -> None:
-    """Claim: it keeps the weights with which the Trainer was made, a new head's too, whatever the model learns."""
-    run, _ = _taught(tmp_path)
-    before = {name: tensor.clone() for name, tensor in weights(run.model).items()}
-    with torch.no_grad():
-        for parameter in run.model.parameters():
-            parameter.add_(1.0)
-    assert equal(weights(run.teacher.model), before) and not equal(weights(run.model), before)
-    assert not any(parameter.requires_grad for parameter in run.teacher.model.parameters())
-
-
 def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     """Claim: settings out of range, other logits, a cut model without a teacher, and no callback are named."""
     for settings, words in (

@@ -61,15 +61,6 @@ def test_rows_are_those_of_real_positions() -> None:
     assert not len(input_rows(layer, x, 6, torch.zeros(2, 3, dtype=torch.bool)))
 
 
-def test_many_rows_are_picked_evenly() -> None:
-    """Claim: of many real tokens those that are picked lie evenly, and none is padding."""
-    real = torch.rand(64, 50) < 0.3
-    x = torch.where(real, torch.arange(3200.0).view(64, 50), -1.0)[..., None]
-    picked = input_rows(nn.Linear(1, 2), x, 256, real).flatten()
-    assert bool((picked >= 0).all())
-    assert picked.mean().item() == pytest.approx(float(x[x >= 0].mean()), rel=0.05)
-
-
 def test_the_last_mask_counts_and_none_means_no_padding() -> None:
     """Claim: a forward without a mask after one with a mask has no padding; hooks go by `stop`."""
     model, ids = Tagger(), torch.zeros(2, 3, dtype=torch.long)

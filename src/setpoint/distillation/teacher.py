@@ -75,11 +75,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The teacher's logits; the FLOPs of the pass are counted.
-
-        Args:
-            args: for the teacher's forward.
-            kwargs: for the teacher's forward.
+        """The teacher's logits on these arguments of its forward; the FLOPs of the pass are counted.
 
         Raises:
             ValueError: when the teacher returns no logits, and for the model that is pruned.
@@ -95,7 +91,7 @@ class Teacher:
                 outputs = self.model(*args, **kwargs)
             self._flops_by_shapes[shapes] = float(counter.get_total_flops())
         self.flops += self._flops_by_shapes[shapes]
-        self._report()
+        self._count_as_overhead()
         return logits_of(outputs)
 
     def loss(self, loss: Tensor, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -116,12 +112,8 @@ class Teacher:
         """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count; 0 where no row counts.
 
         A class of which the teacher's probability is 0, such as one with a logit of -inf, adds nothing. A class with a
-        logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes.
-
-        Args:
-            own: as in `loss`.
-            taught: as in `loss`.
-            mask: as in `loss`.
+        logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes. Arguments are
+        those of `loss`.
 
         Raises:
             ValueError: when the shapes differ, or are not those of logits.
@@ -139,24 +131,19 @@ class Teacher:
         divergence = functional.kl_div(own, taught, log_target=True, reduction="sum") / max(len(own), 1)
         return divergence * self.temperature**2
 
-    def _report(self) -> None:
-        """Count new FLOPs as overhead of the loop; before it has begun they wait for a later pass."""
+    def _count_as_overhead(self) -> None:
         if self.loop is None:
             return
         try:
             account = self.loop.spending.account
-        except NotBegunError:
+        except NotBegunError:  # these FLOPs wait for a later pass
             return
         account.sensed(self.flops - self._reported)
         self._reported = self.flops
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """A model's logits: its output itself, or what that holds under this name.
-
-    Raises:
-        ValueError: when there are none.
-    """
+    """A model's logits: its output itself, or what that holds under this name; ValueError where there are none."""
     found = outputs.get("logits") if hasattr(outputs, "get") else outputs
     if not isinstance(found, Tensor) or found.dim() < 2:
         listed = ", ".join(map(str, outputs)) if hasattr(outputs, "get") else a_type(outputs)

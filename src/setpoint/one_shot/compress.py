@@ -284,7 +284,7 @@ def _choose(
             "no cut of the units that the data come to meets the budget: the data do not come to what reads "
             f"{lost[:3]}. Give data that run through the whole model, or a larger budget"
         )
-    best = max(found, key=lambda each: each.total)  # the first of equal ones: of the highest floor
+    best = max(found, key=lambda selection: selection.total)  # the first of equal ones: of the highest floor
     return {name: ladder.keep(best.rungs[name]) for name, ladder in best.ladders.items()}
 
 

@@ -67,8 +67,8 @@ def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
         for handle in handles:
             handle.remove()
     distances = []
-    for each, (count, total, squares) in sums.items():
-        norm: Any = each
+    for module, (count, total, squares) in sums.items():
+        norm: Any = module
         if count < _FEWEST_VALUES:
             continue
         mean = total / count
