@@ -247,20 +247,9 @@ _COMPILED = """
 import numpy as np
 import torch
 import setpoint
-from states.balanced import balance_and_shrink
+from setpoint.states import BalancedPairs, balance
 from setpoint_bench.models import SequenceClassifier
-from setpoint.states import BalancedPairs, balance
-from states.balanced import balance_and_shrink
-from setpoint.errors import BudgetError
-from setpoint.groups.group import Group
-from setpoint.errors import StateSpaceError
-from setpoint.errors import BudgetError
-from setpoint.groups.group import Group
-from setpoint.errors import StateSpaceError
-from setpoint.errors import BudgetError
-from setpoint.groups.group import Group
-from setpoint.errors import StateSpaceError
-from setpoint.states import BalancedPairs, balance
+from states.systems import balance_and_shrink
 
 torch.manual_seed(0)
 torch._dynamo.config.force_parameter_static_shapes = False

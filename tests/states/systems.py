@@ -1,12 +1,32 @@
-"""Random systems for the tests of setpoint.states."""
+"""Random systems for the tests of setpoint.states, and a cut whose states are turned on the way."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
-from setpoint.states import DenseSystem, DiagonalSystem
+from setpoint.actuator.cut import Keep
+from setpoint.actuator.optimizer_state import Optimizers
+from setpoint.actuator.shrink import shrink
+from setpoint.groups.group import Group
+from setpoint.states import Basis, DenseSystem, DiagonalSystem
+from setpoint.states.turn import turned
+
+
+def balance_and_shrink(
+    model: nn.Module,
+    optimizer: Optimizers,
+    groups: tuple[Group, ...],
+    keep: Keep,
+    basis: Mapping[str, Basis],
+    copies: Sequence[nn.Module] = (),
+) -> tuple[Group, ...]:
+    """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way."""
+    with turned(model, optimizer, groups, keep, basis, copies):
+        return shrink(model, optimizer, groups, keep, copies)
 
 
 def diagonal(

@@ -14,7 +14,7 @@ from setpoint.states import BalancedPairs, balance
 from setpoint.states.hankel import HankelSensor
 from setpoint.states.selective import SelectiveSensor, _energies
 from setpoint_bench.models import LRU
-from states.balanced import balance_and_shrink
+from states.systems import balance_and_shrink
 
 TOKENS = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
 _SIZES = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "expand": 2, "use_cache": False}

@@ -1,6 +1,5 @@
 import copy
 from collections.abc import Callable
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +19,7 @@ from setpoint.regrowth.reserve import Reserve
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.turn import turned
 from setpoint_bench.models import SequenceClassifier
-from states.balanced import balance_and_shrink
+from states.systems import balance_and_shrink
 
 X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -133,23 +132,6 @@ def test_second_moments_stay_positive_and_of_their_size() -> None:
     state = optimizer.state[layer.nu_log]
     torch.testing.assert_close(state["exp_avg_sq"], torch.full((5,), mean, dtype=torch.float64))
     assert (state["exp_avg"] == 0).all() and state["step"] == 3
-    _step(model, optimizer)
-
-
-@pytest.mark.parametrize("moments", ["reset", "position"])
-def test_moments_can_be_compared(moments: Any) -> None:
-    """Reset forgets the state of the layer's tensors, position keeps entries where they were."""
-    model = _lru()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    _step(model, optimizer)
-    layer = model.blocks[0].lru
-    before = optimizer.state[layer.B_re]["exp_avg"].clone()
-    group, basis = _states(model)
-    balance_and_shrink(model, optimizer, (group,), _first(group, 5), {group.name: basis}, moments=moments)
-    if moments == "reset":
-        assert not optimizer.state.get(layer.B_re) and optimizer.state[model.head.weight]
-    else:
-        torch.testing.assert_close(optimizer.state[layer.B_re]["exp_avg"], before[:5])
     _step(model, optimizer)
 
 
@@ -272,7 +254,7 @@ def test_a_failing_cut_is_rolled_back() -> None:
     group, basis = _states(model)
     before = _snapshot(model, optimizer)
     with (
-        patch("states.balanced.shrink", side_effect=RuntimeError("no memory")),
+        patch("states.systems.shrink", side_effect=RuntimeError("no memory")),
         pytest.raises(RuntimeError, match="no memory"),
     ):
         balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})

@@ -9,10 +9,9 @@ from torch import nn
 
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
-from setpoint.sensor.reading import Reading
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.weights.find import Pattern, active_of, find_weights, with_active
-from setpoint.weights.taylor import WeightTaylorSensor, patterned
+from setpoint.weights.taylor import WeightTaylorSensor, raised
 
 
 def model_and_groups() -> tuple[nn.Module, tuple[Group, ...]]:
@@ -97,7 +96,7 @@ def test_only_active_weights_are_read() -> None:
 
 @pytest.mark.parametrize("name", ["2:4", "1:4", "2:8", "2:3"])
 def test_a_pattern_lets_the_least_salient_of_each_block_go(name: str) -> None:
-    """Claim: stride by stride down to the pattern, the least salient weights of the patterned reading are those with
+    """Claim: stride by stride down to the pattern, the least salient weights of the raised reading are those with
     the lowest saliencies of each block, and what the next stride costs in saliency is as read.
     """
     pattern, shape = Pattern.named(name), (5, 24, 2, 2)
@@ -110,9 +109,9 @@ def test_a_pattern_lets_the_least_salient_of_each_block_go(name: str) -> None:
     while left > pattern.kept:
         group = with_active(group, active)
         read = values.reshape(-1)[active]
-        seen = patterned(Reading(1, {group.name: read}, 8), (group,), {group.name: shape}, pattern)
-        goes = np.argsort(seen.saliency[group.name], kind="stable")[: group.multiple_of]
-        assert seen.saliency[group.name][goes].sum() == pytest.approx(read[goes].sum(), rel=1e-12)
+        seen = raised(read, group, shape, pattern)
+        goes = np.argsort(seen, kind="stable")[: group.multiple_of]
+        assert seen[goes].sum() == pytest.approx(read[goes].sum(), rel=1e-12)
         gone = np.flatnonzero(active)[goes]
         active[gone] = False
         blocks = pattern.blocks(active.reshape(shape))

@@ -73,7 +73,6 @@ class EvenController:
 
     @property
     def regrow(self) -> bool:
-        """Whether the inner controller takes back a whole cut, which was even."""
         return regrows(self.inner)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
@@ -223,10 +222,8 @@ class _ByKind:
         self._cost, self._kinds, self.resource = cost, kinds, cost.resource
 
     def total(self, widths: Mapping[str, int]) -> float:
-        """Spending at these widths, in the resource's own unit."""
         members = {group.name: widths[leader] for leader, groups in self._kinds.items() for group in groups}
         return self._cost.total({**widths, **members})
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
-        """`total(widths) - total(widths with num_units fewer units in group)`."""
         return self.total(widths) - self.total({**widths, group: widths[group] - num_units})

@@ -28,10 +28,10 @@ _FEATURES = 11
 
 @dataclass(frozen=True, eq=False)
 class GatedState:
-    """What the controller remembers between decisions."""
+    """What the controller remembers between decisions: the priced controller's memory, and the gate network."""
 
-    priced: PricedState  # memory of the priced controller
-    net: GateNet  # the gate network and its optimizer's memory
+    priced: PricedState
+    net: GateNet
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,42 +98,32 @@ class GatedController:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        for name in ("hidden", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must be in (0, 1), got {self.learning_rate!r}")
+        if self.hidden < 1 or self.steps < 1 or not 0 < self.learning_rate < 1:
+            raise ValueError(f"gates need hidden and steps >= 1 and learning_rate in (0, 1), got {self!r}")
 
     @property
     def num_weights(self) -> int:
-        """Numbers that the network learns."""
         return GateNet.fresh(_FEATURES, self.hidden, self.seed).num_weights
 
     @property
     def schedule(self) -> Schedule:
-        """Trajectory and times of decisions."""
         return self.priced.schedule
 
     @property
     def regrow(self) -> bool:
-        """Whether dropped units may come back."""
         return self.priced.regrow
 
     @property
     def goal(self) -> Goal:
-        """Budgets."""
         return "budget"
 
     def init(self, groups: tuple[Group, ...]) -> GatedState:
-        """State before the first decision."""
         return GatedState(self.priced.init(groups), GateNet.fresh(_FEATURES, self.hidden, self.seed))
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether a decision is to be made after this step."""
         return self.priced.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
-        """Whether resting units should be present in the step after this one."""
         return self.priced.probe_due(step, total_steps)
 
     def transferred(
@@ -176,7 +166,7 @@ class GatedController:
         return GatedState(priced, net), replace(plan, reason=reason, flops=self._flops(steps, groups))
 
     def _flops(self, steps: int, groups: tuple[Group, ...]) -> float:
-        """FLOPs of so many steps of the network on all units, forward and backward, and of a last forward."""
+        # A step is a forward and a backward on all units; a last forward gives the gates.
         return (6.0 * steps + 2.0) * self.num_weights * sum(group.num_units for group in groups)
 
     def _affordable(self, flops: float, groups: tuple[Group, ...]) -> int:

@@ -46,7 +46,6 @@ class GateNet:
 
     @property
     def num_weights(self) -> int:
-        """How many numbers are learned."""
         return sum(weight.numel() for weight in self.weights)
 
     def logits(self, features: Float[Tensor, "units features"]) -> Float[Tensor, " units"]:

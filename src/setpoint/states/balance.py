@@ -39,9 +39,6 @@ def gramians(system: System) -> Gramians:
     = (B B^H)_ij / (1 - l_i conj(l_j))` and its pseudo-covariance `E[x x^T]_ij = (B B^T)_ij / (1 - l_i l_j)`; those of
     the real and imaginary parts follow. Of a dense one they are summed by doubling.
 
-    Raises:
-        StateSpaceError: for B or C so large that they are not finite.
-
     >>> from setpoint.states import DenseSystem
     >>> half = DenseSystem(torch.tensor([[0.5]]), torch.ones(1, 1), torch.ones(1, 1))
     >>> round(gramians(half).controllability.item(), 6)  # 1 / (1 - 0.25)
@@ -59,9 +56,6 @@ def gramian_factors(
     """Factors `R` and `H` of the Gramians: `P = R R^T` and `Q = H H^T`, in float64.
 
     Products of factors are all that balancing needs. Working with `P Q` itself would square the condition.
-
-    Raises:
-        StateSpaceError: for B or C so large that the Gramians are not finite.
     """
     if isinstance(system, DiagonalSystem):
         both = _diagonal_gramians(system)

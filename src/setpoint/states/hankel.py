@@ -109,10 +109,7 @@ class HankelSensor(Sensor[HankelState]):
                 saliency[group.name] = np.full(group.num_units, np.nan)
                 continue
             basis[group.name] = BalancedPairs(found)
-            share = energy_shares(found)
-            if len(share) != group.num_units:
-                raise GroupError(f"layer {name!r} has {len(share)} states, but its group {group.num_units} units")
-            saliency[group.name] = float(layers.saliency[group.name][0]) * share
+            saliency[group.name] = float(layers.saliency[group.name][0]) * energy_shares(found)
         return replace(layers, saliency=saliency, basis=basis, slope={}, norm={})
 
 

@@ -50,7 +50,6 @@ class BalancedPairs:
 
     @property
     def num_units(self) -> int:
-        """Half of the real states."""
         return self.balance.values.shape[-1] // 2
 
     def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Modes:

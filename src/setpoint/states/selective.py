@@ -56,22 +56,18 @@ class SelectiveSensor(Sensor[SelectiveState]):
         self.example = example
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups that are states of a Mamba or Mamba-2 mixer."""
         return tuple(group for group in groups if selective_layer(model, group) is not None)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> SelectiveState:
-        """A state that looks at the model."""
         return SelectiveState(model)
 
     def update(
         self, state: SelectiveState, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None
     ) -> SelectiveState:
-        """Count the step."""
         return SelectiveState(model, state.num_steps + 1)
 
     @torch.no_grad()
     def read(self, state: SelectiveState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Run the model on the calibration batch, and average."""
         layers = {group.name: found for group in groups if (found := selective_layer(state.model, group)) is not None}
         inputs = self._inputs_of_layers(state.model, {name for name, _ in layers.values()})
         saliency = {

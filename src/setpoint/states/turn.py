@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from setpoint.sensor.reading import Basis, Reading
 from setpoint.states.modes import Modes, beside, residual_modes
 from setpoint.states.system import stack_inputs, stack_outputs
 
-Moments = Literal["carry", "reset", "position"]
-"""What becomes of optimizer state: carried through the change of basis, forgotten, or kept at its old position."""
-
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}  # means or sums of squared gradients
 _FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}  # means or sums of gradients
 
@@ -41,7 +38,6 @@ def turned(
     basis: Mapping[str, Basis],
     copies: Sequence[nn.Module] = (),
     *,
-    moments: Moments = "carry",
     rest: bool = False,
 ) -> Iterator[None]:
     """State groups that are about to lose units, in coordinates in which they can; `shrink` with this `keep` inside.
@@ -63,7 +59,6 @@ def turned(
 
     Args:
         basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
-        moments: "carry" as above; "reset" and "position" are there to compare with.
         rest: whether units that go are to hold what is lost.
 
     Raises:
@@ -76,7 +71,7 @@ def turned(
         for group in groups:
             if group.name in basis and not full[group.name].all():
                 held = _Held(model, as_sequence(optimizer), copies, undo)
-                _Turn.of(held, group, full[group.name], basis[group.name], rest=rest).apply(moments)
+                _Turn.of(held, group, full[group.name], basis[group.name], rest=rest).apply()
         yield
         undo.pop_all()
 
@@ -104,12 +99,9 @@ class _Held:
             if isinstance(parameter, nn.Parameter):
                 yield from ((optimizer, parameter) for optimizer in self.optimizers if parameter in optimizer.state)
 
-    def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any] | None) -> None:
+    def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
         self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
-        if state is None:
-            del optimizer.state[parameter]
-        else:
-            optimizer.state[parameter] = state
+        optimizer.state[parameter] = state
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +124,6 @@ class _Turn:
                 f"the basis of group {group.name!r} is for {basis.num_units} states, but it has {group.num_units}: "
                 "use the reading taken at the present widths"
             )
-        if not keep.any():
-            raise GroupError(f"keep[{group.name!r}] leaves layer {name!r} without states: keep at least one")
         written = (f"{name}." if name else "") + layer.state_weights().inputs[0]
         index = next(piece.index for piece in group.slices if piece.tensor == written and piece.role != "consume")
         modes, places = basis.modes(old, keep), [np.flatnonzero(keep[index])]
@@ -142,11 +132,11 @@ class _Turn:
             places.append(np.flatnonzero(~keep[index]))
         return cls(held, name, group, old, modes, torch.from_numpy(np.concatenate(places)).to(old.eigenvalues.device))
 
-    def apply(self, moments: Moments) -> None:
+    def apply(self) -> None:
         """Write the modes, and what follows them, at their places."""
         before = _layer(self.held.model, self.name).state_weights()
         self._write(self.held.model, self.modes.system)
-        replace(self, modes=self._as_taken())._let_follow(moments, before)
+        replace(self, modes=self._as_taken())._let_follow(before)
 
     def _as_taken(self) -> Modes:
         """The modes as the layer has them: some may be mirrored, with other signs of imaginary rows and columns."""
@@ -172,15 +162,11 @@ class _Turn:
         reduce, expand = signs[..., :, None] * self.modes.reduce, self.modes.expand * signs[..., None, :]
         return replace(self.modes, system=system, reduce=reduce, expand=expand)
 
-    def _let_follow(self, moments: Moments, before: StateWeights) -> None:
+    def _let_follow(self, before: StateWeights) -> None:
         for copy in self.held.copies:
             inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
             self._write(inner, self._follow(_layer(inner, self.name).state_space()))
-        if moments == "carry":
-            self._carry(before, _layer(self.held.model, self.name).state_weights())
-        elif moments == "reset":
-            for optimizer, parameter in self.held.states(self._tensor_names()):
-                self.held.replace_state(optimizer, parameter, None)
+        self._carry(before, _layer(self.held.model, self.name).state_weights())
 
     def _tensor_names(self) -> set[str]:
         return {piece.tensor for piece in self.group.slices}

@@ -28,11 +28,7 @@ _SOURCES = {  # what can be saved, and what is said of it
 
 
 def check_resources(budgets: Collection[Budget]) -> None:
-    """Check that masks on single weights can meet these budgets.
-
-    Raises:
-        BudgetError: for what zeros do not save, or a budget of the whole run.
-    """
+    """Raise BudgetError for what zeros do not save, or for a budget of the whole run."""
     for budget in budgets:
         if budget.resource not in _SOURCES:
             raise BudgetError(
@@ -50,12 +46,7 @@ def check_resources(budgets: Collection[Budget]) -> None:
 def check_run(
     goal: Price | Tolerance | None, budgets: Sequence[Budget], controller: Controller[Any], sensor: Sensor[Any]
 ) -> None:
-    """Check what a run on single weights is asked for.
-
-    Raises:
-        BudgetError: for a resource that masks do not save, or a tolerance.
-        LoopError: for a controller or a sensor of whole units.
-    """
+    """Refuse what masks do not save, a tolerance, and a controller or a sensor of whole units."""
     if isinstance(goal, Tolerance):
         raise BudgetError(
             "a Tolerance takes cuts back through the reserve, which holds no single weights: give a Budget or a Price"
@@ -77,8 +68,7 @@ def weight_candidates(
 ) -> tuple[Candidates, Masks]:
     """What may be masked in a pattern, and the masks; nothing is tried out: a mask is exact on any model.
 
-    `wanted` is out of `find_weights(model, pattern)`, or None for all. GroupError: they are not, a weight does not
-    divide into the pattern's blocks, or nothing is left.
+    `wanted` is out of `find_weights(model, pattern)`, or None for all.
     """
     model = host.model
     groups = _chosen(model, Pattern.named(pattern), wanted)
@@ -105,8 +95,12 @@ def weight_candidates(
 def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) -> tuple[Group, ...]:
     fitting = find_weights(model, str(pattern))
     if wanted is not None:
-        known, names = {_what(group) for group in fitting}, {group.name for group in wanted}
-        for group in (group for group in wanted if _what(group) not in known):
+        # The sizes tell a group of one pattern from one of another.
+        known = {(group.name, group.kind, group.min_units, group.multiple_of) for group in fitting}
+        names = {group.name for group in wanted}
+        for group in wanted:
+            if (group.name, group.kind, group.min_units, group.multiple_of) in known:
+                continue
             raise GroupError(
                 f"group {group.name!r} is none of find_weights(model, {str(pattern)!r}): with "
                 "actuator=Masking(...), give groups out of that list"
@@ -115,15 +109,9 @@ def _chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) 
     misfits = {n: tuple(w.shape) for n, w in maskable(model).items() if not pattern.fits(tuple(w.shape))}
     if misfits:
         named = ", ".join(f"{name} {shape}" for name, shape in list(misfits.items())[:5])
-        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise GroupError(
-            f"the pattern {pattern} needs a number of inputs (dim 1) that {pattern.block} divides, which these "
-            f"weights do not have: {named}{more}. Leave them dense with "
+            f"the pattern {pattern} needs a number of inputs (dim 1) that {pattern.block} divides, which "
+            f"{len(misfits)} weights do not have: {named}. Leave them dense with "
             f"groups=setpoint.find_weights(model, {str(pattern)!r}), which lists those that fit"
         )
     return fitting
-
-
-def _what(group: Group) -> tuple[str, str, int, int, int]:
-    """What tells a group of one pattern from one of another, or of another model."""
-    return group.name, group.kind, group.num_units, group.min_units, group.multiple_of

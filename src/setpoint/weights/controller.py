@@ -55,20 +55,16 @@ class DropAndGrowController:
 
     @property
     def schedule(self) -> Schedule:
-        """That of the inner controller, or the usual one."""
         found = getattr(self.inner, "schedule", None)
         return found if isinstance(found, Schedule) else Schedule()
 
     def init(self, groups: tuple[Group, ...]) -> Any:
-        """State of the inner controller; there is no other."""
         return self.inner.init(groups)
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether the inner controller decides after this step."""
         return self.inner.due(step, total_steps)
 
     def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
-        """The inner controller's state, carried over if that has something to carry over."""
         if not isinstance(self.inner, Transferring):
             return state
         at = {"step": step, "total_steps": total_steps}
@@ -91,6 +87,5 @@ class DropAndGrowController:
         return state, replace(plan, drop_and_grow=share, budget_met=False, reason=reason)
 
     def share(self, step: int, total_steps: int) -> float:
-        """Share of the active weights that is dropped for others at this step."""
         last = max(1, round(self.end * total_steps))
         return self.fraction / 2 * (1 + math.cos(math.pi * step / last)) if step < last else 0.0

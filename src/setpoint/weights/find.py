@@ -33,8 +33,7 @@ class Pattern:
     stay, are no pattern: weights go one by one.
 
     Args:
-        kept: N of N:M.
-        block: M of N:M.
+        kept, block: N and M of N:M.
     """
 
     kept: int = 0
@@ -42,17 +41,14 @@ class Pattern:
 
     @classmethod
     def named(cls, name: str) -> Pattern:
-        """The pattern of a name: "unstructured", or "N:M" with 0 < N < M, such as "2:4".
-
-        Raises:
-            GroupError: for any other name.
+        """The pattern of a name: "unstructured", or "N:M" with 0 < N < M, such as "2:4"; else GroupError.
 
         >>> Pattern.named("2:4"), Pattern.named("unstructured").free
         (Pattern(kept=2, block=4), True)
         """
         if name == "unstructured":
             return cls()
-        found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", name) if isinstance(name, str) else None
+        found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", str(name))
         if found is None or int(found[1]) >= int(found[2]):
             raise GroupError(
                 f"unknown pattern {name!r}: use 'unstructured', or 'N:M' with 0 < N < M, such as '2:4' "
@@ -65,7 +61,6 @@ class Pattern:
 
     @property
     def free(self) -> bool:
-        """Whether weights go one by one."""
         return self.block == 1
 
     @property
@@ -79,7 +74,6 @@ class Pattern:
         return math.gcd(self.block - self.kept, self.block)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape divides into blocks."""
         return shape[1] % self.block == 0
 
     def blocks(self, values: Array) -> Array:
@@ -96,11 +90,8 @@ def find_weights(model: nn.Module, pattern: str = "unstructured") -> tuple[Group
     Left out are tensors that are not trained, are shared with a layer of another kind (a tied embedding), or do not
     divide into the pattern's blocks. Biases, norms and embeddings are never among them.
 
-    Args:
-        pattern: "unstructured" or "N:M", as for `attach`.
-
     Raises:
-        GroupError: for an unknown pattern.
+        GroupError: for a pattern that is neither "unstructured" nor "N:M".
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     >>> [(group.name, group.num_units, group.what) for group in find_weights(net, "2:4")]
@@ -120,17 +111,7 @@ def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) in owned and parameter.requires_grad and id(parameter) not in others and parameter.numel()
-    }
-
-
-def owners(model: nn.Module) -> dict[str, str]:
-    """By name of a linear layer or convolution, the name of its weight among the model's parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        name: names[id(module.weight)]
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LAYERS) and id(module.weight) in names
+        if id(parameter) in owned and id(parameter) not in others and parameter.requires_grad
     }
 
 
@@ -144,7 +125,6 @@ def _group(name: str, weight: nn.Parameter, pattern: Pattern) -> Group:
 
 
 def with_active(group: Group, active: Bool[np.ndarray, " elements"]) -> Group:
-    """A weight group whose units are these elements of its tensor, in row-major order."""
     (place,) = group.slices
     index = np.full(active.size, -1, dtype=place.index.dtype)
     count = int(active.sum())
@@ -153,7 +133,6 @@ def with_active(group: Group, active: Bool[np.ndarray, " elements"]) -> Group:
 
 
 def active_of(group: Group) -> Bool[np.ndarray, " elements"]:
-    """Which elements of a weight group's tensor are units, in row-major order."""
     (place,) = group.slices
     active: Bool[np.ndarray, " elements"] = place.index >= 0
     return active
@@ -169,12 +148,12 @@ def as_mask(group: Group, weight: Tensor) -> Bool[Tensor, "..."]:
 
 @dataclass(frozen=True, eq=False)
 class WeightFlops:
-    """FLOPs of one dense training step, by weight tensor."""
+    """FLOPs of one dense training step, in all and by weight tensor."""
 
-    total: float  # of the whole step
-    step: Mapping[str, float]  # by weight, of its products forward and backward
-    forward: Mapping[str, float]  # by weight, of its forward product; the gradient of the weight costs as much
-    sizes: Mapping[str, int]  # by weight, its number of elements
+    total: float
+    step: Mapping[str, float]  # of a weight's products forward and backward
+    forward: Mapping[str, float]  # of its forward product; the gradient of the weight costs as much
+    sizes: Mapping[str, int]  # its number of elements
 
     def cost(self) -> ProductCost:
         """Theoretical FLOPs of a step, as a function of the numbers of active weights.
@@ -190,7 +169,6 @@ class WeightFlops:
         return ProductCost("flops", (fixed, *terms))
 
     def at(self, widths: Mapping[str, int]) -> float:
-        """Theoretical FLOPs of a step with so many active weights."""
         fixed = self.total - sum(self.step.values())
         return fixed + sum(self.step[name] * widths[name] / self.sizes[name] for name in self.step)
 
@@ -201,8 +179,13 @@ class WeightFlops:
 
 def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> WeightFlops:
     """Count the products with each weight tensor, at dense widths; what else is done with a weight is fixed."""
-    sizes, owner = widths_of(groups), owners(model)
-    dense = widths_of(found.groups)
+    sizes, dense = widths_of(groups), widths_of(found.groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owner = {
+        name: names.get(id(module.weight))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LAYERS)
+    }
     total, step, forward = 0.0, dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
     for product in found.contractions:
         flops = product.coefficient * math.prod(size.at(dense) for size in product.sizes)

@@ -88,30 +88,19 @@ class Masks:
         """By group, the position of each active weight in its tensor, in row-major order."""
         return {name: np.flatnonzero(mask.cpu().numpy()) for name, mask in self.masks.items()}
 
-    def counts(self) -> tuple[int, int]:
-        """How many weights were dropped at least once, and how many came back at least once."""
-        dropped = back = 0
-        for name, times in self._num_dropped.items():
-            masked = (~self.masks[name]).to(torch.uint8)
-            dropped += int((times > 0).sum())
-            back += int((times > masked).sum())  # one that is masked now has come back once less than it was dropped
-        return dropped, back
-
     def broken(self) -> str:
         """The first tensor in which a masked weight is not zero, or ""."""
         return next((n for n, mask in self.masks.items() if bool(self._weights[n].masked_fill(mask, 0.0).any())), "")
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
-        """The next step begins; where a decision comes after it, it may want gradients of masked weights."""
+        # A decision after this step may want gradients of masked weights.
         self._looking, self._resting, self._settled = due and open_still, {}, frozenset()
         return Change(), due
 
     def before_decision(self) -> Change:
-        """No weight is there for a probe."""
         return Change()
 
     def extras(self, step: int) -> Mapping[str, Any]:
-        """Masks have nothing to add to an observation."""
         return {}
 
     @torch.no_grad()
@@ -152,11 +141,7 @@ class Masks:
         weight.grad.masked_fill_(self._gone[name], 0.0)
 
     def _planned(self, plan: Plan, scores: Mapping[str, Float[Tensor, "..."]]) -> tuple[NewMasks, NewMasks, NewMasks]:
-        """The masks of a plan, what goes, and what comes in with the value zero; nothing is changed yet.
-
-        Raises:
-            GroupError: for a plan that does not fit the pattern.
-        """
+        """The masks of a plan, what goes, and what comes in with the value zero; nothing is changed yet."""
         masks, all_dropped, all_grown = {}, {}, {}
         for name, before in self.masks.items():
             kept = before.clone()
@@ -188,8 +173,10 @@ class Masks:
             times = self._num_dropped[name]
             self._num_dropped[name] = times + (gone & (times < 255)).to(torch.uint8)
         self.groups = self._set(masks)
-        went, came = _counts(dropped), _counts(grown)
-        return Change(keep=plan.keep, grown=grown, counted=True, num_dropped=went, num_grown=came)
+        num_dropped, num_grown = (
+            {name: count for name, mask in masks.items() if (count := int(mask.sum()))} for masks in (dropped, grown)
+        )
+        return Change(keep=plan.keep, grown=grown, counted=True, num_dropped=num_dropped, num_grown=num_grown)
 
     def release(self) -> None:
         """Nothing was kept: masks hold until the end."""
@@ -209,7 +196,8 @@ class Masks:
         mask_weights(self._weights, self._host.optimizers, held)
         # An average of weights from before would bring masked ones back.
         for copied in self._host.copies:
-            own = _parameters(copied, list(held))
+            # `AveragedModel` keeps its model under this name.
+            own = {name.removeprefix("module."): p for name, p in copied.named_parameters(remove_duplicate=False)}
             mask_weights(own, None, {name: mask.to(own[name].device) for name, mask in held.items()})
         self._resting, self._settled = {}, frozenset()
         groups = self._groups(masks)
@@ -223,7 +211,6 @@ class Masks:
         self._handles, self._gone = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors and numbers."""
         return {
             "kind": self.kind,
             "masks": {name: mask.cpu().clone() for name, mask in self.masks.items()},
@@ -232,26 +219,18 @@ class Masks:
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """Check that a state fits before anything changes, or raise CheckpointError; the groups at its masks."""
-        float(state["train_flops"])
-        # A state of another model, or of another pattern, is refused before anything changes.
-        for name, dtype in (("masks", torch.bool), ("num_dropped", torch.uint8)):
-            tensors = state[name]
-            shapes = {key: tensor.shape for key, tensor in tensors.items() if tensor.dtype == dtype}
-            if shapes != {name: mask.shape for name, mask in self.masks.items()}:
-                raise CheckpointError(f"the {name} of the state are not one for each weight of this model")
+        """Check that a state is one of this model and pattern before anything changes; the groups at its masks."""
         masks: Mapping[str, Tensor] = state["masks"]
-        for group in self._dense:
-            if int(masks[group.name].sum()) < group.min_units:
-                raise CheckpointError(f"the mask of {group.name!r} leaves fewer weights than {self._pattern} allows")
-            self._check(group.name, masks[group.name].contiguous())
+        if {name: mask.shape for name, mask in masks.items()} != {name: m.shape for name, m in self.masks.items()}:
+            raise CheckpointError("the masks of the state are not one for each weight of this model")
+        for name, mask in masks.items():
+            self._check(name, mask.contiguous())
         return self._groups(masks)
 
     def _groups(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
         return tuple(with_active(group, masks[group.name].cpu().numpy().reshape(-1)) for group in self._dense)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the masks of a state that was checked."""
         masks, self._num_dropped = (
             {name: state[part][name].to(mask.device, copy=True).contiguous() for name, mask in self.masks.items()}
             for part in ("masks", "num_dropped")
@@ -260,26 +239,16 @@ class Masks:
         self.groups = self._set(masks)
 
     def totals(self) -> dict[str, Any]:
-        """What a summary says of single weights."""
-        dropped, back = self.counts()
+        masked = {name: ~mask for name, mask in self.masks.items()}
         return {
             "dense_flops": self._flops.total,
             "final_flops": self._flops.total,
             "theoretical_flops": self._flops.at(widths_of(self.groups)),
             "theoretical_train_flops": self.train_flops,
-            "dropped_units": dropped,
-            "regrown_units": back,
+            "dropped_units": sum(int((times > 0).sum()) for times in self._num_dropped.values()),
+            # A weight that is masked now has come back once less than it was dropped.
+            "regrown_units": sum(int((times > masked[name]).sum()) for name, times in self._num_dropped.items()),
         }
-
-
-def _counts(masks: NewMasks) -> dict[str, int]:
-    return {name: count for name, mask in masks.items() if (count := int(mask.sum()))}
-
-
-def _parameters(copy: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    # `AveragedModel` keeps its model under this name.
-    own = {name.removeprefix("module."): weight for name, weight in copy.named_parameters(remove_duplicate=False)}
-    return {name: own[name] for name in names}
 
 
 def _weakly(method: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
@@ -312,7 +281,16 @@ def mask_weights(
     [[False, True]]
     """
     for name, mask in masks.items():
-        _begin_at(~mask, weights[name], optimizer)
+        weight, gone = weights[name], ~mask
+        weight.masked_fill_(gone, 0.0)
+        for one in as_sequence(optimizer):
+            for _, moment in moments_of(one, weight):
+                moment.masked_fill_(gone, 0.0)
+            for kind, part, setting in _FIRST_VALUES:
+                if isinstance(one, kind) and part in one.state.get(weight, {}):
+                    # By identity: `in` compares tensors element by element.
+                    group = next(group for group in one.param_groups if any(weight is held for held in group["params"]))
+                    one.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
     mask_gradients(weights, masks)
 
 
@@ -320,21 +298,8 @@ _FIRST_VALUES = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "
 """Optimizers with a state that does not begin at zero, its name, and the setting that it begins with."""
 
 
-def _begin_at(gone: Tensor, weight: nn.Parameter, optimizer: Optimizers) -> None:
-    weight.masked_fill_(gone, 0.0)
-    for one in as_sequence(optimizer):
-        for _, moment in moments_of(one, weight):
-            moment.masked_fill_(gone, 0.0)
-        for kind, part, setting in _FIRST_VALUES:
-            if isinstance(one, kind) and part in one.state.get(weight, {}):
-                # By identity: `in` compares tensors element by element.
-                group = next(group for group in one.param_groups if any(weight is held for held in group["params"]))
-                one.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
-
-
 @torch.no_grad()
 def mask_gradients(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
-    """Zero the gradients of weights that are not active."""
     for name, mask in masks.items():
         gradient = weights[name].grad
         if gradient is not None:

@@ -61,11 +61,9 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
         self.num_samples, self.window = counts(num_samples=num_samples, window=window)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups of single weights."""
         return tuple(group for group in groups if group.kind == "weight")
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> WeightTaylorState:
-        """Nothing seen yet."""
         zeros = {
             name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             for name, weight in _weights(groups, model)
@@ -93,8 +91,7 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
             second[name] = torch.addcmul(state.second[name] * here, r, r)
         taken = finite.to(state.num_steps)
         num_steps, skipped = state.num_steps + taken, state.skipped_steps + (1.0 - taken)
-        state = replace(state, first=first, second=second, steps_seen=seen)
-        return replace(state, num_steps=num_steps, skipped_steps=skipped)
+        return replace(state, first=first, second=second, steps_seen=seen, num_steps=num_steps, skipped_steps=skipped)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
         """FLOPs of one update: six for each weight that is read, one for every other gradient, which is checked."""
@@ -119,18 +116,15 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
         return found
 
     def read(self, state: WeightTaylorState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Saliency of all active weights."""
         scores = {name: values.reshape(-1).double().cpu().numpy() for name, values in self.scores(state).items()}
         saliency = {group.name: scores[group.slices[0].tensor][active_of(group)] for group in groups}
-        taken, skipped = round(float(state.num_steps)), round(float(state.skipped_steps))
-        seen = {group.name: state.steps_seen[group.slices[0].tensor] for group in groups}
         return Reading(
             step,
             saliency,
             self.num_samples,
-            num_steps=taken,
-            skipped_steps=skipped,
-            steps_seen=seen,
+            num_steps=round(float(state.num_steps)),
+            skipped_steps=round(float(state.skipped_steps)),
+            steps_seen={group.name: state.steps_seen[group.slices[0].tensor] for group in groups},
             scores=partial(self.scores, state),
         )
 
@@ -140,7 +134,6 @@ def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.
 
 
 def _all_finite(model: nn.Module, grad_scale: Tensor | None, like: Tensor) -> Bool[Tensor, ""]:
-    """Whether all gradients of this step are finite numbers, on the device."""
     total = torch.zeros_like(like)
     for parameter in model.parameters():
         gradient = parameter.grad
@@ -162,45 +155,35 @@ class Patterned(Sensor[Any]):
         self.traits = inner.traits
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """What the inner sensor can read."""
         return self._inner.readable(groups, model)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> Any:
-        """The inner sensor's state."""
         return self._inner.init(groups, model)
 
     def update(self, state: Any, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None) -> Any:
-        """Take in one optimizer step."""
         return self._inner.update(state, groups, model, grad_scale)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update."""
         return self._inner.flops(groups, model)
 
     def read(self, state: Any, groups: tuple[Group, ...], step: int) -> Reading:
         """Saliencies as the pattern has them; scores are the inner sensor's own."""
-        return patterned(self._inner.read(state, groups, step), groups, self._shapes, self._pattern)
+        reading = self._inner.read(state, groups, step)
+        if self._pattern.free or not reading.finite():
+            return reading
+        saliency = {g.name: raised(reading.saliency[g.name], g, self._shapes[g.name], self._pattern) for g in groups}
+        return replace(reading, saliency=saliency)
 
 
-def patterned(
-    reading: Reading, groups: tuple[Group, ...], shapes: Mapping[str, tuple[int, ...]], pattern: Pattern
-) -> Reading:
-    """The reading with saliencies raised where the pattern, unless it is free, holds a weight back.
+def raised(
+    saliency: Float64[np.ndarray, " units"], group: Group, shape: tuple[int, ...], pattern: Pattern
+) -> Float64[np.ndarray, " units"]:
+    """Saliencies of a tensor's active weights, raised where the pattern holds a weight back.
 
     A tensor loses `pattern.stride` weights of each block at a time, the least salient of the block. So that the least
     salient weights of the tensor are just these, what goes later counts as at least a hair more than all that go
     earlier.
     """
-    if pattern.free or not reading.finite():
-        return reading
-    return replace(
-        reading, saliency={g.name: _raised(reading.saliency[g.name], g, shapes[g.name], pattern) for g in groups}
-    )
-
-
-def _raised(
-    saliency: Float64[np.ndarray, " units"], group: Group, shape: tuple[int, ...], pattern: Pattern
-) -> Float64[np.ndarray, " units"]:
     active = active_of(group)
     whole = np.full(active.size, -np.inf)
     whole[active] = saliency
