@@ -21,8 +21,7 @@ import setpoint
 from controller.plants import observe, run, unit_group
 from golden.models import GPT
 from setpoint.actuator.mask import mask
-from setpoint.configs.even import Even, evened
-from setpoint.configs.families import shared_widths
+from setpoint.configs.even import Even, evened, shared_widths
 from setpoint.controller.even import EvenController
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.cost import ProductCost, Term

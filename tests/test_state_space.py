@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import setpoint
 from pypi_s5 import S5Classifier
-from setpoint.errors import BudgetError, LoopError, StateSpaceError
+from setpoint.errors import LoopError, StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import trace
 from setpoint_bench.models import LRU, SequenceClassifier
@@ -96,21 +96,6 @@ def test_an_exact_number_of_states_can_be_asked_for() -> None:
     with _attach(model, optimizer, budget, 60) as loop:
         _train(model, loop, optimizer, 60)
     assert loop.widths == {"blocks.0.lru": 7} and sum(p.numel() for p in model.parameters()) == limit
-
-
-def test_a_budget_below_one_state_is_refused() -> None:
-    """Less than one state in each layer cannot be asked for; nothing is changed."""
-    model = SequenceClassifier(1, 3, num_channels=4, num_states=8)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(BudgetError, match="cannot be reached"):
-        setpoint.attach(
-            model,
-            optimizer,
-            setpoint.Budget.fraction(0.01, of="flops"),
-            example=(torch.randn(2, 12, 1),),
-            total_steps=10,
-        )
-    assert model.blocks[0].lru.nu_log.shape == (8,)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,8 +34,6 @@ GROUP = "setpoint.commands"
 LEDGER = "run.jsonl"
 RESULT_FILES = ("results.jsonl", "timing.jsonl", "results.jsonl.xz", "timing.jsonl.xz", "histories.jsonl.xz")
 """Files of a results folder that are no ledgers."""
-_LEDGER_START = '{"ledger":'
-
 _as_json: ContextVar[bool] = ContextVar("as_json", default=False)
 _answers: ContextVar[Any] = ContextVar("answers", default=None)
 """Standard output as it was when a command with --json began: what a user's file prints goes to standard error."""
@@ -265,30 +263,14 @@ def _absent(name: str) -> Callable[[], None]:
 
 def _ledger_in(path: Path) -> Path:
     """The ledger that `report` is given by its file or folder."""
-    if (path / LEDGER).is_file():
-        return path / LEDGER
-    if not path.exists() and path.suffix != ".jsonl":
-        raise UsageError(f"{path} does not exist: give a ledger's file, or a folder with {LEDGER} or {RESULT_FILES[0]}")
-    if not path.is_dir():
+    if path.is_file() or path.suffix == ".jsonl":
         return path
-    found = sorted(file for file in path.glob("*.jsonl") if _is_ledger(file))
-    if not found:
+    if not (path / LEDGER).is_file():
         raise UsageError(
-            f"neither results of the benchmark ({RESULT_FILES[0]}) nor ledgers (*.jsonl) are in {path}: "
-            f'a run writes its ledger by setpoint.integrations.log_to(loop, "{LEDGER}")'
+            f"neither results of the benchmark ({RESULT_FILES[0]}) nor a ledger ({LEDGER}) are in {path}: give a "
+            f'ledger\'s file; a run writes it by setpoint.integrations.log_to(loop, "{LEDGER}")'
         )
-    listed = ", ".join(file.name for file in found)
-    raise UsageError(
-        f"no results of the benchmark in {path}; ledgers found: {listed}. Write: setpoint report {found[0]}"
-    )
-
-
-def _is_ledger(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        # The first bytes are enough: a folder may hold files of many gigabytes.
-        return lines.read(len(_LEDGER_START)) == _LEDGER_START
+    return path / LEDGER
 
 
 # What all commands share.
@@ -317,14 +299,12 @@ class OneLine(TyperGroup):
     """Commands that report a misuse in one line, too, and whose help shows flags without a value."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command by its name."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             _hide_flag_values(command.get_params(ctx))
         return command
 
     def get_params(self, ctx: Any) -> Any:
-        """The options of all commands."""
         return _hide_flag_values(super().get_params(ctx))
 
     def main(
@@ -375,22 +355,14 @@ def _hide_flag_values(parameters: Sequence[Any]) -> Sequence[Any]:
 
 
 def check_folder(out: Path | None) -> None:
-    """Refuse what is no folder and cannot be made one, or takes no file; nothing is left behind."""
+    """Refuse what is no folder and cannot be made one, before any work is done."""
     if out is None:
         return
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: name a folder")
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):  # a folder of another user, or a full disk, shows only now
-            pass
-    except OSError as error:
-        raise UsageError(f"{out} cannot be read or written: {error.strerror}: name another folder by --out") from error
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{out} cannot be made or written to: name another folder by --out")
 
 
 def console() -> Console:
@@ -408,12 +380,7 @@ def _print(line: str) -> None:
 
 
 def finish(answer: dict[str, Any], then: str) -> None:
-    """End a command: say what to do next, or with --json write the answer.
-
-    Args:
-        answer: one JSON object, with --json all of stdout.
-        then: the next step.
-    """
+    """End a command: say what to do next, or with --json print the answer as all of stdout."""
     from setpoint.report.numbers import finite
 
     if _as_json.get():
@@ -423,7 +390,6 @@ def finish(answer: dict[str, Any], then: str) -> None:
 
 
 def write_json(path: Path, answer: dict[str, Any]) -> None:
-    """Write an answer to a file."""
     from setpoint.report.numbers import finite
 
     path.parent.mkdir(parents=True, exist_ok=True)

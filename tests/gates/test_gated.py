@@ -12,8 +12,7 @@ from controller.plants import chain, lognormal, observe
 from setpoint.controller.plan import Learning, Plan, Probe
 from setpoint.controller.priced import PricedController
 from setpoint.cost.cost import Cost
-from setpoint.gates.gated import GatedController
-from setpoint.gates.net import GateNet
+from setpoint.gates.gated import GatedController, GateNet
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading
 

@@ -218,22 +218,6 @@ def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
     assert loop.ledger[-1].num_dropped == loop.ledger[-1].num_grown == {"inner.0.weight": count}
 
 
-def test_weights_that_come_in_begin_with_the_first_step_size_of_rprop() -> None:
-    """Claim: a weight that an exchange brings in under Rprop is as far from zero as `lr` after the next step."""
-    rate = 2.0**-7
-    model, optimizer, loop = started(make=lambda p: torch.optim.Rprop(p, lr=rate))
-    came, num_came = {name: torch.zeros_like(mask) for name, mask in loop.masks.items()}, 0
-    for number in range(STEPS):
-        before = loop.masks
-        step(model, optimizer, number)
-        for name, new in came.items():
-            moved = model.get_parameter(name).detach()[new & loop.masks[name]].abs()
-            assert ((moved == rate) | (moved == 0)).all()
-            num_came += int((moved == rate).sum())
-        came = {name: mask & ~before[name] for name, mask in loop.masks.items()}
-    assert num_came > 20
-
-
 def foreign(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
     """The backward pass of another loss, whose gradients are thrown away."""
     (1000 * model(data(number + 100)[0])).square().mean().backward()
@@ -314,24 +298,6 @@ def test_resumes_bit_for_bit() -> None:
     file = start("2:4").saved()
     with pytest.raises(CheckpointError, match="its pattern are '2:4', here they are 'unstructured'"):
         start("unstructured").load(file)
-
-
-def test_through_files(tmp_path: Path) -> None:
-    """Claim: save_run and load_run bring masks back, and setpoint.save and load the same zeros and outputs."""
-    model, optimizer, loop = started("2:4")
-    for number in range(12):
-        step(model, optimizer, number)
-    setpoint.save_run(tmp_path / "run", model=model, optimizer=optimizer, loop=loop)
-    model_2, optimizer_2, loop_2 = started("2:4")
-    setpoint.load_run(tmp_path / "run", model=model_2, optimizer=optimizer_2, loop=loop_2)
-    for number in range(12, STEPS):
-        assert step(model, optimizer, number) == step(model_2, optimizer_2, number)
-    assert all(torch.equal(mask, loop_2.masks[name]) for name, mask in loop.masks.items())
-    loop.finish()
-    setpoint.save(model, tmp_path / "model")
-    loaded = setpoint.load(tmp_path / "model", into=Net())
-    assert torch.equal(loaded.eval()(data(0)[0]), model.eval()(data(0)[0]))
-    assert all(not loaded.get_parameter(name).detach()[~mask].any() for name, mask in loop.masks.items())
 
 
 def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -131,28 +129,6 @@ def test_repeated_eigenvalues_do_not_break_modes(num_modes: int) -> None:
     assert _error(system, modes.system) <= bound + 1e-4 * float(hankel_values(system)[0])
 
 
-def test_balancing_the_real_map_beats_balancing_the_complex_one() -> None:
-    """With as many modes, the real map's truncation errs no more on average than that of the complex system."""
-    ratios = []
-    for seed in range(8):
-        system = diagonal(12, 1, 1, seed=seed, least=0.7)
-        complex_error = _error(system, _complex_truncation(system, 4))
-        ratios.append(complex_error / _error(system, reduce_modes(system, 4).system))
-    assert np.mean(np.log(ratios)) > 0
-
-
-def _complex_truncation(system: DiagonalSystem, kept: int) -> DiagonalSystem:
-    """Balanced truncation of x -> C x, as if outputs were complex."""
-    values, inputs, outputs = system.eigenvalues, system.inputs, system.outputs
-    reached = torch.linalg.cholesky(inputs @ inputs.mH / (1 - values[:, None] * values.conj()[None, :]))
-    heard = torch.linalg.cholesky(outputs.mH @ outputs / (1 - values.conj()[:, None] * values[None, :]))
-    left, found, right = torch.linalg.svd(heard.mH @ reached)
-    root = found[:kept].rsqrt().to(values.dtype)
-    expand, reduce = reached @ right.mH[:, :kept] * root, root[:, None] * (left.mH[:kept] @ heard.mH)
-    new, vectors = torch.linalg.eig(reduce @ (values[:, None] * expand))
-    return DiagonalSystem(new, torch.linalg.solve(vectors, reduce @ inputs), outputs @ expand @ vectors)
-
-
 def test_a_batch_is_reduced_member_by_member() -> None:
     """Independent systems (S4D's channels) each get modes of their own."""
     parts = [diagonal(6, 1, 1, seed=seed) for seed in range(3)]
@@ -204,27 +180,11 @@ def test_modes_near_the_circle_stay_there() -> None:
     assert float(abs(kept.eigenvalues.abs().max() - (1 - 1e-9))) < 1e-12
 
 
-def test_only_systems_are_balanced() -> None:
-    """A module is refused by its type; in a process of its own, since here types are checked at every call."""
-    code = "import torch, setpoint.states; setpoint.states.balance(torch.nn.Linear(2, 2))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "StateSpaceError: the system is a Linear: give a linear time-invariant" in done.stderr
-
-
 def test_weights_without_finite_gramians_are_refused() -> None:
     """B so large that its square is infinite."""
     system = diagonal(4)
     with pytest.raises(StateSpaceError, match="so large"):
         balance(replace(system, inputs=system.inputs * 1e200))
-
-
-@pytest.mark.parametrize("number", [0, -1, 5])
-def test_impossible_sizes_are_refused(number: int) -> None:
-    """Fewer than one mode, or more than there are."""
-    with pytest.raises(StateSpaceError, match="from 1 to 4"):
-        reduce_modes(diagonal(4), number)
-    with pytest.raises(StateSpaceError, match="from 1 to 4"):
-        truncate(dense(4), number)
 
 
 def test_what_a_reduction_loses_comes_back_as_modes() -> None:

@@ -98,17 +98,6 @@ def test_repeated_conjugate_silent_and_unreached_states(copies: int, silent: int
     assert (found[6:] <= 1e-6 * found[0]).all()  # a pair for the repeated one, a pair for each of the two others
 
 
-def test_all_zero_systems_have_all_zero_values() -> None:
-    """No input or no output: values 0, a basis without NaN."""
-    system = diagonal(4)
-    for blank in (
-        DiagonalSystem(system.eigenvalues, 0 * system.inputs, system.outputs),
-        DiagonalSystem(system.eigenvalues, system.inputs, 0 * system.outputs),
-        DenseSystem(torch.zeros(3, 3), torch.zeros(3, 1), torch.zeros(2, 3)),
-    ):
-        assert (balance(blank).values == 0).all() and (balance(blank).expand == 0).all()
-
-
 @pytest.mark.parametrize("modulus", [1.0, 1.5])
 def test_unstable_systems_are_refused(modulus: float) -> None:
     """An eigenvalue on or outside the unit circle is an error that says how large it is."""

@@ -1,17 +1,14 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from setpoint import HankelSensor, TaylorSensor
-from setpoint.errors import GroupError, StateSpaceError
+from setpoint.errors import StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
 from setpoint.sensor.chain import SensorChain
-from setpoint.states import balance, hankel_values
-from setpoint.states.hankel import energy_shares
+from setpoint.states import hankel_values
 from setpoint_bench.models import SequenceClassifier
 
 X = torch.randn(6, 12, 1, generator=torch.Generator().manual_seed(1))
@@ -104,26 +101,3 @@ def test_unstable_states_make_no_decision() -> None:
     assert not sensor.read(state, groups, 1).finite()
     with pytest.raises(StateSpaceError, match=r"layer 'states.blocks.1.lru' has NaN"):
         sensor.init(groups, model)
-
-
-def test_only_states_can_be_ranked() -> None:
-    """A group of another kind has no Hankel values."""
-    model = _Mixed()
-    units = tuple(group for group in _groups(model) if group.kind == "unit")
-    assert HankelSensor(num_samples=1).readable(units, model) == ()
-    with pytest.raises(GroupError, match="StateSpaceLayer"):
-        HankelSensor(num_samples=1).init(units, model)
-    with pytest.raises(GroupError, match="holds the states"):
-        HankelSensor(num_samples=1).init((replace(units[0], kind="state"),), model)
-    with pytest.raises(ValueError, match="at least one sensor"):
-        SensorChain()
-
-
-def test_shares_of_nothing_are_equal() -> None:
-    """Where all Hankel values are 0, no state is better than another."""
-    model = _Mixed()
-    layer = model.states.blocks[0].lru
-    with torch.no_grad():
-        layer.B_re.zero_()
-        layer.B_im.zero_()
-    np.testing.assert_allclose(energy_shares(balance(layer.state_space())), np.full(10, 0.1))

@@ -158,15 +158,6 @@ def test_copies_follow() -> None:
     torch.testing.assert_close(averaged(X), model(X))
 
 
-def test_without_a_basis_states_are_cut_as_they_are() -> None:
-    """The same call without a basis is a plain shrink."""
-    model = _lru()
-    kept = model.blocks[0].lru.B_re[:4].clone()
-    group, _ = _states(model)
-    balance_and_shrink(model, None, (group,), _first(group, 4), {})
-    assert torch.equal(model.blocks[0].lru.B_re, kept)
-
-
 @pytest.mark.parametrize("kind", ["lru", "s5"])
 def test_states_come_back_with_their_moments(kind: str) -> None:
     """Twin: states dropped, trained without, brought back and trained on are those of the full model whose dropped

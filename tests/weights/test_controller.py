@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 
 from controller.plants import chain, lognormal, run
 from setpoint.controller.priced import PricedController
@@ -45,10 +42,3 @@ def test_a_run_lands_where_the_inner_controller_decides_for_the_last_time() -> N
     )
     assert decisions[-1].step == 40 and decisions[-1].plan.budget_met and decisions[-1].plan.drop_and_grow == 0
     assert decisions[0].plan.drop_and_grow > 0
-
-
-@pytest.mark.parametrize("wrong", [{"fraction": 1.0}, {"fraction": -0.1}, {"end": 0.0}, {"end": 1.1}])
-def test_settings_are_checked(wrong: dict[str, Any]) -> None:
-    """Claim: a share and an end out of range are refused."""
-    with pytest.raises(ValueError, match="drop and grow needs"):
-        DropAndGrowController(**wrong)

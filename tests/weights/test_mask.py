@@ -40,12 +40,3 @@ def test_masked_weights_stay_zero(make: object) -> None:
         moments = [value for value in optimizer.state[model.weight].values() if torch.is_tensor(value) and value.dim()]
         assert moments and all(not each[~mask].any() for each in (model.weight.detach(), *moments))
     assert (model.weight[mask] != before[mask]).all()
-
-
-def test_gradients_of_active_weights_stay() -> None:
-    """Only the gradients of inactive weights become zero."""
-    layer = nn.Linear(3, 2)
-    layer(torch.ones(1, 3)).sum().backward()
-    mask = torch.tensor([[True, False, True], [False, True, True]])
-    mask_gradients({"weight": layer.weight}, {"weight": mask})
-    assert torch.equal(layer.weight.grad, mask.float())

@@ -9,7 +9,6 @@ from torch import nn
 
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
-from setpoint.sensor.taylor import TaylorSensor
 from setpoint.weights.find import Pattern, active_of, find_weights, with_active
 from setpoint.weights.taylor import WeightTaylorSensor, raised
 
@@ -28,18 +27,25 @@ def gradients(model: nn.Module, seed: int) -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 40])
 def test_a_weight_is_read_as_a_gate_of_its_own(num_steps: int) -> None:
-    """Claim: the saliency equals that of `TaylorSensor` on units of one weight each, whatever the number of steps."""
+    """Claim: the saliency is (8 var(r) + mean(r)^2) / 2 of r = w * dL/dw, a step's weight being decay^age."""
     model, groups = model_and_groups()
-    ours, theirs = WeightTaylorSensor(8, window=10), TaylorSensor(8, window=10)
-    assert ours.traits.single_weights and ours.readable(groups, model) == groups
-    one, other = ours.init(groups, model), theirs.init(groups, model)
+    sensor = WeightTaylorSensor(8, window=10)
+    assert sensor.traits.single_weights and sensor.readable(groups, model) == groups
+    state, seen = sensor.init(groups, model), []
     for seed in range(num_steps):
         gradients(model, seed)
-        one, other = ours.update(one, groups, model), theirs.update(other, groups, model)
-    first, second = ours.read(one, groups, 9), theirs.read(other, groups, 9)
-    assert (first.step, first.num_steps, first.skipped_steps) == (9, num_steps, 0)
-    for name, values in second.saliency.items():
-        np.testing.assert_allclose(first.saliency[name], values, rtol=1e-9, atol=1e-18)
+        state = sensor.update(state, groups, model)
+        seen.append({name: (p * p.grad).detach().numpy() for name, p in model.named_parameters()})
+    reading = sensor.read(state, groups, 9)
+    assert (reading.step, reading.num_steps, reading.skipped_steps) == (9, num_steps, 0)
+    share = 0.9 ** np.arange(num_steps)[::-1]
+    share /= share.sum()
+    for group in groups:
+        r = np.stack([step[group.name].reshape(-1) for step in seen])
+        mean = share @ r
+        # Weighted means of few steps are too near to them: 1 - 1/n where all weigh the same.
+        variance = share @ (r - mean) ** 2 / (1 - share @ share) if num_steps > 1 else 0.0
+        np.testing.assert_allclose(reading.saliency[group.name], (8 * variance + mean**2) / 2, rtol=1e-6, atol=1e-15)
 
 
 def test_steps_that_are_not_finite_are_left_out_and_scales_taken_back() -> None:
@@ -119,10 +125,3 @@ def test_a_pattern_lets_the_least_salient_of_each_block_go(name: str) -> None:
         assert (blocks.sum(-1) == left).all()
     lowest = np.sort(pattern.blocks(values), axis=-1)[..., : pattern.block - pattern.kept]
     assert values.reshape(-1)[~active].sum() == pytest.approx(lowest.sum())
-
-
-def test_settings_are_checked() -> None:
-    """Claim: samples and window are positive integers."""
-    for wrong in ({"num_samples": 0}, {"num_samples": 8, "window": -2}):
-        with pytest.raises(ValueError, match="must be a positive integer"):
-            WeightTaylorSensor(**wrong)

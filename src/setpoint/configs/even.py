@@ -1,22 +1,190 @@
-"""Even: groups of a model by the width that its config says, or by their place in repeated blocks."""
+"""Even: groups of a model by the width that its config says, or by their place in repeated blocks.
+
+A table says which number of a transformers config counts the units of which layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 from torch import nn
 
-from setpoint.configs.families import configured, shared_widths
 from setpoint.controller.even import Kind, same_place
 from setpoint.cost.cost import flops_cost, params_cost
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group, widths_of
+from setpoint.groups.group import Group, SizeBinding, widths_of
+from setpoint.groups.sizes_in_code.place import is_call, write_size
 from setpoint.groups.trace import Trace
 from setpoint.loop.candidates import Candidates, restricted
 
 _NOTHING = "even=True leaves nothing to cut"
 _INSTEAD = ". Attach without even=True: setpoint.save writes models of any widths"
+
+
+@dataclass(frozen=True)
+class Width:
+    """A width that the configs of some model types say.
+
+    Args:
+        types: values of `config.model_type`.
+        weight: regular expression for the names of the weights whose units it counts.
+        numbers: names in the config, the first counts the units. Of the others each unit has the same share: query
+            heads share the key-value head that counts them.
+        size_of_head: whether `head_dim` has to be written, too: else the config computes it from the number of heads.
+    """
+
+    types: str
+    weight: str
+    numbers: tuple[str, ...]
+    size_of_head: bool = False
+
+
+_BERTS = "bert roberta xlm-roberta camembert electra mpnet"
+_LLAMAS = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo cohere granite smollm3"
+_VITS = "vit deit beit"
+TABLE = (
+    Width(_BERTS, r"intermediate\.dense", ("intermediate_size",)),
+    Width("distilbert", r"ffn\.lin1", ("hidden_dim",)),
+    Width("gpt2 gptj", r"mlp\.(c_fc|fc_in)", ("n_inner",)),
+    Width("opt", r"layers\.\d+\.fc1", ("ffn_dim",)),
+    Width(_LLAMAS, r"mlp\.(gate_proj|gate_up_proj)", ("intermediate_size",)),
+    Width(_LLAMAS, r"self_attn\.(k_proj|qkv_proj)", ("num_key_value_heads", "num_attention_heads"), size_of_head=True),
+    Width(_VITS, r"mlp\.fc1", ("intermediate_size",)),
+    Width(_VITS, r"attention\.q_proj", ("num_attention_heads",), size_of_head=True),
+    Width("t5 mt5", r"DenseReluDense\.(wi|wi_0)", ("d_ff",)),
+    # T5 has a size of a head in its config, d_kv, that no number of heads changes.
+    Width("t5 mt5", r"(SelfAttention|EncDecAttention)\.q", ("num_heads",)),
+)
+"""Checked once for each type: a model that its class builds from the cut config has the shapes of the cut."""
+
+_MOST_HEADS = 256
+"""Larger widths are neurons, of which no config refuses a number."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of a config: `per_unit` times the width, plus a constant."""
+
+    place: str
+    per_unit: int
+    constant: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SharedWidth:
+    """Groups whose common width a config says.
+
+    Args:
+        module: qualified name of the module that has the config.
+        names: of the groups.
+        numbers: of the config, which a cut writes.
+        block: widths that are multiples of it are those that the config allows.
+    """
+
+    module: str
+    names: tuple[str, ...]
+    numbers: tuple[Number, ...]
+    block: int
+
+    def bound(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """The groups, of which a cut writes the numbers, and which keep to widths that the config allows."""
+        return tuple(self._bound(group) if group.name in self.names else group for group in groups)
+
+    def _bound(self, group: Group) -> Group:
+        # Phi-3 slices its fused heads by numbers of the config while it runs: once a cut has written them, the code
+        # gives other sizes there than it did, and a place that insists on the old size would be refused.
+        sizes = tuple(
+            replace(size, place=size.place.partition("=")[0]) if is_call(size.place) else size for size in group.sizes
+        )
+        if group.name == self.names[0]:  # one group writes the config for all
+            sizes += tuple(self._size(number, group.num_units) for number in self.numbers)
+        block = int(np.lcm(group.multiple_of, self.block))
+        fewest = -(-max(group.min_units, 1) // block) * block
+        return replace(group, sizes=sizes, multiple_of=block, min_units=min(group.num_units, fewest))
+
+    def _size(self, number: Number, width: int) -> SizeBinding:
+        units = np.repeat(np.arange(width), number.per_unit)
+        return SizeBinding(self.module, number.place, np.concatenate([units, np.full(number.constant, -1)]))
+
+
+def configured(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that a transformers config describes, by name."""
+    config = model.__dict__.get("config")
+    if hasattr(config, "to_dict") and hasattr(config, "model_type") and hasattr(type(model), "save_pretrained"):
+        yield "", model
+        return
+    for name, child in model.named_children():
+        for inner, module in configured(child):
+            yield f"{name}.{inner}".rstrip("."), module
+
+
+def shared_widths(model: nn.Module, groups: Sequence[Group]) -> tuple[SharedWidth, ...]:
+    """What the configs in a model say of its groups; groups that are in none of them are not named."""
+    found = []
+    for name, module in configured(model):
+        for row in TABLE:
+            config: Any = module.config
+            if config.model_type in row.types.split():
+                found += _shared(name, module, row, groups)
+    return tuple(found)
+
+
+def _shared(name: str, module: nn.Module, row: Width, groups: Sequence[Group]) -> list[SharedWidth]:
+    """The row of the table for this module; nothing if the config does not say the width of these very groups."""
+    # `.base_layer`: PEFT keeps an adapted layer under this name.
+    pattern = re.compile(rf"(^|\.){row.weight}(\.base_layer)?\.weight$")
+    prefix = f"{name}." if name else ""
+    weights = {prefix + weight for weight, _ in module.named_parameters() if pattern.search(weight)}
+    members = [group for group in groups if weights & {part.tensor for part in group.slices}]
+    widths = {group.num_units for group in members}
+    covered = {part.tensor for group in members for part in group.slices}
+    if not weights or not weights <= covered or len(widths) > 1:  # some layer is not pruned: no one number fits all
+        return []
+    (width,) = widths
+    config: Any = module.config
+    numbers = []
+    for number in row.numbers:
+        size = getattr(config, number, None)
+        if size is None:
+            numbers.append(Number(f"config.{number}={width}", 1))  # GPT-2's n_inner: None stands for the usual width
+        elif size % width:
+            return []
+        else:
+            numbers.append(Number(f"config.{number}", size // width))
+    if numbers[0].per_unit != 1:
+        return []
+    if row.size_of_head and getattr(config, "head_dim", None) is None:
+        size = config.hidden_size // config.num_attention_heads
+        numbers.append(Number(f"config.head_dim={size}", 0, size))
+    block = _block(config, numbers, width)
+    return [] if block == width else [SharedWidth(name, tuple(g.name for g in members), tuple(numbers), block)]
+
+
+def _block(config: Any, numbers: Sequence[Number], width: int) -> int:
+    """The smallest divisor of the width of which the config accepts all multiples; the width if it accepts no other."""
+    if width > _MOST_HEADS:
+        return 1
+    accepted = [_is_valid(config, numbers, fewer) for fewer in range(1, width + 1)]
+    return next(size for size in range(1, width + 1) if width % size == 0 and all(accepted[size - 1 :: size]))
+
+
+def _is_valid(config: Any, numbers: Sequence[Number], width: int) -> bool:
+    """Whether a config with these numbers can be written and read: Llama's wants heads that divide the hidden size."""
+    holder, changed = nn.Module(), copy.deepcopy(config)
+    holder.config = changed
+    for number in numbers:
+        write_size(holder, number.place, number.constant + number.per_unit * width)
+    try:
+        getattr(changed, "validate", lambda: None)()
+        type(config).from_dict(changed.to_dict())
+    except Exception:  # noqa: BLE001 - a config may refuse a number in any way
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

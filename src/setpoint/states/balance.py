@@ -53,10 +53,8 @@ def gramians(system: System) -> Gramians:
 def gramian_factors(
     system: System,
 ) -> tuple[Float[Tensor, "*batch states columns"], Float[Tensor, "*batch states columns_too"]]:
-    """Factors `R` and `H` of the Gramians: `P = R R^T` and `Q = H H^T`, in float64.
-
-    Products of factors are all that balancing needs. Working with `P Q` itself would square the condition.
-    """
+    """Factors `R` and `H` of the Gramians: `P = R R^T` and `Q = H H^T`, in float64."""
+    # Products of factors are all that balancing needs; `P Q` itself would square the condition.
     if isinstance(system, DiagonalSystem):
         both = _diagonal_gramians(system)
         return _factor(both.controllability), _factor(both.observability)
@@ -154,9 +152,6 @@ def hankel_values(system: System, what: str = "the system") -> Float[Tensor, "*b
     Args:
         system: a diagonal system with n modes has 2 n values, a dense one with n real states n.
 
-    Raises:
-        StateSpaceError: as `check_system`.
-
     References:
         Moore: "Principal component analysis in linear systems", IEEE TAC 26(1), 1981.
     """
@@ -171,9 +166,6 @@ def balance(system: System, what: str = "the system") -> Balance:
 
     With `H^T R = U diag(values) V^T`: `expand = R V diag(values)^-1/2` and `reduce = diag(values)^-1/2 U^T H^T`.
     States that cannot be reached or heard (value below rounding) get neither.
-
-    Raises:
-        StateSpaceError: as `check_system`.
 
     References:
         Laub, Heath, Paige, Ward: "Computation of system balancing transformations", IEEE TAC 32(2), 1987.

@@ -69,17 +69,12 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are nudged apart, by at most 1e-4 of
     their norm. Modes are scaled so that B and C keep the proportion that they have in the full system.
 
-    Raises:
-        StateSpaceError: as `check_system`, or for a number of modes that there is not.
-
     >>> eigenvalues = torch.tensor([0.9j, 0.5, 0.1])
     >>> weights = torch.tensor([[1.0], [1.0], [0.0]], dtype=eigenvalues.dtype)
     >>> modes = reduce_modes(DiagonalSystem(eigenvalues, weights, weights.mT), 2)  # what was 0 goes for nothing
     >>> modes.system.eigenvalues.abs()
     tensor([0.9000, 0.5000], dtype=torch.float64)
     """
-    if not 1 <= num_modes <= system.num_states:
-        raise StateSpaceError(f"num_modes must be from 1 to {system.num_states}, got {num_modes}")
     basis = basis or balance(system)
     dynamics = basis.reduce @ real_form(system).dynamics.detach().double() @ basis.expand
     batch, device = system.eigenvalues.shape[:-1], system.eigenvalues.device
@@ -201,9 +196,6 @@ def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Mode
     The difference of the two has as many modes as both together; this is its balanced truncation. The maps are those
     from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and `expand = [I, -X] T` for
     the maps R and X of the reduction.
-
-    Raises:
-        StateSpaceError: as `reduce_modes`.
     """
     small = modes.system
     difference = _side_by_side(system, DiagonalSystem(small.eigenvalues, small.inputs, -small.outputs))

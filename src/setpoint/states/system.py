@@ -37,12 +37,7 @@ System = DiagonalSystem | DenseSystem
 
 
 def check_system(system: System, what: str = "the system") -> None:
-    """Check that a system is finite and stable; only then has it Gramians.
-
-    Raises:
-        StateSpaceError: for anything else than a system, shapes that do not fit, values that are NaN or infinite,
-            or an eigenvalue on or outside the unit circle.
-    """
+    """Raise StateSpaceError unless a system is finite and stable: only then has it Gramians."""
     if not isinstance(system, (DiagonalSystem, DenseSystem)):
         raise StateSpaceError(
             f"{what} is {a_type(system)}: give a linear time-invariant DiagonalSystem or DenseSystem, such as "
@@ -95,16 +90,12 @@ def real_form(system: DiagonalSystem) -> DenseSystem:
     return DenseSystem(dynamics, stack_inputs(system.inputs), stack_outputs(system.outputs))
 
 
-def stack_inputs(
-    inputs: Complex[Tensor, "*batch states in_channels"],
-) -> Float[Tensor, "*batch two_states in_channels"]:
+def stack_inputs(inputs: Complex[Tensor, "*batch states inputs"]) -> Float[Tensor, "*batch two_states inputs"]:
     """B in real form: `[Re B; Im B]`."""
     return torch.cat([inputs.real, inputs.imag], -2)
 
 
-def stack_outputs(
-    outputs: Complex[Tensor, "*batch out_channels states"],
-) -> Float[Tensor, "*batch out_channels two_states"]:
+def stack_outputs(outputs: Complex[Tensor, "*batch outputs states"]) -> Float[Tensor, "*batch outputs two_states"]:
     """C in real form: `[Re C, -Im C]`."""
     return torch.cat([outputs.real, -outputs.imag], -1)
 

@@ -59,12 +59,6 @@ def turned(
 
     Args:
         basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
-        rest: whether units that go are to hold what is lost.
-
-    Raises:
-        GroupError: for a basis of a group without balanced coordinates or of another width, or when all of its states
-            are dropped.
-        StateSpaceError: when the layer is not stable or not finite.
     """
     full = check_keep(groups, keep)
     with ExitStack() as undo:
