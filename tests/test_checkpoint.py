@@ -236,61 +236,14 @@ class Mixed(nn.Module):
         return self.tied(self.head(self.rnn(x)[0][:, -1])) * self.phase.abs()
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a `Mixed` that has lost some units of every group."""
-    model, path = Mixed(), tmp_path_factory.mktemp("mixed") / "small.safetensors"
-    groups = tuple(each for each in find_groups(model, (torch.randn(2, 3, 4),)) if each.lossless)
+def test_layers_of_every_kind_come_back(tmp_path: Path) -> None:
+    """Claim: a model that has lost some units of every group is loaded with its bits and all its sizes."""
+    model, x = Mixed(), torch.randn(2, 3, 4)
+    groups = tuple(group for group in find_groups(model, (x,)) if group.lossless)
     shrink(model, None, groups, random_keep(groups, seed=1))
-    save(model, path)
-    again = load(path, into=Mixed())
-    assert torch.equal(again(torch.ones(2, 3, 4)), model(torch.ones(2, 3, 4))) and str(again) == str(model)
-    return path
-
-
-def forged(source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
-    """The file with its header and tensors changed, and the digest that goes with them."""
-    with safe_open(source, framework="pt") as file:
-        header = json.loads(file.metadata()["setpoint"])
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    change(header, tensors)
-    rest = {key: value for key, value in header.items() if key not in ("format", "sha256")}
-    header["sha256"] = checkpoint.digest(tensors, json.dumps(rest, sort_keys=True))
-    save_file(tensors, target, metadata={"setpoint": json.dumps(header)})
-    return target
-
-
-OTHER = "made for another model"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda h, t: h.update(sizes=[1]), "damaged"),
-        (lambda h, t: h["sizes"].update(flat=3), "damaged"),
-        (lambda h, t: h["sizes"]["flat"].update(in_features="3"), "damaged"),
-        (lambda h, t: h["sizes"]["flat"].update(in_features=True), "damaged"),
-        (lambda h, t: h["sizes"]["flat"].update(in_features=-1), "damaged"),
-        (lambda h, t: h["sizes"]["flat"].update(in_features=1.0), "damaged"),
-        (lambda h, t: h.update(aliases={"tied.weight": 3}), "damaged"),
-        (lambda h, t: h.update(aliases=["tied.weight"]), "damaged"),
-        (lambda h, t: h.update(transient="gain"), "damaged"),
-        (lambda h, t: h.update(transient=[["gain"]]), "damaged"),
-        (lambda h, t: h.update(complex=[1]), "damaged"),
-        (lambda h, t: h.update(dense={"flat.weight": 3}), "damaged"),
-        (lambda h, t: h["dense"].update({"flat.weight": ["16", 32]}), "damaged"),
-        (lambda h, t: h.update(format=[1]), "damaged"),
-        (lambda h, t: t.update({"out.weight": torch.zeros(17, 12)}), f"{OTHER}.*'out.weight'.* only become narrower"),
-        (lambda h, t: t.update({"out.weight": torch.zeros(16)}), f"{OTHER}.*'out.weight'.* only become narrower"),
-        (lambda h, t: h["sizes"].update(nowhere={"in_features": 1}), f"{OTHER}.*nowhere"),
-        (lambda h, t: h["sizes"][""].update({"forward.__func__.__code__.co_flags": 0}), f"{OTHER}.*not a place"),
-    ],
-)
-def test_a_forged_file_is_refused(
-    mixed: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object], words: str, tmp_path: Path
-) -> None:
-    """Claim: odd types, wider tensors and sizes of nothing are refused under a right digest, too."""
-    refuse(forged(mixed, tmp_path / "forged.safetensors", change), Mixed(), words)
+    save(model, tmp_path / "small.safetensors")
+    again = load(tmp_path / "small.safetensors", into=Mixed())
+    assert torch.equal(again(x), model(x)) and str(again) == str(model)
 
 
 def test_a_pickle_in_disguise_is_never_executed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
-from setpoint.actuator.model_shapes import ModelShapes, Shape, Shapes, by_every_name
+from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import cut_to, fit, infer_sizes, not_made
 from setpoint.checkpoint.model_file import some_of, unwrap_module
@@ -178,21 +178,13 @@ def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateS
 
 @dataclass(frozen=True, eq=False)
 class _Wanted:
-    """The shapes and sizes that a model is to have for a state.
+    """The shapes and sizes that a model is to have for a state."""
 
-    Args:
-        narrow: by name of each tensor that is narrower than when the model was built, its shape.
-        sizes: by module and place, the integers that go with them.
-        transient: by name, values of buffers that no state dict holds.
-        carried: what the state says of its sizes itself; None where they were inferred from shapes.
-        unsure: names of the modules of which some sizes are not known.
-    """
-
-    narrow: Shapes
+    narrow: Shapes  # of each tensor that is narrower than when the model was built
     sizes: Mapping[SizePlace, int]
-    transient: Mapping[str, Tensor]
-    carried: StateSizes | None = None
-    unsure: tuple[str, ...] = ()
+    transient: Mapping[str, Tensor]  # values of buffers that no state dict holds
+    carried: StateSizes | None = None  # None where the sizes were inferred from shapes
+    unsure: tuple[str, ...] = ()  # modules of which some sizes are not known
 
     @classmethod
     def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str) -> _Wanted | None:
@@ -205,7 +197,8 @@ class _Wanted:
         # What is not there, as in a load that is not strict, stays as it is.
         shapes = now | {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
         if carried is not None:
-            shapes |= _transient_shapes(module, carried)
+            _check_buffers_are_there(module, tensors, carried)
+            shapes |= {name: tuple(value.shape) for name, value in carried.transient.items() if name in tensors}
         if shapes == now and (carried is None or carried.sizes == known.sizes):
             return None
         if carried is not None:
@@ -257,16 +250,13 @@ class _Wanted:
         return fit(module, shapes, self.sizes, values, {name: dense[name] for name in later if name in dense})
 
 
-def _transient_shapes(module: nn.Module, carried: StateSizes) -> dict[str, Shape]:
-    """Shapes of the model's buffers that no state dict holds, by what came with the state."""
-    tensors = named_tensors(module)
+def _check_buffers_are_there(module: nn.Module, tensors: Mapping[str, Tensor], carried: StateSizes) -> None:
     unknown = sorted({*carried.transient} - {*tensors, *not_made(module, carried.transient)})
     if unknown:
         raise CheckpointError(
             f"the state dict is of another model, or this one has yet to make its buffer {unknown[0]!r}: declare "
             "that by register_buffer(name, None, persistent=False) where the model is built, or call the model once"
         )
-    return {name: tuple(value.shape) for name, value in carried.transient.items() if name in tensors}
 
 
 def _check_same_dense(shapes: Shapes, now: Shapes, dense: Shapes, theirs: Shapes) -> None:
@@ -281,7 +271,6 @@ def _check_same_dense(shapes: Shapes, now: Shapes, dense: Shapes, theirs: Shapes
 
 
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Called before the first forward of a module some of whose sizes no state has said."""
     complete(module, example_of(module, args, kwargs))
 
 
