@@ -15,8 +15,9 @@ from torch import nn
 
 import setpoint
 from golden.models import GPT
-from setpoint.actuator.model_shapes import ModelShapes, apply_sizes, at_dense_shapes, check_sizes, note_cut, was_cut
+from setpoint.actuator.model_shapes import ModelShapes, apply_sizes, check_sizes, note_cut, was_cut
 from setpoint.actuator.tensors import named_tensors
+from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.errors import BudgetError, GroupError
 from setpoint.groups.sizes_in_code.place import read_size, write_size
 

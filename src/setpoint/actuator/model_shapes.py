@@ -8,18 +8,16 @@ the place of a cut one finds those of its predecessor by the name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, swap
+from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.errors import GroupError
 from setpoint.groups.sizes_in_code.place import is_call, read_size, write_size
 from setpoint.groups.sizes_in_code.shim import get_call_sizes, set_call_sizes
@@ -116,18 +114,18 @@ def note_cut(
     buffers = {name for name in shapes if name in every_buffer and not is_persistent(model, name)}
     # A module that two others hold has two names; `_modules` will ask for the first.
     first_name = {module: name for name, module in model.named_modules()}
-    by_module: dict[str, dict[str, tuple[int | None, int]]] = {}
+    sizes_in: dict[str, dict[str, tuple[int | None, int]]] = {}
     for (name, place), size in {**known.sizes, **sizes}.items():
         module = model.get_submodule(name)
         own = first_name[module]
         if size is None:
-            by_module.get(own, {}).pop(place, None)
+            sizes_in.get(own, {}).pop(place, None)
         else:
             present = None if is_call(place) else read_size(module, place)
-            by_module.setdefault(own, {})[place] = known.dense_sizes.get((own, place), present), size
+            sizes_in.setdefault(own, {})[place] = known.dense_sizes.get((own, place), present), size
     record: _Record = {
         "tensors": {name: (shape, after.get(name, shape)) for name, shape in before.items()},
-        "sizes": by_module,
+        "sizes": sizes_in,
         "buffers": tuple(sorted({*known.buffers, *buffers})),
     }
     # A new record, not a changed one: what submodules and copies hold of an old record stays true.
@@ -214,26 +212,3 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
         undo.callback(partial(set_call_sizes, module, present_calls))
         merged = {**present_calls, **places}
         set_call_sizes(module, {place: size for place, size in merged.items() if size is not None})
-
-
-@contextmanager
-def at_dense_shapes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
-    """Inside, every tensor that was cut has its dense shape and holds zeros, and the model's sizes are the dense ones.
-
-    At the end everything is as it was before: values, gradients, sizes and optimizer state, which is set aside
-    meanwhile, whatever was done to them inside.
-    """
-    tensors, known = named_tensors(model), ModelShapes.of(model)
-    with ExitStack() as undo, torch.no_grad():
-        # Only the model is changed and not its record: by that it counts as dense inside.
-        apply_sizes(model, known.dense_sizes, undo)
-        for name, shape in known.dense.items():
-            tensor = tensors[name]
-            if tuple(tensor.shape) == shape:
-                continue
-            for optimizer in optimizers:
-                if tensor in optimizer.state:
-                    undo.callback(optimizer.state.__setitem__, tensor, optimizer.state.pop(tensor))
-            swap(tensor, in_format(tensor.new_zeros(shape), tensor), undo)
-        with torch.enable_grad():  # `no_grad` is for the swaps here and for those of `undo`
-            yield

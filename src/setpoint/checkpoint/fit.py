@@ -1,30 +1,26 @@
-"""Fit: a model takes the shapes of a state or a file; sizes that nothing else says follow from the shapes."""
+"""Fit: a model takes the shapes of a state or a file, or for a while its dense ones.
+
+Sizes that nothing else says follow from the shapes.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import textwrap
-from collections.abc import Hashable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Cut, SizePlace, plan_cut
 from setpoint.actuator.in_state_dict import carry_sizes
-from setpoint.actuator.model_shapes import (
-    ModelShapes,
-    Shapes,
-    apply_sizes,
-    at_dense_shapes,
-    by_every_name,
-    check_sizes,
-    note_cut,
-)
+from setpoint.actuator.model_shapes import ModelShapes, Shapes, apply_sizes, by_every_name, check_sizes, note_cut
 from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, swap
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.example import Example
@@ -109,6 +105,29 @@ def _make(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
     put = partial(model.get_submodule(owner).register_buffer, key, persistent=False)
     undo.callback(put, None)
     put(value.detach().to(device, copy=True))
+
+
+@contextmanager
+def at_dense_shapes(model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
+    """Inside, every tensor that was cut has its dense shape and holds zeros, and the model's sizes are the dense ones.
+
+    At the end everything is as it was before: values, gradients, sizes and optimizer state, which is set aside
+    meanwhile, whatever was done to them inside.
+    """
+    tensors, known = named_tensors(model), ModelShapes.of(model)
+    with ExitStack() as undo, torch.no_grad():
+        # Only the model is changed and not its record: by that it counts as dense inside.
+        apply_sizes(model, known.dense_sizes, undo)
+        for name, shape in known.dense.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) == shape:
+                continue
+            for optimizer in optimizers:
+                if tensor in optimizer.state:
+                    undo.callback(optimizer.state.__setitem__, tensor, optimizer.state.pop(tensor))
+            swap(tensor, in_format(tensor.new_zeros(shape), tensor), undo)
+        with torch.enable_grad():  # `no_grad` is for the swaps here and for those of `undo`
+            yield
 
 
 def infer_sizes(model: nn.Module, shapes: Shapes) -> tuple[dict[SizePlace, int], tuple[str, ...]]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from setpoint.actuator.model_shapes import ModelShapes, at_dense_shapes
+from setpoint.actuator.model_shapes import ModelShapes
 from setpoint.actuator.tensors import named_tensors
+from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.sizes_in_code.place import is_call

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.model_shapes import apply_sizes, at_dense_shapes, note_cut, was_cut
+from setpoint.actuator.model_shapes import apply_sizes, note_cut, was_cut
 from setpoint.actuator.optimizer_state import check_state
 from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.plain import from_tensors, to_tensors
@@ -94,6 +94,8 @@ class Carrying:
 @contextmanager
 def dense_shapes(host: Host) -> Iterator[None]:
     """Inside, what was cut to a state already has the dense shapes that a fresh loop expects."""
+    from setpoint.checkpoint.fit import at_dense_shapes  # late: only a run that loads something needs it
+
     cut = [module for module in (host.model, *host.copies) if was_cut(module)]
     with ExitStack() as stack:
         for module in cut:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.actuator.model_shapes import at_dense_shapes, was_cut
+from setpoint.actuator.model_shapes import was_cut
 from setpoint.arguments import plain_number
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, Price, Tolerance, amount
@@ -121,6 +121,8 @@ def original_costs(
                 f"the model was cut before, so the {budget.resource} of the dense model are not known, and a fraction "
                 f"of {budget.limit:g} has no meaning: give Budget.total(..., of={budget.resource!r})"
             )
+    from setpoint.checkpoint.fit import at_dense_shapes  # late: few models were cut before
+
     with at_dense_shapes(model):
         found = repeated(trace(model, example), passes)
         flops = flops_cost(found).total(widths_of(found.groups))
