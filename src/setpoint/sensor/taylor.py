@@ -46,6 +46,11 @@ class Moments:
     scale: GradientScale | None = field(default=None, metadata={"live": True})  # of gradients against taps
     window: int = field(default=50, metadata={"live": True})  # number of recent steps that count
 
+    def __post_init__(self) -> None:
+        # How many recent steps there are depends on the step, so that loading a state cannot check their shapes.
+        if any(step.shape != self.mean.shape for step in self.recent):
+            raise ValueError(f"each recent step holds a number for each of the {len(self.mean)} units")
+
     def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
         return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
 
