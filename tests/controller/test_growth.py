@@ -238,7 +238,7 @@ def test_what_is_not_sure_is_not_offered() -> None:
             9, {"layer0": units}, {"layer0": np.ones(3)}, {"layer0": error}, {"layer0": 9 * one}, {"layer0": one}
         )
         offers = offers_of(probe, cost, {"layer0": 5, "layer1": 8}, groups, dwell=0, returns=1, slew=1.0)
-        assert len(offers) == offered
+        assert len(offers.blocks) == offered
 
 
 def test_no_more_is_offered_than_the_sensor_will_read() -> None:
@@ -254,5 +254,8 @@ def test_no_more_is_offered_than_the_sensor_will_read() -> None:
     settings = {"dwell": 0, "returns": 1, "slew": 1.0, "num_samples": 10}
     offers = offers_of(probe, cost, widths, groups, **settings)
     saving = cost.saving({"layer0": 6, "layer1": 8}, "layer0", 1)
-    assert [(offer.origins.tolist(), round(offer.worth * saving, 6)) for offer in offers] == [([0], 0.7), ([1], 0.5)]
+    assert [(offer.origins.tolist(), round(offer.worth * saving, 6)) for offer in offers.blocks] == [
+        ([0], 0.7),
+        ([1], 0.5),
+    ]
     assert np.isinf(Probe(*some, {"layer0": one}, {"layer0": one}).foretold("layer0", 10)).all()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 
 from setpoint.controller.plan import Probe
-from setpoint.controller.selection import Selection
+from setpoint.controller.reason import these
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 
@@ -24,6 +25,60 @@ class Offer:
     worth: float  # summed sure gain of the block / what it costs, at the widths with the group's better blocks back
 
 
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True, eq=False)
+class Offers:
+    """Blocks that may come back together, the worthiest first."""
+
+    blocks: tuple[Offer, ...]
+
+    def among(self, grow: Mapping[str, Int[np.ndarray, " _units"]]) -> Offers:
+        """The blocks of which all units are among these origins."""
+        return Offers(tuple(b for b in self.blocks if np.isin(b.origins, grow.get(b.name, [])).all()))
+
+    def widened(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Widths once these blocks are back."""
+        wider = dict(widths)
+        for block in self.blocks:
+            wider[block.name] += len(block.origins)
+        return wider
+
+    def grow(self) -> dict[str, Int[np.ndarray, " units"]]:
+        """By group, origins of all units, ascending."""
+        names = dict.fromkeys(block.name for block in self.blocks)
+        return {
+            name: np.sort(np.concatenate([block.origins for block in self.blocks if block.name == name]))
+            for name in names
+        }
+
+    def worth(self) -> dict[str, Float64[np.ndarray, " units"]]:
+        """By group, in the order of `grow`, the worth of each unit's block."""
+        worth = {(block.name, int(unit)): block.worth for block in self.blocks for unit in block.origins}
+        return {name: np.array([worth[name, int(unit)] for unit in units]) for name, units in self.grow().items()}
+
+    def explained(self) -> str:
+        units, names = sum(len(block.origins) for block in self.blocks), {block.name for block in self.blocks}
+        return f"brought back {these(units, len(names))}, worth at least {self.blocks[-1].worth:.3g} by their probe"
+
+    def most_that_pay(self, select: Callable[[Offers], Choice], pays: Callable[[Choice], bool]) -> Choice | None:
+        """The choice with the largest number of blocks that still pay; None where none does.
+
+        The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so
+        the number is found by bisection.
+        """
+        best, low, high = None, 0, len(self.blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = select(Offers(self.blocks[:middle]))
+            if pays(tried):
+                best, low = tried, middle
+            else:
+                high = middle - 1
+        return best
+
+
 def offers_of(
     probe: Probe,
     cost: Cost,
@@ -34,7 +89,7 @@ def offers_of(
     returns: int,
     slew: float,
     num_samples: int = 1,
-) -> list[Offer]:
+) -> Offers:
     """Whole blocks of resting units that are sure to gain and to stay, the worthiest first.
 
     A unit's sure gain is its gain less the standard error, and at most the saliency that it will be read to have: one
@@ -42,12 +97,8 @@ def offers_of(
     units come in the order of their sure gain. A unit is left out that has rested for fewer decisions
     than `dwell`, or has come back `returns` times before.
 
-    Args:
-        probe: what resting units would contribute.
-        dwell: decisions that a unit rests at least.
-        returns: how often a unit may come back in a run.
-        slew: largest fraction of a group's units to come back at one decision; one block always may.
-        num_samples: independent samples behind the gradient of a step.
+    At one decision at most the fraction `slew` of a group's units comes back; one block always may. `num_samples` are
+    the independent samples behind the gradient of a step.
 
     >>> from setpoint.cost.cost import ProductCost, Term
     >>> from setpoint.groups.group import Size
@@ -56,7 +107,7 @@ def offers_of(
     >>> gain, error = {"a": np.array([1.0, -1.0, 3.0])}, {"a": np.zeros(3)}
     >>> probe = Probe(9, {"a": np.array([5, 6, 7])}, gain, error, {"a": some + 2}, {"a": some})
     >>> offers = offers_of(probe, cost, {"a": 4}, (group,), dwell=2, returns=2, slew=0.5)
-    >>> [(offer.origins.tolist(), offer.worth) for offer in offers]
+    >>> [(block.origins.tolist(), block.worth) for block in offers.blocks]
     [([7], 1.5), ([5], 0.5)]
     """
     found: list[tuple[float, str, int, Offer]] = []
@@ -78,43 +129,4 @@ def offers_of(
                 break
             worth = min(worth, float(gain[chosen].sum()) / saving)
             found.append((-worth, name, number, Offer(name, np.sort(origins[chosen]), worth)))
-    return [offer for *_, offer in sorted(found, key=lambda each: each[:3])]
-
-
-Choice = tuple[Selection, str, list[Offer]]
-"""What goes, a note on it, and the blocks that come back for it."""
-
-
-def most_that_pay(
-    offers: list[Offer], select: Callable[[list[Offer]], Choice], pays: Callable[[Choice], bool]
-) -> Choice | None:
-    """The largest number of offers, the worthiest first, that still pay; None where none does.
-
-    The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so
-    the number is found by bisection.
-    """
-    best, low, high = None, 0, len(offers)
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = select(offers[:middle])
-        if pays(tried):
-            best, low = tried, middle
-        else:
-            high = middle - 1
-    return best
-
-
-def widened(widths: Mapping[str, int], offers: list[Offer]) -> dict[str, int]:
-    """Widths once these blocks are back."""
-    wider = dict(widths)
-    for offer in offers:
-        wider[offer.name] += len(offer.origins)
-    return wider
-
-
-def together(offers: list[Offer]) -> dict[str, Int[np.ndarray, " units"]]:
-    """By group, origins of all units of these offers, ascending."""
-    by_group: dict[str, list[Int[np.ndarray, " _block"]]] = {}
-    for offer in offers:
-        by_group.setdefault(offer.name, []).append(offer.origins)
-    return {name: np.sort(np.concatenate(blocks)) for name, blocks in by_group.items()}
+    return Offers(tuple(offer for *_, offer in sorted(found, key=lambda ranked: ranked[:3])))

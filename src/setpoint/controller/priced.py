@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -13,9 +13,8 @@ from jaxtyping import Float64, Int64
 from setpoint.arguments import plain_fields
 from setpoint.controller.aim import Aim, Feedback, Gains, take_aim
 from setpoint.controller.ladder import NO_GUARDS, Guards
-from setpoint.controller.offer import Choice, Offer, most_that_pay, offers_of, together, widened
 from setpoint.controller.plan import Goal, Observation, Plan
-from setpoint.controller.reason import apart, explain_cut, explain_growth, explain_rest, problem_with
+from setpoint.controller.reason import apart, explain_cut, explain_rest, problem_with
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import (
     Allocation,
@@ -33,6 +32,9 @@ from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
+
+if TYPE_CHECKING:
+    from setpoint.controller.offer import Offers
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
 
@@ -203,22 +205,14 @@ class PricedController:
         """A plan with another choice of what goes: in the order of these saliencies in place of the reading's.
 
         Price, what comes back and where spending goes are the plan's, and so are the guards. Worth is that of the
-        reading's saliencies.
-
-        Args:
-            state: that the plan was made from.
-            plan: from `decide` on the same observation.
-            saliency: by group, of every active unit.
+        reading's saliencies. `state` is the one that the plan was made from, on the same observation.
         """
         reading = observation.reading
         assert reading is not None
         aim = self._aim(state, observation, cost)
         guards = self._guards(observation, cost, groups, aim)
-        offers = [
-            offer
-            for offer in self._offers(observation, cost, groups)
-            if np.isin(offer.origins, plan.grow.get(offer.name, [])).all()
-        ]
+        offers = self._offers(observation, cost, groups) if plan.grows() else None
+        offers = None if offers is None else offers.among(plan.grow)
         seen = replace(observation, reading=replace(reading, saliency=saliency))
         selection, note = self._select(state, seen, cost, groups, aim, guards, offers)
         selection.worth = {name: worth_by(selection, name, reading.saliency[name]) for name in selection.ladders}
@@ -226,33 +220,38 @@ class PricedController:
 
     def _choose(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
-    ) -> Choice | None:
-        """What goes, and what comes back for it; None where spending is right and nothing comes back."""
+    ) -> tuple[Selection, str, Offers | None] | None:
+        """What goes, a note on it, and what comes back for it; None where spending is right and nothing comes back."""
         offers = self._offers(observation, cost, groups)
-        if not offers and aim.rests(self.deadband):
+        if offers is None and aim.rests(self.deadband):
             return None
         guards = self._guards(observation, cost, groups, aim)
 
-        def select(chosen: list[Offer]) -> Choice:
+        def select(chosen: Offers | None) -> tuple[Selection, str, Offers | None]:
             return (*self._select(state, observation, cost, groups, aim, guards, chosen), chosen)
 
-        def pays(choice: Choice) -> bool:
+        def pays(choice: tuple[Selection, str, Offers | None]) -> bool:
             selection, note, chosen = choice
+            assert chosen is not None
             price = self._price(state, selection) * (1 + self.hysteresis)
-            return selection.total <= aim.paid and chosen[-1].worth > price and not (aim.settled and note)
+            return selection.total <= aim.paid and chosen.blocks[-1].worth > price and not (aim.settled and note)
 
-        best = most_that_pay(offers, select, pays) if offers else None
-        return select([]) if best is None and not aim.rests(self.deadband) else best
+        best = None if offers is None else offers.most_that_pay(select, pays)
+        return select(None) if best is None and not aim.rests(self.deadband) else best
 
-    def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> list[Offer]:
+    def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Offers | None:
         """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
         reading, probe = observation.reading, observation.probe
         if self._final(observation) or probe is None or reading is None or not reading.calibrated:
-            return []
+            return None
         if self.allocation != "worth":
-            return []
+            return None
+        # Here, since only runs with regrowth need it.
+        from setpoint.controller.offer import offers_of
+
         settings = {"dwell": self.dwell, "returns": self.returns, "num_samples": reading.num_samples}
-        return offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
+        offers = offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
+        return offers if offers.blocks else None
 
     def _final(self, observation: Observation) -> bool:
         return not self.regrow or self.schedule.final(observation.step, observation.planned_steps)
@@ -308,17 +307,16 @@ class PricedController:
         groups: tuple[Group, ...],
         aim: Aim,
         guards: Guards,
-        offers: list[Offer],
+        offers: Offers | None,
     ) -> tuple[Selection, str]:
         """Choose what goes if these come back: on the way down, or landing with guards lifted that would miss."""
         reading, allocation = observation.reading, self._allocation(observation)
         assert reading is not None
+        widths = observation.widths if offers is None else offers.widened(observation.widths)
 
         def nothing(guards: Guards) -> Selection:
             ladders = guards.ladders(groups, reading, observation.dense_widths, state.age)
-            return start(
-                cost, ladders, widened(observation.widths, offers) if offers else observation.widths, allocation
-            )
+            return start(cost, ladders, widths, allocation)
 
         if not aim.settled:
             selection = nothing(guards)
@@ -354,16 +352,14 @@ class PricedController:
         aim: Aim,
         selection: Selection,
         note: str,
-        offers: list[Offer],
+        offers: Offers | None,
     ) -> Plan:
         ladders = selection.ladders
         budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
         dense = observation.dense[aim.resource]
         reason = explain_cut(selection, state.price, aim, dense, budget_met, self.deadband)
-        grow = together(offers) if offers else {}
-        worth = {(offer.name, int(unit)): offer.worth for offer in offers for unit in offer.origins}
-        if offers:
-            reason += f"; {explain_growth(offers)}"
+        if offers is not None:
+            reason += f"; {offers.explained()}"
         if aim.metered is not None:
             reason += f"; the meter reads {apart(aim.metered / aim.spent - 1, 'the prediction')}"
         return Plan(
@@ -374,6 +370,6 @@ class PricedController:
             reference={aim.resource: aim.reference},
             budget_met=budget_met,
             reason=f"{reason}; {note}" if note else reason,
-            grow=grow,
-            grow_worth={name: np.array([worth[name, int(unit)] for unit in units]) for name, units in grow.items()},
+            grow={} if offers is None else offers.grow(),
+            grow_worth={} if offers is None else offers.worth(),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from setpoint.controller.aim import Aim
-from setpoint.controller.offer import Offer
 from setpoint.controller.selection import Selection, regained
 from setpoint.cost.budget import DENSE, UNIT
 from setpoint.groups.group import Group
@@ -74,12 +73,6 @@ def per(resource: str) -> str:
     ('for each s', 'for all of the leading budget')
     """
     return "for all of the leading budget" if resource == "joint" else f"for each {UNIT.get(resource, resource)}"
-
-
-def explain_growth(offers: list[Offer]) -> str:
-    """What comes back."""
-    units, names = sum(len(offer.origins) for offer in offers), {offer.name for offer in offers}
-    return f"brought back {these(units, len(names))}, worth at least {offers[-1].worth:.3g} by their probe"
 
 
 def _brake(selection: Selection) -> str:
