@@ -12,21 +12,15 @@ from setpoint.groups.atoms import Atoms
 from setpoint.groups.group import Group, Role, Size, SizeBinding, Slice
 from setpoint.groups.walk import DimLabels, Walk
 
-_MIN_BLOCKS = 8
-"""Blocks are as large as suits the hardware, but a group has at least this many."""
-_MIN_WIDE_BLOCKS = 16
-"""A group has at least this many of the blocks that tensor cores want: they're four times as large as a CPU's."""
-_LIKED = {"channel": 16}
-"""Widths that a CPU's kernels want are multiples of this; of 8 for all that isn't listed."""
+_MIN_BLOCKS = 8  # a group has at least this many blocks, so they may be smaller than suits the hardware
+_MIN_WIDE_BLOCKS = 16  # of those that tensor cores want, which are four times as large as a CPU's
+_CHANNELS = 16  # a CPU's kernels want multiples of this many channels
+_NEURONS = 8  # and of this many of anything else
+# NVIDIA, Convolutional Layers User's Guide and Linear/Fully-Connected Layers User's Guide, quick start checklists:
+# sizes of a matrix product should be multiples of at least this.
 _TENSOR_CORES = 64
-"""Sizes of a matrix product should be multiples of at least this on a GPU.
-
-NVIDIA, Convolutional Layers User's Guide and Linear/Fully-Connected Layers User's Guide, quick start checklists.
-"""
-ALIGNED = 8
-"""Units in 16 bytes, at two bytes each."""
-FLOOR = 16
-"""A group keeps at least a sixteenth of its units."""
+ALIGNED = 8  # units in 16 bytes, at two bytes each
+FLOOR = 16  # a group keeps at least a sixteenth of its units
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +90,7 @@ class Kept:
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = (), device_type: str = "cpu") -> Units:
     """Collect the classes that can be dropped into groups; `dims` are those of all parameters and buffers.
 
-    Blocks are as large as suits the device. Units that lie unequally often in dims of matrix products, `products`, are
-    in different groups: sizes follow widths.
+    Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
     """
     everyone = atoms.find(np.arange(len(atoms)))
     signature = _signatures(everyone, [*(own.labels for own in dims), *products])
@@ -238,15 +231,15 @@ def block_size(num_units: int, what: str, device_type: str) -> int:
     """
     if what == "head":
         return 1
-    block = _largest(num_units, _LIKED.get(what, 8), _MIN_BLOCKS)
+    block = _largest(num_units, _CHANNELS if what == "channel" else _NEURONS, _MIN_BLOCKS)
     return max(block, _largest(num_units, _TENSOR_CORES, _MIN_WIDE_BLOCKS)) if device_type == "cuda" else block
 
 
 def device_type_of(model: nn.Module) -> str:
     """Type of the device that most of the weights are on; of a model without any, "cpu"."""
     sizes: dict[str, int] = {}
-    for each in model.parameters():
-        sizes[each.device.type] = sizes.get(each.device.type, 0) + each.numel()
+    for parameter in model.parameters():
+        sizes[parameter.device.type] = sizes.get(parameter.device.type, 0) + parameter.numel()
     return max(sizes, key=sizes.__getitem__, default="cpu")
 
 

@@ -61,9 +61,7 @@ def shapes_of(example: Example) -> list[list[int]]:
 
 
 def in_shapes(example: Example, shapes: Sequence[Sequence[int]]) -> Example:
-    """An example whose tensors have these shapes: in each dim entries are left out at the end, or come again.
-
-    It stays as it is where its tensors are other ones: in number, or in their number of dims.
+    """An example whose tensors have these shapes, if their dims fit: entries are left out at the end, or come again.
 
     >>> in_shapes((torch.tensor([[1, 2, 3]]),), [[2, 2]]), in_shapes((torch.tensor([1, 2]),), [[3]])
     ((tensor([[1, 2],
@@ -126,11 +124,7 @@ def check_example(example: Example) -> None:
 
 
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str = "forward") -> Example:
-    """The inputs of a call as an example: a tuple where all are positional, else a dict by the names of the forward.
-
-    Raises:
-        ExampleError: for a forward with `*args` that was called with keywords, too.
-    """
+    """The inputs of a call as an example: a tuple where all are positional, else a dict by the names of the forward."""
     if not kwargs:
         return args
     if not args:
@@ -152,12 +146,11 @@ def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def without_cache(model: nn.Module, example: Example) -> Example:
     """The example with `use_cache=False`, where a decoder of Transformers would keep keys and values by default.
 
-    Training reads nothing of them, and heads that go into a cache of changing length have no fixed place in a graph. An
-    example that names `use_cache` stays as it is, and so does one of a model that does not take it by name.
+    Training reads nothing of them, and heads that go into a cache of changing length have no fixed place in a graph.
     """
     args, kwargs = inputs_of(example)
     named = "use_cache" in inspect.signature(type(model).forward).parameters
-    wraps = any(each.__module__.startswith("peft.") for each in type(model).__mro__) and not args
+    wraps = any(kind.__module__.startswith("peft.") for kind in type(model).__mro__) and not args
     keeps = getattr(getattr(model, "config", None), "use_cache", False) is True
     if "use_cache" in kwargs or not keeps or not (named or wraps):
         return example
@@ -180,7 +173,7 @@ def check_device(model: nn.Module, example: Example) -> None:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether every entry is stored, as in most tensors."""
+    """Whether every entry is stored."""
     return tensor.layout == torch.strided
 
 
@@ -192,7 +185,6 @@ class MethodForward:
         self.own, self.running = module.__dict__.get("forward"), False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method returns, or the forward inside of it."""
         kind = type(self.module)
         if self.running:
             return self.own(*args, **kwargs) if self.own else kind.forward(self.module, *args, **kwargs)

@@ -37,17 +37,11 @@ class _FlatForward(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """What of a model could be exported.
-
-    Args:
-        program: the graph.
-        forward: the calls that it holds.
-        refused: of what could not be exported first, None where all could.
-    """
+    """What of a model could be exported."""
 
     program: Any
-    forward: PartialForward
-    refused: ExportError | None = None
+    forward: PartialForward  # the calls that the program holds
+    refused: ExportError | None = None  # of what could not be exported first
 
 
 def check_model(model: nn.Module, example: Example) -> None:
@@ -73,12 +67,8 @@ def export(model: nn.Module, example: Example) -> Exported:
     """The graph of `model(*example)`, which `check_model` has accepted.
 
     Where the code of a library decides by values of a tensor, the graph holds the path of the example. A part of the
-    model that cannot be exported is an opaque call in it.
-
-    Raises:
-        ExampleError: the model does not accept the example.
-        ExportError: no static graph can hold the model's own forward (control flow by data, say); the message names the
-            line.
+    model that cannot be exported is an opaque call in it. An ExportError names the line of the model's own forward that
+    no static graph can hold; an ExampleError says that the model does not accept the example.
     """
     forward = PartialForward.whole(example)
     first: ExportError | None = None
@@ -189,7 +179,8 @@ def _check_outputs(program: Any) -> None:
     names = set(program.graph_signature.user_outputs)
     (output,) = [node for node in program.graph.nodes if node.op == "output"]
     found = [node.meta["val"] for node in output.args[0] if getattr(node, "name", None) in names]
-    if not any(each.is_floating_point() or each.is_complex() for each in found if isinstance(each, torch.Tensor)):
+    tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
         raise ExportError(
             "the model's forward returns no tensor of floats, also none in a list, a dict or a dataclass: return the "
             "loss or the outputs, since backward passes are tried and counted from what the forward returns"

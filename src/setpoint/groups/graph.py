@@ -17,12 +17,7 @@ from setpoint.groups.walk import Value, Walk, finish, module_of, op_name, plain_
 
 
 def walk_graph(model: nn.Module, program: Any, opaque_calls: Mapping[str, str]) -> tuple[Walk, list[OwnDim]]:
-    """Visit every node of the graph once; what the rules record, and the dims of all parameters and buffers.
-
-    Args:
-        program: the exported model.
-        opaque_calls: by name of a module that was not exported, why.
-    """
+    """Visit every node of the graph once; what the rules record, and the dims of all parameters and buffers."""
     attention = nn.MultiheadAttention  # or what stands in for its forward
     walk = Walk(
         opaque=frozenset(
@@ -53,10 +48,7 @@ def _run(
     *,
     backward: bool = True,
 ) -> Any:
-    """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too.
-
-    `backward` says whether a backward pass comes to the outputs.
-    """
+    """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too."""
     read = _read(graph.graph)
     reached = _read(graph.graph, but=_detaches) if backward else set()
     for node in graph.graph.nodes:
@@ -70,8 +62,11 @@ def _run(
             _count_call(walk, node, numbers)
             walk.unread, walk.backward = node not in read, node in reached
             found = _visit(walk, node, env, numbers)
-            detached = _detaches(node)
-            env[node] = pytree.tree_map_only(Value, _without_gradient, found) if detached else found
+            env[node] = (
+                pytree.tree_map_only(Value, lambda value: replace(value, grad=False), found)
+                if _detaches(node)
+                else found
+            )
     return None
 
 
@@ -79,10 +74,6 @@ def _detaches(node: fx.Node) -> bool:
     """Whether no gradient goes through a node: `x.detach()`, or a block under `torch.no_grad()`."""
     name = op_name(node.target)
     return name in ("detach", "detach_") or (name == "wrap_with_set_grad_enabled" and not node.args[0])
-
-
-def _without_gradient(value: Value) -> Value:
-    return replace(value, grad=False)
 
 
 def _read(graph: fx.Graph, but: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
@@ -204,7 +195,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tup
 
 def _has_floats(node: fx.Node) -> bool:
     tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
-    return any(each.is_floating_point() or each.is_complex() for each in tensors)
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors)
 
 
 def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:

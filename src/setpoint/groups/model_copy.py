@@ -16,14 +16,20 @@ from setpoint.groups.example import is_dense
 
 
 def copy_of(model: nn.Module, memo: Mapping[int, Any] | None = None, *, users_hooks: bool = True) -> nn.Module:
-    """A deep copy of a model.
+    """A deep copy of a model; torch's own hooks, which compute weights (weight norm), come along always.
 
     Args:
         memo: by id of an object of the model, what the copy has in its place; by default `computed(model)`.
-        users_hooks: whether hooks of the user come along; torch's own, which compute weights (weight norm), always do.
     """
     # By the memo, not removed from the copy: a hook that holds a file or a socket cannot even be copied.
-    hooks = {} if users_hooks else _tables_of_torchs_hooks(model)
+    hooks: dict[int, Any] = {}
+    if not users_hooks:
+        hooks = {
+            id(table): OrderedDict((key, hook) for key, hook in table.items() if not _is_users(hook))
+            for module in model.modules()
+            for name, table in vars(module).items()
+            if isinstance(table, OrderedDict) and "_hooks" in name
+        }
     return copy.deepcopy(model, {**hooks, **(computed(model) if memo is None else memo)})
 
 
@@ -36,18 +42,7 @@ def computed(model: nn.Module) -> dict[int, Any]:
     return copies | {key: nn.Parameter(copies[key], weight.requires_grad) for key, weight in weights.items()}
 
 
-def _tables_of_torchs_hooks(model: nn.Module) -> dict[int, Any]:
-    """By id of a table of hooks, the same table without the user's: a hook may be of a kind that cannot be copied."""
-    return {
-        id(table): OrderedDict((key, hook) for key, hook in table.items() if not is_users(hook))
-        for module in model.modules()
-        for name, table in vars(module).items()
-        if isinstance(table, OrderedDict) and "_hooks" in name
-    }
-
-
-def is_users(hook: Any) -> bool:
-    """Whether a hook is not torch's own."""
+def _is_users(hook: Any) -> bool:
     return not type(hook).__module__.startswith("torch.nn.utils")
 
 
@@ -55,16 +50,14 @@ def _users_hooks(model: nn.Module) -> Iterator[tuple[dict[int, Any], list[int]]]
     """The tables of hooks of all modules, each with the keys of those that are the user's own."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            yield hooks, [key for key, hook in hooks.items() if is_users(hook)]
+            yield hooks, [key for key, hook in hooks.items() if _is_users(hook)]
 
 
 def has_users_hooks(model: nn.Module) -> bool:
-    """Whether any module has one."""
     return any(keys for _, keys in _users_hooks(model))
 
 
 def strip(model: nn.Module) -> None:
-    """Take the user's hooks off."""
     for hooks, keys in _users_hooks(model):
         for key in keys:
             del hooks[key]

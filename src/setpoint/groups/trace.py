@@ -58,16 +58,12 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Trace:
-    """Result of tracing a model.
-
-    Args:
-        unreached: names of parameters that the example does not use.
-    """
+    """Result of tracing a model."""
 
     groups: tuple[Group, ...]
     contractions: tuple[Contraction, ...]
     frozen: tuple[Frozen, ...]
-    unreached: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()  # names of parameters that the example does not use
 
 
 def repeated(traced: Trace, passes: int) -> Trace:
@@ -97,7 +93,8 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     exported = export(model, example)
     program, opaque = exported.program, exported.forward.reasons
     walk, dims = walk_graph(model, program, opaque)
-    solve(walk.atoms, walk.products)
+    if walk.products:
+        solve(walk.atoms, walk.products)
     if any(call.place.startswith(("split#", "chunk#")) for call in walk.calls):
         from setpoint.groups.sizes_in_code.bind import tie_pieces
 

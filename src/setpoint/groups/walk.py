@@ -30,7 +30,6 @@ class Value:
 
     @property
     def ndim(self) -> int:
-        """Number of dims."""
         return len(self.shape)
 
 

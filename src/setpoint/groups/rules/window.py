@@ -68,4 +68,4 @@ _RESIZINGS = (
 for _name in (*_POOLINGS.split(), *_RESIZINGS.split()):
     if hasattr(aten, _name):  # a release of torch may lack one
         _packet = getattr(aten, _name)
-        rule(*(getattr(_packet, overload) for overload in _packet.overloads() if "out" not in overload))(_windows)
+        rule(*[getattr(_packet, overload) for overload in _packet.overloads() if "out" not in overload])(_windows)

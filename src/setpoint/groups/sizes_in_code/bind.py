@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -41,7 +42,7 @@ def bind(candidate: Candidate) -> tuple[Units, Places]:
         for name, why in failing.items():
             # Atom 0 is frozen already: the entry only reports the group and the reason.
             candidate.walk.atoms.frozen.append((np.zeros(1, dtype=np.int64), name, f"with fewer units {why}"))
-        candidate = candidate.without(failing)
+        candidate = replace(candidate, units=candidate.units.without(failing))
         places = _places(candidate, _calls_that_follow_units(candidate, calls))
         corrected = {(module, place.partition("=")[0]) for module, place in places if "#" in place}
         placed = [call for call in calls if (call.module, call.place) in corrected]
@@ -72,7 +73,7 @@ def _places(candidate: Candidate, calls: Sequence[Call]) -> Places:
     probes: list[SizeProbe] = []
     groups = candidate.units.groups
     lossless = tuple(group for group in groups if group.lossless)
-    some = [{**candidate.everything, **random_keep(lossless)}] if 0 < len(lossless) < len(groups) else []
+    some = [random_keep(lossless)] if 0 < len(lossless) < len(groups) else []
     # Random choices under which no wrong size looks right: of all groups, and without the lossy ones.
     for keep in (random_keep(groups, seed=1), *some):
         probes.append(SizeProbe(candidate, calls, keep))
@@ -87,7 +88,7 @@ def _places(candidate: Candidate, calls: Sequence[Call]) -> Places:
     places |= {
         (module, attribute): labels
         for (module, attribute), labels in attributes.items()
-        if type(candidate.model.get_submodule(module)) not in short
+        if candidate.kind_of(module) not in short
     }
     needed = {call for probe in probes for call in probe.needed_calls(places)}
     written: dict[tuple[type, str], bool] = {}
@@ -99,8 +100,9 @@ def _places(candidate: Candidate, calls: Sequence[Call]) -> Places:
     for call in calls:
         # A dim that a call makes may have the data's length, which differs in another batch: only units are bound.
         own = candidate.units.among(call.labels) or call_of(call).split("#")[0] not in _MAKING_CALLS
-        if own and (type(candidate.model.get_submodule(call.module)), call_of(call)) in needed:
-            constant = written.get((type(candidate.model.get_submodule(call.module)), call.place), False)
+        kind = candidate.kind_of(call.module)
+        if own and (kind, call_of(call)) in needed:
+            constant = written.get((kind, call.place), False)
             found[call.module, f"{call.place}={call.size}" if constant else call.place] = call.labels
     return places | found
 
@@ -140,28 +142,27 @@ def _failing(candidate: Candidate, places: Places, dense: Outcome) -> dict[str, 
     if dense.error:
         return {}  # the dense copy does not run without data either: `verify` tries real tensors
     chosen = random_keep(candidate.units.groups, seed=2)
-    everything = Kept(candidate.units, candidate.everything)
+    names = [group.name for group in candidate.units.groups]
+    lossless = [group.name for group in candidate.units.groups if group.lossless]
     by_mode = _OtherMode(candidate, places)
 
     @cache
     def corrected() -> Outcome:
         """The dense model with the corrected forwards of a cut one, which may compute with other numbers."""
-        return outcome_of(candidate, places, everything)
+        return outcome_of(candidate, places, candidate.kept())
 
     @cache
     def fault(names: frozenset[str]) -> str | None:
-        kept = Kept(candidate.units, {**candidate.everything, **{name: chosen[name] for name in names}})
+        kept = candidate.kept({name: chosen[name] for name in names})
         found = outcome_of(candidate, places, kept)
         if found.error:
             return f"the forward fails: {found.error}"
         if not candidate.forward.same_shapes(found.shapes, candidate.shapes):
             return "outputs change their shape"
-        if names <= candidate.lossless and dense.numbers != found.numbers != corrected().numbers:
+        if names <= set(lossless) and dense.numbers != found.numbers != corrected().numbers:
             return "a number that is worked out from its size would change"
         return by_mode.fault(kept, found)
 
-    names = [group.name for group in candidate.units.groups]
-    lossless = [name for name in names if name in candidate.lossless]
     failing = _culprits(lossless, fault)
     return failing if len(lossless) == len(names) else {**failing, **_culprits(names, fault)}
 
@@ -184,8 +185,7 @@ class _OtherMode:
         if self._same_shapes(turned, candidate.shapes):
             return None
         if self._dense is None:
-            everything = Kept(candidate.units, candidate.everything)
-            self._dense = outcome_of(candidate, {}, everything, other_mode=True)
+            self._dense = outcome_of(candidate, {}, candidate.kept(), other_mode=True)
         if self._dense.error or self._same_shapes(turned, self._dense.shapes):
             return None
         mode = "eval" if candidate.model.training else "train"
@@ -243,7 +243,7 @@ def _stated(candidate: Candidate, places: Places) -> Places:
     corrected by place is left alone: its code works with the dense numbers.
     """
     # No two groups get the same width, if possible; the seed is one whose outcome is known already.
-    keep = Kept(candidate.units, random_keep(candidate.units.groups, seed=2))
+    keep = candidate.kept(random_keep(candidate.units.groups, seed=2))
     corrected = {module for module, place in places if "#" in place}
     found: dict[tuple[type, str], Places] = {}
     for name, widths in _widths(candidate).items():

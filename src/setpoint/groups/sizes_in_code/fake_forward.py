@@ -9,9 +9,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from setpoint.groups.example import Example
 from setpoint.groups.forward import PartialForward
@@ -20,11 +19,7 @@ from setpoint.groups.rng import preserved_rng_state
 
 
 class FakeForward:
-    """Forwards of copies of a model on tensors without data, or on real ones where it needs data; no model is touched.
-
-    Args:
-        forward: which calls of it; by default the whole model on the example.
-    """
+    """Forwards of copies of a model on tensors without data, or on real ones where it needs data."""
 
     def __init__(self, model: nn.Module, example: Example, forward: PartialForward | None = None) -> None:
         self.model = model
@@ -36,12 +31,7 @@ class FakeForward:
     def run(
         self, prepare: Callable[[nn.Module], None] = lambda twin: None, *, other_mode: bool = False
     ) -> tuple[torch.Size, ...]:
-        """Shapes of what a copy returns, or what its forward raises.
-
-        Args:
-            prepare: gets each copy before it runs.
-            other_mode: the copy is in train mode where the model is in eval mode, and in eval mode where it is not.
-        """
+        """Shapes of what a prepared copy returns, in the other of train and eval mode with `other_mode`."""
         if not self._needs_data.get(other_mode, False):
             try:
                 with _quiet():
@@ -71,8 +61,7 @@ class FakeForward:
         inputs = {
             id(x): self._fake.from_tensor(x.detach()) if fake else x.detach().clone() for x in self._forward.tensors
         }
-        quickly: Any = _ByShape() if fake else nullcontext()  # type: ignore[no-untyped-call]
-        with self._fake if fake else nullcontext(), quickly, preserved_rng_state(self.model):
+        with self._fake if fake else nullcontext(), preserved_rng_state(self.model):
             if other_mode:
                 twin.train(not self.model.training)
             prepare(twin)
@@ -89,47 +78,6 @@ class FakeForward:
                 trained = isinstance(tensor, nn.Parameter)
                 self._stand_ins[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
         return self._stand_ins
-
-
-class _ByShape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers norms and linear layers by their shapes; where these do not fit, torch answers, with its own error."""
-
-    # PyTorch works through the arithmetic of these in Python: that took half of all fake forwards.
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():  # no call that makes an answer is the model's
-            answer: Any = None
-            if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-                answer = args[0].fake_device
-            elif func is torch.ops.aten.native_batch_norm.default:
-                answer = _batch_norm(*args)
-            elif func is torch.ops.aten.native_layer_norm.default:
-                answer = _layer_norm(*args)
-            elif func is torch.ops.aten.addmm.default and not kwargs:
-                answer = _addmm(*args)
-            return func(*args, **(kwargs or {})) if answer is None else answer
-
-
-def _batch_norm(x: Tensor, *given: Any) -> tuple[Tensor, ...] | None:
-    *tensors, training, _, _ = given
-    channels = x.shape[1:2]
-    if not channels or any(tensor is not None and tensor.shape != channels for tensor in tensors):
-        return None
-    statistics = channels if training else (0,)
-    return torch.empty_like(x), x.new_empty(statistics), x.new_empty(statistics)
-
-
-def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    inner, num_outer = tuple(shape), x.dim() - len(shape)
-    if x.shape[num_outer:] != inner or any(part is not None and part.shape != inner for part in (weight, bias)):
-        return None
-    statistics = (*x.shape[:num_outer], *(1 for _ in inner))
-    return x.new_empty(x.shape), x.new_empty(statistics), x.new_empty(statistics)
-
-
-def _addmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-    fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] and bias.shape == right.shape[1:]
-    fits = fits and bias.dtype == left.dtype == right.dtype
-    return left.new_empty((left.shape[0], right.shape[1])) if fits else None
 
 
 @contextmanager

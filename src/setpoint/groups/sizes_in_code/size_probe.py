@@ -5,10 +5,11 @@ What is probed is a candidate: the units found in a model's graph, whose cut its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,18 +43,17 @@ class Candidate:
         return self.forward.model
 
     @property
-    def lossless(self) -> frozenset[str]:
-        """Names of the lossless groups."""
-        return frozenset(group.name for group in self.units.groups if group.lossless)
-
-    @property
     def everything(self) -> dict[str, np.ndarray]:
         """The choice that keeps every unit."""
         return keep_all(self.units.groups)
 
-    def without(self, names: Iterable[str]) -> Candidate:
-        """The same candidate with these groups frozen."""
-        return replace(self, units=self.units.without(names))
+    def kept(self, keep: Mapping[str, np.ndarray] = MappingProxyType({})) -> Kept:
+        """What survives where only these groups lose units; by default none does."""
+        return Kept(self.units, {**self.everything, **keep})
+
+    def kind_of(self, module: str) -> type[nn.Module]:
+        """Class of a module, whose code all its modules share."""
+        return type(self.model.get_submodule(module))
 
 
 Wrong = dict[str, dict[str, int]]
@@ -70,7 +70,7 @@ class SizeProbe:
 
     def __init__(self, candidate: Candidate, calls: Sequence[Call], keep: Mapping[str, np.ndarray]) -> None:
         self.candidate, self.calls = candidate, calls
-        self.kept = Kept(candidate.units, keep)
+        self.kept = candidate.kept(keep)
         self._seen: dict[frozenset[tuple[str, str]], Wrong | None] = {}
 
     def stops(self, known: Places) -> bool:
@@ -90,7 +90,8 @@ class SizeProbe:
             for candidates in together if self.stops({**known, **joint}) else [joint]:
                 wrong = self._wrong({**known, **candidates})
                 for (module, attribute), labels in candidates.items():
-                    meant = self._meant(module, len(labels))
+                    size = len(labels)
+                    meant = {call.place for call in self.calls if call.module == module and call.size == size}
                     if len(wrong.get(module, {}).keys() & meant) < len(before.get(module, {}).keys() & meant):
                         places[module, attribute] = labels
         return places
@@ -98,7 +99,7 @@ class SizeProbe:
     def needed_calls(self, known: Places) -> set[tuple[type, str]]:
         """Calls, by class, with a size still wrong with right attributes: one module may be right by accident."""
         return {
-            (type(self.candidate.model.get_submodule(module)), place.split("[", 1)[0])
+            (self.candidate.kind_of(module), place.split("[", 1)[0])
             for module, found in self._wrong(known).items()
             for place in found
         }
@@ -110,13 +111,9 @@ class SizeProbe:
         for call in self.calls:
             live = found.get(call.module, {}).get(call.place)
             if live is not None:
-                key = type(self.candidate.model.get_submodule(call.module)), call.place
+                key = self.candidate.kind_of(call.module), call.place
                 shown[key] = shown.get(key, True) and live == call.size
         return shown
-
-    def _meant(self, module: str, size: int) -> set[str]:
-        """Places of the module where this size is written."""
-        return {call.place for call in self.calls if call.module == module and call.size == size}
 
     def _candidates(self, known: Places, wrong: Wrong) -> dict[tuple[type, str], Places]:
         """By class and name, attributes that equal a wrong written size, where that size has one meaning only."""
@@ -158,14 +155,13 @@ class Watch:
         self._found: Wrong = {name: {} for name in self.sizes}
 
     def over(self, twin: nn.Module) -> None:
-        """Watch the forwards of this copy, and drop what was noted of another."""
+        """Watch the forwards of this copy, and forget what was noted of another."""
         for name, sizes in self.sizes.items():
             self._found[name].clear()
             twin.get_submodule(name).forward = _Watched(twin.get_submodule(name), sizes, self._found[name])
 
     @property
     def wrong(self) -> Wrong:
-        """Places where the live sizes were wrong."""
         return {name: places for name, places in self._found.items() if places}
 
 
@@ -220,7 +216,7 @@ def dense_outcome(
     candidate: Candidate, places: Places, calls: Sequence[Call]
 ) -> tuple[Outcome, list[Call], list[Call]]:
     """Outcome of the dense model's forward; calls that it numbers as the graph does; and calls that it does not."""
-    kept = Kept(candidate.units, candidate.everything)
+    kept = candidate.kept()
     calls = _as_python_counts(candidate.forward, calls)
     watch = Watch(calls, kept)
     outcome = outcome_of(candidate, places, kept, watch=watch)
@@ -236,7 +232,7 @@ def dense_outcome(
 
 def lost_in_other_mode(candidate: Candidate, calls: Sequence[Call]) -> list[Call]:
     """Calls whose numbers differ between train and eval mode."""
-    kept = Kept(candidate.units, candidate.everything)
+    kept = candidate.kept()
     watch = Watch(calls, kept)
     outcome = outcome_of(candidate, {}, kept, other_mode=True, watch=watch)
     if outcome.error and outcome_of(candidate, {}, kept, other_mode=True).error:
