@@ -33,8 +33,8 @@ from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources.joules import find_energy_meter
 from setpoint.weights.semi_structured import to_semi_structured
-from setpoint_bench.device import autocast, best_device
 from setpoint_bench.joules import Joules
+from setpoint_bench.recipe import autocast, best_device
 from setpoint_bench.zoo import library
 
 FRACTION, SEED = 0.5, 0

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from setpoint.cli import app
 from setpoint_bench import catalogue
-from setpoint_bench.about import METHODS
+from setpoint_bench.method import ABOUT
 from setpoint_bench.tasks.digits import digits
 
 
@@ -148,7 +148,7 @@ def test_tasks_and_methods_are_listed() -> None:
     assert list(tasks) == list(catalogue.tasks()) and "six classes of CIFAR-10" in tasks["finetune"]
     methods = json.loads(invoke("list", "methods", "--json").stdout)["methods"]
     assert methods["cubic"].startswith("All groups narrowed evenly along a cubic schedule, by norms. Zhu and Gupta")
-    assert list(methods) == list(METHODS) and len(set(methods.values())) == len(methods)
+    assert list(methods) == list(ABOUT) and len(set(methods.values())) == len(methods)
     assert len(set(tasks.values())) == len(tasks) and "The same" not in "".join(tasks.values())
     assert [line.split()[0] for line in invoke("list", "methods", "torch").stdout.splitlines()[:-1]] == [
         *("torch-pruning-norm", "torch-pruning-taylor"),
@@ -161,7 +161,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("setpoint_bench.terminal.run", interrupt)
+    monkeypatch.setattr("setpoint_bench.progress.run", interrupt)
     result = invoke("bench", "--task", "digits", "--out", tmp_path)
     assert result.exit_code == 130
     assert "finished runs are kept" in result.stderr

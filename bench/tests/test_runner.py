@@ -21,11 +21,10 @@ from setpoint_bench import training
 from setpoint_bench.family import ByFactor
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.images import ten_views
-from setpoint_bench.interleaved import run_interleaved
 from setpoint_bench.method import Dense, Method, Setpoint, Small, method_named
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.results import FILE, Result, append_result
-from setpoint_bench.runner import finished, grid, run
+from setpoint_bench.runner import finished, grid, run, run_interleaved
 from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.task import BenchError, Split
 from setpoint_bench.tasks.digits import digits

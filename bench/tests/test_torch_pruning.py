@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint_bench.counter import step_flops
-from setpoint_bench.methods.fused import taken_apart
-from setpoint_bench.methods.torch_pruning import Criterion, TorchPruning
+from setpoint_bench.methods.torch_pruning import Criterion, TorchPruning, taken_apart
 from setpoint_bench.networks import CharGPT
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.simple_task import SimpleTask

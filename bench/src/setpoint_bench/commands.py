@@ -168,10 +168,9 @@ def list_tasks() -> dict[str, str]:
 
 def list_methods() -> dict[str, str]:
     """The methods, by name: what each does, and where it comes from."""
-    from setpoint_bench.about import METHODS
-    from setpoint_bench.method import all_methods
+    from setpoint_bench.method import ABOUT, all_methods
 
-    return {each.name: f"{METHODS[each.name]} {each.paper}".rstrip() for each in all_methods()}
+    return {each.name: f"{ABOUT[each.name]} {each.paper}".rstrip() for each in all_methods()}
 
 
 def list_models() -> dict[str, str]:
@@ -211,10 +210,10 @@ def _bench(
     from setpoint.report.target import is_own_function
     from setpoint_bench.catalogue import task_named
     from setpoint_bench.method import method_named
+    from setpoint_bench.progress import train_cells
     from setpoint_bench.runner import grid
     from setpoint_bench.summary import summarise
     from setpoint_bench.task import split_named
-    from setpoint_bench.terminal import train_cells
 
     check_folder(out)
     task = task_named(task_name, epochs=epochs, steps=steps, data=data)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,6 @@ from setpoint_bench.environment import environment
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.joules import Joules
 from setpoint_bench.method import Method
-from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, HISTORY, LEDGER, MODEL, Result
 from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.task import BenchError, Score, Split
@@ -311,3 +311,33 @@ class Run:
             fingerprint=fingerprint(self.cell.task),
             notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )
+
+
+class OwnRandom:
+    """A global random state of one cell's own, in force only while the cell draws."""
+
+    def __init__(self, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._state = _random_state()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Put the state in force, and the previous one back afterwards."""
+        with torch.random.fork_rng():
+            _set_random_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = _random_state()
+
+
+def _random_state() -> list[Tensor]:
+    """Global states of the CPU's generator and of each CUDA device's."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state[1:])

@@ -13,7 +13,7 @@ from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import params_cost
 from setpoint.groups.group import Group
 from setpoint_bench.course import Batches, Begun, Course
-from setpoint_bench.looped import Looped
+from setpoint_bench.methods.in_training import Looped
 from setpoint_bench.results import Result
 from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.task import BenchError

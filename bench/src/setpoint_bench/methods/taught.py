@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from setpoint.distillation import Teacher
 from setpoint_bench.course import Batches, Begun, Course, Outcome
-from setpoint_bench.looped import Looped
-from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.in_training import Looped, Setpoint
 from setpoint_bench.methods.scratch import Dense
 from setpoint_bench.results import Result
 from setpoint_bench.simple_task import SimpleTask, dense_widths

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from setpoint_bench.catalogue import task
-from setpoint_bench.characters import Characters
 from setpoint_bench.data import cache_folder, find_data, missing
 from setpoint_bench.networks import CharGPT
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Dimension
+from setpoint_bench.tensors import Characters
 
 FILE = "karpathy/tiny_shakespeare/input.txt"
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
