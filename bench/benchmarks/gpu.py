@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from record import keep
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import setpoint
 from setpoint.controller.selection import landing_widths
@@ -103,7 +104,7 @@ def measure(subject: Subject, device: torch.device, rounds: int, modes: tuple[st
     """
     torch.manual_seed(SEED)
     dense = subject.build().to(device).train()
-    example = _moved(subject.example(), device)
+    example = tree_map(lambda x: x.to(device), subject.example())
     before = time.perf_counter()
     ours, summary = _pruned(copy.deepcopy(dense), example, subject.steps, device)
     trained = time.perf_counter() - before
@@ -111,17 +112,14 @@ def measure(subject: Subject, device: torch.device, rounds: int, modes: tuple[st
     models = {"dense": dense, "even": even, "Setpoint": ours}
     turns: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in modes} for name in models}
     joules: dict[str, list[float | None]] = {name: [] for name in models}
-    steps, first, optimizers = {}, {}, {}
+    steps, optimizers = {}, {}
     for name, model in models.items():
         for mode in modes:
             called = torch.compile(model) if mode == "compiled" else model
             optimizers[name, mode] = optimizer = _optimizer_of(model)
             steps[name, mode] = _step_of(called, optimizer, example, device)
-            begun = time.perf_counter()
-            steps[name, mode]()
-            _wait(device)
-            first[name, mode] = time.perf_counter() - begun
-            steps[name, mode]()
+            for _ in range(2):  # compiled code is made in the first
+                steps[name, mode]()
     for _ in range(rounds):
         for (name, mode), step in steps.items():
             meter = Joules(find_energy_meter([device])[0])
@@ -136,25 +134,15 @@ def measure(subject: Subject, device: torch.device, rounds: int, modes: tuple[st
                 joules[name].append(None if meter.energy_j is None else meter.energy_j / subject.per_turn)
     return {
         "step_seconds": turns,
-        "first_step_seconds": {name: {mode: first[name, mode] for mode in modes} for name in models},
         "step_joules": {name: _middle(each) for name, each in joules.items()},
         "peak_bytes": {
             name: _peak(steps[name, "eager"], _held(model, optimizers[name, "eager"], example), device)
             for name, model in models.items()
         },
-        "flops": {
-            "dense": summary.dense_flops,
-            "even": even_flops,
-            "Setpoint": summary.final_flops,
-        },
+        "flops": {"dense": summary.dense_flops, "even": even_flops, "Setpoint": summary.final_flops},
         "run": {
-            "steps": summary.steps,
             "seconds": trained,
-            "attach_seconds": summary.overhead["attach"],
-            "overhead_seconds": summary.overhead_seconds,
-            "resizing_seconds": summary.overhead["resizing"],
-            "resizes": summary.resizes,
-            "budget_met": summary.budget_met,
+            **{each: getattr(summary, each) for each in ("steps", "overhead_seconds", "resizes", "budget_met")},
         },
     }
 
@@ -199,12 +187,6 @@ def _step_of(
         optimizer.zero_grad()
 
     return step
-
-
-def _moved(example: Any, device: torch.device) -> Any:
-    if isinstance(example, dict):
-        return {name: each.to(device) for name, each in example.items()}
-    return tuple(each.to(device) for each in example)
 
 
 def _wait(device: torch.device) -> None:

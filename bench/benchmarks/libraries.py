@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,13 @@ class Setpoint:
             raise ValueError("no group found; " + "; ".join(f"{f.place}: {f.reason}" for f in found.frozen[:3]))
 
     def to_freeze(self) -> nn.Parameter | None:
-        """The first tensor of the last group."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
         return named.get(self.groups[-1].slices[0].tensor)
 
     def cut(self, optimizer: SGD) -> None:
-        """`shrink`, in place."""
         shrink(self.model, optimizer, self.groups, halves(self.groups))
 
     def mask(self, twin: nn.Module) -> None:
-        """Setpoint's own mask."""
         mask(twin, None, self.groups, halves(self.groups))
 
 
@@ -98,10 +96,7 @@ class TorchPruning:
     and, after the cut, sizes that attention modules keep in attributes, as its examples set them.
     """
 
-    whole_heads = False
-    """Whether heads go as a whole (its examples for BERT and language models) or become narrower (timm, ViT, Swin)."""
-
-    def __init__(self, model: nn.Module, example: Any, ignored: list[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, example: Any, ignored: list[nn.Module], *, whole_heads: bool = False) -> None:
         import torch_pruning
 
         if hasattr(model, "set_attn_implementation"):
@@ -130,9 +125,9 @@ class TorchPruning:
                 pruning_ratio=0.5,
                 ignored_layers=ignored,
                 num_heads=num_heads,
-                prune_num_heads=self.whole_heads,
-                prune_head_dims=not self.whole_heads,
-                head_pruning_ratio=0.5 if self.whole_heads else 0.0,
+                prune_num_heads=whole_heads,
+                prune_head_dims=not whole_heads,
+                head_pruning_ratio=0.5 if whole_heads else 0.0,
                 round_to=max(torch_heads, default=None),
                 in_channel_groups={},
                 out_channel_groups={layer: 2 for layer in doubled if isinstance(layer, nn.Linear)},
@@ -144,7 +139,6 @@ class TorchPruning:
         self.kept: dict[str, Tensor] = {}
 
     def to_freeze(self) -> nn.Parameter | None:
-        """The weight of the first layer that will be cut."""
         self.first = next(self.cuts, None)
         return None if self.first is None else next(self.first[0].dep.target.module.parameters(), None)
 
@@ -181,7 +175,6 @@ class TorchPruning:
                 setattr(module, name, new)
 
     def mask(self, twin: nn.Module) -> None:
-        """Zero the entries that are nowhere in the cut model."""
         for name, p in twin.named_parameters(remove_duplicate=False):
             if name not in self.kept:
                 raise ValueError(f"which entries of {name} were removed is not known")
@@ -191,17 +184,15 @@ class TorchPruning:
                 p.masked_fill_(gone.view(p.shape), 0)
 
 
-class TorchPruningWholeHeads(TorchPruning):
-    """Torch-Pruning's second try."""
-
-    whole_heads = True
-
-
 LIBRARIES: Mapping[str, tuple[Callable[..., Contender], ...]] = {
     "setpoint": (Setpoint,),
-    "torch_pruning": (TorchPruning, TorchPruningWholeHeads),
+    "torch_pruning": (TorchPruning, partial(TorchPruning, whole_heads=True)),
 }
-"""By library, its settings: the first with which a model passes counts."""
+"""By library, its settings: the first with which a model passes counts.
+
+Heads become narrower, as in the examples of Torch-Pruning for timm, ViT and Swin, or go as a whole, as in those for BERT
+and language models.
+"""
 
 
 def best(library: str, build: Build, report: Report = lambda outcome: None) -> dict[str, Any]:

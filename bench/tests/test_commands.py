@@ -71,13 +71,9 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ("bench", "--task", "imagenet"),
-            "cifar10-resnet18, clothing, digits, finetune",
-        ),
+        (("bench", "--task", "imagenet"), "cifar10-resnet18, clothing, digits, finetune"),
         (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
         (("bench", "--task", "digitts"), "did you mean digits?"),
-        (("bench", "--task", "digits", "--methods", "cubik"), "did you mean cubic?"),
         (("bench", "--task", "digits", "--methods", "gmp@densty=0.1"), "did you mean density?"),
         (("bench", "--task", "digits", "--split", "validate"), "did you mean validation?"),
         (("bench", "--task", "digits", "--methods", "dense,small", "--budgets", "1e-4"), "cost"),
@@ -86,14 +82,11 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--budgets", "half"), "--budgets takes a fraction of the dense FLOPs"),
         (("bench", "--task", "digits", "--seeds", "0.5"), "--seeds takes whole numbers"),
         (("bench", "--task", "digits", "--budgets", "1.5"), "at most 1"),
-        (("bench", "--task", "digits", "--budgets", "0.5,0"), "above 0"),
         (("bench", "--task", "cifar10", "--data", "/nowhere"), "/nowhere"),
-        (("bench", "--task", "shakespeare", "--data", "/nowhere"), "/nowhere"),
         (("bench", "--task", "digits", "--budgets", "nan"), "got 'nan'"),
         (("bench", "--task", "digits", "--budgets", "50% params"), "got '50% params', a budget of another kind"),
         (("bench", "--task", "digits", "--epochs", "0"), "at least 1"),
         (("report", "/nowhere"), "results.jsonl"),
-        (("coverage", "keras"), "torchvision, timm, transformers, plain"),
         (("coverage", "plain", "--models", "unett"), "did you mean unet"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from setpoint.errors import UsageError
-from setpoint.report.inspection import inspect_model, inspection_lines
+from setpoint.report.inspection import inspect_model
 from setpoint_bench.zoo import named_model
 
 
@@ -85,12 +85,3 @@ def test_models_by_name(target: str, shape: tuple[int, ...] | None, unit: str) -
     assert any(group.what == unit and not group.kept_whole for group in found.groups)
     assert 0 < found.cheapest_flops < found.flops and 0 < found.cheapest_params < found.params
     assert found.frozen and 0 < found.prunable_params_share <= 1
-
-
-def test_seven_lines_fit_a_terminal() -> None:
-    """What is said of a CNN is in the field's words, and no line is wider than 80 columns."""
-    pytest.importorskip("torchvision")
-    lines = inspection_lines(inspect_model("resnet18", *named_model("resnet18"), verify=False))
-    assert len(lines) == 7 and max(map(len, lines)) <= 80
-    assert lines[3].startswith("most FLOPs: conv1 (64 channels, 29.8 %), layer")
-    assert lines[5] == "frozen: 2 places: input of the network, or other data; output of the network"

@@ -24,7 +24,7 @@ from setpoint.gates.gated import GatedController
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 from setpoint.weights.masking import Masking
-from setpoint_bench.models.classifier import SequenceClassifier
+from setpoint_bench.models.lru import SequenceClassifier
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
 

@@ -69,12 +69,6 @@ def task_named(
 ) -> SimpleTask:
     """The task of that name, or the user's own.
 
-    Args:
-        name: one of `tasks()`, or `module.py:function` for a function that takes nothing and returns a task.
-        epochs: passes over the data, where the data have passes; None for the task's own choice.
-        steps: optimizer steps; None for the task's own choice.
-        data: folder that holds the data; None for the usual places.
-
     Raises:
         BenchError: there is no such task, or its length is not given that way.
     """

@@ -84,10 +84,6 @@ def check(name: str, build: Build) -> Verdict:
     the gradients and the weights after a further step equal the masked twin's. So do, to `FURTHER`, the outputs after
     that step and further cuts: in the other of train and eval mode, with the largest group alone at its fewest units,
     and with all of them there.
-
-    Args:
-        name: what to call the model.
-        build: makes it, and its example.
     """
     facts: dict[str, Any] = {}
     try:
@@ -179,12 +175,8 @@ def _further_errors(
 ) -> list[float]:
     """Differences between a cut model and its masked twin in the other mode, and after further cuts of both.
 
-    Args:
-        small, masked: the two, cut alike, each with its optimizer.
-        groups: of the masked one.
-        live: of the small one.
-        keep: what they were cut to, in units of `groups`.
-        example: their inputs.
+    `small` and `masked` come with their optimizers; `keep` is what they were cut to, in units of `groups`, those of the
+    masked one; `live` are those of the small one.
     """
     errors = output_errors(small[0], masked[0], example, not small[0].training)
     for further, mode in _further_cuts(groups, keep):

@@ -12,10 +12,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.simple_task import SimpleTask, dense_widths, unaltered
 from setpoint_bench.task import Split
 from setpoint_bench.tensors import Characters, Tensors
-from setpoint_bench.training import OwnRandom
 
 
 @cache

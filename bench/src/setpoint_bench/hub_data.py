@@ -16,11 +16,6 @@ SPLITS = ("train", "test")
 def files_of(repository: str, data: Path | None, splits: Sequence[str] = SPLITS) -> list[Path]:
     """The parquet files of a data set, or none where only a download can help.
 
-    Args:
-        repository: name on the Hub: `"uoft-cs/cifar10"`.
-        data: a data folder, or None for the usual places.
-        splits: each must have a file.
-
     Raises:
         BenchError: a folder is there that lacks a split.
     """
@@ -42,13 +37,6 @@ def columns_of(
     repository: str, split: str, columns: Sequence[str], data: Path | None, image: str | None = None
 ) -> Mapping[str, list[Any]]:
     """The named columns of a split.
-
-    Args:
-        repository: name on the Hub.
-        split: "train", "test" or another that it has.
-        columns: to read.
-        data: a data folder, or None for the usual places.
-        image: the column that holds images, which come as their compressed bytes.
 
     Raises:
         BenchError: the data are neither here nor to be had, or a package that reads them is missing.

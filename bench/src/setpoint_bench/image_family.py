@@ -14,15 +14,7 @@ from setpoint_bench.task import Dimension
 
 @dataclass(frozen=True)
 class PlainFamily:
-    """VGG-like networks.
-
-    Args:
-        channels: dense width of each convolution.
-        pool_after: convolutions, counted from 1, that a 2x2 max pool follows.
-        inputs: channels of the images.
-        classes: number of classes.
-        block: step of each width of a model built from scratch.
-    """
+    """VGG-like networks."""
 
     channels: tuple[int, ...]
     pool_after: frozenset[int]
@@ -43,13 +35,6 @@ class ResidualFamily:
     """Residual networks, each stage after the first at half the height and width.
 
     He et al., "Deep residual learning for image recognition", CVPR 2016.
-
-    Args:
-        channels: dense width of each stage.
-        blocks: blocks of each stage.
-        inputs: channels of the images.
-        classes: number of classes.
-        block: step of each width of a model built from scratch.
     """
 
     channels: tuple[int, ...]

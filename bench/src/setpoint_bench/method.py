@@ -222,10 +222,6 @@ def _own_method(target: str, taken: Collection[str]) -> Method:
         raise BenchError(f"{returned} with the name {made.name!r}, which cannot name a folder: {PLAIN}")
     if made.name in taken:
         raise BenchError(f"{returned} with the name {made.name}, which a method of Setpoint's has: give it another")
-    if not isinstance(made.needs, tuple):
-        raise BenchError(f"{returned} that needs {made.needs!r}: give names of methods in a tuple")
-    for name in made.needs:
-        method_named(name)
     method: Method = made
     return method
 

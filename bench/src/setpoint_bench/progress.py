@@ -27,9 +27,6 @@ class ProgressBars:
     """The observer that draws: one bar over all cells with the time left, and a line for each that has ended.
 
     Where stderr is no terminal, only the lines appear.
-
-    Args:
-        cells: all cells of the benchmark that are still to be run.
     """
 
     def __init__(self, cells: Sequence[Cell]) -> None:

@@ -7,15 +7,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
-from setpoint_bench.report.folder import SCHEMA, SCHEMAS
-from setpoint_bench.report.packed import SUFFIX, file_of, text_of
+from setpoint_bench.report.folder import SCHEMA, SCHEMAS, read_lines
+from setpoint_bench.report.packed import SUFFIX, file_of
 from setpoint_bench.task import BenchError
 
 FILE = "results.jsonl"
@@ -68,10 +68,6 @@ class Result:
     unit: str | None = None
     fingerprint: str = ""
     schema: int = field(default=SCHEMA)
-
-
-MAY_BE_NULL = ("budget", "claimed_flops", "budget_met")
-"""Required keys of a row that may be `null`."""
 
 
 @contextmanager
@@ -139,47 +135,31 @@ def load_results(folder: Path) -> tuple[Result, ...]:
     A half-written last line is left out. A cell that was repeated counts once, the last time.
 
     Raises:
-        BenchError: the folder was written by another version of Setpoint, or the file is damaged.
+        BenchError: the folder was written by another version of Setpoint.
+        ReportError: the file is damaged.
     """
     path = ordinary_file(file_of(folder, FILE))
-    if not path.exists():
-        return ()
     found: dict[tuple[object, ...], Result] = {}
-    *lines, rest = text_of(path).split("\n")
-    if _is_whole(rest.encode()):  # else it is empty, or half a line after a crash
-        lines.append(rest)
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            result = _parsed(line, f"line {number} of {path}")
-            key = (result.task, result.method, result.budget, result.seed)
-            found.pop(key, None)
-            found[key] = result
+    for row in read_lines(path, FILE, [], whole=True) if path.exists() else ():
+        result = _parsed(row, path)
+        key = (result.task, result.method, result.budget, result.seed)
+        # Popped first, so that a repeated run stands where it was written last.
+        found.pop(key, None)
+        found[key] = result
     return tuple(found.values())
 
 
-def _parsed(line: str, where: str) -> Result:
-    row = json_object(line)
-    if row is None:
-        raise BenchError(f"{where} is damaged: delete that line, or name another folder with --out")
-    schema = row.get("schema")
-    if type(schema) is not int or schema not in SCHEMAS:
+def _parsed(row: dict[str, Any], path: Path) -> Result:
+    if row.get("schema") not in SCHEMAS:
         raise BenchError(
-            f"{where} has schema {schema!r}, this version of Setpoint continues folders of schema "
+            f"{path} has schema {row.get('schema')!r}, this version of Setpoint continues folders of schema "
             f"{' and '.join(map(str, SCHEMAS))}: name another folder with --out"
         )
-    known = {each.name: each for each in dataclasses.fields(Result)}
     if "value" in row and row["value"] is None:  # how others write what is no number
         row["value"] = math.nan
-    missing = [
-        name
-        for name, each in known.items()
-        if each.default is MISSING and (name not in row or (row[name] is None and name not in MAY_BE_NULL))
-    ]
-    if missing:
-        raise BenchError(f"{where} lacks {', '.join(missing)}: delete that line, or name another folder with --out")
     try:
         return Result(**fields_of(Result, row))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise BenchError(
-            f"{where} is damaged ({error}): delete that line, or name another folder with --out"
+            f"{path} has a damaged line ({error}): delete that line, or name another folder with --out"
         ) from error

@@ -13,10 +13,11 @@ from typing import Protocol, runtime_checkable
 from setpoint.messages import counted
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.method import Method, method_named
+from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, Result, append_result, load_results, mend
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError, Split
-from setpoint_bench.training import Cell, OwnRandom, Progress, train
+from setpoint_bench.training import Cell, Progress, train
 from setpoint_bench.worker import Failure, Worker
 
 
@@ -230,11 +231,6 @@ def run_interleaved(cells: Sequence[Cell], out: Path, observer: Observer) -> tup
 
     Each finished cell is written to `out` at once, so an interruption costs only those under way. A
     cell that needs another's result begins when that one has ended.
-
-    Args:
-        cells: what to train, as `grid` gives them.
-        out: folder of the results.
-        observer: told about each cell after each of its turns, and at its end.
 
     Raises:
         BenchError: the folder holds runs of another version, length or split.

@@ -60,14 +60,7 @@ class ScheduledController:
         return step > 0 and step in steps
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
-        """Come down to what the schedule says now.
-
-        Args:
-            state: from `init`.
-            observation: what is known at this step.
-            cost: predicts spending; names the resource.
-            groups: the groups that may be cut, as they are now.
-        """
+        """Come down to what the schedule says now."""
         problem = problem_with(observation.reading, None, groups)
         if problem:
             # Nothing is known of the units: everything stays, and the budget is not met yet.
@@ -99,10 +92,6 @@ def cubic_density(progress: float, *, final: float, start: float = 1.0) -> float
         final: density at the end.
         start: density at the beginning.
 
-    References:
-        Zhu, Gupta: "To prune, or not to prune: exploring the efficacy of pruning for model compression",
-        ICLR workshop 2018.
-
     >>> [round(cubic_density(p, final=0.2), 4) for p in (0.0, 0.5, 1.0)]
     [1.0, 0.3, 0.2]
     """
@@ -116,13 +105,6 @@ def even_plan(observation: Observation, cost: Cost, groups: tuple[Group, ...], t
     At the target no single dropped block could be given back. No group goes below the width at which the budget is met,
     so that a coarse block on the way down does not cost more than the limit demands. The budget is met once the cost is
     within the limit.
-
-    Args:
-        observation: with a reading of all groups.
-        cost: predicts spending.
-        groups: the groups as they are now.
-        target: cost to come down to, not below the limit.
-        reason: why, for people.
     """
     assert observation.reading is not None
     limit, saliency = observation.limit[cost.resource], observation.reading.saliency

@@ -19,16 +19,7 @@ from setpoint_bench.tensors import shuffled_rows
 
 @dataclass(frozen=True)
 class SequenceFamily:
-    """Sequence classifiers; the number of states, the same in all blocks, is their free width.
-
-    Args:
-        inputs: channels of a pixel.
-        channels: channels between blocks.
-        states: complex states of each block of the dense model.
-        blocks: blocks.
-        dropout: probability.
-        classes: number of classes.
-    """
+    """Sequence classifiers; the number of states, the same in all blocks, is their free width."""
 
     inputs: int
     channels: int

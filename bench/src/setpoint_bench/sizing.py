@@ -17,10 +17,6 @@ from setpoint_bench.task import BenchError, Dimension
 def small_widths(task: SimpleTask, budget: float) -> dict[str, int]:
     """Widths of the task's model scaled by one factor to at most `budget` of the dense FLOPs per step.
 
-    Args:
-        task: whose model to size.
-        budget: fraction of the dense model's FLOPs per optimizer step.
-
     Raises:
         BenchError: even the narrowest model costs more; the message says what share of the dense one.
     """
@@ -53,11 +49,6 @@ def fit_widths(
 
     Bisection finds the largest common factor that fits, widths rounded down to whole blocks; then the
     width furthest below its dense share grows by one block, as long as any still fits.
-
-    Args:
-        dimensions: dense width and block of each free width.
-        cost: cost of a model, growing with every width.
-        limit: highest allowed cost, in the same unit.
 
     Raises:
         BenchError: even one block of each costs more than the limit.

@@ -48,10 +48,6 @@ def suite_named(name: str) -> Mapping[str, Build]:
 def chosen_models(name: str, models: Sequence[str] | None = None) -> tuple[str, ...]:
     """Models of a suite to check.
 
-    Args:
-        name: the suite.
-        models: which of its models; by default all.
-
     Raises:
         BenchError: for an unknown suite or model.
     """
@@ -71,12 +67,6 @@ def sweep(
     after: Callable[[Verdict], None] = lambda verdict: None,
 ) -> tuple[Verdict, ...]:
     """Check the models of a suite, `workers` at a time, each on one thread.
-
-    Args:
-        name: the suite.
-        models: which of its models; by default all.
-        workers: processes at work; 0 to check in this process.
-        after: called with each verdict as it comes, in the order of the suite.
 
     Raises:
         BenchError: for an unknown suite or model.

@@ -16,6 +16,7 @@ from setpoint_bench.report.columns import (
     difference_columns,
     outcome_and_training,
     seeds_text,
+    texts,
 )
 from setpoint_bench.report.results import Results
 from setpoint_bench.report.summary import Row, summary_rows
@@ -42,12 +43,7 @@ def _table(title: str, shown: Sequence[Column], rows: Sequence[Row]) -> Table:
     for column in shown:
         table.add_column(escape(column.heading), justify="left" if column is shown[0] else "right")
     for row in rows:
-        texts = []
-        for column in shown:
-            clear = row.differences.get(column.heading.removeprefix("to "))
-            text = escape(column.text(row))
-            texts.append(f"[bold]{text}[/]" if clear is not None and clear.clear else text)
-        table.add_row(*texts)
+        table.add_row(*texts(shown, row, escape, "[bold]{}[/]".format))
     return table
 
 

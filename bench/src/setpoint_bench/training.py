@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from setpoint_bench.environment import environment
 from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.joules import Joules
 from setpoint_bench.method import Method
+from setpoint_bench.own_random import OwnRandom
 from setpoint_bench.results import FILE, HISTORY, LEDGER, MODEL, Result
 from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.task import BenchError, Score, Split
@@ -57,14 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a cell is.
-
-    Args:
-        step: optimizer steps done.
-        total_steps: of how many.
-        loss: mean training loss of the last few steps, None before the first.
-        score: the last validation score, None before the first.
-    """
+    """How far a cell is."""
 
     step: int
     total_steps: int
@@ -77,11 +70,6 @@ def train(cell: Cell, out: Path, needed: Mapping[str, Result] | None = None) -> 
 
     The result does not depend on what else runs between the turns: data, weights and augmentation
     draw from generators of the cell's own.
-
-    Args:
-        cell: what to train.
-        out: folder of the results; a course that goes on from another method's model finds it there.
-        needed: results of the same task, budget and seed of the methods that the cell's method needs.
 
     Raises:
         BenchError: for a budget that the method cannot meet, or a result or model that it needs and is not there.
@@ -168,14 +156,7 @@ def warm_up(task: SimpleTask, widths: Mapping[str, int]) -> None:
 
 
 class Run:
-    """The state of one cell's training: model, optimizer, pruner, clocks and counts.
-
-    Args:
-        cell: what to train.
-        course: where to begin and which recipe to follow.
-        random: the cell's own random state.
-        earlier: the run whose model this one goes on from; its steps, FLOPs and seconds count as this one's.
-    """
+    """The state of one cell's training: model, optimizer, pruner, clocks and counts."""
 
     def __init__(self, cell: Cell, course: Course, random: OwnRandom, earlier: Earlier | None) -> None:
         self.cell, self.course, self.task, self.random = cell, course, course.task, random
@@ -311,33 +292,3 @@ class Run:
             fingerprint=fingerprint(self.cell.task),
             notes="; ".join(filter(None, (self.course.notes, outcome.notes))),
         )
-
-
-class OwnRandom:
-    """A global random state of one cell's own, in force only while the cell draws."""
-
-    def __init__(self, seed: int) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self._state = _random_state()
-
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Put the state in force, and the previous one back afterwards."""
-        with torch.random.fork_rng():
-            _set_random_state(self._state)
-            try:
-                yield
-            finally:
-                self._state = _random_state()
-
-
-def _random_state() -> list[Tensor]:
-    """Global states of the CPU's generator and of each CUDA device's."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state[1:])

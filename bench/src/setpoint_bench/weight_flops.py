@@ -71,10 +71,6 @@ def maskable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def weight_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> WeightFlops:
     """Count a training step of the model on a copy without data, weight tensor by weight tensor.
 
-    Args:
-        model: must return one tensor.
-        inputs: positional inputs, at the batch shape to count.
-
     >>> import torch
     >>> flops = weight_flops(nn.Linear(3, 5), (torch.zeros(7, 3),))
     >>> flops.total, flops.at({"weight": 15}), flops.at({"weight": 3})  # no gradient of the input is needed

@@ -29,12 +29,7 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that could not be finished.
-
-    Args:
-        cell: its name.
-        error: why, in one line.
-    """
+    """A cell that could not be finished."""
 
     cell: str
     error: str
@@ -122,7 +117,7 @@ class _Order:
         """The cell again.
 
         Raises:
-            BenchError: the task or the method was made anew and is another one.
+            BenchError: the task was made anew and is another one.
         """
         task = self.task if isinstance(self.task, SimpleTask) else self.task()
         if self.fingerprint and fingerprint(task) != self.fingerprint:
@@ -131,10 +126,7 @@ class _Order:
                 "random in it from a generator with a seed of its own"
             )
         method = method_named(self.method) if isinstance(self.method, str) else self.method
-        cell = Cell(task, method, self.budget, self.seed, self.split)
-        if cell.name != self.name:
-            raise BenchError(f"what makes {self.name} was changed meanwhile and makes {cell.name}: start again")
-        return cell
+        return Cell(task, method, self.budget, self.seed, self.split)
 
 
 def _train(order: _Order, out: Path, needed: Mapping[str, Result], threads: int, pipe: Connection) -> None:

@@ -177,10 +177,6 @@ def transformers_model(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A transformers model in train mode, without a cache, and the inputs of a training step.
 
-    Args:
-        shape: of its main input, tokens before images; None for two rows.
-        usual: whether the default length is the usual one (128 tokens) or a short one.
-
     Raises:
         UsageError: for a type without such a head, or a shape that does not fit it.
     """

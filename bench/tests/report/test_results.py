@@ -9,7 +9,6 @@ import pytest
 from setpoint.errors import ReportError
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.results import load_results
-from setpoint_bench.task import BenchError
 
 
 def test_cells_are_read_as_written(make_results: Any) -> None:
@@ -44,7 +43,7 @@ def test_a_damaged_result_is_refused(make_results: Any) -> None:
     path.write_text(f"{first[:40]}\n{second}\n")
     with pytest.raises(ReportError, match="line 1 of .*results.jsonl is damaged: delete that line"):
         read_results(folder)
-    with pytest.raises(BenchError, match="line 1 of .*results.jsonl is damaged: delete that line"):
+    with pytest.raises(ReportError, match="line 1 of .*results.jsonl is damaged: delete that line"):
         load_results(folder)
 
 

@@ -85,14 +85,6 @@ class Sparse:
 class Masked:
     """The pruner that masks single weights. It saves nothing on this hardware; what it could save is counted beside.
 
-    Args:
-        model: the model.
-        optimizer: trains it, and treats every entry alike.
-        method: when, and by what density, in place of the budget if it has one.
-        example: positional inputs, at the batch shape to count FLOPs at.
-        total_steps: optimizer steps of the run.
-        budget: theoretical FLOPs of a step at the end, as a fraction of dense.
-
     Raises:
         BenchError: for a budget that no mask can meet.
         OptimizerError: for an optimizer that would move masked weights.

@@ -1,16 +1,18 @@
-"""The linear recurrent unit: a state-space layer whose complex diagonal recurrence is stable by construction."""
+"""The linear recurrent unit, a state-space layer that is stable by construction, and a classifier made of it."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.states import DiagonalSystem, StateWeights
 from setpoint.states.scan import diagonal_scan
 
+_MODULI = (0.9, 0.999)  # of the eigenvalues at the start
 _LEAST_TURN = 1e-3  # angle of a real eigenvalue, as a fraction of its decay per step: log(0) would freeze it
 _DECAY = (1e-12, 30.0)  # -log of the modulus: what its double logarithm can hold
 
@@ -29,12 +31,9 @@ class LRU(nn.Module):
     Args:
         num_channels: channels of input and output.
         num_states: complex states.
-        least_modulus: of the eigenvalues at the start, in [0, 1).
-        most_modulus: the same, greater than the least, up to 1.
-        most_angle: largest angle of the eigenvalues at the start, in radians per step.
 
     Raises:
-        ValueError: for a size that is not positive or a ring of eigenvalues that is empty.
+        ValueError: for a size that is not positive.
 
     References:
         Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De: "Resurrecting Recurrent Neural Networks for Long
@@ -45,28 +44,15 @@ class LRU(nn.Module):
     torch.Size([2, 10, 3])
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        num_states: int,
-        *,
-        least_modulus: float = 0.9,
-        most_modulus: float = 0.999,
-        most_angle: float = 2 * math.pi,
-    ) -> None:
+    def __init__(self, num_channels: int, num_states: int) -> None:
         super().__init__()
         if num_channels < 1 or num_states < 1:
             raise ValueError(f"num_channels and num_states must be positive, got {num_channels} and {num_states}")
-        if not 0 <= least_modulus < most_modulus <= 1 or most_angle <= 0:
-            raise ValueError(
-                f"eigenvalues need 0 <= least_modulus < most_modulus <= 1 and most_angle > 0, got {least_modulus}, "
-                f"{most_modulus} and {most_angle}"
-            )
-        # Uniform in the area of the ring. The draws lie in [0, 1): one at 1 may have a modulus of 1.
-        squares = most_modulus**2 - torch.rand(num_states) * (most_modulus**2 - least_modulus**2)
+        # Uniform in the area of the ring.
+        squares = _MODULI[1] ** 2 - torch.rand(num_states) * (_MODULI[1] ** 2 - _MODULI[0] ** 2)
         decay = (-0.5 * squares.log()).clamp_min(1e-6)
         self.nu_log = nn.Parameter(decay.log())
-        self.theta_log = nn.Parameter((most_angle * torch.rand(num_states)).clamp_min(1e-6).log())
+        self.theta_log = nn.Parameter((2 * math.pi * torch.rand(num_states)).clamp_min(1e-6).log())
         self.gamma_log = nn.Parameter(_normalisation(decay))
         self.B_re = nn.Parameter(torch.randn(num_states, num_channels) / math.sqrt(2 * num_channels))
         self.B_im = nn.Parameter(torch.randn(num_states, num_channels) / math.sqrt(2 * num_channels))
@@ -130,3 +116,69 @@ class LRU(nn.Module):
 def _normalisation(decay: Tensor) -> Tensor:
     """`log sqrt(1 - exp(-2 decay))`, exact for the slowest modes too."""
     return 0.5 * torch.log(-torch.expm1(-2.0 * decay))
+
+
+class SequenceBlock(nn.Module):
+    """`x + dropout(GLU(dropout(GELU(LRU(norm(x))))))`, where `GLU(h) = (W h) * sigmoid(V h)`.
+
+    The norm is batch norm over samples and steps, without weights of its own.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_states: int,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(num_channels, affine=False)
+        self.lru = LRU(
+            num_channels,
+            num_states,
+        )
+        self.gated = nn.Linear(num_channels, num_channels)
+        self.gate = nn.Linear(num_channels, num_channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "batch steps channels"]) -> Float[Tensor, "batch steps channels"]:
+        hidden = self.dropout(F.gelu(self.lru(self.norm(x.mT).mT)))
+        gated: Tensor = self.dropout(self.gated(hidden) * torch.sigmoid(self.gate(hidden)))
+        return x + gated
+
+
+class SequenceClassifier(nn.Module):
+    """Linear encoder, blocks, mean over time, linear head.
+
+    >>> model = SequenceClassifier(num_inputs=1, num_classes=10, num_channels=8, num_states=16)
+    >>> model(torch.randn(4, 196, 1)).shape
+    torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_classes: int,
+        *,
+        num_channels: int = 8,
+        num_states: int = 256,
+        num_blocks: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(num_inputs, num_channels)
+        self.blocks = nn.Sequential(
+            *(
+                SequenceBlock(
+                    num_channels,
+                    num_states,
+                    dropout=dropout,
+                )
+                for _ in range(num_blocks)
+            )
+        )
+        self.head = nn.Linear(num_channels, num_classes)
+
+    def forward(self, x: Float[Tensor, "batch steps inputs"]) -> Float[Tensor, "batch classes"]:
+        logits: Tensor = self.head(self.blocks(self.encoder(x)).mean(1))
+        return logits

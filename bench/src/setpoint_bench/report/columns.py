@@ -14,15 +14,20 @@ from setpoint_bench.report.summary import DENSE, RIVALS, Row, ratio
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
-
-    Args:
-        heading: its title.
-        text: a row's text.
-    """
+    """One column of a table."""
 
     heading: str
     text: Callable[[Row], str]
+
+
+def texts(shown: Sequence[Column], row: Row, escape: Callable[[str], str], bold: Callable[[str], str]) -> list[str]:
+    """A row's text in each column; a difference to a rival is bold where its interval excludes 0."""
+    found = []
+    for column in shown:
+        text = escape(column.text(row))
+        to_rival = row.differences.get(column.heading.removeprefix("to "))
+        found.append(bold(text) if to_rival is not None and to_rival.clear else text)
+    return found
 
 
 OF_DENSE, IN_THEORY = "of dense", "in theory"

@@ -12,6 +12,7 @@ from setpoint_bench.report.columns import (
     difference_columns,
     outcome_and_training,
     seeds_text,
+    texts,
 )
 from setpoint_bench.report.folder import read_results
 from setpoint_bench.report.results import Cell, Results
@@ -63,14 +64,8 @@ def table(shown: Sequence[Column], rows: Sequence[Row]) -> str:
     """A Markdown table; of differences those are bold whose interval excludes 0."""
     lines = [f"| {' | '.join(escape(column.heading) for column in shown)} |", f"|---|{'---:|' * (len(shown) - 1)}"]
     for row in rows:
-        lines.append(f"| {' | '.join(_cell(column, row) for column in shown)} |")
+        lines.append(f"| {' | '.join(texts(shown, row, escape, '**{}**'.format))} |")
     return "\n".join(lines)
-
-
-def _cell(column: Column, row: Row) -> str:
-    text = escape(column.text(row))
-    found = row.differences.get(column.heading.removeprefix("to "))
-    return f"**{text}**" if found is not None and column.heading.startswith("to ") and found.clear else text
 
 
 def about(cells: Sequence[Cell], rows: Sequence[Row]) -> str:

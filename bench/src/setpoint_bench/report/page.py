@@ -18,6 +18,7 @@ from setpoint_bench.report.columns import (
     interval_text,
     metric_text,
     seeds_text,
+    texts,
 )
 from setpoint_bench.report.figures import curves, pareto, spending, training_flops, training_seconds
 from setpoint_bench.report.folder import read_results
@@ -102,7 +103,7 @@ def _costs(rows: Sequence[Row]) -> str:
 def _tables(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     """All numbers, and the differences to the rivals."""
     shown = columns(rows)
-    lines = [[escape(column.text(row)) for column in shown] for row in rows]
+    lines = [texts(shown, row, escape, str) for row in rows]
     told = re.sub("`(.*?)`", r"<code>\1</code>", escape(clock_note(cells, rows[0].clock)))
     notes = "".join(f"<li><b>{escape(row.label)}</b>: {escape(note)}</li>" for row in rows for note in row.notes)
     page = (
@@ -115,7 +116,7 @@ def _tables(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
     if not compared:
         return page
     rivals = difference_columns(rows)
-    clear = [[_bold(escape(column.text(row)), row, column.heading) for column in rivals] for row in compared]
+    clear = [texts(rivals, row, escape, "<b>{}</b>".format) for row in compared]
     unit = "points of accuracy: more is better" if rows[0].metric == "accuracy" else "loss: less is better"
     return (
         f'{page}<h3>Against its rivals</h3>\n<div class="scroll">{_summary(rivals, clear)}</div>\n'
@@ -126,11 +127,6 @@ def _tables(cells: Sequence[Cell], rows: Sequence[Row]) -> str:
 
 def _summary(shown: Sequence[Column], lines: Sequence[Sequence[str]]) -> str:
     return html_table([column.heading for column in shown], lines, classes="summary")
-
-
-def _bold(text: str, row: Row, heading: str) -> str:
-    found = row.differences.get(heading.removeprefix("to "))
-    return f"<b>{text}</b>" if found is not None and found.clear else text
 
 
 def _learning(groups: Mapping[str, Sequence[Cell]]) -> str:

@@ -94,12 +94,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """All cells of a results folder, and what could not be read.
-
-    Args:
-        cells: the runs in the order of the file; a run that was repeated counts once, the last time.
-        remarks: what was left out or missing, for people.
-    """
+    """All cells of a results folder, and what could not be read."""
 
     cells: tuple[Cell, ...]
     remarks: tuple[str, ...] = ()

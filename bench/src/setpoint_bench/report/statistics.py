@@ -30,11 +30,6 @@ class Share:
 
     Minimum and maximum of five rounds hold the true median with a probability of 94 % if rounds are independent;
     a machine that changes its pace for minutes makes them less so.
-
-    Args:
-        value: the median.
-        low: the minimum.
-        high: the maximum.
     """
 
     value: float
