@@ -181,24 +181,18 @@ def main() -> None:
         if resource != "flops" and name == "llama-8b":
             continue
         runs: dict[str, list[dict[str, Any]]] = {tree: [] for tree in trees}
-        loads = [os.getloadavg()[0]]
         for pair in range(arguments.pairs):
             for tree in list(trees)[:: -1 if pair % 2 else 1]:
                 runs[tree].append(in_process(name, trees[tree], resource))
-            loads.append(os.getloadavg()[0])
         found = {
             "code": about["code"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "pairs": arguments.pairs,
-            "load_average_range": [min(loads), max(loads)],
             "cold": summary(runs["now"], "cold_s"),
-            **(
-                {"base": commit_of(arguments.base), "before": summary(runs["before"], "cold_s")}
-                if "before" in trees
-                else {}
-            ),
             "runs": runs,
         }
+        if "before" in trees:
+            found |= {"base": commit_of(arguments.base), "before": summary(runs["before"], "cold_s")}
         before = rows.get(name, {})
         budgets = {budget: before[budget] for budget in BUDGETS if budget in before}
         rows[name] = {**found, **budgets} if resource == "flops" else {**before, resource: found}

@@ -190,8 +190,7 @@ LIBRARIES: Mapping[str, tuple[Callable[..., Contender], ...]] = {
 }
 """By library, its settings: the first with which a model passes counts.
 
-Heads become narrower, as in the examples of Torch-Pruning for timm, ViT and Swin, or go as a whole, as in those for BERT
-and language models.
+Heads become narrower, as in Torch-Pruning's examples for timm, ViT and Swin, or go whole, as in those for BERT.
 """
 
 

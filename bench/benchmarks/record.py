@@ -21,13 +21,7 @@ def commit_of(checkout: Path) -> str:
 
 
 def keep(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any] | None = None) -> None:
-    """Write a record where a file is given, and print it.
-
-    Args:
-        found: what the benchmark found.
-        out: the file, or None.
-        shown: what to print instead of all of it.
-    """
+    """Write a record where a file is given, and print it, or what is `shown` in its place."""
     record = _dated(found)
     if out is not None:
         write(record, out)
