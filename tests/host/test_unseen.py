@@ -101,15 +101,6 @@ def test_one_of_several_optimizers_that_was_replaced_is_told_of(gone: int) -> No
     loop.detach()
 
 
-def test_many_backward_passes_without_any_step_are_told_of() -> None:
-    """Claim: so it is where weights are moved in a way that PyTorch does not count, after some dozens of passes."""
-    model = build()
-    loop = attached(model, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.warns(UserWarning, match="64 backward passes were made, but SGD, given to attach, does not step"):
-        train(model, ByData(model), 80)
-    loop.detach()
-
-
 def accumulating(model: nn.Module, loop: Callable[[Any], setpoint.Loop]) -> None:
     """A step of 100 batches."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -16,7 +16,6 @@ from torch.optim import lr_scheduler
 import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.controller.schedule import Schedule
-from setpoint.errors import GroupError
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, [lambda step: 0.9**step, lambda step: 1 / (1 + step)]),
@@ -187,12 +186,3 @@ def test_parametrized_weights_go_on_after_a_cut(name: str, tmp_path: Path) -> No
     for ours, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
         again.state[theirs] = {key: value.clone() for key, value in optimizer.state[ours].items()}
     assert go(model, optimizer, range(30, 36)) == go(fresh, again, range(30, 36))
-
-
-def test_orthogonal_weights_that_read_units_are_left_whole_by_name() -> None:
-    """Claim: an orthogonal weight mixes the units that it reads, so they stay, and the error says where and why."""
-    wrap = nn.utils.parametrizations.orthogonal
-    model = nn.Sequential(wrap(nn.Linear(6, 24)), nn.ReLU(), wrap(nn.Linear(24, 24)))
-    optimizer, budget = torch.optim.AdamW(model.parameters()), setpoint.Budget.fraction(0.5, of="flops")
-    with pytest.raises(GroupError, match=r"2\.parametrizations\.weight"):
-        setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=40)

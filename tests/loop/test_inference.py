@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, train
-from setpoint.errors import BudgetError
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.host import host_of
 from setpoint.resources.costing import cost_out
 from setpoint.resources.inference import Inference
-from setpoint.resources.replica import forward_pass, replica
+from setpoint.resources.replica import replica
 from setpoint.spending import meter as meter_file
 
-Budget = setpoint.Budget
 __all__ = ["machine"]
+
+Budget = setpoint.Budget
 
 
 class Answering(nn.Module):
@@ -221,36 +221,6 @@ def test_a_timed_pass_undoes_what_a_forward_does() -> None:
     assert model.last is last and model.kept is kept and equal(before, dict(model.state_dict()))
     assert modes == [module.training for module in model.modules()]
     assert list(model.layers[0]._forward_hooks) == [handle.id for handle in hooks]
-
-
-def test_a_pass_runs_under_the_autocast_of_attach() -> None:
-    """The type of numbers is that of the context in which the budget was given, wherever the pass is timed."""
-    model, seen = nn.Linear(4, 4), []
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = Inference.of(model, (torch.randn(2, 4),))
-    model.forward = lambda x: seen.append(nn.functional.linear(x, model.weight).dtype)  # type: ignore[method-assign]
-    for answer in (cast, Inference.of(model, (torch.randn(2, 4),))):
-        forward_pass(model, answer.args, answer.kwargs, answer.autocast)
-    assert seen == [torch.bfloat16, torch.float32] and not torch.is_autocast_enabled("cpu")
-
-
-def test_training_within_autocast_keeps_its_gradients() -> None:
-    """A pass in the middle of a user's autocast leaves no weights behind that were cast without a gradient."""
-    model, x = nn.Linear(4, 4), torch.randn(2, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        Inference.of(model, (x,)).timed()
-        model(x).sum().backward()
-    assert model.weight.grad is not None
-
-
-def test_milliseconds_given_as_seconds(machine: Machine) -> None:
-    """A budget of inference that can only be in milliseconds is refused, with what to ask for and the unit."""
-    made = answering(machine)
-    with pytest.raises(
-        BudgetError,
-        match=r"2 s per inference is .* ask for less than .* ms\. .* a number without a unit, it is in seconds",
-    ):
-        train(made, Budget.total(2.0, of="inference"), 20)
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -42,29 +42,3 @@ def test_a_cut_at_a_high_rate_is_not() -> None:
     """Claim: with the default schedule, or with a rate that stays, there is no hint."""
     for loop in (trained(settle=0.3), trained(settle=0.8, falls_to=1.0)):
         assert loop.summary is not None and "learning rate" not in loop.summary.note
-
-
-def test_an_optimizer_without_a_rate() -> None:
-    """Claim: an optimizer whose groups have no learning rate leaves the field empty."""
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-
-    class Plain(torch.optim.Optimizer):
-        """Takes a fixed step."""
-
-        def __init__(self) -> None:
-            super().__init__(model.parameters(), {})
-
-        @torch.no_grad()
-        def step(self, closure: None = None) -> None:  # type: ignore[override]
-            """Down the gradient."""
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.sub_(0.1 * parameter.grad)
-
-    optimizer = Plain()
-    loop = setpoint.attach(model, optimizer, 0.5, total_steps=20, verify=False)
-    for _ in range(20):
-        model(torch.randn(16, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loop.finish().budget_met and {entry.learning_rate for entry in loop.ledger} == {None}

@@ -94,20 +94,6 @@ def test_a_size_that_the_method_writes_out_stays() -> None:
     assert not found.groups and any(each.place == "body" for each in found.frozen)
 
 
-def test_a_copy_made_while_a_loop_waits_has_the_plain_method() -> None:
-    """Claim: an average that is copied before the first step works on its own weights, and is not noted."""
-    torch.manual_seed(0)
-    model = Step()
-    loop = setpoint.attach(model, torch.optim.SGD(model.parameters(), 0.1), 0.5, total_steps=10, method="training_step")
-    given, average = batch(), copy.deepcopy(model)
-    with torch.no_grad():
-        average.head.bias.fill_(100.0)
-        average.head.bias[0] = -100.0
-    assert average.training_step(given) > 10 > model.training_step(given)
-    loop.detach()
-    assert not {"forward", "training_step"} & set(vars(model))
-
-
 def test_bad_methods() -> None:
     """Claim: a name that is no method, and a forward that there is not, are refused in words; nothing is changed."""
     model = Step()
@@ -121,15 +107,3 @@ def test_bad_methods() -> None:
     model.training_step(batch()).backward()
     with pytest.raises(GroupError, match=r'its parts one by one: .*method="loss"'):
         optimizer.step()
-
-
-def test_a_model_that_was_called_gets_no_advice_on_methods() -> None:
-    """Claim: where training calls the model, and nothing of it can be pruned, the error speaks of no other method."""
-    model = nn.Sequential(nn.Linear(6, 3))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    loop = setpoint.attach(model, optimizer, 0.5, total_steps=10)
-    model(torch.randn(4, 6)).square().mean().backward()
-    with pytest.raises(GroupError, match="nothing in this model can be pruned") as caught:
-        optimizer.step()
-    assert "method" not in str(caught.value)
-    loop.detach()

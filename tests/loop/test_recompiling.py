@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -146,17 +145,6 @@ def test_widths_that_were_equal_may_differ_later() -> None:
     assert loop.widths == {"0": 21, "2": 22} and compiles == [0, 3]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks for that of x
-def test_equal_blocks_that_are_compiled_alone_share_their_code() -> None:
-    """Claim: blocks of the same code share what is compiled, whatever their number and their widths after the cuts."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(4)), nn.Linear(6, 3))
-    drop = {3: {"0.up": [1], "2.up": [1, 2]}, 6: {"1.up": [0], "3.up": [3]}, 9: {"0.up": [0], "3.up": [7]}}
-    _, compiles, loop = run(model, (8, 6), drop, "blocks", 12)
-    assert list(loop.widths.values()) == [14, 15, 14, 14]
-    assert compiles == [0, 0, 3, 3]  # the first block has code of its own: its input needs no gradient
-
-
 def test_heads_that_are_written_out_compile_once_more() -> None:
     """Claim: a forward whose sizes are corrected by place, with its backward pass compiled as well, compiles once more
     after the first cut of its heads, and not after the second.
@@ -183,34 +171,6 @@ def test_settings_are_left_alone_where_nothing_is_compiled() -> None:
     assert flags()[:3] == [False, False, True]
     second.detach()
     assert flags() == before
-
-
-def test_settings_are_put_back_where_a_loop_is_dropped() -> None:
-    """Claim: settings are put back also where nobody has ended the loop."""
-    before = flags()
-    *_, loop = run(mlp(), (8, 6), {3: {"0": [1]}}, compiled="before", steps=5)
-    assert flags() != before
-    del loop, _
-    gc.collect()
-    assert flags() == before
-
-
-@pytest.mark.parametrize("how", ["set", "set between two loops", "patched"])
-def test_a_setting_that_the_user_changes_meanwhile_stays(how: str) -> None:
-    """Claim: in the end only settings that are still the loop's are put back, also where the run lay in a `patch`."""
-    before, loops = flags(), []
-    try:
-        with dynamo.config.patch(recompile_limit=64) if how == "patched" else contextlib.nullcontext():
-            loops.append(run(mlp(), (5, 6), DROP, "before", steps=8)[2])
-        if how != "patched":
-            dynamo.config.recompile_limit = 100
-        if how == "set between two loops":
-            loops.append(run(mlp(), (8, 6), DROP, "before", steps=8)[2])
-        for loop in loops:
-            loop.finish()
-        assert flags() == [*before[:-1], before[-1] if how == "patched" else 100]
-    finally:
-        dynamo.config.recompile_limit = before[-1]
 
 
 def test_with_a_budget_of_one_nothing_of_the_compiler_changes() -> None:

@@ -18,7 +18,6 @@ from torch import nn
 
 import setpoint
 from golden.models import mlp
-from setpoint.errors import LoopError
 from setpoint.ledger import Entry
 
 STEPS = 20
@@ -175,22 +174,6 @@ def test_a_checkpoint_may_be_taken_in_a_callback() -> None:
     assert other.widths == loop.widths and len(states) >= 2
 
 
-def test_a_callback_that_fails_is_the_users_own_error() -> None:
-    """Claim: what it raises comes out of `optimizer.step()`, once the step is complete."""
-    loop, train = attached()
-
-    def fail(news: Any) -> None:
-        raise OSError("disk full")
-
-    off = loop.on_step(fail)
-    with pytest.raises(OSError, match="disk full"):
-        train(1)
-    assert loop.step == 1
-    off()
-    train(STEPS - 1)
-    assert loop.finish().budget_met
-
-
 def test_the_log_has_a_line_for_each_cut_and_one_for_the_budget(whole: Whole) -> None:
     """Claim: at INFO, by the logger "setpoint"; each cut with its step, units, share of dense and price.
 
@@ -238,14 +221,6 @@ def test_a_loop_is_one_line_at_every_stage(whole: Whole) -> None:
     assert len(set(lines)) == 4 and all(line.startswith("<Loop: ") and "\n" not in line for line in lines)
     assert "not begun" in lines[0] and "step 1 of 20" in lines[1] and "budget 50.0%" in lines[1]
     assert "last decision made" in lines[2] and "finished" in lines[3]
-
-
-def test_a_loop_that_never_began_has_its_line() -> None:
-    """Claim: also after `finish` has refused."""
-    loop, _ = attached()
-    with pytest.raises(LoopError):
-        loop.finish()
-    assert "not begun" in repr(loop) and loop.metrics() == {}
 
 
 def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
