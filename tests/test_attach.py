@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a word for allow_lossy": ({"allow_lossy": "no"}, ValueError, "allow_lossy is True or False, got 'no'"),
     # Groups and copies.
-    "a group's name": ({"groups": "0"}, GroupError, f"{GROUPS}.*got one of '0'"),
+    "a group's name": ({"groups": "0"}, GroupError, f"{GROUPS}.*got '0'"),
     "a single group": ({"groups": _blocks(1)[0]}, GroupError, "must be a sequence of groups.*got Group"),
     "groups of another model": (
         {"groups": setpoint.find_groups(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), (NAN[:, :6],))},

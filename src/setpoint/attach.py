@@ -25,11 +25,11 @@ from setpoint.groups.rng import one_at_a_time, preserved_rng_state
 from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host, host_of
 from setpoint.host.optimizers import Steps
-from setpoint.loop.candidates import Candidates, unit_candidates
-from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, settle
+from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
+from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, form_of, in_form, settle
 from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
-from setpoint.loop.first_batch import FirstBatch, Inputs
+from setpoint.loop.first_batch import FirstBatch
 from setpoint.loop.loop import Loop
 from setpoint.messages import progress
 from setpoint.run_spec import RunSpec, run_spec
@@ -167,7 +167,7 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
     try:
         state = brought(first_optimizer) if spec.resume else None
         if state is not None:
-            inputs = inputs.in_form(state["inputs"]) if "inputs" in state else inputs
+            inputs = in_form(inputs, state["inputs"]) if "inputs" in state else inputs
             with dense_shapes(host):  # the state may have cut the model already
                 loop.begin(_parts(host, spec, inputs))
                 loop.load_state_dict(state)
@@ -188,7 +188,7 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
         raise
     if spec.resume:
         forget(first_optimizer)
-        loop.stop_too(Carrying(loop, inputs.form()))
+        loop.stop_too(Carrying(loop, form_of(inputs)))
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:

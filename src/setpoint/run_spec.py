@@ -43,18 +43,12 @@ class RunSpec:
 
     Args:
         goal: a price or a tolerance, None where there are budgets.
-        budgets: per step, each of another resource.
-        bill: what the run may spend beside budgets per step.
-        total_steps: optimizer steps of the run; with a bill, those of the dense run that it is a share of.
-        controller: pursues the goal.
-        sensor: reads saliencies; None for the usual one.
+        bill: what the run may spend in addition to budgets per step.
+        total_steps: with a bill, those of the dense run that it is a share of.
+        sensor: None for the usual one.
         masking: how single weights are masked, None where whole units are cut.
         regrowing: how units rest that may come back; None for the usual way.
         groups: that may be pruned; None for all.
-        allow_lossy: whether groups may be pruned in which a zeroed unit is not the same as an absent one.
-        verify: whether every cut is tried on copies of the model first.
-        resume: whether states of model and optimizer carry the loop's.
-        method: of the model, which training calls.
     """
 
     goal: Price | Tolerance | None
@@ -120,7 +114,7 @@ def run_spec(
             f"total_steps must be a positive integer, got {total_steps!r}: give the optimizer steps of the whole run, "
             "such as epochs * len(loader)"
         )
-    chosen_groups = as_groups(groups)
+    chosen_groups = _as_groups(groups)
     check_method(host.model, method)
     wanted = parse_budget(budget)
     if isinstance(wanted, Price) and sensor is not None and not sensor.traits.in_loss:
@@ -226,19 +220,18 @@ def _check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> 
         )
 
 
-def as_groups(groups: object) -> tuple[Group, ...] | None:
+def _as_groups(groups: object) -> tuple[Group, ...] | None:
     """The groups as a tuple, or None; GroupError for what holds anything else, such as their names."""
     if groups is None:
         return None
-    found = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, str) else (groups,)
-    strange = [item for item in found if not isinstance(item, Group)]
-    if strange or isinstance(groups, Group):
-        what = f"one of {strange[0]!r}" if strange and isinstance(groups, Iterable) else repr(groups)
+    chosen = tuple(groups) if isinstance(groups, Iterable) else ()
+    if not isinstance(groups, Iterable) or not all(isinstance(group, Group) for group in chosen):
         raise GroupError(
-            f"groups must be a sequence of groups out of find_groups(model, example), or None for all; got {what:.200}"
+            "groups must be a sequence of groups out of find_groups(model, example), or None for all; got "
+            f"{repr(groups):.200}"
         )
-    check_blocks(found)
-    return found
+    check_blocks(chosen)
+    return chosen
 
 
 def check_data(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Candidates: what of a model may be pruned, and what it costs in FLOPs and parameters."""
+"""Candidates: what of a model may be pruned, on what inputs, and what it costs in FLOPs and parameters."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ from setpoint.host.host import Host
 from setpoint.messages import warn
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.tap import tappable
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What an optimizer step computes on.
+
+    Args:
+        example: inputs of the model.
+        passes: calls of the model with such inputs in one step.
+        samples: independent samples behind one step.
+        recorded: whether they are those of a first batch, which the next run may get in other shapes.
+    """
+
+    example: Example
+    passes: int = 1
+    samples: int = 1
+    recorded: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,10 +17,13 @@ from setpoint.actuator.optimizer_state import check_state
 from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError
+from setpoint.groups.example import in_shapes, shapes_of
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
 from setpoint.host.host import Host
+from setpoint.loop.candidates import Inputs
 from setpoint.loop.loop import Loop
+from setpoint.messages import counted, warn
 
 KEY = "setpoint"
 """Entry of the first parameter group: PyTorch keeps such entries through its optimizers' states as they are."""
@@ -89,6 +92,31 @@ class Carrying:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def form_of(inputs: Inputs) -> dict[str, Any]:
+    """What batches of one run may differ in, where they are padded to their longest row or the last is short."""
+    return {"shapes": shapes_of(inputs.example), "passes": inputs.passes, "samples": inputs.samples}
+
+
+def in_form(inputs: Inputs, form: Any) -> Inputs:
+    """Inputs in the form of those with which a run began, as its state has it; an example stays as it is."""
+    if not inputs.recorded:
+        return inputs
+    try:
+        shapes = [[int(size) for size in shape] for shape in form["shapes"]]
+        passes, samples = int(form["passes"]), int(form["samples"])
+        if min(passes, samples, *(size for shape in shapes for size in shape)) < 0:
+            raise ValueError(form)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"the state of the loop is damaged: its inputs are {form!r}") from error
+    if passes != inputs.passes:
+        warn(
+            f"this step called the model {counted(inputs.passes, 'time')}, the first step of the run "
+            f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, attach "
+            "without resume"
+        )
+    return Inputs(in_shapes(inputs.example, shapes), passes, samples, recorded=True)
 
 
 @contextmanager

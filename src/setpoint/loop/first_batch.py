@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -13,56 +12,16 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.jit import ScriptModule
 
-from setpoint.errors import CheckpointError, GroupError, LoopError
-from setpoint.groups.example import Example, example_of, in_shapes, mapped, num_samples, shapes_of
+from setpoint.errors import GroupError, LoopError
+from setpoint.groups.example import Example, example_of, mapped, num_samples
 from setpoint.groups.rng import elsewhere
 from setpoint.host.host import Host
-from setpoint.messages import counted, warn
+from setpoint.loop.candidates import Inputs
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100
 """Class index that PyTorch's and transformers' losses leave out."""
 _LIGHTNING = ("lightning", "pytorch_lightning")
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What an optimizer step computes on.
-
-    Args:
-        example: inputs of the model.
-        passes: calls of the model with such inputs in one step.
-        samples: independent samples behind one step.
-        recorded: whether they are those of a first batch, which the next run may get in other shapes.
-    """
-
-    example: Example
-    passes: int = 1
-    samples: int = 1
-    recorded: bool = False
-
-    def form(self) -> dict[str, Any]:
-        """What batches of one run may differ in, where they are padded to their longest row or the last is short."""
-        return {"shapes": shapes_of(self.example), "passes": self.passes, "samples": self.samples}
-
-    def in_form(self, form: Any) -> Inputs:
-        """These inputs in the form of those with which a run began, as its state has it; an example stays as it is."""
-        if not self.recorded:
-            return self
-        try:
-            shapes = [[int(size) for size in shape] for shape in form["shapes"]]
-            passes, samples = int(form["passes"]), int(form["samples"])
-            if min(passes, samples, *(size for shape in shapes for size in shape)) < 0:
-                raise ValueError(form)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"the state of the loop is damaged: its inputs are {form!r}") from error
-        if passes != self.passes:
-            warn(
-                f"this step called the model {counted(self.passes, 'time')}, the first step of the run "
-                f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, "
-                "attach without resume"
-            )
-        return Inputs(in_shapes(self.example, shapes), passes, samples, recorded=True)
 
 
 class _Call(NamedTuple):
