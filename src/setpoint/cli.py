@@ -381,19 +381,19 @@ def _print(line: str) -> None:
 
 def finish(answer: dict[str, Any], then: str) -> None:
     """End a command: say what to do next, or with --json print the answer as all of stdout."""
-    from setpoint.report.numbers import finite
+    from setpoint.ledger import without_nan
 
     if _as_json.get():
-        print(json.dumps(finite(answer)), file=_answers.get(), flush=True)
+        print(json.dumps(without_nan(answer)), file=_answers.get(), flush=True)
     else:
         _print(f"next: {then}")
 
 
 def write_json(path: Path, answer: dict[str, Any]) -> None:
-    from setpoint.report.numbers import finite
+    from setpoint.ledger import without_nan
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(answer), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(without_nan(answer), indent=2) + "\n", encoding="utf-8")
 
 
 def examples(*lines: str) -> str:

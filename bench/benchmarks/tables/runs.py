@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from setpoint.report.numbers import NOTHING, percent, signed
+from setpoint.report.numbers import NOTHING, percent
 from setpoint_bench.report import folder
-from setpoint_bench.report.columns import metric_text, share_text
+from setpoint_bench.report.columns import metric_text, share_text, signed
 from setpoint_bench.report.folder import RESULTS as RESULTS_FILE
 from setpoint_bench.report.markdown import task_text
 from setpoint_bench.report.packed import file_of

@@ -163,3 +163,12 @@ def _parsed(row: dict[str, Any], path: Path) -> Result:
         raise BenchError(
             f"{path} has a damaged line ({error}): delete that line, or name another folder with --out"
         ) from error
+
+
+def exact(value: float) -> str:
+    """A number in the fewest digits that identify it.
+
+    >>> exact(0.25), exact(1.0), exact(1 / 3)
+    ('0.25', '1', '0.3333333333333333')
+    """
+    return repr(float(value)).removesuffix(".0")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.report.numbers import exact
 from setpoint.resources.joules import find_energy_meter
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
@@ -23,7 +22,7 @@ from setpoint_bench.fingerprint import fingerprint
 from setpoint_bench.joules import Joules
 from setpoint_bench.method import Method
 from setpoint_bench.own_random import OwnRandom
-from setpoint_bench.results import FILE, HISTORY, LEDGER, MODEL, Result
+from setpoint_bench.results import FILE, HISTORY, LEDGER, MODEL, Result, exact
 from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.task import BenchError, Score, Split
 

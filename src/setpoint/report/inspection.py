@@ -93,10 +93,6 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
 
     The model, which is not touched, is any module that `torch.export` can follow. On the "meta" device it has no
     weights to try cuts on, so it is not verified.
-
-    Raises:
-        ExampleError: the model does not accept the example.
-        ExportError: the model cannot be exported.
     """
     found = trace(model, example)
     verify = verify and not any(parameter.is_meta for parameter in model.parameters())
@@ -112,19 +108,21 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     spent, total = flops.total(dense), int(params.total(dense))
     reports = []
     for group in found.groups:
-        # Alone: shares of groups that share a layer add up to more than the whole.
-        low, along = lowest_width(group), params_along(model, (group,))
+        fewest_units, along = lowest_width(group), params_along(model, (group,))
+        # Each group alone: shares of groups that share a layer add up to more than the whole.
+        saving = flops.saving(dense, group.name, group.num_units - fewest_units)
+        written = next((place for place in group.slices if place.role == "produce" and place.dim is not None), None)
         report = GroupReport(
             name=group.name,
             what=group.what,
             num_units=group.num_units,
-            min_units=low,
+            min_units=fewest_units,
             multiple_of=group.multiple_of,
-            unit_size=_unit_size(group),
+            unit_size=1 if written is None else int((written.index >= 0).sum()) // group.num_units,
             kept_whole=whole[group.name],
             params=along,
             params_share=along / total if total else 0.0,
-            flops_share=flops.saving(dense, group.name, group.num_units - low) / spent if spent else 0.0,
+            flops_share=saving / spent if spent else 0.0,
             places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
         )
         reports.append(report)
@@ -141,11 +139,6 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
         cheapest_params=int(params.total(fewest)),
         frozen=found.frozen,
     )
-
-
-def _unit_size(group: Group) -> int:
-    written = next((place for place in group.slices if place.role == "produce" and place.dim is not None), None)
-    return 1 if written is None else int((written.index >= 0).sum()) // group.num_units
 
 
 def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> int:

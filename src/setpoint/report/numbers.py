@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 NOTHING = "–"
@@ -22,15 +21,6 @@ def scale(largest: float, unit: str) -> tuple[float, str]:
         if abs(largest) >= factor:
             return factor, prefix + (" " if prefix and len(unit) > 5 else "") + unit  # a word is no symbol
     return 1.0, unit
-
-
-def exact(value: float) -> str:
-    """A number in the fewest digits that identify it.
-
-    >>> exact(0.25), exact(1.0), exact(1 / 3)
-    ('0.25', '1', '0.3333333333333333')
-    """
-    return repr(float(value)).removesuffix(".0")
 
 
 def human(value: float | None, unit: str = "") -> str:
@@ -95,29 +85,3 @@ def percent(share: float | None) -> str:
 def share(part: float, whole: float) -> str:
     """A part of a whole in percent."""
     return percent(part / whole if whole else None)
-
-
-def signed(value: float | None, decimals: int) -> str:
-    """A difference, always with its sign.
-
-    >>> signed(0.5, 2), signed(-0.25, 2), signed(None, 1)
-    ('+0.50', '−0.25', '–')
-    """
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    return f"{value:+.{decimals}f}".replace("-", MINUS)
-
-
-def finite(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not know.
-
-    >>> finite({"loss": float("nan"), "widths": (1.0, 2)})
-    {'loss': None, 'widths': [1.0, 2]}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value

@@ -66,10 +66,11 @@ def gramian_factors(
 def _diagonal_gramians(system: DiagonalSystem) -> Gramians:
     values = system.eigenvalues.detach().to(torch.complex128)
     inputs, outputs = (part.detach().to(torch.complex128) for part in (system.inputs, system.outputs))
-    apart = 1.0 - values[..., :, None] * values.conj()[..., None, :]
-    alike = 1.0 - values[..., :, None] * values[..., None, :]
-    covariance, pseudo = inputs @ inputs.mH / apart, inputs @ inputs.mT / alike
-    heard, heard_pseudo = outputs.mH @ outputs / apart.conj(), outputs.mT @ outputs / alike
+    # Geometric series over time: sum of (l_i conj(l_j))^t, and of (l_i l_j)^t for the pseudo-covariance.
+    room = 1.0 - values[..., :, None] * values.conj()[..., None, :]
+    pseudo_room = 1.0 - values[..., :, None] * values[..., None, :]
+    covariance, pseudo = inputs @ inputs.mH / room, inputs @ inputs.mT / pseudo_room
+    heard, heard_pseudo = outputs.mH @ outputs / room.conj(), outputs.mT @ outputs / pseudo_room
     total, difference = covariance + pseudo, covariance - pseudo
     controllability = _blocks(total.real, -difference.imag, total.imag, difference.real)
     total, difference = heard + heard_pseudo, heard - heard_pseudo
@@ -92,6 +93,7 @@ def _blocks(upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_r
 
 def _factor(gramian: Tensor) -> Tensor:
     """`F` with `F F^T = gramian`: small negative eigenvalues count as 0, once it has a unit diagonal."""
+    # Without the unit diagonal, rounding in the largest states would drown the small ones.
     size = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     inverse = torch.where(size > 0, 1.0 / size.clamp_min(1e-300), 0.0)
     values, vectors = torch.linalg.eigh(inverse[..., :, None] * gramian * inverse[..., None, :])
@@ -104,6 +106,7 @@ def _factor(gramian: Tensor) -> Tensor:
 def _doubled(dynamics: Tensor, inputs: Tensor) -> Tensor:
     """A factor of `sum of A^t B B^T (A^T)^t`: each pass doubles the number of terms, QR keeps the factor narrow."""
     factor, power = inputs, dynamics
+    # 2^64 terms are enough for every modulus below one that float64 can tell from one.
     for _ in range(64):
         added = power @ factor
         factor = _narrow(torch.cat([factor, added], -1))

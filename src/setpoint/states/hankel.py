@@ -106,6 +106,7 @@ class HankelSensor(Sensor[HankelState]):
             try:
                 found = balance(layer.state_space(), f"layer {name!r}")
             except StateSpaceError:
+                # NaN makes it a bad reading, on which nothing is decided; raising would end the user's training.
                 saliency[group.name] = np.full(group.num_units, np.nan)
                 continue
             basis[group.name] = BalancedPairs(found)

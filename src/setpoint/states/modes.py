@@ -123,6 +123,7 @@ def _eigen(dynamics: Tensor, num_modes: int) -> tuple[Tensor, Tensor, Tensor] | 
     ladder = torch.diag(torch.linspace(-1.0, 1.0, len(dynamics), dtype=dynamics.dtype))
     norm = torch.linalg.matrix_norm(dynamics).clamp_min(1e-300)
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    # The smallest nudge that gives eigenvectors to speak of: every one changes the map a little.
     for nudge in _NUDGES:
         values, vectors = torch.linalg.eig(dynamics + nudge * norm * ladder)
         too_many = int((values.imag >= 0).sum()) - num_modes
@@ -159,6 +160,7 @@ def _assemble(
     old = DiagonalSystem(*(part.detach().to(torch.complex128) for part in parts))
     missing = eigenvalues.isnan()
     if num_fresh:
+        # Zero modes would have no gradient: old ones are reached, so that training can make itself hear them.
         fresh = torch.arange(eigenvalues.shape[-1], device=eigenvalues.device)
         eigenvalues = torch.where(missing, old.eigenvalues[..., fresh], eigenvalues)
         own = torch.eye(2 * states, dtype=analysis.dtype, device=analysis.device)

@@ -110,6 +110,7 @@ class _Tokens:
     def energies(self) -> Float[Tensor, " states"]:
         """Sum over channels of the squared Hankel values of the averaged modes."""
         decay = torch.stack([torch.exp(self.steps * rate).mean(0) for rate in self.rates.unbind(1)], 1)
+        # A state that never forgets would have no finite Gramian.
         room = (1.0 - decay.square()).clamp_min(1e-12)
         reached = (self.steps * self.u).square().mT @ self.inputs.square() / len(self.u) / room
         found: Tensor = (reached * self.outputs.square().mean(0) / room).sum(0)

@@ -67,6 +67,7 @@ def turned(
                 held = _Held(model, as_sequence(optimizer), copies, undo)
                 _Turn.of(held, group, full[group.name], basis[group.name], rest=rest).apply()
         yield
+        # All went well: the way back is forgotten. On an exception it is taken on the way out.
         undo.pop_all()
 
 
@@ -128,6 +129,7 @@ class _Turn:
 
     def apply(self) -> None:
         """Write the modes, and what follows them, at their places."""
+        # Before the write: the scale of B that the optimizer's moments were taken at.
         before = _layer(self.held.model, self.name).state_weights()
         self._write(self.held.model, self.modes.system)
         replace(self, modes=self._as_taken())._let_follow(before)
@@ -167,6 +169,7 @@ class _Turn:
 
     def _write(self, model: nn.Module, new: DiagonalSystem) -> None:
         tensors = named_tensors(model)
+        # Clones, since `set_state_space` writes in place.
         for name in self._tensor_names():
             self.held.undo.callback(_put_back, tensors[name], tensors[name].detach().clone())
         old = _layer(model, self.name).state_space()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from setpoint.report.numbers import NOTHING, duration, human, percent, signed
+from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.statistics import Difference, Estimate, Share
 from setpoint_bench.report.summary import DENSE, RIVALS, Row, ratio
@@ -192,3 +192,14 @@ def seeds_text(rows: Sequence[Row]) -> str:
     counts = sorted({row.num_seeds for row in rows})
     span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{span} seed{'s' if counts[-1] > 1 else ''}"
+
+
+def signed(value: float | None, decimals: int) -> str:
+    """A difference, always with its sign.
+
+    >>> signed(0.5, 2), signed(-0.25, 2), signed(None, 1)
+    ('+0.50', '−0.25', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{value:+.{decimals}f}".replace("-", MINUS)

@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from setpoint.report.numbers import exact
 from setpoint_bench.report.results import Cell, Results
 from setpoint_bench.report.statistics import Difference, Estimate, Share, difference, estimate, mean, share_of
+from setpoint_bench.results import exact
 
 DENSE = "dense"
 SETPOINT = "setpoint"
