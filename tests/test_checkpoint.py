@@ -246,19 +246,6 @@ def test_layers_of_every_kind_come_back(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x)) and str(again) == str(model)
 
 
-def test_a_pickle_in_disguise_is_never_executed(tmp_path: Path) -> None:
-    """Claim: a pickle under the right file name does not run its code."""
-
-    class Trap:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "sprung",)  # type: ignore[return-value]
-
-    path = tmp_path / "small.safetensors"
-    torch.save(Trap(), path)
-    refuse(path, mlp_model(), "is a pickle")
-    assert not (tmp_path / "sprung").exists()
-
-
 @pytest.mark.parametrize(
     ("other", "words"),
     [

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actuator.hand_made import CASES, concat, group, mlp, some_keep
+from actuator.hand_made import concat, group, mlp
 from setpoint.actuator.cut import check_keep, cut_groups, plan_cut
 from setpoint.actuator.tensors import in_format, take
 from setpoint.errors import GroupError
@@ -134,11 +134,3 @@ def test_take_copies_and_in_format_follows_any_order_of_dims() -> None:
     assert small.untyped_storage().nbytes() == small.numel() * 4
     assert take(tensor, {}).data_ptr() != tensor.data_ptr()
     assert in_format(torch.randn(2, 2), tensor).stride() == (1, 2)
-
-
-@pytest.mark.parametrize("name", list(CASES))
-def test_every_hand_made_case_can_be_cut_on_paper(name: str) -> None:
-    """Claim: the widths of the returned groups are the numbers of kept units."""
-    _, _, groups = CASES[name]()
-    keep = some_keep(groups)
-    assert [each.num_units for each in cut_groups(groups, keep)] == [int(keep[each.name].sum()) for each in groups]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from setpoint.actuator.optimizer_state import as_sequence, cut_state, moments_of
+from setpoint.actuator.optimizer_state import cut_state, moments_of
 from setpoint.errors import OptimizerError
 
 
@@ -54,10 +54,3 @@ def test_only_tensors_of_the_parameters_shape_are_visited() -> None:
         moment.zero_()
     sums = {key: value.sum().item() for key, value in optimizer.state[parameter].items()}
     assert sums == {"moment": 0, "step": 1, "rows": 3}
-
-
-def test_optimizers_come_as_one_several_or_none() -> None:
-    """Claim: each form becomes a tuple."""
-    optimizer, _ = with_state()
-    assert as_sequence(None) == ()
-    assert as_sequence(optimizer) == as_sequence([optimizer]) == (optimizer,)

@@ -120,7 +120,7 @@ def shrink_live(
     *,
     agreed: Callable[[], None] = lambda: None,
 ) -> tuple[Group, ...]:
-    """As `shrink`, of a model that a loop is attached to; `agreed` raises, before it lasts, if another rank failed."""
+    """`shrink` of a model that a loop is attached to; `agreed` raises, before it lasts, if another rank failed."""
     cut = plan_cut(groups, keep)
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)

@@ -119,8 +119,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         _check_fits(name, tensors[name], header.dense.get(name), tensor, dense[name])
     shapes = {name: tuple(tensors[name].shape) for name in header.dense}
     sizes = {(module, place): size for module, places in header.sizes.items() for place, size in places.items()}
-    with fit(into, shapes, sizes, tensors, header.dense) as undo:
-        undo.pop_all()
+    fit(into, shapes, sizes, tensors, header.dense)
     return into
 
 

@@ -98,11 +98,10 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
     if isinstance(like, tuple) and like:
         if not isinstance(value, tuple) or len(value) != len(like):
             raise CheckpointError(f"{where} must be a tuple of {len(like)}, got {_kind(value)}")
-        named = [(one, other) for one, other in zip(value, like, strict=True) if isinstance(other, str)]
-        if any(one != other for one, other in named):
+        pairs = list(zip(value, like, strict=True))
+        if any(isinstance(other, str) and item != other for item, other in pairs):
             raise CheckpointError(f"{where} must be {like!r:.200}: the state is of another model")
-        pairs = enumerate(zip(value, like, strict=True))
-        return tuple(restored(item, other, f"{where}[{number}]", device) for number, (item, other) in pairs)
+        return tuple(restored(item, other, f"{where}[{n}]", device) for n, (item, other) in enumerate(pairs))
     return _bare(value, device)
 
 
@@ -229,7 +228,7 @@ def rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy),
+        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, lambda array: torch.from_numpy(array.copy())),
         "python": random.getstate(),
     }
 
@@ -263,7 +262,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _mapped(part, kind, function) for key, part in value.items()}
-    return function(value.copy() if isinstance(value, np.ndarray) else value) if isinstance(value, kind) else value
+    return function(value) if isinstance(value, kind) else value
 
 
 def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:

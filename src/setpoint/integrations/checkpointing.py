@@ -200,8 +200,7 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
     own = ModelShapes.of(model).full(model)
     if shapes and all(own.get(name) == shape for name, shape in shapes.items()):
         return  # the model's config says its widths already
-    with fit(model, shapes, carried.sizes, carried.transient) as undo:
-        undo.pop_all()
+    fit(model, shapes, carried.sizes, carried.transient)
 
 
 def _renamed(
