@@ -106,16 +106,6 @@ def tensors(run: Run) -> list[torch.Tensor]:
     return found
 
 
-def assert_same_end(one: Run, other: Run) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
-    assert told(one.loop) == told(other.loop) and one.loop.widths == other.loop.widths
-    assert all(np.array_equal(origin, other.loop.origin[name]) for name, origin in one.loop.origin.items())
-    summaries = [each.loop.finish() for each in (one, other)]
-    for name, value in vars(summaries[0]).items():
-        if name not in ("seconds", "overhead", "break_even_step"):
-            assert value == vars(summaries[1])[name], name
-
-
 def check_resumes(start: Callable[..., Run], at: list[int], steps: int = STEPS) -> None:
     """Interrupt a run at each of these steps, and compare what comes of it with the run that was left alone."""
     whole = start()
