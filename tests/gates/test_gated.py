@@ -89,12 +89,6 @@ def test_the_training_around_it_is_left_alone() -> None:
     assert plain.price == odd.price
 
 
-def test_another_seed_begins_elsewhere() -> None:
-    """First weights follow from the seed alone."""
-    one, same, other = (GateNet.fresh(4, 8, seed) for seed in (0, 0, 1))
-    assert torch.equal(one.weights[0], same.weights[0]) and not torch.equal(one.weights[0], other.weights[0])
-
-
 @pytest.mark.parametrize("block", [1, 4])
 def test_price_and_worth_are_in_loss_per_unit(block: int) -> None:
     """However gates are trained: the price is the priced controller's, the worth of what goes its saliency / saving."""

@@ -142,17 +142,6 @@ def test_units_rest_are_probed_and_come_back(dear: None) -> None:
     assert summary.spent["params"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_ledger_of_a_regrowing_run_survives_its_file(tmp_path: Any, dear: None) -> None:
-    """Claim: grown units, gains and worths are in the file as they are in the ledger."""
-    model = Net()
-    optimizer, loop = attach(model, Scripted(DROP, BACK))
-    train(model, optimizer, 40)
-    loop.finish()
-    loop.ledger.save(tmp_path / "ledger.jsonl")
-    again = setpoint.Ledger.load(tmp_path / "ledger.jsonl")
-    assert again[3].grown == loop.ledger[3].grown and again[3].gain == loop.ledger[3].gain and again[3].gain
-
-
 def test_probing_is_counted_and_stays_within_its_share() -> None:
     """Claim: probed steps cost what the flop counter says they cost more, are overhead, and take at most 1 %."""
     torch.manual_seed(0)
@@ -186,36 +175,6 @@ def counted(model: nn.Module) -> float:
     with FlopCounterMode(display=False) as counter:
         nn.functional.cross_entropy(copy.deepcopy(model)(x), y).backward()
     return float(counter.get_total_flops())
-
-
-def test_a_return_does_not_make_the_loss_jump(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: as units come back the loss on other data moves by less, as the mean of two seeds, than half of what it
-    jumps by if the same units come back with their outgoing weights.
-    """
-    moved = {"silent": 0.0, "at once": 0.0}
-    for how in moved:
-        if how == "at once":
-            monkeypatch.setattr("setpoint.regrowth.regrowing.silence", lambda *_: None)
-        for seed in range(2):
-            torch.manual_seed(seed)
-            model, units = Net(), {"inner.0": list(range(8)), "stem": [0, 3, 5]}
-            optimizer, loop = attach(model, Scripted({20: units}, {80: units}, last=110), 120, verify=False)
-            train(model, optimizer, 79)
-            before = elsewhere(model)
-            train(model, optimizer, 1, 79)
-            moved[how] += abs(elsewhere(model) - before)
-            loop.detach()
-    assert moved["silent"] < 0.5 * moved["at once"]
-
-
-def elsewhere(model: nn.Module) -> float:
-    """Mean loss on batches that training never sees, each with its own statistics."""
-    twin, losses = copy.deepcopy(model), []
-    for number in range(8):
-        x, y = data(10_000 + number)
-        with torch.no_grad():
-            losses.append(nn.functional.cross_entropy(twin(x), y).item())
-    return float(np.mean(losses))
 
 
 def test_the_model_is_the_same_right_after_a_return() -> None:
@@ -421,23 +380,6 @@ def test_compiled_code_and_activation_checkpointing_are_probed(build: Any, dear:
     assert loop.finish().regrown_units == 1 and np.isfinite(gain).all() and gain[0] != 0.0
 
 
-class Dropping(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = x + self.inner[3](nn.functional.dropout(self.inner[:3](x), 0.2, self.training))
-        return self.head(x.mean((2, 3)))
-
-
-def test_dropout_that_draws_by_width_is_no_reason_to_refuse() -> None:
-    """Claim: a model whose forward calls dropout itself is taken, and its units are probed."""
-    torch.manual_seed(0)
-    model = Dropping()
-    optimizer, loop = attach(model, Scripted({60: {"inner.0": [1]}}, {65: {}}, last=90), total_steps=100)
-    train(model, optimizer, 90)
-    loop.finish()
-    assert loop.spending.account.probed_steps > 0
-
-
 def test_a_sensor_whose_units_cannot_come_back_is_refused() -> None:
     """Claim: a sensor that cannot take units in is refused by name, also inside a chain."""
     once = setpoint.TaylorSensor(16)
@@ -472,13 +414,3 @@ def test_a_taylor_state_begins_anew_for_units_that_came_back() -> None:
     state = update(state, gradients[8:], [0, 1, 2])
     np.testing.assert_allclose(read(state).saliency["a"][[0, 2]], read(whole).saliency["a"][[0, 2]], rtol=1e-5)
     np.testing.assert_allclose(read(state).saliency["a"][1], read(late).saliency["a"][1], rtol=1e-5)
-
-
-def test_a_group_without_units_can_be_sensed() -> None:
-    """Claim: a sensor's update and reading go on while a group has no units at all."""
-    group = Group("a", "unit", 0, (Slice("weight", 1, "consume", np.arange(0)),), min_units=0)
-    model, sensor = nn.Linear(1, 2, bias=False), setpoint.TaylorSensor(4)
-    model.weight = nn.Parameter(torch.zeros(2, 0))
-    model.weight.grad = torch.zeros(2, 0)
-    state = sensor.update(sensor.init((group,), model), (group,), model)
-    assert sensor.read(state, (group,), 1).saliency["a"].shape == (0,)

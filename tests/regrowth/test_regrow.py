@@ -87,22 +87,6 @@ def test_shrink_and_regrow_gives_everything_back(kind: type[Optimizer], options:
     train_step(model, optimizer, inputs)
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_traced_groups_come_back_too(name: str) -> None:
-    """Claim: with groups found by tracing (shims, heads, shared places), a random cut comes back bit for bit."""
-    build, example = ZOO[name]
-    model, inputs, groups = build().double(), double(example()), groups_of(name)
-    optimizer = adamw(model)
-    keep = random_keep(groups)
-    model.eval()
-    before, want = snapshot(model, optimizer), model(*inputs)
-    reserve = Reserve.of(model, groups).rest(model, optimizer, keep)
-    small = shrink(model, optimizer, groups, keep)
-    regrow(model, optimizer, small, reserve, dropped(keep))
-    assert_same(snapshot(model, optimizer), before)
-    assert torch.equal(model(*inputs), want)
-
-
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("name", ZOO)
 def test_a_partial_return_is_a_smaller_cut(name: str, which: int) -> None:
@@ -391,24 +375,3 @@ def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, mo
     assert_same((snapshot(model, optimizer), snapshot(ema)), before)
     again, _ = regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
     assert widths_of(again) == widths_of(groups)
-
-
-def test_a_corrected_call_goes_back_to_the_plain_forward() -> None:
-    """Claim: once a module's calls count what they are written for again, its forward is its own and nothing is
-    recorded for them; what was corrected before the reserve began stays corrected.
-    """
-    name = next(each for each in ZOO if any(is_shimmed(each)))
-    build, _ = ZOO[name]
-    model, groups = build(), groups_of(name)
-    keep = random_keep(groups)
-    reserve = Reserve.of(model, groups).rest(model, None, keep)
-    small = shrink(model, None, groups, keep)
-    assert any("#" in place for _, place in ModelShapes.of(model).sizes)
-    later = Reserve.of(model, small)
-    regrow(model, None, small, reserve, dropped(keep))
-    assert not any("#" in place for _, place in ModelShapes.of(model).sizes)
-    assert later.corrected and not reserve.corrected
-
-
-def is_shimmed(name: str) -> list[bool]:
-    return ["#" in size.place for group in groups_of(name) for size in group.sizes]

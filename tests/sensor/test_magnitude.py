@@ -61,12 +61,3 @@ def test_reads_the_weights_of_now() -> None:
     reading = sensor.read(state, (small,), 1)
     assert reading.saliency["u"].tolist() == [5.0, 1.0]
     assert reading.num_steps == 1
-
-
-def test_bad_weights_are_told_not_hidden() -> None:
-    """NaN weights make a reading that is not finite, on which no decision is made."""
-    model = nn.Linear(2, 3)
-    nn.init.constant_(model.weight, torch.nan)
-    group = Group("u", "unit", 3, (Slice("weight", 0, "produce", np.arange(3)),))
-    sensor = MagnitudeSensor()
-    assert not sensor.read(sensor.init((group,), model), (group,), 1).finite()

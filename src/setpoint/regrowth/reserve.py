@@ -42,13 +42,7 @@ def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
 
 
 def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
-    """Fill the entries of a box, in place, with a tensor of the box's shape.
-
-    >>> tensor = torch.zeros(2, 3)
-    >>> write(tensor, {1: np.array([True, False, True])}, torch.ones(2, 2))
-    >>> tensor.tolist()
-    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
-    """
+    """Fill the entries of a box, in place, with a tensor of the box's shape."""
     positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
     with torch.no_grad():
         tensor[tuple(torch.from_numpy(along).to(tensor.device) for along in np.ix_(*positions))] = values
@@ -141,7 +135,6 @@ class Reserve:
         return found
 
     def present(self) -> tuple[Group, ...]:
-        """The groups as they are in the model now."""
         return cut_groups(self.groups, self.active)
 
     def origins(self) -> dict[str, Int[np.ndarray, " resting"]]:

@@ -45,13 +45,6 @@ def silence(model: nn.Module, groups: tuple[Group, ...], arrived: Arrived, copie
     """Set the outgoing weights of units that have just arrived to zero, so that they change no output yet.
 
     Model and copies are those after `regrow`, and not sharded now; `groups` are with these units.
-
-    >>> from setpoint.groups.group import Slice
-    >>> model = nn.Linear(2, 1, bias=False)
-    >>> groups = (Group("inputs", "unit", 2, (Slice("weight", 1, "consume", np.arange(2)),)),)
-    >>> silence(model, groups, {"inputs": np.array([False, True])})
-    >>> model.weight[0, 0].item() != 0.0, model.weight[0, 1].item()
-    (True, 0.0)
     """
     places = _outgoing(groups, arrived)
     for module in (model, *unwrapped([place.tensor for place in places], model, copies)):

@@ -83,12 +83,6 @@ def criterion(
     return register
 
 
-@criterion(role="produce")
-def gradient_norm(units: Units) -> Tensor:
-    """L2 norm of the gradients of the weights that write a unit."""
-    return units.add_up(lambda _, gradient: gradient.square()).sqrt()
-
-
 @criterion()
 def fisher(units: Units) -> Tensor:
     """Squared gate gradient, `(sum of w dL/dw)^2` over the weights that read a unit (Liu et al., ICML 2021)."""

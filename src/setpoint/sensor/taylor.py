@@ -237,7 +237,6 @@ def _taps(state: Moments) -> list[Tap]:
 
 
 def _check_seen(state: Moments, num_steps: float, seen: Bool[np.ndarray, " all_units"]) -> None:
-    """Check that taps have seen something of each group that they are to read, once steps were taken in."""
     if not state.tapped or not num_steps or state.units is None:
         return
     for (name, of_units), sources in zip(state.by_group(seen).items(), state.units.by_group, strict=True):

@@ -34,7 +34,6 @@ class UnitSum:
 
     @classmethod
     def of(cls, place: Slice, num_units: int, device: torch.device) -> UnitSum:
-        """The unit sum of a slice, with its table on the device of the tensor."""
         assert place.dim is not None, "only single weights lie along no dim"
         start, stop = _extent(place)
         index = np.asarray(place.index[start:stop], dtype=np.int64)
