@@ -46,7 +46,7 @@ class Change:
     num_grown: Mapping[str, int] = field(default_factory=dict)  # likewise, how many were grown
 
     def of(self, names: Iterable[str]) -> Change:
-        """What it has done to these groups."""
+        """The same of these groups only."""
         keep, regrown = ({n: units[n] for n in names if n in units} for units in (self.keep, self.regrown))
         return replace(self, keep=keep, regrown=regrown)
 
@@ -67,7 +67,7 @@ FOUND_ANEW: Mapping[str, Any] = {"live": True, "anew": True}
 
 @runtime_checkable
 class Folding(Protocol):
-    """What a state has in addition that puts something off, which must be done before its units change."""
+    """A state that puts something off, which must be done before its units change."""
 
     def folded(self) -> Any:
         """The state with nothing put off."""
@@ -127,11 +127,7 @@ def follow(state: State, change: Change) -> State:
 
 
 def check_follows(state: Any, widths: Mapping[str, int]) -> None:
-    """Check that a fresh state can follow: what has an entry for each unit of a group is annotated so.
-
-    Raises:
-        LoopError: naming what is not, or annotations that cannot be read.
-    """
+    """Check that what has an entry for each unit of a group is annotated so in a fresh state, or raise LoopError."""
     if isinstance(state, tuple):
         for part in state:
             check_follows(part, widths)

@@ -27,10 +27,7 @@ class Product:
 
 
 def solve(atoms: Atoms, products: Sequence[Product]) -> None:
-    """Choose a factor for every product, and unite or freeze accordingly.
-
-    Products whose choice is clear are settled together, the strongest reason first, since each may decide others.
-    """
+    """Choose a factor for every product, and unite or freeze accordingly; what is clear is settled first."""
     pending = _settle_forced(atoms, list(products))
     while pending:
         copies, normed, contracted = _copies(atoms), _normed(atoms, products), atoms.marked_class("contract")

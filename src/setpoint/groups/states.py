@@ -83,12 +83,9 @@ def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Grou
     """The groups, with those of kind "state" among them; and the layers whose states are not pruned, with the reason.
 
     A group that tracing found is one of states if it is the states of one `StateSpaceLayer` and of nothing else. States
-    that are shared stay units, to be dropped as they are, and a note says so. Where tracing found nothing, since it
-    does not know the ops of the forward, the group is made from what the layer tells; its FLOPs are then constants to
-    the cost.
-
-    Raises:
-        StateSpaceError: for a layer whose weights are not where it says, or do not fit its system.
+    that are shared stay units, to be dropped as they are. Where tracing does not know the ops of the forward, the group
+    is made from what the layer tells; its FLOPs are then constants to the cost. A StateSpaceError names a layer whose
+    weights are not where it says, or do not fit its system.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, StateSpaceLayer)}
     for name, layer in layers.items():

@@ -129,8 +129,7 @@ def _probed(
     """Units whose cut the live forward survives, and the places that hold sizes, by forwards without data."""
     from setpoint.groups.export import shape_of
     from setpoint.groups.sizes_in_code.bind import bind
-    from setpoint.groups.sizes_in_code.fake_forward import FakeForward
-    from setpoint.groups.sizes_in_code.size_probe import Candidate
+    from setpoint.groups.sizes_in_code.size_probe import Candidate, FakeForward
 
     (output,) = [node for node in exported.program.graph.nodes if node.op == "output"]
     shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
@@ -159,7 +158,7 @@ def _uncounted(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from setpoint.groups.sizes_in_code.fake_forward import FakeForward
+    from setpoint.groups.sizes_in_code.size_probe import FakeForward
 
     widths = widths_of(groups)
     known = sum(c.coefficient * math.prod(size.at(widths) for size in c.sizes) for c in contractions)

@@ -78,13 +78,11 @@ COUNTED = {*NAMES.values(), "slice"}
 class CallSizes(TorchFunctionMode):
     """Corrects the sizes of numbered calls while a forward runs.
 
-    Args:
-        sizes: the right sizes.
-        written: the sizes that the code gives there, where these are known to be constant.
-        changed: collects the places whose live size was wrong, with that size; None: not collected.
+    A live size that is neither the right one nor the one of the code at the example shows another call: a PathError.
 
-    Raises:
-        PathError: a live size is neither the right one nor the one of the code at the example, so this is another call.
+    Args:
+        written: the sizes that the code gives there, where these are known to be constant.
+        changed: collects the places whose live size was wrong, with that size.
     """
 
     def __init__(self, sizes: Calls, written: Calls | None = None, changed: dict[str, int] | None = None) -> None:
@@ -98,7 +96,6 @@ class CallSizes(TorchFunctionMode):
         """Numbers of the slices that took a part only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, its sizes corrected if its place is listed."""
         kwargs = kwargs or {}
         if func in _INDEXING:
             return func(args[0], self._indices(args[0], args[1]), *args[2:], **kwargs)
@@ -231,7 +228,6 @@ class SizedForward:
         self.calls, self.written = parse(sizes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the module's class."""
         with CallSizes(self.calls, self.written):
             return type(self.module).forward(self.module, *args, **kwargs)
 
