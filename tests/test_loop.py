@@ -16,7 +16,8 @@ import setpoint
 from setpoint.controller.plan import Observation, Plan
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group
-from setpoint.spending.account import Segment, break_even_step
+from setpoint.spending.account import Segment
+from setpoint.spending.metrics import break_even_step
 
 
 def _mlp(width: int = 24) -> nn.Module:

@@ -126,7 +126,7 @@ def test_the_budget_is_met_before_the_bill_is_spent(
     """Claim: decisions move ahead where the run gets shorter, whatever forecasts have promised."""
     if misled:
         monkeypatch.setattr(
-            "setpoint.spending.spending.likely_widths", lambda cost, groups, *_: {each.name: 1 for each in groups}
+            "setpoint.spending.run_budget.likely_widths", lambda cost, groups, *_: {each.name: 1 for each in groups}
         )
     loop, lengths = lopsided({"params": share})
     summary = loop.finish()

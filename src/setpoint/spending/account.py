@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from setpoint.checkpoint.fields import fields_of
 from setpoint.spending.meter import StepMeter, Stopwatch
-from setpoint.spending.run_budget import Spent
+
+if TYPE_CHECKING:
+    from setpoint.spending.run_budget import Spent
 
 # What is saved. What a sensing takes is not: it is asked of the sensor again.
 _COUNTED = (
@@ -86,6 +88,8 @@ class Account:
 
     @property
     def now(self) -> Spent:
+        from setpoint.spending.run_budget import Spent
+
         return Spent(self.num_steps, self.train_flops, self.overhead_flops, self.step_flops, self.sensing_flops)
 
     def share_left(self, share: float, used: float, num_steps: int = 0) -> float:
@@ -184,29 +188,3 @@ class Segment:
     num_steps: int
     seconds_per_step: float | None
     overhead_seconds: float
-
-
-def break_even_step(segments: Iterable[Segment]) -> int | None:
-    """First step at which the accumulated seconds saved exceed the overhead so far.
-
-    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of segment k saves
-    `s_0 - s_k`. A segment without a timed step saves nothing. Segments come in order, the dense one first.
-
-    >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
-    >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s
-    15
-    """
-    steps, saved, dense = 0, 0.0, None
-    for number, segment in enumerate(segments):
-        if number == 0:
-            dense = segment.seconds_per_step
-        elif dense is not None and segment.seconds_per_step is not None:
-            per_step = dense - segment.seconds_per_step
-            reached = saved + per_step * segment.num_steps
-            if saved > segment.overhead_seconds:
-                return steps + 1
-            if per_step > 0 and reached > segment.overhead_seconds:
-                return steps + int((segment.overhead_seconds - saved) / per_step) + 1
-            saved = reached
-        steps += segment.num_steps
-    return None

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from setpoint.controller.ladder import lowest_width
-from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost, JointCost, Share
 from setpoint.groups.group import Group, widths_of
-from setpoint.spending.run_budget import RunBudget
 
 
 @dataclass(frozen=True)
@@ -122,13 +120,6 @@ class Limits:
     def expected(self, name: str, widths: Mapping[str, int]) -> float:
         """Cost of a step at these widths, by all that is known."""
         return self.factor(name) * self.costs[name].total(widths)
-
-    def runs(self, schedule: Schedule) -> dict[str, RunBudget]:
-        return {
-            budget.resource: RunBudget(budget, schedule, self.dense_cost(budget.resource))
-            for budget in self.budgets
-            if budget.per == "run"
-        }
 
     def binding(self, widths: Mapping[str, int]) -> str:
         """Resource of the budget of which most is spent."""

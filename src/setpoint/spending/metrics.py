@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from setpoint.controller.plan import Plan
 from setpoint.cost.budget import METERED, amount, of_dense
 from setpoint.messages import counted
-from setpoint.spending.account import break_even_step
+from setpoint.spending.account import Segment
 from setpoint.spending.spending import Spending
 
 
@@ -107,6 +107,32 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
         "limit_run": spending.limit_run,
         "spent_run": spending.spent_run,
     }
+
+
+def break_even_step(segments: Iterable[Segment]) -> int | None:
+    """First step at which the accumulated seconds saved exceed the overhead so far.
+
+    With s_0 the seconds per step before the first cut and s_k those of segment k, each step of segment k saves
+    `s_0 - s_k`. A segment without a timed step saves nothing. Segments come in order, the dense one first.
+
+    >>> dense, small = Segment(10, 1.0, 2.0), Segment(10, 0.5, 2.0)
+    >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s
+    15
+    """
+    steps, saved, dense = 0, 0.0, None
+    for number, segment in enumerate(segments):
+        if number == 0:
+            dense = segment.seconds_per_step
+        elif dense is not None and segment.seconds_per_step is not None:
+            per_step = dense - segment.seconds_per_step
+            reached = saved + per_step * segment.num_steps
+            if saved > segment.overhead_seconds:
+                return steps + 1
+            if per_step > 0 and reached > segment.overhead_seconds:
+                return steps + int((segment.overhead_seconds - saved) / per_step) + 1
+            saved = reached
+        steps += segment.num_steps
+    return None
 
 
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:

@@ -6,9 +6,11 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from setpoint.checkpoint.fields import fields_of
 from setpoint.controller.horizon import Remaining, cheapest_run, highest_step, next_decision, spans, step_limit
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.schedule import Schedule
@@ -155,6 +157,17 @@ class RunBudget:
         return self.schedule.settled(step, state.num_steps) and not open_still
 
     # A fixed total.
+
+    def check_total(self, plan: RunPlan, now: Spent, total: float) -> None:
+        """Refuse a total that does not pay for two steps."""
+        left = _left(plan, now, total)
+        if left < 2 * now.step_flops:
+            values = total, now.train_flops, now.step_flops, total - left + 2 * now.step_flops
+            asked, spent, step, lowest = (amount(value, "flops") for value in values)
+            raise BudgetError(
+                f"the bill of {asked} pays for no run: attaching spent {spent}, and a dense step spends {step}. Two "
+                f"steps are the least: ask for {lowest}"
+            )
 
     def planned(self, plan: RunPlan, now: Spent, total: float) -> RunPlan:
         """The plan with the length that a total of FLOPs pays for, and with its decisions.
@@ -324,21 +337,11 @@ class RunPlan:
     overhead: StepOverhead = field(default_factory=StepOverhead)
     expected: float = 0.0
 
-
-def check_total(plan: RunPlan, now: Spent, total: float) -> None:
-    """Check that a total pays for a run.
-
-    Raises:
-        BudgetError: where it does not pay for two steps.
-    """
-    left = _left(plan, now, total)
-    if left < 2 * now.step_flops:
-        values = total, now.train_flops, now.step_flops, total - left + 2 * now.step_flops
-        asked, spent, step, lowest = (amount(value, "flops") for value in values)
-        raise BudgetError(
-            f"the bill of {asked} pays for no run: attaching spent {spent}, and a dense step spends {step}. Two steps "
-            f"are the least: ask for {lowest}"
-        )
+    def restored(self, state: Mapping[str, Any]) -> RunPlan:
+        """The plan of a state."""
+        overhead = StepOverhead(**fields_of(StepOverhead, state["overhead"]))
+        plan = {name: value for name, value in state.items() if name != "overhead"}
+        return RunPlan(**fields_of(RunPlan, plan), overhead=overhead)
 
 
 def _left(plan: RunPlan, now: Spent, total: float) -> float:

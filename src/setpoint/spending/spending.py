@@ -6,9 +6,8 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from setpoint.checkpoint.fields import fields_of
 from setpoint.controller.plan import Learning, Observation, Plan
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import cheapest
@@ -21,7 +20,9 @@ from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
 from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter
-from setpoint.spending.run_budget import RunBudget, RunPlan, RunState, StepOverhead, check_total, likely_widths
+
+if TYPE_CHECKING:  # most runs have no budget of the whole run, and never load it
+    from setpoint.spending.run_budget import RunBudget, RunPlan, RunState
 
 # A controller that learns never takes more than this share of the FLOPs of the steps so far.
 _LEARNING_SHARE = 0.01
@@ -66,8 +67,13 @@ class Spending:
         self.account, self.meter, self.schedule = account, meter, schedule
         self.modelled, self.check_kind, self.bill = modelled or {}, check_kind, bill
         self._single_process, self._regrows, self._learning = single_process, regrows, learning
-        self._total_steps, self._plan = total_steps, RunPlan(total_steps, total_steps)
-        self._fixed_total = None if bill is None else RunBudget(bill, schedule, limits.dense_cost("flops"))
+        self._total_steps = total_steps
+        self._fixed_total: RunBudget | None = None
+        self._plan: RunPlan | None = None  # with a bill only
+        if bill is not None:
+            from setpoint.spending.run_budget import RunBudget
+
+            self._fixed_total = RunBudget(bill, schedule, limits.dense_cost("flops"))
         self.readings, self._warned = dict[str, float](), set[str]()
         self._known: Mapping[str, float] = {}  # what meters have told the controller of a step
         self.hold(limits.budgets, limits.groups)
@@ -75,12 +81,12 @@ class Spending:
     @property
     def planned_steps(self) -> int:
         """Decisions fall as in a run of so many steps."""
-        return self._plan.decisions_as
+        return self._total_steps if self._plan is None else self._plan.decisions_as
 
     @property
     def run_steps(self) -> int:
         """How many optimizer steps the run has: `planned_steps`, but with a bill what that pays for."""
-        return self._plan.length
+        return self._total_steps if self._plan is None else self._plan.length
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -97,18 +103,19 @@ class Spending:
     def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
         self.limits = self.limits.held_to(budgets)
         if self._fixed_total is not None:
+            from setpoint.spending.run_budget import RunPlan
+
             # A new plan, since `decisions_as` of the last one would bind it; the overhead of steps is still known.
-            overhead = replace(self._plan.overhead, noted=self.account.overhead_flops)
-            self._plan = RunPlan(overhead=overhead)
+            self._plan = RunPlan() if self._plan is None else RunPlan(overhead=self._plan.overhead)
             self._replan_length(groups, met=False)
 
     def set_length(self, total_steps: int) -> None:
-        self._plan = RunPlan(total_steps, total_steps)
+        self._total_steps = total_steps
 
     def check_run(self, step: int, total_steps: int, groups: tuple[Group, ...]) -> None:
         """Refuse budgets of the run that cannot be met from here, with these groups at their present widths."""
-        if self._fixed_total is not None:
-            check_total(self._plan, self.account.now, self.limit_run["flops"])
+        if self._fixed_total is not None and self._plan is not None:
+            self._fixed_total.check_total(self._plan, self.account.now, self.limit_run["flops"])
         widths = widths_of(groups)
         self.read_joules(widths)
         for name, state in self._states(step, widths, total_steps).items():
@@ -120,7 +127,7 @@ class Spending:
     def stepped(self) -> None:
         self.account.stepped()
         self.meter.stepped()
-        if self._fixed_total is not None:
+        if self._fixed_total is not None and self._plan is not None:
             total, learn = self.limit_run["flops"], self._single_process
             self._plan = self._fixed_total.stepped(self._plan, self.account.now, total, learn=learn)
 
@@ -155,7 +162,9 @@ class Spending:
             self.account.step_j = self.limits.expected("energy", widths)
 
     def _replan_length(self, groups: tuple[Group, ...], *, met: bool) -> None:
-        assert self._fixed_total is not None
+        from setpoint.spending.run_budget import likely_widths
+
+        assert self._fixed_total is not None and self._plan is not None
         limits, cost = self.limits, self.cost
         present, share = cost.total(widths_of(groups)), 1.0
         lowest = limits.held[cost.resource] / limits.factor(cost.resource)
@@ -179,7 +188,7 @@ class Spending:
         return {
             "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
             "budgets": budgets,
-            "total_steps": self._total_steps if self.bill is not None else self.planned_steps,
+            "total_steps": self._total_steps,
         }
 
     @property
@@ -244,7 +253,13 @@ class Spending:
 
     @property
     def _runs(self) -> dict[str, RunBudget]:
-        return self.limits.runs(self.schedule)
+        budgets = [budget for budget in self.budgets if budget.per == "run"]
+        if not budgets:
+            return {}
+        from setpoint.spending.run_budget import RunBudget
+
+        dense = self.limits.dense_cost
+        return {budget.resource: RunBudget(budget, self.schedule, dense(budget.resource)) for budget in budgets}
 
     @property
     def limit_run(self) -> dict[str, float]:
@@ -306,6 +321,8 @@ class Spending:
         runs, account, learning = self._runs, self.account, self._learning
         if not runs:  # a plain run asks at every decision, and copies no group for it
             return {}
+        from setpoint.spending.run_budget import RunState
+
         num_steps = self.planned_steps if num_steps is None else num_steps
         groups = tuple(replace(group, num_units=widths[group.name]) for group in self.limits.groups)
 
@@ -339,7 +356,7 @@ class Spending:
             "metered": dict(self.readings),
             "metering": self.meter.state_dict(),
             "limits": self.limits.state_dict(),
-            **({"plan": asdict(self._plan)} if self._fixed_total is not None else {}),
+            **({"plan": asdict(self._plan)} if self._plan is not None else {}),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -352,8 +369,6 @@ class Spending:
         self.account.load_state_dict(state["account"])
         self.limits = self.limits.restored(state["limits"])
         self.meter.load_state_dict(state["metering"])
-        if self._fixed_total is not None:
-            overhead = StepOverhead(**fields_of(StepOverhead, state["plan"]["overhead"]))
-            plan = {name: value for name, value in state["plan"].items() if name != "overhead"}
-            self._plan = RunPlan(**fields_of(RunPlan, plan), overhead=overhead)
+        if self._plan is not None:
+            self._plan = self._plan.restored(state["plan"])
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}
