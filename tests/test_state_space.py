@@ -85,19 +85,6 @@ def test_the_loss_right_after_each_truncation_is_recorded() -> None:
         assert entry.loss_after == (pytest.approx(losses[entry.step]) if entry.dropped else None)
 
 
-def test_an_exact_number_of_states_can_be_asked_for() -> None:
-    """The parameters that 7 states leave are met to the state."""
-    torch.manual_seed(0)
-    model = SequenceClassifier(1, 3, num_channels=4, num_states=24)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    per_state = 3 + 4 * 4
-    limit = sum(p.numel() for p in model.parameters()) - (24 - 7) * per_state
-    budget = setpoint.Budget.total(limit, of="params")
-    with _attach(model, optimizer, budget, 60) as loop:
-        _train(model, loop, optimizer, 60)
-    assert loop.widths == {"blocks.0.lru": 7} and sum(p.numel() for p in model.parameters()) == limit
-
-
 @pytest.mark.parametrize(
     ("name", "value", "kind", "message"),
     [
@@ -164,26 +151,6 @@ def test_shared_states_are_units() -> None:
     groups = setpoint.find_groups(_Shared(), (torch.randn(2, 12, 1),))
     (shared,) = (group for group in groups if group.num_units == 8)
     assert shared.kind == "unit" and "shared by one and two: states are dropped without balancing" in shared.notes[0]
-
-
-def test_a_foreign_layer_that_shares_parameters_stays_whole() -> None:
-    """Where tracing cannot follow two layers that share a tensor, their states are not pruned, and a reason is told."""
-
-    class Pair(S5Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other = type(self.layer)(4, 12)
-            self.other.s5.seq.Lambda = self.layer.s5.seq.Lambda
-
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.encoder(x)
-            logits: Tensor = self.head((self.layer(hidden) + self.other(hidden)).mean(1))
-            return logits
-
-    found = trace(Pair(), (torch.randn(2, 12, 1),))
-    assert all(group.kind != "state" for group in found.groups)
-    reasons = {each.place: each.reason for each in found.frozen}
-    assert "parameters are those of other" in reasons["layer"] and "parameters are those of layer" in reasons["other"]
 
 
 def test_a_foreign_layer_joins_by_three_methods() -> None:

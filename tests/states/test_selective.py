@@ -12,7 +12,7 @@ from setpoint.groups.group import Group
 from setpoint.groups.states import selective_layer
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.hankel import HankelSensor
-from setpoint.states.selective import SelectiveSensor, _energies
+from setpoint.states.selective import SelectiveSensor
 from setpoint_bench.models import LRU
 from states.systems import balance_and_shrink
 
@@ -115,20 +115,6 @@ def test_selective_states_have_no_balanced_coordinates(kind: str) -> None:
             model, optimizer, budget, example=example, total_steps=9, groups=(states,), sensor=HankelSensor(3)
         )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@kinds
-def test_a_layer_that_calls_silu_itself_is_read_likewise(kind: str) -> None:
-    """Claim: a mixer written by hand need not keep its activation; without one it is SiLU, as in the papers."""
-    model = _model(kind)
-    groups, sensor = _states(model), SelectiveSensor({"input_ids": TOKENS})
-    mixer = model.get_submodule("backbone.layers.0.mixer")
-    wanted = sensor.read(sensor.init(groups, model), groups, 0).saliency[groups[0].name]
-    hidden = sensor._inputs_of_layers(model, {"backbone.layers.0.mixer"})["backbone.layers.0.mixer"]
-    del mixer.act
-    with torch.no_grad():
-        found = _energies(mixer, hidden)
-    assert found.double().tolist() == pytest.approx(wanted.tolist())
 
 
 @pytest.mark.slow

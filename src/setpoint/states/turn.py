@@ -87,13 +87,6 @@ class _Held:
     copies: Sequence[nn.Module]
     undo: ExitStack
 
-    def states(self, names: set[str]) -> Iterator[tuple[Optimizer, nn.Parameter]]:
-        """Each parameter of these names, with an optimizer that has state for it."""
-        tensors = named_tensors(self.model)
-        for parameter in (tensors[name] for name in sorted(names)):
-            if isinstance(parameter, nn.Parameter):
-                yield from ((optimizer, parameter) for optimizer in self.optimizers if parameter in optimizer.state)
-
     def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
         self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
         optimizer.state[parameter] = state
@@ -132,7 +125,11 @@ class _Turn:
         # Before the write: the scale of B that the optimizer's moments were taken at.
         before = _layer(self.held.model, self.name).state_weights()
         self._write(self.held.model, self.modes.system)
-        replace(self, modes=self._as_taken())._let_follow(before)
+        taken = replace(self, modes=self._as_taken())
+        for copy in self.held.copies:
+            inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
+            taken._write(inner, taken._follow(_layer(inner, self.name).state_space()))
+        taken._carry(before, _layer(self.held.model, self.name).state_weights())
 
     def _as_taken(self) -> Modes:
         """The modes as the layer has them: some may be mirrored, with other signs of imaginary rows and columns."""
@@ -157,12 +154,6 @@ class _Turn:
         )
         reduce, expand = signs[..., :, None] * self.modes.reduce, self.modes.expand * signs[..., None, :]
         return replace(self.modes, system=system, reduce=reduce, expand=expand)
-
-    def _let_follow(self, before: StateWeights) -> None:
-        for copy in self.held.copies:
-            inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
-            self._write(inner, self._follow(_layer(inner, self.name).state_space()))
-        self._carry(before, _layer(self.held.model, self.name).state_weights())
 
     def _tensor_names(self) -> set[str]:
         return {piece.tensor for piece in self.group.slices}
@@ -201,7 +192,8 @@ class _Turn:
         dim = self.old.eigenvalues.dim() - 1
         self._turn_state(inputs, gradients_in, dim)
         self._turn_state(outputs, gradients_out, dim + 1)
-        for optimizer, parameter in self.held.states(self._tensor_names() - {*inputs, *outputs}):
+        tensors = named_tensors(self.held.model)
+        for parameter in (tensors[name] for name in sorted(self._tensor_names() - {*inputs, *outputs})):
 
             def restart(value: Tensor, key: str, shape: torch.Size = parameter.shape) -> Tensor:
                 if value.shape != shape:
@@ -209,8 +201,11 @@ class _Turn:
                 mean = torch.zeros_like(value) if key in _FIRST else value.mean(dim, keepdim=True).expand_as(value)
                 return mean.clone()
 
-            state = {key: map_tensors(value, restart, key) for key, value in optimizer.state[parameter].items()}
-            self.held.replace_state(optimizer, parameter, state)
+            for optimizer in self.held.optimizers:
+                if parameter in optimizer.state:
+                    before_turn = optimizer.state[parameter].items()
+                    state = {key: map_tensors(value, restart, key) for key, value in before_turn}
+                    self.held.replace_state(optimizer, parameter, state)
 
     def _turn_state(
         self, names: Sequence[str], gradients: Float[Tensor, "*batch two_kept two_states"], dim: int
