@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,7 @@ from setpoint.groups.model_copy import computed, copy_of
 class Listed:
     """A copy in a list of tensors, as diffusers' `EMAModel` has it: seen through a module that holds these tensors.
 
-    Args:
-        holder: has the list, `shadow_params`.
-        part: a copy of the model with the tensors of the list.
-        owners: of each tensor of the list, its places in `part`.
+    `part` is a copy of the model with the tensors of the list, `owners` the places in it of each tensor.
     """
 
     holder: Any
@@ -59,15 +56,10 @@ class Listed:
 
 
 def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[nn.Module | Listed, ...]:
-    """The copies that the user has named.
+    """The copies that the user has named; GroupError for what is none, or shares tensors with the model.
 
-    Args:
-        model: without wrappers.
-        named: modules, in wrappers or not; objects with such a module as `module` or `ema`; or objects with
-            `shadow_params` in the order of `model.parameters()`.
-
-    Raises:
-        GroupError: for one that is none of these, or shares tensors with the model.
+    These are modules, in wrappers or not; objects with such a module as `module` or `ema`; or objects with
+    `shadow_params` in the order of `model.parameters()`.
     """
     return tuple(_copy(model, f"copies[{number}]", given) for number, given in enumerate(named))
 
@@ -95,19 +87,6 @@ def _copy(model: nn.Module, what: str, given: Any) -> nn.Module | Listed:
 def module_of(part: nn.Module | Listed) -> nn.Module:
     """A copy as a module, with the tensors that it has now."""
     return part.module() if isinstance(part, Listed) else part
-
-
-def several(named: Any) -> tuple[Any, ...]:
-    """What was given for copies, as a tuple; None for none; GroupError for what is no sequence."""
-    if named is None:
-        return ()
-    one = isinstance(named, nn.Module) and not isinstance(named, nn.ModuleList)
-    if one or hasattr(named, "shadow_params") or not isinstance(named, Iterable):
-        raise GroupError(
-            f"copies must be a sequence of modules or of objects with shadow_params, got {type(named).__name__}: "
-            "write copies=(it,)"
-        )
-    return tuple(named)
 
 
 def _like(root: nn.Module, model: nn.Module) -> nn.Module:

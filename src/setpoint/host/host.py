@@ -12,9 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.distributed import Ranks, unwrapped
-from setpoint.errors import LoopError
+from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group
-from setpoint.host.copies import several
 from setpoint.host.local import Agreed, Local, SharedLosses, check_plain
 from setpoint.host.optimizers import Steps, real_optimizers
 from setpoint.sensor.reading import Reading
@@ -101,7 +100,7 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
     sharded = check_plain(model)
     if sharded and parallel is not None:
         raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
-    optimizers, named = real_optimizers(optimizer), several(copies)
+    optimizers, named = real_optimizers(optimizer), _as_tuple(copies)
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
     # Few runs are distributed: what they need is loaded by those alone.
     if parallel is not None:
@@ -113,3 +112,16 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
 
         return FSDP(model, optimizers, named, compiled=compiled)
     return Local(model, optimizers, named, compiled=compiled)
+
+
+def _as_tuple(named: Any) -> tuple[Any, ...]:
+    """What was given for copies; GroupError for what is no sequence."""
+    if named is None:
+        return ()
+    one = isinstance(named, nn.Module) and not isinstance(named, nn.ModuleList)
+    if one or hasattr(named, "shadow_params") or not isinstance(named, Iterable):
+        raise GroupError(
+            f"copies must be a sequence of modules or of objects with shadow_params, got {type(named).__name__}: "
+            "write copies=(it,)"
+        )
+    return tuple(named)

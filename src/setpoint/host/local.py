@@ -48,7 +48,7 @@ class Local:
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
         self.model, self.optimizers, self.compiled = model, tuple(optimizers), compiled
-        self.named_copies, self._copies = tuple(copies), find_copies(model, copies)
+        self.named_copies, self._copies = tuple(copies), find_copies(model, copies) if copies else ()
         self._widths, self._frozen = DynamicWidths(()), Frozen(model)  # until a loop begins
         self._stop_watching: Callable[[], None] = lambda: None
 
