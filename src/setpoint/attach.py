@@ -13,7 +13,7 @@ from torch import nn
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.in_state_dict import PENDING, RESUMING, carry_sizes
 from setpoint.actuator.model_shapes import was_cut
-from setpoint.actuator.optimizer_state import check_state
+from setpoint.actuator.optimizer_check import check_state
 from setpoint.controller.even import EvenController
 from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
 from setpoint.controller.selection import cheapest

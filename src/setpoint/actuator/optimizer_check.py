@@ -1,4 +1,4 @@
-"""Optimizer check: whether a smaller parameter trains as its masked twin would, tried on throwaway tensors."""
+"""Optimizer checks: whether a smaller parameter trains as its masked twin would, and whether a state fits a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-from setpoint.actuator.optimizer_state import INSTEAD, cut_state, moments_of
+from setpoint.actuator.optimizer_state import INSTEAD, cut_state, map_tensors, moments_of
 from setpoint.actuator.tensors import swap, take
-from setpoint.errors import OptimizerError
+from setpoint.errors import CheckpointError, OptimizerError
+from setpoint.groups.group import Group
 
 
 def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
@@ -206,3 +207,44 @@ def _zero_dropped(tensor: Tensor) -> None:
     for dim, kept in _dims(tensor).items():
         dropped = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
         tensor.index_fill_(dim, torch.from_numpy(dropped).to(tensor.device), 0)
+
+
+def check_state(
+    optimizer: Optimizer, model: nn.Module, groups: Iterable[Group], saved: Mapping[str, Any] | None = None
+) -> None:
+    """Check that state tensors have the shapes of the parameters in which the groups lie, which PyTorch does not check.
+
+    `saved` is the state dict that the optimizer is about to load, None the state that it has. A CheckpointError names
+    the first tensor that does not fit, or says that the state is of other parameters.
+    """
+    states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state if saved is None else _by_parameter(optimizer, saved)
+    cut = {part.tensor for group in groups for part in group.slices}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+
+        def check(value: Tensor, part: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
+            if value.shape != parameter.shape and value.numel() != 1:
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} would have state[{part!r}] of shape {tuple(value.shape)} for {name!r} "
+                    f"of shape {tuple(parameter.shape)}: build model and optimizer anew, call loop.load_state_dict "
+                    "before optimizer.load_state_dict, and give both the same checkpoint"
+                )
+            return value
+
+        for part, value in states.get(parameter, {}).items() if name in cut else ():
+            map_tensors(value, check, part)
+
+
+def _by_parameter(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
+    """The states of a state dict by the optimizer's own parameters, which PyTorch matches by their order."""
+    own, theirs = (
+        [len(settings["params"]) for settings in groups] for groups in (optimizer.param_groups, saved["param_groups"])
+    )
+    # PyTorch finds this out only after its hooks, when the loop's half of the state has been taken over.
+    if own != theirs:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} cannot load a state of other parameters: its groups have {theirs}, here they "
+            f"have {own}"
+        )
+    parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
+    numbers = [number for settings in saved["param_groups"] for number in settings["params"]]
+    return {p: saved["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=True)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.model_shapes import apply_sizes, note_cut, was_cut
-from setpoint.actuator.optimizer_state import check_state
+from setpoint.actuator.optimizer_check import check_state
 from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError

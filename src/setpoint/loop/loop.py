@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.in_state_dict import ATTACHED, RESUMING, note_attached
-from setpoint.actuator.optimizer_state import check_state
+from setpoint.actuator.optimizer_check import check_state
 from setpoint.cost.budget import Budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError, RankError

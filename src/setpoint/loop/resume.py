@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.actuator.optimizer_state import check_state
+from setpoint.actuator.optimizer_check import check_state
 from setpoint.checkpoint.plain import check_rng_state, plain, restored, rng_state, set_rng_state
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
