@@ -68,4 +68,6 @@ _RESIZINGS = (
 for _name in (*_POOLINGS.split(), *_RESIZINGS.split()):
     if hasattr(aten, _name):  # a release of torch may lack one
         _packet = getattr(aten, _name)
-        rule(*[getattr(_packet, overload) for overload in _packet.overloads() if "out" not in overload])(_windows)
+        for _overload in _packet.overloads():
+            if "out" not in _overload:
+                rule(getattr(_packet, _overload))(_windows)
