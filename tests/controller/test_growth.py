@@ -161,29 +161,6 @@ def test_random_plants(plant: str, seed: int, fraction: float, shape: str, dwell
     assert max(drops_of(decisions).values(), default=0) <= 1 + returns
 
 
-def test_units_that_become_useful_come_back() -> None:
-    """Claim: units whose saliency rises a hundredfold after they were dropped come back, and others pay for them."""
-    groups, cost = chain(40, 60, 50)
-    calm = lognormal(groups)
-
-    def saliency(step: int) -> dict[str, np.ndarray]:
-        raised = {name: values.copy() for name, values in calm.items()}
-        if step > 130:
-            weakest = np.argsort(raised["layer1"])[:6]
-            raised["layer1"][weakest] *= 1000
-        return raised
-
-    decisions = run(REGROWING, groups, cost, saliency, fraction=0.5)
-    weakest = set(np.argsort(calm["layer1"])[:6].tolist())
-    came = [decision for decision in decisions if decision.grown.get("layer1")]
-    assert weakest <= {unit for decision in came for unit in decision.grown["layer1"]}
-    assert came[0].step > 130 and any(came[0].dropped.values())
-    assert "brought back" in came[0].plan.reason and came[0].after <= came[0].limit
-    assert all(count == 1 for (_, unit), count in drops_of(decisions).items() if unit not in weakest)
-    end = {unit for decision in decisions for unit in decision.dropped["layer1"]}
-    assert weakest <= end
-
-
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_calm_plants_do_not_cycle(plant: str, seed: int) -> None:
@@ -209,16 +186,6 @@ def test_a_unit_that_came_back_stays_for_the_dwell() -> None:
             for name, units in decision.grown.items():
                 for later in decisions[number + 1 : number + 1 + controller.dwell]:
                     assert not set(units) & set(later.dropped[name])
-
-
-def test_off_by_default_and_without_calibration() -> None:
-    """Claim: by default, with an uncalibrated reading, or with uniform allocation nothing comes back or is probed."""
-    assert not PricedController().regrow
-    assert not any(PricedController().probe_due(step, 400) for step in range(400))
-    groups, cost = chain(24, 40, 32)
-    for controller in (PricedController(), PricedController(regrow=True, allocation="uniform")):
-        decisions = run(controller, groups, cost, wandering(groups, 3), fraction=0.5)
-        assert not any(decision.grown for decision in decisions)
 
 
 def test_probes_come_before_decisions_that_may_use_them() -> None:

@@ -67,8 +67,3 @@ def test_held_units_stay() -> None:
     assert ladder.keep(2).tolist() == [True, False, False, True, False, False]
     per_unit = ladder.per_unit(np.array([5.0, 7.0]))
     assert np.isnan(per_unit[[0, 3]]).all() and per_unit[[1, 2, 4, 5]].tolist() == [5.0, 5.0, 7.0, 7.0]
-
-
-def test_negative_saliency_counts_as_nothing() -> None:
-    """A saliency below zero is worth no more and no less than zero."""
-    assert _ladder(unit_group("g", 3), np.array([-5.0, 1.0, 2.0])).salience.tolist() == [0.0, 0.0, 1.0]

@@ -46,13 +46,6 @@ def test_settling_of_the_defaults() -> None:
     assert errors[11] / errors[10] == pytest.approx(0.5742, abs=1e-3)
 
 
-def test_lag_behind_a_drift() -> None:
-    """A drift of d per decision is followed with a lag of d / ki."""
-    gains = Gains(kp=0.1, ki=0.4)
-    errors = _errors(np.exp(0.003 * np.arange(60)), gains)
-    assert errors[-1] == pytest.approx(0.003 / 0.4, rel=1e-6)
-
-
 def test_dead_band_rests() -> None:
     """Inside the dead-band nothing changes, just outside it does."""
     feedback = Feedback(0.2, 0.25)

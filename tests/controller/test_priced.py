@@ -271,24 +271,6 @@ def test_an_even_cut_starves_no_group(name: str, controller: Controller[Any], me
         assert decisions[-1].plan.budget_met and decisions[-1].predicted <= limit
 
 
-def test_an_even_cut_stays_even_in_coarse_blocks() -> None:
-    """Where no group is much cheaper than the others, densities lie within two blocks of each other all the way."""
-    groups, cost = EVEN_PLANTS["image"]
-    for fraction in (0.8, 0.5, 0.25):
-        for decision in run(PricedController(), groups, cost, lognormal(groups), fraction=fraction, calibrated=False):
-            densities = [now.num_units / dense.num_units for now, dense in zip(decision.groups, groups, strict=True)]
-            assert max(densities) - min(densities) <= 2 / 8
-
-
-def test_calibrated_reading_spares_the_salient_group() -> None:
-    """With a calibrated reading the group of salient units keeps the higher density."""
-    groups, cost = chain(64, 64)
-    saliency = lognormal(groups)
-    saliency["layer1"] = saliency["layer1"] * 10
-    narrow, wide = run(PricedController(), groups, cost, saliency, fraction=0.4)[-1].groups
-    assert wide.num_units > 1.5 * narrow.num_units
-
-
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
 @pytest.mark.parametrize("multiple_of", [1, 8])
 def test_typical_landings_are_near(spread: float, multiple_of: int) -> None:
@@ -346,20 +328,3 @@ def test_coarse_blocks_are_left_for_the_landing() -> None:
         assert any("left for the last cut" in decision.plan.reason for decision in decisions)
         ends.append(decisions[-1].predicted / dense)
     assert max(ends) <= 0.5 and np.mean(ends) > 0.5 * 0.97
-
-
-def test_reasons_name_the_reference_and_whether_a_meter_has_corrected_it() -> None:
-    """Without a meter a decision aims at the reference; with one that reads more, at the corrected reference."""
-    groups, cost = chain(64, 48, 64)
-    counted = run(PricedController(), groups, cost, lognormal(groups), fraction=0.3)
-    assert "% below the reference" in counted[0].plan.reason
-    assert not any("corrected" in each.plan.reason for each in counted)
-    drift = run(
-        PricedController(),
-        groups,
-        cost,
-        lognormal(groups),
-        fraction=0.3,
-        meter=lambda step, predicted: predicted * (1 + step / 1000),
-    )
-    assert any("% below the corrected reference" in each.plan.reason for each in drift)

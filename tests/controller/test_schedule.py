@@ -54,24 +54,6 @@ def test_few_decisions_last_one_of_the_ramp_at_settle() -> None:
     assert max(gaps) - min(gaps) <= 1
 
 
-@given(st.integers(1, 20))
-def test_tiny_runs_decide_at_every_step(total_steps: int) -> None:
-    """Runs of 1 to 20 steps decide at least once at the limit, never before step 1, never after the end."""
-    schedule = Schedule()
-    steps = _steps(schedule, total_steps)
-    assert steps and steps[0] >= 1 and steps[-1] == total_steps
-    assert schedule.settled(steps[-1], total_steps)
-    ramp = [step for step in steps if not schedule.settled(step, total_steps)]
-    assert ramp == list(range(ramp[0], ramp[-1] + 1)) if ramp else True
-
-
-@pytest.mark.parametrize("total_steps", [0, -3])
-def test_no_steps_no_decisions(total_steps: int) -> None:
-    """A run without steps has no decisions, and none comes after the end of any run."""
-    assert not any(Schedule().due(step, total_steps) for step in range(-5, 5))
-    assert not any(Schedule().due(step, 100) for step in range(101, 300))
-
-
 @given(st.integers(1, 3000), st.integers(1, 20), st.floats(0, 0.5), st.floats(0.01, 0.5))
 def test_any_settings(total_steps: int, num_cuts: int, warmup: float, ramp: float) -> None:
     """For any settings the reference never rises, and at least one decision comes at or after settle."""

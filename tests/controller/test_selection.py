@@ -96,19 +96,6 @@ def test_price_is_monotone(seed: int, fractions: list[float]) -> None:
         assert all(tighter.rungs[name] >= looser.rungs[name] for name in tighter.rungs)
 
 
-def test_all_zero_saliencies_thin_out_evenly() -> None:
-    """Where nothing tells units apart all groups keep the same density, and the same units go every time."""
-    groups, cost = chain(40, 80, 20)
-    zeros = {group.name: np.zeros(group.num_units) for group in groups}
-    selection = _start(groups, cost, zeros)
-    descend(selection, 0.3 * selection.total)
-    densities = [selection.widths[group.name] / group.num_units for group in groups]
-    assert max(densities) - min(densities) < 0.06
-    again = _start(groups, cost, zeros)
-    descend(again, 0.3 * again.total)
-    assert again.rungs == selection.rungs
-
-
 def test_free_units_of_no_saving_stay() -> None:
     """A group that costs nothing is not touched, and a target that cannot be met does not loop for ever."""
     groups = (unit_group("paid", 10), unit_group("free", 10))
