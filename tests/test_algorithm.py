@@ -36,9 +36,3 @@ def test_the_method_is_numbered_through() -> None:
     """The main lines are numbered from 1 without a gap, so that they can be cited."""
     numbers = [int(match[1]) for line in LINES if (match := re.match(r"\| (\d+) \|", line))]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 20
-
-
-def test_a_broken_link_is_found() -> None:
-    """A name that the file does not define, and a file that does not exist, are told."""
-    line = "| 1 | x | [`nothing_of_the_kind`](../src/setpoint/meter.py), [`a`](../src/setpoint/absent.py) |"
-    assert len(broken(line)) == 2
