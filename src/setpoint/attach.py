@@ -23,8 +23,8 @@ from setpoint.groups.example import Example, called_by, check_example, num_sampl
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.rng import one_at_a_time, preserved_rng_state
 from setpoint.groups.trace import repeated, trace
-from setpoint.host.host import Host, host_of
-from setpoint.host.optimizers import Steps
+from setpoint.host.find import Steps, host_of
+from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
 from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, form_of, in_form, settle
 from setpoint.loop.control import Parts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.errors import OptimizerError
-from setpoint.host.optimizers import real_optimizers
+from setpoint.host.find import real_optimizers
 
 
 class Accelerated(torch.optim.Optimizer):

@@ -16,7 +16,7 @@ import setpoint
 from loop.test_budgets import Machine, machine, train
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
-from setpoint.host.host import host_of
+from setpoint.host.find import host_of
 from setpoint.resources.costing import cost_out
 from setpoint.resources.inference import Inference
 from setpoint.resources.replica import replica

@@ -13,7 +13,8 @@ import numpy as np
 
 from setpoint.distributed import Ranks
 from setpoint.errors import RankError
-from setpoint.host.local import Local, SharedLosses
+from setpoint.host.host import SharedLosses
+from setpoint.host.local import Local
 from setpoint.sensor.reading import Reading
 
 _FAILED = "failed "

@@ -38,12 +38,9 @@ class DynamicWidths:
         self._end: weakref.finalize[..., Any] | None = None
 
     def follow(self, model: nn.Module) -> None:
-        """Mark the widths of all groups; called once some have changed, or are about to."""
+        """Mark the widths of all groups; called once some have changed, in a process that has compiled code."""
         from torch._dynamo import maybe_mark_dynamic
-        from torch._dynamo.utils import counters
 
-        if not counters["stats"]["unique_graphs"]:
-            return  # nothing was compiled in this process, so that its settings stay untouched
         if self._end is None:
             _hold(id(self), len(self._groups))
             # A loop that is dropped without `stop` gives the settings back, too; at exit nobody needs them.

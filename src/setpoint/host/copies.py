@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,38 +55,36 @@ class Listed:
         return self.part
 
 
-def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[nn.Module | Listed, ...]:
-    """The copies that the user has named; GroupError for what is none, or shares tensors with the model.
+def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[Callable[[], nn.Module], ...]:
+    """What gives each copy that the user has named as a module, with the tensors that it has at that time.
 
-    These are modules, in wrappers or not; objects with such a module as `module` or `ema`; or objects with
-    `shadow_params` in the order of `model.parameters()`.
+    Named are modules, in wrappers or not; objects with such a module as `module` or `ema`; or objects with
+    `shadow_params` in the order of `model.parameters()`. GroupError for what is none, or shares tensors with the model.
     """
     return tuple(_copy(model, f"copies[{number}]", given) for number, given in enumerate(named))
 
 
-def _copy(model: nn.Module, what: str, given: Any) -> nn.Module | Listed:
-    part: nn.Module | Listed
+def _copy(model: nn.Module, what: str, given: Any) -> Callable[[], nn.Module]:
     held = [given, *(getattr(given, name, None) for name in ("module", "ema"))]
     if isinstance(getattr(given, "shadow_params", None), list):
-        part = Listed.of(given, model, what)
+        module = Listed.of(given, model, what).module
     elif root := next((value for value in held if isinstance(value, nn.Module)), None):
         part = _like(root, model)
+
+        def module() -> nn.Module:
+            return part
+
     else:
         raise GroupError(
             f"{what} must be a torch.nn.Module, or have a list of tensors named shadow_params, got "
             f"{type(given).__name__}: keep an average in torch.optim.swa_utils.AveragedModel or in a deepcopy"
         )
-    if shared := _shared(module_of(part), model):
+    if shared := _shared(module(), model):
         raise GroupError(
             f"{what} ({type(given).__name__}) shares the tensor {shared!r} with the model: a copy has tensors of "
             "its own (copy.deepcopy makes one), and what shares them is cut anyway"
         )
-    return part
-
-
-def module_of(part: nn.Module | Listed) -> nn.Module:
-    """A copy as a module, with the tensors that it has now."""
-    return part.module() if isinstance(part, Listed) else part
+    return module
 
 
 def _like(root: nn.Module, model: nn.Module) -> nn.Module:

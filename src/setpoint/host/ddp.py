@@ -15,8 +15,9 @@ from setpoint.distributed import Ranks
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.agreement import SeveralRanks
+from setpoint.host.host import Agreed
 from setpoint.host.join import Joining
-from setpoint.host.local import Agreed, check_unsharded
+from setpoint.host.local import check_unsharded
 
 _BUILT_IN = "BuiltinCommHookType."
 """How PyTorch begins the names of its own communication hooks, which it remembers only by name."""

@@ -16,7 +16,7 @@ from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, uns
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.agreement import SeveralRanks
-from setpoint.host.local import Agreed
+from setpoint.host.host import Agreed
 
 
 @dataclass(frozen=True, eq=False)

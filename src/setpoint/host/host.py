@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from setpoint.distributed import Ranks, unwrapped
-from setpoint.errors import GroupError, LoopError
+from setpoint.distributed import Ranks
 from setpoint.groups.group import Group
-from setpoint.host.local import Agreed, Local, SharedLosses, check_plain
-from setpoint.host.optimizers import Steps, real_optimizers
 from setpoint.sensor.reading import Reading
+
+Agreed = Callable[[], None]
+
+
+class SharedLosses(Protocol):
+    """The losses that each rank was given for itself; the loop's, which this folder lies below."""
+
+    def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
+        """What this rank alone was given up to a step, as numbers whose mean over ranks `share` takes."""
+
+    def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
+        """From here on know what all ranks together know."""
 
 
 class Host(Protocol):
@@ -83,45 +93,3 @@ class Host(Protocol):
 
     def stop(self) -> None:
         """Leave everything around the model as it was; may be called again."""
-
-
-def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[Any] | None = ()) -> Host:
-    """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
-
-    Raises:
-        LoopError: for what is no module, and for any other wrapper for several devices.
-        GroupError: for copies that are none.
-        OptimizerError: for what is no optimizer, and for one that cannot follow a cut.
-    """
-    if not isinstance(model, nn.Module):
-        raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    outer, model = model, unwrapped(model)
-    parallel = next((module for module in outer.modules() if isinstance(module, DistributedDataParallel)), None)
-    sharded = check_plain(model)
-    if sharded and parallel is not None:
-        raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
-    optimizers, named = real_optimizers(optimizer), _as_tuple(copies)
-    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
-    # Few runs are distributed: what they need is loaded by those alone.
-    if parallel is not None:
-        from setpoint.host.ddp import DDP
-
-        return DDP(model, optimizers, named, compiled=compiled, parallel=parallel)
-    if sharded:
-        from setpoint.host.fsdp import FSDP
-
-        return FSDP(model, optimizers, named, compiled=compiled)
-    return Local(model, optimizers, named, compiled=compiled)
-
-
-def _as_tuple(named: Any) -> tuple[Any, ...]:
-    """What was given for copies; GroupError for what is no sequence."""
-    if named is None:
-        return ()
-    one = isinstance(named, nn.Module) and not isinstance(named, nn.ModuleList)
-    if one or hasattr(named, "shadow_params") or not isinstance(named, Iterable):
-        raise GroupError(
-            f"copies must be a sequence of modules or of objects with shadow_params, got {type(named).__name__}: "
-            "write copies=(it,)"
-        )
-    return tuple(named)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float64
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -18,24 +17,11 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import Ranks, is_sharded, is_sharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
-from setpoint.host.compiled import DynamicWidths
-from setpoint.host.copies import find_copies, module_of
 from setpoint.host.guards import Frozen
+from setpoint.host.host import Agreed, SharedLosses
 from setpoint.sensor.reading import Reading
 
-Agreed = Callable[[], None]
-
 _REFUSED = ("FullyShardedDataParallel", "DataParallel")
-
-
-class SharedLosses(Protocol):
-    """The losses that each rank was given for itself; the loop's, which this folder lies below."""
-
-    def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
-        """What this rank alone was given up to a step, as numbers whose mean over ranks `share` takes."""
-
-    def share(self, step: int, means: Float64[np.ndarray, " n"]) -> None:
-        """From here on know what all ranks together know."""
 
 
 class Local:
@@ -48,13 +34,20 @@ class Local:
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
         self.model, self.optimizers, self.compiled = model, tuple(optimizers), compiled
-        self.named_copies, self._copies = tuple(copies), find_copies(model, copies) if copies else ()
-        self._widths, self._frozen = DynamicWidths(()), Frozen(model)  # until a loop begins
+        self.named_copies = tuple(copies)
+        self._copies: tuple[Callable[[], nn.Module], ...] = ()
+        if copies:  # few runs have any: what they need is loaded by those alone
+            from setpoint.host.copies import find_copies
+
+            self._copies = find_copies(model, copies)
+        self._groups: tuple[Group, ...] = ()  # until a loop begins
+        self._widths: Any = None  # a `DynamicWidths`, once anything was compiled
+        self._frozen = Frozen(model)
         self._stop_watching: Callable[[], None] = lambda: None
 
     @property
     def copies(self) -> tuple[nn.Module, ...]:
-        return tuple(map(module_of, self._copies))
+        return tuple(copy() for copy in self._copies)
 
     @property
     def ranks(self) -> Ranks:
@@ -89,16 +82,26 @@ class Local:
         with self.together(what) as facts:
             with self._open(changing, agree) as agreed:
                 yield agreed
-            self._widths.follow(self.model)
+            self._follow_in_compiled_code()
             # Gradients of different shapes would be averaged without an error, and wrongly.
             facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
+
+    def _follow_in_compiled_code(self) -> None:
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        if dynamo is None or not dynamo.counters["stats"]["unique_graphs"]:
+            return  # nothing was compiled in this process, so that its settings stay untouched
+        if self._widths is None:
+            from setpoint.host.compiled import DynamicWidths
+
+            self._widths = DynamicWidths(self._groups)
+        self._widths.follow(self.model)
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
         """Inside, the tensors of these groups are unsharded; at the end what is around the model follows."""
         return nullcontext(agree)
 
     def begin(self, *, steps: Callable[[], int], missed: Callable[[], None], groups: tuple[Group, ...]) -> None:
-        self._widths, self._frozen = DynamicWidths(groups), Frozen(self.model)
+        self._groups, self._widths, self._frozen = groups, None, Frozen(self.model)
         if not self.wrapped:
             self._stop_watching = watch_for_wrapper(self.model)
 
@@ -113,7 +116,8 @@ class Local:
 
     def stop(self) -> None:
         self._stop_watching()
-        self._widths.stop()
+        if self._widths is not None:
+            self._widths.stop()
 
 
 def check_plain(model: nn.Module) -> bool:

@@ -18,8 +18,8 @@ from setpoint.cost.budget import Budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, GroupError, LoopError, NotBegunError, RankError
 from setpoint.groups.group import Group
+from setpoint.host.find import real_optimizer
 from setpoint.host.host import Host
-from setpoint.host.optimizers import real_optimizer
 from setpoint.ledger import Ledger
 from setpoint.loop.control import Control, Parts
 from setpoint.loop.explain import Explanation, explain

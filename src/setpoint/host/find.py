@@ -1,13 +1,18 @@
-"""Optimizers out of the wrappers that Accelerate, Lightning, Fabric and others put around them."""
+"""The host of what a user gives: model and optimizers are taken out of the wrappers of frameworks, copies listed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from setpoint.errors import OptimizerError
+from setpoint.distributed import unwrapped
+from setpoint.errors import GroupError, LoopError, OptimizerError
+from setpoint.host.host import Host
+from setpoint.host.local import Local, check_plain
 
 
 @runtime_checkable
@@ -19,6 +24,48 @@ class Steps(Protocol):
 
     def zero_grad(self, *args: Any, **settings: Any) -> None:
         """Have it clear the gradients."""
+
+
+def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[Any] | None = ()) -> Host:
+    """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
+
+    Raises:
+        LoopError: for what is no module, and for any other wrapper for several devices.
+        GroupError: for copies that are none.
+        OptimizerError: for what is no optimizer, and for one that cannot follow a cut.
+    """
+    if not isinstance(model, nn.Module):
+        raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    outer, model = model, unwrapped(model)
+    parallel = next((module for module in outer.modules() if isinstance(module, DistributedDataParallel)), None)
+    sharded = check_plain(model)
+    if sharded and parallel is not None:
+        raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
+    optimizers, named = real_optimizers(optimizer), _several(copies)
+    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
+    # Few runs are distributed: what they need is loaded by those alone.
+    if parallel is not None:
+        from setpoint.host.ddp import DDP
+
+        return DDP(model, optimizers, named, compiled=compiled, parallel=parallel)
+    if sharded:
+        from setpoint.host.fsdp import FSDP
+
+        return FSDP(model, optimizers, named, compiled=compiled)
+    return Local(model, optimizers, named, compiled=compiled)
+
+
+def _several(named: Any) -> tuple[Any, ...]:
+    """What was given for copies, as a tuple; None for none; GroupError for what is no sequence."""
+    if named is None:
+        return ()
+    one = isinstance(named, nn.Module) and not isinstance(named, nn.ModuleList)
+    if one or hasattr(named, "shadow_params") or not isinstance(named, Iterable):
+        raise GroupError(
+            f"copies must be a sequence of modules or of objects with shadow_params, got {type(named).__name__}: "
+            "write copies=(it,)"
+        )
+    return tuple(named)
 
 
 def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
