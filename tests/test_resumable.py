@@ -26,6 +26,7 @@ from golden.models import GPT, ResNet
 from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint.resumable import is_resumable
 from setpoint.errors import CheckpointError, LoopError
+from setpoint.loop.carrying import in_form
 from setpoint.loop.first_batch import Inputs
 from setpoint.loop.resume import check_format
 
@@ -435,7 +436,7 @@ def test_a_run_goes_on_with_a_batch_of_another_shape() -> None:
 def test_a_damaged_form_of_the_inputs_is_refused(damaged: Any) -> None:
     """Claim: what a state says of the first batch is checked before anything is built by it."""
     with pytest.raises(CheckpointError, match="the state of the loop is damaged"):
-        Inputs(EXAMPLES[mlp], recorded=True).in_form(damaged)
+        in_form(Inputs(EXAMPLES[mlp], recorded=True), damaged)
 
 
 def trained(model: nn.Module, **settings: Any) -> nn.Module:
