@@ -25,7 +25,7 @@ AT_MOST = {
     "wheel: files": 304,
     "wheel: files under 60 lines": 46,
     "wheel: imports, share of lines in %": 7.92,
-    "bench: lines": 14_796,
+    "bench: lines": 14_800,
     "tests: lines": 38_050,
     "attach to first cut: files": 112,
     "attach to first cut: lines": 16_898,

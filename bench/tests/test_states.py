@@ -39,13 +39,3 @@ def test_methods_drop_states_and_nothing_else(tmp_path: Path) -> None:
     course = FewStates(states=5.0).course(TASK, 1.0, {})
     model = TASK.build(course.widths)
     assert isinstance(model, nn.Module) and sum(p.shape[0] == 5 for p in model.parameters()) == 5
-
-
-def test_pixels_are_read_in_order() -> None:
-    """Row after row; pooling averages squares."""
-    plain, _ = DATA.split("test")
-    images = _splits(None)["test"][0]
-    torch.testing.assert_close(plain[3, :, 0], images[3].flatten() - 1.0)
-    pooled, _ = PixelSequences(_splits, (1, 4, 4), 80, (1.0,), (1.0,), pool=2).split("test")
-    assert pooled.shape == (80, 4, 1)
-    torch.testing.assert_close(pooled[0, 0, 0], images[0, 0, :2, :2].mean() - 1.0)
