@@ -49,7 +49,11 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "settings"), REFUSED, ids=str)
+# By hand: the text of a function holds its address, and then each worker of pytest-xdist collects other tests.
+IDS = [f"{make.__name__.strip('_')}-{settings}" for make, settings in REFUSED]
+
+
+@pytest.mark.parametrize(("make", "settings"), REFUSED, ids=IDS)
 def test_settings_out_of_range_are_refused(make: Callable[..., object], settings: dict[str, Any]) -> None:
     """Each is an error that names what was given."""
     with pytest.raises((ValueError, TypeError)):
