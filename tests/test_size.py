@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 31_029,
+    "wheel: lines": 31_030,
     "wheel: files": 183,
     "wheel: files under 60 lines": 3,
     "wheel: imports, share of lines in %": 7.13,
     "bench: lines": 14_800,
-    "tests: lines": 30_315,
+    "tests: lines": 30_317,
     "attach to first cut: files": 64,
-    "attach to first cut: lines": 12_292,
+    "attach to first cut: lines": 12_293,
     "training steps: files": 37,
     "training steps: lines": 6_746,
     "import setpoint: files": 89,
-    "import setpoint: lines": 14_545,
+    "import setpoint: lines": 14_546,
     "looks at foreign code": 3,
     "hooks at import": 0,
 }

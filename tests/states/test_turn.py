@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from unittest import mock
 from unittest.mock import patch
 
 import numpy as np
@@ -18,7 +19,7 @@ from setpoint.regrowth.regrow import regrow
 from setpoint.regrowth.reserve import Reserve
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.turn import turned
-from setpoint_bench.models import SequenceClassifier
+from setpoint_bench.models import SequenceClassifier, lru
 from states.systems import balance_and_shrink
 
 X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -27,7 +28,8 @@ X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manua
 def _lru(silent: int = 0) -> SequenceClassifier:
     """A double model of 9 states, the last of which nobody hears or reaches."""
     torch.manual_seed(0)
-    model = SequenceClassifier(1, 3, num_channels=4, num_states=9, least_modulus=0.6).double()
+    with mock.patch.object(lru, "_MODULI", (0.6, 0.999)):  # wider apart than in training, so that modes differ
+        model = SequenceClassifier(1, 3, num_channels=4, num_states=9).double()
     with torch.no_grad():
         for layer in (model.blocks[0].lru,):
             for place in range(9 - silent, 9):

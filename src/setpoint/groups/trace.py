@@ -185,6 +185,7 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
         ExportError: the model's own forward cannot be exported, or nothing of it; the message names the line.
         LoopError: `fully_shard` has sharded the model.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [(group.name, group.num_units, group.what) for group in find_groups(model, (torch.zeros(1, 4),))]
     [('0', 8, 'neuron')]
