@@ -26,7 +26,7 @@ AT_MOST = {
     "wheel: files under 60 lines": 3,
     "wheel: imports, share of lines in %": 7.13,
     "bench: lines": 14_800,
-    "tests: lines": 30_317,
+    "tests: lines": 30_318,
     "attach to first cut: files": 64,
     "attach to first cut: lines": 12_293,
     "training steps: files": 37,

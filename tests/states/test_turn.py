@@ -1,6 +1,5 @@
 import copy
 from collections.abc import Callable
-from unittest import mock
 from unittest.mock import patch
 
 import numpy as np
@@ -28,7 +27,7 @@ X = torch.randn(5, 14, 1, dtype=torch.float64, generator=torch.Generator().manua
 def _lru(silent: int = 0) -> SequenceClassifier:
     """A double model of 9 states, the last of which nobody hears or reaches."""
     torch.manual_seed(0)
-    with mock.patch.object(lru, "_MODULI", (0.6, 0.999)):  # wider apart than in training, so that modes differ
+    with patch.object(lru, "_MODULI", (0.6, 0.999)):  # wider apart than in training, so that modes differ
         model = SequenceClassifier(1, 3, num_channels=4, num_states=9).double()
     with torch.no_grad():
         for layer in (model.blocks[0].lru,):
