@@ -58,14 +58,15 @@ coverage-suites: $(READY)
 		OMP_NUM_THREADS=1 $(BIN)/setpoint coverage $$suite --workers $(WORKERS) --out results/coverage || exit 1; \
 	done
 
+# A worker that crashes ends the run: pytest-xdist would wait for ever for the files that it had.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 -m "not slow" $(PYTEST)
 
 guard: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests/test_size.py tests/golden tests/twin tests/conformance $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 -m "not slow" tests/test_size.py tests/golden tests/twin tests/conformance $(PYTEST)
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu" $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 -m "slow and not gpu" $(PYTEST)
 
 soak: $(READY)
 	$(BIN)/python bench/benchmarks/soak.py --resizes $(RESIZES) --kills $(KILLS) --only resized killed "four ranks"
