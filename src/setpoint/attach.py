@@ -144,7 +144,7 @@ def attach(
     loop.wait(first)
     RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
     if resume and host.wrapped and model is not host.model:
-        loop.stop_too(FollowLoads(host, model))
+        loop.at_detach(FollowLoads(host, model).stop)
     return loop
 
 
@@ -188,7 +188,7 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
         raise
     if spec.resume:
         forget(first_optimizer)
-        loop.stop_too(Carrying(loop, form_of(inputs)))
+        loop.at_detach(Carrying(loop, form_of(inputs)).stop)
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:

@@ -50,7 +50,6 @@ class Entry:
         loss_after: loss of the first step after a decision that changed the model; None until it has been observed.
         limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
         spent_run: of budgets of the whole run, what it has spent so far.
-        learning_rate: the highest of the optimizers' groups in the step before the decision.
     """
 
     step: int
@@ -76,7 +75,6 @@ class Entry:
     loss_after: float | None = None
     limit: Mapping[str, float] = field(default_factory=dict)
     spent_run: Mapping[str, float] = field(default_factory=dict)
-    learning_rate: float | None = None
 
     @property
     def error(self) -> dict[str, float]:

@@ -203,7 +203,7 @@ def sharded_failures() -> None:
         assert loop.widths["up"] == model.up.out_features and len(before) == len(after)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         optimizer.zero_grad()
-    assert loop.actuator.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
+    assert loop.control.actuator.reserve.resting["up"].nonzero()[0].tolist() == [1, 4]
     assert np.isfinite(train(*run, range(14, 16), share)).all()
     loop.detach()
 

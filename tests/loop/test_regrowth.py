@@ -186,7 +186,7 @@ def test_the_model_is_the_same_right_after_a_return() -> None:
     before = model(data(99)[0])
     assert loop.widths == {"stem": 11, "inner.0": 14}
     back = {name: np.array(each) for name, each in units.items()}
-    loop.actuator.act(Plan(8, keep_all(loop.groups), grow=back), loop.reading())
+    loop.control.actuator.act(Plan(8, keep_all(loop.groups), grow=back), loop.reading())
     assert loop.widths == {"stem": 12, "inner.0": 16}
     torch.testing.assert_close(model(data(99)[0]), before, rtol=0, atol=1e-6)
     loop.detach()
@@ -202,10 +202,10 @@ def test_what_comes_back_is_what_rested() -> None:
         _, loop = attach(model, Scripted({}))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         keep = {"inner.0": np.arange(16) > 4, "stem": np.arange(12) != 2}
-        loop.actuator.act(Plan(1, keep), Reading(1, {}, 1))
+        loop.control.actuator.act(Plan(1, keep), Reading(1, {}, 1))
         assert loop.widths == {"stem": 11, "inner.0": 11}
         back = {"inner.0": np.arange(5), "stem": np.array([2])}
-        loop.actuator.act(Plan(2, keep_all(loop.groups), grow=back, undoes=undoes), Reading(2, {}, 1))
+        loop.control.actuator.act(Plan(2, keep_all(loop.groups), grow=back, undoes=undoes), Reading(2, {}, 1))
         if not undoes:
             assert not model.head.weight[:, 2].any() and not model.inner[3].weight[:, :5].any()
             before["head.weight"][:, 2] = before["inner.3.weight"][:, :5] = before["inner.0.weight"][:, 2] = 0.0

@@ -11,8 +11,7 @@ from typing import Any
 
 from setpoint.errors import LoopError, UsageError
 from setpoint.loop.loop import Loop
-from setpoint.loop.record import Event
-from setpoint.loop.summary import Summary
+from setpoint.loop.summary import Event, Summary
 from setpoint.messages import a_type
 
 

@@ -15,7 +15,7 @@ from setpoint.errors import LoopError
 from setpoint.groups.sizes_in_code.shim import SizedForward
 from setpoint.integrations.session import Session
 from setpoint.ledger import Entry
-from setpoint.loop.record import Event
+from setpoint.loop.summary import Event
 
 _EVENTS = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")
 

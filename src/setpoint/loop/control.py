@@ -20,17 +20,7 @@ from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.hooks import StepHooks, uninterrupted
 from setpoint.loop.losses import Losses
-from setpoint.loop.record import (
-    LOG,
-    Callbacks,
-    decisions,
-    highest_rate,
-    log_decision,
-    recorded,
-    refusal,
-    waiting,
-)
-from setpoint.loop.state import RunState
+from setpoint.loop.record import LOG, RunState, decisions, log_decision, recorded, refusal, waiting
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
 from setpoint.spending.metrics import metrics
@@ -63,14 +53,18 @@ class Parts:
 class Control:
     """The control of one run, which changes at every step. `Loop` is what the user has of it.
 
-    A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none.
+    A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none. `notify` is called after each
+    step with its entry or None.
     """
 
-    def __init__(self, host: Host, parts: Parts, losses: Losses, callbacks: Callbacks, hooks: StepHooks) -> None:
-        self.host, self.losses, self.callbacks = host, losses, callbacks
+    def __init__(
+        self, host: Host, parts: Parts, losses: Losses, hooks: StepHooks, notify: Callable[[Entry | None], None]
+    ) -> None:
+        self.host, self.losses, self._hooks, self._notify = host, losses, hooks, notify
         self.sensor, self.controller, self.actuator = parts.sensor, parts.controller, parts.actuator
         self.spending, self.facts, self.revocable = parts.spending, parts.facts, parts.revocable
         self.dense, self.ledger, self.state = parts.actuator.groups, Ledger(parts.header), RunState()
+        self._checked_host = self.finished = False
         widths = widths_of(self.dense) if self.actuator.by_unit else {}
         self.controller_state = self.controller.init(self.dense)
         check_follows(self.controller_state, widths)
@@ -79,7 +73,6 @@ class Control:
         # attach saw an unsharded model.
         self.spending.account.sensing_flops = self.sensor.flops(self.dense, host.model)
         self._unchanged = Unchanged(host.model, host.copies)
-        self._hooks, self._checked_host, self.finished = hooks, False, False
         # A rank that has run out of batches misses steps that others make.
         host.begin(steps=lambda: self.step, missed=lambda: self.after_step(made=False), groups=self.dense)
         self.spending.account.begin()
@@ -99,12 +92,14 @@ class Control:
     def metrics(self) -> dict[str, float]:
         return metrics(self.spending, self.step, self.state.plan, self.widths, len(self.ledger))
 
+    # Before the optimizers step.
+
     def before_step(self, grad_scale: Tensor | None) -> None:
         """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
         with uninterrupted(), self._explained():
             by_hooks = self.sensor.hooked(self.sensor_state)
-            brings_back = self.actuator.brings_back
-            self.host.before_step(first=not self._checked_host, regrows=brings_back, by_hooks=by_hooks)
+            regrows = self.actuator.brings_back
+            self.host.before_step(first=not self._checked_host, regrows=regrows, by_hooks=by_hooks)
             self._checked_host = True  # a closer look costs milliseconds, which the first step may take
             self.actuator.before_step(grad_scale)
             self._sense(grad_scale)  # behind the actuator: it masks gradients that must not count
@@ -125,26 +120,23 @@ class Control:
 
     def _sense(self, grad_scale: Tensor | None) -> None:
         """Read the gradients of this step, if it is one of those that are read; after the last decision none is."""
-        if self.state.budget_met or self.step >= self.spending.planned_steps:
+        spending, planned_steps = self.spending, self.spending.planned_steps
+        if self.state.budget_met or self.step >= planned_steps:
             self.release()
-        elif not self._sensed():
-            self.sensor.forget(self.sensor_state)
-        else:
-            with self.spending.account.watch.sensing:
+        # While a decision waits for a reading without NaN every step is read.
+        elif self.state.overdue or self.step % sensed_every(planned_steps) == 0:
+            with spending.account.watch.sensing:
                 self.sensor_state = self.sensor.update(self.sensor_state, self.groups, self.host.model, grad_scale)
-            self.spending.account.sensed(self.spending.account.sensing_flops)
-
-    def _sensed(self) -> bool:
-        """Whether the next step is read: every one while a decision waits for a reading without NaN."""
-        return self.state.overdue or self.step % sensed_every(self.spending.planned_steps) == 0
-
-    def _due(self, step: int) -> bool:
-        return step == self.state.again or self.controller.due(step, self.spending.planned_steps)
+            spending.account.sensed(spending.account.sensing_flops)
+        else:
+            self.sensor.forget(self.sensor_state)
 
     def release(self) -> None:
         """Take off the model what the sensor reads through; what others change matters no more."""
         self._hooks.unseen.stop()
         self.sensor.release(self.sensor_state)
+
+    # After they have stepped.
 
     def after_step(self, made: bool = True) -> None:
         """The optimizers have moved the weights, unless this rank has missed the step."""
@@ -153,33 +145,35 @@ class Control:
             self.state = now = replace(self.state, step=self.step + 1)
             self.spending.stepped()
             self.actuator.after_step()
-            step, total_steps = now.step, self.spending.planned_steps
+            step, planned_steps = now.step, self.spending.planned_steps
             if step == self.spending.run_steps + 1:
                 warn(
                     f"the run was to have {self.spending.run_steps:,} steps, and this is step {step:,}: training goes "
                     "on, but Setpoint makes no more decisions"
                 )
-            elif step <= total_steps and not now.budget_met:
-                due = self._due(step)
-                if (due or now.overdue) and made:
+            elif step <= planned_steps and not now.budget_met:
+                due = step == now.again or self.controller.due(step, planned_steps)
+                if made and (due or now.overdue):
                     self._decide(due)
-                waits = self.state.waits or due and not made
-                self.state = replace(self.state, waits=waits, overdue=self.state.overdue or waits)
-            elif step < total_steps:
-                self._reopen_if_over()
+                elif due:
+                    self.state = replace(now, waits=True, overdue=True)
+            elif step < planned_steps:
+                # Where a decision would be due: meters may say that the run will be over its budget.
+                if self.controller.due(step, planned_steps) and self.spending.over(step, self.widths):
+                    self._reopen()
             else:
                 self.spending.read_joules(self.widths)
             self._begin_step()
         decided = len(self.ledger) > 0 and self.ledger[-1].step == self.step
         if decided and self.host.ranks.own == 0 and LOG.isEnabledFor(logging.INFO):
             log_decision(self.ledger[-1], self.metrics())
-        self.callbacks.notify(self.ledger[-1] if decided else None)
+        self._notify(self.ledger[-1] if decided else None)
 
     def _begin_step(self) -> None:
         """The next step begins."""
-        step, total_steps = self.step, self.spending.planned_steps
-        due = self.state.overdue or (step + 1 <= total_steps and self.controller.due(step + 1, total_steps))
-        open_still = step <= total_steps and not (self.state.budget_met or self.finished)
+        step, planned_steps = self.step, self.spending.planned_steps
+        due = self.state.overdue or (step + 1 <= planned_steps and self.controller.due(step + 1, planned_steps))
+        open_still = step <= planned_steps and not (self.state.budget_met or self.finished)
         change, ordinary = self.actuator.prepare(step, due=due, open_still=open_still)
         self._follow(change)
         self.spending.prepare(ordinary and open_still)
@@ -210,17 +204,18 @@ class Control:
             problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
             if not problem:
                 observation, state, plan = self._plan(reading)
-        if not problem:
-            change = self._act(plan, state, reading)
-            entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
-            self.ledger.append(entry)
-            self.spending.decided(self.groups, plan.budget_met)
-            self.state = replace(self.state.decided(plan, reading, change), again=plan.again or now.again)
-        elif due:
-            self.ledger.append(self._entry(now.plan, before, problem))
+        if problem:
+            if due:
+                self.ledger.append(self._entry(now.plan, before, problem))
+            return
+        change = self._act(plan, state, reading)
+        entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
+        self.ledger.append(entry)
+        self.spending.decided(self.groups, plan.budget_met)
+        self.state = self.state.decided(plan, reading, change)
         if self.state.budget_met:
             self.actuator.release()
-        elif not problem and self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
+        elif self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
             self.go_on()
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
@@ -262,8 +257,7 @@ class Control:
     def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
         entry = self.spending.entry(self.step, plan, self.groups, before, reason)
-        rate = highest_rate(self.host.optimizers)
-        return replace(entry, loss=self.losses.loss, val=self.losses.val, learning_rate=rate)
+        return replace(entry, loss=self.losses.loss, val=self.losses.val)
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one; LoopError if others have changed the model."""
@@ -271,6 +265,15 @@ class Control:
         reading, before = self.sensor.read(self.sensor_state, self.groups, self.step), self.state.skipped
         self.state = replace(self.state, skipped=reading.skipped_steps)
         return replace(reading, skipped_steps=reading.skipped_steps - before)
+
+    def stop(self) -> None:
+        """Leave the model as it is; may be called again."""
+        if self.host.ranks.count == 1:  # a rank that stops by itself must not wait for others to resize with it
+            self.end_visit()
+        self.release()
+        self.spending.meter.stop()
+        self.host.stop()
+        self.actuator.stop()
 
     # What changes a run's goal.
 
@@ -286,11 +289,6 @@ class Control:
             self.controller_state = self.controller.transferred(
                 self.controller_state, step=self.step, total_steps=spending.planned_steps, present=present, limit=limit
             )
-
-    def _reopen_if_over(self) -> None:
-        """Where a decision would be due: decide again if meters say that the run will be over its budget."""
-        if self.controller.due(self.step, self.spending.planned_steps) and self.spending.over(self.step, self.widths):
-            self._reopen()
 
     def _reopen(self) -> None:
         """Take the last decision back, and decide again once some fresh steps have been sensed."""

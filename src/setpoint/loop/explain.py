@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from setpoint.actuator.actuator import Origins
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group
-from setpoint.ledger import Ledger
-from setpoint.loop.state import RunState
+from setpoint.loop.control import Control
 
 
 @dataclass(frozen=True)
@@ -50,63 +47,44 @@ class Explanation:
         unit = f"{self.what} {self.origin} of {self.group}"
         if self.step is None:
             return f"{unit} is alive; no decision has been made yet."
-        worth = "" if math.isnan(self.worth) else f"worth {_number(self.worth)}, "
-        numbers = (
-            f"dropping it costs {_number(self.saliency)} of loss; {worth}"
-            f"price {_number(self.price)} (loss per unit of resource)"
-        )
         fate = "is alive" if self.alive else f"was dropped at step {self.step}"
         if self.returned is not None:
-            known = not math.isnan(self.gain)  # a cut that was taken back for the sake of the loss was not probed
-            promise = f", promising to lower the loss by {_number(self.gain)}," if known else ""
+            # A cut that was taken back for the sake of the loss was not probed.
+            promise = "" if math.isnan(self.gain) else f", promising to lower the loss by {self.gain:.3g},"
             fate = f"came back at step {self.returned}{promise} and {fate}"
+        saliency = "unknown" if math.isnan(self.saliency) else f"{self.saliency:.3g}"
+        price = "unknown" if math.isnan(self.price) else f"{self.price:.3g}"
+        worth = "" if math.isnan(self.worth) else f"worth {self.worth:.3g}, "
         when = f", as read at step {self.step}" if self.alive else ""
+        numbers = f"dropping it costs {saliency} of loss; {worth}price {price} (loss per unit of resource)"
         return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
 
 
-def explain(
-    now: RunState,
-    ledger: Ledger,
-    dense: tuple[Group, ...],
-    origins: Origins,
-    group: str,
-    origin: int,
-    price: float,
-    resource: str,
-) -> Explanation:
+def explain(control: Control, group: str, origin: int, price: float, resource: str) -> Explanation:
     """What became of a unit, and why; `price` is that of the resource at the last decision."""
-    found = next((candidate for candidate in dense if candidate.name == group), None)
-    if found is None:
-        known = ", ".join(candidate.name for candidate in dense)
-        raise GroupError(f"no group {group!r} is pruned here: use one of {known}")
-    if not 0 <= origin < found.num_units:
-        raise GroupError(f"group {group!r} has units 0 to {found.num_units - 1}, got {origin}")
-    entries = list(reversed(ledger[:]))
+    dense = {candidate.name: candidate for candidate in control.dense}
+    if group not in dense:
+        raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(dense)}")
+    if not 0 <= origin < dense[group].num_units:
+        raise GroupError(f"group {group!r} has units 0 to {dense[group].num_units - 1}, got {origin}")
+    what = dense[group].what
+    entries = list(reversed(control.ledger[:]))
     returned, gain = None, math.nan
     back = next((entry for entry in entries if origin in entry.grown.get(group, ())), None)
     if back is not None:
         returned, gain = back.step, _at(back.gain, group, back.grown[group].index(origin))
-    position = np.flatnonzero(origins[group] == origin)
-    drop = next((entry for entry in entries if origin in entry.dropped.get(group, ())), None)
-    if drop is not None and not len(position):
-        at = drop.dropped[group].index(origin)
-        worth, saliency = _at(drop.worth, group, at), _at(drop.saliency, group, at)
-        alive, step, reason, price = False, drop.step, drop.reason, drop.price.get(resource, math.nan)
-    else:
-        at = int(position[0])
-        worth, saliency = _at(now.worth, group, at), _at(now.saliency, group, at)
-        alive, step, reason = True, None, ""
-        if now.plan is not None:
-            step, reason = now.plan.step, now.plan.reason
-        else:
-            price = math.nan
-    return Explanation(group, origin, found.what, alive, step, saliency, worth, price, reason, returned, gain)
+    active = np.flatnonzero(control.actuator.origin[group] == origin)
+    if not len(active):
+        drop = next(entry for entry in entries if origin in entry.dropped.get(group, ()))
+        at, price = drop.dropped[group].index(origin), drop.price.get(resource, math.nan)
+        saliency, worth = _at(drop.saliency, group, at), _at(drop.worth, group, at)
+        return Explanation(group, origin, what, False, drop.step, saliency, worth, price, drop.reason, returned, gain)
+    now, at = control.state, int(active[0])
+    saliency, worth = _at(now.saliency, group, at), _at(now.worth, group, at)
+    step, reason, price = (now.plan.step, now.plan.reason, price) if now.plan else (None, "", math.nan)
+    return Explanation(group, origin, what, True, step, saliency, worth, price, reason, returned, gain)
 
 
 def _at(values: Mapping[str, Any], group: str, position: int) -> float:
     own = values.get(group, ())
     return float(own[position]) if position < len(own) else math.nan
-
-
-def _number(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{value:.3g}"

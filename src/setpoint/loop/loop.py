@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol, final
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, final
 
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.in_state_dict import ATTACHED, RESUMING, note_attached
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.cost.budget import Budget
@@ -26,20 +26,12 @@ from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.first_batch import FirstBatch
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.losses import Losses
-from setpoint.loop.record import Callbacks, Event
 from setpoint.loop.resume import AGAIN, load_state, state_of
-from setpoint.loop.summary import Summary, summarise, warn_of_miss
-from setpoint.sensor.reading import Reading, Sensor
+from setpoint.loop.summary import Event, Summary, summarise, warn_of_miss
+from setpoint.sensor.reading import Reading
 from setpoint.spending.checks import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line
 from setpoint.spending.spending import Spending
-
-
-class Stoppable(Protocol):
-    """What has hooks on model or optimizers in addition to the loop's own."""
-
-    def stop(self) -> None:
-        """Take them away; may be called again."""
 
 
 @final
@@ -67,33 +59,38 @@ class Loop:
 
     def __init__(self, host: Host) -> None:
         self.host, self.losses = host, Losses()
+        self.summary: Summary | None = None
+        """What `finish` returned, or None before."""
         self._control: Control | None = None
         self._first: FirstBatch | None = None
-        self._callbacks = Callbacks()
-        self._summary: Summary | None = None
-        self._attached_too: list[Stoppable] = []
+        self._callbacks: dict[object, Callable[[Event], None]] = {}
+        self._at_detach = ExitStack()
         self._hooks = StepHooks(host.optimizers, self._before_first_step, lambda: None, self._loading)
         note_attached(host.model)  # from here on no other loop may attach, also while this one waits
 
     def __repr__(self) -> str:
-        return line(self.metrics(), finished=self._summary is not None)
+        return line(self.metrics(), finished=self.summary is not None)
 
     # How it begins.
 
     def wait(self, first: FirstBatch) -> None:
         """Begin at the first optimizer step, with the batch that this has recorded until then."""
         self._first = first
-        self.stop_too(first)
+        self.at_detach(first.stop)
 
-    def stop_too(self, part: Stoppable) -> None:
-        """Stop this, too, when the loop is detached."""
-        self._attached_too.append(part)
+    def at_detach(self, stop: Callable[[], None]) -> None:
+        """Call this, too, when the loop is detached."""
+        self._at_detach.callback(stop)
 
     def begin(self, parts: Parts) -> None:
         """Begin with these parts, before the first optimizer step or in it."""
-        self._control = Control(self.host, parts, self.losses, self._callbacks, self._hooks)
+        self._control = control = Control(self.host, parts, self.losses, self._hooks, self._notify)
         # From here on the hooks call the control itself: one frame less at every step.
-        self._hooks.before, self._hooks.after = self._control.before_step, self._control.after_step
+        self._hooks.before, self._hooks.after = control.before_step, control.after_step
+
+    def _notify(self, event: Event) -> None:
+        for callback in tuple(self._callbacks.values()):  # one may take another off
+            callback(event)
 
     def _before_first_step(self, grad_scale: Tensor | None) -> None:
         assert self._first is not None, "without an example the first batch is recorded"
@@ -116,16 +113,6 @@ class Loop:
                 "the loop begins at the first optimizer step, as attach was given no example: ask it after that step"
             )
         return self._control
-
-    @property
-    def sensor(self) -> Sensor[Any]:
-        """What reads saliencies."""
-        return self.control.sensor
-
-    @property
-    def actuator(self) -> Actuator:
-        """What carries plans out."""
-        return self.control.actuator
 
     @property
     def spending(self) -> Spending:
@@ -159,12 +146,12 @@ class Loop:
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " units"]]:
         """By group, the index that each active unit has in the dense model."""
-        return {name: units.copy() for name, units in self.actuator.origin.items()}
+        return {name: units.copy() for name, units in self.control.actuator.origin.items()}
 
     @property
     def masks(self) -> dict[str, Bool[Tensor, "..."]]:
         """Mask of each masked weight tensor by name, True = active; empty where whole units are cut."""
-        return {name: mask.clone() for name, mask in self.actuator.masks.items()}
+        return {name: mask.clone() for name, mask in self.control.actuator.masks.items()}
 
     @property
     def price(self) -> float:
@@ -180,14 +167,9 @@ class Loop:
     @property
     def budget_met(self) -> bool:
         """Whether the last decision has been made, as predicted within budget; after `finish` what the summary says."""
-        if self._summary is not None:
-            return self._summary.budget_met
+        if self.summary is not None:
+            return self.summary.budget_met
         return self._control is not None and self._control.state.budget_met
-
-    @property
-    def summary(self) -> Summary | None:
-        """What `finish` returned, or None before."""
-        return self._summary
 
     @property
     def budget(self) -> Budget | tuple[Budget, ...]:
@@ -232,11 +214,13 @@ class Loop:
 
     def on_step(self, callback: Callable[[Event], None]) -> Callable[[], object]:
         """Call a function after each step with its entry or None, and at the end with the summary; returns a stop."""
-        return self._callbacks.add(callback)
+        key = object()  # the same function may be added twice
+        self._callbacks[key] = callback
+        return partial(self._callbacks.pop, key, None)
 
     def reading(self) -> Reading:
         """What the sensor reads now, on this rank; no decision is made on this reading."""
-        return self.sensor.read(self.control.sensor_state, self.groups, self.step)
+        return self.control.sensor.read(self.control.sensor_state, self.groups, self.step)
 
     def explain(self, group: str, origin: int) -> Explanation:
         """What happened to the unit of a group that has this index in the dense model, and why.
@@ -244,12 +228,9 @@ class Loop:
         Raises:
             GroupError: for a group that is not pruned here, or a unit that it never had; for single weights.
         """
-        if not self.actuator.by_unit:
+        if not self.control.actuator.by_unit:
             raise GroupError("single weights are counted, not listed: see loop.masks and num_dropped in loop.ledger")
-        control, resource = self.control, self.spending.limits.binding(self.widths)
-        return explain(
-            control.state, control.ledger, control.dense, self.actuator.origin, group, origin, self.price, resource
-        )
+        return explain(self.control, group, origin, self.price, self.spending.limits.binding(self.widths))
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's state, for `load_state_dict`; model and optimizers are saved beside it.
@@ -328,28 +309,18 @@ class Loop:
         control.end_visit()  # before the hooks go: units that visit must not stay in the finished model
         self.detach()
         control.finished = True
-        masked = sum(int((~mask).sum()) for mask in self.actuator.masks.values())
-        num_params = sum(parameter.numel() for parameter in self.host.model.parameters()) - masked
-        self._summary = done = summarise(
-            control.state, self.spending, self.ledger, self.actuator, num_params, self.dense_widths, self.losses
-        )
+        self.summary = done = summarise(control)
         self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
         warn_of_miss(done, control.state, self._hooks.unseen.passes)
-        self._callbacks.notify(done)
+        self._notify(done)
         return done
 
     def detach(self) -> None:
         """Take the hooks away and leave the model as it is; may be called again."""
-        for part in self._attached_too:
-            part.stop()
+        self._at_detach.close()
         self._hooks.remove()
         if self._control is not None:
-            if self.host.ranks.count == 1:  # a rank that stops by itself must not wait for others to resize with it
-                self._control.end_visit()
-            self._control.release()
-            self.spending.meter.stop()
-            self.host.stop()
-            self.actuator.stop()
+            self._control.stop()
         ATTACHED.discard(self.host.model)
         RESUMING.discard(self.host.model)
 

@@ -1,66 +1,79 @@
-"""The record of a run: what its ledger, its log and the user's callbacks are told of each decision."""
+"""Where a run is, as one value, and what its ledger and log say of each decision."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch.optim import Optimizer
+import torch
 
 from setpoint.actuator.actuator import Origins
+from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan, Probe
-from setpoint.groups.follow import Change
+from setpoint.groups.follow import ByUnit, Change, follow, fresh
 from setpoint.groups.group import Group
 from setpoint.ledger import Entry
-from setpoint.loop.summary import Summary
 from setpoint.messages import counted
 from setpoint.sensor.reading import Reading
 from setpoint.spending.metrics import leading
 
-Event = Entry | Summary | None
-"""What a callback is given: a decision, the summary at the end, or None after a step without a decision."""
-
 LOG = logging.getLogger("setpoint")
 
 
-class Callbacks:
-    """Functions that may be added and taken off at any time, also by one another."""
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """Where a run is; every step and every decision makes a new one, and a checkpoint holds it.
 
-    def __init__(self) -> None:
-        self._callbacks: dict[object, Callable[[Event], None]] = {}
+    Args:
+        step: optimizer steps done.
+        skipped: steps that the sensor had left out by the last reading.
+        again: a step at which to decide in addition to those of the controller; 0 for none.
+        overdue: a decision is due and could not be made.
+        waits: it was due while ranks had run out of batches.
+        budget_met: the last decision has been made.
+        plan: the last one, without what it says of single units.
+        saliency: in that reading, of the units that are active now.
+        worth: at the last decision, likewise.
+        gave_way: which goal lost when budget and loss could not both be met; "" if none did.
+    """
 
-    def add(self, callback: Callable[[Event], None]) -> Callable[[], object]:
-        """Call this from now on; returns what takes it off again."""
-        key = object()  # the same function may be added twice
-        self._callbacks[key] = callback
-        return partial(self._callbacks.pop, key, None)
+    step: int = 0
+    skipped: int = 0
+    again: int = 0
+    overdue: bool = False
+    waits: bool = False
+    budget_met: bool = False
+    plan: Plan | None = None
+    saliency: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
+    worth: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
+    gave_way: str = ""
 
-    def notify(self, event: Event) -> None:
-        for callback in tuple(self._callbacks.values()):
-            callback(event)
-
-
-def log_decision(entry: Entry, known: Mapping[str, float]) -> None:
-    """Log a decision that changed the model or was the last one; `known` are the loop's metrics."""
-    resource = leading(known)
-    ratio = known.get(f"cost_ratio/{resource}", 1.0)
-    if entry.changed:
-        dropped = sum(map(len, entry.dropped.values())) + sum(entry.num_dropped.values())
-        grown = sum(map(len, entry.grown.values())) + sum(entry.num_grown.values())
-        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
-        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
-        price = known.get(f"price/{resource}", 0.0)
-        LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", entry.step, moved, 100 * ratio, resource, price)
-    if known["budget_met"]:
-        what = "budget met" if f"limit/{resource}" in known else "done"
-        units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"
-        LOG.info(
-            "step %d: %s at %.1f %% of dense %s, %s units are left", entry.step, what, 100 * ratio, resource, units
+    def decided(self, plan: Plan, reading: Reading, change: Change) -> RunState:
+        seen = self if change.counted else replace(self, saliency=reading.saliency, worth=plan.worth)
+        return replace(
+            follow(seen, change),
+            plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
+            budget_met=plan.budget_met,
+            overdue=False,
+            again=plan.again or self.again,
+            gave_way=plan.gave_way or self.gave_way,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = plain(self, "the run's progress")
+        return state
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> RunState:
+        """What `state_dict` was taken of, at these widths."""
+        by_unit = {name: np.zeros(width) for name, width in widths.items()}
+        like = cls(plan=None if state["plan"] is None else Plan(0, {}), saliency=by_unit, worth=by_unit)
+        found: RunState = restored(state, like, "the run's progress", torch.device("cpu"))
+        return found
 
 
 def refusal(reading: Reading) -> str:
@@ -105,28 +118,35 @@ def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin:
     if change.counted:
         return replace(entry, num_dropped=change.num_dropped, num_grown=change.num_grown)
     gone = {name: ~keep for name, keep in plan.keep.items() if not keep.all()}
-    grown = {name: [int(unit) for unit in units] for name, units in plan.grow.items() if len(units)}
+    grown = {name: units.tolist() for name, units in plan.grow.items() if len(units)}
     gain: dict[str, list[float]] = {}
     for name, units in grown.items():
         if probe is not None and name in probe.gain:
             known = dict(zip(probe.origins[name].tolist(), probe.gain[name].tolist(), strict=True))
-            gain[name] = [known.get(unit, np.nan) for unit in units]
+            gain[name] = [known.get(unit, math.nan) for unit in units]
     return replace(
         entry,
-        dropped={name: [int(unit) for unit in origin[name][out]] for name, out in gone.items()},
-        saliency={name: [float(value) for value in reading.saliency[name][out]] for name, out in gone.items()},
-        worth={
-            name: [float(value) for value in plan.worth[name][out]] for name, out in gone.items() if name in plan.worth
-        },
+        dropped={name: origin[name][out].tolist() for name, out in gone.items()},
+        saliency={name: reading.saliency[name][out].tolist() for name, out in gone.items()},
+        worth={name: plan.worth[name][out].tolist() for name, out in gone.items() if name in plan.worth},
         grown=grown,
         gain=gain,
-        grown_worth={
-            name: [float(value) for value in values] for name, values in plan.grow_worth.items() if name in grown
-        },
+        grown_worth={name: values.tolist() for name, values in plan.grow_worth.items() if name in grown},
     )
 
 
-def highest_rate(optimizers: Iterable[Optimizer]) -> float | None:
-    """The highest learning rate of all groups of parameters; None where no optimizer has one."""
-    rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
-    return max(rates, default=None)
+def log_decision(entry: Entry, known: Mapping[str, float]) -> None:
+    """Log a decision that changed the model or was the last one; `known` are the loop's metrics."""
+    resource = leading(known)
+    ratio = 100 * known.get(f"cost_ratio/{resource}", 1.0)
+    if entry.changed:
+        dropped = sum(map(len, entry.dropped.values())) + sum(entry.num_dropped.values())
+        grown = sum(map(len, entry.grown.values())) + sum(entry.num_grown.values())
+        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
+        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
+        price = known.get(f"price/{resource}", 0.0)
+        LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", entry.step, moved, ratio, resource, price)
+    if known["budget_met"]:
+        what = "budget met" if f"limit/{resource}" in known else "done"
+        units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"
+        LOG.info("step %d: %s at %.1f %% of dense %s, %s units are left", entry.step, what, ratio, resource, units)

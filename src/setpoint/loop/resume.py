@@ -11,7 +11,7 @@ from setpoint.checkpoint.plain import check_rng_state, plain, restored, rng_stat
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
 from setpoint.loop.control import Control
-from setpoint.loop.state import RunState
+from setpoint.loop.record import RunState
 
 FORMAT = 2
 """Version of the state's form, its entry "format"."""

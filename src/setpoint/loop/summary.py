@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from setpoint.actuator.actuator import Actuator
 from setpoint.cost.budget import amount
-from setpoint.groups.group import widths_of
-from setpoint.ledger import Ledger, without_nan
-from setpoint.loop.losses import Losses
-from setpoint.loop.state import RunState
+from setpoint.ledger import Entry, without_nan
+from setpoint.loop.control import Control
+from setpoint.loop.record import RunState
 from setpoint.messages import counted, warn
 from setpoint.spending.metrics import totals, verdict
-from setpoint.spending.spending import Spending
 
 
 @dataclass(frozen=True)
@@ -135,79 +132,64 @@ class Summary:
         saved = "less than the overhead"
         if self.break_even_step is not None:
             saved = f"more than the overhead from step {self.break_even_step:,} on, by the clock of this run"
+        loss = "" if self.final_loss is None else f", loss {self.final_loss:.4g} at the end"
         parts = [f"{name} {value:.1f}" for name, value in self.overhead.items() if value >= 0.05 or name == "attach"]
-        return "\n".join(
-            (
-                f"verdict     {'' if self.budget_met else 'budget NOT met: '}{self.reason}"
-                + (f"\nnote        {self.note}" if self.note else ""),
-                f"cost        {'; '.join(cost)}",
-                f"size        {self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
-                f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
-                f"training    {self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s"
-                + (f", loss {self.final_loss:.4g} at the end" if self.final_loss is not None else ""),
-                f"overhead    {100 * self.overhead_flops_ratio:.1f} % of the FLOPs, {self.overhead_seconds:.1f} s "
-                f"({', '.join(parts)})",
-                f"time saved  {saved}",
-            )
-        )
+        lines = {
+            "verdict": f"{'' if self.budget_met else 'budget NOT met: '}{self.reason}",
+            "note": self.note,
+            "cost": "; ".join(cost),
+            "size": f"{self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
+            f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
+            "training": f"{self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s{loss}",
+            "overhead": f"{100 * self.overhead_flops_ratio:.1f} % of the FLOPs, {self.overhead_seconds:.1f} s "
+            f"({', '.join(parts)})",
+            "time saved": saved,
+        }
+        return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)
 
 
-def summarise(
-    now: RunState,
-    spending: Spending,
-    ledger: Ledger,
-    actuator: Actuator,
-    num_params: int,
-    dense_widths: Mapping[str, int],
-    losses: Losses,
-) -> Summary:
-    """The summary of a run that ended in the state `now`; `num_params` of the finished model, without masked ones."""
-    widths = widths_of(actuator.groups)
+Event = Entry | Summary | None
+"""What a callback is given: a decision, the summary at the end, or None after a step without a decision."""
+
+
+def summarise(control: Control) -> Summary:
+    """The summary of a run that has ended."""
+    now, spending, actuator, widths = control.state, control.spending, control.actuator, control.widths
+    masked = sum(int((~mask).sum()) for mask in actuator.masks.values())
+    num_params = sum(parameter.numel() for parameter in control.host.model.parameters()) - masked
+    accounted, broken = spending.costs["params"].total(widths), actuator.broken()
     spent = totals(spending, now.step, widths)
-    budget_met, reason = _verdict(now, spending, actuator, num_params, widths)
-    dropped = {(name, unit) for entry in ledger for name, units in entry.dropped.items() for unit in units}
-    returned = {(name, unit) for entry in ledger for name, units in entry.grown.items() for unit in units}
+    budget_met, reason = verdict(spending, now.step, widths, now.plan)
+    # The model is counted, not believed: a budget is of no use for a model that others have changed.
+    if broken:
+        budget_met = False
+        reason = f"masked weights of {broken!r} are not zero: something other than this loop changed them"
+    elif num_params != accounted:
+        budget_met = False
+        reason = (
+            f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "
+            "it was changed by something other than this loop"
+        )
+    entries = tuple(control.ledger)
     outcome = "the budget was met" if budget_met else "the budget was missed"
     summary = Summary(
         **spent,
         budget_met=budget_met,
         reason=reason,
         widths=widths,
-        dense_widths=dense_widths,
+        dense_widths=dict(spending.dense_widths),
         final_params=num_params,
-        dropped_units=len(dropped),
-        regrown_units=len(returned),
+        dropped_units=_num_units(entry.dropped for entry in entries),
+        regrown_units=_num_units(entry.grown for entry in entries),
         gave_way=f"{now.gave_way}; {outcome}" if now.gave_way else "",
-        final_loss=losses.loss,
+        final_loss=control.losses.loss,
     )
-    note = "; ".join(filter(None, (_unspent(summary), _cut_late(ledger))))
-    return replace(summary, note=note, **actuator.totals())
+    return replace(summary, note=_unspent(summary), **actuator.totals())
 
 
-def warn_of_miss(summary: Summary, now: RunState, passes: int) -> None:
-    """Warn if a run has missed its budget; `passes` are the backward passes since the last step."""
-    if summary.budget_met and (unspent := _unspent(summary)):
-        warn(f"{unspent}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger max_steps")
-    began = summary.steps or passes  # where nothing was trained nobody can have missed anything
-    if summary.budget_met or not {**summary.limit, **summary.limit_run} or not began:
-        return
-    known = {**summary.spent, **summary.metered}
-    words = [
-        f"a step takes {amount(known[name], name)}, the limit is {amount(limit, name)}"
-        for name, limit in summary.limit.items()
-        if name not in summary.limit_run
-    ] + [
-        f"{amount(summary.spent_run[name], name)} spent, the limit of the run is {amount(limit, name)}"
-        for name, limit in summary.limit_run.items()
-    ]
-    unseen = f"; {passes} backward passes came after the last step that was seen" if passes > 1 else ""
-    text = f"the budget is not met: {summary.reason} ({'; '.join(words)}){unseen}"
-    if now.waits and not now.budget_met:
-        text = (
-            "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
-            "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
-        )
-    warn(text)
+def _num_units(moved: Iterable[Mapping[str, list[int]]]) -> int:
+    """How many units moved at least once."""
+    return len({(name, unit) for groups in moved for name, units in groups.items() for unit in units})
 
 
 def _unspent(summary: Summary) -> str:
@@ -222,38 +204,31 @@ def _unspent(summary: Summary) -> str:
     )
 
 
-def _cut_late(ledger: Ledger) -> str:
-    """A hint where the last cut fell late in the learning rate's way down: what is cut then recovers little.
-
-    Renda, Frankle, Carbin, "Comparing rewinding and fine-tuning in neural network pruning", ICLR 2020.
-    """
-    rates = [entry.learning_rate for entry in ledger if entry.learning_rate is not None]
-    last = next((entry for entry in reversed(list(ledger)) if entry.dropped or entry.num_dropped), None)
-    if last is None or last.learning_rate is None or last.learning_rate >= _LATE * max(rates):
-        return ""
-    share = last.learning_rate / max(rates)
-    return (
-        f"the last cut, at step {last.step:,}, fell when the learning rate was {share:.0%} of the highest at a "
-        "decision, and what is cut then recovers little: cut earlier (controller=PricedController(Schedule(settle="
-        "...))), or let the rate fall later"
-    )
-
-
-_LATE = 0.25
-"""Share of the highest learning rate below which a cut is late."""
-
-
-def _verdict(
-    now: RunState, spending: Spending, actuator: Actuator, num_params: int, widths: Mapping[str, int]
-) -> tuple[bool, str]:
-    """Whether the budget is met, and why or why not."""
-    # The model is counted, not believed: a budget is of no use for a model that others have changed.
-    broken, accounted = actuator.broken(), spending.costs["params"].total(widths)
-    if broken:
-        return False, f"masked weights of {broken!r} are not zero: something other than this loop changed them"
-    if num_params != accounted:
-        return False, (
-            f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "
-            "it was changed by something other than this loop"
+def warn_of_miss(summary: Summary, now: RunState, passes: int) -> None:
+    """Warn if a run has missed its budget; `passes` are the backward passes since the last step."""
+    if summary.budget_met and summary.note:
+        warn(
+            f"{summary.note}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger "
+            "max_steps"
         )
-    return verdict(spending, now.step, widths, now.plan)
+    began = summary.steps or passes  # where nothing was trained nobody can have missed anything
+    if summary.budget_met or not {**summary.limit, **summary.limit_run} or not began:
+        return
+    if now.waits and not now.budget_met:
+        warn(
+            "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
+            "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
+        )
+        return
+    known = {**summary.spent, **summary.metered}
+    words = [
+        f"a step takes {amount(known[name], name)}, the limit is {amount(limit, name)}"
+        for name, limit in summary.limit.items()
+        if name not in summary.limit_run
+    ]
+    words += [
+        f"{amount(summary.spent_run[name], name)} spent, the limit of the run is {amount(limit, name)}"
+        for name, limit in summary.limit_run.items()
+    ]
+    unseen = f"; {passes} backward passes came after the last step that was seen" if passes > 1 else ""
+    warn(f"the budget is not met: {summary.reason} ({'; '.join(words)}){unseen}")
