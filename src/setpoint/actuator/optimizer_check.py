@@ -5,27 +5,28 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
 
-from setpoint.actuator.optimizer_state import INSTEAD, cut_state, map_tensors, moments_of
-from setpoint.actuator.tensors import swap, take
+from setpoint.actuator.cut import plan_cut
+from setpoint.actuator.mask import mask
+from setpoint.actuator.optimizer_state import INSTEAD, cut_state, map_tensors
+from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import take
 from setpoint.errors import CheckpointError, OptimizerError
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, Slice
 
 
 def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
     """Check that every optimizer holds at least one of the model's parameters, or raise OptimizerError."""
-    ours = {id(parameter) for parameter in model.parameters()}
+    ours = set(model.parameters())
     for optimizer in optimizers:
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not any(id(parameter) in ours for parameter in held):
+        held = _parameters(optimizer)
+        if not ours & set(held):
             raise OptimizerError(
                 f"{type(optimizer).__name__} holds {len(held)} tensors, but none of this model's parameters: "
                 "build it from model.parameters() of the very model you attach to, after the model "
@@ -103,37 +104,48 @@ def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-_DIMS = {0: np.array([0, 2, 3, 5]), 1: np.array([0, 1, 3])}
-_BFLOAT16_STEPS = 1e-3  # a twentieth of what three trial steps change
+_MATRIX, _VECTOR = "trial matrix", "trial vector"
+_SHAPES: dict[str, tuple[int, ...]] = {_MATRIX: (6, 4), _VECTOR: (6,)}
+_TRIALS = ((_MATRIX, _VECTOR), (_MATRIX,), (_VECTOR,))  # Muon takes matrices only, others vectors only
+_KEEP = {"rows": np.array([1, 0, 1, 1, 0, 1], dtype=bool), "columns": np.array([1, 1, 0, 1], dtype=bool)}
 _LARGE = (64, 128)
-_SHAPES = (((6, 4), (6,)), ((6, 4),), ((6,),))  # Muon takes matrices only, others vectors only
+_BFLOAT16_STEPS = 1e-3  # a twentieth of what three trial steps change
 
 
 def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.device) -> None:
     dtype = torch.float32 if device.type == "mps" else torch.float64
     by_matrix = steps_by_matrix(kind)
     tolerance = _BFLOAT16_STEPS if by_matrix else 1e-9 if dtype == torch.float64 else 1e-4
-    for shapes in _SHAPES:
+    for names in _TRIALS:
         generator = torch.Generator().manual_seed(0)
         # Five draws: the weights, the gradients of the step that makes state, and those of three compared steps.
-        draws = [[torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes] for _ in "12345"]
+        draws = [
+            {n: torch.randn(_SHAPES[n], generator=generator, dtype=dtype).to(device) for n in names} for _ in "12345"
+        ]
         try:
-            masked, small = _started(kind, settings, draws), _started(kind, settings, draws)
+            (twin, masked), (model, small) = _started(kind, settings, draws), _started(kind, settings, draws)
         except Exception:  # whatever a foreign class raises, it means that it cannot be tried out on these shapes
             continue
-        for parameter in _parameters(small):
-            state = cut_state(small, parameter, _dims(parameter), "a trial parameter")
-            swap(parameter, take(parameter, _dims(parameter)), ExitStack())  # not to be undone
-            small.state[parameter] = state
+        rows = Group("rows", "unit", 6, tuple(Slice(name, 0, "produce", np.arange(6)) for name in names))
+        columns = Group("columns", "unit", 4, (Slice(_MATRIX, 1, "consume", np.arange(4)),))
+        groups = (rows, columns) if _MATRIX in names else (rows,)
+        keep = {group.name: _KEEP[group.name] for group in groups}
+        kept = plan_cut(groups, keep).dims()
+        shrink(model, small, groups, keep)
         if by_matrix:
             _refit(masked, settings)
         for gradients in draws[2:]:
-            _masked_step(masked, gradients)
-            _step(small, [take(gradient, _dims(gradient)) for gradient in gradients])
-        for twin, part in zip(_parameters(masked), _parameters(small), strict=True):
+            _set_gradients(twin, gradients)
+            mask(twin, masked, groups, keep)
+            _step(masked)
+            mask(twin, masked, groups, keep)
+            _set_gradients(model, {name: take(gradient, kept[name]) for name, gradient in gradients.items()})
+            _step(small)
+        for name, parameter in model.named_parameters():
             # bfloat16 rounds steps, not weights: a large weight is allowed no larger difference.
             relative = 0.0 if by_matrix else tolerance
-            if not torch.allclose(take(twin, _dims(twin)), part.detach(), rtol=relative, atol=tolerance):
+            expected = take(twin.get_parameter(name), kept[name])
+            if not torch.allclose(expected, parameter.detach(), rtol=relative, atol=tolerance):
                 raise OptimizerError(
                     f"{kind.__name__} cannot follow a cut: its update depends on the tensor's shape (or on chance), "
                     f"so a smaller tensor would train differently: {INSTEAD}"
@@ -146,31 +158,29 @@ def _try_large(kind: type[Optimizer], settings: Mapping[str, Any], device: torch
     """Check the state of a large parameter: some keep it in 8 bits, but that of small ones as it is."""
     value = torch.zeros(_LARGE, device=device)
     try:
-        optimizer = _started(kind, settings, [[value], [torch.ones_like(value)]])
+        model, optimizer = _started(kind, settings, [{_MATRIX: value}, {_MATRIX: torch.ones_like(value)}])
     except Exception:  # as above
         return
-    (parameter,) = _parameters(optimizer)
-    cut_state(optimizer, parameter, _dims(parameter), f"a parameter of shape {_LARGE}")
+    cut_state(optimizer, model.get_parameter(_MATRIX), {0: np.arange(2)}, f"a parameter of shape {_LARGE}")
 
 
-def _dims(tensor: Tensor) -> dict[int, Int[np.ndarray, " _kept"]]:
-    return {dim: _DIMS[dim] for dim in range(tensor.dim())}
+def _started(
+    kind: type[Optimizer], settings: Mapping[str, Any], draws: Sequence[Mapping[str, Tensor]]
+) -> tuple[nn.Module, Optimizer]:
+    """Parameters and an optimizer of this kind after its first step, so that it has state."""
+    model = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in draws[0].items()})
+    optimizer = kind(list(model.values()), **settings)
+    _set_gradients(model, draws[1])
+    _step(optimizer)
+    return model, optimizer
 
 
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _set_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].clone()
 
 
-def _started(kind: type[Optimizer], settings: Mapping[str, Any], draws: list[list[Tensor]]) -> Optimizer:
-    """An optimizer of this kind after its first step, so that it has state."""
-    optimizer = kind([nn.Parameter(value.clone()) for value in draws[0]], **settings)
-    _step(optimizer, draws[1])
-    return optimizer
-
-
-def _step(optimizer: Optimizer, gradients: list[Tensor]) -> None:
-    for parameter, gradient in zip(_parameters(optimizer), gradients, strict=True):
-        parameter.grad = gradient.clone()
+def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
     except TypeError:  # L-BFGS insists on a closure
@@ -179,34 +189,16 @@ def _step(optimizer: Optimizer, gradients: list[Tensor]) -> None:
 
 def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
     """Give the masked twin of a Muon matrix the learning-rate factor of the cut shape, and keep its decay."""
-    ratio = shape_factor(settings, [len(_DIMS[dim]) for dim in (0, 1)]) / shape_factor(settings, _SHAPES[1][0])
+    small = [int(_KEEP[name].sum()) for name in ("rows", "columns")]
+    ratio = shape_factor(settings, small) / shape_factor(settings, _SHAPES[_MATRIX])
     for group in optimizer.param_groups:
         group["lr"] *= ratio
         # Decay is `lr * weight_decay`, which must not follow the factor.
         group["weight_decay"] /= ratio
 
 
-def _masked_step(optimizer: Optimizer, gradients: list[Tensor]) -> None:
-    """A step before and after which the dropped entries of weights, moments and gradients are zero."""
-
-    def mask_all() -> None:
-        for parameter in _parameters(optimizer):
-            for tensor in (parameter, *(moment for _, moment in moments_of(optimizer, parameter))):
-                _zero_dropped(tensor)
-
-    gradients = [gradient.clone() for gradient in gradients]
-    for gradient in gradients:
-        _zero_dropped(gradient)
-    mask_all()
-    _step(optimizer, gradients)
-    mask_all()
-
-
-@torch.no_grad()
-def _zero_dropped(tensor: Tensor) -> None:
-    for dim, kept in _dims(tensor).items():
-        dropped = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
-        tensor.index_fill_(dim, torch.from_numpy(dropped).to(tensor.device), 0)
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def check_state(
@@ -217,7 +209,14 @@ def check_state(
     `saved` is the state dict that the optimizer is about to load, None the state that it has. A CheckpointError names
     the first tensor that does not fit, or says that the state is of other parameters.
     """
-    states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state if saved is None else _by_parameter(optimizer, saved)
+    states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
+    if saved is not None:  # PyTorch matches parameters by their order
+        own, numbers = _parameters(optimizer), [n for settings in saved["param_groups"] for n in settings["params"]]
+        if len(own) != len(numbers):
+            raise CheckpointError(
+                f"{type(optimizer).__name__} cannot load the state of {len(numbers)} parameters: it has {len(own)}"
+            )
+        states = {p: saved["state"].get(number, {}) for p, number in zip(own, numbers, strict=True)}
     cut = {part.tensor for group in groups for part in group.slices}
     for name, parameter in model.named_parameters(remove_duplicate=False):
 
@@ -232,19 +231,3 @@ def check_state(
 
         for part, value in states.get(parameter, {}).items() if name in cut else ():
             map_tensors(value, check, part)
-
-
-def _by_parameter(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
-    """The states of a state dict by the optimizer's own parameters, which PyTorch matches by their order."""
-    own, theirs = (
-        [len(settings["params"]) for settings in groups] for groups in (optimizer.param_groups, saved["param_groups"])
-    )
-    # PyTorch finds this out only after its hooks, when the loop's half of the state has been taken over.
-    if own != theirs:
-        raise CheckpointError(
-            f"{type(optimizer).__name__} cannot load a state of other parameters: its groups have {theirs}, here they "
-            f"have {own}"
-        )
-    parameters = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
-    numbers = [number for settings in saved["param_groups"] for number in settings["params"]]
-    return {p: saved["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=True)}

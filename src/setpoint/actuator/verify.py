@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,14 @@ from setpoint.messages import progress
 _FEW = 4  # samples that a verification looks at
 _LARGE = 10_000_000  # parameters
 _PIECE = 1 << 18  # entries that are compared at a time
+_DRAWN = 1_000_003  # random numbers for a large tensor; they repeat, but no two rows are equal, since this is a prime
+_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}  # a subclass may do anything else in training
+
+_LEAST = 1e-3  # values below this are compared with it
+_ROUNDED = 1e-6  # so are those below this share of the largest: in float64 that is the rounding of the largest
+_QUICK = 1e-4  # the relative error up to which float32 is enough
+# Relative error allowed, by the narrowest floating-point width that the computation went through.
+_TOLERANCE = {64: 1e-9, 32: 1e-3, 16: 5e-2, 8: 5e-1}
 
 
 def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[tuple[str, ...], float]:
@@ -47,10 +55,10 @@ def failing_on_few_rows(model: nn.Module, example: Example, groups: tuple[Group,
 def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]) -> tuple[str, ...]:
     """Names of the groups whose cut does not behave like its masked twin; found by bisection.
 
-    Of two copies with the same randomised weights one is shrunk, and the other has the dropped entries masked; outputs,
-    the kept entries' gradients and the updated buffers must agree. Of a group that is not lossless only the shapes are
-    checked, since zero is not absent there. Dropout is off; a model that still draws random numbers is compared in eval
-    mode. Forward hooks run on the copies, too. Needs memory for about three copies of the model.
+    Of two copies with the same randomised weights one has the dropped entries masked, and the other is shrunk as well;
+    outputs, the kept entries' gradients and the updated buffers must agree. Of a group that is not lossless only the
+    shapes are checked, since zero is not absent there. Dropout is off; a model that still draws random numbers is
+    compared in eval mode. Forward hooks run on the copies, too. Needs memory for about three copies of the model.
 
     A large model is tried in float32 first, which takes half of the memory and time of float64. If all agree to 1e-4,
     nothing else is tried; otherwise float64 decides. In float32 batch norms normalise by their running statistics.
@@ -59,25 +67,29 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
         ExampleError: when the model itself does not run on the example.
     """
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGE and _has_plain_norms(model):
-        quick = CutCheck.of(model, example, groups, None, torch.float32)
+        quick = CutCheck.of(model, example, groups, dtype=torch.float32)
         # Statistics that only run may leave gradients too small for their errors to show.
-        faint = any(type(module) in _BATCH_NORMS for module in model.modules()) and quick.faint
+        faint = any(type(module) in _BATCH_NORMS for module in model.modules()) and quick.masked.is_faint()
         if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
-    return tuple(name for name, _ in CutCheck.of(model, example, groups, None).failing())
+    return tuple(name for name, _ in CutCheck.of(model, example, groups).failing())
 
 
 @dataclass(frozen=True, eq=False)
 class CutCheck:
-    """The randomised copy on which cuts are tried, and the cut to try."""
+    """The cut to try, the copy on which it is tried, and what this copy computes.
 
-    make: Callable[[], nn.Module]
+    The copy is randomised, and the dropped units of all lossless groups are masked in it: a part of the groups is
+    compared with it, too, since those that are not cut have the same entries in both.
+    """
+
+    copy: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     groups: tuple[Group, ...]
     keep: Keep
-    tolerance: float = 0.0
-    first: _First | None = None
+    tolerance: float
+    masked: Outcome
 
     @classmethod
     def of(
@@ -85,67 +97,55 @@ class CutCheck:
         model: nn.Module,
         example: Example,
         groups: tuple[Group, ...],
-        keep: Keep | None,
+        keep: Keep | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> CutCheck:
-        """A copy in this dtype, or a wider one of its own, if the model runs in it; else in its own dtypes."""
-        widened = partial(_widened, dtype=dtype)
+        """On a copy in this dtype, or a wider one of its own, if the model runs in it; else in its own dtypes."""
         keep = random_keep(groups) if keep is None else check_keep(groups, keep)
-        args, kwargs = mapped(_lively, inputs_of(without_cache(model, example)))
-        copied = randomised_copy if dtype == torch.float64 else _copy_on_running_statistics
-        plain = cls(lambda: copied(model, groups), args, kwargs, groups, keep)
-        wide = replace(
-            plain,
-            make=lambda: plain.make()._apply(widened),  # type: ignore[no-untyped-call]
-            args=mapped(widened, plain.args),
-            kwargs=mapped(widened, dict(plain.kwargs)),
-        )
-        for check in (wide, plain):
-            masked, names = check._masked()
-            before = {name: buffer.clone() for name, buffer in masked.named_buffers()}
+        inputs = mapped(_lively, inputs_of(without_cache(model, example)))
+        for widened in (partial(_widened, dtype=dtype), None):
+            twin = randomised_copy(model, groups)
+            if dtype != torch.float64:
+                _normalise_by_running_statistics(twin)
+            args, kwargs = inputs
+            if widened is not None:
+                twin._apply(widened)  # type: ignore[no-untyped-call]
+                args, kwargs = mapped(widened, inputs)
+            for group in groups:
+                if group.lossless:
+                    with suppress(GroupError):  # a group that does not fit: its cut fails, too, and says so
+                        mask(twin, None, (group,), {group.name: keep[group.name]})
+            check = partial(_outcome, args=args, kwargs=kwargs)
+            before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
             with _Narrowest() as narrowest:
                 try:
-                    outcome = check.run(masked)
+                    outcome = check(twin)
                 except Exception as error:  # anything may go wrong in a foreign forward
                     failure = error
                     continue
-            found = replace(check, tolerance=_TOLERANCE[narrowest.bits])
-            # Drawing random numbers is harmless unless another seed changes the result.
-            if outcome.drew and outcome.difference(found.run(copy_of(masked), seed=1), found.tolerance):
-                # It still draws random numbers that change the result: compare where it does not.
-                return replace(found, make=partial(_in_eval, check.make))
-            with torch.no_grad():
-                for name, buffer in masked.named_buffers():
-                    buffer.copy_(before[name])
-            return replace(found, first=_First(names, outcome, [masked]))
+            _put_back(twin, before)
+            tolerance = _TOLERANCE[narrowest.bits]
+            # Drawing random numbers is harmless unless another seed changes the result: then compare without.
+            if outcome.drew and outcome.difference(check(copy_of(twin), seed=1), tolerance):
+                outcome = check(twin.eval())
+                _put_back(twin, before)
+            return cls(twin, args, kwargs, groups, keep, tolerance, outcome)
         raise ExampleError(f"the model does not run on the example: {failure}") from failure
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The copy, uncut; made where it is needed."""
-        return self.make()
-
-    @property
-    def faint(self) -> bool:
-        """Whether a gradient of the first pass may be too small to be compared."""
-        if self.first is None:
-            return True
-        return any(0 < _largest([g]) < _LEAST for g in self.first.outcome.gradients.values() if g.numel())
 
     def passes(self) -> bool:
         """Whether all groups can be cut together."""
-        return self._fault(self._cut_names()) is None
-
-    def _cut_names(self) -> list[str]:
-        return [group.name for group in self.groups if not self.keep[group.name].all()]
+        return self._fault(self._names()) is None
 
     def failing(self) -> Iterator[tuple[str, str]]:
         """(group name, what differs) of each group that fails."""
-        candidates = self._cut_names()
+        candidates = self._names()
         while candidates and self._fault(candidates) is not None:
             name, why = self._bisect(candidates, [])
             yield name, why
             candidates.remove(name)
+
+    def _names(self) -> list[str]:
+        return [group.name for group in self.groups if not self.keep[group.name].all()]
 
     def _bisect(self, suspects: list[str], context: list[str]) -> tuple[str, str]:
         """One failing group among suspects, which fail together with the groups in context."""
@@ -158,66 +158,19 @@ class CutCheck:
 
     def _fault(self, names: list[str]) -> str | None:
         """Why these groups cannot be cut together, or None."""
-        exact = self._exact(names)
-        why = self._compare(exact, by_value=True) if exact else None
-        return self._compare(names, by_value=False) if why is None and len(exact) < len(names) else why
-
-    def _exact(self, names: Sequence[str]) -> list[str]:
         lossless = {group.name for group in self.groups if group.lossless}
-        return [name for name in names if name in lossless and not self.keep[name].all()]
+        exact = [name for name in names if name in lossless]
+        why = self._compare(exact, self.tolerance) if exact else None
+        return self._compare(names, math.inf) if why is None and len(exact) < len(names) else why
 
-    def _masked(self) -> tuple[nn.Module, frozenset[str]]:
-        """A copy in which every lossless group is masked, and their names; none where the groups do not fit it."""
-        masked, names = self.make(), self._exact([group.name for group in self.groups])
-        try:
-            mask(masked, None, self.groups, {name: self.keep[name] for name in names})
-        except GroupError:  # the cut of such a group fails, too, and says so
-            return masked, frozenset()
-        return masked, frozenset(names)
-
-    def _compare(self, names: list[str], by_value: bool) -> str | None:
-        keep = {name: self.keep[name] for name in names}
-        # What was masked already has the same kept entries, and whatever is masked has the same shapes.
-        first = self.first if self.first and (not by_value or self.first.names == set(names)) else None
-        small = first.spare.pop() if first and first.spare else copy_of(self.model)
+    def _compare(self, names: list[str], tolerance: float) -> str | None:
+        keep, small = {name: self.keep[name] for name in names}, copy_of(self.copy)
         try:
             shrink(small, None, self.groups, keep)
-            got = self.run(small)
+            found = _outcome(small, self.args, self.kwargs)
         except Exception as error:  # a wrong size shows up as any exception in the model's own code
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        del small  # before the second copy is made: one copy less in memory at a time
-        if first:
-            want = first.outcome
-        else:
-            masked = copy_of(self.model)
-            mask(masked, None, self.groups, keep)
-            want = self.run(masked)
-        return want.cut(plan_cut(self.groups, keep)).difference(got, self.tolerance if by_value else float("inf"))
-
-    def run(self, model: nn.Module, seed: int = 0) -> Outcome:
-        """One forward and backward pass of a copy on the example, with seeded generators."""
-        with _private_chance(model, seed) as drawn, torch.enable_grad():
-            outputs = [_filled(leaf) for leaf in tensors_of(model(*self.args, **self.kwargs)) if _is_float(leaf)]
-            generator = torch.Generator().manual_seed(0)
-            # `abs`: backward needs a real number, and an output may be complex.
-            loss = sum((out * _noise(out, generator)).sum().abs() for out in outputs if out.requires_grad)
-            if isinstance(loss, Tensor):
-                torch.autograd.backward(loss)
-            drew = drawn()
-        gradients = {name: _filled(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        for parameter in model.parameters():
-            parameter.grad = None
-        buffers = {name: _filled(buffer).clone() for name, buffer in model.named_buffers() if _is_float(buffer)}
-        return Outcome([output.detach() for output in outputs], gradients, buffers, drew)
-
-
-@dataclass(frozen=True, eq=False)
-class _First:
-    """What all lossless groups are compared with at once."""
-
-    names: frozenset[str]  # of the groups that were masked
-    outcome: Outcome  # of the masked copy
-    spare: list[nn.Module]  # the masked copy as it was before its pass, to be cut by whoever takes it
+        return self.masked.cut(plan_cut(self.groups, keep)).difference(found, tolerance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +181,10 @@ class Outcome:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
     drew: bool
+
+    def is_faint(self) -> bool:
+        """Whether a gradient may be too small to be compared."""
+        return any(0 < _largest([gradient]) < _LEAST for gradient in self.gradients.values() if gradient.numel())
 
     def cut(self, cut: Cut) -> Outcome:
         """The kept entries only."""
@@ -257,6 +214,28 @@ class Outcome:
                 if why := _differ(want, gots[name], tolerance, scales.get(name, 0.0), rounded):
                     return f"{what} of {name} {why}"
         return None
+
+
+def _outcome(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0) -> Outcome:
+    """One forward and backward pass of a copy, with seeded generators."""
+    with _private_chance(model, seed) as drawn, torch.enable_grad():
+        outputs = [_filled(leaf) for leaf in tensors_of(model(*args, **kwargs)) if _is_float(leaf)]
+        generator = torch.Generator().manual_seed(0)
+        # `abs`: backward needs a real number, and an output may be complex.
+        loss = sum((out * _noise(out, generator)).sum().abs() for out in outputs if out.requires_grad)
+        if isinstance(loss, Tensor):
+            torch.autograd.backward(loss)
+        drew = drawn()
+    gradients = {name: _filled(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    buffers = {name: _filled(buffer).clone() for name, buffer in model.named_buffers() if _is_float(buffer)}
+    return Outcome([output.detach() for output in outputs], gradients, buffers, drew)
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def _differ(want: Tensor, got: Tensor, tolerance: float, scale: float, rounded: float = 0.0) -> str | None:
@@ -339,22 +318,15 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     return twin
 
 
-def _copy_on_running_statistics(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
-    """A `randomised_copy` whose batch norms normalise by their running statistics, in the model's own mode."""
-    # Rounding in float32 grows to per cents where the statistics are those of a few samples.
-    twin = randomised_copy(model, groups)
-    for module in twin.modules():
+def _normalise_by_running_statistics(model: nn.Module) -> None:
+    """In float32 rounding grows to per cents where the statistics are those of a few samples."""
+    for module in model.modules():
         if type(module) in _BATCH_NORMS:
             module.forward = partial(_by_running_statistics, module)
-    return twin
 
 
 def _by_running_statistics(norm: Any, x: Tensor) -> Tensor:
     return nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-
-
-_BATCH_NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
-"""A subclass may do anything else in training."""
 
 
 def _has_plain_norms(model: nn.Module) -> bool:
@@ -365,10 +337,6 @@ def _has_plain_norms(model: nn.Module) -> bool:
     )
 
 
-_DRAWN = 1_000_003
-"""Random numbers that are drawn for a large tensor. They repeat, but no two rows are equal, since this is a prime."""
-
-
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     dtype = like.dtype if like.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
     count = like.numel()
@@ -376,10 +344,6 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     if count > _DRAWN:
         drawn = drawn.repeat(-(-count // _DRAWN))[:count]
     return drawn.reshape(like.shape)
-
-
-def _in_eval(make: Callable[[], nn.Module]) -> nn.Module:
-    return make().eval()
 
 
 def _is_float(leaf: Any) -> bool:
@@ -407,8 +371,7 @@ def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]
 
     def state() -> list[Any]:
         tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
-        numpy = np.random.get_state(legacy=False)["state"]
-        return [[tensor.tolist() for tensor in tensors], random.getstate(), numpy["pos"], numpy["key"].tolist()]
+        return [[tensor.tolist() for tensor in tensors], random.getstate(), repr(np.random.get_state())]
 
     with preserved_rng_state(model), torch.autocast(kind, enabled=False):
         torch.default_generator.manual_seed(seed)
@@ -419,13 +382,6 @@ def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]
         np.random.seed(seed)
         before = state()
         yield lambda: state() != before
-
-
-_LEAST = 1e-3  # values below this are compared with it
-_ROUNDED = 1e-6  # so are those below this share of the largest: in float64 that is the rounding of the largest
-_QUICK = 1e-4  # the relative error up to which float32 is enough
-# Relative error allowed, by the narrowest floating-point width that the computation went through.
-_TOLERANCE = {64: 1e-9, 32: 1e-3, 16: 5e-2, 8: 5e-1}
 
 
 class _Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]

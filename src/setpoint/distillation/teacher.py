@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any, final
 
 import torch
@@ -54,13 +55,8 @@ class Teacher:
     def __init__(
         self, model: nn.Module, loop: Loop | None = None, *, alpha: float = 0.5, temperature: float = 2.0
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"a teacher is a torch.nn.Module, got {type(model).__name__}: write Teacher(model, loop)")
-        if not isinstance(loop, Loop | None):
-            raise ValueError(
-                f"the loop is what attach returned, got {loop!r}: give settings by name, and write "
-                "Teacher(model, loop, alpha=0.5)"
-            )
+        if not (isinstance(model, nn.Module) and isinstance(loop, Loop | None)):
+            raise ValueError(f"write Teacher(model, loop, alpha=0.5): got {a_type(model)} and {a_type(loop)}")
         alpha, temperature = plain_number(alpha), plain_number(temperature)
         if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
@@ -69,9 +65,8 @@ class Teacher:
         _check_not_pruned(model)
         self.model, self.loop = model.eval().requires_grad_(False), loop
         self.alpha, self.temperature = float(alpha), float(temperature)
-        self.flops = 0.0
-        self._reported = 0.0
-        self._flops_by_shapes = dict[Any, float]()
+        self.flops, self._counted = 0.0, 0.0
+        self._flops_by_inputs = dict[Any, float]()
 
     @torch.no_grad()
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,15 +78,15 @@ class Teacher:
         _check_not_pruned(self.model)  # it may have been attached since
         if self.model.training:  # a module that holds it was set to train mode
             self.model.eval()
-        shapes = _form((args, kwargs))
-        if shapes in self._flops_by_shapes:
+        inputs = _form((args, kwargs))
+        counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
+        with nullcontext() if inputs in self._flops_by_inputs else counter:  # it slows a pass down
             outputs = self.model(*args, **kwargs)
-        else:
-            with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
-                outputs = self.model(*args, **kwargs)
-            self._flops_by_shapes[shapes] = float(counter.get_total_flops())
-        self.flops += self._flops_by_shapes[shapes]
-        self._count_as_overhead()
+        self.flops += self._flops_by_inputs.setdefault(inputs, float(counter.get_total_flops()))
+        if self.loop is not None:
+            with suppress(NotBegunError):  # then they are counted after a later pass
+                self.loop.spending.account.sensed(self.flops - self._counted)
+                self._counted = self.flops
         return logits_of(outputs)
 
     def loss(self, loss: Tensor, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,21 +99,27 @@ class Teacher:
             mask: which rows count, as the logits without their last dim: 1 or True where they do. All by default.
 
         Raises:
-            ValueError: when the shapes differ.
+            ValueError: when the shapes differ, or are not those of logits.
         """
         return (1 - self.alpha) * loss + self.alpha * self.distance(own, taught, mask)
 
     def distance(self, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count; 0 where no row counts.
+        """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count, of arguments as for `loss`; 0 without rows.
 
         A class of which the teacher's probability is 0, such as one with a logit of -inf, adds nothing. A class with a
-        logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes. Arguments are
-        those of `loss`.
-
-        Raises:
-            ValueError: when the shapes differ, or are not those of logits.
+        logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes.
         """
-        _check_shapes(own, taught, mask)
+        if own.shape != taught.shape:
+            raise ValueError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
+                "have the same classes or vocabulary"
+            )
+        # Maps of classes have four dims, classes second: softmax over their width would train without an error.
+        if not 2 <= own.dim() <= 3 or own.shape[-1] < 2:
+            raise ValueError(
+                f"logits are (rows, classes) or (rows, positions, classes), with two classes or more, got shape "
+                f"{tuple(own.shape)}: move classes to the end and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
+            )
         if mask is not None:
             own, taught = own[mask.bool()], taught[mask.bool()]
         own = (own.float().flatten(0, -2) / self.temperature).log_softmax(-1)
@@ -130,16 +131,6 @@ class Teacher:
             own, taught = own.masked_fill(absent, 0.0), taught.masked_fill(absent, torch.finfo(taught.dtype).min)
         divergence = functional.kl_div(own, taught, log_target=True, reduction="sum") / max(len(own), 1)
         return divergence * self.temperature**2
-
-    def _count_as_overhead(self) -> None:
-        if self.loop is None:
-            return
-        try:
-            account = self.loop.spending.account
-        except NotBegunError:  # these FLOPs wait for a later pass
-            return
-        account.sensed(self.flops - self._reported)
-        self._reported = self.flops
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -157,25 +148,8 @@ def _check_not_pruned(model: nn.Module) -> None:
         raise ValueError("the teacher is the model that is pruned: give another one, such as copy.deepcopy(model)")
 
 
-def _check_shapes(own: Tensor, taught: Tensor, mask: Tensor | None) -> None:
-    if own.shape != taught.shape:
-        raise ValueError(
-            f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
-            "have the same classes or vocabulary"
-        )
-    # Maps of classes have four dims, classes second: softmax over their width would train without an error.
-    if not 2 <= own.dim() <= 3 or own.shape[-1] < 2:
-        raise ValueError(
-            "logits have two classes or more in their last dim, behind a dim of rows or two of rows and positions: "
-            f"got shape {tuple(own.shape)}. Move classes to the end and flatten the rest, as in "
-            "logits.movedim(1, -1).flatten(0, -2); a single score has no distribution to learn"
-        )
-    if mask is not None and mask.shape != own.shape[:-1]:
-        raise ValueError(f"the mask has shape {tuple(mask.shape)} for logits of shape {tuple(own.shape)}")
-
-
 def _form(inputs: Any) -> Hashable:
-    """What decides on the FLOPs of a pass: the shapes of all tensors, and numbers, words and flags beside them."""
+    """What decides on the FLOPs of a pass: the shapes of all tensors, and integers, strings and flags."""
     if isinstance(inputs, Mapping):
         return tuple((name, _form(value)) for name, value in inputs.items())
     if isinstance(inputs, (list, tuple)):

@@ -20,16 +20,13 @@ from torch import nn
 
 from setpoint.actuator.in_state_dict import KEY, StateSizes
 from setpoint.actuator.model_shapes import ModelShapes, was_cut
+from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.checkpoint.resumable import is_resumable, resumable
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-_TRANSFORMERS = {"models": "transformers.modeling_utils", "trainer": "transformers.trainer"}
-_DIFFUSERS = "diffusers.models.modeling_utils"
+from setpoint.integrations.session import Session
 
 
 def enable_checkpointing() -> None:
@@ -50,7 +47,7 @@ def enable_checkpointing() -> None:
     >>> dense[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    replace_once(nn.Module, "load_state_dict", _with_sizes)
+    _replace_once(nn.Module, "load_state_dict", _with_sizes)
     for enable in (enable_transformers, enable_diffusers):
         with suppress(ImportError):
             enable()
@@ -58,20 +55,22 @@ def enable_checkpointing() -> None:
 
 def enable_transformers() -> None:
     """Let folders and checkpoints of transformers carry the sizes of cut models; a second call changes nothing."""
-    model_class = import_module(_TRANSFORMERS["models"]).PreTrainedModel
-    replace_once(model_class, "save_pretrained", _then_write_sizes)
-    replace_once(model_class, "_load_pretrained_model", lambda load: staticmethod(_after_reading_sizes(load)))
-    replace_once(import_module(_TRANSFORMERS["trainer"]).Trainer, "_load_from_checkpoint", _into_resumable)
+    model_class = import_module("transformers.modeling_utils").PreTrainedModel
+    trainer_class = import_module("transformers.trainer").Trainer
+    _replace_once(model_class, "save_pretrained", _then_write_sizes)
+    _replace_once(model_class, "_load_pretrained_model", lambda load: staticmethod(_after_reading_sizes(load)))
+    _replace_once(trainer_class, "_load_from_checkpoint", _into_resumable)
+    _replace_once(trainer_class, "train", _introduced)
 
 
 def enable_diffusers() -> None:
     """The same for folders of diffusers' models."""
-    model_class = import_module(_DIFFUSERS).ModelMixin
-    replace_once(model_class, "save_pretrained", _then_write_sizes)
-    replace_once(model_class, "_load_pretrained_model", lambda load: classmethod(_after_reading_diffusers_sizes(load)))
+    model_class = import_module("diffusers.models.modeling_utils").ModelMixin
+    _replace_once(model_class, "save_pretrained", _then_write_sizes)
+    _replace_once(model_class, "_load_pretrained_model", lambda load: classmethod(_after_reading_diffusers_sizes(load)))
 
 
-def replace_once(owner: Any, name: str, wrapped: Callable[..., Any]) -> None:
+def _replace_once(owner: Any, name: str, wrapped: Callable[..., Any]) -> None:
     """Replace a method of a class by what `wrapped` makes of it, unless that was done before."""
     plain = getattr(owner, name)
     if not getattr(plain, "by_setpoint", False):
@@ -136,6 +135,23 @@ def _into_resumable(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_from_checkpoint
 
 
+def _introduced(train: Callable[..., Any]) -> Callable[..., Any]:
+    """`Trainer.train`, which makes the Trainer known to its callback: no event has it, or the model in its wrappers."""
+
+    @wraps(train)
+    def train_introduced(self: Any, *args: Any, **settings: Any) -> Any:
+        callbacks = self.callback_handler.callbacks
+        # First of all, so that what it adds to the logs is there when the others report them.
+        callbacks.sort(key=lambda callback: not isinstance(callback, Session))
+        for session in callbacks:
+            if isinstance(session, Session):
+                session.prepare(callbacks=callbacks)
+                session.trainer = self
+        return train(self, *args, **settings)
+
+    return train_introduced
+
+
 def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:
     """`setpoint.json` of a folder, or of a model on the Hub; None if there is none."""
     if checkpoint_files and (local := Path(checkpoint_files[0]).parent / SIZES_FILE).is_file():
@@ -158,8 +174,7 @@ def write_sizes(model: nn.Module, folder: Path) -> None:
     if carried is None:
         file.unlink(missing_ok=True)
         return
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    plain = carried.plain()
+    tensors, plain = named_tensors(model), carried.plain()
     plain["shapes"] = {name: list(tensors[name].shape) for name in carried.dense if name in tensors}
     plain["transient"] = {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}

@@ -56,20 +56,16 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.prepare(pl_module, *_averages(trainer), callbacks=trainer.callbacks)
         # Behind all but ModelCheckpoint: WeightAveraging's `on_save_checkpoint` drops the sizes, and must come before.
-        others = [callback for callback in trainer.callbacks if callback is not self]
-        checkpoints = [at for at, callback in enumerate(others) if callback in trainer.checkpoint_callbacks]
-        end = min(checkpoints, default=len(others))
-        trainer.callbacks = [*others[:end], self, *others[end:]]
+        last = [self, *trainer.checkpoint_callbacks]
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in last] + last
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         model, optimizers, copies = trainer.strategy.model, list(trainer.optimizers), _averages(trainer)
         if self.module:
             model = pl_module.get_submodule(self.module)
             copies = [average.get_submodule(self.module) for average in copies]
-            own = set(map(id, model.parameters()))
-            optimizers = [
-                one for one in optimizers if own & {id(p) for group in one.param_groups for p in group["params"]}
-            ]
+            own = set(model.parameters())
+            optimizers = [one for one in optimizers if any(own & set(group["params"]) for group in one.param_groups)]
         self.begin(model, optimizers, total_steps=_total_steps(trainer), copies=copies)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -115,9 +111,9 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
 
 def _averages(trainer: Any) -> list[nn.Module]:
     """Averaged copies of the model that callbacks keep."""
-    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
-    inner = [average.module if isinstance(average, AveragedModel) else average for average in found]
-    return [average for average in inner if isinstance(average, nn.Module)]
+    kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    found = [average for average in kept if average is not None]
+    return [average.module if isinstance(average, AveragedModel) else average for average in found]
 
 
 def _epochs(trainer: Any) -> int:

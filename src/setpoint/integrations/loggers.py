@@ -88,8 +88,8 @@ def _opener(name: str) -> Callable[[], Any]:
         raise ModuleNotFoundError(f"{LOGGERS[name]} is not installed: pip install {name}", name=name) from error
 
 
-def _has(to: Any, *methods: str) -> bool:
-    return all(callable(getattr(to, name, None)) for name in methods)
+def _has(to: Any, method: str) -> bool:
+    return callable(getattr(to, method, None))
 
 
 def _is_mlflow(to: Any) -> bool:
@@ -98,7 +98,7 @@ def _is_mlflow(to: Any) -> bool:
 
 
 def _is_wandb(to: Any) -> bool:
-    return _has(to, "log", "define_metric")
+    return _has(to, "log") and _has(to, "define_metric")
 
 
 def _write(to: Any, metrics: Mapping[str, float], step: int) -> None:

@@ -45,8 +45,12 @@ class Session:
         check_settings(settings, type(self), attach)
         self.budget, self.settings = budget, settings
         self.goal = parse_budget(budget)  # what is no budget is refused here, and not when training begins
+        budgets = self.goal if isinstance(self.goal, Sequence) else [self.goal]
+        # One budget says how long the run is, the other what a step takes.
+        self.has_run_budget = {one.per for one in budgets if isinstance(one, Budget)} == {"step", "run"}
         self.loop: Loop | None = None
         self.summary: Summary | None = None
+        self.trainer: Any = None  # set where a framework's events do not name it
 
     def prepare(self, *models: nn.Module, callbacks: Iterable[Any] = ()) -> None:
         """Let models, averages too, take the sizes of any checkpoint that is loaded into them.
@@ -93,21 +97,13 @@ class Session:
                 "the checkpoint"
             )
 
-    @property
-    def has_run_budget(self) -> bool:
-        """Whether a budget per run says how long the run is, and others what a step takes."""
-        budgets = self.goal if isinstance(self.goal, Sequence) else [self.goal]
-        return {budget.per for budget in budgets if isinstance(budget, Budget)} == {"step", "run"}
-
     def stepped(self) -> bool:
         """Whether the trainer is to stop, since the run has spent its budget; asked after each optimizer step."""
-        loop = self.loop if self.has_run_budget else None
-        return loop is not None and loop.step > 0 and loop.step >= loop.total_steps
+        return self.loop is not None and self.has_run_budget and 0 < self.loop.step >= self.loop.total_steps
 
     def metrics(self) -> dict[str, float]:
         """What the loop measures, for the trainer's own log."""
-        measured = {} if self.loop is None else self.loop.metrics()
-        return {f"setpoint/{name}": value for name, value in measured.items()}
+        return {} if self.loop is None else {f"setpoint/{name}": value for name, value in self.loop.metrics().items()}
 
     def finish(self) -> None:
         """End the run and keep its summary; a second call changes nothing."""

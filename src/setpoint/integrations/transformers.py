@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from setpoint.cost.budget import Tolerance
-from setpoint.integrations.checkpointing import enable_transformers, replace_once
+from setpoint.integrations.checkpointing import enable_transformers
 from setpoint.integrations.session import Session
 from setpoint.integrations.taught import Taught
 from setpoint.messages import warn
@@ -44,21 +42,16 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
     def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:
         super().__init__(budget, **settings)
         if isinstance(self.goal, Tolerance):
-            raise ValueError(
-                "a Tolerance needs the loss of each step, which a callback of the Trainer is not given: use a budget "
-                "or a Price, or a loop of your own with loop.observe(loss)"
-            )
-        self.best_within_budget, self.trainer = best_within_budget, None
+            raise ValueError("a Tolerance needs the loss of each step, which a Trainer tells no callback: use a budget")
+        self.best_within_budget, self._was_within = best_within_budget, True
         enable_transformers()
-        replace_once(Trainer, "train", _introduced)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.prepare(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wrapped = getattr(self.trainer, "model_wrapped", None)
-        model = kwargs["model"] if wrapped is None else wrapped  # a compiled model has no truth value
         self._was_within = True  # a run that goes on within its budget keeps its best checkpoint
+        model = kwargs["model"] if self.trainer is None else self.trainer.model_wrapped
         self.begin(model, kwargs["optimizer"], total_steps=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,9 +59,8 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
         if self.best_within_budget and within and not self._was_within:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._was_within = within
-        if self.stepped():
+        if self.stepped():  # what the Trainer does at its own last step, too
             control.should_training_stop = True
-            # What the Trainer does at its own last step, too.
             control.should_save |= args.save_strategy == "steps"
             control.should_evaluate |= args.eval_strategy == "steps" and args.eval_delay <= state.global_step
 
@@ -89,34 +81,16 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
-        best = args.load_best_model_at_end and state.best_model_checkpoint
-        if self.loop is None or self.summary is None or not best:
+        if not args.load_best_model_at_end or self.loop is None or self.summary is None:
             return
-        num_params = self.summary.final_params + sum(int((~mask).sum()) for mask in self.loop.masks.values())
+        masked = sum(int((~mask).sum()) for mask in self.loop.masks.values())
         loaded = sum(parameter.numel() for parameter in kwargs["model"].parameters())
-        if loaded > num_params:
+        if loaded > self.summary.final_params + masked:
             warn(
                 f"the best checkpoint that the Trainer has loaded, {state.best_model_checkpoint}, has {loaded:,} "
-                f"parameters, and the model at the end of training had {num_params:,}: it was saved before the last "
-                "cut. SetpointCallback(..., best_within_budget=True) counts only checkpoints within the budget"
+                "parameters: it was saved before the last cut, and the model at the end of training was smaller. "
+                "SetpointCallback(..., best_within_budget=True) counts only checkpoints within the budget"
             )
-
-
-def _introduced(train: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.train`, which makes the Trainer known to its callback: no argument of an event is the Trainer."""
-
-    @wraps(train)
-    def train_introduced(self: Any, *args: Any, **settings: Any) -> Any:
-        callbacks = self.callback_handler.callbacks
-        # First of all, so that what it adds to the logs is there when the others report them.
-        callbacks.sort(key=lambda callback: not isinstance(callback, SetpointCallback))
-        for callback in callbacks:
-            if isinstance(callback, SetpointCallback):
-                callback.prepare(callbacks=callbacks)
-                callback.trainer = self
-        return train(self, *args, **settings)
-
-    return train_introduced
 
 
 class SetpointTrainer(Taught, Trainer):  # type: ignore[misc]
