@@ -104,7 +104,7 @@ class Teacher:
         return (1 - self.alpha) * loss + self.alpha * self.distance(own, taught, mask)
 
     def distance(self, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`T^2 * KL(teacher / T || own / T)`, the mean over the rows that count, of arguments as for `loss`; 0 without rows.
+        """`T^2 * KL(teacher / T || own / T)`, the mean over rows that count, 0 where none does; arguments of `loss`.
 
         A class of which the teacher's probability is 0, such as one with a logit of -inf, adds nothing. A class with a
         logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes.
@@ -117,8 +117,8 @@ class Teacher:
         # Maps of classes have four dims, classes second: softmax over their width would train without an error.
         if not 2 <= own.dim() <= 3 or own.shape[-1] < 2:
             raise ValueError(
-                f"logits are (rows, classes) or (rows, positions, classes), with two classes or more, got shape "
-                f"{tuple(own.shape)}: move classes to the end and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
+                "logits are (rows, classes) or (rows, positions, classes), with two classes or more, got shape "
+                f"{tuple(own.shape)}: move classes to the end and flatten the rest, logits.movedim(1, -1).flatten(0, 2)"
             )
         if mask is not None:
             own, taught = own[mask.bool()], taught[mask.bool()]
