@@ -198,7 +198,6 @@ def test_the_controller_sees_the_run_as_it_is() -> None:
     assert one.reading is not None and one.reading.num_steps == 3
     assert one.reading.num_samples == 8
     assert one.dense == one.spent and one.limit["flops"] == 0.5 * one.dense["flops"]
-    assert one.seconds_per_step is not None and one.seconds_per_step > 0 and one.seconds_per_resize is None
     assert [entry.step for entry in loop.ledger] == [3, 6]
     entry = loop.ledger[1]
     assert (entry.loss, entry.val, entry.reason, entry.price) == (5.0, 2.5, "as the script says", {"flops": 0.5})

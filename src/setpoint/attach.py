@@ -15,7 +15,7 @@ from setpoint.actuator.in_state_dict import PENDING, RESUMING, carry_sizes
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.controller.even import EvenController
-from setpoint.controller.plan import Controller, Learning, RegrowingController, regrows
+from setpoint.controller.plan import Controller, RegrowingController, regrows
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget, Tolerance
 from setpoint.errors import CheckpointError, LoopError
@@ -36,9 +36,9 @@ from setpoint.run_spec import RunSpec, run_spec
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
-from setpoint.spending.checks import check_reachable, original_costs
+from setpoint.spending.checks import check_reachable
 from setpoint.spending.limits import Limits
-from setpoint.spending.meter import Meter, Stopwatch, Unmetered
+from setpoint.spending.meter import Meter, Stopwatch
 from setpoint.spending.spending import Spending
 
 if TYPE_CHECKING:
@@ -223,12 +223,9 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     inner = WeightTaylorSensor(inputs.samples) if spec.sensor is None else spec.sensor
     check_run(spec.goal, (*spec.budgets, *([spec.bill] if spec.bill else [])), spec.controller, inner)
     found, masking = weight_candidates(host, inputs.example, pattern, spec.groups, inner, inputs.passes)
-    widths = widths_of(found.groups)
-    original = original_costs(host.model, inputs.example, spec.budgets, found.costs, widths, inputs.passes)
-    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
     shapes = {group.name: tuple(host.model.get_parameter(group.name).shape) for group in found.groups}
     sensor = Patterned(inner, Pattern.named(pattern), shapes)
-    spending = _spending(host, spec, found, spec.controller, sensor, limits, Unmetered(), clock, check_resources)
+    spending = _spending(host, spec, found, spec.controller, sensor, inputs, Meter(), clock, check_resources)
     return Parts(
         sensor,
         spec.guarded(spec.controller),
@@ -261,9 +258,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         from setpoint.regrowth.regrowing import check_regrowth
 
         check_regrowth(sensor)
-    meter: Meter = Unmetered()
-    widths = widths_of(found.groups)
-    original = original_costs(host.model, example, spec.budgets, found.costs, widths, inputs.passes)
+    meter = Meter()
     if {goal.resource for goal in spec.goals} & set(METERED):
         from setpoint.resources.costing import cost_out
 
@@ -272,12 +267,11 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         found = replace(found, costs=costs, sources=costing.sources, header=costing.header, passes=passes)
     else:
         found = replace(found, header={"calibration": {}, "step_seconds": {}})
-    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
     cutting = Cutting(host, found.groups, coordinates)
-    spending = _spending(host, spec, found, controller, sensor, limits, meter, clock)
+    spending = _spending(host, spec, found, controller, sensor, inputs, meter, clock)
 
     def revocable() -> Actuator:
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
@@ -320,12 +314,19 @@ def _spending(
     found: Candidates,
     controller: Controller[Any],
     sensor: Sensor[Any],
-    limits: Limits,
+    inputs: Inputs,
     meter: Meter,
     clock: Stopwatch,
     check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
 ) -> Spending:
-    """What the run may spend; a budget that cannot be met is refused."""
+    """What the run may spend; a budget that cannot be met is refused, and a fraction is one of the uncut model."""
+    original = dict[str, float]()
+    if was_cut(host.model):
+        from setpoint.spending.changes import original_costs
+
+        widths = widths_of(found.groups)
+        original = original_costs(host.model, inputs.example, spec.budgets, found.costs, widths, inputs.passes)
+    limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
     for budget in spec.budgets:
         dense, cost = limits.dense_cost(budget.resource), found.costs[budget.resource]
         check_reachable(budget, dense, cheapest(cost, found.groups))
@@ -343,9 +344,8 @@ def _spending(
         schedule=spec.schedule,
         account=account,
         meter=meter,
+        controller=controller,
         single_process=host.ranks.count == 1,
-        regrows=regrows(controller),
-        learning=controller if isinstance(controller, Learning) else None,
         modelled=found.sources,
         check_kind=check_kind,
         bill=spec.bill,

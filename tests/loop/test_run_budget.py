@@ -27,7 +27,7 @@ from setpoint.gates.gated import GatedController
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import Reading
-from setpoint.spending.run_budget import RunBudget, RunState
+from setpoint.spending.run_budget import RunBudget
 
 
 def simulate(
@@ -49,7 +49,6 @@ def simulate(
         lengths: by step, a new length of the run.
     """
     controller = PricedController()
-    run = RunBudget(budget, controller.schedule, cost.total(widths_of(groups)))
     saliency, state = lognormal(groups, seed=seed), controller.init(groups)
     rng, spent, budget_met, again, step = np.random.default_rng(seed), 0.0, 0, 0, 0
     dense = per_step = cost.total(widths_of(groups))
@@ -59,12 +58,12 @@ def simulate(
         total_steps = (lengths or {}).get(step, total_steps)
         if budget_met or not (controller.due(step, total_steps) or step == again):
             continue
-        known = RunState(step, total_steps, spent, spent, present=per_step, lowest=0.0)
+        run = RunBudget(budget, controller.schedule, dense, step, total_steps, spent, present=per_step, lowest=0.0)
         reading = Reading(step, saliency, num_samples=64, calibrated=True)
-        limit = run.per_step(known)
+        limit = run.per_step()
         seen = observe(groups, cost, limit=limit, dense=dense, reading=reading, step=step, total_steps=total_steps)
         following, plan = controller.decide(state, seen, cost, groups)
-        rest = Remaining(run.limit(total_steps), spent, controller.schedule, sensing=sensing * per_step)
+        rest = Remaining(run.limit, spent, controller.schedule, sensing=sensing * per_step)
         cheaper = cost.total(widths_of(after(groups, plan)))
         wait = rest.wait(step, total_steps, lands=plan.budget_met, present=per_step, after=cheaper)
         if wait:
@@ -74,7 +73,7 @@ def simulate(
         saliency = {name: values[plan.keep[name]] for name, values in saliency.items()}
         groups, budget_met = after(groups, plan), step if plan.budget_met else 0
         per_step = cost.total(widths_of(groups))
-    return spent, run.limit(total_steps), budget_met
+    return spent, budget.absolute(dense * total_steps), budget_met
 
 
 @given(
@@ -116,12 +115,12 @@ def test_a_run_of_another_length_is_replanned(fraction: float, change: int, fact
 
 def test_a_budget_that_is_spent_or_cannot_be_met_is_refused() -> None:
     """The error says what is spent, or the least that the run can do."""
-    run = RunBudget(Budget.fraction(0.5, of="flops", per="run"), Schedule(), dense=1.0)
+    budget = Budget.fraction(0.5, of="flops", per="run")
     with pytest.raises(BudgetError, match=r"is spent already: .* by step 600.*at least Budget.fraction\(0\.\d+, of="):
-        run.check(RunState(600, 1000, 600.0, 600.0, present=0.5, lowest=0.1), 0.1)
+        RunBudget(budget, Schedule(), 1.0, 600, 1000, 600.0, present=0.5, lowest=0.1).check(0.1)
     with pytest.raises(BudgetError, match=r"at least Budget.fraction\(0\.\d+, of='flops', per='run'\)"):
-        run.check(RunState(0, 1000, 0.0, 0.0, present=1.0, lowest=0.6), 0.6)
-    run.check(RunState(0, 1000, 0.0, 0.0, present=1.0, lowest=0.1), 0.1)
+        RunBudget(budget, Schedule(), 1.0, 0, 1000, 0.0, present=1.0, lowest=0.6).check(0.6)
+    RunBudget(budget, Schedule(), 1.0, 0, 1000, 0.0, present=1.0, lowest=0.1).check(0.1)
 
 
 def test_a_most_that_the_guards_would_miss_lifts_them() -> None:

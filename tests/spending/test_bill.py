@@ -21,7 +21,9 @@ from loop.test_budgets import Machine, machine, mlp
 from setpoint.controller.schedule import Schedule
 from setpoint.distillation import Teacher
 from setpoint.errors import BudgetError, CheckpointError, LoopError
-from setpoint.spending.run_budget import RunBudget, RunPlan, Spent
+from setpoint.spending.account import Account
+from setpoint.spending.meter import StepMeter, Stopwatch
+from setpoint.spending.run_budget import Bill
 
 __all__ = ["machine"]
 
@@ -154,29 +156,25 @@ def test_a_total_is_spent_and_never_exceeded(
     """Claim: whatever the limit, the total, a teacher's passes and cuts that stay short of the reference: the run is
     never over its total, and what is left pays for no two steps.
     """
-    schedule = Schedule()
-    run = RunBudget(setpoint.Budget.total(paid * total_steps, of="flops", per="run"), schedule, dense=1.0)
-    total, now = run.limit(total_steps), Spent(0, 0.0, 0.0, 1.0, sensing)
-    plan = run.planned(RunPlan(saves=True, lowest=share, share=share), now, total)
-    while now.step < plan.length:
-        took = (0.0 if plan.met else sensing) + (taught if now.step % every == 0 else 0.0)
-        now = Spent(
-            now.step + 1,
-            now.train_flops + now.step_flops + took,
-            now.overhead_flops + took,
-            now.step_flops,
-            sensing,
-        )
-        plan = run.stepped(plan, now, total, learn=True)
-        if not plan.met and schedule.due(now.step, plan.decisions_as):
-            met = schedule.settled(now.step, plan.decisions_as)
-            reference = schedule.at(now.step, plan.decisions_as, start=1.0, limit=share)
-            cost = min(now.step_flops, reference + (0.0 if met else short * (1 - reference)))
-            now = replace(now, step_flops=cost)
-            plan = replace(plan, met=met, present=cost, share=share / cost)
-            plan = run.planned(replace(plan, overhead=replace(plan.overhead, noted=now.overhead_flops)), now, total)
-    assert now.train_flops <= total * (1 + 1e-12)
-    assert total - now.train_flops <= 2 * now.step_flops + 3 * taught + 2 * sensing
+    schedule, total = Schedule(), paid * total_steps
+    budget = setpoint.Budget.total(total, of="flops", per="run")
+    account = Account(Stopwatch(), StepMeter(), step_flops=1.0, verification_flops=0.0, sensing_flops=sensing)
+    bill = Bill(budget, schedule, total, saves=True, lowest=share, share=share).planned(account)
+    while account.num_steps < bill.length:
+        account.sensed((0.0 if bill.met else sensing) + (taught if account.num_steps % every == 0 else 0.0))
+        account.train_flops += account.step_flops
+        account.num_steps += 1
+        bill = bill.stepped(account, learn=True)
+        step, decisions_as = account.num_steps, bill.decisions_as
+        if not bill.met and schedule.due(step, decisions_as):
+            met = schedule.settled(step, decisions_as)
+            reference = schedule.at(step, decisions_as, start=1.0, limit=share)
+            cost = min(account.step_flops, reference + (0.0 if met else short * (1 - reference)))
+            account.step_flops = cost
+            overhead = replace(bill.overhead, noted=account.overhead_flops)
+            bill = replace(bill, met=met, present=cost, share=share / cost, overhead=overhead).planned(account)
+    assert account.train_flops <= total * (1 + 1e-12)
+    assert total - account.train_flops <= 2 * account.step_flops + 3 * taught + 2 * sensing
 
 
 def test_a_run_that_does_not_come_down_ends_in_time() -> None:

@@ -70,8 +70,6 @@ class Observation:
         metered: measured cost per step, by resource; empty where there is no meter.
         loss: last observed loss, or None.
         val: last observed validation loss, or None.
-        seconds_per_step: smoothed duration of one optimizer step, None before it is known, or with several ranks.
-        seconds_per_resize: duration of the last resize, None before the first, or with several ranks.
         probe: gain of every resting unit, or None if none was taken since the last decision.
         excess: how far the loss lies above the trend that it had before the last cut, or None if that is not known.
         last_dropped: by group, origins of the last cut's units, while they can come back.
@@ -91,8 +89,6 @@ class Observation:
     spent: Mapping[str, float]
     metered: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
-    seconds_per_step: float | None = None
-    seconds_per_resize: float | None = None
     val: float | None = None
     probe: Probe | None = None
     excess: Excess | None = None

@@ -29,7 +29,6 @@ from setpoint.loop.losses import Losses
 from setpoint.loop.resume import AGAIN, load_state, state_of
 from setpoint.loop.summary import Event, Summary, summarise, warn_of_miss
 from setpoint.sensor.reading import Reading
-from setpoint.spending.checks import change_budget, change_total_steps, check_open
 from setpoint.spending.metrics import line
 from setpoint.spending.spending import Spending
 
@@ -183,8 +182,10 @@ class Loop:
 
     @budget.setter
     def budget(self, budget: Any) -> None:
-        check_open(self.spending, self.step, budget_met=self.budget_met or self.control.finished)
-        change_budget(self.spending, budget, self.groups, self.step)
+        from setpoint.spending.changes import change_budget  # late: few runs change theirs
+
+        met = self.budget_met or self.control.finished
+        change_budget(self.spending, budget, self.groups, self.step, budget_met=met)
         self.control.go_on()
 
     @property
@@ -196,6 +197,8 @@ class Loop:
     def total_steps(self, total_steps: int) -> None:
         if self.control.finished:
             raise LoopError("the run is finished: total_steps cannot be changed any more")
+        from setpoint.spending.changes import change_total_steps
+
         change_total_steps(self.spending, total_steps, self.groups, self.step)
         self.control.go_on()
 

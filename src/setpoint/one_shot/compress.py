@@ -40,7 +40,8 @@ from setpoint.one_shot.consumer import find_consumers, layers_by_weight
 from setpoint.one_shot.forward import batch_norms_of, first_batches, norms_were_constant, run
 from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
 from setpoint.one_shot.score import unit_scores
-from setpoint.spending.checks import check_reachable, original_costs
+from setpoint.spending.changes import original_costs
+from setpoint.spending.checks import check_reachable
 
 _FLOORS = (0.8, 0.25, 0.0)
 """Least shares of an even cut's width that a group keeps; the next where one leaves the budget unmet, or much unused.

@@ -22,7 +22,7 @@ from setpoint.resources.inference import Inference, Measured, median_of
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.live_bytes import LiveBytes
 from setpoint.spending.limits import Limits
-from setpoint.spending.meter import Readings, StepMeter
+from setpoint.spending.meter import Meter, Readings, StepMeter
 
 # A clock and an allocator do not repeat themselves any better than this.
 _MARGIN = 0.03
@@ -51,7 +51,7 @@ class _FirstCall:
 
 
 @final
-class Metering:
+class Metering(Meter):
     """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts: a `Meter`.
 
     Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
@@ -81,10 +81,10 @@ class Metering:
         watts: float = 0.0,
     ) -> None:
         # Without waiting for the GPU a step would end when its kernels are queued.
-        self.steps = StepMeter(synchronize=bool({"latency", "energy"} & set(resources)))
+        super().__init__(StepMeter(synchronize=bool({"latency", "energy"} & set(resources))), watts)
         self._resources, self._model = frozenset(resources), model
         self._held, self._device, self._compiled = held, device, compiled
-        self._pass_flops, self.watts = pass_flops, watts
+        self._pass_flops = pass_flops
         self._energy = energy if "energy" in self._resources else None
         self._inference = inference if "inference" in self._resources else None
         self._pass_seconds: Measured | None = None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from setpoint.checkpoint.fields import fields_of
 from setpoint.spending.meter import StepMeter, Stopwatch
 
-if TYPE_CHECKING:
-    from setpoint.spending.run_budget import Spent
-
+# A controller that learns never takes more than this share of the FLOPs of the steps so far.
+_LEARNING_SHARE = 0.01
 # What is saved. What a sensing takes is not: it is asked of the sensor again.
 _COUNTED = (
     *("train_flops", "overhead_flops", "probing_flops", "learning_flops", "step_flops"),
@@ -86,15 +85,13 @@ class Account:
     def overhead_seconds(self) -> float:
         return sum(self.watch.seconds().values())
 
-    @property
-    def now(self) -> Spent:
-        from setpoint.spending.run_budget import Spent
-
-        return Spent(self.num_steps, self.train_flops, self.overhead_flops, self.step_flops, self.sensing_flops)
-
     def share_left(self, share: float, used: float, num_steps: int = 0) -> float:
         """Of a share of the FLOPs of steps, what is not `used`, `num_steps` from now."""
         return share * (self.train_flops - self.overhead_flops + num_steps * self.step_flops) - used
+
+    def learning_left(self, num_steps: int = 0) -> float:
+        """FLOPs that a controller that learns may spend on it, `num_steps` from now."""
+        return max(0.0, self.share_left(_LEARNING_SHARE, self.learning_flops, num_steps))
 
     def sensed(self, flops: float) -> None:
         """Count FLOPs that are no step's: of a sensing, or of passes of a teacher."""

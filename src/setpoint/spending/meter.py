@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, final
 
 import torch
 
@@ -141,47 +140,60 @@ class Readings:
     vanished: bool = False
 
 
-class Meter(Protocol):
-    """Reads what steps take between two cuts; it changes at every step.
+_NOTHING = Readings()
+
+
+class Meter:
+    """What is read of the user's steps between two cuts; it changes at every step.
+
+    This one reads nothing: FLOPs and parameters are counted. `Metering` reads bytes, seconds and joules.
 
     Attributes:
         steps: seconds of a step.
-        sources: by resource that is metered, what reads it.
         watts: the power that the user has stated, where joules are this times seconds; else 0.
-        waits: why no decision can be made yet; "" if one can.
-        peak_wanted: whether a step's bytes can be read, and none have been since the last cut.
-        peak_known: whether a step's bytes have been read since the last cut.
     """
 
-    steps: StepMeter
-    watts: float
+    def __init__(self, steps: StepMeter | None = None, watts: float = 0.0) -> None:
+        self.steps, self.watts = steps or StepMeter(), watts
 
     @property
-    def sources(self) -> Mapping[str, str]: ...
+    def sources(self) -> Mapping[str, str]:
+        """By resource that is metered, what reads it."""
+        return {}
 
     @property
-    def waits(self) -> str: ...
+    def waits(self) -> str:
+        """Why no decision can be made yet; "" if one can."""
+        return ""
 
     @property
-    def peak_wanted(self) -> bool: ...
+    def peak_wanted(self) -> bool:
+        """Whether a step's bytes can be read, and none have been since the last cut."""
+        return False
 
     @property
-    def peak_known(self) -> bool: ...
+    def peak_known(self) -> bool:
+        """Whether a step's bytes have been read since the last cut."""
+        return False
 
     def prepare(self, due: bool) -> bool:
         """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
+        return False
 
     def stepped(self) -> None:
         """An optimizer step is done."""
 
     def time_inference(self, widths: Mapping[str, int]) -> float:
         """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
+        return 0.0
 
     def read(self) -> Readings:
         """What has been read since the last cut."""
+        return _NOTHING
 
     def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
         """The limits by what is read at these widths, and the costs of a step that the controller learns of."""
+        return limits, {}
 
     def cut(self) -> None:
         """The model has changed: forget."""
@@ -189,42 +201,7 @@ class Meter(Protocol):
     def stop(self) -> None:
         """End the watch of a step, if there is one."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@final
-class Unmetered:
-    """The meter of a run that is held to FLOPs and parameters, which are counted: it reads nothing (see `Meter`)."""
-
-    sources: Mapping[str, str] = {}
-    watts = 0.0
-    waits = ""
-    peak_wanted = peak_known = False
-
-    def __init__(self) -> None:
-        self.steps, self._readings = StepMeter(), Readings()
-
-    def prepare(self, due: bool) -> bool:
-        return False
-
-    def stepped(self) -> None: ...
-
-    def time_inference(self, widths: Mapping[str, int]) -> float:
-        return 0.0
-
-    def read(self) -> Readings:
-        return self._readings
-
-    def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
-        return limits, {}
-
-    def cut(self) -> None: ...
-
-    def stop(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float | None]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None: ...

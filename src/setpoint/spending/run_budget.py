@@ -1,11 +1,11 @@
-"""A run budget: what a whole run may spend, and what that leaves for each step to come, or for how many steps."""
+"""Budgets of a whole run: what one leaves for each step to come, or how many steps it pays for."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,17 @@ import numpy as np
 from setpoint.checkpoint.fields import fields_of
 from setpoint.controller.horizon import Remaining, cheapest_run, highest_step, next_decision, spans, step_limit
 from setpoint.controller.ladder import free_ladders
+from setpoint.controller.plan import Learning, regrows
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import add_back, descend, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.errors import BudgetError
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.reading import sensed_every
+from setpoint.spending.account import Account
+from setpoint.spending.limits import Limits
 
 # The lowest limit per step, as a share of dense: where nothing is left every block goes, and the summary says so.
 _FLOOR = 1e-3
@@ -30,62 +33,77 @@ _WAVER = 0.003
 _MEAN_OVER = 50
 # Share of a step by which that mean has moved when the run is planned again.
 _MOVED = 0.01
+# What is read again at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
+# the forecast lets them fall no faster, and the run becomes longer once cuts have come.
+_WAVERING = ("latency", "energy")
 
 
 @dataclass(frozen=True)
 class RunBudget:
-    """A budget on everything that a run spends, verification, sensing and probing included: pure mathematics.
+    """A budget on all that a run of so many steps spends, overhead included, as it stands at a step: pure mathematics.
 
-    With a *fixed length* the budget says what each step may cost. Before each decision the limit per step is found
-    again from what the account has really spent (`step_limit`), so the steps to come make up for what cost more or
-    less than planned; a last cut waits while it would leave much unused (`Remaining`). Where a meter reads what is
-    spent, all of this aims at `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
-
-    With a *fixed total* (a bill) budgets per step fix the finished model, and the total fixes how long it is trained.
-    The length is the largest T for which
-
-        spent + sum over the steps s <= T to come of (f * share(reference(d(s))) + sensing) <= total,
-
-    with f the FLOPs of a step now and d(s) the last decision before s. The overhead of a step, such as a teacher's, is
-    learnt and added, and enough is kept for the next step. The reference is of the resource of the budgets per step,
-    and FLOPs need not fall with it: parameters may lie in layers of few FLOPs. So `likely_widths` forecasts the share
-    of FLOPs that is left at the limit, and until there FLOPs are a power of the cost. Decisions fall as in a run of T
-    steps. They move ahead where T shrinks, since the budget is to be met before the total is spent. If what is left
-    does not reach the next decision, the run ends before it. So the total is not exceeded, whatever the cuts come to,
-    unless the last step has more overhead than any two steps before it.
+    It says what each step may cost. Before each decision the limit per step is found again from what the account has
+    really spent (`step_limit`), so the steps to come make up for what cost more or less than planned; a last cut waits
+    while it would leave much unused (`Remaining`). Where a meter reads what is spent, all of this aims at
+    `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
 
     Args:
         budget: of one resource, per run.
         schedule: when decisions are made.
         dense: cost of a step of the dense model.
+        spent: so far, from the call of `attach` on.
+        present: cost of a step now, by all that is known.
+        lowest: cost of a step of the narrowest model.
+        coming: what will be spent beside steps whatever is decided, such as on the user's own code.
+        factor: cost of a step as metered / as predicted.
+        sensing: cost of a sensing; 0 where a meter reads the resource, since that has all overhead in it.
+        learning: what a decision so many steps from now spends on learning at the most; 0 likewise.
+        regrows: whether units come back until the schedule is over.
     """
 
     budget: Budget
     schedule: Schedule
     dense: float
+    step: int
+    num_steps: int
+    spent: float
+    present: float
+    lowest: float
+    coming: float = 0.0
+    factor: float = 1.0
+    sensing: float = 0.0
+    learning: Callable[[int], float] = lambda num_steps: 0.0
+    regrows: bool = False
+
+    @property
+    def limit(self) -> float:
+        """What the run may spend; a fraction is one of the dense run."""
+        return self.budget.absolute(self.dense * self.num_steps)
 
     @property
     def margin(self) -> float:
         return _WAVER if self.budget.resource in METERED else 0.0
 
-    def limit(self, num_steps: int) -> float:
-        """What a run of so many steps may spend; a fraction is one of the dense run."""
-        return self.budget.absolute(self.dense * num_steps)
+    @property
+    def committed(self) -> float:
+        return self.spent + self.coming
 
-    # A fixed length.
+    def forecast(self, per_step: float) -> float:
+        """What the run comes to if each step to come costs so much."""
+        return self.committed + max(0, self.num_steps - self.step) * per_step
 
-    def check(self, state: RunState, cheapest: float) -> None:
+    def check(self, cheapest: float) -> None:
         """Refuse a budget that cannot be met any more; `cheapest` is the lowest cost of a step that blocks reach."""
-        step, num_steps, spent, resource = state.step, state.num_steps, state.spent, self.budget.resource
-        limit, dense_run = self.limit(num_steps), self.dense * num_steps
+        step, num_steps, spent, resource = self.step, self.num_steps, self.spent, self.budget.resource
+        limit, dense_run = self.limit, self.dense * num_steps
         words = f"a budget of {amount(limit, resource)} for the run ({limit / dense_run:.1%} of a dense one)"
         if resource in IN_SECONDS and limit > MILLISECONDS * dense_run:
             raise BudgetError(
                 f"{words} is {limit / dense_run:,.0f} times what a dense run takes, so nothing would be cut: ask for "
                 f"less than {amount(dense_run, resource)}. A number without a unit is in seconds"
             )
-        steps = cheapest_run(self.schedule, step, num_steps, present=state.present, cheapest=cheapest)
-        lowest = spent + self._overhead(state, deciding=False) + steps
+        steps = cheapest_run(self.schedule, step, num_steps, present=self.present, cheapest=cheapest)
+        lowest = spent + self._overhead(deciding=False) + steps
         if limit * (1 - self.margin) < lowest:
             lowest /= 1 - self.margin
             fraction = math.ceil(1000 * lowest / dense_run) / 1000
@@ -100,180 +118,118 @@ class RunBudget:
                 f"Ask for at least Budget.{ask}, of={resource!r}, per='run')"
             )
 
-    def ceiling(self, state: RunState, *, deciding: bool = True) -> float:
+    def ceiling(self, *, deciding: bool = True) -> float:
         """The most that a step may cost until the next decision, so that the budget can still be met from there on."""
-        left = self._left(state) - self._overhead(state, deciding=deciding)
-        return highest_step(self.schedule, state.step, state.num_steps, left=left, cheapest=state.lowest)
+        left = self._left - self._overhead(deciding=deciding)
+        return highest_step(self.schedule, self.step, self.num_steps, left=left, cheapest=self.lowest)
 
-    def spare(self, state: RunState) -> float:
+    def spare(self) -> float:
         """What the budget leaves for other things than steps until the next decision."""
-        if state.step >= state.num_steps:
+        if self.step >= self.num_steps:
             return math.inf
-        coming = next_decision(self.schedule, state.step, state.num_steps)
-        return (self.ceiling(state, deciding=False) - state.present) * (coming - state.step)
+        coming = next_decision(self.schedule, self.step, self.num_steps)
+        return (self.ceiling(deciding=False) - self.present) * (coming - self.step)
 
-    def per_step(self, state: RunState) -> float:
+    def per_step(self) -> float:
         """The limit per step that the rest of the run can be held to; at its end a cut saves nothing any more."""
-        step, num_steps, left = state.step, state.num_steps, self._left(state)
-        found = step_limit(self.schedule, step, num_steps, left=left, start=self.dense, present=state.present)
+        step, num_steps, left = self.step, self.num_steps, self._left
+        found = step_limit(self.schedule, step, num_steps, left=left, start=self.dense, present=self.present)
         if self.schedule.settled(step, num_steps) and step < num_steps:
             found = min(found, left / (num_steps - step))
         found = max(found, _FLOOR * self.dense)  # a limit of 0 has no relative error
-        return found if step < num_steps else max(found, state.present)
+        return found if step < num_steps else max(found, self.present)
 
-    def remaining(self, state: RunState) -> Remaining:
+    def remaining(self) -> Remaining:
         """What is left of the budget, and what it is spent on beside steps."""
-        every, now = sensed_every(state.num_steps), state.learning(0)
+        every, now = sensed_every(self.num_steps), self.learning(0)
         return Remaining(
-            self.limit(state.num_steps),
-            state.committed,
+            self.limit,
+            self.committed,
             self.schedule,
             self.margin,
-            ahead=state.sensing if every > 1 else 0.0,
-            later=self._overhead(state, deciding=False),
-            sensing=state.sensing / every + state.learning(1) - now,  # with what more learning may take with each step
+            ahead=self.sensing if every > 1 else 0.0,
+            later=self._overhead(deciding=False),
+            sensing=self.sensing / every + self.learning(1) - now,  # with what more learning may take with each step
             deciding=now,
-            factor=state.factor,
+            factor=self.factor,
         )
 
-    def _left(self, state: RunState) -> float:
-        return (1 - self.margin) * self.limit(state.num_steps) - state.committed
+    @property
+    def _left(self) -> float:
+        return (1 - self.margin) * self.limit - self.committed
 
-    def _overhead(self, state: RunState, *, deciding: bool) -> float:
+    def _overhead(self, *, deciding: bool) -> float:
         """Cost of sensing up to the last decision, and of learning for one decision more.
 
         After one that spends more than is left, only the narrowest model is within the budget, and nothing is learned.
         """
-        if deciding and self._lands(state, state.step):
+        if deciding and self._lands(self.step):
             return 0.0
-        later = (at for at in self.schedule.decisions(state.num_steps) if state.step < at < state.num_steps)
-        landing = next((at for at in later if self._lands(state, at)), state.num_steps)
-        num_sensed = -(-(landing - state.step) // sensed_every(state.num_steps))
-        return num_sensed * state.sensing + state.learning(landing - state.step)
+        later = (at for at in self.schedule.decisions(self.num_steps) if self.step < at < self.num_steps)
+        landing = next((at for at in later if self._lands(at)), self.num_steps)
+        num_sensed = -(-(landing - self.step) // sensed_every(self.num_steps))
+        return num_sensed * self.sensing + self.learning(landing - self.step)
 
-    def _lands(self, state: RunState, step: int) -> bool:
+    def _lands(self, step: int) -> bool:
         """Whether a decision at this step can be the last."""
-        open_still = state.regrows and not self.schedule.final(step, state.num_steps)
-        return self.schedule.settled(step, state.num_steps) and not open_still
-
-    # A fixed total.
-
-    def check_total(self, plan: RunPlan, now: Spent, total: float) -> None:
-        """Refuse a total that does not pay for two steps."""
-        left = _left(plan, now, total)
-        if left < 2 * now.step_flops:
-            values = total, now.train_flops, now.step_flops, total - left + 2 * now.step_flops
-            asked, spent, step, lowest = (amount(value, "flops") for value in values)
-            raise BudgetError(
-                f"the bill of {asked} pays for no run: attaching spent {spent}, and a dense step spends {step}. Two "
-                f"steps are the least: ask for {lowest}"
-            )
-
-    def planned(self, plan: RunPlan, now: Spent, total: float) -> RunPlan:
-        """The plan with the length that a total of FLOPs pays for, and with its decisions.
-
-        Without a budget of FLOPs per step cuts may save none. So decisions fall early enough for a run that saves none.
-        """
-        plan = replace(plan, expected=plan.overhead.mean)
-        left = _left(plan, now, total)
-        affordable = now.step + left / (now.step_flops + plan.overhead.mean + now.sensing_flops)
-        sure = int(self.schedule.land * affordable)
-
-        def paid(length: int) -> bool:
-            early = plan.saves or self.schedule.settled(sure, length)
-            return early and self._pays(plan, now, length, length, left)
-
-        if not plan.met:  # `min`: decisions move ahead only, or one that was due would not come
-            plan = replace(plan, decisions_as=min(plan.decisions_as, _longest(now.step, paid)))
-        return self._measured(plan, now, total)
-
-    def stepped(self, plan: RunPlan, now: Spent, total: float, *, learn: bool) -> RunPlan:
-        """The plan after a step. The overhead of several ranks may differ: none is learnt, or decisions would, too."""
-        if learn:
-            sensing = 0.0 if plan.met else now.sensing_flops
-            plan = replace(plan, overhead=plan.overhead.learnt(now.overhead_flops, sensing))
-        if self.schedule.due(now.step, plan.decisions_as):
-            plan = self._measured(plan, now, total)
-        elif abs(plan.overhead.mean - plan.expected) > _MOVED * now.step_flops:
-            plan = self.planned(plan, now, total)
-        affordable = _affordable(plan, now, total)
-        # Without this the steps up to the next decision could cost more than is left, and nothing would be cut in time.
-        if affordable < min(max(plan.next_decision, now.step + 1), plan.length):
-            plan = replace(plan, length=max(now.step, affordable))
-        return plan
-
-    def _measured(self, plan: RunPlan, now: Spent, total: float) -> RunPlan:
-        """The plan with the length that is paid for if decisions fall as planned."""
-        left = _left(plan, now, total)
-        if plan.met:
-            length = _affordable(plan, now, total)
-        else:
-            length = _longest(now.step, lambda length: self._pays(plan, now, plan.decisions_as, length, left))
-        return replace(plan, length=length, next_decision=next_decision(self.schedule, now.step, plan.decisions_as))
-
-    def _pays(self, plan: RunPlan, now: Spent, decisions_as: int, length: int, left: float) -> bool:
-        """Whether what is left pays for the steps up to a length, with decisions as in a run of another length."""
-        present, lowest, spent = plan.present, plan.lowest, 0.0
-        start = self.schedule.start_through(now.step, decisions_as, value=present, limit=lowest)
-        # The same reference without its many checks after the ramp, each of which would be a span of its own.
-        ramp = replace(self.schedule, land=self.schedule.settle)
-        end = max(now.step, decisions_as)  # no decision comes after it, however long the run is
-        for at, steps in [*spans(ramp, now.step, end), (end, length - end)]:
-            cost = min(present, self.schedule.at(at, decisions_as, start=start, limit=lowest))
-            done = math.log(cost / present) / math.log(lowest / present) if cost < present else 0.0
-            overhead = (now.sensing_flops if cost > lowest else 0.0) + plan.overhead.mean
-            spent += max(0, min(steps, length - at)) * (now.step_flops * plan.share**done + overhead)
-        return spent <= left
+        open_still = self.regrows and not self.schedule.final(step, self.num_steps)
+        return self.schedule.settled(step, self.num_steps) and not open_still
 
 
-@dataclass(frozen=True)
-class RunState:
-    """What is known at a step of a run of fixed length, of one resource and in its own unit.
+def run_budgets(
+    limits: Limits,
+    account: Account,
+    spent: Mapping[str, float],
+    schedule: Schedule,
+    step: int,
+    num_steps: int,
+    widths: Mapping[str, int],
+    *,
+    controller: object,
+    watts: float,
+) -> dict[str, RunBudget]:
+    """By resource of a budget per run, that budget at this step of a run of so many.
 
-    Args:
-        spent: so far, from the call of `attach` on.
-        committed: `spent`, and what will be spent beside steps whatever is decided, such as on the user's own code.
-        present: cost of a step now, by all that is known.
-        lowest: cost of a step of the narrowest model.
-        factor: cost of a step as metered / as predicted.
-        sensing: cost of a sensing; 0 where a meter reads the resource, since that has all overhead in it.
-        learning: what a decision so many steps from now spends on learning at the most; 0 likewise.
-        regrows: whether units come back until the schedule is over.
+    Of FLOPs, a controller that learns spends some on the decision at hand. Of seconds, the user's own code between
+    steps is taken to go on as it did so far; of joules, where they are `watts` times seconds, likewise.
     """
+    groups = tuple(replace(group, num_units=widths[group.name]) for group in limits.groups)
 
-    step: int
-    num_steps: int
-    spent: float
-    committed: float
-    present: float
-    lowest: float
-    factor: float = 1.0
-    sensing: float = 0.0
-    learning: Callable[[int], float] = lambda num_steps: 0.0
-    regrows: bool = False
+    def learning_flops(ahead: int) -> float:
+        return controller.flops(groups, account.learning_left(ahead)) if isinstance(controller, Learning) else 0.0
 
-    def forecast(self, per_step: float) -> float:
-        """What the run comes to if each step to come costs so much."""
-        return self.committed + max(0, self.num_steps - self.step) * per_step
+    between = max(0, num_steps - step) * account.extra_seconds_per_step
+    coming = {"flops": learning_flops(0), "latency": between, "energy": between * watts}
+    runs = {
+        budget.resource: RunBudget(
+            budget,
+            schedule,
+            limits.dense_cost(budget.resource),
+            step,
+            num_steps,
+            spent[budget.resource],
+            present=limits.expected(budget.resource, widths),
+            lowest=limits.expected(budget.resource, limits.narrowest),
+            coming=coming[budget.resource],
+            factor=limits.factor(budget.resource),
+            regrows=regrows(controller),
+        )
+        for budget in limits.budgets
+        if budget.per == "run"
+    }
+    if "flops" in runs:  # a meter's readings have the overhead in them
+        runs["flops"] = replace(runs["flops"], sensing=account.sensing_flops, learning=learning_flops)
+    return runs
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What the account of a run says after a step, in FLOPs.
+def _rounded_up(value: float) -> float:
+    """A number of three digits that is not below.
 
-    Args:
-        step: optimizer steps done.
-        train_flops: of the run so far, overhead included.
-        overhead_flops: of them, those of no optimizer step.
-        step_flops: of a step now.
-        sensing_flops: of a sensing now.
+    >>> _rounded_up(1234.0), _rounded_up(0.0099701)
+    (1240.0, 0.00998)
     """
-
-    step: int
-    train_flops: float
-    overhead_flops: float
-    step_flops: float
-    sensing_flops: float
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.ceil(value / unit) * unit:.3g}")
 
 
 @dataclass(frozen=True)
@@ -310,11 +266,26 @@ class StepOverhead:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """How long a run is that a total pays for, and on what grounds.
+class Bill:
+    """How long a run is whose budgets per step fix the finished model, and whose total of FLOPs fixes the length.
+
+    The length is the largest T for which
+
+        spent + sum over the steps s <= T to come of (f * share(reference(d(s))) + sensing) <= total,
+
+    with f the FLOPs of a step now and d(s) the last decision before s. The overhead of a step, such as a teacher's, is
+    learnt and added, and enough is kept for the next step. The reference is of the resource of the budgets per step,
+    and FLOPs need not fall with it: parameters may lie in layers of few FLOPs. So `likely_widths` forecasts the share
+    of FLOPs that is left at the limit, and until there FLOPs are a power of the cost. Decisions fall as in a run of T
+    steps. They move ahead where T shrinks, since the budget is to be met before the total is spent. If what is left
+    does not reach the next decision, the run ends before it. So the total is not exceeded, whatever the cuts come to,
+    unless the last step has more overhead than any two steps before it.
 
     Args:
-        length: its number of steps.
+        budget: of FLOPs, per run.
+        total: FLOPs that it allows.
+        overhead: what steps take besides, as learnt.
+        length: number of steps of the run.
         decisions_as: decisions fall as in a run of so many steps; it only ever falls.
         next_decision: the step of the next one.
         met: whether the budgets per step are, so that no decision follows.
@@ -322,10 +293,13 @@ class RunPlan:
         present: cost of a step now, of the resource that the controller holds.
         lowest: the limit of that cost, as predicted.
         share: of a step's FLOPs that is left at the limit, by forecast.
-        overhead: what steps take besides, as learnt.
         expected: the mean overhead that the run was last planned with.
     """
 
+    budget: Budget
+    schedule: Schedule
+    total: float
+    overhead: StepOverhead = field(default_factory=StepOverhead)
     length: int = 0
     decisions_as: int = sys.maxsize
     next_decision: int = 0
@@ -334,24 +308,111 @@ class RunPlan:
     present: float = 1.0
     lowest: float = 1.0
     share: float = 1.0
-    overhead: StepOverhead = field(default_factory=StepOverhead)
     expected: float = 0.0
 
-    def restored(self, state: Mapping[str, Any]) -> RunPlan:
-        """The plan of a state."""
+    def check(self, account: Account) -> None:
+        """Refuse a total that does not pay for two steps."""
+        left, two_steps = self._left(account), 2 * account.step_flops
+        if left < two_steps:
+            values = self.total, account.train_flops, account.step_flops, self.total - left + two_steps
+            asked, spent, step, lowest = (amount(value, "flops") for value in values)
+            raise BudgetError(
+                f"the bill of {asked} pays for no run: attaching spent {spent}, and a dense step spends {step}. Two "
+                f"steps are the least: ask for {lowest}"
+            )
+
+    def anew(self) -> Bill:
+        """The bill for other budgets per step: `decisions_as` would bind them, and the overhead is still known."""
+        return Bill(self.budget, self.schedule, self.total, self.overhead)
+
+    def decided(self, limits: Limits, account: Account, groups: tuple[Group, ...], *, met: bool) -> Bill:
+        """Planned after a decision, or for other budgets per step, with these groups at their present widths."""
+        cost = limits.cost
+        present, share = cost.total(widths_of(groups)), 1.0
+        lowest = limits.held[cost.resource] / limits.factor(cost.resource)
+        if present > lowest and not met:
+            likely = likely_widths(cost, groups, limits.dense_widths, lowest)
+            share = limits.costs["flops"].total(likely) / account.step_flops
+            if any(budget.resource in _WAVERING for budget in limits.budgets):
+                share = max(share, lowest / present)
+        # Decisions are no overhead of steps: what they took is left out of what is learnt.
+        overhead = replace(self.overhead, noted=account.overhead_flops)
+        saves = any(budget.resource == "flops" for budget in limits.budgets)
+        known = replace(self, met=met, saves=saves, present=present, lowest=lowest, share=share, overhead=overhead)
+        return known.planned(account)
+
+    def planned(self, account: Account) -> Bill:
+        """With the length that the total pays for, and decisions to suit.
+
+        Without a budget of FLOPs per step cuts may save none. So decisions fall early enough for a run that saves none.
+        """
+        step, left = account.num_steps, self._left(account)
+        affordable = step + left / (account.step_flops + self.overhead.mean + account.sensing_flops)
+        sure = int(self.schedule.land * affordable)
+
+        def paid(length: int) -> bool:
+            early = self.saves or self.schedule.settled(sure, length)
+            return early and self._pays(account, length, length)
+
+        # `min`: decisions move ahead only, or one that was due would not come.
+        decisions_as = self.decisions_as if self.met else min(self.decisions_as, _longest(step, paid))
+        return replace(self, expected=self.overhead.mean, decisions_as=decisions_as)._measured(account)
+
+    def stepped(self, account: Account, *, learn: bool) -> Bill:
+        """After a step. The overhead of several ranks may differ: none is learnt, or decisions would, too."""
+        bill, step = self, account.num_steps
+        if learn:
+            sensing = 0.0 if self.met else account.sensing_flops
+            bill = replace(self, overhead=self.overhead.learnt(account.overhead_flops, sensing))
+        if self.schedule.due(step, bill.decisions_as):
+            bill = bill._measured(account)
+        elif abs(bill.overhead.mean - bill.expected) > _MOVED * account.step_flops:
+            bill = bill.planned(account)
+        affordable = bill._affordable(account)
+        # Without this the steps up to the next decision could cost more than is left, and nothing would be cut in time.
+        if affordable < min(max(bill.next_decision, step + 1), bill.length):
+            bill = replace(bill, length=max(step, affordable))
+        return bill
+
+    def _measured(self, account: Account) -> Bill:
+        """With the length that is paid for if decisions fall as planned."""
+        step = account.num_steps
+        if self.met:
+            length = self._affordable(account)
+        else:
+            length = _longest(step, lambda length: self._pays(account, self.decisions_as, length))
+        return replace(self, length=length, next_decision=next_decision(self.schedule, step, self.decisions_as))
+
+    def _pays(self, account: Account, decisions_as: int, length: int) -> bool:
+        """Whether what is left pays for the steps up to a length, with decisions as in a run of another length."""
+        step, present, lowest, spent = account.num_steps, self.present, self.lowest, 0.0
+        start = self.schedule.start_through(step, decisions_as, value=present, limit=lowest)
+        # The same reference without its many checks after the ramp, each of which would be a span of its own.
+        ramp = replace(self.schedule, land=self.schedule.settle)
+        end = max(step, decisions_as)  # no decision comes after it, however long the run is
+        for at, steps in [*spans(ramp, step, end), (end, length - end)]:
+            cost = min(present, self.schedule.at(at, decisions_as, start=start, limit=lowest))
+            done = math.log(cost / present) / math.log(lowest / present) if cost < present else 0.0
+            overhead = (account.sensing_flops if cost > lowest else 0.0) + self.overhead.mean
+            spent += max(0, min(steps, length - at)) * (account.step_flops * self.share**done + overhead)
+        return spent <= self._left(account)
+
+    def _left(self, account: Account) -> float:
+        """FLOPs that are left for steps; one sensing and the largest overhead are kept for the step to come."""
+        kept = max(0.0, self.overhead.twice - self.overhead.mean)
+        return self.total - account.train_flops - account.sensing_flops - kept
+
+    def _affordable(self, account: Account) -> int:
+        """The steps that are paid for at what one costs now."""
+        return account.num_steps + int(self._left(account) / (account.step_flops + self.overhead.mean))
+
+    def state_dict(self) -> dict[str, Any]:
+        plan = {name: value for name, value in vars(self).items() if name not in ("budget", "schedule", "total")}
+        return {**plan, "overhead": asdict(self.overhead)}
+
+    def restored(self, state: Mapping[str, Any]) -> Bill:
         overhead = StepOverhead(**fields_of(StepOverhead, state["overhead"]))
-        plan = {name: value for name, value in state.items() if name != "overhead"}
-        return RunPlan(**fields_of(RunPlan, plan), overhead=overhead)
-
-
-def _left(plan: RunPlan, now: Spent, total: float) -> float:
-    """FLOPs that are left for steps; one sensing and the largest overhead are kept for the step to come."""
-    return total - now.train_flops - now.sensing_flops - max(0.0, plan.overhead.twice - plan.overhead.mean)
-
-
-def _affordable(plan: RunPlan, now: Spent, total: float) -> int:
-    """The steps that are paid for at what one costs now."""
-    return now.step + int(_left(plan, now, total) / (now.step_flops + plan.overhead.mean))
+        return replace(self, **{name: state[name] for name in self.state_dict()} | {"overhead": overhead})
 
 
 def _longest(step: int, paid: Callable[[int], bool]) -> int:
@@ -363,16 +424,6 @@ def _longest(step: int, paid: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if paid(middle) else (low, middle)
     return low
-
-
-def _rounded_up(value: float) -> float:
-    """A number of three digits that is not below.
-
-    >>> _rounded_up(1234.0), _rounded_up(0.0099701)
-    (1240.0, 0.00998)
-    """
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return float(f"{math.ceil(value / unit) * unit:.3g}")
 
 
 def likely_widths(cost: Cost, groups: tuple[Group, ...], dense: Mapping[str, int], limit: float) -> dict[str, int]:
@@ -390,8 +441,7 @@ def likely_widths(cost: Cost, groups: tuple[Group, ...], dense: Mapping[str, int
         group.name: np.arange(dense[group.name] - group.num_units + 1, dense[group.name] + 1) / dense[group.name] ** 2
         for group in groups
     }
-    ladders, widths = free_ladders(dense, groups, saliency, {}), {group.name: group.num_units for group in groups}
-    selection = start(cost, ladders, widths, "worth")
+    selection = start(cost, free_ladders(dense, groups, saliency, {}), widths_of(groups), "worth")
     descend(selection, limit)
     if selection.total <= limit:
         add_back(selection, limit)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from setpoint.controller.plan import Learning, Observation, Plan
+from setpoint.controller.plan import Observation, Plan
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget, amount
@@ -22,13 +22,7 @@ from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter
 
 if TYPE_CHECKING:  # most runs have no budget of the whole run, and never load it
-    from setpoint.spending.run_budget import RunBudget, RunPlan, RunState
-
-# A controller that learns never takes more than this share of the FLOPs of the steps so far.
-_LEARNING_SHARE = 0.01
-# What is read again at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
-# the forecast lets them fall no faster, and the run becomes longer once cuts have come.
-_WAVERING = ("latency", "energy")
+    from setpoint.spending.run_budget import RunBudget
 
 
 class Spending:
@@ -38,13 +32,13 @@ class Spending:
         limits: of a step; the groups are at dense widths.
         total_steps: as the user said it; a bill that is a fraction is one of a dense run of so many steps.
         schedule: when decisions are made.
-        regrows: whether units come back until the schedule is over.
-        learning: the controller, if it learns.
+        controller: it may learn, or bring units back until the schedule is over.
         modelled: by resource, what the cost was modelled by.
         check_kind: refuses budgets that a run of this kind cannot meet.
         bill: FLOPs of the whole run where there are budgets per step, too; it fixes the run's length.
 
     Attributes:
+        bill: with the length that follows from it.
         readings: of meters at the last decision, by resource.
     """
 
@@ -56,37 +50,34 @@ class Spending:
         schedule: Schedule,
         account: Account,
         meter: Meter,
+        controller: object,
         single_process: bool = True,
-        regrows: bool = False,
-        learning: Learning | None = None,
         modelled: Mapping[str, str] | None = None,
         check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
         bill: Budget | None = None,
     ) -> None:
         self.limits, self.costs, self.dense_widths = limits, limits.costs, limits.dense_widths
         self.account, self.meter, self.schedule = account, meter, schedule
-        self.modelled, self.check_kind, self.bill = modelled or {}, check_kind, bill
-        self._single_process, self._regrows, self._learning = single_process, regrows, learning
-        self._total_steps = total_steps
-        self._fixed_total: RunBudget | None = None
-        self._plan: RunPlan | None = None  # with a bill only
-        if bill is not None:
-            from setpoint.spending.run_budget import RunBudget
-
-            self._fixed_total = RunBudget(bill, schedule, limits.dense_cost("flops"))
+        self.modelled, self.check_kind = modelled or {}, check_kind
+        self._controller, self._single_process, self._total_steps = controller, single_process, total_steps
         self.readings, self._warned = dict[str, float](), set[str]()
         self._known: Mapping[str, float] = {}  # what meters have told the controller of a step
+        self.bill = None
+        if bill is not None:
+            from setpoint.spending.run_budget import Bill
+
+            self.bill = Bill(bill, schedule, bill.absolute(limits.dense_cost("flops") * total_steps))
         self.hold(limits.budgets, limits.groups)
 
     @property
     def planned_steps(self) -> int:
         """Decisions fall as in a run of so many steps."""
-        return self._total_steps if self._plan is None else self._plan.decisions_as
+        return self._total_steps if self.bill is None else self.bill.decisions_as
 
     @property
     def run_steps(self) -> int:
         """How many optimizer steps the run has: `planned_steps`, but with a bill what that pays for."""
-        return self._total_steps if self._plan is None else self._plan.length
+        return self._total_steps if self.bill is None else self.bill.length
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -98,38 +89,33 @@ class Spending:
         """What the controller is to hold."""
         return self.limits.cost
 
-    # What the run is held to; `checks` has it checked before it changes.
+    # What the run is held to; `changes` has it checked before it changes.
 
     def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
         self.limits = self.limits.held_to(budgets)
-        if self._fixed_total is not None:
-            from setpoint.spending.run_budget import RunPlan
-
-            # A new plan, since `decisions_as` of the last one would bind it; the overhead of steps is still known.
-            self._plan = RunPlan() if self._plan is None else RunPlan(overhead=self._plan.overhead)
-            self._replan_length(groups, met=False)
+        if self.bill is not None:
+            self.bill = self.bill.anew().decided(self.limits, self.account, groups, met=False)
 
     def set_length(self, total_steps: int) -> None:
         self._total_steps = total_steps
 
     def check_run(self, step: int, total_steps: int, groups: tuple[Group, ...]) -> None:
         """Refuse budgets of the run that cannot be met from here, with these groups at their present widths."""
-        if self._fixed_total is not None and self._plan is not None:
-            self._fixed_total.check_total(self._plan, self.account.now, self.limit_run["flops"])
+        if self.bill is not None:
+            self.bill.check(self.account)
         widths = widths_of(groups)
         self.read_joules(widths)
-        for name, state in self._states(step, widths, total_steps).items():
+        for name, run in self._runs(step, widths, total_steps).items():
             cost = self.costs[name]
-            self._runs[name].check(state, state.present * cheapest(cost, groups) / cost.total(widths))
+            run.check(run.present * cheapest(cost, groups) / cost.total(widths))
 
     # What happens.
 
     def stepped(self) -> None:
         self.account.stepped()
         self.meter.stepped()
-        if self._fixed_total is not None and self._plan is not None:
-            total, learn = self.limit_run["flops"], self._single_process
-            self._plan = self._fixed_total.stepped(self._plan, self.account.now, total, learn=learn)
+        if self.bill is not None:
+            self.bill = self.bill.stepped(self.account, learn=self._single_process)
 
     def prepare(self, due: bool) -> None:
         """The next step begins: on the clock, unless it is watched for its bytes, as before a decision (`due`)."""
@@ -151,43 +137,24 @@ class Spending:
     def decided(self, groups: tuple[Group, ...], met: bool) -> None:
         """A decision is made; none follows once the budgets per step are met."""
         self.read_joules(widths_of(groups))
-        if self._fixed_total is not None:
-            self._replan_length(groups, met=met)
+        if self.bill is not None:
+            self.bill = self.bill.decided(self.limits, self.account, groups, met=met)
 
     def read_joules(self, widths: Mapping[str, int]) -> None:
         """Have the account go by the meter: joules of the run as read, those of the steps to come as expected."""
-        if "energy" in self._runs:
+        if self.limits.is_per_run("energy"):
             run_j = self.meter.read().run_j
             self.account.run_j = self.account.run_j if run_j is None else run_j
             self.account.step_j = self.limits.expected("energy", widths)
-
-    def _replan_length(self, groups: tuple[Group, ...], *, met: bool) -> None:
-        from setpoint.spending.run_budget import likely_widths
-
-        assert self._fixed_total is not None and self._plan is not None
-        limits, cost = self.limits, self.cost
-        present, share = cost.total(widths_of(groups)), 1.0
-        lowest = limits.held[cost.resource] / limits.factor(cost.resource)
-        if present > lowest and not met:
-            likely = likely_widths(cost, groups, self.dense_widths, lowest)
-            share = self.costs["flops"].total(likely) / self.account.step_flops
-            if any(budget.resource in _WAVERING for budget in self.budgets):
-                share = max(share, lowest / present)
-        # Decisions are no overhead of steps: what they took is left out of what is learnt.
-        overhead = replace(self._plan.overhead, noted=self.account.overhead_flops)
-        saves = any(budget.resource == "flops" for budget in self.budgets)
-        plan = replace(self._plan, met=met, saves=saves, present=present, lowest=lowest, share=share, overhead=overhead)
-        self._plan = self._fixed_total.planned(plan, self.account.now, self.limit_run["flops"])
 
     # What is known.
 
     def facts(self) -> dict[str, Any]:
         """What a run that is resumed must share with the one before, and all ranks with each other."""
-        dense, bills = self.limits.dense, () if self.bill is None else (self.bill,)
-        budgets = [(b.resource, float(b.limit), b.per, b.relative) for b in (*self.budgets, *bills)]
+        dense, bills = self.limits.dense, () if self.bill is None else (self.bill.budget,)
         return {
             "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
-            "budgets": budgets,
+            "budgets": [(b.resource, float(b.limit), b.per, b.relative) for b in (*self.budgets, *bills)],
             "total_steps": self._total_steps,
         }
 
@@ -195,10 +162,9 @@ class Spending:
     def header(self) -> dict[str, Any]:
         """The part of a ledger's header that is on spending."""
         dense = {name: self.limits.dense_cost(name) for name in self.costs}
-        per_step = {b.resource: b.absolute(dense[b.resource]) for b in self.budgets if b.per == "step"}
         return {
             "dense": dense,
-            "limit": per_step,
+            "limit": {b.resource: b.absolute(dense[b.resource]) for b in self.budgets if b.per == "step"},
             "limit_run": self.limit_run,
             "total_steps": self.planned_steps,
             "modelled": dict(self.modelled),
@@ -207,9 +173,8 @@ class Spending:
 
     def observation(self, step: int, groups: tuple[Group, ...], reading: Reading | None, **others: Any) -> Observation:
         """Everything that a controller sees at a decision; `others` are more of its fields, such as the loss."""
-        widths, account, resizing = widths_of(groups), self.account, self.account.watch.resizing
-        self.replan(step, widths)
-        runs, states = self._runs, self._states(step, widths)
+        widths = widths_of(groups)
+        runs = self.replan(step, widths)
         return Observation(
             step=step,
             planned_steps=self.planned_steps,
@@ -220,12 +185,9 @@ class Spending:
             limit=self.limits.held,
             spent={name: cost.total(widths) for name, cost in self.costs.items()},
             metered=self._known,
-            # Each process has a clock of its own, and all must come to the same plan.
-            seconds_per_step=account.steps.seconds_per_step if self._single_process else None,
-            seconds_per_resize=resizing.last_seconds if account.resizes and self._single_process else None,
-            ceiling={name: runs[name].ceiling(state) for name, state in states.items()},
-            remaining={name: runs[name].remaining(state) for name, state in states.items()},
-            learning_flops=max(0.0, account.share_left(_LEARNING_SHARE, account.learning_flops)),
+            ceiling={name: run.ceiling() for name, run in runs.items()},
+            remaining={name: run.remaining() for name, run in runs.items()},
+            learning_flops=self.account.learning_left(),
             **others,
         )
 
@@ -252,21 +214,12 @@ class Spending:
     # What the whole run may spend. All of it is empty where no budget is one of the run.
 
     @property
-    def _runs(self) -> dict[str, RunBudget]:
-        budgets = [budget for budget in self.budgets if budget.per == "run"]
-        if not budgets:
-            return {}
-        from setpoint.spending.run_budget import RunBudget
-
-        dense = self.limits.dense_cost
-        return {budget.resource: RunBudget(budget, self.schedule, dense(budget.resource)) for budget in budgets}
-
-    @property
     def limit_run(self) -> dict[str, float]:
         """By resource of a run budget, what the whole run may spend."""
-        if self._fixed_total is not None:
-            return {"flops": self._fixed_total.limit(self._total_steps)}
-        return {name: run.limit(self.planned_steps) for name, run in self._runs.items()}
+        if self.bill is not None:
+            return {"flops": self.bill.total}
+        runs = (budget for budget in self.budgets if budget.per == "run")
+        return {b.resource: b.absolute(self.limits.dense_cost(b.resource) * self.planned_steps) for b in runs}
 
     @property
     def spent_run(self) -> dict[str, float]:
@@ -279,74 +232,56 @@ class Spending:
         found = {"flops": account.train_flops, "latency": account.run_seconds, "energy": run_j}
         return {name: found[name] for name in self.limit_run}
 
-    def replan(self, step: int, widths: Mapping[str, int]) -> None:
+    def replan(self, step: int, widths: Mapping[str, int]) -> dict[str, RunBudget]:
         """Find what budgets of the run leave for each step now; warn once of one that cannot be met."""
         self.read_joules(widths)
-        per_step = dict(self.limits.per_step)
-        for name, state in self._states(step, widths).items():
-            per_step[name] = self._runs[name].per_step(state)
-            limit, lowest, reported = self.limit_run[name], state.forecast(state.lowest), f"{name} of the run"
-            if 0 < step < self.planned_steps and lowest > limit and reported not in self._warned:
+        runs = self._runs(step, widths)
+        for name, run in runs.items():
+            lowest, reported = run.forecast(run.lowest), f"{name} of the run"
+            if 0 < step < self.planned_steps and lowest > run.limit and reported not in self._warned:
                 self._warned.add(reported)
                 warn(
-                    f"the budget of {amount(limit, name)} for the run cannot be met any more: "
-                    f"{amount(state.spent, name)} was spent by step {step}, and with the narrowest model it would come "
+                    f"the budget of {amount(run.limit, name)} for the run cannot be met any more: "
+                    f"{amount(run.spent, name)} was spent by step {step}, and with the narrowest model it would come "
                     f"to {amount(lowest, name)}"
                 )
-        self.limits = replace(self.limits, per_step=per_step)
+        per_step = {name: run.per_step() for name, run in runs.items()}
+        self.limits = replace(self.limits, per_step={**self.limits.per_step, **per_step})
+        return runs
 
     def over(self, step: int, widths: Mapping[str, int]) -> bool:
         """Whether meters say that the run will be over its budget at these widths."""
-        if not self._runs.keys() & set(METERED):
+        if not any(self.limits.is_per_run(name) for name in METERED):
             return False
         with self.account.watch.deciding:
-            before = self.readings, self._known
-            self.read_meters(widths)
-            self.readings, self._known = before  # those of the last decision stand in its entry
-            self.replan(step, widths)
-            states = self._states(step, widths)
-            return any(state.forecast(state.present) > self.limit_run[name] for name, state in states.items())
+            self.account.sensed(self.meter.time_inference(widths))
+            self.limits, _ = self.meter.corrected(self.limits, widths)
+            runs = self.replan(step, widths)
+            return any(run.forecast(run.present) > run.limit for run in runs.values())
 
     def spare_flops(self, step: int, widths: Mapping[str, int]) -> float:
         """FLOPs that a budget of the run leaves for other things than steps, until the next decision."""
-        runs, states = self._runs, self._states(step, widths)
-        return runs["flops"].spare(states["flops"]) if "flops" in runs else math.inf
+        runs = self._runs(step, widths)
+        return runs["flops"].spare() if "flops" in runs else math.inf
 
-    def _states(self, step: int, widths: Mapping[str, int], num_steps: int | None = None) -> dict[str, RunState]:
-        """By resource of a run budget, what is known of the run at this step if it has `num_steps`.
-
-        Of FLOPs, a controller that learns spends some on the decision at hand. Of seconds, the user's own code between
-        steps is taken to go on as it did so far; of joules, where they are watts times seconds, likewise.
-        """
-        runs, account, learning = self._runs, self.account, self._learning
-        if not runs:  # a plain run asks at every decision, and copies no group for it
+    def _runs(self, step: int, widths: Mapping[str, int], num_steps: int | None = None) -> dict[str, RunBudget]:
+        """By resource of a run budget, that budget as it stands at this step of a run of `num_steps`."""
+        if all(budget.per == "step" for budget in self.budgets):
             return {}
-        from setpoint.spending.run_budget import RunState
+        from setpoint.spending.run_budget import run_budgets
 
         num_steps = self.planned_steps if num_steps is None else num_steps
-        groups = tuple(replace(group, num_units=widths[group.name]) for group in self.limits.groups)
-
-        def learning_flops(ahead: int) -> float:
-            left = account.share_left(_LEARNING_SHARE, account.learning_flops, ahead)
-            return 0.0 if learning is None else learning.flops(groups, max(0.0, left))
-
-        between = max(0, num_steps - step) * account.extra_seconds_per_step
-        coming = {"flops": learning_flops(0), "latency": between, "energy": between * self.meter.watts}
-        spent, states = self.spent_run, dict[str, RunState]()
-        for name in runs:
-            states[name] = RunState(
-                step,
-                num_steps,
-                spent[name],
-                spent[name] + coming[name],
-                present=self.limits.expected(name, widths),
-                lowest=self.limits.expected(name, self.limits.narrowest),
-                factor=self.limits.factor(name),
-                regrows=self._regrows,
-            )
-        if "flops" in states:  # a meter's readings have the overhead in them
-            states["flops"] = replace(states["flops"], sensing=account.sensing_flops, learning=learning_flops)
-        return states
+        return run_budgets(
+            self.limits,
+            self.account,
+            self.spent_run,
+            self.schedule,
+            step,
+            num_steps,
+            widths,
+            controller=self._controller,
+            watts=self.meter.watts,
+        )
 
     # What is remembered.
 
@@ -356,12 +291,12 @@ class Spending:
             "metered": dict(self.readings),
             "metering": self.meter.state_dict(),
             "limits": self.limits.state_dict(),
-            **({"plan": asdict(self._plan)} if self._plan is not None else {}),
+            **({"plan": self.bill.state_dict()} if self.bill is not None else {}),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Load a state on trial, before anything is changed."""
-        trial = copy.copy(self)  # limits and plan are values: only what changes in place is copied
+        trial = copy.copy(self)  # limits and bill are values: only what changes in place is copied
         trial.account, trial.meter = copy.deepcopy(self.account), copy.copy(self.meter)
         trial.load_state_dict(state)
 
@@ -369,6 +304,6 @@ class Spending:
         self.account.load_state_dict(state["account"])
         self.limits = self.limits.restored(state["limits"])
         self.meter.load_state_dict(state["metering"])
-        if self._plan is not None:
-            self._plan = self._plan.restored(state["plan"])
+        if self.bill is not None:
+            self.bill = self.bill.restored(state["plan"])
         self.readings = {str(name): float(value) for name, value in state["metered"].items()}
