@@ -339,14 +339,14 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
         ([*arguments, "--budget", "8 ms latency"], "compress takes"),
         (
             [*arguments[:1], "/nowhere.py:build", *arguments[2:], "--budget", "half"],
-            "compress takes one budget of flops or params",
+            "the budget 'half' is not understood",
         ),
         ([*arguments[:3], f"{own}:no", "--budget", "50% flops"], "no function"),
         (
             [*arguments[:3], f"{own}:bare", "--budget", "50%"],
-            "own.py:bare returned a Sequential; --data needs batches: a DataLoader or another iterable of them",
+            "data is a Sequential: give batches, a DataLoader or another iterable of them",
         ),
-        ([*arguments[:3], f"{own}:number", "--budget", "50%"], "own.py:number returned an int; --data needs"),
+        ([*arguments[:3], f"{own}:number", "--budget", "50%"], "data is an int: give batches"),
         (
             ["compress", "resnet18", *arguments[2:], "--budget", "50% flops"],
             "'resnet18' names no function: give a function",

@@ -211,20 +211,19 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     """Parts that mask single weights; nothing is tried out, since a mask is exact on any model."""
     from setpoint.weights.candidates import check_resources, check_run, weight_candidates
     from setpoint.weights.find import Pattern
-    from setpoint.weights.taylor import Patterned, WeightTaylorSensor
+    from setpoint.weights.taylor import WeightTaylorSensor
 
     assert spec.masking is not None
-    pattern = spec.masking.pattern
+    pattern = Pattern.named(spec.masking.pattern)
     if host.wrapped:
         raise LoopError(
             "single weights are not masked inside DistributedDataParallel or fully_shard in this version: "
             "train in one process, or leave the actuator to attach, which cuts whole units"
         )
     inner = WeightTaylorSensor(inputs.samples) if spec.sensor is None else spec.sensor
-    check_run(spec.goal, (*spec.budgets, *([spec.bill] if spec.bill else [])), spec.controller, inner)
-    found, masking = weight_candidates(host, inputs.example, pattern, spec.groups, inner, inputs.passes)
-    shapes = {group.name: tuple(host.model.get_parameter(group.name).shape) for group in found.groups}
-    sensor = Patterned(inner, Pattern.named(pattern), shapes)
+    budgets = (*spec.budgets, *([spec.bill] if spec.bill else []))
+    sensor = check_run(spec.goal, budgets, spec.controller, inner).in_pattern(pattern)
+    found, masking = weight_candidates(host, inputs.example, pattern, spec.groups, inputs.passes)
     spending = _spending(host, spec, found, spec.controller, sensor, inputs, Meter(), clock, check_resources)
     return Parts(
         sensor,
@@ -232,7 +231,7 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
         masking,
         spending,
         _header(host, found, spending),
-        {"pattern": pattern, **_facts(host, found, inner, spec.controller)},
+        {"pattern": str(pattern), **_facts(host, found, sensor, spec.controller)},
     )
 
 

@@ -124,7 +124,6 @@ def compress(
         from setpoint.messages import a_type
         from setpoint.one_shot.compress import compress as cut
         from setpoint.one_shot.compress import one_budget
-        from setpoint.one_shot.forward import are_batches
         from setpoint.report.target import call_own, check_own_function
 
         check_folder(out)
@@ -134,10 +133,6 @@ def compress(
         if out is None:
             print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
         made, batches = call_own(target), call_own(data)
-        if not are_batches(batches):
-            raise UsageError(
-                f"{data} returned {a_type(batches)}; --data needs batches: a DataLoader or another iterable of them"
-            )
         model = made[0] if isinstance(made, tuple) and made else made  # `inspect` takes a model and its inputs, too
         if not isinstance(model, nn.Module):
             raise UsageError(f"{target} returned {a_type(model)}: return a torch.nn.Module")

@@ -12,7 +12,7 @@ import setpoint
 from setpoint.errors import ExampleError
 from setpoint.groups.group import Group
 from setpoint.one_shot.consumer import find_consumers, input_rows
-from setpoint.one_shot.score import Elimination, energy_shares, unit_scores
+from setpoint.one_shot.fit import Elimination, energy_shares, unit_scores
 
 
 def _scores(model: nn.Module, *batches: Tensor) -> dict[str, np.ndarray]:

@@ -19,13 +19,13 @@ from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
-from setpoint.arguments import check_flags, counts
+from setpoint.arguments import counts
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
 from setpoint.controller.swap import swap, trade
 from setpoint.cost.budget import Budget, amount
 from setpoint.cost.cost import Cost, flops_cost, params_cost
-from setpoint.cost.parse import is_time, parse_budget
+from setpoint.cost.parse import parse_budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, GroupError
 from setpoint.groups.example import Example
@@ -37,69 +37,42 @@ from setpoint.host.find import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
 from setpoint.messages import a_type, counted, warn
 from setpoint.one_shot.consumer import find_consumers, layers_by_weight
-from setpoint.one_shot.forward import batch_norms_of, first_batches, norms_were_constant, run
-from setpoint.one_shot.refit import Keep, Reader, find_readers, refit
-from setpoint.one_shot.score import unit_scores
+from setpoint.one_shot.fit import Keep, Reader, find_readers, refit, unit_scores
+from setpoint.one_shot.forward import first_batches, norms_were_constant, run
 from setpoint.spending.changes import original_costs
 from setpoint.spending.checks import check_reachable
 
+# Least shares of an even cut's width that a group keeps, in the order in which they are tried: nothing is trained that
+# could make up for a group that is far narrower than the others.
 _FLOORS = (0.8, 0.25, 0.0)
-"""Least shares of an even cut's width that a group keeps; the next where one leaves the budget unmet, or much unused.
-
-Nothing is trained that could make up for a group that is far narrower than the others.
-"""
-_USED_UP = 0.9
-"""Share of a budget below which the next floor is tried."""
+_USED_UP = 0.9  # share of a budget below which the next floor is tried
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What `compress` did; printed, some lines that a person reads.
+    """What `compress` did; printed, some lines that a person reads."""
 
-    Args:
-        resource: of the budget.
-        limit: what may be spent, in the resource's own unit.
-        before: by resource, FLOPs of a training step on the first batch, and parameters.
-        after: likewise.
-        dense_widths: units by group before.
-        widths: units by group after.
-        refitted: names of the layers whose weights were fitted anew.
-        num_samples: that were looked at.
-        frozen: by name or place, why it was not pruned.
-    """
-
-    resource: str
-    limit: float
-    before: Mapping[str, float]
+    resource: str  # of the budget
+    limit: float  # what may be spent, in the resource's own unit
+    before: Mapping[str, float]  # by resource, FLOPs of a training step on the first batch, and parameters
     after: Mapping[str, float]
-    dense_widths: Mapping[str, int]
-    widths: Mapping[str, int]
-    refitted: tuple[str, ...]
-    num_samples: int
-    frozen: Mapping[str, str]
-
-    @property
-    def density(self) -> dict[str, float]:
-        """By group, the share of its units that stayed."""
-        return {name: width / self.dense_widths[name] for name, width in self.widths.items()}
+    dense_widths: Mapping[str, int]  # units by group before
+    widths: Mapping[str, int]  # and after
+    refitted: tuple[str, ...]  # names of the layers whose weights were fitted anew
+    num_samples: int  # that were looked at
+    frozen: Mapping[str, str]  # by name or place, why it was not pruned
 
     def __str__(self) -> str:
-        words = {"flops": "FLOPs", "params": "parameters"}
-        shares = ", ".join(
-            f"{100 * self.after[name] / self.before[name]:.1f} % of its {words.get(name, name)}" for name in self.before
-        )
+        flops, params = (100 * self.after[name] / self.before[name] for name in ("flops", "params"))
         units = f"{sum(self.widths.values()):,} of {counted(sum(self.dense_widths.values()), 'unit')}"
-        spent = f", {amount(self.after[self.resource], self.resource)} spent" if self.resource in self.after else ""
-        less = self.widths != self.dense_widths
-        if spent and less and self.after[self.resource] < 0.97 * self.limit:
-            spent += " (units go in blocks, and no block more fits the budget)"
         # The first reason, and where the others are.
         why = "".join(f": {place}: {reason}" for place, reason in list(self.frozen.items())[:1])
         why += f"; {len(self.frozen) - 1} more in `frozen`" if len(self.frozen) > 1 else ""
         return (
-            f"compressed to {shares}: {units} in {counted(len(self.widths), 'group')}\n"
-            f"a budget of {amount(self.limit, self.resource)}{spent}\n"
-            f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
+            f"compressed to {flops:.1f} % of its FLOPs, {params:.1f} % of its parameters: {units} in "
+            f"{counted(len(self.widths), 'group')}\n"
+            f"a budget of {amount(self.limit, self.resource)}, {amount(self.after[self.resource], self.resource)} "
+            f"spent\n{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
             f"{counted(len(self.frozen), 'place')} not pruned{why}"
         )
 
@@ -151,7 +124,7 @@ def compress(
         GroupError: where nothing can be cut, or weights hold NaN or infinity.
         OptimizerError: for an optimizer that is none, or not of this model.
         LoopError: when a loop is at work on the model, or `fully_shard` has sharded it.
-        ValueError: for a model that is none, a number of samples that is none, and settings that are no flags.
+        ValueError: for a model or a number of samples that is none.
 
     >>> torch.manual_seed(0)
     <torch._C.Generator object at ...>
@@ -163,7 +136,6 @@ def compress(
     (8, True)
     """
     (num_samples,) = counts(num_samples=num_samples)
-    check_flags(even=even, verify=verify)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {a_type(model)}: write compress(model, data, budget)")
     model = unwrapped(model)
@@ -185,21 +157,25 @@ def compress(
         costs: dict[str, Cost] = {"flops": flops_cost(restricted(traced, active)), "params": params_cost(model, active)}
         widths, cost = widths_of(active), costs[goal.resource]
         before = {name: known.total(widths) for name, known in costs.items()}
-        original = original_costs(model, batches[0], (goal,), costs, widths)
-        limit = goal.absolute(original.get(goal.resource, before[goal.resource]))
-        check_reachable(goal, original.get(goal.resource, before[goal.resource]), cheapest(cost, active))
+        dense = original_costs(model, batches[0], (goal,), costs, widths).get(goal.resource, before[goal.resource])
+        limit = goal.absolute(dense)
+        check_reachable(goal, dense, cheapest(cost, active))
         with _unchanged_on_error(model):
             # Scores before any weight changes: all of them are of the model that was given.
             keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
             fitted: tuple[Reader, ...] = ()
             if not all(kept.all() for kept in keep.values()):
-                renews = not norms_were_constant(model, batches)
-                fitted = refit(model, find_readers(model, active, keep), batches, "batch" if renews else "running")
+                constant = norms_were_constant(model, batches)
+                fitted = refit(model, find_readers(model, active, keep), batches, "running" if constant else "batch")
                 # Masked before the norms' statistics are renewed: these are of the cut model then.
                 mask(model, None, active, keep)
-                if renews:
+                if constant:
+                    warn(
+                        "most BatchNorms have running statistics far from those of the data. They count as constants "
+                        "of the training, and stay. If they are none, give data that are prepared as in training"
+                    )
+                else:
                     run(model, batches, "renewed")
-                _warn_of_norms(model, batches, renews=renews)
             cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)
     after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
@@ -210,12 +186,12 @@ def compress(
 
 def one_budget(budget: Any) -> Budget:
     """The budget that `compress` is given, of FLOPs or parameters; BudgetError for any other."""
-    takes = f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}"
-    if isinstance(budget, str) and not any(letter.isdigit() for letter in budget):
-        raise BudgetError(takes)
-    goal = None if is_time(budget) else parse_budget(budget)
+    goal = parse_budget(budget)
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
-        raise BudgetError(f"{takes}: other resources are met in training, by attach")
+        raise BudgetError(
+            f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "
+            "resources are met in training, by attach"
+        )
     return goal
 
 
@@ -228,10 +204,10 @@ def _candidates(
     found: list[Group] = []
     layers = layers_by_weight(model)
     for group in traced.groups if groups is None else groups:
-        if not isinstance(group, Group) or widths.get(group.name) != group.num_units:
+        if widths.get(group.name) != group.num_units:
             raise GroupError(
-                f"groups holds {getattr(group, 'name', group)!r}, which is not one of this model's groups: use "
-                "find_groups(model, example) on the model as it is now"
+                f"group {group.name!r} is not one of this model's: use find_groups(model, example) on the model as it "
+                "is now"
             )
         if not group.lossless:
             frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
@@ -247,16 +223,6 @@ def _candidates(
     check_some(active, frozen)
     warn_of_unreached(model, traced, active)
     return active, frozen
-
-
-def _warn_of_norms(model: nn.Module, batches: Sequence[Example], *, renews: bool) -> None:
-    if not renews:
-        warn(
-            "most BatchNorms have running statistics far from those of the data. They count as constants of the "
-            "training, and stay. If they are none, give data that are prepared as in training"
-        )
-    elif batch_norms_of(model) and all(samples_in(batch) == 1 for batch in batches):
-        warn("every batch has one sample, and BatchNorms got the statistics of single samples: give batches of several")
 
 
 def _choose(

@@ -1,6 +1,6 @@
-"""A consumer: a layer whose weights read the units of a group, seen as one linear map from columns to outputs.
+"""A consumer: a layer whose weights read the units of a group, as one linear map of the part of its input that is data.
 
-Here is also what of its input is data: `Padding` finds the positions of a batch that only fill it up.
+Positions that only fill a batch up are found by `Padding`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -22,68 +22,42 @@ from setpoint.distributed import plain_kind
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.tap import parameter_named
 
-_GOLDEN = 0.6180339887498949
-
-_FAR_BELOW = -1e3
-"""A mask adds less than this, in half precision too, to a score that does not count."""
-
 
 class Padding:
-    """Hooks on all modules that take an `attention_mask`, which note it; changes with each forward, until `stop`.
+    """Hooks that note the positions which are data, `real`, of each forward until `remove`.
 
-    A mask has a place for each position (2 dims), or for each pair of query and key (4 dims); others change nothing. A
-    position that no query attends to is padding. Where a module is given None, nothing is padding. A mask for keys of
-    another sequence, as in cross attention, does not count.
+    They are those of the last `attention_mask` with a place for each position that a module took; masks of pairs of
+    query and key change nothing. Where a module is given None, nothing is padding.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.real: Bool[Tensor, "batch positions"] | None = None  # of this forward; None where nothing is padding
-        self._handles = []
+        self.real: Bool[Tensor, "batch positions"] | None = None
+        self._handles = [model.register_forward_pre_hook(lambda *_: self._note(None))]
         for module in model.modules():
             names = _mask_arguments(getattr(type(module), "forward", None))
-            # Scripted modules take no hooks with keywords.
-            if (names or module is model) and not isinstance(module, torch.jit.ScriptModule):
-                hook = self._hook(names, begins=module is model)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if names:
+                look = partial(self._look, names)
+                self._handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
 
-    def _hook(self, names: tuple[str, ...], *, begins: bool) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if begins:  # nothing is known of this forward yet
-                self.real = None
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            other_keys = given.get("key_value_states") is not None or (
-                given.get("encoder_hidden_states") is not None and "encoder_attention_mask" not in names
-            )
-            if names and not other_keys:
-                self.note(given.get("attention_mask"))
+    def _look(
+        self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        # In cross attention the mask is of the keys, which are another sequence.
+        crossing = given.get("encoder_hidden_states") is not None and "encoder_attention_mask" not in names
+        if not crossing and given.get("key_value_states") is None:
+            self._note(given.get("attention_mask"))
 
-        return look
-
-    def note(self, mask: Any) -> None:
-        """A module is given this mask."""
+    def _note(self, mask: Any) -> None:
         if mask is None:
             self.real = None
-        # A mask of positions has the last word: libraries let rows of padding attend to everything in a mask of
-        # pairs, so that no softmax is empty.
-        elif isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 4 and self.real is None)):
-            self.real = real_positions(mask)
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            self.real = mask != 0
 
-    def stop(self) -> None:
+    def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self.real = None
-
-
-def real_positions(mask: Tensor) -> Bool[Tensor, "batch positions"]:
-    """Positions that are attended to, of a mask of positions (1 for a token) or of queries and keys, kept or added.
-
-    >>> real_positions(torch.tensor([[1, 1, 0]])), real_positions(torch.tensor([[[[0.0, -1e9]]]]))
-    (tensor([[ True,  True, False]]), tensor([[ True, False]]))
-    """
-    if mask.dim() == 2:
-        return mask != 0
-    attended = mask > _FAR_BELOW if mask.is_floating_point() else mask != 0
-    return attended.any(2).any(1)
 
 
 @lru_cache(maxsize=4096)
@@ -91,7 +65,7 @@ def _mask_arguments(forward: Callable[..., Any] | None) -> tuple[str, ...]:
     """The arguments of a class's forward, without `self`, if a mask is among them."""
     try:
         names = tuple(inspect.signature(forward).parameters)[1:]  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a forward that is no plain function
+    except (TypeError, ValueError):  # scripted code has no plain function
         return ()
     return names if "attention_mask" in names else ()
 
@@ -277,4 +251,4 @@ def _picked(total: int, count: int) -> Int[Tensor, " picked"]:
     """
     if total <= count:
         return torch.arange(total)
-    return ((torch.arange(1, count + 1, dtype=torch.float64) * _GOLDEN) % 1.0 * total).long()
+    return ((torch.arange(1, count + 1, dtype=torch.float64) * 0.6180339887498949) % 1.0 * total).long()

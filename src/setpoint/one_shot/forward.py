@@ -22,13 +22,10 @@ from setpoint.messages import a_type
 Norms = Literal["running", "batch", "renewed"]
 """What a BatchNorm divides by: its running statistics, those of the batch, or these, which also become its new ones."""
 
-
-_FIRST_VALUES = 0.05
-"""Share of the first values in running statistics, from which on these count as settled."""
-_FEWEST_VALUES = 64
-"""Values of a channel below which data say nothing of its statistics."""
-_FAR = 0.25
-"""Squared distance of means and deviations, in deviations, beyond which statistics are not of these data."""
+_FIRST_VALUES = 0.05  # share of the first values in running statistics, from which on these count as settled
+_FEWEST_VALUES = 64  # of a channel, below which data say nothing of its statistics
+_FAR = 0.25  # squared distance of means and deviations, in deviations, beyond which statistics are not of these data
+_LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
 
 
 def batch_norms_of(model: nn.Module) -> list[Any]:
@@ -51,7 +48,7 @@ def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
     Detectors, and nets that are fine-tuned on small batches, are trained so: with their norms in eval mode. The
     distance of a norm is its median over the channels, since a single channel may be constant on the data.
     """
-    sums: dict[nn.Module, list[Tensor]] = {}
+    sums: dict[Any, list[Tensor]] = {}
 
     def look(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = (args[0] if args else kwargs["input"]).double().transpose(0, 1).flatten(1)
@@ -59,16 +56,11 @@ def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
         sums[norm] = [a + b for a, b in zip(sums[norm], new, strict=True)] if norm in sums else new
 
     norms = [norm for norm in batch_norms_of(model) if norm.running_var is not None and _settled(norm)]
-    handles = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
-    try:
-        if norms:
-            run(model, batches, "running")
-    finally:
-        for handle in handles:
-            handle.remove()
+    if norms:
+        handles = [norm.register_forward_pre_hook(look, with_kwargs=True) for norm in norms]
+        run(model, batches, "running", handles)
     distances = []
-    for module, (count, total, squares) in sums.items():
-        norm: Any = module
+    for norm, (count, total, squares) in sums.items():
         if count < _FEWEST_VALUES:
             continue
         mean = total / count
@@ -123,11 +115,13 @@ def _weighing() -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callable[[], Any] = lambda: None) -> None:
-    """Run the model on all batches, and call `each` after every one; ExampleError for one that it does not take."""
-    # An autocast region would keep low-precision copies of weights, and these are fitted anew between runs.
-    torch.clear_autocast_cache()
+def run(model: nn.Module, batches: Sequence[Example], norms: Norms, handles: Iterable[Any] = ()) -> None:
+    """Run the model on all batches, and remove the handles of hooks; ExampleError for a batch that it does not take."""
     with without_training(model, norms), ExitStack() as afterwards:
+        for handle in handles:
+            afterwards.callback(handle.remove)
+        # An autocast region would keep low-precision copies of weights, and these are fitted anew between runs.
+        torch.clear_autocast_cache()
         afterwards.callback(torch.clear_autocast_cache)
         for number, batch in enumerate(batches):
             args, kwargs = inputs_of(batch)
@@ -142,38 +136,27 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, each: Callab
                     f"the model fails on batch {number} of the data ({type(error).__name__}: {error}): give batches as "
                     "in training"
                 ) from error
-            each()
-
-
-_LABELS = frozenset({"label", "labels", "label_ids", "target", "targets"})
 
 
 def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Example, ...]:
-    """The first batches of the data that have as many samples together, on the model's device.
+    """The first batches that have as many samples together, on the model's device; the last one is taken whole.
 
     Labels are taken out, unless the model runs only with them. Batches of one sample are passed over, where the model
-    has a BatchNorm and another batch has more: the variance of one is not known.
-
-    Args:
-        data: batches: tensors; tuples or lists whose first part is the input, or a tuple of inputs, or of which all
-            parts but the last are inputs; or dicts of inputs by name.
-        count: of samples; the last batch is taken whole.
-        model: that is given them.
-
-    Raises:
-        ExampleError: for what is no batches, a batch of another form, one that the model does not take or that holds
-            NaN, or where there is none.
+    has a BatchNorm and another batch has more: the variance of one is not known. ExampleError for what is no batches,
+    a batch of another form, one that the model does not take or that holds NaN, or where there is none.
     """
     _check_batches(data)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    found: list[Example] = []
-    form: Callable[[Any], Example] | None = None
     normalised = bool(batch_norms_of(model))
-    seen = 0
+    found: list[Example] = []
+    form, seen = -1, 0
     for number, batch in enumerate(data):
-        batch = mapped(lambda tensor: tensor.detach().to(device), batch)
-        form = form or _form_of(model, batch)
-        found.append(form(batch))
+        forms = _inputs_in(mapped(lambda tensor: tensor.detach().to(device), batch))
+        if not number:  # once: to try it on each batch would cost a forward of each
+            form = _form_of(model, forms)
+        if form >= len(forms):
+            raise ExampleError(f"batch {number} of the data is of another form than the first: give batches alike")
+        found.append(forms[form])
         for tensor in tensors_of(found[-1]):
             if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
                 raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
@@ -187,26 +170,48 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     return tuple(several or found)
 
 
-def _form_of(model: nn.Module, batch: Any) -> Callable[[Any], Example]:
-    """What makes inputs of a batch: the first that the model runs on."""
+def _inputs_in(batch: Any) -> list[Example]:
+    """What may be the model's input in a batch, in the order in which it is tried.
+
+    >>> _inputs_in({"input_ids": 1, "labels": 2}), _inputs_in((3, 4))
+    ([{'input_ids': 1}, {'input_ids': 1, 'labels': 2}], [(3,), (3, 4)])
+    """
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else ()
+    named = parts[0] if parts else batch
+    forms: list[Example] = []
+    if len(parts) > 2:  # first of all: a forward of one input and options would run with the first input alone
+        forms.append(parts[:-1])
+    if isinstance(named, Mapping):
+        forms += [{name: value for name, value in named.items() if name not in _LABELS}, dict(named)]
+    elif isinstance(batch, Tensor):
+        forms.append((batch,))
+    elif parts:
+        forms += [parts[:1], parts]
+        if isinstance(named, (tuple, list)):
+            forms.append(tuple(named))
+    else:
+        raise ExampleError(
+            f"a batch is a tensor, a tuple (inputs, labels) or a dict of inputs, got {type(batch).__name__}: give data "
+            "such batches"
+        )
+    return forms
+
+
+def _form_of(model: nn.Module, forms: Sequence[Example]) -> int:
+    """The number of the first form that the model runs on."""
     errors: list[Exception] = []
-    several = isinstance(batch, (tuple, list)) and len(batch) > 2
-    # The form is found once, on the first batch: trying it on each would cost a forward of each.
-    # Where two inputs and a label come, a forward of one input and options would run with the first input alone.
-    forms = (*([_all_but_the_last] if several else []), inputs_in, _with_labels, _inner)
-    for form in forms:
-        args, kwargs = inputs_of(form(batch))
+    for number, form in enumerate(forms):
+        args, kwargs = inputs_of(form)
         try:
             with torch.no_grad(), without_training(model, "running"):
                 model(*args, **kwargs)
-            return form
+            return number
         except Exception as error:  # anything may go wrong in a foreign forward
             errors.append(error)
-    first = errors[0]
     raise ExampleError(
-        f"the model takes the first batch neither without its labels nor with them ({type(first).__name__}: {first}): "
-        "give batches as in training, in the model's dtype, or dicts of inputs by name"
-    ) from first
+        f"the model takes the first batch neither without its labels nor with them ({type(errors[0]).__name__}: "
+        f"{errors[0]}): give batches as in training, in the model's dtype, or dicts of inputs by name"
+    ) from errors[0]
 
 
 def _check_batches(data: object) -> None:
@@ -217,51 +222,9 @@ def _check_batches(data: object) -> None:
         )
     if isinstance(data, tuple) and len(data) > 1 and all(isinstance(part, Tensor) for part in data):
         raise ExampleError(
-            "data is a tuple of tensors, which may be one batch or several: write [(x, y)] for one batch of inputs and "
-            "labels, or [x1, x2] for two batches"
+            "data is a tuple of tensors, one batch or several: write [(x, y)] for one batch of inputs and labels, or "
+            "[x1, x2] for two batches"
         )
-    if not are_batches(data):
+    # A module cannot be gone through batch by batch, even where its parts can.
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__") or isinstance(data, (nn.Module, str, type)):
         raise ExampleError(f"data is {a_type(data)}: give batches, a DataLoader or another iterable of them")
-
-
-def are_batches(data: object) -> bool:
-    """Whether data can be gone through batch by batch; a module cannot, even where its parts can."""
-    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
-    return iterable and not isinstance(data, (nn.Module, str, type))
-
-
-def inputs_in(batch: Any) -> Example:
-    """What of a batch is input.
-
-    >>> inputs_in({"input_ids": 1, "labels": 2}), inputs_in((3, 4))
-    ({'input_ids': 1}, (3,))
-    """
-    if isinstance(batch, Tensor):
-        return (batch,)
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name not in _LABELS}
-    if isinstance(batch, (tuple, list)) and batch:
-        first = batch[0]
-        return inputs_in(first) if isinstance(first, Mapping) else (first,)
-    raise ExampleError(
-        f"a batch is a tensor, a tuple (inputs, labels) or a dict of inputs, got {type(batch).__name__}: give data "
-        "such batches"
-    )
-
-
-def _with_labels(batch: Any) -> Example:
-    """All that the batch holds: the entries of a dict, or the parts of a tuple as positional inputs."""
-    if isinstance(batch, (tuple, list)) and batch:
-        return dict(batch[0]) if isinstance(batch[0], Mapping) else tuple(batch)
-    return dict(batch) if isinstance(batch, Mapping) else inputs_in(batch)
-
-
-def _all_but_the_last(batch: Any) -> Example:
-    """Several inputs and a label behind them."""
-    return tuple(batch[:-1])
-
-
-def _inner(batch: Any) -> Example:
-    """Several inputs in a tuple of their own; anything else as `inputs_in` has it."""
-    several = isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (tuple, list))
-    return tuple(batch[0]) if several else inputs_in(batch)

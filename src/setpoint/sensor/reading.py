@@ -88,7 +88,6 @@ class Traits:
         shards: whether it adds up what each rank holds of a sharded weight.
         hooks: whether it reads frozen weights through hooks on their layers, which compiled code does not run.
         returns: whether it reads units that were dropped and came back.
-        single_weights: whether it reads single weights, and gives `Reading.scores`, in place of whole units.
     """
 
     calibrated: bool = True
@@ -96,7 +95,6 @@ class Traits:
     shards: bool = False
     hooks: bool = False
     returns: bool = True
-    single_weights: bool = False
 
 
 @runtime_checkable

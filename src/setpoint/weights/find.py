@@ -18,8 +18,7 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Size, Slice, widths_of
 from setpoint.groups.trace import Trace
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers whose weights can be units."""
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights can be units
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
@@ -27,13 +26,9 @@ Array = TypeVar("Array", Tensor, np.ndarray)
 @final
 @dataclass(frozen=True)
 class Pattern:
-    """Which weights of a tensor may go together: of every `block` neighbours along dim 1 at least `kept` stay.
+    """N:M: of every `block` (M) neighbours along dim 1, which a product sums over, at least `kept` (N) weights stay.
 
-    Dim 1 holds the inputs: what a product sums over, as hardware wants it. Blocks of one weight, of which none need
-    stay, are no pattern: weights go one by one.
-
-    Args:
-        kept, block: N and M of N:M.
+    Blocks of one weight, of which none need stay, are no pattern: weights go one by one.
     """
 
     kept: int = 0
@@ -41,11 +36,7 @@ class Pattern:
 
     @classmethod
     def named(cls, name: str) -> Pattern:
-        """The pattern of a name: "unstructured", or "N:M" with 0 < N < M, such as "2:4"; else GroupError.
-
-        >>> Pattern.named("2:4"), Pattern.named("unstructured").free
-        (Pattern(kept=2, block=4), True)
-        """
+        """The pattern of a name: "unstructured", or "N:M" with 0 < N < M, such as "2:4"; else GroupError."""
         if name == "unstructured":
             return cls()
         found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", str(name))
@@ -143,12 +134,9 @@ def as_mask(group: Group, weight: Tensor) -> Bool[Tensor, "..."]:
     return torch.from_numpy(active_of(group)).to(weight.device).view(weight.shape)
 
 
-# What they cost.
-
-
 @dataclass(frozen=True, eq=False)
 class WeightFlops:
-    """FLOPs of one dense training step, in all and by weight tensor."""
+    """FLOPs of one dense training step, in all (`total`) and by weight tensor."""
 
     total: float
     step: Mapping[str, float]  # of a weight's products forward and backward
@@ -156,21 +144,16 @@ class WeightFlops:
     sizes: Mapping[str, int]  # its number of elements
 
     def cost(self) -> ProductCost:
-        """Theoretical FLOPs of a step, as a function of the numbers of active weights.
+        """Theoretical FLOPs of a step by numbers of active weights: `fixed + sum of step * active / size`.
 
-        `fixed + sum over tensors of step * active / size`, as the literature has it: all three products of a weight use
-        active weights only.
-
-        References:
-            Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix.
+        All three products of a weight use active weights only, as in "Rigging the Lottery" (ICML 2020), appendix.
         """
         fixed = Term(self.total - sum(self.step.values()), ())
         terms = (Term(flops / self.sizes[name], (_active(name),)) for name, flops in self.step.items())
         return ProductCost("flops", (fixed, *terms))
 
     def at(self, widths: Mapping[str, int]) -> float:
-        fixed = self.total - sum(self.step.values())
-        return fixed + sum(self.step[name] * widths[name] / self.sizes[name] for name in self.step)
+        return self.cost().total(widths)
 
     def dense_gradients(self, widths: Mapping[str, int]) -> float:
         """FLOPs on top of a step that also computes the gradients of weights that are not active."""

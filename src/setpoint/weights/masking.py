@@ -23,8 +23,7 @@ from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
 from setpoint.weights.find import Pattern, WeightFlops, as_mask, with_active
 
-NewMasks = dict[str, Tensor]
-"""By group, a boolean tensor of the weight's shape."""
+NewMasks = dict[str, Tensor]  # by group, a boolean tensor of the weight's shape
 
 
 @final
@@ -64,9 +63,8 @@ class Masks:
     """The masks of a run; they change at each decision.
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
-    accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step. Before
-    weights are grown, the gradients of masked ones are put aside first. What counts is what is there when the first
-    optimizer steps.
+    accumulated, so that clipping sees what a model frozen by hand would show, and once more ahead of the step. Where
+    weights are to be grown, the gradients of masked ones are put aside, as they are when the first optimizer steps.
     """
 
     kind, by_unit, brings_back = "masking", False, False
@@ -144,13 +142,11 @@ class Masks:
         """The masks of a plan, what goes, and what comes in with the value zero; nothing is changed yet."""
         masks, all_dropped, all_grown = {}, {}, {}
         for name, before in self.masks.items():
-            kept = before.clone()
-            keep = plan.keep.get(name)
-            if keep is not None and not keep.all():
-                at = before.view(-1).nonzero().flatten()[torch.from_numpy(~keep).to(before.device)]
-                kept.view(-1)[at] = False
+            kept, grown = before.clone(), torch.zeros_like(before)
+            if name in plan.keep:
+                kept.view(-1)[before.view(-1)] = torch.from_numpy(plan.keep[name]).to(before.device)
             self._check(name, kept)
-            dropped, grown = before & ~kept, torch.zeros_like(before)
+            dropped = before & ~kept
             if plan.drop_and_grow and name in self._resting:
                 gradient, share = self._resting[name], plan.drop_and_grow
                 out, grown = drop_and_grow(kept, ~before, scores[name], gradient, share, self._pattern)
@@ -162,12 +158,12 @@ class Masks:
         per_block = self._pattern.blocks(mask).sum(-1)
         if not self._pattern.free and bool((per_block != per_block.flatten()[0]).any()):
             raise GroupError(
-                f"the plan leaves blocks of {self._pattern.block} in {name!r} with different numbers of weights: under "
-                f"the pattern {self._pattern} a controller must drop the least salient weights, in whole `multiple_of`"
+                f"the plan leaves blocks of {self._pattern.block} in {name!r} with different numbers of weights: a "
+                "controller must drop the least salient ones, in whole `multiple_of`"
             )
 
     def act(self, plan: Plan, reading: Reading) -> Change:
-        """Carry a plan out; all that can fail comes before anything changes."""
+        # All that can fail comes before anything changes.
         masks, dropped, grown = self._planned(plan, reading.scores() if plan.drop_and_grow and self._resting else {})
         for name, gone in dropped.items():
             times = self._num_dropped[name]
@@ -179,7 +175,7 @@ class Masks:
         return Change(keep=plan.keep, grown=grown, counted=True, num_dropped=num_dropped, num_grown=num_grown)
 
     def release(self) -> None:
-        """Nothing was kept: masks hold until the end."""
+        pass  # masks hold until the end
 
     def _set(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
         self.masks = dict(masks)
@@ -205,7 +201,6 @@ class Masks:
         return groups
 
     def stop(self) -> None:
-        """Let go: weights stay as they are, and nothing holds them any more."""
         for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles, self._gone = {}, {}
@@ -219,7 +214,6 @@ class Masks:
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
-        """Check that a state is one of this model and pattern before anything changes; the groups at its masks."""
         masks: Mapping[str, Tensor] = state["masks"]
         if {name: mask.shape for name, mask in masks.items()} != {name: m.shape for name, m in self.masks.items()}:
             raise CheckpointError("the masks of the state are not one for each weight of this model")
@@ -262,7 +256,8 @@ def _weakly(method: Callable[[str, Tensor], None], name: str) -> Callable[[Tenso
     return hook
 
 
-# What masks do to tensors.
+# Optimizers with a state that does not begin at zero, its name, and the setting that it begins with.
+_FIRST_VALUES = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "sum", "initial_accumulator_value"))
 
 
 @torch.no_grad()
@@ -272,13 +267,7 @@ def mask_weights(
     """Zero every weight that is not active; the optimizer remembers nothing of it, as of one that it has never moved.
 
     An optimizer that treats every entry alike then keeps it at zero, as long as its gradient is zero too:
-    call `mask_gradients` ahead of each step. What it remembers is zero too, but for what begins at another value: the
-    step sizes of Rprop, and the sums of Adagrad where an `initial_accumulator_value` is given.
-
-    >>> layer = nn.Linear(2, 1, bias=False)
-    >>> mask_weights({"weight": layer.weight}, None, {"weight": torch.tensor([[True, False]])})
-    >>> (layer.weight == 0).tolist()
-    [[False, True]]
+    call `mask_gradients` ahead of each step.
     """
     for name, mask in masks.items():
         weight, gone = weights[name], ~mask
@@ -292,10 +281,6 @@ def mask_weights(
                     group = next(group for group in one.param_groups if any(weight is held for held in group["params"]))
                     one.state[weight][part].masked_fill_(gone, float(group.get(setting, 0.0)))
     mask_gradients(weights, masks)
-
-
-_FIRST_VALUES = ((torch.optim.Rprop, "step_size", "lr"), (torch.optim.Adagrad, "sum", "initial_accumulator_value"))
-"""Optimizers with a state that does not begin at zero, its name, and the setting that it begins with."""
 
 
 @torch.no_grad()
@@ -317,19 +302,8 @@ def drop_and_grow(
 ) -> tuple[Bool[Tensor, "..."], Bool[Tensor, "..."]]:
     """Which weights go, and which come in; as many, in an N:M pattern in each block (one at most).
 
-    Args:
-        active: weights that may go.
-        resting: weights that may come in; not those that have just been dropped.
-        scores: saliency of every weight.
-        gradient: of the loss, of every weight; one that is zero or not finite brings nothing in.
-        share: of the active weights to drop, rounded down.
-        pattern: which drops and growths it allows.
-
-    >>> active = torch.tensor([[True, True, False, False]])
-    >>> scores, gradient = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[9.0, 9.0, 0.1, -0.2]])
-    >>> dropped, grown = drop_and_grow(active, ~active, scores, gradient, 0.5, Pattern())
-    >>> dropped.tolist(), grown.tolist()
-    ([[True, False, False, False]], [[False, False, False, True]])
+    The least salient `share` of the active weights goes, rounded down. Those of the resting weights, without any that
+    have just been dropped, come in whose gradients are largest, finite and not zero.
     """
     # Rounded down: a share of few weights may be none.
     size, wanted = gradient.abs(), int(share * int(active.sum()))

@@ -8,8 +8,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from setpoint.errors import DeviceError, GroupError
 
-_CAPABILITY = (8, 0)
-"""Compute capability from which a GPU has sparse tensor cores."""
+_CAPABILITY = (8, 0)  # from which a GPU has sparse tensor cores
 
 
 def to_semi_structured(model: nn.Module) -> dict[str, str]:
@@ -32,9 +31,8 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     References:
         Mishra et al., "Accelerating sparse deep neural networks", arXiv 2104.08378.
     """
-    modules = dict(model.named_modules())
     layers = {
-        name: layer for name, layer in modules.items() if isinstance(getattr(layer, "weight", None), nn.Parameter)
+        n: layer for n, layer in model.named_modules() if isinstance(getattr(layer, "weight", None), nn.Parameter)
     }
     devices = {layer.weight.device for layer in layers.values() if isinstance(layer, nn.Linear)}
     for device in sorted(devices, key=str):
@@ -60,16 +58,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
 
 
 def why_dense(layer: nn.Module) -> str:
-    """Why a layer's weight stays dense, or "" for a linear layer in the 2:4 pattern.
-
-    >>> layer = nn.Linear(8, 2)
-    >>> why_dense(layer)
-    '8 of 8 weights in the first row are not zero, not two of every four'
-    >>> with torch.no_grad():
-    ...     _ = layer.weight.mul_(torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]))
-    >>> why_dense(layer)
-    ''
-    """
+    """Why a layer's weight stays dense, or "" for a linear layer in the 2:4 pattern."""
     if not isinstance(layer, nn.Linear):
         return f"{type(layer).__name__} has no kernels for sparse tensor cores"
     weight = layer.weight.detach()
@@ -79,5 +68,4 @@ def why_dense(layer: nn.Module) -> str:
     if (active <= 2).all():
         return ""
     row = int((active > 2).any(1).nonzero()[0])
-    where = "the first row" if row == 0 else f"row {row}"
-    return f"{int(active[row].sum())} of {weight.shape[1]} weights in {where} are not zero, not two of every four"
+    return f"{int(active[row].sum())} of {weight.shape[1]} weights in row {row} are not zero, not two of every four"

@@ -1,11 +1,11 @@
-"""The weight Taylor sensor: what each single weight contributes to the loss; readings that keep to a pattern."""
+"""The weight Taylor sensor: what each single weight contributes to the loss, in readings that keep to a pattern."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, final
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from setpoint.arguments import counts
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
-from setpoint.sensor.reading import Reading, Sensor, Traits
+from setpoint.sensor.reading import Reading, Sensor
 from setpoint.weights.find import Pattern, active_of
 
 
@@ -55,20 +55,22 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
         prediction with dense networks and Fisher pruning", arXiv 1801.05787, 2018.
     """
 
-    traits = Traits(single_weights=True)
-
     def __init__(self, num_samples: int, window: int = 50) -> None:
         self.num_samples, self.window = counts(num_samples=num_samples, window=window)
+        self.pattern = Pattern()
 
-    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        return tuple(group for group in groups if group.kind == "weight")
+    def in_pattern(self, pattern: Pattern) -> WeightTaylorSensor:
+        """The same sensor; saliencies are raised where the pattern holds a weight back."""
+        other = copy.copy(self)
+        other.pattern = pattern
+        return other
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> WeightTaylorState:
         zeros = {
             name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             for name, weight in _weights(groups, model)
         }
-        none = next(iter(zeros.values()), torch.zeros(())).new_zeros(())
+        none = next(iter(zeros.values())).new_zeros(())
         return WeightTaylorState(zeros, dict(zeros), dict(zeros), none, none, model, dict.fromkeys(zeros, 0))
 
     @torch.no_grad()
@@ -117,20 +119,26 @@ class WeightTaylorSensor(Sensor[WeightTaylorState]):
 
     def read(self, state: WeightTaylorState, groups: tuple[Group, ...], step: int) -> Reading:
         scores = {name: values.reshape(-1).double().cpu().numpy() for name, values in self.scores(state).items()}
-        saliency = {group.name: scores[group.slices[0].tensor][active_of(group)] for group in groups}
-        return Reading(
+        reading = Reading(
             step,
-            saliency,
+            {group.name: scores[group.name][active_of(group)] for group in groups},
             self.num_samples,
             num_steps=round(float(state.num_steps)),
             skipped_steps=round(float(state.skipped_steps)),
-            steps_seen={group.name: state.steps_seen[group.slices[0].tensor] for group in groups},
+            steps_seen={group.name: state.steps_seen[group.name] for group in groups},
             scores=partial(self.scores, state),
         )
+        if self.pattern.free or not reading.finite():
+            return reading
+        saliency = {
+            group.name: raised(reading.saliency[group.name], group, state.first[group.name].shape, self.pattern)
+            for group in groups
+        }
+        return replace(reading, saliency=saliency)
 
 
 def _weights(groups: tuple[Group, ...], model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(group.slices[0].tensor, model.get_parameter(group.slices[0].tensor)) for group in groups]
+    return [(group.name, model.get_parameter(group.name)) for group in groups]
 
 
 def _all_finite(model: nn.Module, grad_scale: Tensor | None, like: Tensor) -> Bool[Tensor, ""]:
@@ -146,43 +154,13 @@ def _all_finite(model: nn.Module, grad_scale: Tensor | None, like: Tensor) -> Bo
     return torch.isfinite(total)
 
 
-@final
-class Patterned(Sensor[Any]):
-    """A sensor of single weights whose readings keep to a pattern; its state is that of the inner sensor."""
-
-    def __init__(self, inner: Sensor[Any], pattern: Pattern, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._inner, self._pattern, self._shapes = inner, pattern, shapes
-        self.traits = inner.traits
-
-    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        return self._inner.readable(groups, model)
-
-    def init(self, groups: tuple[Group, ...], model: nn.Module) -> Any:
-        return self._inner.init(groups, model)
-
-    def update(self, state: Any, groups: tuple[Group, ...], model: nn.Module, grad_scale: Tensor | None = None) -> Any:
-        return self._inner.update(state, groups, model, grad_scale)
-
-    def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        return self._inner.flops(groups, model)
-
-    def read(self, state: Any, groups: tuple[Group, ...], step: int) -> Reading:
-        """Saliencies as the pattern has them; scores are the inner sensor's own."""
-        reading = self._inner.read(state, groups, step)
-        if self._pattern.free or not reading.finite():
-            return reading
-        saliency = {g.name: raised(reading.saliency[g.name], g, self._shapes[g.name], self._pattern) for g in groups}
-        return replace(reading, saliency=saliency)
-
-
 def raised(
     saliency: Float64[np.ndarray, " units"], group: Group, shape: tuple[int, ...], pattern: Pattern
 ) -> Float64[np.ndarray, " units"]:
     """Saliencies of a tensor's active weights, raised where the pattern holds a weight back.
 
-    A tensor loses `pattern.stride` weights of each block at a time, the least salient of the block. So that the least
-    salient weights of the tensor are just these, what goes later counts as at least a hair more than all that go
-    earlier.
+    A tensor loses the `pattern.stride` least salient weights of each block at a time. So that the least salient of the
+    tensor are just these, what goes later counts as at least a hair more than all that go earlier.
     """
     active = active_of(group)
     whole = np.full(active.size, -np.inf)

@@ -1,4 +1,7 @@
-"""Score: the error that a unit's removal leaves in the layers that read it, after these are fitted again."""
+"""Fit: what the units' readers lose with a unit that the others cannot make up for, and their weights without it.
+
+Both go by ridge regression of a layer's outputs on its inputs.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +9,43 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from setpoint.errors import ExampleError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group
-from setpoint.one_shot.consumer import Consumer, Padding, find_consumers, layers_by_weight
-from setpoint.one_shot.forward import batch_norms_of, run
+from setpoint.messages import counted, warn
+from setpoint.one_shot.consumer import (
+    Consumer,
+    Padding,
+    by_column,
+    channel_dim,
+    find_consumers,
+    from_columns,
+    input_rows,
+    layers_by_weight,
+)
+from setpoint.one_shot.forward import EnoughSeen, Norms, batch_norms_of, run
 
-RIDGE = 0.01
-"""What is added to the diagonal of a second moment, as a share of its mean."""
+_RIDGE = 0.01  # added to the diagonal of a second moment, as a share of its mean
+_SCORED_AT_ONCE = 1024  # columns of one second moment; the units of a wider map are scored in blocks
+_FITTED_AT_ONCE = 5120  # likewise, of a fit: the moment takes 200 MiB, and there are a few such matrices
+_PANEL = 64  # columns whose removal is put off, so that the large matrices change in few products
+_APART = 1e-12  # how much a unit is worth more, in shares of the output's energy, than the one that goes before it
+_SCORED_ROWS = 8192  # of what a layer is given, at most
+_NUMBERS_AT_ONCE = 1 << 26  # that layers are given and that are held, about: 256 MiB in float32; more take more passes
+_NUMBERS_OF_ONE = 1 << 23  # likewise of one layer: a wider one is seen in fewer rows
+_ROWS_PER_COLUMN, _FEWEST_ROWS = 4, 4096  # of which the second moment of a fit is made: the more of both
+_THIN = 0.25  # rows for each column below which a fit is warned of
 
-MOST_COLUMNS = 1024
-"""Columns whose second moment is held at once; the units of a wider map are split into blocks without cross terms."""
-
-_PANEL = 64
-"""Columns whose removal is put off, so that the large matrices change in few products."""
-
-_APART = 1e-12
-"""How much a unit is worth more, in shares of the output's energy, than the one that goes before it."""
-
-_ROWS = 8192
-"""Rows of what a layer is given that a score is made of, at most."""
-
-_NUMBERS_AT_ONCE = 1 << 26
-"""Numbers that layers are given and that are held at once, about: 256 MiB in float32. More take further passes."""
-
-_NUMBERS_OF_ONE = 1 << 23
-"""Numbers that are kept of what one layer was given: a wider layer is seen in fewer rows."""
-
+Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 Map = tuple[Float[Tensor, "_units _columns _rows"], Float[Tensor, "_all_columns _outputs"]]
 """A linear map that units feed: what they gave it in some rows, and its weights, unit by unit."""
 
@@ -65,7 +71,7 @@ def unit_scores(
     part, numbers = list[Consumer](), 0
     for group in groups:
         consumers = find_consumers(group, model, layers)
-        more = sum(consumer.num_units * consumer.num_columns * _ROWS for consumer in consumers)
+        more = sum(consumer.num_units * consumer.num_columns * _SCORED_ROWS for consumer in consumers)
         if part and numbers + more > _NUMBERS_AT_ONCE:
             found |= _scores_of(part, model, batches)
             part, numbers = [], 0
@@ -97,7 +103,7 @@ def _rows_given(
 
     A consumer that the data do not come to is left out.
     """
-    rows_of_batch = -(-_ROWS // len(batches))
+    rows_of_batch = -(-_SCORED_ROWS // len(batches))
     # A layer that is called several times in a batch keeps its last rows only.
     noted: list[deque[Tensor]] = [deque(maxlen=len(batches)) for _ in consumers]
     # Weak references, so that no output stays in memory for being looked at.
@@ -124,12 +130,7 @@ def _rows_given(
 
     handles = [listen(number, consumer) for number, consumer in enumerate(consumers)]
     handles += [norm.register_forward_pre_hook(look_behind) for norm in batch_norms_of(model)]
-    try:
-        run(model, batches, "running")
-    finally:
-        for handle in handles:
-            handle.remove()
-        padding.stop()
+    run(model, batches, "running", [*handles, padding])
     return [
         (consumer, torch.cat(tuple(rows), 2), norms.get(consumer.layer))
         for consumer, rows in zip(consumers, noted, strict=True)
@@ -147,9 +148,9 @@ def _norm_scale(norm: Any) -> Tensor | float:
 
 
 def regular(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
-    """A second moment with a ridge, `G + RIDGE mean(diag G) I`; of one that is zero, the identity."""
+    """A second moment with a ridge, `G + r mean(diag G) I`; of one that is zero, the identity."""
     mean = moment.diagonal().mean()
-    return moment + torch.eye(len(moment)).to(moment) * torch.where(mean > 0, RIDGE * mean, 1.0)
+    return moment + torch.eye(len(moment)).to(moment) * torch.where(mean > 0, _RIDGE * mean, 1.0)
 
 
 def moment_of(rows: Float[Tensor, "units columns rows"]) -> Float64[Tensor, "all_columns all_columns"]:
@@ -281,10 +282,153 @@ def _blocks(one: Map) -> list[tuple[slice, Elimination]]:
     """A map in blocks of units, each as an elimination of its own."""
     rows, weight = one
     num_units, m = rows.shape[:2]
-    num_blocks = min(num_units, math.ceil(num_units * m / MOST_COLUMNS)) or 1
+    num_blocks = min(num_units, math.ceil(num_units * m / _SCORED_AT_ONCE)) or 1
     edges = np.linspace(0, num_units, num_blocks + 1).round().astype(int)
     found = []
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         moment = moment_of(rows[start:stop])
         found.append((slice(start, stop), Elimination(moment, weight[start * m : stop * m].to(moment), m)))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """One weight that reads units, in all layers whose weight it is, and which of their input channels stay."""
+
+    layers: tuple[str, ...]
+    stays: Bool[np.ndarray, " channels"] = field(repr=False)
+
+
+def find_readers(model: nn.Module, groups: tuple[Group, ...], keep: Keep) -> tuple[Reader, ...]:
+    """The weights that lose inputs, apart from those that are also something else, as a tied embedding is."""
+    layers: dict[int, set[str]] = {}
+    stays: dict[int, np.ndarray] = {}
+    known = layers_by_weight(model)
+    for group in groups:
+        for consumer in find_consumers(group, model, known) if not keep[group.name].all() else ():
+            layer: Any = model.get_submodule(consumer.layer)
+            weight = layer.weight
+            layers.setdefault(id(weight), set()).add(consumer.layer)
+            channels = stays.setdefault(id(weight), np.ones(by_column(layer, weight).shape[0], dtype=bool))
+            channels[consumer.channels[~keep[group.name]].ravel()] = False
+    # A weight that is held once more than it reads, as a tied embedding is, would be refitted for its other use, too.
+    holders = [id(weight) for module in model.modules() for weight in module.parameters(recurse=False)]
+    return tuple(
+        Reader(tuple(sorted(layers[weight])), stays[weight])
+        for weight in layers
+        if holders.count(weight) == len(layers[weight])
+    )
+
+
+def refitted(
+    moment: Float64[Tensor, "columns columns"], weight: Float64[Tensor, "columns outputs"], stays: Tensor
+) -> Float64[Tensor, "kept outputs"]:
+    """Weights on the columns that stay, `(G_kk + r I)^-1 ((G + r I) W)_k`.
+
+    They minimise `E|W'^T x_k - W^T x|^2 + r |W' - W|^2` with W' = 0 on the other columns, r = .01 of the mean of the
+    diagonal of G: where nothing goes, nothing changes.
+    """
+    ridge = regular(moment)
+    kept = stays.nonzero().flatten()
+    target = ridge[kept] @ weight
+    return torch.cholesky_solve(target, torch.linalg.cholesky(ridge[kept][:, kept]))
+
+
+def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example], norms: Norms) -> tuple[Reader, ...]:
+    """Fit the weights of all readers anew, one after the other as the forward comes to them; what goes becomes 0.
+
+    Each sees what the layers before it give by then, among them the units that go, which nothing reads any more in the
+    end. A bias is fitted with the weights. Wide inputs are fitted in blocks without cross terms. Those that were fitted
+    are returned: all that the data come to.
+    """
+    thin: dict[str, tuple[float, str]] = {}
+    # In the order of the forward, so that each fit sees what the fits before it have left.
+    readers = _in_order(model, readers, batches)
+    for reader in readers:
+        layer: Any = model.get_submodule(reader.layers[0])
+        weight = layer.weight
+        channels = by_column(layer, weight.detach())
+        found = torch.zeros_like(channels)
+        # Layers that share a weight may have biases of their own, which then stay as they are.
+        bias = layer.bias if len(reader.layers) == 1 else None
+        shift = torch.zeros(channels.shape[-1], dtype=torch.float64)
+        for block in _even_blocks(len(channels), channels.shape[1]):
+            moment = _moment(model, reader, batches, block, norms)
+            if not torch.isfinite(moment).all():
+                raise ExampleError(
+                    f"{reader.layers[0]} is given NaN or infinity on the data: look for it in the data and the weights"
+                )
+            rows, inputs = float(moment[-1, -1]), len(moment) - 1  # the last column is of ones
+            if rows < _THIN * inputs:
+                name = reader.layers[0]
+                thin[name] = rows / inputs, f"{name} is given {rows:.0f} rows for {inputs} inputs"
+            stays = torch.from_numpy(np.repeat(reader.stays[block], channels.shape[1])).to(moment.device)
+            columns = channels[block].flatten(0, 1).to(moment)
+            if bias is None:
+                moment = moment[:-1, :-1]
+            else:  # a last column of ones, whose weight is what the bias changes by
+                columns = torch.cat([columns, torch.zeros_like(columns[:1])])
+                stays = torch.cat([stays, stays.new_ones(1)])
+            if stays.any():
+                fitted = torch.zeros_like(columns)
+                fitted[stays] = refitted(moment, columns, stays)
+                if bias is not None:
+                    shift += fitted[-1].cpu()
+                found[block] = fitted[: stays.numel() - (bias is not None)].view(found[block].shape).to(found)
+        with torch.no_grad():
+            weight.copy_(from_columns(layer, found))
+            if bias is not None:
+                bias.copy_(bias.cpu().double() + shift)
+    if thin:
+        warn(
+            f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "
+            "may be far from the dense one: give more batches"
+        )
+    return tuple(readers)
+
+
+def _even_blocks(channels: int, offsets: int) -> list[slice]:
+    """The channels in as few even blocks as hold at most `_FITTED_AT_ONCE` columns each."""
+    number = min(channels, math.ceil(channels * offsets / _FITTED_AT_ONCE)) or 1
+    bounds = [channels * block // number for block in range(number + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _in_order(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example]) -> list[Reader]:
+    """The readers as the forward comes to them; those that it does not come to are left out."""
+    called: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+        for reader in readers
+        for name in reader.layers
+    ]
+    run(model, batches[:1], "running", handles)
+    seen = [reader for reader in readers if not set(called).isdisjoint(reader.layers)]
+    return sorted(seen, key=lambda reader: min(called.index(name) for name in reader.layers if name in called))
+
+
+def _moment(
+    model: nn.Module, reader: Reader, batches: Sequence[Example], block: slice, norms: Norms
+) -> Float64[Tensor, "columns columns"]:
+    """Second moment of what the layers are given, by column of these channels, with a last column of ones."""
+    layer: Any = model.get_submodule(reader.layers[0])
+    columns = (block.stop - block.start) * by_column(layer, layer.weight).shape[1]
+    count = math.ceil(max(_FEWEST_ROWS, _ROWS_PER_COLUMN * columns) / len(batches))
+    total: list[Tensor] = []
+    calls: list[int] = []  # of the layers, by batch
+    padding = Padding(model)
+
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
+        rows = input_rows(layer, of_block, count, padding.real).flatten(1).mT
+        moment = moment_of(torch.cat([rows, torch.ones_like(rows[:1])])[:, None])
+        total[:] = [moment + total[0]] if total else [moment]
+        calls[-1] += 1
+        if calls[-1] == calls[0] > 0 and len(calls) > 1:  # as often as in the first batch: the rest is of no use
+            raise EnoughSeen
+
+    handles = [model.get_submodule(name).register_forward_hook(look, with_kwargs=True) for name in reader.layers]
+    handles.append(model.register_forward_pre_hook(lambda *_: calls.append(0)))
+    run(model, batches, norms, [*handles, padding])
+    return total[0]
