@@ -197,9 +197,6 @@ class Counting:
     def over(self, ranks: Any) -> Any:
         return self
 
-    def hooked(self, state: int) -> bool:
-        return False
-
     def forget(self, state: int) -> None: ...
 
     def release(self, state: int) -> None: ...

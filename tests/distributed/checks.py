@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -196,107 +195,6 @@ def frozen() -> None:
     readings = [each.reading().saliency for each in (loop, single)]
     for name, values in readings[0].items():
         np.testing.assert_allclose(values, readings[1][name], rtol=1e-7)
-
-
-def join() -> None:
-    """Inside `join()` ranks that have run out of batches count the steps of the others, and a cut that falls due then
-    waits until all are back; weights are those of one process that has the same gradients.
-    """
-    drops = {"up": [1, 5]}, {"up": [0], "wide": [7, 9]}
-    model = build()
-    wrapper = Parallel(model)
-    descent = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    class DueAtFive(Scripted):
-        def due(self, step: int, total_steps: int) -> bool:
-            return step in (3, 5)
-
-    script = DueAtFive({3: drops[0], 6: drops[1]}, regrow=False)
-    optimizer, loop = attached(wrapper, script, share(0)[0], optimizer=descent, total_steps=12)
-    for epoch in range(2):
-        with wrapper.join():
-            for step in range(6 * epoch, 6 * epoch + (6 if dist.get_rank() == 0 else 4)):
-                x, y = share(step)
-                nn.functional.cross_entropy(wrapper(x), y).backward()
-                if step == 1:  # as if a GradScaler had left the step out
-                    optimizer.zero_grad()
-                    continue
-                optimizer.step()
-                optimizer.zero_grad()
-        assert loop.step == 6 * epoch + 5
-    summary = loop.finish()
-    assert [entry.step for entry in loop.ledger if entry.dropped] == [3, 6] and summary.resizes == 2
-    assert_same_everywhere(model, optimizer)
-    alone = build()
-    of_alone = torch.optim.SGD(alone.parameters(), lr=0.1)
-    late = Scripted({3: drops[0], 6: drops[1]}, regrow=False)
-    _, single = attached(alone, late, batch(0)[0], optimizer=of_alone, total_steps=12)
-    for step in range(12):
-        x, y = batch(step)
-        parts = list(zip(x.chunk(dist.get_world_size()), y.chunk(dist.get_world_size()), strict=True))
-        there = parts if step % 6 < 4 else parts[:1]
-        losses = [nn.functional.cross_entropy(alone(some), labels) for some, labels in there]
-        sum(losses, torch.zeros(())).div(dist.get_world_size()).backward()
-        if step != 1:
-            of_alone.step()
-        of_alone.zero_grad()
-    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def join_ends() -> None:
-    """A context ends well with micro-batches that no step follows, by an exception, and with the loop detached inside:
-    weights are the same on all ranks. What was due and never made is told.
-    """
-
-    def pass_of(wrapper: nn.Module, step: int) -> None:
-        x, y = share(step)
-        nn.functional.cross_entropy(wrapper(x), y).backward()
-
-    def start(script: Any, total_steps: int = 12) -> tuple[Any, Any, Any]:
-        model = Parallel(build())
-        descent = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, *attached(model, script, share(0)[0], optimizer=descent, total_steps=total_steps)
-
-    longest = dist.get_rank() == 0
-    model, optimizer, loop = start(Scripted({2: {"up": [1]}}, regrow=False))
-    with model.join():  # two passes a step; the short rank makes a step of its last one, the long one has one left over
-        for step in range(7 if longest else 3):
-            pass_of(model, step)
-            if step % 2 or (step == 2 and not longest):
-                optimizer.step()
-                optimizer.zero_grad()
-    assert loop.step == 3 and loop.widths["up"] == 24
-    assert_same_everywhere(model.module, optimizer)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        loop.finish()
-    assert any("never back" in str(each.message) for each in said)
-    model, optimizer, loop = start(Scripted({5: {"up": [1]}}, regrow=False))
-    with suppress(RuntimeError), model.join(throw_on_early_termination=True):
-        for step in range(4 if longest else 2):
-            pass_of(model, step)
-            optimizer.step()
-            optimizer.zero_grad()
-    optimizer.zero_grad()
-    for step in range(4):
-        pass_of(model, step)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loop.widths["up"] == 23 and loop.step == 6
-    assert_same_everywhere(model.module, optimizer)
-    loop.finish()
-    model, optimizer, loop = start(Scripted({2: {"up": [1]}}, regrow=False))
-    with model.join():
-        for step in range(5 if longest else 3):
-            pass_of(model, step)
-            optimizer.step()
-            optimizer.zero_grad()
-            if step == 3:
-                loop.detach()
-    loop.detach()
-    assert loop.widths["up"] == 23 and "join_hook" not in vars(model)
-    assert_same_everywhere(model.module, optimizer)
 
 
 def adapters() -> None:

@@ -18,8 +18,6 @@ CHECKS = {
     "batch_norm:2": "with batch norm and uneven batches a cut run equals its masked twin on the same ranks",
     "options:2": "static_graph, bucket views, unused parameters, hooks, compiled code: all go on after a cut",
     "frozen:2": "a layer that is frozen for a while is averaged again when it trains again",
-    "join:2": "ranks that have run out of batches inside join() go along with the others",
-    "join_ends:2": "a join() ends well with passes left over, by an exception, and with the loop detached inside",
     "adapters:2": "what frozen outgoing weights are given is read by hooks as in one process",
     "branches:2": "a branch that runs on some ranks only is read on all of them",
     "averages:2": "an average that one rank alone keeps is cut there",

@@ -32,8 +32,6 @@ class Actuator(Protocol):
 
     kind: str
     """What a state says of who wrote it."""
-    brings_back: bool
-    """Whether units that were dropped come back by themselves."""
     by_unit: bool
     """Whether units are cut and listed one by one; False where single weights are masked and counted."""
 

@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from setpoint.distributed import unwrapped
 from setpoint.errors import GroupError, LoopError, OptimizerError
-from setpoint.host.host import Host
-from setpoint.host.local import Local, check_plain
+from setpoint.host.host import Host, check_plain
 
 
 @runtime_checkable
@@ -45,14 +44,14 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
     # Few runs are distributed: what they need is loaded by those alone.
     if parallel is not None:
-        from setpoint.host.ddp import DDP
+        from setpoint.host.several_ranks import DDP
 
         return DDP(model, optimizers, named, compiled=compiled, parallel=parallel)
     if sharded:
         from setpoint.host.fsdp import FSDP
 
         return FSDP(model, optimizers, named, compiled=compiled)
-    return Local(model, optimizers, named, compiled=compiled)
+    return Host(model, optimizers, named, compiled=compiled)
 
 
 def _several(named: Any) -> tuple[Any, ...]:

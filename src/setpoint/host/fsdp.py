@@ -15,8 +15,8 @@ from setpoint.actuator.optimizer_state import map_tensors
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, unsharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
-from setpoint.host.agreement import SeveralRanks
 from setpoint.host.host import Agreed
+from setpoint.host.several_ranks import SeveralRanks
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +104,10 @@ class FSDP(SeveralRanks):
     def single_process(self) -> bool:
         return False  # not even a single rank has plain tensors
 
-    def before_step(self, *, first: bool, regrows: bool, by_hooks: bool) -> None:
+    def before_step(self, *, first: bool) -> None:
         """Let the modules have their own shards, as after a backward pass, also where a forward pass came last."""
         _reshard(self.model)
-        self._frozen.check()
+        self._warn_of_unfrozen()
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
         return self._gathered({part.tensor for group in groups for part in group.slices}, agree)

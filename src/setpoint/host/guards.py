@@ -25,15 +25,13 @@ _PASSES = 64
 class _Watch:
     """Counts of one optimizer, and of the one parameter of it that is looked at."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.name, self.steps, self.passes, self.moves = type(optimizer).__name__, 0, 0, 0
+    def __init__(self) -> None:
+        self.steps = self.passes = self.moves = 0
         self._last_version: int | None = None
         self._gradient: weakref.ref[Tensor] | None = None
 
     def stepped(self) -> None:
-        self.steps += 1
-        self.passes = self.moves = 0
-        self._last_version = None
+        self.steps, self.passes, self.moves, self._last_version = self.steps + 1, 0, 0, None
 
     def passed(self, parameter: Tensor) -> None:
         # In-place updates raise the version, whoever makes them; a gradient that adds up stays the same object.
@@ -52,79 +50,58 @@ class Unseen:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._watches = [_Watch(optimizer) for optimizer in optimizers]
-        self._number = {id(optimizer): number for number, optimizer in enumerate(optimizers)}
-        self._within = False
+        self._watches = {optimizer: _Watch() for optimizer in optimizers}
+        self._within_step = False
         self._handles: list[Any] = []
         own = weakref.ref(self)  # a parameter must not keep a loop alive
 
-        def passed(number: int, parameter: Tensor) -> None:
-            unseen = own()
-            if unseen is not None and not unseen._within:
-                unseen._passed(unseen._watches[number], parameter)
+        def passed(optimizer: weakref.ref[Optimizer], parameter: Tensor) -> None:
+            unseen, stepping = own(), optimizer()
+            if unseen is not None and stepping is not None and not unseen._within_step:
+                unseen._passed(stepping, parameter)
 
         watched: set[int] = set()
-        for number, optimizer in enumerate(optimizers):
-            parameter = next((p for p in _trained(optimizer) if id(p) not in watched), None)
+        for optimizer in optimizers:
+            held = (parameter for settings in optimizer.param_groups for parameter in settings["params"])
+            # fully_shard delivers gradients past the hooks of its parameters.
+            trained = (p for p in held if p.requires_grad and p.is_leaf and not is_sharded_tensor(p))
+            parameter = next((p for p in trained if id(p) not in watched), None)
             if parameter is not None:
                 watched.add(id(parameter))
-                hook = partial(passed, number)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                hook = partial(passed, weakref.ref(optimizer))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     @property
     def passes(self) -> int:
         """Backward passes since the last step, of the optimizer that has seen most."""
-        return max(watch.passes for watch in self._watches)
+        return max(watch.passes for watch in self._watches.values())
 
     def step_begins(self) -> None:
         """An optimizer is about to step; it may run backward passes in a closure."""
-        self._within = True
+        self._within_step = True
 
     def step_ends(self, optimizer: Optimizer) -> None:
-        self._within = False
-        self._watches[self._number[id(optimizer)]].stepped()
+        self._within_step = False
+        self._watches[optimizer].stepped()
 
-    def _passed(self, watch: _Watch, parameter: Tensor) -> None:
+    def _passed(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        watch = self._watches[optimizer]
         watch.passed(parameter)
         if watch.moves < _MOVES and watch.passes < _PASSES:
             return
         self.stop()
         moved = "the weights move" if watch.moves >= _MOVES else f"{watch.passes} backward passes were made"
-        others = ", as the others do," if any(other.steps > watch.steps for other in self._watches) else ""
+        others = ", as the others do," if any(other.steps > watch.steps for other in self._watches.values()) else ""
         warn(
-            f"{moved}, but {watch.name}, given to attach, does not step{others} (it has {watch.steps} times so far): "
-            "Setpoint acts on the steps of that very optimizer only. Where another one trains the model now, call "
-            "loop.detach() and attach with that"
+            f"{moved}, but {type(optimizer).__name__}, given to attach, does not step{others} (it has {watch.steps} "
+            "times so far): Setpoint acts on the steps of that very optimizer only. Where another one trains the model "
+            "now, call loop.detach() and attach with that"
         )
 
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    held = (parameter for settings in optimizer.param_groups for parameter in settings["params"])
-    # fully_shard delivers gradients past the hooks of its parameters.
-    return [p for p in held if p.requires_grad and p.is_leaf and not is_sharded_tensor(p)]
-
-
-class Frozen:
-    """Warns once when weights of a model are trained that were frozen at first."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._frozen = [(name, weakref.ref(p)) for name, p in model.named_parameters() if not p.requires_grad]
-
-    def check(self) -> None:
-        trained = [name for name, weight in self._frozen if (p := weight()) is not None and p.requires_grad]
-        if not trained:
-            return
-        self._frozen = []
-        more = f" and {len(trained) - 3} more" if len(trained) > 3 else ""
-        warn(
-            f"{', '.join(trained[:3])}{more} are trained now, and were frozen when the loop began: FLOPs are counted "
-            "as they were then, so a step takes more than the loop reports. Call loop.detach(), and attach again"
-        )
 
 
 class Unchanged:
@@ -140,17 +117,12 @@ class Unchanged:
         """
         lengths = {(place.tensor, place.dim): len(place.index) for group in groups for place in group.slices}
         now = named_tensors(self._model)
-        change = _misfit(now, lengths) or self._exchanged(now, {name for name, _ in lengths})
-        what = f"the model was changed: {change}" if change else ""
+        if change := _misfit(now, lengths) or self._exchanged(now, {name for name, _ in lengths}):
+            raise _changed("the model", change)
         for number, copy in enumerate(self._copies):
             tensors = {name.removeprefix("module."): tensor for name, tensor in named_tensors(copy).items()}
-            if not what and (change := _misfit(tensors, lengths)):
-                what = f"copies[{number}] ({type(copy).__name__}) was changed: {change}"
-        if what:
-            raise LoopError(
-                f"{what} since attach. Nothing was cut now; loop.detach() lets training go on as it is, and attach "
-                "prunes the model as it will be then"
-            )
+            if change := _misfit(tensors, lengths):
+                raise _changed(f"copies[{number}] ({type(copy).__name__})", change)
 
     def _exchanged(self, now: Mapping[str, Tensor], cut: set[str]) -> str:
         # A weight that was tied to one of these, or is now, would change its size with it.
@@ -162,6 +134,13 @@ class Unchanged:
             if exchanged and (id(tensor) in ours or id(before) in ours):
                 return f"{name!r} is another tensor"
         return ""
+
+
+def _changed(what: str, change: str) -> LoopError:
+    return LoopError(
+        f"{what} was changed: {change} since attach. Nothing was cut now; loop.detach() lets training go on as it is, "
+        "and attach prunes the model as it will be then"
+    )
 
 
 def _misfit(tensors: Mapping[str, Tensor], lengths: Mapping[tuple[str, int | None], int]) -> str:

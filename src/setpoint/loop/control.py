@@ -73,8 +73,7 @@ class Control:
         # attach saw an unsharded model.
         self.spending.account.sensing_flops = self.sensor.flops(self.dense, host.model)
         self._unchanged = Unchanged(host.model, host.copies)
-        # A rank that has run out of batches misses steps that others make.
-        host.begin(steps=lambda: self.step, missed=lambda: self.after_step(made=False), groups=self.dense)
+        host.begin(self.dense)
         self.spending.account.begin()
 
     @property
@@ -97,9 +96,7 @@ class Control:
     def before_step(self, grad_scale: Tensor | None) -> None:
         """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
         with uninterrupted(), self._explained():
-            by_hooks = self.sensor.hooked(self.sensor_state)
-            regrows = self.actuator.brings_back
-            self.host.before_step(first=not self._checked_host, regrows=regrows, by_hooks=by_hooks)
+            self.host.before_step(first=not self._checked_host)
             self._checked_host = True  # a closer look costs milliseconds, which the first step may take
             self.actuator.before_step(grad_scale)
             self._sense(grad_scale)  # behind the actuator: it masks gradients that must not count
@@ -138,10 +135,9 @@ class Control:
 
     # After they have stepped.
 
-    def after_step(self, made: bool = True) -> None:
-        """The optimizers have moved the weights, unless this rank has missed the step."""
+    def after_step(self) -> None:
+        """The optimizers have moved the weights."""
         with uninterrupted(), self._explained():
-            made = made and self.host.complete()  # asked on every rank, or the others would wait for ever
             self.state = now = replace(self.state, step=self.step + 1)
             self.spending.stepped()
             self.actuator.after_step()
@@ -153,10 +149,8 @@ class Control:
                 )
             elif step <= planned_steps and not now.budget_met:
                 due = step == now.again or self.controller.due(step, planned_steps)
-                if made and (due or now.overdue):
+                if due or now.overdue:
                     self._decide(due)
-                elif due:
-                    self.state = replace(now, waits=True, overdue=True)
             elif step < planned_steps:
                 # Where a decision would be due: meters may say that the run will be over its budget.
                 if self.controller.due(step, planned_steps) and self.spending.over(step, self.widths):
@@ -193,7 +187,7 @@ class Control:
     def _decide(self, due: bool) -> None:
         """Read, decide, act, and record; after a bad reading, try again at the next step."""
         # Set first: after an exception below the decision is still due at the next step.
-        self.state = now = replace(self.state, overdue=True, waits=False)
+        self.state = now = replace(self.state, overdue=True)
         self.end_visit()
         before, origin = self.widths, self.actuator.origin if self.actuator.by_unit else {}
         with self.spending.account.watch.deciding:

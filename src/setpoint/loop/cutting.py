@@ -61,7 +61,7 @@ class Cutting:
         self.host, self.coordinates = host, coordinates
         self.dense, self.groups = groups, groups
         self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
-        self.kind, self.by_unit, self.brings_back = "cutting", True, False
+        self.kind, self.by_unit = "cutting", True
         self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
 
     # What other actuators do between two cuts: units that are cut for good need nothing of it.

@@ -314,7 +314,7 @@ class Loop:
         control.finished = True
         self.summary = done = summarise(control)
         self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
-        warn_of_miss(done, control.state, self._hooks.unseen.passes)
+        warn_of_miss(done, self._hooks.unseen.passes)
         self._notify(done)
         return done
 

@@ -33,7 +33,6 @@ class RunState:
         skipped: steps that the sensor had left out by the last reading.
         again: a step at which to decide in addition to those of the controller; 0 for none.
         overdue: a decision is due and could not be made.
-        waits: it was due while ranks had run out of batches.
         budget_met: the last decision has been made.
         plan: the last one, without what it says of single units.
         saliency: in that reading, of the units that are active now.
@@ -45,7 +44,6 @@ class RunState:
     skipped: int = 0
     again: int = 0
     overdue: bool = False
-    waits: bool = False
     budget_met: bool = False
     plan: Plan | None = None
     saliency: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))

@@ -204,7 +204,7 @@ def _unspent(summary: Summary) -> str:
     )
 
 
-def warn_of_miss(summary: Summary, now: RunState, passes: int) -> None:
+def warn_of_miss(summary: Summary, passes: int) -> None:
     """Warn if a run has missed its budget; `passes` are the backward passes since the last step."""
     if summary.budget_met and summary.note:
         warn(
@@ -213,12 +213,6 @@ def warn_of_miss(summary: Summary, now: RunState, passes: int) -> None:
         )
     began = summary.steps or passes  # where nothing was trained nobody can have missed anything
     if summary.budget_met or not {**summary.limit, **summary.limit_run} or not began:
-        return
-    if now.waits and not now.budget_met:
-        warn(
-            "decisions were due while ranks had run out of batches inside join(), and all were never back: the run "
-            "has not met its budget. Use one join() for each epoch, and ranks of about as many batches"
-        )
         return
     known = {**summary.spent, **summary.metered}
     words = [

@@ -99,7 +99,7 @@ class Regrowth:
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
-        self.lasting, self.brings_back = lasting, controller.regrow
+        self.lasting, self._brings_back = lasting, controller.regrow
         self._cutting, self._controller, self._spending = cutting, controller, spending
         self._host, self._model, self._optimizers = host, host.model, host.optimizers
         self._decisions = self._last_rest = self._turn = 0
@@ -147,7 +147,7 @@ class Regrowth:
             change = self.before_decision()
         elif self._visit is None and wanted and not spending.meter.peak_wanted:
             change = self._begin_visit(step)
-        if not self.brings_back:
+        if not self._brings_back:
             return change, due
         # The memory of a step with visitors is not the model's own: the last one before them is watched.
         later = step + 1 <= spending.planned_steps and self._controller.probe_due(step + 1, spending.planned_steps)

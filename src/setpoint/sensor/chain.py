@@ -59,9 +59,6 @@ class SensorChain(Sensor[ChainState]):
     def over(self, ranks: Ranks) -> SensorChain:
         return SensorChain(*(sensor.over(ranks) for sensor in self.sensors))
 
-    def hooked(self, state: ChainState) -> bool:
-        return any(link.sensor.hooked(link.state) for link in state.links)
-
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
         shares, left = [], groups
         for sensor in self.sensors:

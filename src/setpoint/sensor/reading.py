@@ -141,10 +141,6 @@ class Sensor(Protocol[State]):
         """The sensor where gradients are averaged over these ranks."""
         return self
 
-    def hooked(self, state: State) -> bool:
-        """Whether anything is read by hooks now."""
-        return False
-
     def forget(self, state: State) -> None:
         """A step passes that is not taken in: what hooks have seen of it does not count."""
         return None

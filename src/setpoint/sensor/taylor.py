@@ -115,9 +115,6 @@ class AveragingSensor(Sensor[Moments]):
         other.ranks = ranks
         return other
 
-    def hooked(self, state: Moments) -> bool:
-        return bool(state.tapped)
-
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         """The groups of which every weight that is read is trained, or frozen where a tap can read the layer's input.
 

@@ -67,7 +67,7 @@ class Masks:
     weights are to be grown, the gradients of masked ones are put aside, as they are when the first optimizer steps.
     """
 
-    kind, by_unit, brings_back = "masking", False, False
+    kind, by_unit = "masking", False
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
         self._flops, self._pattern, self._host = flops, pattern, host
