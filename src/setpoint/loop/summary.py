@@ -9,7 +9,6 @@ from typing import Any
 from setpoint.cost.budget import amount
 from setpoint.ledger import Entry, without_nan
 from setpoint.loop.control import Control
-from setpoint.loop.record import RunState
 from setpoint.messages import counted, warn
 from setpoint.spending.metrics import totals, verdict
 
