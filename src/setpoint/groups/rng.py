@@ -1,4 +1,4 @@
-"""What a look at a model must leave as it was: RNG states, training modes, Python's garbage, other threads."""
+"""What a look at a model must leave as it was: RNG states, training modes, Python's garbage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from torch import nn
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _LOCK = threading.RLock()
-_holders: list[int] = []
-"""The thread that holds the lock, once for each time that it has taken it."""
 
 
 def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -28,25 +26,10 @@ def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         # Connected ranks run it together, and may be threads themselves.
         connected = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with nullcontext() if connected else _held():
+        with nullcontext() if connected else _LOCK:
             return function(*args, **kwargs)
 
     return alone
-
-
-@contextmanager
-def _held() -> Iterator[None]:
-    with _LOCK:
-        _holders.append(threading.get_ident())
-        try:
-            yield
-        finally:
-            _holders.pop()
-
-
-def elsewhere() -> bool:
-    """Whether another thread holds the lock: what PyTorch says of its tracer is then not about this thread."""
-    return bool(_holders) and _holders[-1] != threading.get_ident()
 
 
 @contextmanager

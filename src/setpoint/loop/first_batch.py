@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -14,14 +14,12 @@ from torch.jit import ScriptModule
 
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.example import Example, example_of, mapped, num_samples
-from setpoint.groups.rng import elsewhere
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Inputs
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100
 """Class index that PyTorch's and transformers' losses leave out."""
-_LIGHTNING = ("lightning", "pytorch_lightning")
 
 
 class _Call(NamedTuple):
@@ -41,10 +39,10 @@ class FirstBatch:
         if any(module._compiled_call_impl is not None for module in host.model.modules()):
             raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
         self._model, self._method, self._begin = host.model, method, begin
-        self._first: dict[str, _Call] = {}
+        self._calls: dict[str, _Call] = {}  # the first one of each module, by its name
         self._counts: dict[str, int] = {}
         self._running: list[str] = []
-        self._autocast: tuple[str, torch.dtype, bool] | None = None
+        self._autocast: AbstractContextManager[Any] = nullcontext()
         self._handles: list[Any] = []
         if method != "forward":
             self._model.__dict__[method] = _RecordedMethod(self._model, method, _Record("", self))
@@ -63,19 +61,19 @@ class FirstBatch:
     def forward_begins(self, name: str, module: nn.Module, call: _Call) -> None:
         if not name:
             self._running.clear()  # what an interrupt has left there
-        # An export in another thread sets the flag for all threads, and is none of this forward.
-        exporting = torch.compiler.is_exporting() and not elsewhere()
-        trains = torch.is_grad_enabled() and self._model.training and not exporting
+        trains = torch.is_grad_enabled() and self._model.training
+        # An export of the user's own calls the model with tensors that are not real.
         if not trains or _redirected(module) or detect_fake_mode(tuple(call)) is not None:
             return
         self._running.append(name)
         # A part that is checkpointed runs again in the backward pass, outside of its model: "" stands for both.
-        if len(self._running) > 1 or name in self._first or "" in self._first:
+        if len(self._running) > 1 or name in self._calls or "" in self._calls:
             return
         device = next((parameter.device.type for parameter in self._model.parameters()), "cpu")
-        if not self._first and torch.is_autocast_enabled(device):
-            self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
-        self._first[name] = mapped(_detached, call)  # a copy: training may change a batch's containers in place
+        if not self._calls and torch.is_autocast_enabled(device):
+            dtype, cached = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+            self._autocast = torch.autocast(device, dtype=dtype, cache_enabled=cached)
+        self._calls[name] = mapped(_detached, call)  # a copy: training may change a batch's containers in place
 
     def forward_ends(self, name: str, *, raised: bool) -> None:
         if not self._running or self._running[-1] != name:
@@ -86,7 +84,7 @@ class FirstBatch:
         if not raised:
             self._counts[name] = self._counts.get(name, 0) + 1
         elif name not in self._counts:
-            self._first.pop(name, None)  # inputs that the model does not take
+            self._calls.pop(name, None)  # inputs that the model does not take
 
     def begin(self, backward_passes: int) -> None:
         """Begin the loop with what was recorded.
@@ -94,61 +92,28 @@ class FirstBatch:
         Passes whose gradients add up are one of the `backward_passes`. Where a GradScaler has skipped steps there are
         several, each with its share of the forwards.
         """
-        counts = {name: self._counts[name] for name in self._outermost()}
-        if not counts:
+        names = [name for name in self._counts if name in self._calls]
+        if not names:
             raise LoopError(
                 "an optimizer stepped before the model was called in training, so its inputs are not known: give "
                 "attach an example=(x,), or call the model that attach was given. After torch.compile that is "
                 "the compiled model. A model in eval mode is not training: call model.train()"
             )
-        calls = min(counts.values())
+        by_parts = "" not in names
+        # The model stands for its parts, and a part for those inside of it.
+        parts = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        calls = min(self._counts[name] for name in parts) if by_parts else self._counts[""]
         # Rounded, as a look at an output in between is a forward without a share.
         passes = max(1, round(calls / max(1, backward_passes)))
-        if "" in counts:
-            example = example_of(self._model, *self._first[""], self._method)
-            samples = _num_targets(example) or num_samples(example)
+        if by_parts:
+            example: Example = ({name: [self._calls[name]] * round(self._counts[name] / calls) for name in parts},)
+            samples = num_samples(self._calls[parts[0]].args)
         else:
-            example = ({name: [self._first[name]] * round(count / calls) for name, count in counts.items()},)
-            samples = num_samples(self._first[next(iter(counts))].args)
+            example = example_of(self._model, *self._calls[""], self._method)
+            samples = _num_targets(example) or num_samples(example)
         self.stop()  # discovery must not find hooks on the model that it copies
-        with self._in_autocast(), self._by_parts("" not in counts):
+        with self._autocast, _calling_parts(self._model) if by_parts else nullcontext():
             self._begin(Inputs(example, passes, passes * samples, recorded=True))
-
-    def _outermost(self) -> list[str]:
-        """Names of the modules that were recorded, without parts of others that were."""
-        names = [name for name in self._counts if name in self._first]
-        if "" in names:
-            return [""]
-        return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-
-    @contextmanager
-    def _in_autocast(self) -> Iterator[None]:
-        if self._autocast is None:
-            yield
-            return
-        device, dtype, cached = self._autocast
-        with torch.autocast(device, dtype=dtype, cache_enabled=cached):
-            yield
-
-    @contextmanager
-    def _by_parts(self, parts: bool) -> Iterator[None]:
-        """Inside, the model's forward calls the parts that training calls, one after another."""
-        if not parts:
-            yield
-            return
-        before = vars(self._model).get("forward")
-        self._model.forward = MethodType(_forward_by_parts, self._model)  # a method: a copy gets one of its own
-        try:
-            yield
-        except GroupError as error:
-            raise GroupError(
-                f"{error}. Training did not call the model itself, but its parts one by one: if it calls another "
-                'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
-            ) from error
-        finally:
-            del self._model.forward
-            if before is not None:
-                self._model.forward = before
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -158,6 +123,24 @@ class FirstBatch:
             self._model.__dict__.pop(self._method, None)
 
 
+@contextmanager
+def _calling_parts(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's forward calls the parts that training calls, one after another."""
+    before = vars(model).get("forward")
+    model.forward = MethodType(_forward_by_parts, model)  # a method: a copy gets one of its own
+    try:
+        yield
+    except GroupError as error:
+        raise GroupError(
+            f"{error}. Training did not call the model itself, but its parts one by one: if it calls another "
+            'method of the model, such as model.loss(x), name it: attach(..., method="loss")'
+        ) from error
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
 def _forward_by_parts(self: nn.Module, parts: Mapping[str, list[_Call]]) -> list[Any]:
     return [self.get_submodule(name)(*args, **kwargs) for name, calls in parts.items() for args, kwargs in calls]
 
@@ -165,7 +148,8 @@ def _forward_by_parts(self: nn.Module, parts: Mapping[str, list[_Call]]) -> list
 def _redirected(module: nn.Module) -> bool:
     """Whether Lightning sends its `training_step` through this forward, as it does under a wrapper such as DDP."""
     forward = vars(module).get("forward")
-    return str(getattr(forward, "__module__", "")).split(".")[0] in _LIGHTNING and not isinstance(forward, MethodType)
+    package = str(getattr(forward, "__module__", "")).split(".")[0]
+    return package in ("lightning", "pytorch_lightning") and not isinstance(forward, MethodType)
 
 
 def _num_targets(example: Example) -> int | None:
@@ -186,19 +170,19 @@ class _Record:
     """The hooks of one module; on a copy of the model, and after unpickling, they do nothing."""
 
     def __init__(self, name: str = "", batch: FirstBatch | None = None) -> None:
-        self.name, self._batch = name, batch
-
-    def batch(self) -> FirstBatch | None:
-        """The batch that records; None while code is compiled."""
-        return None if torch.compiler.is_compiling() else self._batch
+        self._name, self._batch = name, batch
 
     def ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (batch := self.batch()) is not None:
-            batch.forward_begins(self.name, module, _Call(args, dict(kwargs)))
+        # Dynamo's own flag: that of the exporter is set for all threads.
+        if self._batch is not None and not torch.compiler.is_dynamo_compiling():
+            self._batch.forward_begins(self._name, module, _Call(args, dict(kwargs)))
 
     def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if (batch := self.batch()) is not None:
-            batch.forward_ends(self.name, raised=output is None)  # None is what PyTorch gives after an exception
+        self.ended(raised=output is None)  # None is what PyTorch gives after an exception
+
+    def ended(self, *, raised: bool) -> None:
+        if self._batch is not None and not torch.compiler.is_dynamo_compiling():
+            self._batch.forward_ends(self._name, raised=raised)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
         return _Record()
@@ -211,16 +195,14 @@ class _RecordedMethod:
     """Replaces a model's method while its first calls are recorded; on a copy it is the plain method."""
 
     def __init__(self, model: nn.Module, method: str, record: _Record) -> None:
-        self.model, self.method, self.record = model, method, record
+        self._model, self._method, self._record = model, method, record
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch, raised = self.record.batch(), True
-        if batch is not None:
-            batch.forward_begins(self.record.name, self.model, _Call(args, kwargs))
+        raised = True
+        self._record.ahead(self._model, args, kwargs)
         try:
-            output = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
-            raised = False
+            output = getattr(type(self._model), self._method)(self._model, *args, **kwargs)
+            raised = False  # it may well return None
             return output
         finally:
-            if batch is not None:
-                batch.forward_ends(self.record.name, raised=raised)
+            self._record.ended(raised=raised)

@@ -24,19 +24,16 @@ Mark = tuple["weakref.ref[Tensor]", int] | None
 class StepHooks:
     """Watches optimizers through their own hooks; a step is done when each of them has stepped.
 
-    `before` is called ahead of the first optimizer's update, when all gradients are expected to be
-    ready; `after` when the last one has moved its weights. If the first optimizer is given a closure, `before` is
-    called behind it, since that is where the gradients come from.
-
-    Under a GradScaler with several optimizers, call `scaler.unscale_` for all of them before the
-    first steps: the scale of the others' gradients cannot be seen from there. A step in which the scaler skips any
-    optimizer is not counted. Such a step ends when an optimizer that has stepped, or that came before it in the last
-    whole step, is about to step; before there was a whole step, when gradients of the others are not finite.
+    Under a GradScaler with several optimizers, call `scaler.unscale_` for all of them before the first steps: the scale
+    of the others' gradients cannot be seen from there. A step in which the scaler skips any optimizer is not counted.
+    Such a step ends when an optimizer that has stepped, or that came before it in the last whole step, is about to
+    step; before there was a whole step, when gradients of the others are not finite.
 
     Args:
         optimizers: the optimizers of one training step.
-        before: called with what the gradients are still multiplied by, or None.
-        after: called without arguments.
+        before: called ahead of the first optimizer's update, behind its closure if it has one, when all gradients are
+            expected to be ready, with what they are still multiplied by, or None.
+        after: called when the last optimizer has moved its weights.
         loading: called with an optimizer and the state dict that it is about to load.
     """
 
@@ -62,10 +59,12 @@ class StepHooks:
     @property
     def within_step(self) -> bool:
         """Whether some of the optimizers have stepped and others have yet to, with gradients that they can take."""
-        left = [optimizer for number, optimizer in self._optimizers.items() if number not in self._stepped]
         return bool(self._stepped) and any(
-            _has_gradients(optimizer) and not _overflowed(optimizer) for optimizer in left
+            _gradients(optimizer) and not _overflowed(optimizer) for optimizer in self._left()
         )
+
+    def _left(self) -> list[Optimizer]:
+        return [optimizer for number, optimizer in self._optimizers.items() if number not in self._stepped]
 
     def remove(self) -> None:
         self.unseen.stop()
@@ -83,20 +82,19 @@ class StepHooks:
             self._stepped.clear()
         if self._stepped:
             return None
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._behind_closure(optimizer, kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer itself
-            return (args[0], self._behind_closure(optimizer, args[1]), *args[2:]), kwargs
-        self.before(_grad_scale(optimizer))
-        return None
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)  # args[0] is the optimizer itself
+        if not callable(closure):
+            self.before(_grad_scale(optimizer))
+            return None
 
-    def _behind_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_sense() -> Any:
             loss = closure()
             self.before(_grad_scale(optimizer))
             return loss
 
-        return closure_then_sense
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_sense}
+        return (args[0], closure_then_sense, *args[2:]), kwargs
 
     def _behind(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._handles:
@@ -104,7 +102,7 @@ class StepHooks:
         self.unseen.step_ends(optimizer)
         self._stepped.append(id(optimizer))
         self._took[id(optimizer)] = _mark(optimizer)
-        left = [optimizer for number, optimizer in self._optimizers.items() if number not in self._stepped]
+        left = self._left()
         if not left and any(map(self._is_stale, self._optimizers)):
             self._stepped.clear()  # a GradScaler let some step in this iteration and others in an earlier one
         elif not left:
@@ -137,28 +135,20 @@ def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     return left_out
 
 
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 def _mark(optimizer: Optimizer) -> Mark:
     """Its first gradient and how often that was written to: the same again if there was no backward pass between."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                return weakref.ref(parameter.grad), parameter.grad._version
-    return None
-
-
-def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+    gradient = next(iter(_gradients(optimizer)), None)
+    return None if gradient is None else (weakref.ref(gradient), gradient._version)
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
     """Whether any of its gradients is not finite, so that a GradScaler skips it."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not all(bool(torch.isfinite(_values(gradient)).all()) for gradient in gradients)
-
-
-def _values(gradient: Tensor) -> Tensor:
-    dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return local(dense)
+    dense = (local(grad.coalesce().values() if grad.is_sparse else grad) for grad in _gradients(optimizer))
+    return not all(bool(torch.isfinite(values).all()) for values in dense)
 
 
 def _grad_scale(optimizer: Optimizer) -> Tensor | None:

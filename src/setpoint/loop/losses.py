@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from setpoint.controller.trend import Excess, excess_after
+from setpoint.controller.trend import excess_after
 from setpoint.ledger import Ledger
 
 _MAX_FRESH = 4096  # losses that wait on their device before they are brought to the host at the latest
@@ -26,11 +26,9 @@ class Losses:
     def __init__(self) -> None:
         self._last: dict[str, Tensor | float | None] = {"loss": None, "val": None}
         self._fresh: list[tuple[int, Tensor]] = []
-        self._steps = np.zeros(0)
-        self._losses = np.zeros(0)
-        self._changed = 0
+        self._steps = self._losses = np.zeros(0)
+        self._changed = self._shared = 0
         self._cut: int | None = None
-        self._shared = 0
 
     @property
     def watching(self) -> bool:
@@ -44,6 +42,10 @@ class Losses:
     def val(self) -> float | None:
         return None if self._last["val"] is None else float(self._last["val"])
 
+    @property
+    def _last_change(self) -> int:
+        return self._changed if self._cut is None else self._cut
+
     def observe(self, step: int, loss: Tensor | float | None, val: Tensor | float | None, *, keep: bool) -> None:
         """Take in what is observed at a step, the coming one; ValueError for a tensor of several elements.
 
@@ -53,14 +55,29 @@ class Losses:
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
             if value is not None:
+                # A copy: the user's loop may change it in place before it is read.
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
         if loss is not None and (keep or self._first_after(step)):
-            # Not `loss` itself, which the user's loop may change in place before it is read.
             reported = self._last["loss"]
             dtype = None if isinstance(reported, Tensor) else torch.float64
             self._fresh.append((step, torch.as_tensor(reported, dtype=dtype).reshape(())))
             if len(self._fresh) >= _MAX_FRESH:
                 self._gather()
+
+    def _first_after(self, step: int) -> bool:
+        """Whether a step is the first after the last change of which a loss is reported."""
+        last = self._fresh[-1][0] if self._fresh else int(self._steps[-1]) if len(self._steps) else 0
+        return self._last_change > 0 and (last <= self._last_change or step == last == self._last_change + 1)
+
+    def _gather(self) -> None:
+        """Bring fresh losses to the host."""
+        if not self._fresh:
+            return
+        steps, losses = zip(*self._fresh, strict=True)
+        self._fresh = []
+        values = torch.stack([loss.to(losses[0].device, torch.float64) for loss in losses]).cpu().numpy()
+        self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
+        self._losses = np.concatenate([self._losses, values])
 
     def changed(self, step: int, *, cut: bool) -> None:
         """The model was changed after this step: by a cut, which is to be watched, or by units that came back."""
@@ -73,26 +90,14 @@ class Losses:
         recent = self._steps > self._changed
         self._steps, self._losses = self._steps[recent], self._losses[recent]
 
-    @property
-    def _last_change(self) -> int:
-        return self._changed if self._cut is None else self._cut
-
-    def _first_after(self, step: int) -> bool:
-        """Whether a step is the first after the last change of which a loss is reported."""
-        last = self._fresh[-1][0] if self._fresh else int(self._steps[-1]) if len(self._steps) else 0
-        return self._last_change > 0 and (last <= self._last_change or step == last == self._last_change + 1)
-
-    def excess(self, now: int) -> Excess | None:
-        """How far the loss lies above the trend that it had before the last cut, if enough is known."""
-        self._gather()
-        if self._cut is None or not len(self._steps):
-            return None
-        found = excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=now)
-        return None if found is None else replace(found, cut=self._cut)
-
     def known(self, step: int) -> dict[str, Any]:
         """What a controller sees of it, by name of the observation's fields."""
-        return {"loss": self.loss if self.watching else None, "val": self.val, "excess": self.excess(step)}
+        self._gather()
+        excess = None
+        if self._cut is not None and self.watching:
+            excess = excess_after(self._steps, self._losses, changed=self._changed, cut=self._cut, now=step)
+            excess = excess and replace(excess, cut=self._cut)
+        return {"loss": self.loss if self.watching else None, "val": self.val, "excess": excess}
 
     def complete(self, ledger: Ledger) -> None:
         """Note in the ledger what the last change of the model did to the loss, once that has been observed."""
@@ -101,31 +106,7 @@ class Losses:
         if self._last_change and after.any():
             ledger.complete(float(self._losses[self._steps == self._steps[after].min()].mean()))
 
-    def state_dict(self) -> dict[str, Any]:
-        self._gather()
-        return {
-            "loss": self.loss,
-            "val": self.val,
-            "steps": torch.from_numpy(self._steps.copy()),
-            "losses": torch.from_numpy(self._losses.copy()),
-            "changed": self._changed,
-            "cut": self._cut,
-            "shared": self._shared,
-        }
-
-    def check(self, state: Mapping[str, Any]) -> None:
-        type(self)().load_state_dict(state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        steps, losses = (state[name].cpu().double().numpy().copy() for name in ("steps", "losses"))
-        if steps.ndim != 1 or steps.shape != losses.shape:
-            raise ValueError("observed losses and their steps are not as many")
-        last = {name: None if state[name] is None else float(state[name]) for name in ("loss", "val")}
-        changed, shared = int(state["changed"]), int(state["shared"])
-        cut = None if state["cut"] is None else int(state["cut"])
-        self._last, self._fresh = {**last}, []
-        self._steps, self._losses = steps, losses
-        self._changed, self._cut, self._shared = changed, cut, shared
+    # Of several ranks each is given losses of its own.
 
     def unshared(self, step: int) -> Float64[np.ndarray, " n"]:
         """What this rank alone was given up to a step, the same on all ranks: numbers whose mean `share` takes.
@@ -152,12 +133,28 @@ class Losses:
         losses = [self._losses[before], sums[observed] / counts[observed], self._losses[later]]
         self._steps, self._losses, self._shared = np.concatenate(steps), np.concatenate(losses), step
 
-    def _gather(self) -> None:
-        """Bring fresh losses to the host."""
-        if not self._fresh:
-            return
-        steps, losses = zip(*self._fresh, strict=True)
+    # What is remembered.
+
+    def state_dict(self) -> dict[str, Any]:
+        self._gather()
+        return {
+            "loss": self.loss,
+            "val": self.val,
+            "steps": torch.from_numpy(self._steps.copy()),
+            "losses": torch.from_numpy(self._losses.copy()),
+            "changed": self._changed,
+            "cut": self._cut,
+            "shared": self._shared,
+        }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        type(self)().load_state_dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._steps, self._losses = (state[name].cpu().double().numpy().copy() for name in ("steps", "losses"))
+        if self._steps.ndim != 1 or self._steps.shape != self._losses.shape:
+            raise ValueError("observed losses and their steps are not as many")
+        self._last = {name: None if state[name] is None else float(state[name]) for name in ("loss", "val")}
         self._fresh = []
-        values = torch.stack([loss.to(losses[0].device, torch.float64) for loss in losses]).cpu().numpy()
-        self._steps = np.concatenate([self._steps, np.array(steps, dtype=np.float64)])
-        self._losses = np.concatenate([self._losses, values])
+        self._changed, self._shared = int(state["changed"]), int(state["shared"])
+        self._cut = None if state["cut"] is None else int(state["cut"])
