@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from setpoint.actuator.in_state_dict import check_not_attached
@@ -123,7 +122,7 @@ def run_spec(
             'budget, such as "50% flops", or leave the sensor to attach'
         )
     check_not_attached(host.model)
-    check_data(host.model)  # NaN in a weight would fail the trials of all cuts, and no one would know why
+    _check_data(host.model)
     goal = wanted if isinstance(wanted, (Price, Tolerance)) else None
     budgets, bill = ((), None) if isinstance(wanted, (Price, Tolerance)) else split_bill(check_budgets(wanted))
     masking, regrowing = _kinds(actuator)
@@ -234,25 +233,10 @@ def _as_groups(groups: object) -> tuple[Group, ...] | None:
     return chosen
 
 
-def check_data(model: nn.Module) -> None:
-    """Check that a model's tensors have data, and that no weight is NaN, or raise LoopError by name."""
+def _check_data(model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
-        if is_lazy(tensor):
-            continue  # discovery says what to do about it
-        if tensor.is_meta:
+        if tensor.is_meta and not is_lazy(tensor):  # discovery says what to do about a lazy one
             raise LoopError(
                 f"{name!r} is on the meta device and has no data: give the model data first, "
                 "model.to_empty(device=...) and its values, and attach then"
             )
-        if isinstance(tensor, nn.Parameter) and _has_nan(tensor):
-            raise LoopError(f"{name!r} holds NaN, so nothing can be learnt from it any more: begin with a whole model")
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    comparable = type(tensor) is nn.Parameter and tensor.layout == torch.strided and tensor.dtype.itemsize > 1
-    if not comparable or not (tensor.is_floating_point() or tensor.is_complex()):
-        return False
-    # A sum takes a fraction of the time, and is finite where no entry is NaN and it does not overflow.
-    if tensor.is_floating_point() and bool(tensor.detach().sum().isfinite()):
-        return False
-    return bool(tensor.isnan().any())

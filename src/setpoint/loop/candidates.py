@@ -12,7 +12,7 @@ from torch import nn
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.cost.cost import Cost, flops_cost, params_cost
-from setpoint.errors import ExampleError, GroupError
+from setpoint.errors import ExampleError, GroupError, LoopError
 from setpoint.groups.example import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
@@ -60,6 +60,99 @@ class Candidates:
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
+_UNTRAINED = "trained by no optimizer that attach was given"
+_LOSSY = " (allow_lossy=True prunes it all the same)"
+
+
+def unit_candidates(
+    host: Host,
+    found: Trace,
+    example: Example,
+    sensor: Sensor[Any],
+    wanted: Sequence[Group] | None,
+    *,
+    allow_lossy: bool,
+    verify: bool,
+) -> Candidates:
+    """The units that may be cut, out of the groups that are wanted (None for all), and why others are not pruned."""
+    model, passes = host.model, 0.0
+    frozen = {place.place: place.reason for place in found.frozen}
+    chosen = _chosen(model, found, wanted, frozen)
+    for group in chosen:
+        if group.kind == "state" and not host.single_process:
+            why = "states are not cut on several ranks in this version: each would balance them by itself"
+            frozen[group.name] = why
+        elif not group.lossless and not allow_lossy:
+            notes = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
+            frozen[group.name] = notes + _LOSSY
+        elif host.compiled and sensor.traits.hooks and tappable(group, model):
+            frozen[group.name] = "frozen outgoing weights are not read in compiled code"
+    active = _readable(model, tuple(group for group in chosen if group.name not in frozen), sensor, frozen)
+    active, strangers = in_hand(host, active)
+    frozen |= strangers
+    check_copies(host, active)
+    if verify and active:
+        failed, share = failing_on_few_rows(model, example, active)
+        if failed:
+            _check_numbers(model, example)
+            warn(f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}")
+        # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
+        passes = share * (4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(active)))))
+        active = tuple(group for group in active if group.name not in failed)
+        frozen |= dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
+    check_some(active, frozen)
+    costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(model, active)}
+    warn_of_unreached(model, found, active)
+    return Candidates(active, frozen, costs, passes)
+
+
+def _chosen(
+    model: nn.Module, found: Trace, wanted: Sequence[Group] | None, frozen: dict[str, str]
+) -> tuple[Group, ...]:
+    """The groups that the user wants; without a word all but ranks of adapters, which `frozen` then names."""
+    if wanted is None:
+        adapters = _adapter_tensors(model)
+        ranks = {group.name for group in found.groups if {place.tensor for place in group.slices} <= adapters}
+        frozen |= dict.fromkeys(ranks, "the rank of an adapter stays as it is (give it in groups=... to prune it)")
+        return tuple(group for group in found.groups if group.name not in ranks)
+    widths = widths_of(found.groups)
+    for group in wanted:
+        if group.kind == "weight":
+            raise GroupError(f"group {group.name!r} holds single weights: add actuator=Masking()")
+        if widths.get(group.name) != group.num_units:
+            raise GroupError(
+                f"group {group.name!r} with {group.num_units} units is not one of this model's: "
+                "use find_groups(model, example) on the model as it is now"
+            )
+    return tuple(wanted)
+
+
+def _adapter_tensors(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that PEFT has added to layers: low ranks are small by choice already."""
+    found = set[str]()
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            found |= {f"{name}.{tensor}" for tensor in named_tensors(module) if not tensor.startswith("base_layer.")}
+    return frozenset(found)
+
+
+def _readable(
+    model: nn.Module, groups: tuple[Group, ...], sensor: Sensor[Any], frozen: dict[str, str]
+) -> tuple[Group, ...]:
+    """The groups that the sensor can read; `frozen` then names the others."""
+    readable = sensor.readable(groups, model)
+    names = {group.name for group in readable}
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    for group in groups:
+        if group.name not in names:
+            outgoing = {place.tensor for place in group.slices if place.role == "consume"}
+            why = "the group's weights get no gradient"
+            if outgoing & trained or group.kind == "state":
+                why = f"the sensor ranks no {group.kind}s like these"
+            frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
+    return readable
+
+
 def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The groups whose trained tensors are all in these optimizers; another one would not survive a cut of them."""
     held = {id(p) for optimizer in host.optimizers for settings in optimizer.param_groups for p in settings["params"]}
@@ -85,129 +178,38 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
                 )
 
 
-_UNTRAINED = "trained by no optimizer that attach was given"
-_LOSSY = " (allow_lossy=True prunes it all the same)"
-
-
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
     """Check that there is anything to prune."""
-    if not groups:
-        if strangers := [why for why in frozen.values() if why.endswith(_UNTRAINED)]:
-            raise GroupError(
-                f"{_listed(strangers, 2, '; ')}: give all optimizers, and all tensors of a layer to one. Nothing else "
-                "can be pruned"
-            )
-        reasons = _listed([f"{place}: {reason}" for place, reason in frozen.items()], 8, "; ") or "no dim at all"
-        lossy = [name for name, why in frozen.items() if why.endswith(_LOSSY)]
-        advice = "docs/own-ops.md says how to teach an op; a layer needs another one behind it to be narrowed"
-        if lossy:
-            advice = f"attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same"
-        raise GroupError(f"nothing in this model can be pruned: {reasons}. {advice}")
+    if groups:
+        return
+    if strangers := [why for why in frozen.values() if why.endswith(_UNTRAINED)]:
+        raise GroupError(
+            f"{_listed(strangers, 2, '; ')}: give all optimizers, and all tensors of a layer to one. Nothing else "
+            "can be pruned"
+        )
+    reasons = _listed([f"{place}: {reason}" for place, reason in frozen.items()], 8, "; ") or "no dim at all"
+    advice = "docs/own-ops.md says how to teach an op; a layer needs another one behind it to be narrowed"
+    if lossy := [name for name, why in frozen.items() if why.endswith(_LOSSY)]:
+        advice = f"attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same"
+    raise GroupError(f"nothing in this model can be pruned: {reasons}. {advice}")
+
+
+def _check_numbers(model: nn.Module, example: Example) -> None:
+    """Check that neither a weight nor an input is NaN, with which no cut behaves like its masked twin."""
+    args, kwargs = inputs_of(example)
+    inputs = {**{f"input {number}": argument for number, argument in enumerate(args)}, **kwargs}
+    for name, value in inputs.items():
+        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(value)):
+            raise ExampleError(f"{name} of the example holds NaN, so that no cut can be tried out: give one without")
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and bool(weight.isnan().any()):
+            raise LoopError(f"{name!r} holds NaN, so nothing can be learnt from it any more: begin with a whole model")
 
 
 def _listed(items: Sequence[str], limit: int, between: str = ", ") -> str:
     """The first items of a list, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return between.join(items[:limit]) + more
-
-
-def unit_candidates(
-    host: Host,
-    found: Trace,
-    example: Example,
-    sensor: Sensor[Any],
-    wanted: Sequence[Group] | None,
-    *,
-    allow_lossy: bool,
-    verify: bool,
-) -> Candidates:
-    """The units that may be cut, out of the groups that are wanted (None for all), and why others are not pruned."""
-    groups, frozen = _select(host, found, wanted, sensor, allow_lossy)
-    active, strangers = in_hand(host, groups)
-    frozen |= strangers
-    check_copies(host, active)
-    passes = 0.0
-    if verify:
-        active, failed, passes = _verified(host.model, example, active)
-        frozen |= failed
-    check_some(active, frozen)
-    costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(host.model, active)}
-    warn_of_unreached(host.model, found, active)
-    return Candidates(active, frozen, costs, passes)
-
-
-def _select(
-    host: Host, found: Trace, wanted: Sequence[Group] | None, sensor: Sensor[Any], allow_lossy: bool
-) -> tuple[tuple[Group, ...], dict[str, str]]:
-    model = host.model
-    frozen = {place.place: place.reason for place in found.frozen}
-    chosen = found.groups if wanted is None else tuple(wanted)
-    widths = widths_of(found.groups)
-    for group in chosen:
-        if group.kind == "weight":
-            raise GroupError(f"group {group.name!r} holds single weights: add actuator=Masking()")
-        if widths.get(group.name) != group.num_units:
-            raise GroupError(
-                f"group {group.name!r} with {group.num_units} units is not one of this model's: "
-                "use find_groups(model, example) on the model as it is now"
-            )
-    adapters = _adapter_tensors(model) if wanted is None else frozenset[str]()
-    for group in chosen:
-        if {place.tensor for place in group.slices} <= adapters:
-            frozen[group.name] = "the rank of an adapter stays as it is (give it in groups=... to prune it)"
-        elif group.kind == "state" and not host.single_process:
-            why = "states are not cut on several ranks in this version: each would balance them by itself"
-            frozen[group.name] = why
-        elif not group.lossless and not allow_lossy:
-            frozen[group.name] = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
-            frozen[group.name] += _LOSSY
-    open_groups = tuple(group for group in chosen if group.name not in frozen)
-    if host.compiled and sensor.traits.hooks:
-        hooked = {group.name for group in open_groups if tappable(group, model)}
-        frozen |= dict.fromkeys(hooked, "frozen outgoing weights are not read in compiled code")
-        open_groups = tuple(group for group in open_groups if group.name not in hooked)
-    readable = sensor.readable(open_groups, model)
-    names = {group.name for group in readable}
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    for group in open_groups:
-        if group.name not in names:
-            outgoing = {place.tensor for place in group.slices if place.role == "consume"}
-            trained = any(p.requires_grad for name, p in parameters if name in outgoing)
-            kind = f"the sensor ranks no {group.kind}s like these"
-            why = kind if trained or group.kind == "state" else "the group's weights get no gradient"
-            frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
-    return readable, frozen
-
-
-def _adapter_tensors(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that PEFT has added to layers: low ranks are small by choice already."""
-    found = set[str]()
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
-            base = {f"{name}.{tensor}" for tensor in named_tensors(module) if tensor.startswith("base_layer.")}
-            found |= {f"{name}.{tensor}" for tensor in named_tensors(module)} - base
-    return frozenset(found)
-
-
-def _verified(
-    model: nn.Module, example: Example, groups: tuple[Group, ...]
-) -> tuple[tuple[Group, ...], dict[str, str], float]:
-    """The groups that behave like their masked twins, why the others do not, and the passes that took."""
-    if not groups:
-        return groups, {}, 0.0
-    failed, share = failing_on_few_rows(model, example, groups)
-    if failed:
-        args, kwargs = inputs_of(example)
-        for place, value in (*((f"input {number}", argument) for number, argument in enumerate(args)), *kwargs.items()):
-            if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(value)):
-                raise ExampleError(
-                    f"{place} of the example holds NaN, so that no cut can be tried out: give one without"
-                )
-        warn(f"not pruned, because cutting them on a copy did not behave like masking them: {', '.join(failed)}")
-    reasons = dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
-    # At most four forward and backward passes vouch for all groups at once; each culprit is found by bisection.
-    passes = 4 + 2 * len(failed) * (2 + math.ceil(math.log2(len(groups))))
-    return tuple(group for group in groups if group.name not in reasons), reasons, share * passes
 
 
 def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
