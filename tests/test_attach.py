@@ -191,7 +191,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         LoopError,
         "brings nothing back",
     ),
-    "a word for allow_lossy": ({"allow_lossy": "no"}, ValueError, "allow_lossy is True or False, got 'no'"),
     # Groups and copies.
     "a group's name": ({"groups": "0"}, GroupError, f"{GROUPS}.*got '0'"),
     "a single group": ({"groups": _blocks(1)[0]}, GroupError, "must be a sequence of groups.*got Group"),

@@ -117,11 +117,11 @@ def attach(
         sensor=sensor,
         actuator=actuator,
         groups=groups,
+        even=even,
+        method=method,
         allow_lossy=allow_lossy,
         verify=verify,
         resume=resume,
-        even=even,
-        method=method,
     )
     if example is not None:
         check_example(example)
@@ -134,11 +134,7 @@ def attach(
         _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         return loop
 
-    @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
-    def begin(inputs: Inputs) -> None:
-        _begin(loop, spec, inputs)
-
-    first = FirstBatch(host, model, method, begin)
+    first = FirstBatch(host, model, method, lambda inputs: _begin(loop, spec, inputs))
     _carry_sizes(host, spec)  # a state may be loaded before the first step
     loop = Loop(host)
     loop.wait(first)
@@ -159,10 +155,10 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
         carry(module)
 
 
+@one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
 def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
     """Begin the loop with the parts of the run, and with the state that its optimizer has brought, if there is one."""
-    host = loop.host
-    first_optimizer = host.optimizers[0]
+    host, first_optimizer = loop.host, loop.host.optimizers[0]
     (RESUMING.add if spec.resume else RESUMING.discard)(host.model)
     try:
         state = brought(first_optimizer) if spec.resume else None
@@ -237,8 +233,8 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
 
 def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
     """Parts that cut units."""
-    example, controller, some, even = inputs.example, spec.controller, spec.groups, None
-    traced = repeated(trace(host.model, example), inputs.passes)
+    controller, some, even = spec.controller, spec.groups, None
+    traced = repeated(trace(host.model, inputs.example), inputs.passes)
     if isinstance(controller, EvenController):
         from setpoint.configs.even import evened
 
@@ -251,7 +247,9 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
             "use TaylorSensor, or set traits = Traits(shards=True) on a sensor that adds up what each rank has"
         )
     sensor = sensor if host.single_process else sensor.over(host.ranks)
-    found = unit_candidates(host, traced, example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify)
+    found = unit_candidates(
+        host, traced, inputs.example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify
+    )
     found = even.complete(found, host.model) if even else found
     if regrows(controller):
         from setpoint.regrowth.regrowing import check_regrowth
@@ -261,11 +259,9 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     if {goal.resource for goal in spec.goals} & set(METERED):
         from setpoint.resources.costing import cost_out
 
-        costing = cost_out(host, example, traced, found.groups, spec.goals, inputs.passes)
+        costing = cost_out(host, inputs.example, traced, found.groups, spec.goals, inputs.passes)
         meter, costs, passes = costing.meter, {**found.costs, **costing.costs}, found.passes + costing.passes
         found = replace(found, costs=costs, sources=costing.sources, header=costing.header, passes=passes)
-    else:
-        found = replace(found, header={"calibration": {}, "step_seconds": {}})
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
@@ -319,17 +315,16 @@ def _spending(
     check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
 ) -> Spending:
     """What the run may spend; a budget that cannot be met is refused, and a fraction is one of the uncut model."""
-    original = dict[str, float]()
+    dense, original = widths_of(found.groups), dict[str, float]()
     if was_cut(host.model):
         from setpoint.spending.changes import original_costs
 
-        widths = widths_of(found.groups)
-        original = original_costs(host.model, inputs.example, spec.budgets, found.costs, widths, inputs.passes)
+        original = original_costs(host.model, inputs.example, spec.budgets, found.costs, dense, inputs.passes)
     limits = Limits(spec.budgets, found.costs, found.groups, spec.resource, original)
     for budget in spec.budgets:
-        dense, cost = limits.dense_cost(budget.resource), found.costs[budget.resource]
-        check_reachable(budget, dense, cheapest(cost, found.groups))
-    step_flops = found.costs["flops"].total(widths_of(found.groups))
+        cost = found.costs[budget.resource]
+        check_reachable(budget, limits.dense_cost(budget.resource), cheapest(cost, found.groups))
+    step_flops = found.costs["flops"].total(dense)
     account = Account(
         clock,
         meter.steps,
@@ -355,11 +350,10 @@ def _spending(
 
 def _header(host: Host, found: Candidates, spending: Spending) -> Mapping[str, Any]:
     """The head of the ledger."""
-    held_to = spending.header
     return {
         "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in found.groups},
         "frozen": dict(found.frozen),
-        **{name: held_to[name] for name in ("dense", "limit", "limit_run", "total_steps")},
+        **spending.header,
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -367,7 +361,6 @@ def _header(host: Host, found: Candidates, spending: Spending) -> Mapping[str, A
             "threads": torch.get_num_threads(),
             "devices": sorted({str(parameter.device) for parameter in host.model.parameters()}),
         },
-        **{name: held_to[name] for name in ("modelled", "measured")},
         **found.header,
     }
 

@@ -1,4 +1,4 @@
-"""Messages: how a sentence counts things, hints at known names, warns at the user's line, and shows what takes time."""
+"""What a user writes and reads: numbers, and sentences that count, hint, warn at the user's line and show progress."""
 
 from __future__ import annotations
 
@@ -12,10 +12,39 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
 
 _FOLDERS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 _INSTALLED = tuple(os.path.join(folder, "") for folder in _FOLDERS)
 _RUNNING: list[str] = []  # what is being done now, the outermost first
+
+
+def plain_number(value: Any) -> Any:
+    """A number of NumPy's, or an array that is one, as Python's own; anything else as it is.
+
+    >>> plain_number(np.int32(3)), plain_number(np.float16(0.5)), plain_number("half")
+    (3, 0.5, 'half')
+    """
+    single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if single else value
+
+
+def plain_fields(settings: Any) -> None:
+    """Have all fields of a frozen dataclass hold Python's own numbers; called as it is made."""
+    for field in fields(settings):
+        object.__setattr__(settings, field.name, plain_number(getattr(settings, field.name)))
+
+
+def counts(**settings: object) -> list[int]:
+    """These settings as Python's own numbers; ValueError for one that is no positive integer."""
+    numbers = [plain_number(value) for value in settings.values()]
+    for name, value in zip(settings, numbers, strict=True):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return numbers
 
 
 def counted(number: float, what: str) -> str:

@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 from setpoint.actuator.in_state_dict import check_not_attached
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.tensors import named_tensors
-from setpoint.arguments import check_flags, plain_number
 from setpoint.controller.even import EvenController
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller, Pursuing, RegrowingController
@@ -27,7 +26,7 @@ from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import check_method
 from setpoint.groups.group import Group, check_blocks
 from setpoint.host.host import Host
-from setpoint.messages import a_type
+from setpoint.messages import a_type, plain_number
 from setpoint.sensor.reading import Sensor
 from setpoint.spending.checks import check_budgets, split_bill
 
@@ -59,10 +58,10 @@ class RunSpec:
     masking: Masking | None
     regrowing: Regrowing | None
     groups: tuple[Group, ...] | None
+    method: str
     allow_lossy: bool
     verify: bool
     resume: bool
-    method: str
 
     @property
     def goals(self) -> tuple[Budget | Price | Tolerance, ...]:
@@ -97,14 +96,11 @@ def run_spec(
     sensor: Sensor[Any] | None,
     actuator: Masking | Regrowing | None,
     groups: Sequence[Group] | None,
-    allow_lossy: bool,
-    verify: bool,
-    resume: bool,
     even: bool,
     method: str,
+    **flags: bool,
 ) -> RunSpec:
     """Check the arguments of `attach`, and whether host and optimizers can give what they ask for."""
-    check_flags(allow_lossy=allow_lossy, verify=verify, resume=resume, even=even)
     _check_part("controller", controller, Controller, "PricedController")
     _check_part("sensor", sensor, Sensor, "TaylorSensor")
     steps = plain_number(total_steps)
@@ -163,10 +159,8 @@ def run_spec(
         masking,
         regrowing,
         chosen_groups,
-        allow_lossy=bool(allow_lossy),
-        verify=bool(verify),
-        resume=bool(resume),
-        method=method,
+        method,
+        **flags,
     )
 
 

@@ -129,7 +129,7 @@ def test_a_session_is_free_after_an_exception(tmp_path: Path) -> None:
     [
         (lambda: FakeCallback("fifty"), setpoint.SetpointError, "fifty"),
         (lambda: FakeCallback(1.5), setpoint.SetpointError, "1.5"),
-        (lambda: FakeCallback(0.5, totl_steps=9), TypeError, r"FakeCallback\(\) got .*did you mean total_steps\?"),
+        (lambda: FakeCallback(0.5, totl_steps=9), TypeError, "unexpected keyword argument 'totl_steps'"),
     ],
 )
 def test_a_session_refuses_at_once(make: Any, error: type[Exception], words: str) -> None:

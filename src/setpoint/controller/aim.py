@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from setpoint.arguments import plain_fields
 from setpoint.controller.plan import Observation
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
+from setpoint.messages import plain_fields
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from setpoint.arguments import plain_fields
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import per, problem_with, these
@@ -14,6 +13,7 @@ from setpoint.controller.selection import Selection, descend, start
 from setpoint.cost.budget import Price
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
+from setpoint.messages import plain_fields
 
 
 @final

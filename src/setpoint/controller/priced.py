@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from setpoint.arguments import plain_fields
 from setpoint.controller.aim import Aim, Feedback, Gains, take_aim
 from setpoint.controller.ladder import NO_GUARDS, Guards
 from setpoint.controller.plan import Goal, Observation, Plan
@@ -32,6 +31,7 @@ from setpoint.controller.swap import swap, trade
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
+from setpoint.messages import plain_fields
 
 if TYPE_CHECKING:
     from setpoint.controller.offer import Offers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from setpoint.arguments import plain_fields
+from setpoint.messages import plain_fields
 
 
 @dataclass(frozen=True)

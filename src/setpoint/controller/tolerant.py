@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import final
 
-from setpoint.arguments import plain_fields
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.reason import problem_with
@@ -16,7 +15,7 @@ from setpoint.cost.budget import Tolerance
 from setpoint.cost.cost import Cost
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group, keep_all
-from setpoint.messages import counted
+from setpoint.messages import counted, plain_fields
 
 
 @dataclass(frozen=True)

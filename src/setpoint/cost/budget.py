@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from setpoint.arguments import plain_fields
 from setpoint.errors import BudgetError
-from setpoint.messages import did_you_mean
+from setpoint.messages import did_you_mean, plain_fields
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)

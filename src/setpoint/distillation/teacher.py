@@ -13,11 +13,10 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from setpoint.actuator.in_state_dict import ATTACHED
-from setpoint.arguments import plain_number
 from setpoint.errors import NotBegunError
 from setpoint.groups.example import tensors_of
 from setpoint.loop.loop import Loop
-from setpoint.messages import a_type
+from setpoint.messages import a_type, plain_number
 
 
 @final

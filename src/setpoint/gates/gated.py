@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from setpoint.arguments import plain_fields
 from setpoint.controller.ladder import lowest_width
 from setpoint.controller.plan import Goal, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
+from setpoint.messages import plain_fields
 
 _TINY = 1e-30
 _FARTHEST = 10.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
-from setpoint.arguments import check_settings
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.budget import Budget
@@ -42,7 +42,7 @@ class Session:
     """
 
     def __init__(self, budget: Any, **settings: Any) -> None:
-        check_settings(settings, type(self), attach)
+        signature(attach).bind_partial(**settings)  # what attach does not take is refused now, too
         self.budget, self.settings = budget, settings
         self.goal = parse_budget(budget)  # what is no budget is refused here, and not when training begins
         budgets = self.goal if isinstance(self.goal, Sequence) else [self.goal]

@@ -103,7 +103,7 @@ def unit_candidates(
     check_some(active, frozen)
     costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(model, active)}
     warn_of_unreached(model, found, active)
-    return Candidates(active, frozen, costs, passes)
+    return Candidates(active, frozen, costs, passes, header={"calibration": {}, "step_seconds": {}})
 
 
 def _chosen(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -22,15 +22,12 @@ from setpoint.groups.group import Group
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
 
+Coordinates = Callable[..., AbstractContextManager[None]]
+"""Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about.
 
-@runtime_checkable
-class Coordinates(Protocol):
-    """Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about."""
-
-    def __call__(
-        self, host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
-    ) -> AbstractContextManager[None]:
-        """Inside, the plan can be carried out; with `rest`, units that go hold what is lost, to come back with it."""
+Called with host, groups, plan and reading, it is entered for the cut; with `rest=True`, units that go hold what is
+lost, to come back with it.
+"""
 
 
 def same_coordinates(
@@ -101,14 +98,16 @@ class Cutting:
             host.resizable(f"the cut after step {plan.step}", resized) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
         ):
-            groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
-        return self._cut_to(groups, plan)
+            groups = self._shrunk(plan.keep, agreed)
+        return self._cut_to(groups, plan)  # only now: at its end another rank may have failed
 
     def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
+        return self._cut_to(self._shrunk(plan.keep, agreed), plan)
+
+    def _shrunk(self, keep: Mapping[str, Bool[np.ndarray, " _units"]], agreed: Callable[[], None]) -> tuple[Group, ...]:
         host = self.host
-        groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
-        return self._cut_to(groups, plan)
+        return shrink_live(host.model, host.optimizers, self.groups, keep, host.copies, agreed=agreed)
 
     def _cut_to(self, groups: tuple[Group, ...], plan: Plan) -> Change:
         kept = {name: units[plan.keep[name]] for name, units in self.origin.items() if name in plan.keep}
@@ -116,7 +115,7 @@ class Cutting:
         return Change(keep=plan.keep)
 
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
-        """Record groups and origins after units were regrown elsewhere."""
+        """Record groups and origins after units were cut, or were regrown elsewhere."""
         self.groups, self.origin = groups, dict(origin)
 
     # What is remembered.
@@ -150,12 +149,12 @@ class Cutting:
         for name, tensor in tensors.items():
             own[name] = tuple(left.get((id(tensor), dim), length) for dim, length in enumerate(tensor.shape))
         theirs = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        if theirs != own:
-            differing = sorted(name for name in {*own, *theirs} if own.get(name) != theirs.get(name))
-            raise CheckpointError(
-                f"the state is of another model: its tensors are {_some(theirs, differing)}, the ones of this model, "
-                f"cut to the same widths, would be {_some(own, differing)}"
-            )
+        for name in sorted({*own, *theirs}):
+            if own.get(name) != theirs.get(name):
+                raise CheckpointError(
+                    f"the state is of another model: its {name!r} has shape {theirs.get(name)}, in this model, cut to "
+                    f"the same widths, it would have {own.get(name)}"
+                )
         return cut_groups(self.dense, keep)
 
     def kept(self, state: Mapping[str, Any]) -> dict[str, Bool[np.ndarray, " _units"]]:
@@ -169,12 +168,7 @@ class Cutting:
         return keep
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        keep, host = self.kept(state), self.host
-        with host.resizable("loading the state of the loop", self.dense) as agreed:
-            self.groups = shrink_live(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
-        self.origin = {name: np.flatnonzero(kept) for name, kept in keep.items()}
-
-
-def _some(shapes: Mapping[str, tuple[int, ...]], names: list[str]) -> str:
-    text = repr({name: shapes[name] for name in names if name in shapes})
-    return text if len(text) <= 120 else f"{text[:120]}..."
+        keep = self.kept(state)
+        with self.host.resizable("loading the state of the loop", self.dense) as agreed:
+            groups = self._shrunk(keep, agreed)
+        self.take_over(groups, {name: np.flatnonzero(kept) for name, kept in keep.items()})

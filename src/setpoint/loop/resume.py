@@ -43,16 +43,17 @@ def check_format(state: Mapping[str, Any]) -> None:
 def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise a CheckpointError that names the first fact in which two runs differ."""
     for name, value in own.items():
-        if (found := saved.get(name)) != value:
-            advice = AGAIN
-            if name == "total_steps":
-                billed = any(per == "run" for _, _, per, _ in own["budgets"])
-                change = "" if billed else f", and set loop.total_steps = {value} once it has begun"
-                advice = f"attach with {found}{change}"
-            raise CheckpointError(
-                f"the state is of another run: its {name} are {_short(found, value)}, here they are "
-                f"{_short(value, found)}: {advice}"
-            )
+        found, advice = saved.get(name), AGAIN
+        if found == value:
+            continue
+        if name == "total_steps":
+            billed = any(per == "run" for _, _, per, _ in own["budgets"])
+            change = "" if billed else f", and set loop.total_steps = {value} once it has begun"
+            advice = f"attach with {found}{change}"
+        raise CheckpointError(
+            f"the state is of another run: its {name} are {_short(found, value)}, here they are "
+            f"{_short(value, found)}: {advice}"
+        )
 
 
 def _short(value: Any, other: Any) -> str:
@@ -66,8 +67,7 @@ def _short(value: Any, other: Any) -> str:
             else str(item)
             for item in value
         )
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."
+    return f"{value:.120}" if isinstance(value, str) else f"{value!r:.120}"
 
 
 def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Part]:
@@ -129,10 +129,9 @@ def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunS
     actuator, device = control.actuator, control.host.device
     if state["actuator"]["kind"] != actuator.kind and control.revocable is not None:
         actuator = control.revocable()  # as the first cut of a run whose loss is watched makes it
-    parts = _saved_parts(control, actuator)
     groups = actuator.check(state["actuator"])
-    for name in ("losses", "ledger", "spending"):
-        parts[name].check(state[name])
+    for part, name in ((control.losses, "losses"), (control.ledger, "ledger"), (control.spending, "spending")):
+        part.check(state[name])
     restored(state["sensor"], control.sensor.init(groups, control.host.model), "the sensor's state", device)
     fresh = control.controller.init(groups)
     controller_state = restored(state["controller"], fresh, "the controller's state", device)

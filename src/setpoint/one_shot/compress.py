@@ -19,7 +19,6 @@ from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
-from setpoint.arguments import counts
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
 from setpoint.controller.swap import swap, trade
@@ -35,7 +34,7 @@ from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import Trace, trace
 from setpoint.host.find import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
-from setpoint.messages import a_type, counted, warn
+from setpoint.messages import a_type, counted, counts, warn
 from setpoint.one_shot.consumer import find_consumers, layers_by_weight
 from setpoint.one_shot.fit import Keep, Reader, find_readers, refit, unit_scores
 from setpoint.one_shot.forward import first_batches, norms_were_constant, run

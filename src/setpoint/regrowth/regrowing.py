@@ -19,14 +19,13 @@ from torch import Tensor
 from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.shrink import shrink_live
-from setpoint.arguments import plain_fields
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.plan import Plan, Probe, RegrowingController
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.cutting import Cutting, changing
-from setpoint.messages import counted, warn
+from setpoint.messages import counted, plain_fields, warn
 from setpoint.regrowth.regrow import Grow, regrow, with_units
 from setpoint.regrowth.reserve import Key, Reserve, held
 from setpoint.regrowth.visit import Arrived, Visit, silence

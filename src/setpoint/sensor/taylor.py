@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from setpoint.arguments import counts
 from setpoint.distributed import Ranks
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group
+from setpoint.messages import counts
 from setpoint.sensor.criterion import Criterion, Values, criterion
 from setpoint.sensor.reading import Reading, Sensor, Traits
 from setpoint.sensor.tap import GradientScale, Tap, tappable

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.model_shapes import was_cut
-from setpoint.arguments import plain_number
 from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget
@@ -19,7 +18,7 @@ from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import repeated, trace
-from setpoint.messages import counted, warn
+from setpoint.messages import counted, plain_number, warn
 from setpoint.spending.checks import check_budgets, check_reachable, split_bill
 from setpoint.spending.spending import Spending
 

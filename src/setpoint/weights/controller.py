@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-from setpoint.arguments import plain_fields
 from setpoint.controller.plan import Controller, Observation, Plan, Transferring
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
+from setpoint.messages import plain_fields
 
 
 @final

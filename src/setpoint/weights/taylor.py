@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from setpoint.arguments import counts
 from setpoint.groups.follow import ByWeight, fresh
 from setpoint.groups.group import Group
+from setpoint.messages import counts
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.weights.find import Pattern, active_of
 
