@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.product import Product, solve
+from setpoint.groups.product import solve
+from setpoint.groups.walk import Product
 
 
 def make(num1: int = 3, num2: int = 4) -> tuple[Atoms, np.ndarray, np.ndarray, Product]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import setpoint.groups.rules  # noqa: F401
 from setpoint.actuator.verify import failing_groups
-from setpoint.groups.graph import _run
+from setpoint.groups.graph import run
 from setpoint.groups.product import solve
 from setpoint.groups.trace import find_groups, trace
 from setpoint.groups.walk import Value, Walk, rule, rule_for
@@ -41,7 +41,7 @@ def follow(
     places = [node for node in program.graph.nodes if node.op == "placeholder"]
     first = Value(shapes[0], tuple(own.get(dim) for dim in range(len(shapes[0]))))
     env = dict(zip(places, [first, *(Value(shape, (None,) * len(shape)) for shape in shapes[1:])], strict=True))
-    output = _run(walk, program.graph_module, env, {})
+    output = run(walk, program.graph_module, env)
     solve(walk.atoms, walk.products)
     return walk, own, output
 

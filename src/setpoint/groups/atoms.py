@@ -34,34 +34,30 @@ class Atoms:
         """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding",
         "alike" (copies and constants), "summed", "squeezed", "unmasked", "aligned"."""
 
-    def __len__(self) -> int:
-        return self._count
-
     def fresh(self, num: int) -> Labels:
         """New atoms, each alone in its class."""
         first, self._count = self._count, self._count + num
         if self._count > len(self._parent):
-            grown = np.zeros(2 * self._count, dtype=np.int64)
-            grown[:first] = self._parent[:first]
-            self._parent = grown
+            self._parent = np.concatenate([self._parent[:first], np.zeros(2 * self._count - first, dtype=np.int64)])
         self._parent[first : self._count] = np.arange(first, self._count)
         return np.arange(first, self._count)
 
     def find(self, labels: np.ndarray) -> np.ndarray:
         """Root of each atom; the shape is kept."""
         roots: np.ndarray = self._parent[labels]
-        while True:
-            above = self._parent[roots]
-            if np.array_equal(above, roots):
-                break
+        while not np.array_equal(above := self._parent[roots], roots):
             roots = above
         self._parent[labels] = roots  # path compression
         return roots
 
+    @property
+    def roots(self) -> np.ndarray:
+        """Root of every atom."""
+        return self.find(np.arange(self._count))
+
     def unite(self, left: np.ndarray, right: np.ndarray) -> None:
         """Put `left[i]` and `right[i]` into one class, for every i."""
-        left, right = np.broadcast_arrays(left, right)
-        left, right = left.ravel(), right.ravel()
+        left, right = (side.ravel() for side in np.broadcast_arrays(left, right))
         while True:
             a, b = self.find(left), self.find(right)
             differ = a != b
@@ -73,9 +69,7 @@ class Atoms:
 
     def freeze(self, labels: np.ndarray | None, place: str, reason: str) -> None:
         """Never drop these entries, and record why."""
-        if labels is None or len(labels) == 0:
-            return
-        if (self.find(labels) != 0).any():
+        if labels is not None and self.find(labels).any():
             self.frozen.append((np.asarray(labels).ravel(), place, reason))
             self.unite(labels, np.zeros(1, dtype=np.int64))
 
@@ -93,8 +87,8 @@ class Atoms:
 
     def marked_class(self, remark: str) -> np.ndarray:
         """Boolean per atom: whether the remark was made about any atom of its class."""
-        everyone = self.find(np.arange(self._count))
+        roots = self.roots
         result = np.zeros(self._count, dtype=bool)
-        result[everyone[self.marked(remark)]] = True
-        of_class: np.ndarray = result[everyone]
+        result[roots[self.marked(remark)]] = True
+        of_class: np.ndarray = result[roots]
         return of_class

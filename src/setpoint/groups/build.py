@@ -92,14 +92,14 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
 
     Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
     """
-    everyone = atoms.find(np.arange(len(atoms)))
+    everyone = atoms.roots
     signature = _signatures(everyone, [*(own.labels for own in dims), *products])
-    droppable = np.zeros(len(atoms), dtype=bool)
+    droppable = np.zeros(len(everyone), dtype=bool)
     for own in dims:
         droppable[everyone[own.labels]] = True
     droppable[0] = False
     roots = np.flatnonzero(droppable)
-    group_of, unit_of = np.full(len(atoms), -1), np.full(len(atoms), -1)
+    group_of, unit_of = np.full(len(everyone), -1), np.full(len(everyone), -1)
     marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
     summed = atoms.marked_class("summed") | atoms.marked_class("contract")
     classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed", "aligned")}

@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def check_model(model: nn.Module, example: Example) -> None:
         )
     check_device(model, example)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
 
 
@@ -83,9 +83,11 @@ def export(model: nn.Module, example: Example) -> Exported:
             if first is None:
                 check_runs(model, example)
                 first = fault.refusal()
-                program = _without_hooks(model, forward)
-                if program is not None:
-                    return Exported(program, forward)
+                # A hook that only looks on may ask for values, which an export does not have. One that changes what
+                # flows is found out later: cuts are tried on copies with all hooks.
+                if has_users_hooks(model):
+                    with suppress(Exception), without_users_hooks(model):
+                        return Exported(_exported(model, forward, []), forward)
             forward = without(model, example, forward, fault, first)
         else:
             if "" not in forward.reasons:
@@ -101,7 +103,6 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
         untouched_attributes(model),
         _without_what_nothing_reads(lines=forward.by_data),
         marked_functions(),
-        _without_logs(),
         _noting_calls(model, running),
         warnings.catch_warnings(action="ignore"),
         _following_data() if forward.by_data else nullcontext(),
@@ -112,7 +113,7 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
     return program
 
 
-def _following_data() -> Any:
+def _following_data() -> AbstractContextManager[None]:
     from setpoint.groups.partial import following_data
 
     return following_data()
@@ -143,35 +144,19 @@ def _noting_calls(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _without_what_nothing_reads(*, lines: bool) -> Iterator[None]:
-    """Stop the exporter from writing Python code of the graph five times and, unless asked, from noting source lines.
-
-    A release of torch may lack the options.
-    """
-    from torch.fx import _lazy_graph_module
+    """Stop the exporter from logging, from writing Python code of the graph and, unless asked, from noting lines."""
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
     config: Any = torch.fx.config
-    before = getattr(config, "do_not_emit_stack_traces", None)
-    lazily = getattr(_lazy_graph_module, "_use_lazy_graph_module", lambda use: nullcontext())
-    with lazily(True):
-        if before is not None:
-            config.do_not_emit_stack_traces = not lines
-        try:
-            yield
-        finally:
-            if before is not None:
-                config.do_not_emit_stack_traces = before
-
-
-@contextmanager
-def _without_logs() -> Iterator[None]:
-    """Suppress what torch logs and prints about a forward that it cannot export: the error says it in a line."""
-    before = logging.root.manager.disable
+    before = getattr(config, "do_not_emit_stack_traces", False), logging.root.manager.disable
+    config.do_not_emit_stack_traces = not lines  # without effect in a release of torch that does not know it
     logging.disable(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
+        with _use_lazy_graph_module(True), redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(before)
+        config.do_not_emit_stack_traces, disabled = before
+        logging.disable(disabled)
 
 
 def _check_outputs(program: Any) -> None:
@@ -185,18 +170,6 @@ def _check_outputs(program: Any) -> None:
             "the model's forward returns no tensor of floats, also none in a list, a dict or a dataclass: return the "
             "loss or the outputs, since backward passes are tried and counted from what the forward returns"
         )
-
-
-def _without_hooks(model: nn.Module, forward: PartialForward) -> Any:
-    """The graph of the model without the user's hooks; None where there are none, or it cannot be exported either.
-
-    A hook that only looks on may ask for values, which an export does not have. One that changes what flows is found
-    out later: cuts are tried on copies with all hooks.
-    """
-    if has_users_hooks(model):
-        with suppress(Exception), without_users_hooks(model):
-            return _exported(model, forward, [])
-    return None
 
 
 def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
@@ -225,9 +198,7 @@ def known(value: Any) -> Any:
     node: Any = value.node
     tables = [vars(node.shape_env).get(name, {}) for name in _VALUES]
     answer = node.expr.xreplace({symbol: number for table in tables for symbol, number in table.items()})
-    if getattr(answer, "free_symbols", None):
-        return value
-    return node.pytype(answer)
+    return value if getattr(answer, "free_symbols", None) else node.pytype(answer)
 
 
 def shape_of(tensor: torch.Tensor) -> torch.Size:

@@ -92,7 +92,7 @@ def follow(state: State, change: Change) -> State:
     Ages(age={'conv1': array([5, 0, 7])}, decisions=9)
     """
     if isinstance(state, type) or not is_dataclass(state):
-        _check_nothing_by_unit(state, {name: len(kept) for name, kept in change.keep.items()}, type(state).__name__)
+        check_follows(state, {name: len(kept) for name, kept in change.keep.items()})
         return state
     held: Any = state.folded() if isinstance(state, Folding) else state
     made: dict[str, Any] = {}
@@ -103,54 +103,42 @@ def follow(state: State, change: Change) -> State:
             made[part.name] = None
         elif how == "by group":
             keep_of, came_of = change.keep.get, change.regrown.get
-            made[part.name] = {
-                name: _rows(values, keep_of(name), came_of(name), fill) for name, values in value.items()
-            }
+            made[part.name] = {name: _rows(rows, keep_of(name), came_of(name), fill) for name, rows in value.items()}
         elif how == "in a row":
             keep, grown = _in_a_row(held, change)
             made[part.name] = _rows(value, np.concatenate([_NONE, *keep]), np.concatenate([_NONE, *grown]), fill)
-            made["num_units"] = tuple(len(units) for units in grown)
+            made["num_units"] = tuple(map(len, grown))
         elif how == "by weight":
-            made[part.name] = {
-                name: torch.where(change.grown[name], torch.as_tensor(fill).to(values), values)
-                if name in change.grown
-                else values
-                for name, values in value.items()
-            }
+            came = {name: where for name, where in change.grown.items() if name in value}
+            begun = {n: torch.where(where, torch.as_tensor(fill).to(value[n]), value[n]) for n, where in came.items()}
+            made[part.name] = {**value, **begun}
         elif is_dataclass(value) or isinstance(value, tuple):
             names = part.metadata.get("groups", ...)  # which groups the state in it is about; all where nothing is said
             seen = change if names is ... else change.of(() if names is None else getattr(held, names))
-            inner = tuple(follow(one, seen) for one in value) if isinstance(value, tuple) else follow(value, seen)
-            made[part.name] = inner
+            made[part.name] = tuple(follow(v, seen) for v in value) if isinstance(value, tuple) else follow(value, seen)
     result: State = replace(held, **made) if made else held
     return result
 
 
-def check_follows(state: Any, widths: Mapping[str, int]) -> None:
-    """Check that what has an entry for each unit of a group is annotated so in a fresh state, or raise LoopError."""
+def check_follows(state: Any, widths: Mapping[str, int], where: str = "") -> None:
+    """Check that what has an entry for each unit of a group is annotated so in a state, or raise LoopError."""
     if isinstance(state, tuple):
         for part in state:
             check_follows(part, widths)
     elif is_dataclass(state):
         for part, how in _fields_that_follow(state.__class__):
-            value = getattr(state, part.name)
-            if how == "as it is" and isinstance(value, Mapping):
-                _check_nothing_by_unit(value, widths, f"{type(state).__name__}.{part.name}")
-            elif how == "as it is":
-                check_follows(value, widths)
-    else:
-        _check_nothing_by_unit(state, widths, f"a {type(state).__name__}")
-
-
-def _check_nothing_by_unit(value: Any, widths: Mapping[str, int], where: str) -> None:
-    for name, values in value.items() if isinstance(value, Mapping) else ():
-        if name in widths and isinstance(values, (np.ndarray, Tensor)) and values.shape[:1] == (widths[name],):
-            raise LoopError(
-                f"the state of a sensor or controller has {widths[name]} numbers for the units of {name!r} in {where}, "
-                "which cannot follow a cut: make the state a frozen dataclass, and annotate the field as "
-                "Mapping[str, ByUnit[...]] (setpoint.groups.follow)"
-            )
-        _check_nothing_by_unit(values, widths, where)
+            if how == "as it is":
+                check_follows(getattr(state, part.name), widths, f"{type(state).__name__}.{part.name}")
+    elif isinstance(state, Mapping):
+        where = where or f"a {type(state).__name__}"
+        for name, values in state.items():
+            if name in widths and isinstance(values, (np.ndarray, Tensor)) and values.shape[:1] == (widths[name],):
+                raise LoopError(
+                    f"the state of a sensor or controller has {widths[name]} numbers for the units of {name!r} in "
+                    f"{where}, which cannot follow a cut: make the state a frozen dataclass, and annotate the field as "
+                    "Mapping[str, ByUnit[...]] (setpoint.groups.follow)"
+                )
+            check_follows(values, widths, where)
 
 
 _NONE = np.zeros(0, dtype=bool)
@@ -172,15 +160,11 @@ def _fields_that_follow(kind: type) -> tuple[tuple[Field[Any], str], ...]:
 
 
 def _how(part: Field[Any], hint: Any) -> str:
-    if part.metadata.get("anew"):
-        return "anew"
     if part.metadata.get("live"):
-        return ""
-    marks = getattr(hint, "__metadata__", ())
-    if _UNITS in marks:
+        return "anew" if part.metadata.get("anew") else ""
+    if _UNITS in getattr(hint, "__metadata__", ()):
         return "in a row"
-    inner = (get_args(hint) or (None,))[-1]
-    marks = getattr(inner, "__metadata__", ())
+    marks = getattr((get_args(hint) or (None,))[-1], "__metadata__", ())
     return "by group" if _UNITS in marks else "by weight" if _WEIGHTS in marks else "as it is"
 
 

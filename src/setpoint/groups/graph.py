@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 import setpoint.groups.rules  # noqa: F401 - registers the rules
@@ -19,14 +20,9 @@ from setpoint.groups.walk import Value, Walk, finish, module_of, op_name, plain_
 def walk_graph(model: nn.Module, program: Any, opaque_calls: Mapping[str, str]) -> tuple[Walk, list[OwnDim]]:
     """Visit every node of the graph once; what the rules record, and the dims of all parameters and buffers."""
     attention = nn.MultiheadAttention  # or what stands in for its forward
-    walk = Walk(
-        opaque=frozenset(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, attention) and type(module).forward is attention.forward
-        ),
-        opaque_calls=opaque_calls,
-    )
+    modules = {name for name, module in model.named_modules() if isinstance(module, attention)}
+    opaque = {name for name in modules if type(model.get_submodule(name)).forward is attention.forward}
+    walk = Walk(opaque=frozenset(opaque), opaque_calls=opaque_calls)
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -35,19 +31,12 @@ def walk_graph(model: nn.Module, program: Any, opaque_calls: Mapping[str, str]) 
         if node.op == "placeholder":
             walk.node, walk.module = node, module_of(node)
             env[node] = _input(model, walk, node, specs.get(node.name), own, dims)
-    for value in _values(_run(walk, program.graph_module, env, {})):
+    for value in _values(run(walk, program.graph_module, env)):
         walk.freeze_all(value, "output of the network")
     return walk, dims
 
 
-def _run(
-    walk: Walk,
-    graph: fx.GraphModule,
-    env: dict[fx.Node, Any],
-    numbers: dict[tuple[str, str], int],
-    *,
-    backward: bool = True,
-) -> Any:
+def run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], *, backward: bool = True) -> Any:
     """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too."""
     read = _read(graph.graph)
     reached = _read(graph.graph, but=_detaches) if backward else set()
@@ -59,14 +48,11 @@ def _run(
             walk.unread, walk.backward = False, True
             return fx.map_arg(node.args[0], lambda n: env[n])
         elif node.op != "placeholder":
-            _count_call(walk, node, numbers)
+            _count_call(walk, node)
             walk.unread, walk.backward = node not in read, node in reached
-            found = _visit(walk, node, env, numbers)
-            env[node] = (
-                pytree.tree_map_only(Value, lambda value: replace(value, grad=False), found)
-                if _detaches(node)
-                else found
-            )
+            env[node] = _visit(walk, node, env)
+            if _detaches(node):
+                env[node] = pytree.tree_map_only(Value, lambda value: replace(value, grad=False), env[node])
     return None
 
 
@@ -80,39 +66,31 @@ def _read(graph: fx.Graph, but: Callable[[fx.Node], bool] = lambda node: False) 
     """Nodes that the outputs depend on, and all nodes that write into a tensor; not through those that are left out."""
     read: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        writes = op_name(node.target).endswith("_") and not op_name(node.target).startswith("_")
-        if node.op == "output" or writes or node in read:
+        if node.op == "output" or _writes(node) or node in read:
             read.update(() if but(node) else node.all_input_nodes, {node})
     return read
 
 
-def _run_inner(walk: Walk, node: fx.Node, args: Sequence[Any], numbers: dict[tuple[str, str], int]) -> Any:
-    """Visit the graph inside a block that only changes the mode (autocast, no gradients); None for other blocks."""
-    graphs = [position for position, arg in enumerate(args) if isinstance(arg, fx.GraphModule)]
-    if not op_name(node.target).startswith("wrap") or len(graphs) != 1:
-        return None
-    graph, inputs = args[graphs[0]], args[graphs[0] + 1 :]
-    places = [inner for inner in graph.graph.nodes if inner.op == "placeholder"]
-    backward = walk.backward and not _detaches(node)
-    return _run(walk, graph, dict(zip(places, inputs, strict=True)), numbers, backward=backward)
+def _writes(node: fx.Node) -> bool:
+    """Whether an op writes into its first tensor, as `add_` does."""
+    name = op_name(node.target)
+    return name.endswith("_") and not name.startswith("_")
 
 
-def _count_call(walk: Walk, node: fx.Node, numbers: dict[tuple[str, str], int]) -> None:
+def _count_call(walk: Walk, node: fx.Node) -> None:
     """Number the call within the running forward of its module, submodules' calls included, those in attention not."""
-    if op_name(node.target) == "slice" and shape_of(node.meta["val"]) == shape_of(node.all_input_nodes[0].meta["val"]):
+    name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(walk.op, walk.op)
+    if name == "slice" and shape_of(node.meta["val"]) == shape_of(node.all_input_nodes[0].meta["val"]):
         return  # the shim does not number slices of everything, as `:` is
-    name = {"split_with_sizes": "split", "_unsafe_view": "view"}.get(op_name(node.target), op_name(node.target))
     stack = node.meta.get("nn_module_stack") or {"": ("", None)}
     keys = list(stack)
     opaque = [place for place, (path, _) in enumerate(stack.values()) if plain_path(path) in walk.opaque]
     for key in keys[opaque[-1] if opaque else 0 :]:
-        numbers[key, name] = numbers.get((key, name), 0) + 1
-    walk.call_index = numbers[keys[-1], name] - 1 if keys else 0
+        walk.num_calls[key, name] = walk.num_calls.get((key, name), 0) + 1
+    walk.call = f"{name}#{walk.num_calls[keys[-1], name] - 1}"
 
 
 def _input(model: nn.Module, walk: Walk, node: fx.Node, spec: Any, own: dict[int, Value], dims: list[OwnDim]) -> Any:
-    from torch.export.graph_signature import InputKind
-
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor):
         return fake
@@ -137,60 +115,66 @@ def _values(argument: Any) -> list[Value]:
     return [value for part in parts for value in _values(part)]
 
 
-def _shape_of(fake: Any) -> Any:
+def _blank(fake: Any) -> Any:
+    """Values without labels that hold the shapes of an output."""
     if isinstance(fake, torch.Tensor):
         return Value(tuple(shape_of(fake)), (None,) * fake.ndim)
-    if isinstance(fake, (list, tuple)):
-        return tuple(_shape_of(part) for part in fake)
-    return None
+    return tuple(map(_blank, fake)) if isinstance(fake, (list, tuple)) else None
 
 
-def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any], numbers: dict[tuple[str, str], int]) -> Any:
+def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """What a node gives: a `Value`, several, or a number."""
     args: Any
     kwargs: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-    if op_name(node.target) == "getitem":
-        return args[0][args[1]] if isinstance(args[0], (tuple, list)) else None
-    inputs = _values((args, kwargs))
-    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return known(node.meta["val"])  # a size that the data decides, or a number worked out from one
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        inner = _run_inner(walk, node, args, numbers)
-        if inner is not None:
-            return inner
     fake = node.meta.get("val")
-    out = _shape_of(fake)
-    function = rule_for(node.target)
+    if walk.op == "getitem":
+        return args[0][args[1]] if isinstance(args[0], (tuple, list)) else None
+    if isinstance(fake, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return known(fake)  # a size that the data decides, or a number worked out from one
+    graphs = [position for position, arg in enumerate(args) if isinstance(arg, fx.GraphModule)]
+    if walk.op.startswith("wrap") and len(graphs) == 1:  # a block that only changes the mode (autocast, no gradients)
+        graph, inputs = args[graphs[0]], args[graphs[0] + 1 :]
+        places = [inner for inner in graph.graph.nodes if inner.op == "placeholder"]
+        backward = walk.backward and not _detaches(node)
+        return run(walk, graph, dict(zip(places, inputs, strict=True)), backward=backward)
+    inputs, out = _values((args, kwargs)), _blank(fake)
     if out is None and (walk.unread or not inputs):
         return None  # a check without a result
-    finished, reason = None, "no rule knows this op"
-    if function is not None:
-        try:
-            named = {key: value for key, value in kwargs.items() if key != "out"}
-            result, reason = function(walk, out, *args, **named), ""
-            finished = None if out is None else finish(walk, result, out, inputs)
-            written = kwargs.get("out")
-            if isinstance(written, Value) and isinstance(finished, Value):
-                assert finished.shape == written.shape, "the result is written into a tensor of another shape"
-                for left, right in zip(finished.labels, written.labels, strict=True):
-                    walk.unite(left, right)
-        except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
-            # A rule that meets a call which it was not written for guesses nothing: all that the call touches stays.
-            reason = (
-                f"the op's rule does not cover this call ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-            )
+    result, reason = _ruled(walk, node, out, args, kwargs, inputs)
     if reason:
         if inputs and any(map(_has_floats, node.all_input_nodes)):  # integers and masks cost no FLOPs
-            walk.unknown.add(op_name(node.target))
+            walk.unknown.add(walk.op)
         for value in inputs:
             walk.freeze_all(value, reason)
     if out is None:
         return fake if isinstance(fake, (int, float, bool)) else None
-    finished = finish(walk, None, out, inputs) if finished is None else finished
-    walk.flow.append((walk.module, inputs, _values(finished)))
-    if op_name(node.target).endswith("_") and isinstance(finished, Value):
-        _hand_up(walk, node, finished, env)
-    return finished
+    walk.flow.append((walk.module, inputs, _values(result)))
+    if _writes(node) and isinstance(result, Value):
+        _hand_up(walk, node, result, env)
+    return result
+
+
+def _ruled(
+    walk: Walk, node: fx.Node, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: list[Value]
+) -> tuple[Any, str]:
+    """What the rule of the node's op gives, else values without labels; and why no rule covers the call, or ""."""
+    function = rule_for(node.target)
+    if function is None:
+        return finish(walk, None, out, inputs), "no rule knows this op"
+    try:
+        result = function(walk, out, *args, **{key: value for key, value in kwargs.items() if key != "out"})
+        finished = finish(walk, result, out, inputs)
+        written = kwargs.get("out")
+        if isinstance(written, Value) and isinstance(finished, Value):
+            assert finished.shape == written.shape, "the result is written into a tensor of another shape"
+            for left, right in zip(finished.labels, written.labels, strict=True):
+                walk.unite(left, right)
+        return finished, ""
+    except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
+        # A rule that meets a call which it was not written for guesses nothing: all that the call touches stays.
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return finish(walk, None, out, inputs), f"the op's rule does not cover this call ({why})"
 
 
 def _has_floats(node: fx.Node) -> bool:

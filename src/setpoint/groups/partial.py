@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 
 from setpoint.errors import ExampleError, ExportError
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
-from setpoint.groups.forward import AnsweredDraws, PartialForward, RecordedCall
+from setpoint.groups.forward import PartialForward, RecordedCall
 from setpoint.groups.model_copy import copy_of
+from setpoint.groups.opaque import AnsweredDraws
 from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.walk import module_of, op_name
 

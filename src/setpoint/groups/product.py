@@ -10,39 +10,31 @@ that is already the only prunable factor elsewhere, then the one with more units
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from setpoint.groups.atoms import Atoms
+from setpoint.groups.walk import Product
 
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """Cells and their factors."""
-
-    cells: np.ndarray  # atoms of the merged dim, shape (n1, n2, ...)
-    factors: tuple[np.ndarray, ...]  # atoms of each factor, of n1, n2, ... entries
-    where: str  # module and op, for messages
+Ratings = list[dict[int, tuple[bool, ...]]]
+"""For each product, what speaks for each of its free factors, the best reason first."""
 
 
 def solve(atoms: Atoms, products: Sequence[Product]) -> None:
     """Choose a factor for every product, and unite or freeze accordingly; what is clear is settled first."""
     pending = _settle_forced(atoms, list(products))
     while pending:
-        copies, normed, contracted = _copies(atoms), _normed(atoms, products), atoms.marked_class("contract")
-        reasons = [_reasons(atoms, product, copies, normed, contracted) for product in pending]
-        chosen = _clear_choices(reasons)
+        ratings = _ratings(atoms, products, pending)
+        chosen = _clear_choices(ratings)
         if not chosen:
             sole = _sole_factors(atoms, products, pending)
-            reasons = [
-                {axis: (*key, bool(sole[atoms.find(product.factors[axis])].any())) for axis, key in reason.items()}
-                for product, reason in zip(pending, reasons, strict=True)
-            ]
-            chosen = _clear_choices(reasons)
+            for product, rated in zip(pending, ratings, strict=True):
+                for axis in rated:
+                    rated[axis] = (*rated[axis], bool(sole[atoms.find(product.factors[axis])].any()))
+            chosen = _clear_choices(ratings)
         if not chosen:
-            every = ((i, axis) for i, reason in enumerate(reasons) for axis in reason)
-            chosen = [max(every, key=lambda at: (reasons[at[0]][at[1]], len(pending[at[0]].factors[at[1]])))]
+            every = ((i, axis) for i, rated in enumerate(ratings) for axis in rated)
+            chosen = [max(every, key=lambda at: (ratings[at[0]][at[1]], len(pending[at[0]].factors[at[1]])))]
         for i, axis in chosen:
             _spread(atoms, pending[i])
             if axis in _free_axes(atoms, pending[i]):
@@ -74,44 +66,47 @@ def _spread(atoms: Atoms, product: Product) -> None:
     for axis, factor in enumerate(product.factors):
         others = tuple(i for i in range(roots.ndim) if i != axis)
         atoms.freeze(factor[(roots == 0).any(axis=others)], product.where, "an entry of the merged dim is frozen")
-        first = np.take(roots, [0], axis=axis)
-        if len(factor) > 1 and (roots == first).all():
+        if len(factor) > 1 and (roots == np.take(roots, [0], axis=axis)).all():
             atoms.freeze(factor, product.where, "entries of this dim are already tied together")
 
 
 def _free_axes(atoms: Atoms, product: Product) -> list[int]:
-    return [
-        axis
-        for axis, factor in enumerate(product.factors)
-        if len(np.unique(roots := atoms.find(factor))) > 1 and (roots != 0).any()
-    ]
+    roots = [np.unique(atoms.find(factor)) for factor in product.factors]
+    return [axis for axis, found in enumerate(roots) if len(found) > 1]
 
 
-def _copies(atoms: Atoms) -> np.ndarray:
-    """Boolean per atom: whether its class holds copies only; copies united with other entries count as those."""
-    everyone = atoms.find(np.arange(len(atoms)))
-    of_class: np.ndarray = ~np.isin(everyone, everyone[~atoms.marked("alike")])
-    return of_class
+def _ratings(atoms: Atoms, products: Sequence[Product], pending: list[Product]) -> Ratings:
+    roots = atoms.roots
+    # Copies united with other entries count as those.
+    copies = ~np.isin(roots, roots[~atoms.marked("alike")])
+    normed, contracted = _normed(atoms, roots, products), atoms.marked_class("contract")
+    ratings: Ratings = []
+    for product in pending:
+        rated = {}
+        for axis in _free_axes(atoms, product):
+            factor = product.factors[axis]
+            live = roots[factor][roots[factor] != 0]
+            rated[axis] = (not copies[factor].all(), not normed[live].any(), not contracted[live].any())
+        ratings.append(rated)
+    return ratings
 
 
-def _normed(atoms: Atoms, products: Sequence[Product]) -> np.ndarray:
+def _normed(atoms: Atoms, roots: np.ndarray, products: Sequence[Product]) -> np.ndarray:
     """Boolean per atom: whether a norm runs over its class, or over cells that it is a factor of."""
-    everyone = atoms.find(np.arange(len(atoms)))
-    result = np.zeros(len(atoms), dtype=bool)
+    result = np.zeros(len(roots), dtype=bool)
     for labels, _ in atoms.lossy:
-        result[everyone[labels]] = True
+        result[roots[labels]] = True
     for product in products:
-        if result[everyone[product.cells]].any():
+        if result[roots[product.cells]].any():
             for factor in product.factors:
-                result[everyone[factor]] = True
-    of_class: np.ndarray = result[everyone]
-    of_class[everyone == 0] = False
+                result[roots[factor]] = True
+    of_class: np.ndarray = result[roots] & (roots != 0)
     return of_class
 
 
 def _sole_factors(atoms: Atoms, products: Sequence[Product], pending: list[Product]) -> np.ndarray:
     """Boolean per atom: whether its class is the chosen factor of a product that is settled."""
-    result = np.zeros(len(atoms), dtype=bool)
+    result = np.zeros(len(atoms.roots), dtype=bool)
     open_ids = {id(product) for product in pending}
     for product in products:
         if id(product) not in open_ids:
@@ -120,25 +115,13 @@ def _sole_factors(atoms: Atoms, products: Sequence[Product], pending: list[Produ
     return result
 
 
-def _reasons(
-    atoms: Atoms, product: Product, copies: np.ndarray, normed: np.ndarray, contracted: np.ndarray
-) -> dict[int, tuple[bool, ...]]:
-    result: dict[int, tuple[bool, ...]] = {}
-    for axis in _free_axes(atoms, product):
-        roots = atoms.find(product.factors[axis])
-        live = roots[roots != 0]
-        own = not copies[product.factors[axis]].all()
-        result[axis] = (own, not normed[live].any(), not contracted[live].any())
-    return result
-
-
-def _clear_choices(reasons: list[dict[int, tuple[bool, ...]]]) -> list[tuple[int, int]]:
+def _clear_choices(ratings: Ratings) -> list[tuple[int, int]]:
     """(product, axis) wherever one axis has strictly better reasons, for the best reasons only."""
     clear = []
-    for i, reason in enumerate(reasons):
-        ranked = sorted(reason, key=lambda axis: reason[axis], reverse=True)
-        if len(ranked) > 1 and reason[ranked[0]] > reason[ranked[1]]:
-            clear.append((reason[ranked[0]], i, ranked[0]))
+    for i, rated in enumerate(ratings):
+        ranked = sorted(rated, key=lambda axis: rated[axis], reverse=True)
+        if len(ranked) > 1 and rated[ranked[0]] > rated[ranked[1]]:
+            clear.append((rated[ranked[0]], i, ranked[0]))
     best = max((key for key, _, _ in clear), default=())
     return [(i, axis) for key, i, axis in clear if key == best]
 

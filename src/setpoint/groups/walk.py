@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.product import Product
 
 DimLabels = np.ndarray | None
 """Atoms along one dim, or None for data (batch, positions, constants), along which no unit lies."""
@@ -31,6 +30,10 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    def relabelled(self, dim: int, labels: DimLabels) -> tuple[DimLabels, ...]:
+        """The labels, with others along one dim."""
+        return tuple(labels if d == dim % self.ndim else own for d, own in enumerate(self.labels))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,15 @@ class Contract:
     num_gradients: int
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A dim that merges several: its cells and its factors."""
+
+    cells: np.ndarray  # atoms of the merged dim, shape (n1, n2, ...)
+    factors: tuple[np.ndarray, ...]  # atoms of each factor, of n1, n2, ... entries
+    where: str  # module and op, for messages
+
+
 @dataclass
 class Walk:
     """State of one walk, mutable: the atoms, and everything that rules record."""
@@ -69,27 +81,38 @@ class Walk:
     flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)  # module, inputs, results of each op
     node: fx.Node | None = None  # the node being visited
     module: str = ""  # qualified name of the module whose own forward holds the node
+    call: str = ""  # which call of that forward the node is, for example "view#2"
+    num_calls: dict[tuple[str, str], int] = field(default_factory=dict)  # so far, by running module and function
     unread: bool = False  # whether nothing reads the node, so that its values do not matter
     backward: bool = True  # whether a backward pass from the outputs comes to the node
     alike_atoms: set[int] = field(default_factory=set)  # of dims whose entries are copies or constants
-    call_index: int = 0
     opaque: frozenset[str] = frozenset()  # modules that Python code around them sees as a single call
     opaque_calls: Mapping[str, str] = field(default_factory=dict)  # modules that are not followed, and why
 
     @property
+    def op(self) -> str:
+        """Short name of the present op: "view" for `aten.view.default`."""
+        return "output" if self.node is None or self.node.op == "output" else op_name(self.node.target)
+
+    @property
     def where(self) -> str:
         """Module and op of the present node, for messages."""
-        op = "output" if self.node is None or self.node.op == "output" else op_name(self.node.target)
-        return f"{self.module or 'model'}: {op}"
+        return f"{self.module or 'model'}: {self.op}"
 
     def freeze(self, labels: DimLabels, reason: str) -> None:
         """Never drop these entries; the present op is the place."""
         self.atoms.freeze(labels, self.where, reason)
 
+    def freeze_dims(self, value: Value, dims: Iterable[int], reason: str) -> tuple[DimLabels, ...]:
+        """Freeze dims of a tensor; its labels, where these dims are data from now on."""
+        frozen = {dim % max(value.ndim, 1) for dim in dims}
+        for dim in sorted(frozen):
+            self.freeze(value.labels[dim], reason)
+        return tuple(None if dim in frozen else labels for dim, labels in enumerate(value.labels))
+
     def freeze_all(self, value: Value, reason: str) -> None:
         """Never drop any entry of the tensor."""
-        for labels in value.labels:
-            self.freeze(labels, reason)
+        self.freeze_dims(value, range(value.ndim), reason)
 
     def lossy(self, labels: DimLabels, reason: str) -> None:
         """Record that zero is not absent along this dim."""
@@ -129,21 +152,19 @@ class Walk:
 
     def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
-        assert self.node is not None
         gradients = num_gradients if self.backward and not self.unread else 0
-        op = op_name(self.node.target)
-        self.contracts.append(Contract(self.module, op, 2.0 * coefficient, tuple(dims), gradients))
+        self.contracts.append(Contract(self.module, self.op, 2.0 * coefficient, tuple(dims), gradients))
 
-    def literal(self, op: str, argument: int, size: int, labels: DimLabels) -> None:
+    def literal(self, argument: int, size: int, labels: DimLabels) -> None:
         """Record a size that the module's forward writes out, at a dim with these labels."""
         if labels is not None and size > 0:
-            self.calls.append(Call(self.module, f"{op}#{self.call_index}[{argument}]", size, labels))
+            self.calls.append(Call(self.module, f"{self.call}[{argument}]", size, labels))
 
 
 Rule = Callable[..., Any]
 """A function as `rule` describes it; it may also return a `Value`, or a tuple of `Value`s for several outputs."""
 
-_RULES: dict[Any, Rule] = {}
+_RULES: dict[Any, Rule] = {}  # by op, or by an op's name
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:
@@ -163,16 +184,16 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
     """
 
     def register(function: Rule) -> Rule:
-        for op in ops:
-            _RULES[op] = function
+        _RULES.update(dict.fromkeys(ops, function))
         return function
 
     return register
 
 
-def registered() -> Iterable[tuple[Any, Rule]]:
-    """All ops that have a rule, with it."""
-    return _RULES.items()
+def overloads(names: str) -> list[Any]:
+    """All overloads of these ATen ops; a release of torch may lack some."""
+    packets = [getattr(torch.ops.aten, name) for name in names.split() if hasattr(torch.ops.aten, name)]
+    return [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
 
 
 def rule_for(target: Any) -> Rule | None:
@@ -204,15 +225,16 @@ def plain_path(path: str) -> str:
 
 def finish(walk: Walk, result: Any, out: Any, inputs: Sequence[Value]) -> Any:
     """`Value`s of what a rule returned."""
-    weight, zero = all(value.weight for value in inputs), all(value.zero for value in inputs)
-    grad = any(value.grad for value in inputs)
+    if out is None:
+        return None
     if isinstance(out, tuple):
-        results = result if result is not None else tuple(None for _ in out)
+        results = (None,) * len(out) if result is None else result
         return tuple(finish(walk, part, shape, inputs) for part, shape in zip(results, out, strict=True))
+    weight, grad = all(value.weight for value in inputs), any(value.grad for value in inputs)
     if isinstance(result, Value):
         return replace(result, shape=out.shape, weight=weight or result.weight, grad=grad)
-    labels = result if result is not None else (None,) * out.ndim
+    labels = (None,) * out.ndim if result is None else result
     assert len(labels) == out.ndim, f"{walk.where}: rule gave {len(labels)} dims for {out.ndim}"
     for size, dim in zip(out.shape, labels, strict=True):
         assert dim is None or len(dim) == size, f"{walk.where}: rule gave {len(dim)} labels for a dim of {size}"
-    return Value(out.shape, tuple(labels), weight, grad, zero)
+    return Value(out.shape, tuple(labels), weight, grad, zero=all(value.zero for value in inputs))

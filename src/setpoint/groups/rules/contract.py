@@ -1,17 +1,16 @@
-"""Matrix products and convolutions: the contracted dim reads units, the output dim starts new ones."""
+"""Products of matrices, attention among them: a dim that is summed over reads units, a new one starts some."""
 
 from __future__ import annotations
 
-import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
-import numpy as np
 import torch
 
 from setpoint.groups.rules.elementwise import unite_broadcast
-from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
 
 aten = torch.ops.aten
 
@@ -21,96 +20,117 @@ def num_gradients(*operands: Value) -> int:
     return sum(operand.grad for operand in operands)
 
 
-def contract_dim(walk: Walk, left: Value, left_dim: int, right: Value, right_dim: int) -> DimLabels:
-    """Labels of a dim that is summed over in both operands; a weight's atoms are marked as reading it."""
-    a, b = left.labels[left_dim], right.labels[right_dim]
-    for operand, labels in ((left, a), (right, b)):
-        if operand.weight and not _measures(left, right):
+def sum_over(walk: Walk, *dims: tuple[Value, DimLabels]) -> DimLabels:
+    """Labels of a dim that is summed over, given the operands that have it; a weight's atoms are marked as reading."""
+    for operand, labels in dims:
+        if operand.weight and not _measures([value for value, _ in dims]):
             walk.atoms.mark("consume", labels)
-        if not left.weight and not right.weight:
+        if not any(value.weight for value, _ in dims):
             walk.atoms.mark("contract", labels)
-    if not (left.zero and not walk.copies(a)) and not (right.zero and not walk.copies(b)):
-        walk.lossy(a, "a sum runs over this dim, where dropped units are not zero")
-    return walk.unite(a, b, "input of the network, or other data")
+    if not any(operand.zero and not walk.copies(labels) for operand, labels in dims):
+        walk.lossy(dims[0][1], "a sum runs over this dim, where dropped units are not zero")
+    return reduce(lambda a, b: walk.unite(a, b, "input of the network, or other data"), (labels for _, labels in dims))
 
 
-def _measures(left: Value, right: Value) -> bool:
+def _measures(operands: Sequence[Value]) -> bool:
     """Whether a product of weights measures a matrix (a spectral norm): no layer reads units there."""
-    return left.weight and right.weight and min(left.ndim, right.ndim) == 1
+    return all(value.weight for value in operands) and min(value.ndim for value in operands) == 1
 
 
-def _add_bias(walk: Walk, labels: DimLabels, bias: Value | None) -> DimLabels:
-    return labels if bias is None else walk.unite(labels, bias.labels[-1])
+def _multiply(
+    walk: Walk, out: Value, terms: Sequence[str], output: str, operands: Sequence[Value], batch: str = ""
+) -> Value:
+    """`einsum`: dims of one letter unite, and a letter that is missing from the output is summed over.
+
+    Letters of `batch` number matrices of their own, as heads do: a weight does not write units along them.
+    """
+    labels: dict[str, DimLabels] = {}
+    sizes: dict[str, int] = {}
+    zero = True
+    for letter in dict.fromkeys((*output, *"".join(terms))):
+        dims = [
+            (operand, own, size)
+            for term, operand in zip(terms, operands, strict=True)
+            for name, own, size in zip(term, operand.labels, operand.shape, strict=True)
+            if name == letter
+        ]
+        sizes[letter] = max(size for _, _, size in dims)
+        held = [(operand, own) for operand, own, size in dims if size == sizes[letter]]  # the others are broadcast
+        if letter not in output:
+            labels[letter] = sum_over(walk, *held)
+            continue
+        labels[letter] = reduce(walk.unite, (own for _, own in held))
+        for operand, own in held:
+            if operand.weight and letter not in batch and not _measures(operands):
+                walk.atoms.mark("produce", own)
+        if (
+            not any(operand.weight for operand in operands)
+            and len(operands) == 2
+            and (letter in batch or len(dims) == 2)
+        ):
+            walk.atoms.mark("batch", labels[letter])
+        zero = zero and (labels[letter] is None or any(operand.zero for operand, _ in held))
+    if len(operands) > 1:
+        # More than two operands are multiplied pairwise, in an order that torch chooses: this is an upper bound.
+        walk.contract(1, [(size, labels[letter]) for letter, size in sizes.items()], num_gradients(*operands))
+    return Value(out.shape, tuple(labels[letter] for letter in output), zero=zero)
+
+
+def _plus(walk: Walk, product: Value, bias: Value | None) -> Value:
+    if bias is None:
+        return product
+    rows = any(labels is not None for labels in product.labels[:-1])
+    zero = product.zero and bias.zero and (bias.ndim == product.ndim or not rows)
+    return Value(product.shape, unite_broadcast(walk, [product, bias], product.ndim), zero=zero)
 
 
 @rule(aten.linear.default)
 def _linear(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None) -> Value:
     """`y[..., o] = sum_i x[..., i] w[o, i] + b[o]`."""
-    inner = contract_dim(walk, x, -1, weight, -1)
-    outer = weight.labels[0]
-    walk.atoms.mark("produce", outer)
-    outer = _add_bias(walk, outer, bias)
-    dims = [*zip(x.shape[:-1], x.labels[:-1], strict=True), (weight.shape[0], outer), (x.shape[-1], inner)]
-    walk.contract(1, dims, num_gradients(x, weight))
-    rows = any(labels is not None for labels in x.labels[:-1])
-    written = weight.zero and (bias is None or bias.zero)
-    return Value(out.shape, (*x.labels[:-1], outer), zero=written and (not rows or (x.zero and bias is None)))
+    walk.atoms.mark("produce", weight.labels[0])  # also where other data makes the weight
+    rows = string.ascii_uppercase[: x.ndim - 1]
+    return _plus(walk, _multiply(walk, out, (f"{rows}i", "oi"), f"{rows}o", (x, weight)), bias)
 
 
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default)
 @rule(aten.dot.default, aten.vdot.default)
 def _matmul(walk: Walk, out: Value, left: Value, right: Value) -> Value:
     """`y[..., m, n] = sum_k a[..., m, k] b[..., k, n]`, batch dims broadcast."""
-    right_inner = right.ndim - 2 if right.ndim > 1 else 0
-    inner = contract_dim(walk, left, left.ndim - 1, right, right_inner)
-    batch_ndim = max(left.ndim, right.ndim, 2) - 2
-    batch = unite_broadcast(
-        walk, [Value(left.shape[:-2], left.labels[:-2]), Value(right.shape[:-2], right.labels[:-2])], batch_ndim
-    )
-    if not left.weight and not right.weight:
-        for labels in batch:
-            walk.atoms.mark("batch", labels)
-    rows = [(left.shape[-2], left.labels[-2])] if left.ndim > 1 else []
-    columns = [(right.shape[-1], right.labels[-1])] if right.ndim > 1 else []
-    for operand, dims in ((left, rows), (right, columns)):
-        if operand.weight and dims and not _measures(left, right):
-            walk.atoms.mark("produce", dims[0][1])
-    batch_dims = list(zip(out.shape[: len(batch)], batch, strict=True))
-    walk.contract(1, [*batch_dims, *rows, *columns, (left.shape[-1], inner)], num_gradients(left, right))
-    # Along a batch dim one zero operand is enough; along rows or columns it must be their own operand.
-    zero = left.zero or right.zero or all(labels is None for labels in batch)
-    for operand, dims in ((left, rows), (right, columns)):
-        zero = zero and (operand.zero or all(labels is None for _, labels in dims))
-    return Value(out.shape, (*batch, *(labels for _, labels in (*rows, *columns))), zero=zero)
+    batch = string.ascii_uppercase[: max(left.ndim, right.ndim, 2) - 2]
+    rows, columns = "m" * (left.ndim > 1), "n" * (right.ndim > 1)
+    terms = (f"{batch}{rows}k"[-left.ndim :], f"{batch}k{columns}"[-right.ndim :])
+    return _multiply(walk, out, terms, batch + rows + columns, (left, right), batch)
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
 def _addmm(walk: Walk, out: Value, bias: Value, left: Value, right: Value, **kwargs: Any) -> Value:
     """`bias + left @ right`."""
-    product = _matmul(walk, out, left, right)
-    labels = unite_broadcast(walk, [product, bias], out.ndim)
-    rows = any(own is not None for own in product.labels[:-1])
-    return Value(out.shape, labels, zero=product.zero and bias.zero and (bias.ndim == out.ndim or not rows))
+    return _plus(walk, _matmul(walk, out, left, right), bias)
+
+
+@rule(aten.einsum.default)
+def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value:
+    """An ellipsis stands for leading dims; without an output the letters that occur once are it, in order."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    num_dots = [value.ndim - len(term.replace("...", "")) for term, value in zip(terms, operands, strict=True)]
+    dots = "".join(free[: max(num_dots)]) if "..." in inputs else ""
+    if not arrow:
+        named = inputs.replace(",", "").replace("...", "")
+        output = ("..." if dots else "") + "".join(sorted(c for c in set(named) if named.count(c) == 1))
+    full = [term.replace("...", dots[len(dots) - num :]) for term, num in zip(terms, num_dots, strict=True)]
+    return _multiply(walk, out, full, output.replace("...", dots), operands)
 
 
 @rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
 def _grouped_matmul(
-    walk: Walk,
-    out: Value,
-    left: Value,
-    right: Value,
-    offs: Any = None,
-    bias: Value | None = None,
-    *args: Any,
-    **kw: Any,
-) -> Value | None:
+    walk: Walk, out: Value, left: Value, right: Value, offs: Any = None, bias: Any = None, *args: Any, **kw: Any
+) -> Value:
     """`y[s] = a[s] @ b[expert of s]`: rows of `a` sorted by expert, one matrix for each expert."""
-    if left.ndim != 2 or right.ndim != 3 or bias is not None:
-        for value in (left, right, *([bias] if bias is not None else [])):
-            walk.freeze_all(value, "a grouped product of another form than rows by one matrix an expert")
-        return None
+    assert (left.ndim, right.ndim) == (2, 3) and bias is None, "it is no product of rows by one matrix an expert"
     walk.freeze(right.labels[0], "experts are chosen by data")
-    inner = contract_dim(walk, left, 1, right, 1)
+    inner = sum_over(walk, (left, left.labels[1]), (right, right.labels[1]))
     if right.weight:
         walk.atoms.mark("produce", right.labels[2])
     for labels in right.labels[1:]:
@@ -120,144 +140,37 @@ def _grouped_matmul(
     return Value(out.shape, (left.labels[0], right.labels[2]), zero=right.zero)
 
 
-@rule(aten.einsum.default)
-def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **kwargs: Any) -> Value:
-    """Letters that meet unite; a letter missing from the output is summed over. An ellipsis stands for leading dims."""
-    terms, output = _spelled_out(equation, operands)
-    letters: dict[str, DimLabels] = {}
-    sizes: dict[str, int] = {}
-    for term, operand in zip(terms, operands, strict=True):
-        for letter, labels, size in zip(term, operand.labels, operand.shape, strict=True):
-            _mark_letter(walk, operand, letter in output, labels, operands)
-            if sizes.get(letter, 1) > 1 and size > 1:
-                letters[letter] = walk.unite(letters[letter], labels)
-            elif size >= sizes.get(letter, 0):
-                letters[letter], sizes[letter] = labels, size
-    _mark_batch(walk, terms, operands, output, letters)
-    if len(operands) > 1:
-        # More than two operands are multiplied pairwise, in an order that torch chooses: this is an upper bound.
-        walk.contract(1, [(sizes[letter], letters[letter]) for letter in letters], num_gradients(*operands))
-    zero = all(
-        any(v.zero for term, v in zip(terms, operands, strict=True) if letter in term)
-        for letter in output
-        if letters[letter] is not None
-    )
-    return Value(out.shape, tuple(letters[letter] for letter in output), zero=zero)
+def _heads(walk: Walk, query: Value, key: Value, value: Value, mask: Any, grouped: bool) -> tuple[DimLabels, ...]:
+    """Unite batch dims of queries, keys and values; with grouped queries several query heads share a key head."""
+    values = [Value(v.shape[:-2], v.labels[:-2]) for v in (query, key, value)]
+    if grouped and query.shape[-3] != key.shape[-3]:
+        repeat = query.shape[-3] // key.shape[-3]
+        # Each key head's atoms are repeated for its query heads: that ties these, so they are dropped together.
+        for number, v in enumerate(values[1:], 1):
+            heads = v.labels[-1]
+            shape = (*v.shape[:-1], 1 if v.shape[-1] == 1 else query.shape[-3])
+            values[number] = Value(shape, v.relabelled(-1, None if heads is None else heads.repeat(repeat)))
+    if isinstance(mask, Value) and mask.ndim > 2:
+        values.append(Value(mask.shape[:-2], mask.labels[:-2]))
+    return unite_broadcast(walk, values, query.ndim - 2)
 
 
-def _spelled_out(equation: str, operands: Sequence[Value]) -> tuple[list[str], str]:
-    """Terms and output of an equation, with a letter for every dim."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    free = [letter for letter in string.ascii_letters if letter not in equation]
-    longest = max(v.ndim - len(term.replace("...", "")) for term, v in zip(terms, operands, strict=True))
-    dots = "".join(free[:longest]) if "..." in inputs else ""
-
-    def full(term: str, ndim: int) -> str:
-        num = ndim - len(term.replace("...", ""))
-        return term.replace("...", dots[len(dots) - num :] if num else "")
-
-    if not arrow:
-        named = inputs.replace(",", "").replace("...", "")
-        output = ("..." if dots else "") + "".join(sorted(c for c in set(named) if named.count(c) == 1))
-    return [full(term, v.ndim) for term, v in zip(terms, operands, strict=True)], output.replace("...", dots)
-
-
-def _mark_letter(walk: Walk, operand: Value, kept: bool, labels: DimLabels, operands: Sequence[Value]) -> None:
-    """Mark whether an operand's dim writes units, reads them, or is summed over."""
-    if operand.weight:
-        walk.atoms.mark("produce" if kept else "consume", labels)
-    elif not kept:
-        if not any(value.weight for value in operands):
-            walk.atoms.mark("contract", labels)
-        if not any(value.zero for value in operands):
-            walk.lossy(labels, "a sum runs over this dim, where dropped units are not zero")
-
-
-def _mark_batch(
-    walk: Walk, terms: Sequence[str], operands: Sequence[Value], output: str, letters: Mapping[str, DimLabels]
-) -> None:
-    """Mark the dims that both activations and the output share as batch dims, as heads are."""
-    if len(operands) == 2 and not any(operand.weight for operand in operands):
-        for letter in set(terms[0]) & set(terms[1]) & set(output):
-            walk.atoms.mark("batch", letters[letter])
-
-
-def _tie_groups(
-    walk: Walk, num_groups: int, inputs: DimLabels, shared_in: DimLabels, outputs: np.ndarray, shared_out: DimLabels
-) -> None:
-    """Tie the channels of a grouped convolution, whose weight holds those of one group along its `shared` dims."""
-    groups = walk.atoms.fresh(num_groups)
-    for labels, shared in ((inputs, shared_in), (outputs, shared_out)):
-        if labels is None:
-            walk.freeze(groups, "the channels of a grouped convolution are data")
-        elif len(labels) == num_groups:
-            walk.atoms.unite(labels, groups)
-        else:
-            within = walk.atoms.fresh(len(labels) // num_groups)
-            walk.atoms.unite(labels, walk.product((groups, within)).ravel())
-            if shared is not None:
-                walk.atoms.unite(shared, within)
-    walk.attributes[walk.module, "groups"] = groups
-    read, written = (shared_in, outputs) if shared_out is None else (inputs, shared_out)
-    walk.grouped.append((groups, read, written))
-    assert walk.node is not None
-    walk.literal(op_name(walk.node.target), 0, num_groups, groups)
-
-
-def _convolution(
-    walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, num_groups: int, transposed: bool
+@rule(aten.scaled_dot_product_attention.default)
+def _sdpa(
+    walk: Walk, out: Value, query: Value, key: Value, value: Value, attn_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Value:
-    batched = x.ndim == weight.ndim
-    channel = int(batched)
-    out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    for labels in x.labels[channel + 1 :]:
-        walk.freeze(labels, "a kernel slides over this dim")
-    outputs = weight.labels[out_dim]
-    if transposed and num_groups > 1:
-        outputs = walk.atoms.fresh(out.shape[channel])
-    elif outputs is None:
-        outputs = walk.atoms.fresh(weight.shape[out_dim])
-        walk.freeze(outputs, "filters are data")
-    if num_groups == 1:
-        inputs = contract_dim(walk, x, channel, weight, in_dim)
-        walk.atoms.mark("produce", outputs)
-        flop_dims = [(weight.shape[out_dim], outputs), (weight.shape[in_dim], inputs)]
-    else:
-        if transposed:
-            # The weight is (in, out / groups, ...): its first dim follows the input, its second the outputs of a group.
-            shared, own = weight.labels[1], weight.labels[0]
-            _tie_groups(walk, num_groups, own, None, outputs, shared)
-            inputs = walk.unite(x.labels[channel], own)
-        else:
-            inputs = x.labels[channel]
-            _tie_groups(walk, num_groups, inputs, weight.labels[1], outputs, None)
-        flop_dims = [(weight.shape[0], weight.labels[0]), (weight.shape[1], weight.labels[1])]
-    walk.atoms.mark("conv", outputs)
-    walk.attributes[walk.module, "out_channels"] = outputs
-    if inputs is not None:
-        walk.attributes[walk.module, "in_channels"] = inputs
-    outer = _add_bias(walk, outputs, bias)
-    spatial = (x if transposed else out).shape[channel + 1 :]
-    batch = x.shape[0] if batched else 1
-    walk.contract(math.prod(spatial) * math.prod(weight.shape[2:]) * batch, flop_dims, num_gradients(x, weight))
-    passed: tuple[DimLabels, ...] = (outer, *(None,) * len(spatial))
-    zero = weight.zero and (bias is None or bias.zero)
-    return Value(out.shape, (x.labels[0], *passed) if batched else passed, zero=zero)
-
-
-@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-@rule(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
-@rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-def _conv(walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None = None, *args: Any, **kw: Any) -> Value:
-    """Channels are contracted, kernel and space are data."""
-    num_groups = kw.get("groups", args[3] if len(args) > 3 else 1)
-    transposed = op_name(walk.node.target).startswith("conv_transpose")  # type: ignore[union-attr]
-    return _convolution(walk, out, x, weight, bias, num_groups, transposed)
-
-
-@rule(aten.convolution.default)
-def _general_convolution(
-    walk: Walk, out: Value, x: Value, weight: Value, bias: Value | None, *args: Any, **kw: Any
-) -> Value:
-    return _convolution(walk, out, x, weight, bias, args[5], transposed=args[3])
+    """`softmax(q k^T * scale) v`; the default scale depends on the head size, which is then frozen."""
+    batch = _heads(walk, query, key, value, attn_mask, bool(kwargs.get("enable_gqa", False)))
+    for labels in batch:
+        walk.atoms.mark("batch", labels)
+    inner = sum_over(walk, (query, query.labels[-1]), (key, key.labels[-1]))
+    if kwargs.get("scale") is None:
+        walk.freeze(inner, "the attention scale depends on the head size")
+    for operand in (query, key, value):
+        walk.freeze(operand.labels[-2], "attention runs over this dim")
+    batch_dims = list(zip(query.shape[:-2], batch, strict=True))
+    positions = query.shape[-2] * key.shape[-2]
+    scores = Value(out.shape, (None,) * out.ndim, grad=query.grad or key.grad)
+    walk.contract(positions, [*batch_dims, (query.shape[-1], inner)], num_gradients(query, key))
+    walk.contract(positions, [*batch_dims, (value.shape[-1], value.labels[-1])], num_gradients(scores, value))
+    return Value(out.shape, (*batch, None, value.labels[-1]), zero=value.zero)

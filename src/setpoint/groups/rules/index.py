@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
 
 aten = torch.ops.aten
 
@@ -30,21 +30,20 @@ def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any
 def _embedding_bag(walk: Walk, out: tuple[Value, ...], weight: Value, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Sums, means or maxima of rows that data chooses; columns are features."""
     bags = Value(out[0].shape, (None, _feature_dim(walk, weight)), zero=weight.zero)
-    return bags, *((None,) * part.ndim for part in out[1:])
+    return bags, *(None for _ in out[1:])
 
 
 @rule(aten.index.Tensor)
 def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> Value:
     """Indexed dims are chosen by data; other dims pass. Weights that data chooses (an expert's) still are weights."""
-    given = [d for d, index in enumerate(indices) if index is not None]
-    for d in given:
-        walk.freeze(x.labels[d], "this dim is indexed by data")
-    rest = [labels for d, labels in enumerate(x.labels) if d not in given]
-    num_new = out.ndim - len(rest)
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    walk.freeze_dims(x, indexed, "this dim is indexed by data")
+    passed = [labels for d, labels in enumerate(x.labels) if d not in indexed]
     # As in NumPy: the new dims replace adjacent indexed dims, and come first otherwise.
-    adjacent = given == list(range(given[0], given[-1] + 1))
-    at = given[0] if adjacent else 0
-    return Value(out.shape, (*rest[:at], *(None,) * num_new, *rest[at:]), weight=x.weight, zero=x.zero)
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if adjacent else 0
+    labels = (*passed[:at], *(None,) * (out.ndim - len(passed)), *passed[at:])
+    return Value(out.shape, labels, weight=x.weight, zero=x.zero)
 
 
 @rule(aten.index_select.default, aten.gather.default, aten.roll.default)
@@ -53,27 +52,20 @@ def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) ->
 @rule(aten.scatter_add.default, aten.scatter_add_.default, aten.scatter_reduce_.two)
 def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> Value:
     """Data moves entries along the dims, which are frozen."""
-    name = op_name(walk.node.target)  # type: ignore[union-attr]
-    if name == "roll":
+    why = "entries of this dim are moved by data"
+    if walk.op == "roll":
         dim = args[0] if args else ()
     dims = [d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
-    for d in dims:
-        walk.freeze(x.labels[d], "entries of this dim are moved by data")
-    for other in args:
-        if isinstance(other, Value) and other.ndim == x.ndim:
-            for d, labels in enumerate(other.labels):
-                if d in dims or labels is None:
-                    walk.freeze(labels, "entries of this dim are moved by data")
-                    if labels is None and d not in dims and name != "index_select":
-                        walk.freeze(x.labels[d], "entries of this dim are moved by data")
-                else:
-                    walk.unite(x.labels[d], labels)
-    written = all(arg.zero for arg in args if isinstance(arg, Value)) and not (
-        name.startswith("scatter") and any(isinstance(arg, (int, float)) and arg != 0 for arg in args)
-    )
-    return Value(
-        out.shape, tuple(None if d in dims else own for d, own in enumerate(x.labels)), zero=x.zero and written
-    )
+    passed = walk.freeze_dims(x, dims, why)
+    tensors = [arg for arg in args if isinstance(arg, Value)]
+    for other in tensors:
+        for d, labels in enumerate(other.labels if other.ndim == x.ndim else ()):
+            if d in dims:
+                walk.freeze(labels, why)
+            elif labels is not None or walk.op != "index_select":
+                walk.unite(x.labels[d], labels, why)
+    written = any(isinstance(arg, (int, float)) and arg != 0 for arg in args) and walk.op.startswith("scatter")
+    return Value(out.shape, passed, zero=x.zero and not written and all(value.zero for value in tensors))
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.histc.default)
@@ -90,17 +82,14 @@ def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
 @rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
 def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
     """A constant of a written size; every dim follows any dim that it is united with."""
-    sizes = [arg for arg in args if isinstance(arg, (list, tuple))][0]
-    labels = tuple(walk.alike(size) for size in sizes)
-    name = str(walk.node.target.overloadpacket.__name__)  # type: ignore[union-attr]
-    for dim, (size, dim_labels) in enumerate(zip(sizes, labels, strict=True)):
-        walk.literal(name, dim, size, dim_labels)
-    return Value(out.shape, labels, zero="zeros" in name)
+    sizes = next(arg for arg in args if isinstance(arg, (list, tuple)))
+    labels = tuple(map(walk.alike, sizes))
+    for dim, size in enumerate(sizes):
+        walk.literal(dim, size, labels[dim])
+    return Value(out.shape, labels, zero="zeros" in walk.op)
 
 
 @rule(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default)
-def _triangle(walk: Walk, out: Value, x: Value, *args: Any) -> Value:
+def _triangle(walk: Walk, out: Value, x: Value, *args: Any) -> tuple[DimLabels, ...]:
     """A triangle of the last two dims, which freeze; the others pass."""
-    for labels in x.labels[-2:]:
-        walk.freeze(labels, "a triangle is cut out of this dim")
-    return Value(out.shape, (*x.labels[:-2], None, None), zero=x.zero)
+    return walk.freeze_dims(x, (-2, -1), "a triangle is cut out of this dim")

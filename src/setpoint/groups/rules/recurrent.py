@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from setpoint.groups.rules.contract import contract_dim, num_gradients
-from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+from setpoint.groups.rules.contract import num_gradients, sum_over
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
 
 aten = torch.ops.aten
 
@@ -29,43 +29,31 @@ def _recurrent(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Value, ...] | None:
+) -> tuple[Value, ...]:
     """Gates of hidden unit u are rows u, H + u, 2H + u, ... of both matrices; u is the same unit in all layers.
 
     A unit whose weights are zero stays zero from a zero start: `c = sigmoid(0) tanh(0) = 0` in an LSTM, `h = (1 - z)
     tanh(0) + z 0 = 0` in a GRU. Torch has one `hidden_size` for all layers and directions: these are tied.
     """
-    assert walk.node is not None
     starts = [states] if isinstance(states, Value) else list(states)
-    num_directions = 2 if bidirectional else 1
-    num_cells = num_layers * num_directions
-    plain = len({start.shape[-1] for start in starts}) == 1 and len(parameters) == (4 if has_biases else 2) * num_cells
-    if not plain:
-        for value in (x, *starts, *parameters):
-            walk.freeze_all(value, "a recurrent network with projections")
-    per_cell = len(parameters) // num_cells
-    hidden = _hidden(walk, x, starts) if plain else None
-    positions, reading, begun = math.prod(x.shape[:-1]), x.grad, any(start.grad for start in starts)
-    inputs, given = x.labels[-1], starts[0].grad
+    num_directions, per_cell = 1 + bidirectional, 4 if has_biases else 2
+    assert len(parameters) == per_cell * num_layers * num_directions, "a recurrent network with projections"
+    hidden = _hidden(walk, x, starts)
+    positions = math.prod(x.shape[:-1])
     first = positions // x.shape[1 if batch_first else 0]  # positions of the first step, whose state is given
-    for layer in range(num_layers):
-        of_layer = parameters[layer * per_cell * num_directions : (layer + 1) * per_cell * num_directions]
-        for direction in range(num_directions):
-            cell = of_layer[direction * per_cell : (direction + 1) * per_cell]
-            written = reading or begun or any(each.grad for each in cell)
-            if plain:
-                _cell(walk, cell, inputs, hidden)
-            _contract(walk, cell[0], ((positions, reading),))
-            _contract(walk, cell[1], ((first, given), (positions - first, written)))
-            if not plain:
-                _contract(walk, cell[-1], ((positions, written),))
+    given = any(start.grad for start in starts)
+    inputs, reading = x.labels[-1], x.grad  # of the present layer
+    for layer in _runs(parameters, per_cell * num_directions):
+        for cell in _runs(layer, per_cell):
+            _cell(walk, cell, inputs, hidden)
+            _contract(walk, cell[0], positions, reading)
+            _contract(walk, cell[1], first, starts[0].grad)
+            _contract(walk, cell[1], positions - first, reading or given or any(weight.grad for weight in cell))
         inputs = None if hidden is None else np.tile(hidden, num_directions)
-        reading = reading or begun or any(each.grad for each in of_layer)
-    if not plain:
-        return None
+        reading = reading or given or any(weight.grad for weight in layer)
     zero = all(start.zero for start in starts)
     outputs = Value(out[0].shape, (*x.labels[:-1], inputs), zero=zero)
-    last = tuple(Value(part.shape, (*(None,) * (part.ndim - 1), hidden), zero=zero) for part in out[1:])
+    last = (Value(part.shape, (*(None,) * (part.ndim - 1), hidden), zero=zero) for part in out[1:])
     return outputs, *last
 
 
@@ -76,14 +64,18 @@ def _one_step(
     """One step of one cell, as `nn.LSTMCell` and its like take it."""
     starts = [states] if isinstance(states, Value) else list(states)
     hidden = _hidden(walk, x, starts)
-    given = [parameter for parameter in parameters if parameter is not None]
+    weights = [parameter for parameter in parameters if parameter is not None]
     positions = math.prod(x.shape[:-1])
-    _cell(walk, given, x.labels[-1], hidden)
-    _contract(walk, given[0], ((positions, x.grad),))
-    _contract(walk, given[1], ((positions, starts[0].grad),))
+    _cell(walk, weights, x.labels[-1], hidden)
+    _contract(walk, weights[0], positions, x.grad)
+    _contract(walk, weights[1], positions, starts[0].grad)
     zero = all(start.zero for start in starts)
     results = tuple(Value(start.shape, (*x.labels[:-1], hidden), zero=zero) for start in starts)
     return results if isinstance(out, tuple) else results[0]
+
+
+def _runs(parameters: Sequence[Value], size: int) -> list[Sequence[Value]]:
+    return [parameters[start : start + size] for start in range(0, len(parameters), size)]
 
 
 def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
@@ -98,23 +90,21 @@ def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
 
 def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels) -> None:
     """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`."""
-    assert walk.node is not None
-    from_input, from_hidden, *biases = parameters
-    gates = None if hidden is None else np.tile(hidden, _GATES[op_name(walk.node.target).removesuffix("_cell")])
+    from_input, from_hidden, *_ = parameters
+    gates = None if hidden is None else np.tile(hidden, _GATES[walk.op.removesuffix("_cell")])
     for weight in (from_input, from_hidden):
         walk.atoms.mark("produce", weight.labels[0])
         walk.atoms.mark("consume", weight.labels[1])
-    for value in (from_input, from_hidden, *biases):
+    for value in parameters:
         walk.unite(gates, value.labels[0], "the first hidden state is data")
     walk.unite(from_input.labels[1], inputs, "data of a fixed size meets this dim")
     walk.unite(from_hidden.labels[1], hidden, "the first hidden state is data")
 
 
-def _contract(walk: Walk, weight: Value, read: Sequence[tuple[int, bool]]) -> None:
-    """FLOPs of one matrix: at how many positions it reads its input, and whether that needs a gradient there."""
-    for positions, grad in read:
-        if positions:
-            walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), weight.grad + grad)
+def _contract(walk: Walk, weight: Value, positions: int, grad: bool) -> None:
+    """FLOPs of a matrix that reads its input at so many positions, and whether that needs a gradient there."""
+    if positions:
+        walk.contract(positions, list(zip(weight.shape, weight.labels, strict=True)), weight.grad + grad)
 
 
 @rule("setpoint::diagonal_scan")
@@ -124,7 +114,7 @@ def _diagonal_scan(
     """States of a diagonal recurrence are written by B, carried by the eigenvalues and read by C."""
     walk.freeze(u.labels[1], "a recurrence runs over this dim")
     for inputs in (b_re, b_im):
-        inner = contract_dim(walk, u, 2, inputs, 1)
+        inner = sum_over(walk, (u, u.labels[2]), (inputs, inputs.labels[1]))
         walk.atoms.mark("produce", inputs.labels[0])
     for outputs in (c_re, c_im):
         walk.atoms.mark("consume", outputs.labels[1])

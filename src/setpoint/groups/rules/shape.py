@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from setpoint.groups.walk import DimLabels, Value, Walk, op_name, rule
+from setpoint.groups.walk import DimLabels, Value, Walk, rule
 
 aten = torch.ops.aten
 
@@ -98,14 +97,14 @@ def _merges_data(value: Value, shape: Sequence[int]) -> set[int]:
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default)
-def _view(walk: Walk, out: Value, x: Value, size: Any) -> tuple[DimLabels, ...]:
+def _view(walk: Walk, out: Value, x: Value, sizes: Any) -> tuple[DimLabels, ...]:
     """A reshape; its sizes are recorded, since the forward may write them out."""
     labels = reshape(walk, x, out.shape)
-    if isinstance(size, (list, tuple)):
+    if isinstance(sizes, (list, tuple)):
         mixed = _merges_data(x, out.shape)
-        for dim, given in enumerate(size):
-            if isinstance(given, int) and dim not in mixed:
-                walk.literal(op_name(walk.node.target), dim, given, labels[dim])  # type: ignore[union-attr]
+        for dim, size in enumerate(sizes):
+            if isinstance(size, int) and dim not in mixed:
+                walk.literal(dim, size, labels[dim])
     return labels
 
 
@@ -128,8 +127,8 @@ def _flatten(walk: Walk, out: Value, x: Value, *args: Any) -> tuple[DimLabels, .
 def _unflatten(walk: Walk, out: Value, x: Value, dim: int, sizes: Sequence[int]) -> tuple[DimLabels, ...]:
     """One dim becomes several of written sizes."""
     labels = reshape(walk, x, out.shape)
-    for offset, given in enumerate(sizes):
-        walk.literal("unflatten", offset, given, labels[dim % x.ndim + offset])
+    for offset, size in enumerate(sizes):
+        walk.literal(offset, size, labels[dim % x.ndim + offset])
     return labels
 
 
@@ -142,117 +141,116 @@ def _permute(walk: Walk, out: Value, x: Value, *dims: Any) -> tuple[DimLabels, .
     return tuple(x.labels[d] for d in walk.node.target(numbered, *dims).shape)  # type: ignore[union-attr,operator]
 
 
-@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
-def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: Any) -> Value:
-    """Copies of a dim of one follow any dim they are united with; a dropped copy is not zero."""
-    own = (None,) * (out.ndim - x.ndim) + x.labels
-    labels = [own[dim] if size == out.shape[dim] else walk.alike(out.shape[dim]) for dim, size in _padded(x, out)]
-    if isinstance(sizes, (list, tuple)):
-        for dim, given in enumerate(sizes):
-            walk.literal(op_name(walk.node.target), dim, given, labels[dim])  # type: ignore[union-attr]
-    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
+def _padded(x: Value, out: Value) -> Value:
+    """A tensor with as many dims as the output, of one entry where it has none."""
+    new = out.ndim - x.ndim
+    return Value((1,) * new + x.shape, (None,) * new + x.labels, zero=x.zero)
 
 
-def _padded(x: Value, out: Value) -> list[tuple[int, int]]:
-    """(dim, size) of a tensor with as many dims as the output, of one entry where it has none."""
-    return list(enumerate((1,) * (out.ndim - x.ndim) + x.shape))
-
-
-def _spans(x: Value, out: Value) -> bool:
-    return all(size == out.shape[dim] for dim, size in _padded(x, out))
-
-
-@rule(aten.repeat.default, aten.tile.default)
-def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
-    """Copies side by side belong to the same units; copies of a dim of one follow any dim they are united with."""
-    own = (None,) * (out.ndim - x.ndim) + x.labels
-    repeats = [1] * (out.ndim - len(repeats)) + list(repeats)  # `tile` may leave those of leading dims out
-    labels: list[DimLabels] = []
-    for dim, size in _padded(x, out):
-        labels.append(_repeated(walk, own[dim], size, repeats[dim], np.tile))
-        if size == 1:
-            walk.literal(op_name(walk.node.target), dim, repeats[dim], labels[dim])  # type: ignore[union-attr]
-    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
+def _copied(x: Value, out: Value, labels: Sequence[DimLabels]) -> Value:
+    """Copies of a tensor; a dropped copy is not zero, where nothing but copies can be dropped."""
+    zero = x.zero and (x.shape == out.shape or any(own is not None for own in x.labels))
+    return Value(out.shape, tuple(labels), zero=zero)
 
 
 def _repeated(walk: Walk, own: DimLabels, size: int, repeats: int, how: Callable[..., np.ndarray]) -> DimLabels:
+    """Copies of entries belong to the same units; copies of a dim of one follow any dim they are united with."""
     if size == 1:
         return walk.alike(repeats)
     return None if own is None else how(own, repeats)
 
 
+@rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def _expand(walk: Walk, out: Value, x: Value, sizes: Any, *args: Any, **kwargs: Any) -> Value:
+    x = _padded(x, out)
+    entries = zip(x.labels, x.shape, out.shape, strict=True)
+    labels = [own if before == after else walk.alike(after) for own, before, after in entries]
+    for dim, size in enumerate(sizes if isinstance(sizes, (list, tuple)) else ()):
+        walk.literal(dim, size, labels[dim])
+    return _copied(x, out, labels)
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def _repeat(walk: Walk, out: Value, x: Value, repeats: Sequence[int]) -> Value:
+    x, repeats = _padded(x, out), [1] * (out.ndim - len(repeats)) + list(repeats)  # `tile` may leave leading dims out
+    entries = zip(x.labels, x.shape, repeats, strict=True)
+    labels = [_repeated(walk, own, size, times, np.tile) for own, size, times in entries]
+    for dim, size in enumerate(x.shape):
+        if size == 1:
+            walk.literal(dim, repeats[dim], labels[dim])
+    return _copied(x, out, labels)
+
+
 @rule(aten.repeat_interleave.self_int)
 def _repeat_interleave(walk: Walk, out: Value, x: Value, repeats: int, dim: int | None = None, **kwargs: Any) -> Value:
-    """Adjacent copies belong to the same units; copies of a dim of one follow any dim they are united with."""
-    if dim is None:
-        walk.freeze_all(x, "repeat_interleave over all dims")
-        return Value(out.shape, (None,) * out.ndim)
-    labels = list(x.labels)
-    labels[dim] = _repeated(walk, labels[dim], x.shape[dim], repeats, np.repeat)
+    assert dim is not None, "it repeats entries of all dims"
+    labels = _repeated(walk, x.labels[dim], x.shape[dim], repeats, np.repeat)
     if x.shape[dim] == 1:
-        walk.literal("repeat_interleave", 0, repeats, labels[dim])
-    return Value(out.shape, tuple(labels), zero=x.zero and (_spans(x, out) or any(own is not None for own in x.labels)))
+        walk.literal(0, repeats, labels)
+    return _copied(x, out, x.relabelled(dim, labels))
+
+
+def _met(walk: Walk, tensors: Sequence[Value], but: int | None = None) -> list[DimLabels]:
+    """Labels of tensors whose dims unite, but for one."""
+    labels = list(tensors[0].labels)
+    for value in tensors[1:]:
+        for dim, size in enumerate(value.shape):
+            if dim != but and size > 1:
+                labels[dim] = walk.unite(labels[dim], value.labels[dim])
+    return labels
 
 
 @rule(aten.cat.default, aten.concat.default, aten.hstack.default)
 def _cat(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[DimLabels, ...]:
     """Units side by side; the other dims unite."""
     tensors = [value for value in tensors if value.shape != (0,)]
-    dim = (1 if walk.where.endswith("hstack") and out.ndim > 1 else dim) % out.ndim
-    labels: list[DimLabels] = list(tensors[0].labels)
-    for value in tensors[1:]:
-        for d in range(out.ndim):
-            if d != dim and out.shape[d] > 1:
-                labels[d] = walk.unite(labels[d], value.labels[d])
-    along = [value.labels[dim] for value in tensors]
-    if any(part is not None for part in along):
-        sizes = [value.shape[dim] for value in tensors]
-        parts = zip(sizes, along, strict=True)
-        labels[dim] = np.concatenate([np.zeros(size, np.int64) if part is None else part for size, part in parts])
+    dim = (1 if walk.op == "hstack" and out.ndim > 1 else dim) % out.ndim
+    labels = _met(walk, tensors, but=dim)
+    along = [(value.shape[dim], value.labels[dim]) for value in tensors]
+    if any(own is not None for _, own in along):
+        labels[dim] = np.concatenate([np.zeros(size, np.int64) if own is None else own for size, own in along])
     return tuple(labels)
 
 
 @rule(aten.stack.default)
 def _stack(walk: Walk, out: Value, tensors: Sequence[Value], dim: int = 0) -> tuple[DimLabels, ...]:
-    labels: list[DimLabels] = list(tensors[0].labels)
-    for value in tensors[1:]:
-        for d, size in enumerate(value.shape):
-            if size > 1:
-                labels[d] = walk.unite(labels[d], value.labels[d])
+    """All dims unite, beside a new one."""
+    labels = _met(walk, tensors)
     labels.insert(dim % out.ndim, None)
     return tuple(labels)
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
 @rule(aten.chunk.default, aten.tensor_split.sections)
-def _pieces(walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+def _pieces(
+    walk: Walk, out: tuple[Value, ...], x: Value, sizes: Any, dim: int = 0
+) -> tuple[tuple[DimLabels, ...], ...]:
     """Pieces of a dim; their sizes are recorded, since the forward may write them out."""
-    name = op_name(walk.node.target).removesuffix("_with_sizes")  # type: ignore[union-attr]
-    dim = dim % x.ndim
-    own = x.labels[dim]
-    results, first = [], 0
+    own, first, results = x.labels[dim], 0, []
     for number, piece in enumerate(out):
         size = piece.shape[dim]
         part = None if own is None else own[first : first + size]
-        results.append(Value(piece.shape, (*x.labels[:dim], part, *x.labels[dim + 1 :]), zero=x.zero))
-        walk.literal(name, number, size, part)
+        results.append(x.relabelled(dim, part))
+        walk.literal(number, size, part)
         first += size
     return tuple(results)
 
 
 @rule(aten.unbind.int)
-def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple[Value, ...]:
+def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple[tuple[DimLabels, ...], ...]:
     """Each entry of a dim by itself; the dim is frozen."""
-    walk.freeze(x.labels[dim], "entries of this dim are taken apart")
-    labels = tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
-    return tuple(Value(piece.shape, labels, zero=x.zero) for piece in out)
+    labels = walk.freeze_dims(x, [dim], "entries of this dim are taken apart")
+    return (_left_out(labels, dim),) * len(out)
 
 
 @rule(aten.select.int)
 def _select(walk: Walk, out: Value, x: Value, dim: int, index: int) -> tuple[DimLabels, ...]:
     """One entry of a dim by its number; that dim freezes."""
-    walk.freeze(x.labels[dim], "an entry of this dim is chosen by number")
-    return tuple(own for d, own in enumerate(x.labels) if d != dim % x.ndim)
+    return _left_out(walk.freeze_dims(x, [dim], "an entry of this dim is chosen by number"), dim)
+
+
+def _left_out(labels: tuple[DimLabels, ...], dim: int) -> tuple[DimLabels, ...]:
+    return tuple(own for d, own in enumerate(labels) if d != dim % len(labels))
 
 
 @rule(aten.slice.Tensor)
@@ -265,25 +263,21 @@ def _slice(
 
 @rule(aten.narrow.default)
 def _narrow(walk: Walk, out: Value, x: Value, dim: int, start: Any, length: Any) -> tuple[DimLabels, ...]:
-    return _cut_out(walk, out, x, dim, slice(start, start + length) if isinstance(start, int) else None)
+    return _cut_out(walk, out, x, dim, slice(start, start + length) if isinstance(start, int) else slice(0))
 
 
-def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice | None) -> tuple[DimLabels, ...]:
-    dim = dim % x.ndim
-    labels = list(x.labels)
-    own = labels[dim]
-    if own is not None and out.shape[dim] != x.shape[dim]:
-        part = own[run] if run is not None else own[:0]
-        if len(part) != out.shape[dim] or len(part) == 1:
-            walk.freeze(own, "this dim is sliced by a number that data gives, or to one entry")
-            labels[dim] = None
-        else:
-            labels[dim] = part
-            first = 0 if run is None else run.indices(len(own))[0]
-            if walk.node is not None and op_name(walk.node.target) == "slice" and run.step in (None, 1):  # type: ignore[union-attr]
-                walk.literal("slice", 0, first, own[:first])
-                walk.literal("slice", 1, len(part), part)
-    return tuple(labels)
+def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice) -> tuple[DimLabels, ...]:
+    own = x.labels[dim]
+    if own is None or out.shape[dim] == x.shape[dim]:
+        return x.labels
+    part = own[run]
+    if len(part) != out.shape[dim] or len(part) == 1:
+        return walk.freeze_dims(x, [dim], "this dim is sliced by a number that data gives, or to one entry")
+    first = run.indices(len(own))[0]
+    if walk.op == "slice" and run.step in (None, 1):
+        walk.literal(0, first, own[:first])
+        walk.literal(1, len(part), part)
+    return x.relabelled(dim, part)
 
 
 @rule(aten.flip.default)
@@ -295,54 +289,38 @@ def _flip(walk: Walk, out: Value, x: Value, dims: Sequence[int]) -> tuple[DimLab
 @rule(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(walk: Walk, out: Value, x: Value, padding: Sequence[int], *args: Any, **kwargs: Any) -> Value:
     """Padded dims must be data."""
-    labels = list(x.labels)
-    for dim in range(x.ndim):
-        if x.shape[dim] != out.shape[dim]:
-            walk.freeze(labels[dim], "this dim is padded")
-            labels[dim] = None
+    padded = [dim for dim in range(x.ndim) if x.shape[dim] != out.shape[dim]]
     numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, (int, float))]
-    return Value(out.shape, tuple(labels), zero=x.zero and not any(numbers))
+    labels = walk.freeze_dims(x, padded, "this dim is padded")
+    return Value(out.shape, labels, zero=x.zero and not any(numbers))
 
 
 @rule(aten.pixel_shuffle.default)
 def _pixel_shuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLabels, ...]:
     """Channels become `(channels, factor, factor)`, the factors move into space."""
-    for spatial in x.labels[-2:]:
-        walk.freeze(spatial, "space is shuffled into this dim")
+    walk.freeze_dims(x, (-2, -1), "space is shuffled into this dim")
     *batch, channels, height, width = x.shape
     labels = reshape(walk, x, (*batch, channels // factor**2, factor, factor, height, width))
-    at = len(batch)
-    for factor_labels in labels[at + 1 : at + 3]:
+    for factor_labels in labels[-4:-2]:
         walk.freeze(factor_labels, "this dim is shuffled into space")
-    return (*labels[: at + 1], None, None)
+    return (*labels[:-4], None, None)
 
 
 @rule(aten.pixel_unshuffle.default)
 def _pixel_unshuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[DimLabels, ...]:
     """Each channel becomes `factor x factor` channels."""
-    for spatial in x.labels[-2:]:
-        walk.freeze(spatial, "this dim is shuffled into channels")
-    own = x.labels[-3]
-    return (*x.labels[:-3], None if own is None else own.repeat(factor**2), None, None)
+    *batch, own, _, _ = walk.freeze_dims(x, (-2, -1), "this dim is shuffled into channels")
+    return (*batch, None if own is None else own.repeat(factor**2), None, None)
 
 
 @rule(aten.channel_shuffle.default)
 def _channel_shuffle(walk: Walk, out: Value, x: Value, num_groups: int) -> tuple[DimLabels, ...]:
-    """Channels read as `(groups, within)` and transposed."""
-    own = x.labels[1]
-    if own is None:
-        return x.labels
-    shuffled = own.reshape(num_groups, -1).T.reshape(-1)
-    walk.freeze(own, "channels are shuffled by fixed numbers")
-    return (x.labels[0], shuffled, *x.labels[2:])
+    """Channels read as `(groups, within)` and transposed, by fixed numbers."""
+    return walk.freeze_dims(x, [1], "channels are shuffled by fixed numbers")
 
 
 @rule(aten.glu.default)
-def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> Value:
+def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> tuple[DimLabels, ...]:
     """`first half * sigmoid(second half)`: the halves unite."""
     own = x.labels[dim]
-    labels = list(x.labels)
-    if own is not None:
-        half = math.ceil(len(own) / 2)
-        labels[dim] = walk.unite(own[:half], own[half:])
-    return Value(out.shape, tuple(labels), zero=x.zero)
+    return x.labels if own is None else x.relabelled(dim, walk.unite(*np.split(own, 2)))
