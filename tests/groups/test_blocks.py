@@ -48,7 +48,7 @@ def test_the_device_of_a_model_is_that_of_most_weights() -> None:
 
 def test_groups_have_the_blocks_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: `find_groups` asks for the blocks of the model's own device."""
-    monkeypatch.setattr("setpoint.groups.trace.device_type_of", lambda model: "cuda")
+    monkeypatch.setattr("setpoint.groups.build.device_type_of", lambda model: "cuda")
     model = nn.Sequential(nn.Linear(4, 1024), nn.ReLU(), nn.Linear(1024, 2))
     (group,) = setpoint.find_groups(model, (torch.zeros(1, 4),))
     assert (group.multiple_of, group.min_units) == (64, 64)
@@ -78,7 +78,7 @@ def test_a_run_goes_on_where_blocks_are_others(monkeypatch: pytest.MonkeyPatch, 
     assert between["2"] < 512
     setpoint.save_run(tmp_path / "run", loop=loop, model=model, optimizer=optimizer)
     loop.detach()
-    monkeypatch.setattr("setpoint.groups.trace.device_type_of", lambda model: "cuda")
+    monkeypatch.setattr("setpoint.groups.build.device_type_of", lambda model: "cuda")
     loop, model, optimizer = started()
     setpoint.load_run(tmp_path / "run", loop=loop, model=model, optimizer=optimizer)
     assert loop.widths == between

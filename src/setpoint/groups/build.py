@@ -19,8 +19,8 @@ _NEURONS = 8  # and of this many of anything else
 # NVIDIA, Convolutional Layers User's Guide and Linear/Fully-Connected Layers User's Guide, quick start checklists:
 # sizes of a matrix product should be multiples of at least this.
 _TENSOR_CORES = 64
-ALIGNED = 8  # units in 16 bytes, at two bytes each
-FLOOR = 16  # a group keeps at least a sixteenth of its units
+_ALIGNED = 8  # units in 16 bytes, at two bytes each
+_FLOOR = 16  # a group keeps at least a sixteenth of its units
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,129 +92,87 @@ def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] =
 
     Units that lie unequally often in dims of matrix products, `products`, are in different groups: sizes follow widths.
     """
-    everyone = atoms.roots
-    signature = _signatures(everyone, [*(own.labels for own in dims), *products])
-    droppable = np.zeros(len(everyone), dtype=bool)
+    roots = atoms.roots
+    signature = _signatures(roots, [*(own.labels for own in dims), *products])
+    units_of: dict[int, list[int]] = {}  # by signature, roots of the classes that can be dropped
+    dims_of: dict[int, list[OwnDim]] = {}  # and where some of them lie
+    for root in np.unique(np.concatenate([[0], *(roots[own.labels] for own in dims)]))[1:]:
+        units_of.setdefault(int(signature[root]), []).append(int(root))
     for own in dims:
-        droppable[everyone[own.labels]] = True
-    droppable[0] = False
-    roots = np.flatnonzero(droppable)
-    group_of, unit_of = np.full(len(everyone), -1), np.full(len(everyone), -1)
-    marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
-    summed = atoms.marked_class("summed") | atoms.marked_class("contract")
-    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed", "aligned")}
-    by_signature: dict[int, list[int]] = {}
-    for root in roots:
-        by_signature.setdefault(int(signature[root]), []).append(int(root))
-    dims_of: dict[int, list[OwnDim]] = {}
-    for own in dims:
-        for key in np.unique(signature[everyone[own.labels][everyone[own.labels] != 0]]):
+        lying = roots[own.labels]
+        for key in np.unique(signature[lying[lying != 0]]):
             dims_of.setdefault(int(key), []).append(own)
-    found: list[tuple[list[int], tuple[Slice, ...]]] = []
-    for key, members in by_signature.items():
-        if len(members) < 2:
-            continue
-        unit_of[members] = np.arange(len(members))
-        slices = tuple(_slice(own, everyone, signature, key, unit_of, marks) for own in dims_of[key])
-        roles = {piece.role for piece in slices}
-        if any(marks["produce"][own.labels[np.isin(everyone[own.labels], members)]].any() for own in dims_of[key]):
-            roles.add("produce")  # a tied weight may write units and read them again
-        if {"produce", "consume"} <= roles or ("produce" in roles and summed[members].any()):
-            group_of[members] = len(found)
-            found.append((members, slices))
-        elif roles != {"carry"}:  # a dim without units, of a kernel or a table, is not worth reporting
-            missing = "no weight reads its units" if "consume" not in roles else "no weight writes its units"
-            why = f"{missing}, so they cannot be judged or dropped by themselves"
-            atoms.frozen.append((np.asarray(members), slices[0].tensor, why))
-    notes = _lossy_notes(atoms, group_of[everyone], len(found))
+    marks = {name: atoms.marked(name) for name in ("produce", "consume", "unmasked")}
+    classes = {name: atoms.marked_class(name) for name in ("conv", "batch", "embedding", "squeezed", "aligned")}
+    summed = atoms.marked_class("summed") | atoms.marked_class("contract")
+    group_of, unit_of = np.full(len(roots), -1), np.full(len(roots), -1)
+    groups: list[Group] = []
     names: dict[str, int] = {}
-    groups = tuple(
-        _group(
-            _name(slices, names),
-            len(members),
-            slices,
-            _what(members, classes),
-            tuple(noted),
-            2 if classes["squeezed"][members].any() else 1,  # a squeeze would remove a dim of one unit
-            bool(classes["aligned"][members].any()),
-            device_type,
-        )
-        for (members, slices), noted in zip(found, notes, strict=True)
-    )
-    return Units(groups, group_of[everyone], unit_of[everyone])
+    for key, units in units_of.items():
+        if len(units) < 2:
+            continue
+        unit_of[units] = np.arange(len(units))
+        slices: list[Slice] = []
+        writes = reads = False
+        for own in dims_of[key]:
+            lying = roots[own.labels]
+            member = (signature[lying] == key) & (lying != 0)
+            produce, consume, unmasked = (bool(mark[own.labels[member]].any()) for mark in marks.values())
+            role: Role = "consume" if consume else "produce" if produce else "carry"
+            slices.append(Slice(own.tensor, own.dim, role, np.where(member, unit_of[lying], -1), not unmasked))
+            writes, reads = writes or produce, reads or consume  # a tied weight may write units and read them again
+        if writes and (reads or summed[units].any()):
+            group_of[units] = len(groups)
+            remarks = {name for name, marked in classes.items() if marked[units].any()}
+            groups.append(_group(tuple(slices), len(units), remarks, names, device_type))
+        elif writes or reads:  # a dim without units, of a kernel or a table, is not worth reporting
+            missing = "no weight writes its units" if reads else "no weight reads its units"
+            why = f"{missing}, so they cannot be judged or dropped by themselves"
+            atoms.frozen.append((np.asarray(units), slices[0].tensor, why))
+    notes: list[dict[str, None]] = [{} for _ in groups]  # in order, each once
+    for labels, reason in atoms.lossy:
+        for group in np.unique(group_of[roots[labels]]):
+            if group >= 0:
+                notes[group][reason] = None
+    noted = (replace(g, lossless=not why, notes=tuple(why)) for g, why in zip(groups, notes, strict=True))
+    return Units(tuple(noted), group_of[roots], unit_of[roots])
 
 
-def _slice(
-    own: OwnDim,
-    everyone: np.ndarray,
-    signature: np.ndarray,
-    key: int,
-    unit_of: np.ndarray,
-    marks: Mapping[str, np.ndarray],
-) -> Slice:
-    """Where the units of one signature lie along a dim, and what they do there."""
-    roots = everyone[own.labels]
-    member = (signature[roots] == key) & (roots != 0)
-    masked = not marks["unmasked"][own.labels[member]].any()
-    return Slice(own.tensor, own.dim, _role(own, member, marks), np.where(member, unit_of[roots], -1), masked)
-
-
-def _signatures(everyone: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
+def _signatures(roots: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
     """A number per class that is equal for classes with equally many entries in every dim."""
     # A random sum stands for all counts of a class; two classes with other counts hardly ever share one.
     draws = np.random.default_rng(0).integers(1, 2**63 - 1, size=len(dims), dtype=np.uint64)
-    signature = np.zeros(len(everyone), dtype=np.uint64)
+    signature = np.zeros(len(roots), dtype=np.uint64)
     for labels, draw in zip(dims, draws, strict=True):
-        np.add.at(signature, everyone[labels], draw)  # not `+=`, which counts a class once a dim
+        np.add.at(signature, roots[labels], draw)  # not `+=`, which counts a class once a dim
     return signature
 
 
-def _role(own: OwnDim, member: np.ndarray, marks: Mapping[str, np.ndarray]) -> Role:
-    if marks["consume"][own.labels[member]].any():
-        return "consume"
-    return "produce" if marks["produce"][own.labels[member]].any() else "carry"
-
-
-def _what(members: list[int], classes: Mapping[str, np.ndarray]) -> str:
-    for mark, what in (("batch", "head"), ("embedding", "feature"), ("conv", "channel")):
-        if classes[mark][members].any():
-            return what
-    return "neuron"
-
-
-def _lossy_notes(atoms: Atoms, group_of: np.ndarray, num_groups: int) -> list[dict[str, None]]:
-    """By group, why zero is not absent there; in order, each reason once."""
-    notes: list[dict[str, None]] = [{} for _ in range(num_groups)]
-    for labels, reason in atoms.lossy:
-        for group in np.unique(group_of[labels]):
-            if group >= 0:
-                notes[group][reason] = None
-    return notes
-
-
-def _name(slices: tuple[Slice, ...], names: dict[str, int]) -> str:
-    first = next((piece for piece in slices if piece.role == "produce"), slices[0])
-    base = first.tensor.rsplit(".", 1)[0] if "." in first.tensor else first.tensor
-    names[base] = names.get(base, 0) + 1
-    return base if names[base] == 1 else f"{base}:{names[base]}"
+_WHAT = {"batch": "head", "embedding": "feature", "conv": "channel"}
 
 
 def _group(
-    name: str,
-    num_units: int,
-    slices: tuple[Slice, ...],
-    what: str,
-    notes: tuple[str, ...],
-    least: int,
-    aligned: bool,
-    device_type: str,
+    slices: tuple[Slice, ...], num_units: int, remarks: set[str], names: dict[str, int], device_type: str
 ) -> Group:
-    block = block_size(num_units, what, device_type)
-    block = max(block, ALIGNED) if aligned else block
-    floor = max(least, -(-num_units // FLOOR))
-    min_units = min(num_units, -(-floor // block) * block)
-    found = Group(name, "unit", num_units, slices, min_units=min_units, multiple_of=block, only_blocks=aligned)
-    return replace(found, lossless=not notes, what=what, notes=notes)
+    """A group named after the module that writes its units, and after how many others of that name."""
+    first = next((piece for piece in slices if piece.role == "produce"), slices[0]).tensor
+    base = first.rpartition(".")[0] or first
+    names[base] = names.get(base, 0) + 1
+    what = next((what for remark, what in _WHAT.items() if remark in remarks), "neuron")
+    aligned = "aligned" in remarks
+    block = max(block_size(num_units, what, device_type), _ALIGNED if aligned else 1)
+    # A squeeze would remove a dim of one unit.
+    fewest = max(2 if "squeezed" in remarks else 1, -(-num_units // _FLOOR))
+    return Group(
+        name=base if names[base] == 1 else f"{base}:{names[base]}",
+        kind="unit",
+        num_units=num_units,
+        slices=slices,
+        min_units=min(num_units, -(-fewest // block) * block),
+        multiple_of=block,
+        only_blocks=aligned,
+        what=what,
+    )
 
 
 def block_size(num_units: int, what: str, device_type: str) -> int:

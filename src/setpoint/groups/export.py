@@ -55,7 +55,7 @@ def check_model(model: nn.Module, example: Example) -> None:
         )
     check_device(model, example)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
 
 

@@ -82,7 +82,7 @@ def _ratings(atoms: Atoms, products: Sequence[Product], pending: list[Product]) 
     normed, contracted = _normed(atoms, roots, products), atoms.marked_class("contract")
     ratings: Ratings = []
     for product in pending:
-        rated = {}
+        rated: dict[int, tuple[bool, ...]] = {}
         for axis in _free_axes(atoms, product):
             factor = product.factors[axis]
             live = roots[factor][roots[factor] != 0]

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 
 from setpoint.distributed import is_sharded
 from setpoint.errors import LoopError
-from setpoint.groups.atoms import Atoms
-from setpoint.groups.build import (
-    OwnDim,
-    Places,
-    Units,
-    build,
-    device_type_of,
-    only_standard_sizes,
-    standard_places,
-    with_sizes,
-)
+from setpoint.groups import build
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
@@ -29,9 +19,6 @@ from setpoint.groups.rng import gc_paused, one_at_a_time, preserved_rng_state
 from setpoint.groups.states import StateSpaceLayer, find_states
 from setpoint.groups.walk import Walk
 from setpoint.messages import progress
-
-if TYPE_CHECKING:
-    from setpoint.groups.export import Exported
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,6 @@ class Contraction:
     """
 
     module: str  # qualified name of the module whose forward holds it
-    op: str  # ATen name
     coefficient: float  # 2 x the lengths that do not depend on widths (batch, positions, kernel)
     sizes: tuple[Size, ...]  # the lengths that do
     num_gradients: int  # number of operands that need a gradient: 0, 1 or 2
@@ -69,7 +55,7 @@ class Trace:
 def repeated(traced: Trace, passes: int) -> Trace:
     """The trace of an optimizer step for which the model is called so many times, as where gradients accumulate."""
     contractions = (replace(product, coefficient=passes * product.coefficient) for product in traced.contractions)
-    return traced if passes == 1 else replace(traced, contractions=tuple(contractions))
+    return replace(traced, contractions=tuple(contractions))
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -99,18 +85,21 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         from setpoint.groups.sizes_in_code.bind import tie_pieces
 
         tie_pieces(model, walk.calls, walk.atoms)  # not before: heads are known only now
-    _mark_grouped(walk)
+    for num_groups, read, written in walk.grouped:
+        if not walk.atoms.find(num_groups).any():  # not its groups are the units, so its weight reads and writes units
+            walk.atoms.mark("consume", read)
+            walk.atoms.mark("produce", written)
     products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
-    units = build(walk.atoms, dims, products, device_type_of(model))
-    if only_standard_sizes(model, walk, units):
-        places = standard_places(model, walk, dims)
+    units = build.build(walk.atoms, dims, products, build.device_type_of(model))
+    if build.only_standard_sizes(model, walk, units):
+        places = build.standard_places(model, walk, dims)
     else:
         units, places = _probed(model, example, exported, walk, dims, units)
-    groups = with_sizes(walk, units, places)
+    groups = build.with_sizes(walk, units, places)
     if exported.refused is not None and opaque and not groups:
         raise exported.refused
     contractions = [
-        Contraction(c.module, c.op, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)
+        Contraction(c.module, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)
         for c in walk.contracts
     ]
     if walk.unknown or opaque:
@@ -118,14 +107,15 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     refused: dict[str, str] = {}
     if any(isinstance(module, StateSpaceLayer) or hasattr(module, "A_log") for module in model.modules()):
         groups, refused = find_states(model, groups)
-    known = tuple(Frozen(name or "model", why) for name, why in opaque.items())
-    frozen = (*known, *_frozen(walk.atoms, known), *(Frozen(name, why) for name, why in refused.items()))
-    return Trace(groups, tuple(contractions), frozen, tuple(_unreached(program)))
+    targets = program.graph_signature.inputs_to_parameters
+    unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users]
+    unreached = tuple(targets[name].removeprefix("model.") for name in unread if name in targets)
+    return Trace(groups, tuple(contractions), _frozen(walk, opaque, refused), unreached)
 
 
 def _probed(
-    model: nn.Module, example: Example, exported: Exported, walk: Walk, dims: Sequence[OwnDim], units: Units
-) -> tuple[Units, Places]:
+    model: nn.Module, example: Example, exported: Any, walk: Walk, dims: Sequence[build.OwnDim], units: build.Units
+) -> tuple[build.Units, build.Places]:
     """Units whose cut the live forward survives, and the places that hold sizes, by forwards without data."""
     from setpoint.groups.export import shape_of
     from setpoint.groups.sizes_in_code.bind import bind
@@ -134,21 +124,6 @@ def _probed(
     (output,) = [node for node in exported.program.graph.nodes if node.op == "output"]
     shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
     return bind(Candidate(FakeForward(model, example, exported.forward), shapes, walk, dims, units))
-
-
-def _unreached(program: Any) -> Iterator[str]:
-    targets = program.graph_signature.inputs_to_parameters
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and not node.users and node.name in targets:
-            yield targets[node.name].removeprefix("model.")
-
-
-def _mark_grouped(walk: Walk) -> None:
-    """Where the groups of a grouped convolution are not the units, its weight reads and writes units."""
-    for groups, read, written in walk.grouped:
-        if not walk.atoms.find(groups).any():
-            walk.atoms.mark("consume", read)
-            walk.atoms.mark("produce", written)
 
 
 def _uncounted(
@@ -169,7 +144,15 @@ def _uncounted(
         except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
             return []
     total = int(counter.get_total_flops())
-    return [Contraction("", "ops without a rule", float(total - known), (), 2)] if total > known else []
+    return [Contraction("", float(total - known), (), 2)] if total > known else []
+
+
+def _frozen(walk: Walk, opaque: Mapping[str, str], refused: Mapping[str, str]) -> tuple[Frozen, ...]:
+    """Frozen places, each reason once; copies that meet data are not worth reporting."""
+    copies = walk.atoms.marked("alike")
+    places = [(place, why) for labels, place, why in walk.atoms.frozen if not copies[labels].all()]
+    opaque = {name or "model": why for name, why in opaque.items()}
+    return tuple(Frozen(*found) for found in dict.fromkeys((*opaque.items(), *places, *refused.items())))
 
 
 @one_at_a_time
@@ -191,11 +174,3 @@ def find_groups(model: nn.Module, example: Example) -> tuple[Group, ...]:
     [('0', 8, 'neuron')]
     """
     return trace(model, example).groups
-
-
-def _frozen(atoms: Atoms, known: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
-    """Other frozen places, each reason once; copies that meet data are not worth reporting."""
-    copies = atoms.marked("alike")
-    reported = [entry for entry in atoms.frozen if not copies[entry[0]].all()]
-    found = dict.fromkeys(Frozen(place, reason) for _, place, reason in reported)
-    return tuple(frozen for frozen in found if frozen not in known)

@@ -51,7 +51,6 @@ class Contract:
     """A matrix product or convolution, before labels are turned into sizes."""
 
     module: str
-    op: str
     coefficient: float
     dims: tuple[tuple[int, DimLabels], ...]
     num_gradients: int
@@ -153,7 +152,7 @@ class Walk:
     def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
         gradients = num_gradients if self.backward and not self.unread else 0
-        self.contracts.append(Contract(self.module, self.op, 2.0 * coefficient, tuple(dims), gradients))
+        self.contracts.append(Contract(self.module, 2.0 * coefficient, tuple(dims), gradients))
 
     def literal(self, argument: int, size: int, labels: DimLabels) -> None:
         """Record a size that the module's forward writes out, at a dim with these labels."""

@@ -323,4 +323,4 @@ def _channel_shuffle(walk: Walk, out: Value, x: Value, num_groups: int) -> tuple
 def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> tuple[DimLabels, ...]:
     """`first half * sigmoid(second half)`: the halves unite."""
     own = x.labels[dim]
-    return x.labels if own is None else x.relabelled(dim, walk.unite(*np.split(own, 2)))
+    return x.labels if own is None else x.relabelled(dim, walk.unite(own[: len(own) // 2], own[len(own) // 2 :]))
