@@ -245,7 +245,7 @@ def test_a_pickle_is_never_run(dump: Callable[[Any, Any], None], tmp_path: Path,
 
 def test_a_right_digest_over_nonsense_is_refused(tmp_path: Path) -> None:
     """Claim: whoever writes another tree under a right digest gets an error, never an object of their choice."""
-    from setpoint.checkpoint.model_file import digest, write_file
+    from setpoint.checkpoint.model_file import write_file
 
     path = tmp_path / "run"
     for text in (
@@ -254,8 +254,7 @@ def test_a_right_digest_over_nonsense_is_refused(tmp_path: Path) -> None:
         "{",
         '{"dict": [["states", {"tensor": "9", "stride": [1], "complex": false}]]}',
     ):
-        table = {TREE: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
-        write_file(path, table, {"setpoint_run": f'{{"format": 1, "sha256": "{digest(table, "1")}"}}'})
+        write_file(path, "setpoint_run", {}, {TREE: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)})
         with pytest.raises(CheckpointError):
             setpoint.load_run(path)
 

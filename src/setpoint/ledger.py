@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 from uuid import uuid4
 
-from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
-from setpoint.checkpoint.plain import plain
+from setpoint.checkpoint.plain import fields_of, json_object, plain
 from setpoint.errors import CheckpointError
 
 OWN_SECONDS = ("sensing", "deciding", "resizing", "probing")
@@ -179,7 +178,7 @@ class Ledger:
         Raises:
             CheckpointError: for a file that is not a ledger, or is damaged before its last line.
         """
-        lines = ordinary_file(path).read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
         ended = lines.pop() == ""
         header = json_object(lines[0]) if lines else None
         if not header or header.get("ledger") != FORMAT:

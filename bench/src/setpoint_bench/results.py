@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from setpoint.checkpoint.fields import fields_of, json_object, ordinary_file
+from setpoint.checkpoint.plain import fields_of, json_object
 from setpoint_bench.report.folder import SCHEMA, SCHEMAS, read_lines
 from setpoint_bench.report.packed import SUFFIX, file_of
 from setpoint_bench.task import BenchError
@@ -138,7 +138,7 @@ def load_results(folder: Path) -> tuple[Result, ...]:
         BenchError: the folder was written by another version of Setpoint.
         ReportError: the file is damaged.
     """
-    path = ordinary_file(file_of(folder, FILE))
+    path = file_of(folder, FILE)
     found: dict[tuple[object, ...], Result] = {}
     for row in read_lines(path, FILE, [], whole=True) if path.exists() else ():
         result = _parsed(row, path)

@@ -1,16 +1,19 @@
 """Plain data: states as tensors, numbers and strings that any checkpoint can hold, and as one table of tensors.
 
-Those of the random generators are among them.
+Those of the random generators are among them, and rows of JSON that become the fields of a dataclass.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -23,15 +26,10 @@ from setpoint.messages import a_type
 _NUMPY = "numpy"
 TREE = "tree"
 """Name of the tensor whose bytes are the JSON text of everything that is no tensor."""
-
 _DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 
-_ARRAYS = {
-    "bool",
-    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
-    *("float16", "float32", "float64", "complex64", "complex128"),
-}
-"""Kinds of NumPy arrays that have a counterpart in PyTorch."""
+
+# States.
 
 
 def plain(value: Any, where: str) -> Any:
@@ -54,8 +52,7 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return {_NUMPY: torch.from_numpy(value.copy())}
     if is_dataclass(value) and not isinstance(value, type):
-        kept = [field.name for field in fields(value) if not field.metadata.get("live")]
-        return {name: plain(getattr(value, name), f"{where}.{name}") for name in kept}
+        return {name: plain(getattr(value, name), f"{where}.{name}") for name in _stored_fields(value)}
     if isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
         return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple, deque)) and not hasattr(value, "_fields"):
@@ -73,36 +70,42 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
     Tensors without a counterpart there go to the device. A CheckpointError says what is missing, or is of another shape
     or dtype.
     """
+
+    def refuse(wanted: str) -> NoReturn:
+        raise CheckpointError(f"{where} must be {wanted}, got {_kind(value)}")
+
     if is_dataclass(like) and not isinstance(like, type):
-        names = {field.name for field in fields(like) if not field.metadata.get("live")}
-        if not isinstance(value, dict) or set(value) != names:
-            raise CheckpointError(f"{where} is not the state of {a_type(like)}, got {_kind(value)}")
-        found = {name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in sorted(names)}
+        names = _stored_fields(like)
+        if not isinstance(value, dict) or value.keys() != set(names):
+            refuse(f"the state of {a_type(like)}")
+        found = {name: restored(value[name], getattr(like, name), f"{where}.{name}", device) for name in names}
         return replace(like, **found)
     if isinstance(like, np.ndarray):
         array = _bare(value, device)
         if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != (like.shape, like.dtype):
-            raise CheckpointError(f"{where} must be an array of {like.dtype} of shape {like.shape}, got {_kind(value)}")
+            refuse(f"an array of {like.dtype} of shape {like.shape}")
         return array
     if isinstance(like, Tensor):
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
-            shape = tuple(like.shape)
-            raise CheckpointError(f"{where} must be a tensor of {like.dtype} of shape {shape}, got {_kind(value)}")
+            refuse(f"a tensor of {like.dtype} of shape {tuple(like.shape)}")
         return value.to(like.device, copy=True)
     if isinstance(like, Mapping):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{where} must be a dict, got {_kind(value)}")
-        if value and like.keys() - value.keys():  # an empty one is of before there was anything
-            raise CheckpointError(f"{where} lacks {min(map(repr, like.keys() - value.keys()))}")
+        # An empty one is of before there was anything.
+        if not isinstance(value, dict) or (value and like.keys() - value.keys()):
+            refuse(f"a dict with the keys {list(like)!r:.200}")
         return {key: restored(item, like.get(key), f"{where}[{key!r}]", device) for key, item in value.items()}
     if isinstance(like, tuple) and like:
         if not isinstance(value, tuple) or len(value) != len(like):
-            raise CheckpointError(f"{where} must be a tuple of {len(like)}, got {_kind(value)}")
+            refuse(f"a tuple of {len(like)}")
         pairs = list(zip(value, like, strict=True))
         if any(isinstance(other, str) and item != other for item, other in pairs):
             raise CheckpointError(f"{where} must be {like!r:.200}: the state is of another model")
         return tuple(restored(item, other, f"{where}[{n}]", device) for n, (item, other) in enumerate(pairs))
     return _bare(value, device)
+
+
+def _stored_fields(value: Any) -> list[str]:
+    return [field.name for field in fields(value) if not field.metadata.get("live")]
 
 
 def _bare(value: Any, device: torch.device) -> Any:
@@ -120,9 +123,37 @@ def _bare(value: Any, device: torch.device) -> Any:
 
 def _kind(value: Any) -> str:
     inner = value[_NUMPY] if isinstance(value, dict) and set(value) == {_NUMPY} else value
-    if isinstance(inner, Tensor):
-        return f"{inner.dtype} of shape {tuple(inner.shape)}"
-    return a_type(inner)
+    return f"{inner.dtype} of shape {tuple(inner.shape)}" if isinstance(inner, Tensor) else a_type(inner)
+
+
+# The random generators.
+
+
+def rng_state() -> dict[str, Any]:
+    """RNG states of PyTorch (GPUs too), NumPy and Python, in tensors, numbers and strings."""
+    numpy = np.random.get_state(legacy=False)
+    inner = {name: torch.from_numpy(n.copy()) if isinstance(n, np.ndarray) else n for name, n in numpy["state"].items()}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "numpy": {**numpy, "state": inner},
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the state that `rng_state` returned; states of GPUs that are absent here are skipped."""
+    torch.set_rng_state(state["torch"].cpu())
+    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(of_device.cpu(), device)
+    numpy = state["numpy"]
+    inner = {name: n.cpu().numpy() if isinstance(n, Tensor) else n for name, n in numpy["state"].items()}
+    np.random.set_state({**numpy, "state": inner})
+    version, numbers, pair = state["python"]
+    random.setstate((version, tuple(numbers), pair))
+
+
+# Tables of tensors.
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -149,11 +180,10 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
     def store(tensor: Tensor) -> str:
         layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
         place = (tensor.device, tensor.data_ptr(), layout)
-        if tensor.numel() and place in known:
-            return known[place]
-        known[place] = str(len(tensors))
-        alive.append(tensor)
-        tensors[known[place]] = to_host(tensor)
+        if not tensor.numel() or place not in known:
+            known[place] = str(len(tensors))
+            alive.append(tensor)
+            tensors[known[place]] = to_host(tensor)
         return known[place]
 
     def encode(value: Any, where: str) -> Any:
@@ -162,16 +192,12 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
             return value
         if isinstance(value, np.generic) and type(value.item()) in (bool, int, float, str):
             return value.item()
-        if type(value) is np.ndarray and value.dtype.name in _ARRAYS and value.dtype.isnative:
+        if type(value) is np.ndarray and value.dtype.kind in "biufc" and value.dtype.isnative:
             return {"array": encode(torch.from_numpy(np.array(value, order="C")), where)}
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
             if value.is_meta:
                 raise CheckpointError(f"{where} is on the meta device and has no data")
             return {"tensor": store(value), "stride": value.stride(), "complex": value.is_complex()}
-        if isinstance(value, Tensor) and is_sharded_tensor(value):
-            raise CheckpointError(
-                f"{where} is sharded over ranks: save it by torch.distributed.checkpoint, as docs/resume.md shows"
-            )
         if type(value) is list:
             return [encode(item, f"{where}[{number}]") for number, item in enumerate(value)]
         if type(value) is tuple:
@@ -179,6 +205,10 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
         if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
             kind = {OrderedDict: "ordered", Counter: "counter"}.get(type(value), "dict")
             return {kind: [[key, encode(item, f"{where}[{key!r}]")] for key, item in value.items()]}
+        if isinstance(value, Tensor) and is_sharded_tensor(value):
+            raise CheckpointError(
+                f"{where} is sharded over ranks: save it by torch.distributed.checkpoint, as docs/resume.md shows"
+            )
         kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise CheckpointError(
             f"{where or 'this'} is a {kind}: a run file holds tensors, plain arrays of numbers, "
@@ -223,52 +253,58 @@ def _laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
     return tensor.clone()
 
 
-def rng_state() -> dict[str, Any]:
-    """RNG states of PyTorch (GPUs too), NumPy and Python, in tensors, numbers and strings."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        "numpy": _mapped(np.random.get_state(legacy=False), np.ndarray, lambda array: torch.from_numpy(array.copy())),
-        "python": random.getstate(),
-    }
+# Rows of JSON.
 
 
-def check_rng_state(state: Mapping[str, Any]) -> None:
-    """Try RNG states on throwaway generators; KeyError, TypeError, ValueError or RuntimeError for what is none."""
-    torch.Generator().set_state(state["torch"].cpu())
-    random.Random().setstate(_nested(state["python"]))
-    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
-    generator = np.random.RandomState(getattr(np.random, numpy["bit_generator"])())
-    like = generator.get_state(legacy=False)
-    if _shapes(numpy) != _shapes(like):  # NumPy itself accepts states that are too long
-        raise ValueError(f"the state of NumPy's generator has the parts {_shapes(numpy)}, not {_shapes(like)}")
-    generator.set_state(numpy)
-    if not all(isinstance(of_device, Tensor) for of_device in state["cuda"]):
-        raise TypeError("the state of a GPU's generator is a tensor")
+def json_object(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None for anything else, such as half a line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # a number of thousands of digits is a ValueError, too
+        return None
+    return value if isinstance(value, dict) else None
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore the state that `rng_state` returned; states of GPUs that are absent here are skipped."""
-    torch.set_rng_state(state["torch"].cpu())
-    for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(of_device.cpu(), device)
-    numpy = _mapped(state["numpy"], Tensor, lambda tensor: tensor.cpu().numpy())
-    if np.random.get_state(legacy=False)["bit_generator"] != numpy["bit_generator"]:
-        np.random.set_bit_generator(getattr(np.random, numpy["bit_generator"])())  # type: ignore[attr-defined]
-    np.random.set_state(numpy)
-    random.setstate(_nested(state["python"]))
+def fields_of(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a JSON object that are fields of a dataclass; an integer is a count, a null number NaN.
+
+    A ValueError names the first field of another type.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Cut:
+    ...     step: int
+    ...     loss: float = 0.0
+    >>> fields_of(Cut, {"step": 3, "loss": 1, "more": "of a later version"})
+    {'step': 3, 'loss': 1.0}
+    """
+    return {name: _read(row[name], declared, f"its {name}") for name, declared in _types(kind).items() if name in row}
 
 
-def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _mapped(part, kind, function) for key, part in value.items()}
-    return function(value) if isinstance(value, kind) else value
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
-def _shapes(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _shapes(part) if isinstance(part, Mapping) else np.shape(part) for key, part in value.items()}
-
-
-def _nested(state: Sequence[Any]) -> tuple[Any, ...]:
-    version, numbers, pair = state
-    return version, tuple(numbers), pair
+def _read(value: Any, declared: Any, where: str) -> Any:
+    origin, inside = get_origin(declared), get_args(declared)
+    if origin in (Union, UnionType):
+        kinds = [kind for kind in inside if kind is not NoneType]
+        # A float may stand as an integer in JSON, so that the first kind is tried where none is the value's own.
+        chosen = type(value) if type(value) in kinds else kinds[0]
+        return None if value is None and NoneType in inside else _read(value, chosen, where)
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):  # JSON has lists only
+        return origin(_read(item, inside[0], f"{where}[{number}]") for number, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):  # keys of JSON are strings
+        return {key: _read(item, inside[1], f"{where}[{key!r:.80}]") for key, item in value.items()}
+    if declared is float and (value is None or type(value) is float):
+        return math.nan if value is None else value
+    if declared is float and type(value) is int and abs(value) < 1e100:  # larger ones overflow in sums of squares
+        return float(value)
+    # Above 2**53 a number is no count of steps or units, and no float holds it exactly.
+    if declared in (str, bool, int) and type(value) is declared and (declared is not int or 0 <= value <= 2**53):
+        return value
+    wanted = {int: "a count", float: "a number", str: "a text", bool: "true or false"}.get(declared)
+    # Not the `repr` of an object: it may be nested deeper than Python's stack.
+    found = a_type(value) if isinstance(value, (dict, list)) else f"{value!r:.80}"
+    raise ValueError(f"{where} must be {wanted or ('a list' if origin in (tuple, list) else 'an object')}, got {found}")

@@ -5,7 +5,6 @@ A load changes all parts or none: a snapshot of them is put back when it fails.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,13 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.actuator.tensors import swap
-from setpoint.checkpoint.model_file import damaged, digest, read_file, some_of, write_file
+from setpoint.checkpoint.model_file import damaged, read_file, some_of, write_file
 from setpoint.checkpoint.plain import from_tensors, rng_state, set_rng_state, to_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.errors import CheckpointError, LoopError, RankError
-
-FORMAT = 1
-"""Version of the file format, described in docs/resume.md."""
 
 _KEY = "setpoint_run"
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -74,9 +70,7 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
             part.check_saved_with(name, list(parts.values()))
     states = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
     values = {name: part for name, part in parts.items() if name not in states}
-    tensors = to_tensors({"states": states, "values": values})
-    text = json.dumps({"format": FORMAT, "sha256": digest(tensors, str(FORMAT))})
-    write_file(Path(path), tensors, {_KEY: text})
+    write_file(Path(path), _KEY, {}, to_tensors({"states": states, "values": values}))
 
 
 def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
@@ -116,17 +110,32 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     >>> first["loop"].detach()
     >>> again["loop"].detach()
     """
-    states, values = _read(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder: give the file that setpoint.save_run wrote")
+    _, tensors = read_file(path, _KEY, "setpoint.save_run did not write it: read a model's file by setpoint.load")
+    try:
+        tree = from_tensors(tensors)
+        states, values = dict(tree["states"]), dict(tree["values"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(path) from error
     if set(states) != set(parts):
         raise CheckpointError(
             f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the same "
             "parts"
         )
-    # Any other order would load narrow tensors into a model that is still dense.
-    loops_first = sorted(states, key=lambda name: not isinstance(parts[name], Resizing))
     with _all_or_none(f"loading {str(path)!r}", parts):
-        for name in loops_first:
-            _load(str(path), name, parts[name], states[name])
+        # Any other order would load narrow tensors into a model that is still dense.
+        for name in sorted(states, key=lambda name: not isinstance(parts[name], Resizing)):
+            try:
+                parts[name].load_state_dict(states[name])
+            except (CheckpointError, LoopError, RankError):
+                raise
+            except Exception as error:  # PyTorch and the user's own classes raise what they like
+                raise CheckpointError(
+                    f"{str(path)!r}: {name} does not take the state that was saved under its name, and nothing was "
+                    f"changed ({type(error).__name__}: {' '.join(str(error).split())})"
+                ) from error
     return values
 
 
@@ -135,54 +144,16 @@ def _all_or_none(what: str, parts: Mapping[str, Any]) -> Iterator[None]:
     """If anything is raised inside, all parts are as before, with the models that loops hold."""
     loops = [part for part in parts.values() if isinstance(part, Resizing)]
     others = [part for part in parts.values() if not isinstance(part, Resizing)]
-    # With a loop it is the loop that puts back: a wrapper such as DDP must be made for the old shapes meanwhile.
-    put_back = snapshot([] if loops else others)
     with ExitStack() as stack:
-        for loop in loops:
-            stack.enter_context(loop.restored_on_error(what, *others))
-            others = []  # the first loop puts them back
+        # With a loop it is the loop that puts back: a wrapper such as DDP must be made for the old shapes meanwhile.
+        for number, loop in enumerate(loops):
+            stack.enter_context(loop.restored_on_error(what, *(others if number == 0 else ())))
+        put_back = snapshot(*([] if loops else others))
         try:
             yield
         except BaseException:
             put_back()
             raise
-
-
-def _load(path: str, name: str, part: Any, state: Any) -> None:
-    try:
-        part.load_state_dict(state)
-    except (CheckpointError, LoopError, RankError):
-        raise
-    except Exception as error:  # PyTorch and the user's own classes raise what they like
-        raise CheckpointError(
-            f"{path!r}: {name} does not take the state that was saved under its name, and nothing was changed "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
-        ) from error
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder: give the file that setpoint.save_run wrote")
-    metadata, tensors = read_file(path)
-    if _KEY not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} was not written by setpoint.save_run: read a model's file by setpoint.load"
-        )
-    try:
-        header = json.loads(metadata[_KEY])
-        version, expected = header["format"], header["sha256"]
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{str(path)!r} has format {version!r:.80}, this Setpoint reads {FORMAT}: upgrade Setpoint"
-            )
-        if digest(tensors, str(version)) != expected:
-            raise damaged(path)
-        tree = from_tensors(tensors)
-        return dict(tree["states"]), dict(tree["values"])
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        raise damaged(path) from error
 
 
 def snapshot(*parts: Any) -> Callable[[], None]:
@@ -233,16 +204,11 @@ def _held(value: Any, undo: list[Callable[[], None]]) -> Iterable[Any]:
         return _objects_in(value)
     elif isinstance(value, (tuple, frozenset)):
         return value
-    elif _has_state(value):
-        return [vars(value)]
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        own = type(value).__module__.partition(".")[0] == "setpoint"
+        if own or isinstance(value, (nn.Module, Optimizer)) or hasattr(type(value), "state_dict"):
+            return [vars(value)]
     return ()
-
-
-def _has_state(value: Any) -> bool:
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return False
-    own = type(value).__module__.partition(".")[0] == "setpoint"
-    return own or isinstance(value, (nn.Module, Optimizer)) or hasattr(type(value), "state_dict")
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:

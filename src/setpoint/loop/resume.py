@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_check import check_state
-from setpoint.checkpoint.plain import check_rng_state, plain, restored, rng_state, set_rng_state
+from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
 from setpoint.loop.control import Control
@@ -136,5 +136,5 @@ def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunS
     fresh = control.controller.init(groups)
     controller_state = restored(state["controller"], fresh, "the controller's state", device)
     if state["rng_state"] is not None:
-        check_rng_state(state["rng_state"])
+        restored(state["rng_state"], rng_state(), "the state of the random generators", device)
     return actuator, RunState.of(state["now"], widths_of(groups)), controller_state

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.plain import fields_of
 from setpoint.spending.meter import StepMeter, Stopwatch
 
 # A controller that learns never takes more than this share of the FLOPs of the steps so far.

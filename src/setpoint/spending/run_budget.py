@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from setpoint.checkpoint.fields import fields_of
+from setpoint.checkpoint.plain import fields_of
 from setpoint.controller.horizon import Remaining, cheapest_run, highest_step, next_decision, spans, step_limit
 from setpoint.controller.ladder import free_ladders
 from setpoint.controller.plan import Learning, regrows

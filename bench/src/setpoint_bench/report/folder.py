@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from setpoint.checkpoint.fields import json_object
+from setpoint.checkpoint.plain import json_object
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Ledger
 from setpoint.report.record import Record, integer, mapping, number, record_of
