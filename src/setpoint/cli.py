@@ -168,7 +168,7 @@ def report(
             _of_bench("report FOLDER").report_folder(path, out)
             return
         from setpoint.report.page import ledger_tables, page_of, write_ledger_page
-        from setpoint.report.record import ledger_line, read_ledger, state
+        from setpoint.report.record import facts, read_ledger, state
 
         file = _ledger_in(path)
         page = page_of(file, out)
@@ -176,7 +176,8 @@ def report(
         check_folder(page.parent)
         for table in ledger_tables(record):
             screen.print(table, width=None if screen.is_terminal else 100)
-        _print(ledger_line(record))
+        for name, text in facts(record).items():
+            _print(f"{name:<12}{text}")
         write_ledger_page(file, page)
         finish({"report": str(page), **state(record)}, f"open {page} in a browser")
 

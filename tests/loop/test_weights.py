@@ -20,9 +20,8 @@ from loop.test_regrowth import Scripted, data
 from loop.test_state import Run, check_resumes
 from setpoint.controller.penalty import PenaltyController
 from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError, OptimizerError, SetpointError
-from setpoint.report.figures import timeline
-from setpoint.report.page import entries_table
-from setpoint.report.record import ledger_line
+from setpoint.report.page import entries_table, units
+from setpoint.report.record import facts
 from setpoint.weights.controller import DropAndGrowController
 from setpoint.weights.find import Pattern, find_weights
 from setpoint.weights.masking import Masking
@@ -316,7 +315,7 @@ def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
     assert STEPS * summary.limit["flops"] < summary.theoretical_train_flops < STEPS * summary.dense_flops
     loop.ledger.save(tmp_path / "ledger.jsonl")
     record = read_record(tmp_path, "run", [])
-    assert record is not None and words in ledger_line(record) and timeline(record, "flops") is None
+    assert record is not None and words in facts(record)["FLOPs"] and not units(record).traces
     assert re.search(r"inner\.0\.weight: \d+", entries_table(record, resource="flops", final=None))
 
 

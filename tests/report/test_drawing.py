@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from setpoint.report.drawing import BLUE, MOST_LABELLED, Figure, Trace, drawing, line
+from setpoint.report.markup import BLUE, MOST_LABELLED, Figure, Trace, drawing, line
 
 
 def test_points_lie_where_the_labels_say() -> None:

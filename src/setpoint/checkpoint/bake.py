@@ -52,7 +52,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
         file: where to write the class: importable by the name of the file wherever the pickle is loaded.
 
     Raises:
-        CheckpointError: for a file whose name is none of a module, or that cannot be written.
+        CheckpointError: for a file whose name is none of a module.
 
     >>> bake(nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
@@ -79,10 +79,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
 def _written(path: Path) -> ModuleType:
     source = inspect.getsource(shim)
     body = source[source.index("_PIECES = ") :]  # without the imports, some of which are Setpoint's
-    try:
-        path.write_text(f"{_HEAD}{body}", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    path.write_text(f"{_HEAD}{body}", encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

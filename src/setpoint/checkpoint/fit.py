@@ -52,13 +52,12 @@ def fit(
     known, later = ModelShapes.of(model), not_made(model, values)
     full = {**known.full(model), **(dense or {})}
     for name, shape in shapes.items():
-        if name in later:
-            continue
-        if name not in full:
+        before = shape if name in later else full.get(name)
+        if before is None:
             raise CheckpointError(f"the state was made for another model: this one has no {name!r}")
-        if len(shape) != len(full[name]) or any(new > old for new, old in zip(shape, full[name], strict=True)):
+        if len(shape) != len(before) or any(new > old for new, old in zip(shape, before, strict=True)):
             raise CheckpointError(
-                f"the state was made for another model: {name!r} has shape {shape} there and {full[name]} in the dense "
+                f"the state was made for another model: {name!r} has shape {shape} there and {before} in the dense "
                 "model, which can only become narrower"
             )
     try:

@@ -98,7 +98,9 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     pretrained = f"setpoint.enable_checkpointing(), then from_pretrained({str(folder)!r})"
     written_by_them = (folder / SIZES_FILE).is_file()
     if path.is_dir():
-        then = f"save_pretrained wrote it: {pretrained}" if written_by_them else "give the file that setpoint.save wrote"
+        then = (
+            f"save_pretrained wrote it: {pretrained}" if written_by_them else "give the file that setpoint.save wrote"
+        )
         raise CheckpointError(f"{str(path)!r} is a folder: {then}")
     then = pretrained if written_by_them else "load it with safetensors.torch.load_file and model.load_state_dict"
     header, stored = read_file(path, _KEY, f"setpoint.save did not write it: {then}")

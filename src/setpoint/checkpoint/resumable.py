@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -119,19 +118,10 @@ _LOAD = "load_state_dict", nn.modules.module.__file__
 _WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 
 
-def _fit_to(
-    module: nn.Module,
-    state: Mapping[str, Any],
-    prefix: str,
-    metadata: Mapping[str, Any],
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
-    """Called by `load_state_dict` before any value is copied."""
-    wanted = _Wanted.of(module, state, prefix)
+def _fit_to(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
+    """Called by `load_state_dict` before any value is copied; the last argument lists the errors so far."""
     _loading.pop(module, None)
+    wanted = _Wanted.of(module, state, prefix)
     if wanted is None:
         return
     before = {tensor: tensor.shape for tensor in named_tensors(module).values()}
@@ -145,12 +135,12 @@ def _fit_to(
         undo.callback(module.__dict__.pop, PENDING, None)
         undo.callback(handle.remove)
     # PyTorch tells its hooks always that the load is strict. Whether it is decides if missing names are an error, and
-    # stands in the frame of `load_state_dict` only.
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and (frame.f_code.co_name, frame.f_code.co_filename) != _LOAD:
-        frame = frame.f_back
-    if frame is not None:  # else a framework loads by itself, and does not say at the end how it went
-        _loading[module] = undo, errors, bool(frame.f_locals["strict"])
+    # stands in the frame of `load_state_dict` only. A framework that loads by itself has none, and does not say at the
+    # end how it went.
+    for frame, _ in walk_stack(None):
+        if (frame.f_code.co_name, frame.f_code.co_filename) == _LOAD:
+            _loading[module] = undo, others[-1], bool(frame.f_locals["strict"])
+            return
 
 
 def _after_load(module: nn.Module, keys: Any) -> None:
@@ -197,26 +187,37 @@ class _Wanted:
         # What is not there, as in a load that is not strict, stays as it is.
         shapes = now | {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
         if carried is not None:
-            _check_buffers_are_there(module, tensors, carried)
+            if unknown := carried.transient.keys() - {*tensors, *not_made(module, carried.transient)}:
+                raise CheckpointError(
+                    f"the state dict is of another model, or this one has yet to make its buffer {min(unknown)!r}: "
+                    "declare that by register_buffer(name, None, persistent=False) where the model is built, or call "
+                    "the model once"
+                )
             shapes |= {name: tuple(value.shape) for name, value in carried.transient.items() if name in tensors}
         if shapes == now and (carried is None or carried.sizes == known.sizes):
             return None
-        if carried is not None:
-            _check_same_dense(shapes, now, dense, by_every_name(carried.dense, tensors))
         if any(map(is_sharded, module.modules())):
             raise CheckpointError(
                 "a sharded model cannot be cut to a state: load it before fully_shard, or inside `with "
                 "setpoint.unsharded(model):`"
             )
         narrow = {name: shape for name, shape in shapes.items() if shape != dense[name]}
-        if carried is not None:
-            return cls(narrow, carried.sizes, carried.transient, carried)
-        if lost := [name for name in known.buffers if now[name] != dense[name]]:
-            raise CheckpointError(
-                f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
-            )
-        sizes, unsure = infer_sizes(module, narrow)
-        return cls(narrow, sizes, {}, unsure=unsure)
+        if carried is None:
+            if lost := [name for name in known.buffers if now[name] != dense[name]]:
+                raise CheckpointError(
+                    f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
+                )
+            sizes, unsure = infer_sizes(module, narrow)
+            return cls(narrow, sizes, {}, unsure=unsure)
+        theirs = by_every_name(carried.dense, tensors)
+        for name, shape in shapes.items():
+            before = theirs.get(name, shape)
+            if shape != now[name] and before != dense[name]:
+                raise CheckpointError(
+                    f"the state dict is of another model: {name!r} had shape {before} there before any cut, and here "
+                    f"it has {dense[name]}: build the model as it was built for that run"
+                )
+        return cls(narrow, carried.sizes, carried.transient, carried)
 
     def completed(self, module: nn.Module, example: Example) -> _Wanted:
         """With all sizes, by the groups of the dense model."""
@@ -242,32 +243,10 @@ class _Wanted:
         """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
         check_loads(module)
         tensors, later = named_tensors(module), not_made(module, self.transient)
-        dense = {} if self.carried is None else self.carried.dense
-        values = dict(self.transient)
-        for name in values.keys() & tensors.keys():
-            values[name] = values[name].to(tensors[name].dtype)
+        values = {n: value.to(tensors[n].dtype) if n in tensors else value for n, value in self.transient.items()}
         shapes = {**self.narrow, **{name: tuple(values[name].shape) for name in later}}
+        dense = {} if self.carried is None else self.carried.dense
         return fit(module, shapes, self.sizes, values, {name: dense[name] for name in later if name in dense})
-
-
-def _check_buffers_are_there(module: nn.Module, tensors: Mapping[str, Tensor], carried: StateSizes) -> None:
-    unknown = sorted({*carried.transient} - {*tensors, *not_made(module, carried.transient)})
-    if unknown:
-        raise CheckpointError(
-            f"the state dict is of another model, or this one has yet to make its buffer {unknown[0]!r}: declare "
-            "that by register_buffer(name, None, persistent=False) where the model is built, or call the model once"
-        )
-
-
-def _check_same_dense(shapes: Shapes, now: Shapes, dense: Shapes, theirs: Shapes) -> None:
-    """Check that every tensor which is to change its shape was as large in the state's dense model as in this one."""
-    for name, shape in shapes.items():
-        before = theirs.get(name, shape)
-        if shape != now[name] and before != dense[name]:
-            raise CheckpointError(
-                f"the state dict is of another model: {name!r} had shape {before} there before any cut, and here it "
-                f"has {dense[name]}: build the model as it was built for that run"
-            )
 
 
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -24,8 +24,8 @@ from setpoint.groups.example import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Frozen, trace
 from setpoint.messages import counted
+from setpoint.report.markup import document, save
 from setpoint.report.numbers import human, percent, share
-from setpoint.report.page import document, save
 
 ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
 """What a tensor does with its units, in words."""

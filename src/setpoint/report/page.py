@@ -1,28 +1,41 @@
-"""A page: one self-contained HTML file without scripts; the page and the tables of a user's own run."""
+"""The page of a run, and its tables in a terminal: verdict, spending, price, and what was dropped when and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from rich.markup import escape as plain
 from rich.table import Table
 
-from setpoint.ledger import Entry, replace_text
+from setpoint.ledger import Entry
 from setpoint.messages import counted
-from setpoint.report import figures
-from setpoint.report.drawing import Figure, drawing, scheme
-from setpoint.report.numbers import NOTHING, digits, human, percent
+from setpoint.report.markup import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    Cell,
+    Figure,
+    Rule,
+    Trace,
+    document,
+    drawn,
+    html_table,
+    line,
+    save,
+)
+from setpoint.report.numbers import NOTHING, digits, human, scale
 from setpoint.report.record import (
     NAMES,
     PER,
     UNITS,
     Record,
-    dropped,
-    dynamics_line,
-    ledger_line,
+    dense_of,
+    facts,
+    limit_of,
     num_dropped,
     num_grown,
     read_ledger,
@@ -30,55 +43,17 @@ from setpoint.report.record import (
 
 MOST_NAMED = 12
 """Groups that a line of the table of decisions names."""
+MOST_EVENTS = 15_000
+"""How many units that were dropped or regrown have a marker each; of more the figure would be large and unreadable."""
+BAND = 0.84
+"""Share of a group's row over which the markers of its units are spread."""
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text says why."
 BILL = "A point is a cut. After the last decision each step counts what that decision left."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
-WIDTHS = "Active units of those of the dense model, by group, over steps."
-LIVES = (
-    "Each line is a unit; a marker ends it, and shows its worth, saliency, the price and the reason. "
-    "Blue: worth next to nothing. Orange: a close call."
+UNITS_LEFT = (
+    "A row is a group, and its depth of blue the share of its units that are left. A marker is a unit that was dropped "
+    "or came back; of few, its text says its worth, saliency, the price and the reason."
 )
-
-
-# Pieces of a page.
-
-
-def document(title: str, body: str) -> str:
-    """The HTML of a page."""
-    style = (files("setpoint.report") / "page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Setpoint: {escape(title)}</title>\n<style>\n{scheme()}{style}</style>\n</head>\n<body>\n"
-        f"<main>\n{body}</main>\n</body>\n</html>\n"
-    )
-
-
-def save(page: str, target: Path) -> Path:
-    """Write a page completely or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In place of the old page at once: a browser that reloads never sees half of one.
-    replace_text(target, page)
-    return target
-
-
-def html_table(titles: Iterable[str], lines: Iterable[Sequence[str]], classes: str = "") -> str:
-    """A table whose first column names the line; cells are HTML already."""
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    rows = ((first, "".join(f"<td>{cell}</td>" for cell in cells)) for first, *cells in lines)
-    body = "".join(f'<tr><th scope="row">{first}</th>{cells}</tr>\n' for first, cells in rows)
-    return f'<table class="{classes}"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
-
-
-def drawn(figure: Figure | None, title: str, caption: str) -> str:
-    """A titled figure; nothing if there is none."""
-    if figure is None:
-        return ""
-    return f"<figure><h4>{escape(title)}</h4>{drawing(figure, title)}<figcaption>{caption}</figcaption></figure>\n"
-
-
-# The page of a run.
 
 
 def page_of(file: Path, folder: Path | None = None) -> Path:
@@ -95,52 +70,78 @@ def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> P
         ReportError: if the ledger cannot be read.
     """
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
-    body = head + first + run(file.stem, read_ledger(file)) + "</section>\n"
+    body = head + first + run(read_ledger(file)) + "</section>\n"
     return save(document(file.stem, body), page_of(file) if out is None else out)
 
 
-def run(label: str, record: Record, *, final: tuple[float, float] | None = None) -> str:
-    """One run: the budget, the architecture, the units, and the numbers.
+def run(record: Record, *, final: tuple[float, float] | None = None) -> str:
+    """One run: what is to be read first, the budget, the units, and the numbers.
 
     Args:
         final: the last step and its loss, where known.
     """
-    page = f'<p class="caption"><b>{escape(label)}</b>: {escape(ledger_line(record))}</p>\n'
+    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts(record).items())
+    page = f'<dl class="notes">\n{lines}</dl>\n'
     for resource in record.resources:
-        named, per = NAMES.get(resource, resource), PER.get(resource, "step")
-        page += drawn(figures.bill(record, resource), f"Spent against the bill: {named} of the whole run", BILL)
-        page += drawn(figures.spending(record, resource), f"Spent against reference: {named} per {per}", SPENT)
-    page += _architecture(record)
-    page += drawn(figures.widths(record), "Width of each group", WIDTHS)
-    returns = any(num_grown(entry) for entry in record.entries)
-    about = f"{LIVES} A circle brings a unit back. {escape(dynamics_line(record))}" if returns else LIVES
-    timeline = figures.timeline(record, record.resources[0] if record.resources else None)
-    page += drawn(timeline, "What was dropped when, and why", about)
+        name, per = NAMES.get(resource, resource), PER.get(resource, "step")
+        page += drawn(bill(record, resource), f"Spent against the bill: {name} of the whole run", BILL)
+        page += drawn(spending(record, resource), f"Spent against reference: {name} per {per}", SPENT)
+    page += drawn(units(record), "Units of each group: what was dropped when, and why", UNITS_LEFT)
     for resource in record.resources:
-        page += drawn(figures.price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
-    page += "".join(entries_table(record, resource, final) for resource in record.resources or (None,))
-    return page
+        page += drawn(price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
+    return page + "".join(entries_table(record, resource, final) for resource in record.resources or (None,))
 
 
-def _architecture(record: Record) -> str:
-    """The units of each group before and after, as a table with bars; nothing without groups."""
-    before = figures.first_widths(record)
-    if not before:
+# Tables.
+
+
+def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
+    """All decisions as a table, folded away, with the loss right before and after each; `final` is the run's last."""
+    if not record.entries:
         return ""
-    after = {**before, **record.final_widths}
-    lines = []
-    for name, num_units in before.items():
-        kept = after[name] / num_units if num_units else 1.0
-        # The outline is the width before, as a share of the widest group's, and `kept` of it is filled.
-        bar = f'<i class="width" style="--full:{num_units / max(before.values()):.4f};--kept:{kept:.4f}"></i>'
-        lines.append([escape(name), bar, f"{num_units:,}", f"{after[name]:,}", percent(kept)])
-    left = f"{sum(after.values()):,} of {sum(before.values()):,} units are left in {counted(len(before), 'group')}."
-    about = f"{left} The outline is the width before, the filled part the width after."
-    table = html_table(("group", "", "before", "after", "kept"), lines, classes="architecture")
-    return (
-        f'<figure><h4>Architecture before and after</h4><div class="bare">{table}</div>'
-        f"<figcaption>{about}</figcaption></figure>\n"
-    )
+    titles, rows = _decisions(record, resource, brief=False)
+    if final is not None:
+        last = {"step": f"{final[0]:,}", "loss before": digits(final[1]), "reason": "the end of the run"}
+        rows.append([last.get(title, NOTHING) for title in titles])
+    # Columns without a value are left out: most runs bring nothing back, and observe no loss.
+    used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in rows)]
+    cells = [[escape(row[place]) for place in used] for row in rows]
+    table = html_table([titles[place] for place in used], cells, classes="entries")
+    return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
+
+
+def ledger_tables(record: Record) -> Iterator[Table]:
+    """For each resource its decisions, for a terminal."""
+    for resource in record.resources or (None,):
+        # Rich reads [brackets] as markup, and names come from files.
+        name = plain(NAMES.get(resource or "", resource or "decisions"))
+        table = Table(title=f"{name} per {PER.get(resource or '', 'step')}", title_justify="left")
+        titles, rows = _decisions(record, resource, brief=True)
+        used = [n for n, title in enumerate(titles) if title == "dropped" or any(row[n] != NOTHING for row in rows)]
+        for place in used:
+            text = titles[place] == "reason"
+            table.add_column(titles[place], justify="left" if text else "right", no_wrap=not text)
+        for row in rows:
+            table.add_row(*(plain(row[place]) for place in used))
+        yield table
+
+
+def _decisions(record: Record, resource: str | None, *, brief: bool) -> tuple[list[str], list[list[str]]]:
+    """The titles and the texts of all decisions; in brief without losses, and with units counted over all groups."""
+    key, rows = resource or "", []
+    for entry in record.entries:
+        # What a meter has read, and its prediction, are of the widths before the decision.
+        costs = (entry.spent, entry.reference, entry.predicted, entry.metered)
+        cells = [human(values.get(key), UNITS.get(key, key)) for values in costs]
+        for counts in (num_dropped(entry), num_grown(entry)):
+            total = f"{sum(counts.values()):,}" if counts else NOTHING
+            cells.append(total if brief else _by_group(counts))
+        if not brief:
+            cells += [NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after)]
+        rows.append([f"{entry.step:,}", *cells, entry.reason.partition("; ")[0] if brief else entry.reason])
+    losses = () if brief else ("loss before", "right after")
+    amounts = ("spent", "reference", "predicted before", "measured before")
+    return ["step", *amounts, "dropped", "brought back", *losses, "reason"], rows
 
 
 def _by_group(counts: Mapping[str, int]) -> str:
@@ -151,51 +152,154 @@ def _by_group(counts: Mapping[str, int]) -> str:
     return ", ".join([*(f"{name}: {counts[name]}" for name in shown), *more]) or NOTHING
 
 
-def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
-    """All decisions as a table, folded away, with the loss right before and after each; `final` is the run's last."""
-    if not record.entries:
-        return ""
-    unit = UNITS.get(resource or "", resource or "")
-    read = any(entry.metered for entry in record.entries)
-    lines = []
+# Figures.
+
+
+def spending(record: Record, resource: str) -> Figure:
+    """Spent against reference, with the dense cost, the budget and the cuts."""
+    dense, limit = dense_of(record, resource), limit_of(record, resource)
+    entries = [entry for entry in record.entries if resource in entry.spent]
+    largest = max([dense or 0.0, *(entry.spent[resource] for entry in entries)])
+    factor, unit = scale(largest, UNITS.get(resource, resource))
+    spent = [] if dense is None else [(0, dense / factor)]
+    spent += [(entry.step, entry.spent[resource] / factor) for entry in entries]
+    if spent:
+        # The line of a step goes on to the end of the run, where nothing is decided any more.
+        spent.append((record.last_step, spent[-1][1]))
+    reference = [(entry.step, entry.reference[resource] / factor) for entry in entries if resource in entry.reference]
+    metered = [entry for entry in entries if resource in entry.metered]
+    texts = [
+        f"measured at step {entry.step:,}\n{human(entry.metered[resource], UNITS.get(resource, resource))}, "
+        f"predicted {human(entry.predicted.get(resource), UNITS.get(resource, resource))}"
+        for entry in metered
+    ]
+    points = [(entry.step, entry.metered[resource] / factor) for entry in metered]
+    traces = [
+        line("reference", reference, INK, dash="dash", width=1.4, unit=unit),
+        line("spent", spent, BLUE, width=2.6, stairs=True, unit=unit),
+        _cuts(entries, [entry.spent[resource] / factor for entry in entries]),
+        *([Trace("measured", points, INK, texts, dot=8)] if metered else []),
+    ]
+    rules = [
+        Rule(value / factor, f"{name} {digits(value / factor)} {unit}", color, dash)
+        for name, value, color, dash in (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot"))
+        if value is not None
+    ]
+    return Figure(traces, f"{unit} per {PER.get(resource, 'step')}", rules=rules, y_from_zero=True)
+
+
+def bill(record: Record, resource: str) -> Figure | None:
+    """What the run has spent so far against its bill; None where it has none.
+
+    After the last decision each step counts what that decision left; of a run that has not ended this is to come.
+    """
+    limit = record.limit_run.get(resource)
+    entries = [entry for entry in record.entries if resource in entry.spent_run]
+    if limit is None:
+        return None
+    spent, ahead = [(0, 0.0), *((entry.step, entry.spent_run[resource]) for entry in entries)], []
+    if entries and (steps_left := record.last_step - entries[-1].step) > 0 and resource in entries[-1].spent:
+        ahead = [spent[-1], (record.last_step, spent[-1][1] + steps_left * entries[-1].spent[resource])]
+    # A run that has ended has made these steps: they are no longer to come.
+    if record.ended:
+        spent, ahead = spent + ahead[1:], []
+    factor, unit = scale(max(limit, *(y for _, y in spent + ahead)), UNITS.get(resource, resource))
+    traces = [line("spent so far", [(step, y / factor) for step, y in spent], BLUE, width=2.6, unit=unit)]
+    if ahead:
+        traces.append(line("to come", [(step, y / factor) for step, y in ahead], BLUE, dash="dash", unit=unit))
+    traces.append(_cuts(entries, [entry.spent_run[resource] / factor for entry in entries]))
+    border = Rule(limit / factor, f"bill {digits(limit / factor)} {unit}", INK, "dot")
+    return Figure(traces, f"{unit} so far", rules=[border], y_from_zero=True)
+
+
+def _cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
+    """A dot on every decision that dropped units, with the reason."""
+    cuts = [(entry, height) for entry, height in zip(entries, heights, strict=True) if num_dropped(entry)]
+    texts = [
+        f"cut at step {entry.step:,}\ndropped {counted(sum(num_dropped(entry).values()), 'unit')}\n{entry.reason}"
+        for entry, _ in cuts
+    ]
+    return Trace("cut", [(entry.step, height) for entry, height in cuts], BLUE, texts, dot=8)
+
+
+def price(record: Record, resource: str) -> Figure | None:
+    """The price over steps; None if no entry has one."""
+    entries = [entry for entry in record.entries if resource in entry.price]
+    if not entries:
+        return None
+    dense = record.dense.get(resource, 1.0)
+    factor, unit = scale(dense, UNITS.get(resource, resource))
+    title = f"loss per {unit}"
+    texts = [
+        f"{title} at step {entry.step:,}\n{digits(entry.price[resource] * factor)}\n"
+        f"{digits(entry.price[resource] * dense)} for the whole dense cost"
+        for entry in entries
+    ]
+    points = [(entry.step, entry.price[resource] * factor) for entry in entries]
+    trace = Trace(title, points, BLUE, texts, width=2.4, stairs=True, dot=6)
+    return Figure([trace], title, height=300, x_range=(0, record.last_step), y_from_zero=True)
+
+
+def units(record: Record) -> Figure | None:
+    """The width of each group over steps, and when each unit was dropped or came back; None without groups.
+
+    Single weights under masks, and more than `MOST_EVENTS` units, have no markers.
+    """
+    if not record.units:
+        return None
+    names, final = list(record.units), record.final_widths
+    events = [own for entry in record.entries for own in (*entry.dropped.values(), *entry.grown.values())]
+    marked = not record.pattern and sum(map(len, events)) <= MOST_EVENTS
+    return Figure(
+        [trace for verb in ("dropped", "brought back") if marked and (trace := _events(record, verb)).points],
+        cells=[cell for row, name in enumerate(names) for cell in _row(record, row, name)],
+        rows=[f"{_short(name)}: {final.get(name, num)} of {num}" for name, num in record.units.items()],
+        height=120 + max(26, min(64, 900 // len(names))) * len(names),
+        x_range=(0, record.last_step),
+    )
+
+
+def _row(record: Record, row: int, name: str) -> Iterator[Cell]:
+    """A cell for each stretch of steps over which a group kept its width."""
+    start, width, dense = 0, record.units[name], record.units[name]
+    for step, after in [*((e.step, e.widths.get(name, dense)) for e in record.entries), (record.last_step, None)]:
+        if after != width and step > start:
+            text = f"{name}\n{width} of {dense} {record.what.get(name, 'unit')}s"
+            yield Cell(row, start, step, width / (dense or 1), text)
+            start = step
+        width = width if after is None else after
+
+
+def _short(name: str, length: int = 40) -> str:
+    """A group's name for an axis: of a long one the end."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _events(record: Record, verb: str) -> Trace:
+    """Markers of the units that were dropped, or brought back, over the rows of their groups."""
+    resource, rows = record.resources[0] if record.resources else "", list(record.units)
+    factor, unit = scale(record.dense.get(resource, 1.0), UNITS.get(resource, resource))
+    points, texts = [], []
     for entry in record.entries:
-        lost, back = (_by_group(counts) for counts in (num_dropped(entry), num_grown(entry)))
-        losses = tuple(NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after))
-        cells = (f"{entry.step:,}", *_amounts(entry, resource, unit, read), lost, back, *losses, entry.reason)
-        lines.append([escape(cell) for cell in cells])
-    meters = ("predicted before", "measured before") if read else ()
-    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
-    if final is not None:
-        blank = [NOTHING] * (len(titles) - 4)
-        lines.append([f"{final[0]:,}", *blank, digits(final[1]), NOTHING, "the end of the run"])
-    # Columns without a value are left out: most runs bring nothing back, and observe no loss.
-    used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in lines)]
-    table = html_table([titles[p] for p in used], [[row[p] for p in used] for row in lines], classes="entries")
-    return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
+        chosen, worths, values, name_of_value = entry.dropped, entry.worth, entry.saliency, "saliency"
+        if verb != "dropped":
+            chosen, worths, values, name_of_value = entry.grown, entry.grown_worth, entry.gain, "probed gain"
+        price = _times(entry.price.get(resource), factor)
+        for name in chosen.keys() & record.units.keys():
+            for place, origin in enumerate(chosen[name]):
+                worth, value = (known.get(name, ())[place : place + 1] for known in (worths, values))
+                shift = (1 - BAND) / 2 + BAND * (origin + 0.5) / max(record.units[name], origin + 1)
+                points.append((entry.step, rows.index(name) + shift))
+                texts.append(
+                    f"{_short(name)}, {record.what.get(name, 'unit')} {origin} {verb} at step {entry.step:,}\n"
+                    f"worth {_times(*worth, factor)}, price {price} loss per {unit}\n"
+                    f"{name_of_value} {_times(*value, 1.0)} loss\n{entry.reason}"
+                )
+    look = (ORANGE, True) if verb == "dropped" else (INK, False)
+    return Trace(verb, points, look[0], texts, dot=6, square=look[1])
 
 
-def ledger_tables(record: Record) -> Iterator[Table]:
-    """For each resource its decisions, for a terminal: spent, reference, predicted, measured."""
-    for resource in record.resources or (None,):
-        # Rich reads [brackets] as markup, and names come from files.
-        unit = plain(UNITS.get(resource or "", resource or ""))
-        read = any((resource or "") in entry.metered for entry in record.entries)
-        name = plain(NAMES.get(resource or "", resource or "decisions"))
-        table = Table(title=f"{name} per {PER.get(resource or '', 'step')}", title_justify="left")
-        meters = ("predicted before", "measured before") if read else ()
-        for title in ("step", "spent", "reference", *meters, "dropped"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("reason")
-        for entry in record.entries:
-            lost = dropped(entry)
-            amounts = _amounts(entry, resource, unit, read)
-            table.add_row(
-                f"{entry.step:,}", *amounts, f"{lost:,}" if lost else NOTHING, plain(entry.reason.partition("; ")[0])
-            )
-        yield table
-
-
-def _amounts(entry: Entry, resource: str | None, unit: str, read: bool) -> list[str]:
-    """Spent and reference, and where a meter has read, the prediction and the reading before the decision."""
-    columns = (entry.spent, entry.reference, *((entry.predicted, entry.metered) if read else ()))
-    return [human(values.get(resource or ""), unit) for values in columns]
+def _times(*numbers: float | None) -> str:
+    """A product in digits; "–" where a factor is missing or no number."""
+    known = [number for number in numbers if number is not None and math.isfinite(number)]
+    return digits(math.prod(known)) if len(known) == 2 else NOTHING

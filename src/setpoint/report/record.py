@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +32,34 @@ class Record:
     """A ledger as it was written: what was known before the first decision, the decisions, and the end.
 
     Args:
+        units: of the dense model, by group.
         what: kind of unit, by group: "channel", "head".
         total_steps: of the run as planned last; a bill plans it anew.
         sources: by resource, what models and what measures its cost.
         pattern: of the masks, where units are single weights; "" where units were cut.
         calibration: by resource, relative error of the prediction on copies of the model.
         limit_run: budgets of the whole run.
-        end_step: step at which the run ended; None where the ledger has no end. So are the two that follow.
-        reason: why the budget is met or not, as the run's summary has it.
+        ended: how the run ended, as its summary has it (`Ledger.ended`); empty while it goes on.
     """
 
     units: Mapping[str, int]
     what: Mapping[str, str]
     dense: Mapping[str, float]
     limit: Mapping[str, float]
+    limit_run: Mapping[str, float]
+    calibration: Mapping[str, float]
     total_steps: int | None
     entries: tuple[Entry, ...]
-    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    pattern: str = ""
-    calibration: Mapping[str, float] = field(default_factory=dict)
-    limit_run: Mapping[str, float] = field(default_factory=dict)
-    idle_watts: float | None = None
-    end_step: int | None = None
-    reason: str | None = None
-    budget_met: bool | None = None
+    sources: Mapping[str, tuple[str, ...]]
+    pattern: str
+    idle_watts: float | None
+    ended: Mapping[str, Any]
 
     @property
     def last_step(self) -> int:
         """Last step of the run: where it ended, or is to end."""
-        return self.end_step or self.total_steps or max((entry.step for entry in self.entries), default=1)
+        last = max((entry.step for entry in self.entries), default=1)
+        return integer(self.ended.get("step")) or self.total_steps or last
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -84,10 +83,9 @@ def read_ledger(file: Path) -> Record:
     try:
         return record_of(Ledger.load(file))
     except FileNotFoundError as error:
-        text = (
+        raise ReportError(
             f"the ledger {file} cannot be read: there is no such file; a run writes it by log_to(loop, {str(file)!r})"
-        )
-        raise ReportError(text) from error
+        ) from error
     except (OSError, ValueError, TypeError, AttributeError) as error:  # somebody edited the file
         then = "" if isinstance(error, CheckpointError) else ": loop.ledger.save(file) writes one"
         raise ReportError(f"the ledger {file} cannot be read: {error}{then}") from error
@@ -95,8 +93,7 @@ def read_ledger(file: Path) -> Record:
 
 def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
-    header, ended = ledger.header, ledger.ended or {}
-    groups = header.get("groups", {})
+    header, ended, groups = ledger.header, ledger.ended or {}, ledger.header.get("groups", {})
     sources: dict[str, tuple[str, ...]] = {}
     for kind in ("modelled", "measured"):
         for resource, text in header.get(kind, {}).items():
@@ -110,9 +107,7 @@ def record_of(ledger: Ledger) -> Record:
         pattern=header.get("pattern", ""),
         **{name: quantities(header.get(name)) for name in ("dense", "limit", "limit_run", "calibration")},
         idle_watts=number(header.get("idle_watts")),
-        end_step=integer(ended.get("step")),
-        reason=ended.get("reason"),
-        budget_met=ended.get("budget_met"),
+        ended=ended,
     )
 
 
@@ -121,9 +116,6 @@ def _finite(entry: Entry) -> Entry:
     by_resource = ("spent", "metered", "predicted", "reference", "price", "limit", "spent_run")
     kept: dict[str, Any] = {name: quantities(getattr(entry, name)) for name in by_resource}
     return replace(entry, **kept, loss=number(entry.loss), loss_after=number(entry.loss_after))
-
-
-# Values of a JSON line, read leniently: a value of another kind counts as missing.
 
 
 def number(value: Any) -> float | None:
@@ -162,11 +154,6 @@ def num_grown(entry: Entry) -> dict[str, int]:
     return {name: len(origins) for name, origins in entry.grown.items() if origins} | dict(entry.num_grown)
 
 
-def dropped(entry: Entry) -> int:
-    """Number of units the entry dropped."""
-    return sum(num_dropped(entry).values())
-
-
 def dense_of(record: Record, resource: str) -> float | None:
     """Dense cost per step: the meter's last reading of the dense model, else the prediction scaled by its first one."""
     dense = record.dense.get(resource)
@@ -187,63 +174,64 @@ def limit_of(record: Record, resource: str) -> float | None:
     return limits[-1] if limits else record.limit.get(resource)
 
 
-def ledger_line(record: Record) -> str:
-    """One sentence about a ledger."""
-    cuts = [entry for entry in record.entries if dropped(entry)]
-    units = counted(sum(map(dropped, cuts)), "unit")
-    clauses = [f"{counted(len(record.entries), 'decision')}, {counted(len(cuts), 'cut')}, {units} dropped"]
-    for resource in record.resources:
-        clauses += _clauses(record, resource)
-    if record.idle_watts is not None:
-        clauses.append(f"power at rest {digits(record.idle_watts)} W, measured apart and part of the joules")
+def facts(record: Record) -> dict[str, str]:
+    """What is to be read first, by what it is about: verdict and note of the run's summary, and the last numbers."""
+    found, ended = {}, record.ended
+    if ended:
+        found["verdict"] = f"{'' if ended.get('budget_met') else 'budget NOT met: '}{ended.get('reason', '')}"
+    if ended.get("note"):
+        found["note"] = str(ended["note"])
+    early = record.total_steps is not None and record.last_step < record.total_steps
+    found["steps"] = f"{record.last_step:,}" + (f" of {record.total_steps:,} that were planned" if early else "")
+    moved = [(sum(num_dropped(entry).values()), sum(num_grown(entry).values())) for entry in record.entries]
+    dropped, grown = (sum(numbers) for numbers in zip((0, 0), *moved, strict=True))
+    cuts = counted(sum(bool(lost) for lost, _ in moved), "cut")
+    found["decisions"] = f"{len(moved)}, {cuts}, {counted(dropped, 'unit')} dropped"
+    if grown:
+        drops = Counter((name, unit) for entry in record.entries for name, own in entry.dropped.items() for unit in own)
+        again = sum(count > 1 for count in drops.values())
+        found["decisions"] += f", {grown:,} brought back, {again:,} dropped again"
     if record.pattern:
-        clauses.append(f"masks on single weights ({record.pattern})")
-    early = record.end_step is not None and record.total_steps and record.end_step < record.total_steps
-    planned = f" of {record.total_steps:,} that were planned" if early else ""
-    sentence = f"{'; '.join(clauses)}, over {record.last_step:,} optimizer steps{planned}"
-    if record.budget_met is None:
-        return f"{sentence}."
-    end = "the budget is met" if record.budget_met else f"the budget is NOT met: {record.reason}"
-    return f"{sentence}; {end}."
+        found["masks"] = f"on single weights ({record.pattern})"
+    for resource in record.resources:
+        found[NAMES.get(resource, resource)] = "; ".join(_clauses(record, resource))
+    if record.idle_watts is not None:
+        found["power at rest"] = f"{digits(record.idle_watts)} W, measured apart and part of the joules"
+    return found
 
 
-def _clauses(record: Record, resource: str) -> list[str]:
+def _clauses(record: Record, resource: str) -> Iterator[str]:
     """What one resource costs at the end, its budgets, and where its numbers come from."""
-    last = next((entry.spent[resource] for entry in reversed(record.entries) if resource in entry.spent), None)
-    read = next((entry.metered[resource] for entry in reversed(record.entries) if resource in entry.metered), None)
+    spent, read, so_far = (
+        next(((entry.step, values[resource]) for entry, values in found if resource in values), None)
+        for found in (
+            [(entry, getattr(entry, name)) for entry in reversed(record.entries)]
+            for name in ("spent", "metered", "spent_run")
+        )
+    )
     dense, limit, run = dense_of(record, resource), limit_of(record, resource), record.limit_run.get(resource)
-    so_far = [(entry.step, entry.spent_run[resource]) for entry in record.entries if resource in entry.spent_run]
-    unit, parts = UNITS.get(resource, resource), []
-    if last is not None:
-        share = f" ({percent(last / dense)} of dense)" if dense else ""
-        parts.append(f"spends {human(last, unit)} per {PER.get(resource, 'step')} at the end{share}")
-        parts += [f"budget {human(limit, unit)}"] if limit else []
+    unit = UNITS.get(resource, resource)
+    if spent is not None:
+        share = f" ({percent(spent[1] / dense)} of dense)" if dense else ""
+        yield f"{human(spent[1], unit)} per {PER.get(resource, 'step')} at the end{share}"
+    if limit:
+        yield f"budget {human(limit, unit)}"
     if read:
-        parts.append(f"{human(read, unit)} by the meter's last reading")
+        yield f"{human(read[1], unit)} by the meter's last reading"
     if run:
-        parts.append(f"budget of the whole run {human(run, unit)}")
-        parts += [f"of which {human(so_far[-1][1], unit)} was spent by step {so_far[-1][0]:,}"] if so_far else []
-    clauses = [", ".join(parts)] if parts else []
-    clauses += [f"{NAMES.get(resource, resource)} {source}" for source in record.sources.get(resource, ())]
+        by = f", of which {human(so_far[1], unit)} was spent by step {so_far[0]:,}" if so_far else ""
+        yield f"budget of the whole run {human(run, unit)}{by}"
+    yield from record.sources.get(resource, ())
     if resource in record.calibration:
-        clauses.append(f"predictions within {percent(record.calibration[resource])} of copies of the model")
-    return clauses
-
-
-def dynamics_line(record: Record) -> str:
-    """One sentence about units that were dropped and came back."""
-    drops = Counter((name, unit) for entry in record.entries for name, units in entry.dropped.items() for unit in units)
-    returned = {(name, unit) for entry in record.entries for name, units in entry.grown.items() for unit in units}
-    again = sum(count > 1 for count in drops.values())
-    return f"{counted(len(drops), 'unit')} dropped, {len(returned):,} of them brought back, {again:,} dropped again."
+        yield f"predictions within {percent(record.calibration[resource])} of copies of the model"
 
 
 def state(record: Record) -> dict[str, Any]:
     """Where a run is, or how it ended, by the names that docs/cli.md explains."""
-    last, widths = record.entries[-1] if record.entries else None, record.final_widths
+    last, widths, ended = record.entries[-1] if record.entries else None, record.final_widths, record.ended
     limits = {name: limit_of(record, name) for name in record.resources}
     return {
-        "step": record.end_step if record.end_step is not None else last.step if last else 0,
+        "step": integer(ended.get("step", last.step if last else 0)),
         "total_steps": record.total_steps,
         "cost": dict(last.spent if last else record.dense),
         "dense_cost": dict(record.dense),
@@ -254,7 +242,7 @@ def state(record: Record) -> dict[str, Any]:
         "dense_units": sum(record.units.values()),
         "widths": widths,
         "decisions": len(record.entries),
-        "cuts": sum(dropped(entry) > 0 for entry in record.entries),
-        "ended": record.reason,
-        "budget_met": record.budget_met,
+        "cuts": sum(bool(num_dropped(entry)) for entry in record.entries),
+        "ended": ended.get("reason"),
+        "budget_met": ended.get("budget_met"),
     }

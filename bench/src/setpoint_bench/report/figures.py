@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from setpoint.report.drawing import BLUE, FAINT, GREY, INK, ORANGE, OTHERS, Figure, Rule, Trace, line
+from setpoint.report.markup import BLUE, FAINT, GREY, INK, ORANGE, OTHERS, Figure, Rule, Trace, line
 from setpoint.report.numbers import scale
 from setpoint_bench.report.columns import metric_text
 from setpoint_bench.report.results import Cell

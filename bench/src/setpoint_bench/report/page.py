@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 
 from setpoint.messages import counted
+from setpoint.report.markup import document, drawn, html_table, save
 from setpoint.report.numbers import percent
-from setpoint.report.page import document, drawn, html_table, run, save
+from setpoint.report.page import run
 from setpoint_bench.report.columns import (
     Column,
     clock_note,
@@ -149,7 +150,7 @@ def _runs(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> str:
     page, left = "<h3>Decision by decision</h3>\n", len(runs)
     for label, record, history in runs:
         final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
-        made = run(label, record, final=final)
+        made = run(record, final=final)
         if len(page) + len(made) > room and left < len(runs):
             break
         opened = " open" if left == len(runs) else ""
