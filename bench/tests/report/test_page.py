@@ -22,9 +22,7 @@ SECTIONS = (
     "Decision by decision",
     "Spent against reference",
     "Price of FLOPs",
-    "Width of each group",
-    "What was dropped when, and why",
-    "Architecture before and after",
+    "Units of each group: what was dropped when, and why",
     "Environment",
 )
 
