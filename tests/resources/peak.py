@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from setpoint.resources.live_bytes import LiveBytes
+from setpoint.resources.tape import LiveBytes
 
 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor] = ()) -> int:

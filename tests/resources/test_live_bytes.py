@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from setpoint.resources.live_bytes import LiveBytes
+from setpoint.resources.tape import LiveBytes, taken
 
 
 def test_peak_of_a_training_step_in_closed_form() -> None:
@@ -72,10 +72,11 @@ def test_a_storage_that_is_resized_counts_anew() -> None:
 
 def test_events_come_in_order() -> None:
     """Storages are numbered as they are made and named when they go."""
-    events: list[tuple[str, int]] = []
-    with LiveBytes(noted=lambda what, number, _: events.append((what, number))):
+
+    def step() -> None:
         a = torch.ones(3)
         b = a + 1
         del a
         b = b + 1
-    assert events == [("made", 1), ("made", 2), ("gone", 1), ("made", 3), ("gone", 2)]
+
+    assert taken(step, ()).events == [(0, True), (1, True), (0, False), (2, True), (1, False), (2, False)]

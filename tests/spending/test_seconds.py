@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from setpoint.resources.inference import median_of
+from setpoint.resources.metering import median_of
 from setpoint.spending.meter import StepMeter, Stopwatch
 
 

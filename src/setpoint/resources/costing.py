@@ -1,4 +1,18 @@
-"""Costing: costs and meter of a run that is held to bytes, seconds or joules, learnt on copies of the model."""
+"""Costing: costs and meter of a run that is held to bytes, seconds or joules, learnt on copies of the model.
+
+Seconds of a training step, or of a forward pass, are
+
+    seconds(widths) = a + b * FLOPs(widths) + c * bytes(widths),        a, b, c >= 0,
+
+with the bytes of all storages of the step (`Tape.moved_bytes`). The coefficients are fitted to a few whole steps of
+copies on this device by least squares of relative errors. a holds what no width changes: the calls themselves, and
+whatever else the step does. Joules are
+
+    joules(widths) = watts * seconds(widths) + constant,
+
+fitted to metered steps, or watts that the user states. Both are sums of products of widths, and what they do not tell,
+such as the stairs of a kernel, meters correct in training.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +21,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 
 from setpoint.controller.ladder import lowest_width
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance
-from setpoint.cost.cost import Cost, ProductCost, flops_cost, forward_flops
+from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost, forward_flops
 from setpoint.errors import CostError, SetpointError
 from setpoint.groups.example import Example, inputs_of, num_samples, without_cache
 from setpoint.groups.group import Group, widths_of
@@ -21,17 +38,18 @@ from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.messages import progress, warn
-from setpoint.resources.inference import Inference
 from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
 from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
 from setpoint.resources.metering import Metering
-from setpoint.resources.replica import Replica, held_tensors, replica
-from setpoint.resources.seconds import Fit, Reading, combined, fit_joules, fit_seconds
+from setpoint.resources.replica import Inference, Replica, held_tensors, replica
 from setpoint.resources.tape import MemoryCost, Tape, solved, taken
 from setpoint.spending.meter import Stopwatch
 
 Make = Callable[..., AbstractContextManager[Replica]]
 """Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
+
+Reading = tuple[Mapping[str, int], float]
+"""Widths, and what a step took there."""
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
 
@@ -76,7 +94,7 @@ def cost_out(
     flops, dense = flops_cost(own), widths_of(groups)
     costs, sources, errors = dict[str, Cost](), dict[str, str](), dict[str, float]()
     steps, passes, step_seconds = list[dict[str, int]](), list[dict[str, int]](), dict[str, float]()
-    inference, pass_flops = None, None
+    inference = None
 
     if measured & {"memory", "latency", "energy"}:
         make = partial(replica, host.model, host.optimizers, example, groups, steps)
@@ -92,8 +110,8 @@ def cost_out(
     if "inference" in measured:
         asked = next((goal.example for goal in goals if goal.example is not None), example)
         asked = without_cache(host.model, asked)
-        inference = Inference.of(host.model, asked)
         pass_flops = forward_flops(own, num_samples(asked) / num_samples(example) / calls)
+        inference = Inference(host.model, asked, pass_flops)
         answer = partial(replica, host.model, (), asked, groups, passes, trains=False)
         fit, _ = _timed_fit("inference", answer, groups, pass_flops, record(answer, groups), device, None)
         costs["inference"], errors["inference"] = fit.cost, fit.error
@@ -102,7 +120,7 @@ def cost_out(
 
     # FLOPs are of a step with `calls` calls, and a copy makes one.
     spent = sum(flops.total(widths) / calls for widths in steps)
-    spent += sum(pass_flops.total(widths) for widths in passes if pass_flops is not None)
+    spent += sum(inference.flops.total(widths) for widths in passes if inference is not None)
     idle = None if energy is None else idle_watts(energy)
     header = {
         "calibration": {name: error for name, error in errors.items() if math.isfinite(error)},
@@ -117,7 +135,6 @@ def cost_out(
         compiled=host.compiled,
         energy=energy,
         inference=inference,
-        pass_flops=pass_flops,
         watts=watts if watts is not None and energy is None else 0.0,
     )
     dense_flops = flops.total(dense)
@@ -142,7 +159,7 @@ def _joules(
 ) -> tuple[ProductCost, float, str]:
     """The cost in joules, its relative error, and what it was modelled by."""
     if meter is not None and joules:
-        fit = fit_joules(latency, joules, meter.source)
+        fit = fit_joules(latency, joules)
         return fit.cost, fit.error, f"modelled: fit to steps metered by {meter.source}"
     if watts is None:
         raise CostError(
@@ -162,19 +179,16 @@ def record(make: Make, groups: tuple[Group, ...]) -> Tape:
     else copies without data. Whatever goes wrong in foreign code becomes one error that says what to do.
     """
     narrow, apart = narrowing_widths(groups, dense=False)
-    # `nn.MultiheadAttention` takes another way through PyTorch once it is cut: the second trial cuts every group. Some
-    # modules take another way with one unit of two, such as key/value heads: the third holds such a group, which then
-    # saves nothing by prediction, and meters see what it does save.
-    trials = (trial_widths(groups), trial_widths(groups, dense=False), trial_widths(held_at_two(groups)))
     try:
         with progress("recording a step"):
             if apart:
                 with suppress(Exception):  # an error that is kept would keep the copy's memory
                     return _of_one_copy(make, narrow)
-            for vectors in trials[:-1]:  # the error of the last one says most of why there is no cost
-                with suppress(CostError):
-                    return _of_copies_without_data(make, vectors)
-            return _of_copies_without_data(make, trials[-1])
+            with suppress(CostError):
+                return _of_copies_without_data(make, trial_widths(groups))
+            # Some modules take another way with one unit of two, such as key/value heads: such a group is held. It
+            # saves nothing by prediction, and meters see what it does save.
+            return _of_copies_without_data(make, trial_widths(held_at_two(groups)))
     except SetpointError:
         raise
     except Exception as error:
@@ -186,11 +200,11 @@ def record(make: Make, groups: tuple[Group, ...]) -> Tape:
 
 
 def _of_one_copy(make: Make, vectors: Sequence[Mapping[str, int]]) -> Tape:
+    takes = []
     with make(vectors[0], data=True) as copy:
-        takes = [taken(copy)]
-        for widths in vectors[1:]:
+        for widths in vectors:
             copy.narrow(widths)
-            takes.append(taken(copy))
+            takes.append(taken(copy.step, copy.held()))
     return solved(takes, vectors)
 
 
@@ -198,7 +212,7 @@ def _of_copies_without_data(make: Make, vectors: Sequence[Mapping[str, int]]) ->
     takes = []
     for widths in vectors:
         with make(widths, data=False) as copy:
-            takes.append(taken(copy))
+            takes.append(taken(copy.step, copy.held()))
     return solved(takes, vectors)
 
 
@@ -271,3 +285,76 @@ def _timed_step(copy: Replica, device: torch.device, meter: EnergyMeter | None) 
     read = sorted(seconds for seconds in times if seconds > 0)  # 0 where the clock ran backwards
     # The lower quartile: what else the machine does only ever makes a step longer.
     return (read[len(read) // 4], spent_j) if read else None
+
+
+# The fit.
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A cost fitted to measured steps, and its median relative error on a step left out; NaN where they are too few."""
+
+    cost: ProductCost
+    error: float
+
+
+def fit_seconds(resource: str, flops: ProductCost, moved: ProductCost, steps: Sequence[Reading]) -> Fit:
+    """Seconds of a step from measured ones, its FLOPs and the bytes that it moves."""
+    # One row for each step: what a, b and c are multiplied by.
+    rows = np.array([[1.0, flops.total(widths), moved.total(widths)] for widths, _ in steps])
+    seconds = np.array([measured for _, measured in steps])
+    constant_s, per_flop, per_byte = (float(value) for value in _non_negative(rows, seconds))
+    cost = combined(resource, ((per_flop, flops), (per_byte, moved)), constant_s)
+    return Fit(cost, _left_out(rows, seconds))
+
+
+def fit_joules(seconds: ProductCost, steps: Sequence[Reading]) -> Fit:
+    """Joules of a step from metered ones."""
+    joules = np.array([energy_j for _, energy_j in steps])
+    rows = np.array([[1.0, seconds.total(widths)] for widths, _ in steps])
+    if len(joules) < 3:  # a line through two of them says nothing of a constant
+        rows[:, 0] = 0.0
+    constant_j, watts = (float(value) for value in _non_negative(rows, joules))
+    return Fit(combined("energy", ((watts, seconds),), constant_j), _left_out(rows, joules))
+
+
+def combined(resource: str, parts: Sequence[tuple[float, ProductCost]], constant: float = 0.0) -> ProductCost:
+    """A weighted sum of costs.
+
+    >>> step = ProductCost("flops", (Term(2.0, ()),))
+    >>> combined("latency", [(0.5, step)], constant=3.0).total({})
+    4.0
+    """
+    terms = [Term(factor * term.coefficient, term.sizes) for factor, part in parts for term in part.terms]
+    return ProductCost(resource, (*terms, Term(constant, ())))
+
+
+def _left_out(rows: Float64[np.ndarray, "n k"], values: Float64[np.ndarray, " n"]) -> float:
+    """Median relative error of each value by the fit to the others."""
+    if len(values) <= rows.shape[1]:
+        return float("nan")
+    errors = []
+    for number in range(len(values)):
+        others = np.arange(len(values)) != number
+        predicted = rows[number] @ _non_negative(rows[others], values[others])
+        errors.append(abs(float(predicted) / values[number] - 1.0))
+    return float(np.median(errors))
+
+
+def _non_negative(rows: Float64[np.ndarray, "n k"], values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " k"]:
+    """Least squares of relative errors with no negative coefficient, by trying which ones are zero."""
+    scaled, ones = rows / values[:, None], np.ones(len(values))
+    best, lowest = np.zeros(rows.shape[1]), np.inf
+    for size in range(1, rows.shape[1] + 1):
+        for used in combinations(range(rows.shape[1]), size):
+            # Columns are scaled, since FLOPs and bytes are many powers of ten away from a constant.
+            part = scaled[:, used]
+            scale = np.abs(part).max(axis=0)
+            if not (scale > 0).all():  # nothing of it in any step, such as FLOPs of a model without products
+                continue
+            found = np.linalg.lstsq(part / scale, ones, rcond=None)[0] / scale
+            error = float(((part @ found - 1.0) ** 2).sum())
+            if (found >= 0).all() and error < lowest:
+                best, lowest = np.zeros(rows.shape[1]), error
+                best[list(used)] = found
+    return best

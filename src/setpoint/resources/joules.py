@@ -51,58 +51,53 @@ class EnergyMeter:
     """
 
     def __init__(self, counters: Sequence[Counter]) -> None:
-        assert counters, "a meter without a counter would read 0"
         self._counters = tuple(counters)
-        self._energy_j = 0.0
-        self._last: list[float] | None = self._read()
+        self._energy_j, self.works = 0.0, True
         self._read_at = time.monotonic()
         self._moved_at = [self._read_at] * len(self._counters)
+        self._last = self._read()
 
     @property
     def source(self) -> str:
         return " + ".join(counter.name for counter in self._counters)
 
-    @property
-    def works(self) -> bool:
-        return self._last is not None
-
     def read_j(self) -> float | None:
         """Joules since the meter was made, or None once a counter has vanished."""
-        if self._last is None:
-            return None
         before, now, at = self._last, self._read(), time.monotonic()
-        if now is not None:
-            elapsed_s, self._read_at = max(0.0, at - self._read_at), at
-            steps = [_step(*each, elapsed_s) for each in zip(self._counters, before, now, strict=True)]
-            self._moved_at = [at if step else moved for step, moved in zip(steps, self._moved_at, strict=True)]
-            still_s = max(at - moved for moved in self._moved_at)
-            if None in steps:
+        elapsed_s, self._read_at = at - self._read_at, at
+        for number, counter in enumerate(self._counters if self.works else ()):
+            step_j = _step(counter, before[number], now[number], elapsed_s)
+            if step_j != 0:
+                self._moved_at[number] = at
+            still_s = at - self._moved_at[number]
+            if step_j is None:
                 self._vanish(f"its counters went from {before} to {now} J in {elapsed_s:.2g} s")
-                now = None
             elif still_s >= _STILL_S:
                 self._vanish(f"a counter has stood still at {now} J for {still_s:.1f} s")
-                now = None
             else:
-                self._energy_j += sum(step for step in steps if step is not None)
+                self._energy_j += step_j
         self._last = now
-        return self._energy_j if now is not None else None
+        return self._energy_j if self.works else None
 
-    def _read(self) -> list[float] | None:
-        values = []
-        for counter in self._counters:
+    def _read(self) -> list[float]:
+        """The counters' values; the meter has vanished where one has none."""
+        values = list[float]()
+        for counter in self._counters if self.works else ():
             try:
                 value = counter.read_j()
             except (OSError, ValueError) as error:
                 self._vanish(f"{counter.name}: {error}")
-                return None
+                break
             if not 0 <= value < math.inf:
                 self._vanish(f"{counter.name} reads {value:.6g} J, which is no energy")
-                return None
+                break
             values.append(value)
         return values
 
     def _vanish(self, why: str) -> None:
-        warn(f"the energy meter has vanished, energy is not measured from here on ({why})")
+        if self.works:
+            warn(f"the energy meter has vanished, energy is not measured from here on ({why})")
+        self.works = False
 
 
 def _step(counter: Counter, before: float, after: float, elapsed_s: float) -> float | None:

@@ -20,24 +20,21 @@ _LOW = ((0.4, 0.6), (0.28, 0.4), (0.18, 0.28), (0.1, 0.18))
 _FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
 
 
-def trial_widths(groups: Sequence[Group], seed: int = 0, *, dense: bool = True) -> list[dict[str, int]]:
-    """Width vectors that tell all groups apart: the dense one and as many random ones as that takes.
+def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]:
+    """Width vectors that tell all groups apart: as many random ones as that takes.
 
-    Two groups are told apart if their widths do not change in proportion. Without `dense` each group is cut that can
-    be, in the first vector by one block.
+    Two groups are told apart if their widths do not change in proportion. Each group is cut that can be, in the first
+    vector by one block: `nn.MultiheadAttention` takes another way through PyTorch once it is cut.
 
     >>> [len(trial_widths((Group("a", "unit", 8, ()), Group("b", "unit", 8, ()))))]
     [4]
     """
     generator = np.random.default_rng(seed)
     reach = {group.name: _reach(group) for group in groups}
-    if not dense:
-        reach = {name: widths[1:] if len(widths) > 2 else widths for name, widths in reach.items()}
+    reach = {name: widths[1:] if len(widths) > 2 else widths for name, widths in reach.items()}
     vectors = [{name: widths[0] for name, widths in reach.items()}]
-    while len(vectors) < _MAX_VECTORS:
+    while len(vectors) < 4 or (len(vectors) < _MAX_VECTORS and not _told_apart(reach, vectors)):
         vectors.append({name: int(generator.choice(widths)) for name, widths in reach.items()})
-        if len(vectors) >= 4 and _told_apart(reach, vectors):
-            break
     return vectors
 
 

@@ -1,10 +1,12 @@
-"""Metering: what the run's own steps really take, of each resource that a budget is on."""
+"""Metering: what the run's own steps really take of each resource that a budget is on, and how limits follow it."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,14 +16,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mod
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from setpoint.cost.budget import METERED
-from setpoint.cost.cost import Cost
+from setpoint.cost.budget import METERED, amount
 from setpoint.messages import warn
-from setpoint.resources.corrections import corrected
-from setpoint.resources.inference import Inference, Measured, median_of
 from setpoint.resources.joules import EnergyMeter
-from setpoint.resources.live_bytes import LiveBytes
-from setpoint.spending.limits import Limits
+from setpoint.resources.replica import Inference
+from setpoint.resources.tape import LiveBytes
+from setpoint.spending.limits import Correction, Limits
 from setpoint.spending.meter import Meter, Readings, StepMeter
 
 # A clock and an allocator do not repeat themselves any better than this.
@@ -34,25 +34,15 @@ _FEW = 4
 _ENOUGH = 10
 # Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap.
 _LOOK_S = 10.0
-
-
-class _FirstCall:
-    """The hook that tells a meter of a call; one that was copied or stored with the model does nothing."""
-
-    def __init__(self, metering: Metering | None = None) -> None:
-        self._metering = metering
-
-    def __call__(self, module: nn.Module, args: object) -> None:
-        if self._metering is not None:
-            self._metering.first_call()
-
-    def __reduce__(self) -> tuple[type[_FirstCall], tuple[()]]:
-        return _FirstCall, ()
+# How far the factor of a joint cost follows a new reading, as far as the controller's PI part does.
+_TRUST = 0.6
+# How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it.
+_SLACK = 0.03
 
 
 @final
 class Metering(Meter):
-    """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts: a `Meter`.
+    """Reads seconds, joules and bytes of the user's own optimizer steps between two cuts.
 
     Seconds are the median over all steps but the first two, joules the mean over all but the first three, since those
     after a cut are slow. Bytes are the peak of one step, the last before a decision: of the allocator on a GPU, of live
@@ -64,7 +54,6 @@ class Metering(Meter):
 
     Args:
         held: gives the tensors that live between steps.
-        pass_flops: FLOPs of one forward pass, None where none is timed.
     """
 
     def __init__(
@@ -77,16 +66,15 @@ class Metering(Meter):
         compiled: bool = False,
         energy: EnergyMeter | None = None,
         inference: Inference | None = None,
-        pass_flops: Cost | None = None,
         watts: float = 0.0,
     ) -> None:
+        timed = bool({"latency", "energy"} & set(resources))
         # Without waiting for the GPU a step would end when its kernels are queued.
-        super().__init__(StepMeter(synchronize=bool({"latency", "energy"} & set(resources))), watts)
-        self._resources, self._model = frozenset(resources), model
-        self._held, self._device, self._compiled = held, device, compiled
-        self._pass_flops = pass_flops
-        self._energy = energy if "energy" in self._resources else None
-        self._inference = inference if "inference" in self._resources else None
+        super().__init__(StepMeter(synchronize=timed), watts)
+        self._resources, self._held, self._device = frozenset(resources), held, device
+        self._model, self._compiled, self._energy, self._inference = model, compiled, energy, inference
+        # Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more.
+        self._few = _FEW + len({"memory", "energy"} & self._resources) if timed else 0
         self._pass_seconds: Measured | None = None
         self._watching: LiveBytes | None = None
         self._beginning = list[RemovableHandle]()
@@ -126,30 +114,22 @@ class Metering(Meter):
             return ""
         return f"no decision: meters read {self._few} steps at the same widths, and this is number {self._since_cut}"
 
-    @property
-    def _few(self) -> int:
-        """Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more."""
-        timed = {"latency", "energy"} & self._resources
-        return _FEW + len({"memory", "energy"} & self._resources) if timed else 0
+    # Steps go by.
 
     def stepped(self) -> None:
         self._num_steps += 1
         self._since_cut += 1
-        cold = self._since_cut <= _COLD  # one more than for seconds, since a mean does not outvote a slow step
-        if self._began_j is None and self._energy is not None and not cold:
-            self._began_j, self._num_steps = self._energy.read_j(), 0
-        self._look()
+        if self._energy is not None:
+            if self._began_j is None and self._since_cut > _COLD:  # one step later than seconds: a mean outvotes none
+                self._began_j, self._num_steps = self._energy.read_j(), 0
+            now = time.monotonic()
+            if self._looked is None or now - self._looked >= _LOOK_S:
+                self._looked = now
+                self._energy.read_j()  # a counter that wraps twice between two readings loses a turn
         if self._allocating:
             self._allocating = False
             self._peak = int(torch.cuda.max_memory_allocated(self._device))
         self.stop()
-
-    def _look(self) -> None:
-        """Read the energy counters every few seconds: one that wraps twice between two readings loses a turn."""
-        now = time.monotonic()
-        if self._energy is not None and (self._looked is None or now - self._looked >= _LOOK_S):
-            self._looked = now
-            self._energy.read_j()
 
     def stop(self) -> None:
         self._begun()
@@ -158,7 +138,7 @@ class Metering(Meter):
             return
         self._blocked = current_mode() is not live
         if not self._blocked:
-            live.__exit__(None, None, None)
+            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._peak = live.peak_bytes
             return
         warn("another dispatch mode began inside a metered step: its bytes were not read")
@@ -166,7 +146,7 @@ class Metering(Meter):
             above = []
             while current_mode() is not live:
                 above.append(_pop_mode())
-            live.__exit__(None, None, None)
+            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             for mode in reversed(above):
                 _push_mode(mode)
 
@@ -207,8 +187,15 @@ class Metering(Meter):
     def time_inference(self, widths: Mapping[str, int]) -> float:
         if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the passes
             return 0.0
-        self._pass_seconds, passes = self._inference.timed()
-        return 0.0 if self._pass_flops is None else passes * self._pass_flops.total(widths)
+        seconds, passes = self._inference.timed()
+        self._pass_seconds = median_of(seconds) if seconds else None
+        return passes * self._inference.flops.total(widths)
+
+    def cut(self) -> None:
+        self._peak, self._pass_seconds, self._began_j = None, None, None
+        self._num_steps = self._since_cut = 0
+
+    # What has been read.
 
     def read(self) -> Readings:
         values, seconds, run_j = dict[str, float](), self._seconds, None
@@ -223,32 +210,14 @@ class Metering(Meter):
             run_j = None if self._earlier_j is None else self._earlier_j + now_j
             if self._began_j is not None and self._num_steps and now_j > self._began_j:
                 values["energy"] = (now_j - self._began_j) / self._num_steps
-        # Where joules are the user's watts times seconds, the controller learns of those seconds.
-        stated = {"energy": self.watts * seconds} if self.watts and seconds is not None else {}
         enough = {"latency": len(self.steps.intervals) >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
         return Readings(
             values,
-            values | stated,
-            self._quickest(values | stated),
             settled={name: value for name, value in values.items() if enough.get(name, True)},
             margins={name: self._margin(name) for name in METERED},
             run_j=run_j,
             vanished=self._energy is not None and not self._energy.works,
         )
-
-    def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
-        readings, known = self.read(), limits.corrections.keys()
-        # Seconds are missing for a few steps after each cut, and an energy meter that vanishes says so itself.
-        missing = (known - readings.learnable.keys()) - {"latency", "energy"}
-        if self._blocked:
-            missing |= {"memory"}
-        for name in sorted(missing - self._warned) if not self.waits else ():
-            warn(
-                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
-                "from what was read before if anything was, until it is measured again"
-            )
-            self._warned.add(name)
-        return corrected(limits, readings, widths)
 
     @property
     def _warm(self) -> tuple[float, ...]:
@@ -258,23 +227,35 @@ class Metering(Meter):
     def _seconds(self) -> float | None:
         return statistics.median_low(self._warm) if self._warm and self._since_cut >= _FEW else None
 
+    def _margin(self, resource: str) -> float:
+        warm = median_of(self._warm) if self._warm else None
+        seconds = {"latency": warm, "inference": self._pass_seconds}.get(resource)
+        return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
+
+    def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
+        learnable, seconds = dict(self.read().values), self._seconds
+        if self.watts and seconds is not None:  # joules are these times seconds, and the controller learns of them
+            learnable["energy"] = self.watts * seconds
+        # Seconds are missing for a few steps after each cut, and an energy meter that vanishes says so itself.
+        missing = (limits.corrections.keys() - learnable.keys()) - {"latency", "energy"}
+        if self._blocked:
+            missing |= {"memory"}
+        for name in sorted(missing - self._warned) if not self.waits else ():
+            warn(
+                f"{name} is not measured now (is there another dispatch mode, as of a second loop?): it is modelled, "
+                "from what was read before if anything was, until it is measured again"
+            )
+            self._warned.add(name)
+        return corrected(limits, learnable, self._quickest(learnable), widths)
+
     def _quickest(self, known: Mapping[str, float]) -> dict[str, float]:
-        """These readings, with the quickest step and pass in place of the usual ones."""
+        """These readings by the quickest step and pass: others may have an evaluation in them."""
         found, seconds = dict(known), self.steps.intervals
         if len(seconds) >= 3:
             found |= {"latency": min(seconds), "energy": self.watts * min(seconds) or known.get("energy", 0.0)}
         if self._pass_seconds is not None:
             found["inference"] = self._pass_seconds.lowest
         return {name: value for name, value in found.items() if name in known}
-
-    def _margin(self, resource: str) -> float:
-        warm = median_of(self._warm) if self._warm else None
-        seconds = {"latency": warm, "inference": self._pass_seconds}.get(resource)
-        return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
-
-    def cut(self) -> None:
-        self._peak, self._pass_seconds, self._began_j = None, None, None
-        self._num_steps = self._since_cut = 0
 
     def state_dict(self) -> dict[str, float | None]:
         # Joules of a step are not among them: counters begin at 0 in each process.
@@ -285,3 +266,119 @@ class Metering(Meter):
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked, self._since_cut = bool(state["blocked"]), int(state.get("since_cut") or 0)
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
+
+
+class _FirstCall:
+    """The hook that tells a meter of a call; one that was copied or stored with the model does nothing."""
+
+    def __init__(self, metering: Metering | None = None) -> None:
+        self._metering = metering
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if self._metering is not None:
+            self._metering.first_call()
+
+    def __reduce__(self) -> tuple[type[_FirstCall], tuple[()]]:
+        return _FirstCall, ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A median of repeated measurements with its 95 % interval, and the lowest of them."""
+
+    value: float
+    low: float
+    high: float
+    lowest: float
+
+
+def median_of(values: Sequence[float]) -> Measured:
+    """The median with its 95 % interval, which holds for any distribution.
+
+    The number of n values that lie below the true median is binomial with probability 1/2, so the order statistics
+    `n/2 -+ 1.96 sqrt(n)/2` enclose it. Below six values they are the extremes.
+
+    >>> median_of([1.0, 2.0, 3.0, 4.0, 100.0])
+    Measured(value=3.0, low=1.0, high=100.0, lowest=1.0)
+    """
+    ordered, count = sorted(values), len(values)
+    low = max(0, math.floor(count / 2 - 1.96 * math.sqrt(count) / 2))
+    return Measured(statistics.median(ordered), ordered[low], ordered[count - 1 - low], ordered[0])
+
+
+# Limits follow what is read.
+
+
+def corrected(
+    before: Limits, learnable: Mapping[str, float], quickest: Mapping[str, float], widths: Mapping[str, int]
+) -> tuple[Limits, dict[str, float]]:
+    """The limits by readings at these widths, and the costs that the controller learns of.
+
+    What was read before and is missing now is as predicted and corrected.
+    """
+    limits, followed = before, before.followed
+    seen = {name: value for name, value in learnable.items() if name in followed and value > 0}
+    for name, value in seen.items():
+        limits = _with_reading(limits, name, value, widths)
+    learnt = dict(seen)
+    if len(before.budgets) > 1 and limits.corrections:
+        spent = {name: seen.get(name, limits.expected(name, widths)) for name in limits.per_step}
+        learnt["joint"] = max(spent[name] / limit for name, limit in limits.per_step.items())
+    for name in sorted(limits.corrections.keys() - before.corrections.keys()):
+        limit, lowest = limits.asked.get(name), limits.expected(name, limits.narrowest)
+        if limit is not None and not limits.is_per_run(name) and limit < lowest:
+            warn(
+                f"the budget of {amount(limit, name)} cannot be met: the meter reads {amount(seen[name], name)} where "
+                f"{amount(limits.costs[name].total(widths), name)} was predicted, and the narrowest model would still "
+                f"take about {amount(lowest, name)}"
+            )
+    for name in limits.per_step:
+        if name in quickest and name in limits.corrections:
+            limits = _doubted(limits, name, quickest[name], widths)
+    missing = before.corrections.keys() - learnable.keys()
+    return limits, learnt | {name: limits.expected(name, widths) for name in missing}
+
+
+def _with_reading(limits: Limits, name: str, value: float, widths: Mapping[str, int]) -> Limits:
+    predicted, at_dense = limits.costs[name].total(widths), widths == limits.dense_widths
+    ratio, known = value / predicted, limits.corrections.get(name)
+    if known is None:
+        first = Correction(ratio, ratio * limits.predicted(name), predicted, value)
+        return limits.anchored(name, first, at_dense=at_dense)
+    # A run budget plans with the factor itself; per step the controller's PI part follows the rest.
+    trust = 1.0 if limits.is_per_run(name) else _TRUST
+    known = replace(known, factor=known.factor * math.exp(trust * math.log(ratio / known.factor)))
+    if at_dense:
+        # The first steps of a run are slow, so the last reading of the dense model counts. One that falls is followed
+        # as slowly as the controller does: a limit ahead of it would be cut for.
+        dense = max(ratio, known.factor) * limits.predicted(name)
+        known = replace(known, dense=dense, first_predicted=predicted, first_read=value)
+    return limits.anchored(name, known, at_dense=at_dense)
+
+
+def _doubted(limits: Limits, name: str, quickest: float, widths: Mapping[str, int]) -> Limits:
+    """Hold the present cost where two readings in a row show that no cut can meet a budget.
+
+    They do if cuts that should have saved a tenth or more have saved less than half of that, and what is left to save
+    does not reach the limit. With the first reading `m0` at the predicted cost `p0` and the present `m` at `p`, cuts
+    save `(m0 - m) / (p0 - p)` for each unit of predicted cost.
+    """
+    known, limit = limits.corrections[name], limits.per_step[name]
+    if limits.is_per_run(name) or known.asked is not None:
+        return limits
+    cost, predicted, first = limits.costs[name], known.first_predicted, known.first_read
+    now, doubts, lowest = cost.total(widths), 0, 0.0
+    if quickest > limit and now <= 0.9 * predicted and 1 - quickest / first < 0.5 * (1 - now / predicted):
+        slope = max(0.0, first - quickest) / (predicted - now)
+        lowest = quickest - slope * (now - cost.total(limits.narrowest))
+        doubts = known.doubts + 1 if lowest > limit else 0
+    known, per_step = replace(known, doubts=doubts), dict(limits.per_step)
+    if doubts >= 2:  # one may be another program's doing
+        known, per_step[name] = replace(known, asked=limit), quickest * (1 + _SLACK)
+        warn(
+            f"the budget of {amount(limit, name)} looks out of reach: the meter reads {amount(quickest, name)}, "
+            f"and by what cuts have saved so far the narrowest model would still take about {amount(lowest, name)}"
+            ". The rest does not shrink with the model: loading data, say, or other work of this machine. Nothing "
+            "more is cut for it"
+        )
+    return replace(limits, per_step=per_step, corrections={**limits.corrections, name: known})

@@ -1,10 +1,11 @@
-"""A replica: a copy of model and optimizers at widths of its own, on which training steps and passes can be tried."""
+"""Trials of the model: steps and passes of a copy at widths of its own, and timed passes of the model itself."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,19 @@ from torch.utils import _pytree as pytree
 
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
+from setpoint.cost.cost import Cost
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.model_copy import computed, strip, untouched_attributes
+from setpoint.groups.model_copy import computed, strip, untouched_attributes, without_users_hooks
+from setpoint.groups.rng import preserved_rng_state
+from setpoint.spending.meter import Stopwatch
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+_LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 
 
+@dataclass(eq=False)
 class Replica:
     """A copy in training, or one that only answers, at the widths of its groups. It changes by `narrow`.
 
@@ -29,30 +38,25 @@ class Replica:
         trains: whether a step is one of training, else a forward pass without autograd.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: tuple[Optimizer, ...],
-        inputs: tuple[tuple[Any, ...], Mapping[str, Any]],
-        groups: tuple[Group, ...],
-        steps: list[dict[str, int]],
-        trains: bool,
-    ) -> None:
-        self.model, self.optimizers, self.inputs = model, optimizers, inputs
-        self.groups, self._steps, self._trains = groups, steps, trains
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    inputs: Inputs
+    groups: tuple[Group, ...]
+    steps: list[dict[str, int]]
+    trains: bool
 
     def step(self) -> None:
         """Forward, backward and optimizer step on a loss of its own, the mean square of the outputs; or a pass.
 
         The forward runs under the autocast that is active; the rest does not, as in training.
         """
-        self._steps.append(widths_of(self.groups))
-        args, kwargs = self.inputs
-        if not self._trains:
-            forward_pass(self.model, args, kwargs, active_autocast(self.model))
+        self.steps.append(widths_of(self.groups))
+        if not self.trains:
+            _forward_pass(self.model, self.inputs, _active_autocast(self.model))
             return
+        args, kwargs = self.inputs
         outputs = [out for out in tensors_of(self.model(*args, **kwargs)) if out.requires_grad]
-        with torch.autocast(device_type_of(self.model), enabled=False):
+        with torch.autocast(_device_type_of(self.model), enabled=False):
             loss = sum(_real(out).square().mean() for out in outputs)
             if isinstance(loss, Tensor):
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -72,33 +76,38 @@ class Replica:
 
 
 def held_tensors(model: nn.Module, optimizers: Sequence[Optimizer], inputs: Any) -> list[Tensor]:
-    """Weights, buffers, optimizer state and inputs."""
+    """What lives between steps: weights, buffers, optimizer state and inputs."""
     state = [dict(optimizer.state) for optimizer in optimizers]
     leaves = [*named_tensors(model).values(), *pytree.tree_leaves((state, inputs))]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def device_type_of(model: nn.Module) -> str:
+def _device_type_of(model: nn.Module) -> str:
     return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
-def active_autocast(model: nn.Module) -> torch.dtype | None:
+def _active_autocast(model: nn.Module) -> torch.dtype | None:
     """The type of numbers that autocast casts to now; None where it is off."""
-    kind = device_type_of(model)
+    kind = _device_type_of(model)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def forward_pass(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None
-) -> None:
+def _forward_pass(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> None:
+    args, kwargs = inputs
     # Without a cache: weights that autocast keeps from here would have no gradient in a step of training.
-    casting = torch.autocast(device_type_of(model), dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+    casting = torch.autocast(_device_type_of(model), dtype=autocast, enabled=autocast is not None, cache_enabled=False)
     with torch.no_grad(), casting:
         model(*args, **kwargs)
 
 
 def _real(out: Tensor) -> Tensor:
     return torch.view_as_real(out) if out.is_complex() else out.float()
+
+
+def _answering(model: nn.Module) -> None:
+    """Put modules in eval mode; not by `eval`, which a model may override to fold weights together."""
+    for module in model.modules():
+        module.training = False
 
 
 @contextmanager
@@ -131,10 +140,10 @@ def replica(
         inside.enter_context(mode or nullcontext())
         twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)
         strip(twin)  # a user's hook would count or log what is only tried
-        if trains and not model.training:
+        if not trains:
+            _answering(twin)
+        elif not model.training:
             twin.train()
-        for module in twin.modules() if not trains else ():
-            module.training = False  # not by `eval`, which a model may override to fold weights together
         inside.enter_context(torch.enable_grad())
         for trainer in trainers:
             trainer.zero_grad()
@@ -154,3 +163,45 @@ def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
             return torch.tensor(number, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
     new = mode.from_tensor(tensor.detach())
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+
+class Inference:
+    """Forward passes of the model itself on an example, of so many FLOPs, under the autocast that is active now."""
+
+    def __init__(self, model: nn.Module, example: Example, flops: Cost) -> None:
+        self.flops = flops
+        self._model, self._inputs, self._autocast = model, inputs_of(example), _active_autocast(model)
+
+    def timed(self) -> tuple[list[float], int]:
+        """Seconds of several passes in eval mode, without a first that is not counted; and the number of all.
+
+        Weights, buffers, attributes, modes, gradients and random number generators are as before, and the user's
+        hooks are not called.
+        """
+        watch, times = Stopwatch(synchronize=True), list[float]()
+        with ExitStack() as after:
+            for untouched in (preserved_rng_state, _untouched_buffers, untouched_attributes, without_users_hooks):
+                after.enter_context(untouched(self._model))
+            _answering(self._model)
+            _forward_pass(self._model, self._inputs, self._autocast)
+            while len(times) < _MOST_PASSES and (len(times) < _LEAST_PASSES or watch.seconds < _ENOUGH_S):
+                with watch:
+                    _forward_pass(self._model, self._inputs, self._autocast)
+                times.append(watch.last_seconds)
+        return [seconds for seconds in times if seconds > 0], 1 + len(times)  # a coarse clock may stand still
+
+
+@contextmanager
+def _untouched_buffers(model: nn.Module) -> Iterator[None]:
+    named = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        for buffers, before in named:
+            buffers.clear()
+            buffers.update(before)
+        with torch.no_grad():
+            for buffer, version, value in kept:
+                if buffer._version != version:
+                    buffer.copy_(value)

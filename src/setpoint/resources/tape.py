@@ -1,16 +1,20 @@
-"""A tape: every storage of one training step, from where it is made to where it goes; and the peak of its bytes."""
+"""Bytes: the live tensors of a piece of code, each storage of a training step, and its peak as a function of widths."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from setpoint.cost.cost import ProductCost, Term
 from setpoint.errors import CostError
@@ -18,65 +22,113 @@ from setpoint.groups.group import Size
 from setpoint.groups.rng import gc_paused
 from setpoint.groups.walk import op_name
 from setpoint.resources.lengths import Lengths
-from setpoint.resources.live_bytes import LiveBytes, Noted
 
 
-class Trainee(Protocol):
-    """A model that can make one more step, or pass; `held` are the tensors that live between steps."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes in the tensors that are alive while it is active, and their peak.
 
-    def step(self) -> None: ...
-
-    def held(self) -> Sequence[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A piece of memory of `itemsize * prod(sizes)` bytes."""
-
-    itemsize: int
-    sizes: tuple[Size, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Tape:
-    """The storages of one step, those that live between steps first, and its events in order: (storage, made)."""
-
-    storages: tuple[Storage, ...]
-    events: tuple[tuple[int, bool], ...]
-
-    def moved_bytes(self) -> ProductCost:
-        """Bytes that the step has to write: those of all its storages."""
-        return ProductCost("bytes", tuple(Term(storage.itemsize, storage.sizes) for storage in self.storages))
-
-
-@dataclass(frozen=True)
-class Made:
-    """A storage at one width vector, and the shape of the tensor that it was made for."""
-
-    num_bytes: int
-    shape: tuple[int, ...]
-    itemsize: int
-
-
-@dataclass(frozen=True)
-class Take:
-    """A step at one width vector.
+    Every storage that an operation makes counts until nothing holds it any more, those that autograd saves included.
+    What kernels allocate inside themselves does not show. Of a storage that was there before, as behind a batch that is
+    a slice of all data, only what the first view of it covers counts.
 
     Args:
-        calls: each operation, and of a concatenation the lengths of its pieces.
+        held: tensors that are there from the beginning; of a storage that they share only their entries count.
+
+    >>> with LiveBytes() as live:
+    ...     x = torch.ones(1000)
+    ...     y = (x * 2 + 1).sum()
+    >>> live.peak_bytes, live.live_bytes
+    (12000, 4004)
     """
 
-    calls: list[tuple[Any, tuple[int, ...]]]
-    storages: list[Made]
-    events: list[tuple[int, bool]]
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = self.peak_bytes = self._num_made = 0
+        # By address: what tells that it is gone, its number, and its bytes that count and that do not.
+        self._storages: dict[int, tuple[weakref.ref[Any], int, int, int]] = {}
+        for tensor in held:
+            self._cover(tensor)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):  # also of an operation in place, which may have grown its storage
+            if isinstance(leaf, Tensor):
+                self._see(leaf, (args, kwargs))
+        return result
+
+    def made(self, number: int, tensor: Tensor) -> None:
+        """Called when a storage is made for a tensor; storages are numbered in order."""
+
+    def gone(self, number: int) -> None:
+        """Called when a storage is gone."""
+
+    def _see(self, tensor: Tensor, arguments: Any) -> None:
+        """Count the storage of a tensor that an operation returned; of one of its arguments, what the tensor covers."""
+        key = _storage_of(tensor)
+        if key in self._storages:
+            hidden = self._storages[key][3]
+            self._count(key, max(0, tensor.untyped_storage().nbytes() - hidden), hidden)
+        elif key is not None and any(_storage_of(leaf) == key for leaf in tree_leaves(arguments)):
+            self._cover(tensor)
+        elif key is not None:
+            self._add(tensor, key)
+            self._count(key, tensor.untyped_storage().nbytes(), 0)
+
+    def _cover(self, tensor: Tensor) -> None:
+        """Count only what a tensor covers of its storage."""
+        key = _storage_of(tensor)
+        if key is None:
+            return
+        if key not in self._storages:
+            self._add(tensor, key)
+        size = tensor.untyped_storage().nbytes()
+        covered = min(size, self._storages[key][2] + tensor.numel() * tensor.element_size())
+        self._count(key, covered, size - covered)
+
+    def _add(self, tensor: Tensor, key: int) -> None:
+        self._num_made += 1
+        reference = weakref.ref(tensor.untyped_storage(), partial(self._remove, key))
+        self._storages[key] = (reference, self._num_made, 0, 0)
+        self.made(self._num_made, tensor)
+
+    def _count(self, key: int, counted: int, hidden: int) -> None:
+        reference, number, before, _ = self._storages[key]
+        self._storages[key] = (reference, number, counted, hidden)
+        self.live_bytes += counted - before
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _remove(self, key: int, _: Any) -> None:
+        _, number, counted, _ = self._storages.pop(key)
+        self.live_bytes -= counted
+        self.gone(number)
 
 
-class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
-    """Notes calls, too: one mode for both, since a mode costs more than what it notes."""
+def _storage_of(value: Any) -> int | None:
+    """The address of a tensor's storage; None where it has none that bytes could be counted of."""
+    strided = isinstance(value, Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if strided else None
 
-    def __init__(self, held: Iterable[Tensor], noted: Noted, calls: list[tuple[Any, tuple[int, ...]]]) -> None:
-        super().__init__(held, noted)
-        self._calls = calls
+
+# A step as it is recorded.
+
+
+class Take(LiveBytes):  # type: ignore[no-untyped-call]
+    """A step at one width vector. One mode counts and records, since a mode costs more than what it notes.
+
+    Attributes:
+        calls: each operation, and of a concatenation the lengths of its pieces.
+        storages: bytes of each, and the shape and item size of the tensor that it was made for.
+        events: in order, the number of a storage from 0 on, and whether it is made.
+    """
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        self.calls = list[tuple[Any, tuple[int, ...]]]()
+        self.storages = list[tuple[int, tuple[int, ...], int]]()
+        self.events = list[tuple[int, bool]]()
+        self._ended = False
+        super().__init__(held)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,9 +136,21 @@ class _Calls(LiveBytes):  # type: ignore[no-untyped-call]
         result = super().__torch_dispatch__(func, types, args, kwargs)
         # These look at tensors without computing, and how often they are called may differ from step to step.
         if func.namespace not in ("prim", "profiler"):
-            pieces = _pieces(args, kwargs or {}) if op_name(func) == "cat" else ()
-            self._calls.append((func, pieces))
+            self.calls.append((func, _pieces(args, kwargs or {}) if op_name(func) == "cat" else ()))
         return result
+
+    def __exit__(self, *ending: Any) -> None:
+        self._ended = True  # what is collected from here on is up to the collector
+        super().__exit__(*ending)  # type: ignore[no-untyped-call]
+
+    def made(self, number: int, tensor: Tensor) -> None:
+        self.events.append((number - 1, True))
+        shape = tuple(map(int, tensor.shape))
+        self.storages.append((tensor.untyped_storage().nbytes(), shape, tensor.dtype.itemsize))
+
+    def gone(self, number: int) -> None:
+        if not self._ended:
+            self.events.append((number - 1, False))
 
 
 def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -97,21 +161,29 @@ def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]
     return tuple(int(tensor.shape[dim]) for tensor in args[0] if tensor.dim() == num_dims)
 
 
-def taken(trainee: Trainee) -> Take:
-    take = Take([], [], [])
-
-    def noted(what: str, number: int, tensor: Tensor | None) -> None:
-        take.events.append((number - 1, what == "made"))
-        if tensor is not None:
-            shape = tuple(map(int, tensor.shape))
-            take.storages.append(Made(tensor.untyped_storage().nbytes(), shape, tensor.dtype.itemsize))
-
-    held = trainee.held()  # asked outside of the mode, which would take it for a part of the step
+def taken(step: Callable[[], None], held: Iterable[Tensor]) -> Take:
+    """One more step as it is made, where these tensors live between steps."""
     torch.clear_autocast_cache()  # a step casts each weight once
     # What the collector frees in the middle of a step would be an event of this width vector only.
-    with gc_paused(), _Calls(held, noted, take.calls):
-        trainee.step()
+    take = Take(held)
+    with gc_paused(), take:
+        step()
     return take
+
+
+# A step as a function of widths.
+
+
+@dataclass(frozen=True, eq=False)
+class Tape:
+    """The bytes of each storage of one step, those that live between steps first, and the events of a `Take`."""
+
+    storages: tuple[Term, ...]
+    events: tuple[tuple[int, bool], ...]
+
+    def moved_bytes(self) -> ProductCost:
+        """Bytes that the step has to write: those of all its storages."""
+        return ProductCost("bytes", self.storages)
 
 
 def solved(takes: Sequence[Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
@@ -134,12 +206,12 @@ def solved(takes: Sequence[Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
     return Tape(tuple(_storage(lengths, seen) for seen in storages), tuple(first.events))
 
 
-def _storage(lengths: Lengths, seen: Sequence[Made]) -> Storage:
+def _storage(lengths: Lengths, seen: Sequence[tuple[int, tuple[int, ...], int]]) -> Term:
     """A storage made for a whole tensor follows that tensor's shape; any other follows widths by its length."""
-    if all(math.prod(made.shape) * made.itemsize == made.num_bytes for made in seen):
-        sizes = zip(*(made.shape for made in seen), strict=True)
-        return Storage(seen[0].itemsize, tuple(_size(lengths, values) for values in sizes))
-    return Storage(1, (_size(lengths, [made.num_bytes for made in seen]),))
+    if all(math.prod(shape) * itemsize == num_bytes for num_bytes, shape, itemsize in seen):
+        sizes = zip(*(shape for _, shape, _ in seen), strict=True)
+        return Term(seen[0][2], tuple(_size(lengths, values) for values in sizes))
+    return Term(1, (_size(lengths, [num_bytes for num_bytes, _, _ in seen]),))
 
 
 def _size(lengths: Lengths, values: Sequence[int]) -> Size:
@@ -168,25 +240,24 @@ class MemoryCost:
     resource: Final = "memory"
 
     def __init__(self, tape: Tape) -> None:
-        monomials: dict[tuple[Size, ...], int] = {}
-        factors = np.zeros(len(tape.storages))
-        columns = np.zeros(len(tape.storages), dtype=np.int64)
-        for number, storage in enumerate(tape.storages):
-            variable = tuple(sorted((size for size in storage.sizes if size.parts), key=repr))
-            constant = np.prod([size.constant for size in storage.sizes if not size.parts])
-            factors[number] = storage.itemsize * float(constant)
-            columns[number] = monomials.setdefault(variable, len(monomials))
-        self._alive = _undominated(_moments(tape, factors, columns, len(monomials)))
-        self._groups = tuple(sorted({name for sizes in monomials for size in sizes for name, _ in size.parts}))
+        monomials = dict[tuple[Size, ...], int]()
+        weighed = list[tuple[int, float]]()  # of each storage, the number of its monomial and what that is times
+        for term in tape.storages:
+            variable = tuple(sorted((size for size in term.sizes if size.parts), key=repr))
+            constant = math.prod(size.constant for size in term.sizes if not size.parts)
+            weighed.append((monomials.setdefault(variable, len(monomials)), term.coefficient * constant))
+        self._alive = _undominated(_moments(tape.events, weighed, len(monomials)))
         sizes = list(dict.fromkeys(size for monomial in monomials for size in monomial))
-        place = {size: i for i, size in enumerate(sizes)}
+        self._groups = tuple(sorted({name for size in sizes for name, _ in size.parts}))
         self._constant = np.array([*(size.constant for size in sizes), 1], dtype=np.float64)
         self._per_unit = np.zeros((len(sizes) + 1, len(self._groups)))
-        for i, size in enumerate(sizes):
+        for number, size in enumerate(sizes):
             for name, per_unit in size.parts:
-                self._per_unit[i, self._groups.index(name)] += per_unit
+                self._per_unit[number, self._groups.index(name)] += per_unit
         one, longest = len(sizes), max(map(len, monomials), default=0)  # the last size is 1: it fills up short products
-        self._index = np.array([[*map(place.get, m), *[one] * (longest - len(m))] for m in monomials], dtype=np.int64)
+        place = {size: number for number, size in enumerate(sizes)}
+        rows = [[*map(place.get, monomial), *[one] * (longest - len(monomial))] for monomial in monomials]
+        self._index = np.array(rows, dtype=np.int64)
 
     def total(self, widths: Mapping[str, int]) -> float:
         """Peak bytes at these widths."""
@@ -201,14 +272,15 @@ class MemoryCost:
 
 
 def _moments(
-    tape: Tape, factors: Float64[np.ndarray, " storages"], columns: np.ndarray, num_monomials: int
+    events: Sequence[tuple[int, bool]], weighed: Sequence[tuple[int, float]], num_monomials: int
 ) -> Float64[np.ndarray, "moments monomials"]:
     """Coefficient of each monomial in the bytes alive, at every moment after which something goes."""
     alive, rows, rising = np.zeros(num_monomials), [], False
-    for storage, made in tape.events:
+    for storage, made in events:
         if not made and rising:
             rows.append(alive.copy())
-        alive[columns[storage]] += factors[storage] if made else -factors[storage]
+        monomial, weight = weighed[storage]
+        alive[monomial] += weight if made else -weight
         rising = made
     rows.append(alive)
     return np.unique(np.array(rows), axis=0)

@@ -123,8 +123,6 @@ class Readings:
 
     Args:
         values: cost of a step, or of a forward pass.
-        learnable: the same, with joules by the user's watts where those are what the controller follows.
-        quickest: of `learnable`, by the quickest step and pass: others may have an evaluation in them.
         settled: of `values`, those that enough steps stand behind to be compared with a limit.
         margins: how far spending may lie over a limit, relatively, before the meter can tell.
         run_j: joules of the run so far; None if they are not known.
@@ -132,8 +130,6 @@ class Readings:
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
-    learnable: Mapping[str, float] = field(default_factory=dict)
-    quickest: Mapping[str, float] = field(default_factory=dict)
     settled: Mapping[str, float] = field(default_factory=dict)
     margins: Mapping[str, float] = field(default_factory=dict)
     run_j: float | None = None
