@@ -65,3 +65,20 @@ def impulse_response(system: DiagonalSystem, steps: int) -> torch.Tensor:
 
 
 ANGLES = torch.linspace(0.0, math.pi, 129, dtype=torch.float64)
+
+
+def transfer(system: DiagonalSystem | DenseSystem, angles: torch.Tensor) -> torch.Tensor:
+    """Transfer function `H(z) = C (I - A / z)^-1 B` at `z = exp(i angle)`; `|H|` is the gain at that frequency."""
+    if isinstance(system, DiagonalSystem):
+        parts = system.eigenvalues, system.inputs, system.outputs
+        return (_of_modes(*parts, angles) + _of_modes(*(part.conj() for part in parts), angles)) / 2
+    backward = torch.exp(-1j * angles.to(system.dynamics.dtype))[:, None, None]
+    dynamics, inputs, outputs = (
+        part.unsqueeze(-3).to(backward.dtype) for part in (system.dynamics, system.inputs, system.outputs)
+    )
+    return outputs @ torch.linalg.solve(torch.eye(system.num_states) - dynamics * backward, inputs)
+
+
+def _of_modes(eigenvalues: torch.Tensor, b: torch.Tensor, c: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    gain = 1.0 / (1.0 - eigenvalues.unsqueeze(-2) * torch.exp(-1j * angles)[:, None])
+    return (c.unsqueeze(-3) * gain.unsqueeze(-2)) @ b.unsqueeze(-3)

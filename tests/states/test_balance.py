@@ -14,15 +14,13 @@ from setpoint.states import (
     balance,
     beside,
     error_bound,
-    gramians,
-    hankel_values,
+    gramian_factors,
     real_form,
     reduce_modes,
     residual_modes,
-    transfer,
     truncate,
 )
-from states.systems import ANGLES, dense, diagonal, impulse_response
+from states.systems import ANGLES, dense, diagonal, impulse_response, transfer
 
 
 def _error(system: DiagonalSystem | DenseSystem, other: DiagonalSystem | DenseSystem) -> float:
@@ -39,11 +37,11 @@ def test_balancing_makes_both_gramians_the_values(states: int, seed: int) -> Non
         real = real_form(system) if isinstance(system, DiagonalSystem) else system
         clear = int((basis.values > 1e-6 * basis.values[0]).sum())  # the others are resolved less well
         expand, reduce = basis.expand[:, :clear], basis.reduce[:clear]
-        both = gramians(real)
+        reached, heard = gramian_factors(real)
         want = torch.diag(basis.values[:clear])
         scale = float(basis.values[0])
-        torch.testing.assert_close(reduce @ both.controllability @ reduce.mT, want, atol=1e-6 * scale, rtol=0)
-        torch.testing.assert_close(expand.mT @ both.observability @ expand, want, atol=1e-6 * scale, rtol=0)
+        torch.testing.assert_close(reduce @ reached @ reached.mT @ reduce.mT, want, atol=1e-6 * scale, rtol=0)
+        torch.testing.assert_close(expand.mT @ heard @ heard.mT @ expand, want, atol=1e-6 * scale, rtol=0)
         torch.testing.assert_close(reduce @ expand, torch.eye(clear).double(), atol=1e-6, rtol=0)
 
 
@@ -79,7 +77,7 @@ def test_truncation_is_that_of_slicot() -> None:
     parts = [part.numpy() for part in (system.dynamics, system.inputs, system.outputs)]
     order, a, b, c, values = slycot.ab09ad("D", "B", "N", 12, 1, 1, *parts, nr=5)
     assert order == 5
-    np.testing.assert_allclose(hankel_values(system).numpy(), values, rtol=1e-6, atol=1e-7 * values[0])
+    np.testing.assert_allclose(balance(system).values.numpy(), values, rtol=1e-6, atol=1e-7 * values[0])
     assert _error(truncate(system, 5), DenseSystem(*map(torch.from_numpy, (a, b, c)))) <= 1e-7 * values[0]
 
 
@@ -125,8 +123,8 @@ def test_repeated_eigenvalues_do_not_break_modes(num_modes: int) -> None:
     modes = reduce_modes(system, num_modes)
     for part in (modes.system.eigenvalues, modes.system.inputs, modes.system.outputs, modes.expand, modes.reduce):
         assert torch.isfinite(part).all()
-    bound = float(error_bound(hankel_values(system), modes.order))
-    assert _error(system, modes.system) <= bound + 1e-4 * float(hankel_values(system)[0])
+    bound = float(error_bound(balance(system).values, modes.order))
+    assert _error(system, modes.system) <= bound + 1e-4 * float(balance(system).values[0])
 
 
 def test_a_batch_is_reduced_member_by_member() -> None:
@@ -159,13 +157,13 @@ def test_real_eigenvalues_take_a_mode_each() -> None:
     with patch.object(torch.linalg, "eig", counted):
         modes = reduce_modes(system, 20)
     assert modes.order == 20 and calls <= 10
-    assert _error(system, modes.system) <= float(error_bound(hankel_values(system), 20))
+    assert _error(system, modes.system) <= float(error_bound(balance(system).values, 20))
 
 
 def test_what_is_not_resolved_counts_as_that_much() -> None:
     """A Hankel value that is lost in rounding is no 0: the bound holds where nothing but such values are dropped."""
     system = dense(64, 1, 1)
-    values = hankel_values(system)
+    values = balance(system).values
     assert values[63] < 1e-8 * values[0]
     assert _error(system, truncate(system, 63)) <= float(error_bound(values, 63))
     assert float(error_bound(torch.tensor([1.0, 0.0]), 1)) == 0.0

@@ -8,7 +8,7 @@ from setpoint.errors import StateSpaceError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
 from setpoint.sensor.chain import SensorChain
-from setpoint.states import hankel_values
+from setpoint.states import balance
 from setpoint_bench.models import SequenceClassifier
 
 X = torch.randn(6, 12, 1, generator=torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ def test_states_are_ranked_by_hankel_value_and_summed_by_taylor() -> None:
             gates[group.name].append(float(torch.as_tensor(r).detach()))
     reading = sensor.read(state, groups, step=4)
     for position, group in enumerate(groups):
-        values = hankel_values(model.states.blocks[position].lru.state_space()).numpy()
+        values = balance(model.states.blocks[position].lru.state_space()).values.numpy()
         saliency = reading.saliency[group.name]
         assert (np.diff(saliency) <= 0).all()
         energy = (values**2).reshape(-1, 2).sum(1)

@@ -2,21 +2,12 @@
 
 from setpoint.groups.states import DiagonalSystem, StateSpaceLayer, StateWeights
 from setpoint.sensor.reading import Basis
-from setpoint.states.balance import (
-    Balance,
-    Gramians,
-    balance,
-    error_bound,
-    gramian_factors,
-    gramians,
-    hankel_values,
-    truncate,
-)
+from setpoint.states.balance import Balance, balance, error_bound, gramian_factors, truncate
 from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, residual_modes
-from setpoint.states.system import DenseSystem, check_system, real_form, transfer
+from setpoint.states.system import DenseSystem, check_system, real_form
 
 __all__ = [
-    "Balance", "BalancedPairs", "Basis", "DenseSystem", "DiagonalSystem", "Gramians", "Modes", "StateSpaceLayer",
-    "StateWeights", "balance", "beside", "check_system", "error_bound", "gramian_factors", "gramians",
-    "hankel_values", "real_form", "reduce_modes", "residual_modes", "transfer", "truncate",
+    "Balance", "BalancedPairs", "Basis", "DenseSystem", "DiagonalSystem", "Modes", "StateSpaceLayer", "StateWeights",
+    "balance", "beside", "check_system", "error_bound", "gramian_factors", "real_form", "reduce_modes",
+    "residual_modes", "truncate",
 ]  # fmt: skip

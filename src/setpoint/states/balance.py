@@ -1,7 +1,4 @@
-"""Balancing: the coordinates in which every state is reached as strongly as it is heard, ranked by Hankel value.
-
-How strongly a direction of the state space is reached by inputs, and is heard in outputs, the Gramians tell.
-"""
+"""Balancing: the coordinates in which every state is reached by inputs as strongly as it is heard in outputs."""
 
 from __future__ import annotations
 
@@ -10,63 +7,39 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from setpoint.errors import StateSpaceError
 from setpoint.groups.states import DiagonalSystem
 from setpoint.states.system import DenseSystem, System, check_system, real_form
 
 
-@dataclass(frozen=True, eq=False)
-class Gramians:
-    """Controllability and observability Gramian of the real form, in float64.
-
-    `P = sum over t of A^t B B^T (A^T)^t` solves `A P A^T - P + B B^T = 0`, and
-    `Q = sum over t of (A^T)^t C^T C A^t` solves `A^T Q A - Q + C^T C = 0`.
-
-    Args:
-        controllability: P, shape (..., states, states); a diagonal system with n modes has 2 n real states.
-        observability: Q, of the same shape.
-    """
-
-    controllability: Float[Tensor, "*batch states states"]
-    observability: Float[Tensor, "*batch states states"]
-
-
-def gramians(system: System) -> Gramians:
-    """Both Gramians of a stable system.
-
-    Of a diagonal system they are known in closed form, with `l` the eigenvalues: the state's covariance is `E[x x^H]_ij
-    = (B B^H)_ij / (1 - l_i conj(l_j))` and its pseudo-covariance `E[x x^T]_ij = (B B^T)_ij / (1 - l_i l_j)`; those of
-    the real and imaginary parts follow. Of a dense one they are summed by doubling.
-
-    >>> from setpoint.states import DenseSystem
-    >>> half = DenseSystem(torch.tensor([[0.5]]), torch.ones(1, 1), torch.ones(1, 1))
-    >>> round(gramians(half).controllability.item(), 6)  # 1 / (1 - 0.25)
-    1.333333
-    """
-    if isinstance(system, DiagonalSystem):
-        return _diagonal_gramians(system)
-    reached, heard = gramian_factors(system)
-    return Gramians(_finite(reached @ reached.mT), _finite(heard @ heard.mT))
-
-
 def gramian_factors(
     system: System,
 ) -> tuple[Float[Tensor, "*batch states columns"], Float[Tensor, "*batch states columns_too"]]:
-    """Factors `R` and `H` of the Gramians: `P = R R^T` and `Q = H H^T`, in float64."""
-    # Products of factors are all that balancing needs; `P Q` itself would square the condition.
+    """Factors R and H of both Gramians of a stable system's real form, `P = R R^T` and `Q = H H^T`, in float64.
+
+    The controllability Gramian `P = sum over t of A^t B B^T (A^T)^t` solves `A P A^T - P + B B^T = 0`, and the
+    observability Gramian `Q = sum over t of (A^T)^t C^T C A^t` solves `A^T Q A - Q + C^T C = 0`. Those of a diagonal
+    system with n modes, which has 2 n real states, are known in closed form; those of a dense one are summed by
+    doubling. Products of factors are all that balancing needs; `P Q` itself would square the condition.
+    """
     if isinstance(system, DiagonalSystem):
-        both = _diagonal_gramians(system)
-        return _factor(both.controllability), _factor(both.observability)
+        reached, heard = _diagonal_gramians(system)
+        return _factor(_finite(reached)), _factor(_finite(heard))
     dynamics = system.dynamics.detach().double()
     inputs, outputs = system.inputs.detach().double(), system.outputs.detach().double()
     return _finite(_doubled(dynamics, inputs)), _finite(_doubled(dynamics.mT, outputs.mT))
 
 
-def _diagonal_gramians(system: DiagonalSystem) -> Gramians:
+def _diagonal_gramians(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
+    """Both Gramians of a diagonal system with eigenvalues `l`.
+
+    The state's covariance is `E[x x^H]_ij = (B B^H)_ij / (1 - l_i conj(l_j))`, its pseudo-covariance `E[x x^T]_ij =
+    (B B^T)_ij / (1 - l_i l_j)`; those of the real and imaginary parts follow.
+    """
     values = system.eigenvalues.detach().to(torch.complex128)
     inputs, outputs = (part.detach().to(torch.complex128) for part in (system.inputs, system.outputs))
-    # Geometric series over time: sum of (l_i conj(l_j))^t, and of (l_i l_j)^t for the pseudo-covariance.
     room = 1.0 - values[..., :, None] * values.conj()[..., None, :]
     pseudo_room = 1.0 - values[..., :, None] * values[..., None, :]
     covariance, pseudo = inputs @ inputs.mH / room, inputs @ inputs.mT / pseudo_room
@@ -74,8 +47,7 @@ def _diagonal_gramians(system: DiagonalSystem) -> Gramians:
     total, difference = covariance + pseudo, covariance - pseudo
     controllability = _blocks(total.real, -difference.imag, total.imag, difference.real)
     total, difference = heard + heard_pseudo, heard - heard_pseudo
-    observability = _blocks(total.real, -total.imag, difference.imag, difference.real)
-    return Gramians(_finite(controllability), _finite(observability))
+    return controllability, _blocks(total.real, -total.imag, difference.imag, difference.real)
 
 
 def _finite(gramian: Tensor) -> Tensor:
@@ -125,10 +97,6 @@ def _narrow(factor: Tensor) -> Tensor:
     return result
 
 
-_RESOLVED = 1e-8
-"""The least Hankel value that is resolved, as a fraction of the largest."""
-
-
 @dataclass(frozen=True, eq=False)
 class Balance:
     """A balancing pair: `x = expand @ z` and `z = reduce @ x`, with `reduce @ expand = I`.
@@ -146,32 +114,17 @@ class Balance:
     reduce: Float[Tensor, "*batch states states"]
 
 
-def hankel_values(system: System, what: str = "the system") -> Float[Tensor, "*batch states"]:
-    """Hankel singular values of a system, descending: `sqrt(eig(P Q))`, for the Gramians P and Q of its real form.
-
-    Computed as the singular values of `H^T R` for factors `P = R R^T` and `Q = H H^T`, so that values down to
-    about 1e-8 of the largest are resolved, and none is ever NaN.
-
-    Args:
-        system: a diagonal system with n modes has 2 n values, a dense one with n real states n.
-
-    References:
-        Moore: "Principal component analysis in linear systems", IEEE TAC 26(1), 1981.
-    """
-    check_system(system, what)
-    reached, heard = gramian_factors(system)
-    values: Tensor = torch.linalg.svdvals(heard.mT @ reached)
-    return torch.nn.functional.pad(values, (0, _real_states(system) - values.shape[-1]))
-
-
 def balance(system: System, what: str = "the system") -> Balance:
-    """The balancing pair of a system's real form, by the square-root method.
+    """The balancing pair of a system's real form, by the square-root method, with its Hankel singular values.
 
-    With `H^T R = U diag(values) V^T`: `expand = R V diag(values)^-1/2` and `reduce = diag(values)^-1/2 U^T H^T`.
-    States that cannot be reached or heard (value below rounding) get neither.
+    These are `sqrt(eig(P Q))` for the Gramians P and Q, computed as the singular values of `H^T R` for their factors,
+    so that values down to about 1e-8 of the largest are resolved, and none is ever NaN. With
+    `H^T R = U diag(values) V^T`: `expand = R V diag(values)^-1/2` and `reduce = diag(values)^-1/2 U^T H^T`. States that
+    cannot be reached or heard (value below rounding) get neither.
 
     References:
-        Laub, Heath, Paige, Ward: "Computation of system balancing transformations", IEEE TAC 32(2), 1987.
+        Moore: "Principal component analysis in linear systems", IEEE TAC 26(1), 1981. Laub, Heath, Paige, Ward:
+        "Computation of system balancing transformations", IEEE TAC 32(2), 1987.
     """
     check_system(system, what)
     reached, heard = gramian_factors(system)
@@ -179,7 +132,7 @@ def balance(system: System, what: str = "the system") -> Balance:
     floor = torch.finfo(values.dtype).eps * values.shape[-1] * values[..., :1]
     root = torch.where(values > floor, values.clamp_min(1e-300).rsqrt(), 0.0)
     expand, reduce = reached @ right.mT * root[..., None, :], root[..., :, None] * (left.mT @ heard.mT)
-    missing, pad = _real_states(system) - values.shape[-1], torch.nn.functional.pad
+    missing = _real_states(system) - values.shape[-1]
     return Balance(pad(values, (0, missing)), pad(expand, (0, missing)), pad(reduce, (0, 0, 0, missing)))
 
 
@@ -192,13 +145,8 @@ def truncate(system: System, num_states: int, basis: Balance | None = None) -> D
 
     Its transfer function differs from the full one by at most `error_bound(values, num_states)` at any frequency.
 
-    Args:
-        system: stable and finite; of a diagonal one the real form is reduced.
-        num_states: real states to keep, from 1 to all.
-        basis: `balance(system)`, if it is known.
-
-    Raises:
-        StateSpaceError: as `check_system`, or for a number of states that there is not.
+    Of a diagonal system the real form is reduced; `basis` is `balance(system)`, if it is known. StateSpaceError for a
+    number of real states that is not from 1 to all.
 
     References:
         Pernebo, Silverman: "Model reduction via balanced state space representations", IEEE TAC 27(2), 1982.
@@ -225,4 +173,4 @@ def error_bound(values: Float[Tensor, "*batch states"], num_states: int) -> Floa
         Al-Saggaf, Franklin: "An error bound for a discrete reduced order model", IEEE TAC 32(9), 1987.
     """
     dropped = values[..., num_states:]
-    return 2.0 * torch.where(dropped > 0, torch.maximum(dropped, _RESOLVED * values[..., :1]), 0.0).sum(-1)
+    return 2.0 * torch.where(dropped > 0, torch.maximum(dropped, 1e-8 * values[..., :1]), 0.0).sum(-1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
-from setpoint.groups.group import Group, Slice
+from setpoint.groups.group import Group
 from setpoint.groups.states import state_layer
 from setpoint.sensor.reading import Basis, Reading, Sensor
 from setpoint.sensor.taylor import Moments, TaylorSensor
@@ -80,7 +80,6 @@ class HankelSensor(Sensor[HankelState]):
         return self.taylor.readable(tuple(group for group in groups if _is_balanceable(model, group)), model)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> HankelState:
-        """Empty moments; GroupError for a group not of states, StateSpaceError for a layer not stable or finite."""
         for group in groups:
             name, layer = state_layer(model, group)
             check_system(layer.state_space(), f"layer {name!r}")
@@ -89,11 +88,9 @@ class HankelSensor(Sensor[HankelState]):
     def update(
         self, state: HankelState, groups: tuple[Group, ...], model: nn.Module, grad_scale: torch.Tensor | None = None
     ) -> HankelState:
-        """Take in the gradients of one optimizer step. No host sync."""
         return replace(state, layers=self.taylor.update(state.layers, _as_one(groups), model, grad_scale))
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """FLOPs of one update: a product and a sum for each entry of C."""
         return self.taylor.flops(_as_one(groups), model)
 
     def read(self, state: HankelState, groups: tuple[Group, ...], step: int) -> Reading:
@@ -132,8 +129,8 @@ def _is_balanceable(model: nn.Module, group: Group) -> bool:
 
 def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     """The same groups with all their units as one."""
-
-    def one(slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
-        return tuple(replace(place, index=np.minimum(place.index, 0)) for place in slices)
-
-    return tuple(replace(group, num_units=1, slices=one(group.slices)) for group in groups)
+    found = []
+    for group in groups:
+        slices = tuple(replace(place, index=np.minimum(place.index, 0)) for place in group.slices)
+        found.append(replace(group, num_units=1, slices=slices))
+    return tuple(found)

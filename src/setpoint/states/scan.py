@@ -135,26 +135,24 @@ def recur(
     a: Complex[Tensor, " states"],
     before: Complex[Tensor, "batch states"] | None,
     backwards: bool = False,
-    by_rows: bool | None = None,
 ) -> None:
     """In place: `x[t] += a * x[t-1]` for all t in turn; backwards, `x[t] += a * x[t+1]`.
 
     x is what comes in at each step, and becomes the states. The first step starts from the state `before`, or from 0.
-    With `by_rows`, by default on an accelerator, many steps are taken at once.
     """
     steps = x.unbind(0)[:: -1 if backwards else 1]
     if before is not None:
         steps[0].addcmul_(a, before)
-    if (x.device.type != "cpu") if by_rows is None else by_rows:
-        _recur_by_rows(x, a, backwards)
+    if x.device.type != "cpu":
+        recur_by_rows(x, a, backwards)
         return
     a = a.expand_as(steps[0]).contiguous()
     for earlier, here in pairwise(steps):
         here.addcmul_(a, earlier)
 
 
-def _recur_by_rows(x: Tensor, a: Tensor, backwards: bool) -> None:
-    """Steps as rows of a square: all rows at once, then from row to row, then what each row hands to the next."""
+def recur_by_rows(x: Tensor, a: Tensor, backwards: bool) -> None:
+    """The same with steps as rows of a square: all rows at once, then from row to row, then what each hands on."""
     width = math.isqrt(len(x))
     rows, rest = divmod(len(x), width)
     turn = -1 if backwards else 1

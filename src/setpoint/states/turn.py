@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
-from setpoint.groups.states import DiagonalSystem, StateSpaceLayer, StateWeights, state_layer
+from setpoint.groups.states import DiagonalSystem, StateWeights, state_layer
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Basis, Reading
 from setpoint.states.modes import Modes, beside, residual_modes
@@ -42,12 +42,11 @@ def turned(
 ) -> Iterator[None]:
     """State groups that are about to lose units, in coordinates in which they can; `shrink` with this `keep` inside.
 
-    Arguments are those of `shrink`. For a group in `basis`, `keep` is about the units of that basis. With
-    `BalancedPairs` the kept units then hold the balanced truncation of the layer's real map, brought back to modes, so
-    its gain changes by at most twice the sum of the dropped Hankel values. Other groups are left as they are.
-
-    With `rest` the units that go hold what the truncation loses, as modes of their own (`residual_modes`), so that they
-    can rest in a reserve and come back; without, nothing.
+    For a group in `basis` (coordinates for the states of its layer as it is now), `keep` is about the units of that
+    basis. With `BalancedPairs` the kept units then hold the balanced truncation of the layer's real map, brought back
+    to modes, so its gain changes by at most twice the sum of the dropped Hankel values. With `rest` the units that go
+    hold what the truncation loses, as modes of their own (`residual_modes`), so that they can rest in a reserve and
+    come back; without, nothing.
 
     Optimizer moments of B and C go through the same change of basis: gradients, hence first moments, by the
     transposed maps, second moments by the squares of their entries, as if entries were independent. Moments of
@@ -56,16 +55,13 @@ def turned(
     the same change of basis and take over the new eigenvalues, so that modes correspond.
 
     On any exception, inside too, model, optimizers and copies are as they were.
-
-    Args:
-        basis: by group name, coordinates for the states of its layer as it is now, as `Reading.basis` holds it.
     """
     full = check_keep(groups, keep)
     with ExitStack() as undo:
         for group in groups:
             if group.name in basis and not full[group.name].all():
-                held = _Held(model, as_sequence(optimizer), copies, undo)
-                _Turn.of(held, group, full[group.name], basis[group.name], rest=rest).apply()
+                turn = _Turn(model, as_sequence(optimizer), undo, group, full[group.name], basis[group.name], rest)
+                turn.apply(copies)
         yield
         # All went well: the way back is forgotten. On an exception it is taken on the way out.
         undo.pop_all()
@@ -78,62 +74,60 @@ def balanced(
     return turned(host.model, host.optimizers, groups, plan.keep, reading.basis, host.copies, rest=rest)
 
 
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """All that changes together, and the way back."""
-
-    model: nn.Module
-    optimizers: Sequence[Optimizer]
-    copies: Sequence[nn.Module]
-    undo: ExitStack
-
-    def replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
-        self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
-        optimizer.state[parameter] = state
-
-
-@dataclass(frozen=True, eq=False)
 class _Turn:
-    """One layer on its way to other coordinates."""
+    """One layer on its way to other coordinates; `undo` is the way back.
 
-    held: _Held
-    name: str  # of the layer
-    group: Group  # its states
-    old: DiagonalSystem  # its system
-    modes: Modes  # what it is reduced to, with what that loses where this is to rest
-    places: Tensor  # positions along its states at which the modes will lie; what is elsewhere is about to be cut
+    `modes` is what its system `old` is reduced to, with what that loses where this is to rest, and `places` where along
+    its states these modes will lie; what is elsewhere is about to be cut.
+    """
 
-    @classmethod
-    def of(cls, held: _Held, group: Group, keep: np.ndarray, basis: Basis, *, rest: bool) -> _Turn:
-        name, layer = state_layer(held.model, group)
-        old = layer.state_space()
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        undo: ExitStack,
+        group: Group,
+        keep: np.ndarray,
+        basis: Basis,
+        rest: bool,
+    ) -> None:
+        self.model, self.optimizers, self.undo = model, optimizers, undo
+        self.name, layer = state_layer(model, group)
+        self.prefix = f"{self.name}." if self.name else ""
+        self.tensors = sorted({piece.tensor for piece in group.slices})
+        self.old = old = layer.state_space()
         if not basis.num_units == old.num_states == group.num_units:
             raise GroupError(
                 f"the basis of group {group.name!r} is for {basis.num_units} states, but it has {group.num_units}: "
                 "use the reading taken at the present widths"
             )
-        written = (f"{name}." if name else "") + layer.state_weights().inputs[0]
+        written = self.prefix + layer.state_weights().inputs[0]
         index = next(piece.index for piece in group.slices if piece.tensor == written and piece.role != "consume")
-        modes, places = basis.modes(old, keep), [np.flatnonzero(keep[index])]
+        self.modes: Modes = basis.modes(old, keep)
+        places = [np.flatnonzero(keep[index])]
         if rest:
-            modes = beside(modes, residual_modes(old, modes, int((~keep).sum())))
+            self.modes = beside(self.modes, residual_modes(old, self.modes, int((~keep).sum())))
             places.append(np.flatnonzero(~keep[index]))
-        return cls(held, name, group, old, modes, torch.from_numpy(np.concatenate(places)).to(old.eigenvalues.device))
+        self.places = torch.from_numpy(np.concatenate(places)).to(old.eigenvalues.device)
 
-    def apply(self) -> None:
+    def apply(self, copies: Sequence[nn.Module]) -> None:
         """Write the modes, and what follows them, at their places."""
         # Before the write: the scale of B that the optimizer's moments were taken at.
-        before = _layer(self.held.model, self.name).state_weights()
-        self._write(self.held.model, self.modes.system)
-        taken = replace(self, modes=self._as_taken())
-        for copy in self.held.copies:
-            inner = copy if self._tensor_names() <= set(named_tensors(copy)) else copy.get_submodule("module")
-            taken._write(inner, taken._follow(_layer(inner, self.name).state_space()))
-        taken._carry(before, _layer(self.held.model, self.name).state_weights())
+        before = self._layer(self.model).state_weights()
+        self._write(self.model, self.modes.system)
+        self.modes = self._as_taken()
+        for copy in copies:
+            inner = copy if set(self.tensors) <= set(named_tensors(copy)) else copy.get_submodule("module")
+            self._write(inner, self._follow(self._layer(inner).state_space()))
+        self._carry(before, self._layer(self.model).state_weights())
+
+    def _layer(self, model: nn.Module) -> Any:
+        return model.get_submodule(self.name)
 
     def _as_taken(self) -> Modes:
         """The modes as the layer has them: some may be mirrored, with other signs of imaginary rows and columns."""
-        new, now = self.modes.system, _layer(self.held.model, self.name).state_space()
+        new = self.modes.system
+        now: DiagonalSystem = self._layer(self.model).state_space()
         eigenvalues = now.eigenvalues.index_select(-1, self.places).to(new.eigenvalues)
         inputs = now.inputs.index_select(-2, self.places).to(new.inputs)
         outputs = now.outputs.index_select(-1, self.places).to(new.outputs)
@@ -155,19 +149,16 @@ class _Turn:
         reduce, expand = signs[..., :, None] * self.modes.reduce, self.modes.expand * signs[..., None, :]
         return replace(self.modes, system=system, reduce=reduce, expand=expand)
 
-    def _tensor_names(self) -> set[str]:
-        return {piece.tensor for piece in self.group.slices}
-
     def _write(self, model: nn.Module, new: DiagonalSystem) -> None:
-        tensors = named_tensors(model)
+        tensors, layer = named_tensors(model), self._layer(model)
         # Clones, since `set_state_space` writes in place.
-        for name in self._tensor_names():
-            self.held.undo.callback(_put_back, tensors[name], tensors[name].detach().clone())
-        old = _layer(model, self.name).state_space()
+        for name in self.tensors:
+            self.undo.callback(_put_back, tensors[name], tensors[name].detach().clone())
+        old = layer.state_space()
         values = old.eigenvalues.detach().to(torch.complex128)
         inputs = torch.zeros_like(old.inputs, dtype=torch.complex128)
         outputs = torch.zeros_like(old.outputs, dtype=torch.complex128)
-        _layer(model, self.name).set_state_space(
+        layer.set_state_space(
             DiagonalSystem(
                 values.index_copy(-1, self.places, new.eigenvalues),
                 inputs.index_copy(-2, self.places, new.inputs),
@@ -183,8 +174,7 @@ class _Turn:
         return DiagonalSystem(self.modes.system.eigenvalues, torch.complex(b_re, b_im), torch.complex(c_re, -c_im))
 
     def _carry(self, before: StateWeights, after: StateWeights) -> None:
-        prefix = f"{self.name}." if self.name else ""
-        inputs, outputs = ([prefix + name for name in names] for names in (before.inputs, before.outputs))
+        inputs, outputs = ([self.prefix + name for name in names] for names in (before.inputs, before.outputs))
         scale = after.input_scale.to(torch.complex128).index_select(-1, self.places)
         gradients_in = _times(scale.conj()) @ self.modes.expand.mT @ _times(1 / before.input_scale.to(scale).conj())
         states, kept = self.old.num_states, self.modes.system.num_states
@@ -192,8 +182,8 @@ class _Turn:
         dim = self.old.eigenvalues.dim() - 1
         self._turn_state(inputs, gradients_in, dim)
         self._turn_state(outputs, gradients_out, dim + 1)
-        tensors = named_tensors(self.held.model)
-        for parameter in (tensors[name] for name in sorted(self._tensor_names() - {*inputs, *outputs})):
+        tensors = named_tensors(self.model)
+        for parameter in (tensors[name] for name in self.tensors if name not in (*inputs, *outputs)):
 
             def restart(value: Tensor, key: str, shape: torch.Size = parameter.shape) -> Tensor:
                 if value.shape != shape:
@@ -201,19 +191,19 @@ class _Turn:
                 mean = torch.zeros_like(value) if key in _FIRST else value.mean(dim, keepdim=True).expand_as(value)
                 return mean.clone()
 
-            for optimizer in self.held.optimizers:
+            for optimizer in self.optimizers:
                 if parameter in optimizer.state:
                     before_turn = optimizer.state[parameter].items()
                     state = {key: map_tensors(value, restart, key) for key, value in before_turn}
-                    self.held.replace_state(optimizer, parameter, state)
+                    self._replace_state(optimizer, parameter, state)
 
     def _turn_state(
         self, names: Sequence[str], gradients: Float[Tensor, "*batch two_kept two_states"], dim: int
     ) -> None:
         """Send the state of a complex weight, kept in one tensor or two, through the map that its gradients take."""
-        tensors = named_tensors(self.held.model)
+        tensors = named_tensors(self.model)
         parameters = [tensors[name] for name in names]
-        for optimizer in self.held.optimizers:
+        for optimizer in self.optimizers:
             states = [optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state]
             if len(states) < len(parameters):
                 continue
@@ -224,7 +214,11 @@ class _Turn:
                     for state, value in zip(fresh, _turned(values, key, gradients, dim, self.places), strict=True):
                         state[key] = value
             for parameter, state in zip(parameters, fresh, strict=True):
-                self.held.replace_state(optimizer, parameter, state)
+                self._replace_state(optimizer, parameter, state)
+
+    def _replace_state(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
+        self.undo.callback(optimizer.state.__setitem__, parameter, optimizer.state[parameter])
+        optimizer.state[parameter] = state
 
 
 def _turned(values: list[Tensor], key: str, gradients: Tensor, dim: int, kept: Tensor) -> list[Tensor]:
@@ -262,9 +256,3 @@ def _mirror(states: int, device: torch.device) -> Tensor:
 def _put_back(tensor: Tensor, old: Tensor) -> None:
     with torch.no_grad():
         tensor.copy_(old)
-
-
-def _layer(model: nn.Module, name: str) -> StateSpaceLayer:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, StateSpaceLayer)
-    return layer
