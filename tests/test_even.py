@@ -337,7 +337,7 @@ def test_a_cut_that_comes_back_comes_back_evenly() -> None:
     assert plan.drops()
     again, same = controller.decide(narrow, seen, cost, groups)  # as if nothing had been cut
     assert same.drops() and len({int(same.keep[f"block.{i}.neurons"].sum()) for i in range(2)}) == 1
-    assert EvenController(TolerantController(setpoint.Tolerance(0.1))).regrow
+    assert EvenController(TolerantController(setpoint.Tolerance(0.1))).conduct.regrow
 
 
 def test_what_cannot_be_even_is_refused_in_a_sentence() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.group import Group
 from setpoint.spending.account import Segment
@@ -80,7 +80,7 @@ def _counted(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Script:
+class Script(Controller[int]):
     """A controller that drops given numbers of units at given steps, the first ones of every group."""
 
     drops: Mapping[int, int]

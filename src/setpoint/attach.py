@@ -15,7 +15,8 @@ from setpoint.actuator.in_state_dict import PENDING, RESUMING, carry_sizes
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.controller.even import EvenController
-from setpoint.controller.plan import Controller, RegrowingController, regrows
+from setpoint.controller.guarded import Guarded
+from setpoint.controller.plan import Controller
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget, Tolerance
 from setpoint.errors import CheckpointError, LoopError
@@ -223,7 +224,7 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     spending = _spending(host, spec, found, spec.controller, sensor, inputs, Meter(), clock, check_resources)
     return Parts(
         sensor,
-        spec.guarded(spec.controller),
+        Guarded(spec.controller),
         masking,
         spending,
         _header(host, found, spending),
@@ -251,7 +252,8 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         host, traced, inputs.example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify
     )
     found = even.complete(found, host.model) if even else found
-    if regrows(controller):
+    conduct = controller.conduct
+    if conduct.regrow:
         from setpoint.regrowth.regrowing import check_regrowth
 
         check_regrowth(sensor)
@@ -271,16 +273,15 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     def revocable() -> Actuator:
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
 
-        assert isinstance(controller, RegrowingController), "only such a controller takes units back"
         reserve_bytes = (spec.regrowing or Regrowing()).reserve_bytes
-        lasting = regrows(controller) and not isinstance(spec.goal, Tolerance)
+        lasting = conduct.regrow and not isinstance(spec.goal, Tolerance)
         return Regrowth(cutting, controller, spending, reserve_bytes, lasting=lasting)
 
-    able = isinstance(controller, RegrowingController) and sensor.traits.returns
-    at_once = able and regrows(controller)
+    able = (conduct.regrow or conduct.yields) and sensor.traits.returns
+    at_once = able and conduct.regrow
     return Parts(
         sensor,
-        spec.guarded(controller),
+        Guarded(controller),
         revocable() if at_once else cutting,
         spending,
         _header(host, found, spending),
@@ -335,7 +336,6 @@ def _spending(
     spending = Spending(
         limits,
         total_steps=spec.total_steps,
-        schedule=spec.schedule,
         account=account,
         meter=meter,
         controller=controller,

@@ -14,14 +14,10 @@ from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.even import EvenController
 from setpoint.controller.penalty import PenaltyController
-from setpoint.controller.plan import Controller, Pursuing, RegrowingController
+from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
-from setpoint.controller.rolling_back import RollingBack
-from setpoint.controller.schedule import Schedule
 from setpoint.controller.tolerant import TolerantController
-from setpoint.controller.using_up import UsingUp
-from setpoint.cost.budget import METERED, Budget, Price, Tolerance
-from setpoint.cost.parse import parse_budget
+from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import check_method
 from setpoint.groups.group import Group, check_blocks
@@ -73,19 +69,6 @@ class RunSpec:
         """What is saved where there is no budget."""
         return self.goal.resource if self.goal else "flops"
 
-    @property
-    def schedule(self) -> Schedule:
-        """When decisions are made."""
-        schedule = getattr(self.controller, "schedule", None)
-        return schedule if isinstance(schedule, Schedule) else Schedule()
-
-    def guarded(self, controller: Controller[Any]) -> Controller[Any]:
-        """The controller, which uses up a run's budget and gives way to the loss once."""
-        using_up = UsingUp(controller)
-        yields = isinstance(self.controller, RegrowingController) or getattr(self.controller, "pauses", False)
-        # A tolerance judges by itself whether a cut stays.
-        return RollingBack(using_up) if yields and not isinstance(self.goal, Tolerance) else using_up
-
 
 def run_spec(
     host: Host,
@@ -135,7 +118,7 @@ def run_spec(
         raise LoopError("even=True is for units that are cut: Masking(...) keeps every layer as wide as it is")
     if even and not isinstance(controller, EvenController):
         controller = EvenController(controller)
-    if regrowing and (isinstance(goal, Price) or not isinstance(controller, RegrowingController)):
+    if regrowing and not (controller.conduct.regrow or controller.conduct.yields):
         raise LoopError(
             f"actuator=Regrowing(...) has no use here: {type(controller).__name__} brings nothing back. Leave the "
             "actuator to attach, or use a Budget with PricedController(regrow=True), or a Tolerance"
@@ -171,10 +154,9 @@ def _check_part(name: str, part: object, kind: type, example: str) -> None:
     # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
     lacking = sorted(method for method in vars(kind) if not method.startswith("_") and not hasattr(part, method))
     if part is not None and lacking:
-        derive = ": derive it from setpoint.sensor.reading.Sensor" if hasattr(part, "update") else ""
         raise LoopError(
             f"{name} must be a {kind.__name__}, such as {example}(...), or None; got {part!r}, which has no "
-            f"{' and no '.join(lacking)}{derive}"
+            f"{' and no '.join(lacking)}: derive it from {kind.__module__}.{kind.__name__}"
         )
 
 
@@ -201,13 +183,10 @@ def _controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool)
 
 def _check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> None:
     """Check that a controller that pursues one goal was made for this one; None stands for budgets."""
-    inner = getattr(controller, "inner", controller)
-    if not isinstance(inner, Pursuing):
-        return
-    name = type(inner).__name__
-    if inner.goal != "budget" and inner.goal != goal:
-        raise BudgetError(f"this {name} pursues {inner.goal!r}: give the same to attach, got {goal or 'budgets'}")
-    if inner.goal == "budget" and goal is not None:
+    own, name = controller.conduct.goal, type(controller).__name__
+    if own != "budget" and own != goal:
+        raise BudgetError(f"this {name} pursues {own!r}: give the same to attach, got {goal or 'budgets'}")
+    if own == "budget" and goal is not None:
         raise BudgetError(
             f"{name} holds a budget, not {a_type(goal)}: give attach a Budget, or leave the controller to it"
         )

@@ -112,7 +112,7 @@ def test_lands_within_the_budget(controller: Controller[Any], plant: Callable[[]
     last = decisions[-1]
     assert last.plan.budget_met and last.predicted <= limit and last.step <= 140
     for decision in decisions:
-        comes_back = getattr(controller, "regrow", False) or isinstance(controller, DropAndGrowController)
+        comes_back = controller.conduct.regrow or isinstance(controller, DropAndGrowController)
         may_grow = comes_back and decision.step < 140
         assert decision.plan.budget_met == (decision.predicted <= limit and not may_grow)
         for group in decision.groups:

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-import setpoint
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Observation, Plan, Wrapper
 from setpoint.groups.group import Group
 
 
-class Returning:
+@dataclass(frozen=True)
+class Returning(Wrapper):
     """Comes down to a share of the limit by the settle step; then brings back, at each decision, the block of highest
     probed gain that fits under the limit.
-
-    Args:
-        inner: the controller that comes down.
-        share: of the limit, where the way down ends.
     """
 
-    def __init__(self, inner: setpoint.PricedController, share: float) -> None:
-        self.inner, self.share = inner, share
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    # Named one by one: from Python 3.12 on isinstance of a protocol does not see what __getattr__ passes on.
-    regrow = property(lambda self: self.inner.regrow)
-    init = property(lambda self: self.inner.init)
-    due = property(lambda self: self.inner.due)
-    probe_due = property(lambda self: self.inner.probe_due)
-    transferred = property(lambda self: self.inner.transferred)
+    share: float = 1.0
 
     def decide(self, state: Any, observation: Observation, cost: Any, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         at, limit = (observation.step, observation.planned_steps), observation.limit[cost.resource]
-        if not self.inner.schedule.settled(observation.step - 1, observation.planned_steps):
+        schedule = self.conduct.schedule
+        if not schedule.settled(observation.step - 1, observation.planned_steps):
             low = replace(observation, limit={**observation.limit, cost.resource: self.share * limit})
             return self.inner.decide(state, low, cost, groups)
         state, plan = self.inner.decide(state, observation, cost, groups)
-        if observation.probe is None or self.inner.schedule.final(*at) or not plan.empty():
+        if observation.probe is None or schedule.final(*at) or not plan.empty():
             return state, plan
         found = []
         for group in groups:

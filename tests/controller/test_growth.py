@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.plants import chain, lognormal, observe, residual
-from setpoint.controller.offer import offers_of
-from setpoint.controller.plan import Plan, Probe, RegrowingController
+from setpoint.controller.offer import Probe, offers_of
+from setpoint.controller.plan import Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
@@ -193,7 +193,6 @@ def test_probes_come_before_decisions_that_may_use_them() -> None:
     present = {step + 1 for step in range(1000) if REGROWING.probe_due(step, 1000)}
     due = [step for step in range(1, 1001) if REGROWING.due(step, 1000) and step < 700]
     assert present == {step - back for step in due for back in range(REGROWING.probe_steps)}
-    assert isinstance(REGROWING, RegrowingController)
 
 
 def test_what_is_not_sure_is_not_offered() -> None:

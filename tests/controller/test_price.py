@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import lfilter
 
-from setpoint.controller.aim import Feedback, Gains
+from setpoint.controller.priced import Feedback, Gains
 
 
 def _errors(factors: np.ndarray, gains: Gains) -> np.ndarray:

@@ -12,38 +12,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.plants import chain, lognormal, residual, unit_group
-from setpoint.controller.ladder import Ladder, build_ladder
-from setpoint.controller.selection import Allocation, Selection, add_back, cheapest, descend, marginal_worth, start
-from setpoint.controller.swap import swap, trade
+from setpoint.controller.selection import (
+    Allocation,
+    Ladder,
+    Selection,
+    add_back,
+    cheapest,
+    descend,
+    start,
+    swap,
+    trade,
+)
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
-
-
-def _ladders(groups: tuple[Group, ...], saliency: dict[str, np.ndarray]) -> dict[str, Ladder]:
-    return {
-        group.name: build_ladder(
-            group,
-            saliency[group.name],
-            dense=group.num_units,
-            floor=0,
-            max_dropped=group.num_units,
-            free=np.ones(group.num_units, bool),
-        )
-        for group in groups
-    }
 
 
 def _start(
     groups: tuple[Group, ...], cost: Cost, saliency: dict[str, np.ndarray], allocation: Allocation = "worth"
 ) -> Selection:
-    return start(cost, _ladders(groups, saliency), widths_of(groups), allocation)
+    return start(cost, groups, saliency, widths_of(groups), widths_of(groups), allocation)
 
 
 def _dropped(selection: Selection) -> float:
     return sum(float(ladder.salience[selection.rungs[name]]) for name, ladder in selection.ladders.items())
 
 
-def _naive(groups: tuple[Group, ...], cost: Cost, ladders: dict[str, Ladder], target: float) -> dict[str, int]:
+def _naive(groups: tuple[Group, ...], cost: Cost, ladders: Mapping[str, Ladder], target: float) -> dict[str, int]:
     """Greedy descent that weighs every block of every group again before each pick, straight from totals."""
     widths, rungs = widths_of(groups), dict.fromkeys(ladders, 0)
     while cost.total(widths) > target:
@@ -76,7 +70,7 @@ def test_lazy_heap_is_the_naive_greedy(widths: list[int], multiple_of: int, frac
     selection = _start(groups, cost, saliency)
     target = fraction * cost.total(widths_of(groups))
     descend(selection, target)
-    assert selection.rungs == _naive(groups, cost, _ladders(groups, saliency), target)
+    assert selection.rungs == _naive(groups, cost, selection.ladders, target)
     assert selection.total == cost.total(selection.widths)
 
 
@@ -91,7 +85,7 @@ def test_price_is_monotone(seed: int, fractions: list[float]) -> None:
         descend(selection, fraction * dense)
         results.append(selection)
     for looser, tighter in zip(results, results[1:], strict=False):
-        assert marginal_worth(tighter) >= marginal_worth(looser)
+        assert tighter.marginal_worth() >= looser.marginal_worth()
         assert tighter.total <= looser.total
         assert all(tighter.rungs[name] >= looser.rungs[name] for name in tighter.rungs)
 

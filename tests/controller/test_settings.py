@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from setpoint.controller.aim import Gains
 from setpoint.controller.penalty import PenaltyController
-from setpoint.controller.priced import PricedController
+from setpoint.controller.priced import Gains, PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import Price, Tolerance

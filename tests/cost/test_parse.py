@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from setpoint.cost.parse import is_time, parse_budget
+from setpoint.cost.budget import is_time, parse_budget
 from setpoint.errors import BudgetError
 
 

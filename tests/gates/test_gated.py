@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from controller.plants import chain, lognormal, observe
-from setpoint.controller.plan import Learning, Plan, Probe
+from setpoint.controller.offer import Probe
+from setpoint.controller.plan import Plan
 from setpoint.controller.priced import PricedController
 from setpoint.cost.cost import Cost
 from setpoint.gates.gated import GatedController, GateNet
@@ -131,7 +132,7 @@ def test_its_flops_are_those_of_its_products() -> None:
 
     groups, cost = chain(64, 64)
     controller = GatedController()
-    assert isinstance(controller, Learning)
+    assert controller.conduct.learns
     with FlopCounterMode(display=False) as counter:
         decide(controller, Reading(1, lognormal(groups), 1), groups, cost)
     assert counter.get_total_flops() == pytest.approx(controller.flops(groups), rel=0.1)

@@ -10,8 +10,7 @@ import pytest
 from scipy.signal import lfilter
 
 from controller.plants import Decision, Meter, chain, lognormal, run, unit_group
-from setpoint.controller.aim import Gains
-from setpoint.controller.priced import PricedController, PricedState
+from setpoint.controller.priced import Gains, PricedController, PricedState
 from setpoint.cost.cost import Cost, ProductCost, Term
 from setpoint.groups.group import Group, Size, widths_of
 

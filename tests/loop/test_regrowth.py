@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 from controller.returning import Returning
-from setpoint.controller.plan import Observation, Plan
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan
 from setpoint.controller.priced import PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.errors import LoopError
@@ -64,7 +64,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first:
 
 
 @dataclass(frozen=True)
-class Scripted:
+class Scripted(Controller[None]):
     """A controller that drops and brings back what it is told to, at the steps that it is told."""
 
     drop: Mapping[int, Mapping[str, list[int]]]
@@ -72,6 +72,10 @@ class Scripted:
     last: int = 30
     regrow: bool = True
     seen: list[Observation] = field(default_factory=list)
+
+    @property
+    def conduct(self) -> Conduct:
+        return Conduct(regrow=self.regrow)
 
     def init(self, groups: tuple[Group, ...]) -> None:
         """It remembers nothing."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-import setpoint.cost.parse
+import setpoint.cost.budget
 from golden.models import mlp
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import CheckpointError, LoopError, NotBegunError

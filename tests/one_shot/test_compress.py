@@ -18,7 +18,6 @@ from torch.utils.data import TensorDataset
 
 import setpoint
 import setpoint.one_shot.compress as compressing
-from setpoint.controller.ladder import free_ladders
 from setpoint.controller.selection import descend, start
 from setpoint.cost.cost import flops_cost
 from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
@@ -100,15 +99,10 @@ def _cut_by_magnitude(model: nn.Module, fraction: float) -> None:
     """All layers to one density, filters of the least norm first."""
     traced, sensor = trace(model, (torch.zeros(60, 1, 8, 8),)), MagnitudeSensor()
     saliency = sensor.read(sensor.init(traced.groups, model), traced.groups, 0).saliency
-    selection = start(
-        flops_cost(traced),
-        free_ladders(widths_of(traced.groups), traced.groups, saliency, {}),
-        widths_of(traced.groups),
-        "uniform",
-    )
+    widths = widths_of(traced.groups)
+    selection = start(flops_cost(traced), traced.groups, saliency, widths, widths, "uniform")
     descend(selection, fraction * selection.total)
-    keep = {name: ladder.keep(selection.rungs[name]) for name, ladder in selection.ladders.items()}
-    setpoint.shrink(model, None, traced.groups, keep)
+    setpoint.shrink(model, None, traced.groups, selection.keep())
 
 
 @pytest.mark.parametrize("even", [False, True])

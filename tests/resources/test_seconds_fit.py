@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import setpoint
-from setpoint.controller.ladder import lowest_width
+from setpoint.controller.selection import lowest_width
 from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import trace

@@ -70,7 +70,7 @@ def bench(
 
 def _fraction(text: str) -> float:
     """A budget of FLOPs per step as a fraction of the dense model's; the option takes no other."""
-    from setpoint.cost.parse import parse_budget
+    from setpoint.cost.budget import parse_budget
 
     takes = "--budgets takes a fraction of the dense FLOPs per step, above 0 and at most 1, such as 0.5 or 50%"
     try:

@@ -22,7 +22,7 @@ from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import take
 from setpoint.actuator.verify import randomised_copy
-from setpoint.controller.ladder import lowest_width
+from setpoint.controller.selection import lowest_width
 from setpoint.groups.example import inputs_of, tensors_of
 from setpoint.groups.group import Group
 from setpoint.groups.model_copy import computed

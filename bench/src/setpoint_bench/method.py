@@ -10,8 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from setpoint.controller.aim import Gains
-from setpoint.controller.priced import PricedController
+from setpoint.controller.priced import Gains, PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
 from setpoint.messages import did_you_mean

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from setpoint.controller.ladder import free_ladders
-from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.reason import problem_with
-from setpoint.controller.selection import add_back, descend, even_cost, even_density, landing_widths, start
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with
+from setpoint.controller.selection import even_cost, even_density, landing_widths, reach, start
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import counted
@@ -16,7 +14,7 @@ from setpoint.messages import counted
 
 @final
 @dataclass(frozen=True)
-class ScheduledController:
+class ScheduledController(Controller[None]):
     """All groups keep the same density, which falls by the cubic schedule to that which meets the limit.
 
     Within a group the least salient units go. Nothing is read but saliencies: spending neither speeds it up nor
@@ -50,6 +48,10 @@ class ScheduledController:
         if not 0 <= self.begin <= self.end <= 1 or self.num_cuts < 1:
             raise ValueError(f"a scheduled controller needs 0 <= begin <= end <= 1 and at least one cut, got {self!r}")
 
+    @property
+    def conduct(self) -> Conduct:
+        return Conduct(yields=False)
+
     def init(self, groups: tuple[Group, ...]) -> None:
         """State before the first decision."""
 
@@ -61,7 +63,7 @@ class ScheduledController:
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """Come down to what the schedule says now."""
-        problem = problem_with(observation.reading, None, groups)
+        problem = problem_with(observation.reading, groups)
         if problem:
             # Nothing is known of the units: everything stays, and the budget is not met yet.
             return state, Plan(observation.step, keep_all(groups), price={cost.resource: 0.0}, reason=problem)
@@ -109,17 +111,15 @@ def even_plan(observation: Observation, cost: Cost, groups: tuple[Group, ...], t
     assert observation.reading is not None
     limit, saliency = observation.limit[cost.resource], observation.reading.saliency
     floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
-    ladders = free_ladders(observation.dense_widths, groups, saliency, floor)
-    selection = start(cost, ladders, observation.widths, "uniform")
+    widths = observation.widths, observation.dense_widths
+    selection = start(cost, groups, saliency, *widths, "uniform", floor=floor)
     target = max(limit, min(target, selection.total))
-    descend(selection, target)
-    if selection.total <= target:
-        add_back(selection, target)
+    reach(selection, target)
     budget_met = selection.total <= limit
-    dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+    dropped = sum(selection.dropped().values())
     return Plan(
         step=observation.step,
-        keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
+        keep=selection.keep(),
         price={cost.resource: 0.0},
         reference={cost.resource: target},
         budget_met=budget_met,

@@ -9,18 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from setpoint.controller.plan import (
-    Controller,
-    Goal,
-    Learning,
-    Observation,
-    Plan,
-    Pursuing,
-    RegrowingController,
-    Transferring,
-    regrows,
-)
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.plan import Observation, Plan, Wrapper
 from setpoint.cost.budget import Tolerance
 from setpoint.cost.cost import Cost, ProductCost
 from setpoint.errors import LoopError
@@ -30,10 +19,16 @@ from setpoint.sensor.reading import Reading
 Kind = tuple[str, ...]
 """Names of the groups that share one width; the first one stands for all."""
 
+Kinds = Mapping[str, tuple[Group, ...]]
+"""By name of the first, the groups of each kind; a group of no kind is alone."""
+
+Orders = Mapping[str, np.ndarray]
+"""By group, its units, the least salient first."""
+
 
 @final
 @dataclass(frozen=True)
-class EvenController:
+class EvenController(Wrapper):
     """Gives the inner controller one group of each kind, and carries out its decision in every group of that kind.
 
     The first group of a kind stands for it. Its unit of saliency rank k stands for the units of rank k in all of them:
@@ -49,49 +44,22 @@ class EvenController:
         LoopError: for an inner controller that learns, or brings single units back: it looks at every unit by itself.
     """
 
-    inner: Controller[Any]
     kinds: tuple[Kind, ...] = ()
 
     def __post_init__(self) -> None:
+        name, conduct = type(self.inner).__name__, self.inner.conduct
         # A gate of a single unit would say which unit goes, and ranks would no longer pair units.
-        if isinstance(self.inner, Learning):
-            raise LoopError(f"{type(self.inner).__name__} learns of every unit by itself, and keeps no layers even")
-        if regrows(self.inner) and not isinstance(getattr(self.inner, "goal", None), Tolerance):
+        if conduct.learns:
+            raise LoopError(f"{name} learns of every unit by itself, and keeps no layers even")
+        if conduct.regrow and not isinstance(conduct.goal, Tolerance):
             raise LoopError(
-                f"{type(self.inner).__name__}(regrow=True) brings single units back, and keeps no layers even: leave "
-                "regrow=True and actuator=Regrowing() out"
+                f"{name}(regrow=True) brings single units back, and keeps no layers even: leave regrow=True and "
+                "actuator=Regrowing() out"
             )
 
-    @property
-    def schedule(self) -> Schedule:
-        schedule = getattr(self.inner, "schedule", None)
-        return schedule if isinstance(schedule, Schedule) else Schedule()
-
-    @property
-    def goal(self) -> Goal:
-        return self.inner.goal if isinstance(self.inner, Pursuing) else "budget"
-
-    @property
-    def regrow(self) -> bool:
-        return regrows(self.inner)
-
-    def probe_due(self, step: int, total_steps: int) -> bool:
-        return isinstance(self.inner, RegrowingController) and self.inner.probe_due(step, total_steps)
-
     def init(self, groups: tuple[Group, ...]) -> Any:
-        """The inner controller's state before the first decision.
-
-        It has an entry for each unit of the first group of a kind, which the loop lets follow by that group's name.
-        """
+        """The inner controller's state, with an entry for each unit of the first group of a kind."""
         return self.inner.init(_leaders(self._members(groups, widths_of(groups))))
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.inner.due(step, total_steps)
-
-    def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
-        if not isinstance(self.inner, Transferring):
-            return state
-        return self.inner.transferred(state, step=step, total_steps=total_steps, present=present, limit=limit)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The inner controller's plan, carried out in every group of a kind.
@@ -100,10 +68,12 @@ class EvenController:
             LoopError: for groups of one kind whose widths differ.
         """
         kinds = self._members(groups, observation.dense_widths)
-        reading = observation.reading
-        orders = {} if reading is None else _orders(reading, kinds)
+        reading, orders = observation.reading, dict[str, np.ndarray]()
+        if reading is not None:
+            orders = {name: np.argsort(values, kind="stable") for name, values in reading.saliency.items()}
+            reading = _summed(reading, kinds, orders)
         # Probes are of single units, of which a kind knows none.
-        seen = replace(observation, reading=None if reading is None else _summed(reading, kinds, orders), probe=None)
+        seen = replace(observation, reading=reading, probe=None)
         state, plan = self.inner.decide(state, seen, _cost_by_kind(cost, kinds), _leaders(kinds))
         reason = plan.reason
         if any(len(members) > 1 for members in kinds.values()):
@@ -111,12 +81,7 @@ class EvenController:
         keep, worth = (_to_members(values, kinds, orders) for values in (plan.keep, plan.worth))
         return state, replace(plan, keep=keep, worth=worth, reason=reason)
 
-    def _members(self, groups: tuple[Group, ...], dense: Mapping[str, int]) -> dict[str, tuple[Group, ...]]:
-        """By name of the first, the groups of each kind; a group of no kind is alone.
-
-        Raises:
-            LoopError: where widths differ.
-        """
+    def _members(self, groups: tuple[Group, ...], dense: Mapping[str, int]) -> Kinds:
         own, members = {group.name: group for group in groups}, dict[str, tuple[Group, ...]]()
         named = {name for kind in self.kinds for name in kind}
         alone = tuple((group.name,) for group in groups if group.name not in named)
@@ -141,18 +106,12 @@ def same_place(groups: Sequence[Group], dense: Mapping[str, int]) -> tuple[Kind,
     return tuple(map(tuple, kinds.values()))
 
 
-Kinds = Mapping[str, tuple[Group, ...]]
-Orders = Mapping[str, np.ndarray]
-"""By name of each group of a kind of several, its units, the least salient first."""
-
-
 def _leaders(kinds: Kinds) -> tuple[Group, ...]:
     """The first group of each kind, which keeps to the widths that all of them allow."""
     return tuple(
         replace(
             members[0],
             min_units=max(group.min_units for group in members),
-            # One width has to be allowed in all layers of the kind.
             multiple_of=int(np.lcm.reduce([group.multiple_of for group in members])),
             lossless=all(group.lossless for group in members),
         )
@@ -160,25 +119,15 @@ def _leaders(kinds: Kinds) -> tuple[Group, ...]:
     )
 
 
-def _orders(reading: Reading, kinds: Kinds) -> dict[str, np.ndarray]:
-    return {
-        group.name: np.argsort(reading.saliency[group.name], kind="stable")
-        for members in kinds.values()
-        if len(members) > 1 and all(group.name in reading.saliency for group in members)
-        for group in members
-    }
-
-
 def _summed(reading: Reading, kinds: Kinds, orders: Orders) -> Reading:
     """The reading with the saliencies of a kind summed by rank, at the units of its first group."""
-    saliency = dict(reading.saliency)
+    saliency = {}
     for leader, members in kinds.items():
-        if leader in orders:
+        if all(group.name in orders for group in members):
             # Noise may make a saliency negative; it must not pay for the unit of another layer.
             by_rank = [np.maximum(reading.saliency[group.name][orders[group.name]], 0.0) for group in members]
-            summed = np.empty_like(by_rank[0])
-            summed[orders[leader]] = np.sum(by_rank, axis=0)
-            saliency[leader] = summed
+            saliency[leader] = np.empty_like(by_rank[0])
+            saliency[leader][orders[leader]] = np.sum(by_rank, axis=0)
     # Slopes and norms are of single groups: what adds up over a kind is the saliency alone.
     return replace(reading, saliency=saliency, slope={}, norm={})
 
@@ -188,11 +137,10 @@ def _to_members(by_leader: Mapping[str, np.ndarray], kinds: Kinds, orders: Order
     values: dict[str, np.ndarray] = {}
     for leader, by_unit in by_leader.items():
         for group in kinds[leader]:
-            if leader in orders:
+            values[group.name] = by_unit
+            if group.name in orders and leader in orders:  # else nothing was decided
                 values[group.name] = np.empty_like(by_unit)
                 values[group.name][orders[group.name]] = by_unit[orders[leader]]
-            else:
-                values[group.name] = by_unit
     return values
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from setpoint.controller.schedule import Schedule
 
 _BISECTIONS = 60
-_UNUSED = 0.002
-"""Share of the budget that a last cut may leave unused without waiting."""
+_UNUSED = 0.002  # share of the budget that a last cut may leave unused without waiting
 
 
 @dataclass(frozen=True)

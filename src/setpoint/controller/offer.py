@@ -4,16 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float64, Int
 
-from setpoint.controller.plan import Probe
-from setpoint.controller.reason import these
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """First-order gain of bringing each resting unit back, as read in a few ordinary steps.
+
+    With its outgoing weights at zero a unit changes nothing, and the loss falls along the way to the weights
+    `w` that it had when it was dropped by, to first order,
+
+        gain = -sum over its outgoing weights of w * dL/dw, at zero.
+
+    A few steps tell this only roughly, and whoever picks the largest of many rough numbers picks luck. So decisions go
+    by `gain - error`.
+
+    Once back, a unit stays or goes by what the sensor reads of it, which is its curvature. The steps tell that too:
+    with B samples behind a step, gate gradients -gain of mean m and deviation s foretell the saliency
+    (B s^2 + m^2) / 2.
+
+    By group there is an entry for each of `origins`, the units that were probed. Error and deviation are NaN where a
+    unit was present in one step only; without a deviation nothing is foretold of the saliency.
+    """
+
+    step: int  # optimizer steps done when it was taken
+    origins: Mapping[str, Int[np.ndarray, " _resting"]]
+    gain: Mapping[str, Float64[np.ndarray, " _resting"]]  # in the unit of the loss, mean over the probed steps
+    error: Mapping[str, Float64[np.ndarray, " _resting"]]  # standard error of that mean
+    rested: Mapping[str, Int[np.ndarray, " _resting"]]  # decisions since the unit was dropped
+    drops: Mapping[str, Int[np.ndarray, " _resting"]]  # how often the unit has been dropped so far
+    num_steps: int = 1  # how many were probed
+    deviation: Mapping[str, Float64[np.ndarray, " _resting"]] = field(default_factory=dict)  # of the gain in one step
+
+    def foretold(self, name: str, num_samples: int) -> Float64[np.ndarray, " _resting"]:
+        """Saliency that the sensor will read of the units of a group once they are back; infinite where not known."""
+        gain = self.gain[name]
+        deviation = self.deviation.get(name)
+        return np.full(len(gain), np.inf) if deviation is None else 0.5 * (num_samples * deviation**2 + gain**2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +91,6 @@ class Offers:
         """By group, in the order of `grow`, the worth of each unit's block."""
         worth = {(block.name, int(unit)): block.worth for block in self.blocks for unit in block.origins}
         return {name: np.array([worth[name, int(unit)] for unit in units]) for name, units in self.grow().items()}
-
-    def explained(self) -> str:
-        units, names = sum(len(block.origins) for block in self.blocks), {block.name for block in self.blocks}
-        return f"brought back {these(units, len(names))}, worth at least {self.blocks[-1].worth:.3g} by their probe"
 
     def most_that_pay(self, select: Callable[[Offers], Choice], pays: Callable[[Choice], bool]) -> Choice | None:
         """The choice with the largest number of blocks that still pay; None where none does.

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from setpoint.controller.ladder import free_ladders
-from setpoint.controller.plan import Goal, Observation, Plan
-from setpoint.controller.reason import per, problem_with, these
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with, these
 from setpoint.controller.schedule import Schedule
-from setpoint.controller.selection import Selection, descend, start
-from setpoint.cost.budget import Price
+from setpoint.controller.selection import descend, start
+from setpoint.cost.budget import Price, per
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import plain_fields
@@ -18,7 +16,7 @@ from setpoint.messages import plain_fields
 
 @final
 @dataclass(frozen=True)
-class PenaltyController:
+class PenaltyController(Controller[None]):
     """Minimises `loss + price * cost` over the widths: units worth less than the price go.
 
     A block's worth is its saliency / its saving, as in `PricedController`; here the price is given and the
@@ -65,14 +63,11 @@ class PenaltyController:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
 
     @property
-    def goal(self) -> Goal:
-        return self.price
+    def conduct(self) -> Conduct:
+        return Conduct(self.schedule, self.price, yields=False)
 
     def init(self, groups: tuple[Group, ...]) -> None:
         """Nothing is remembered between decisions."""
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.schedule.due(step, total_steps)
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
@@ -80,33 +75,29 @@ class PenaltyController:
         step, total_steps = observation.step, observation.planned_steps
         rate = self.price.absolute(observation.dense[resource])
         price = rate * self.schedule.progress(step, total_steps)
-        problem = problem_with(reading, None, groups)
+        problem = problem_with(reading, groups)
         if reading is None or problem or not (reading.calibrated and reading.in_loss):
-            everything = keep_all(groups)
             why = problem or "no decision: the reading is not in units of the loss, so no price can be set against it"
-            return state, Plan(step, everything, price={resource: price}, reason=why)
-        ladders = free_ladders(observation.dense_widths, groups, reading.saliency, {}, self.slew)
-        selection = start(cost, ladders, observation.widths, "worth")
+            return state, Plan(step, keep_all(groups), price={resource: price}, reason=why)
+        widths = observation.widths, observation.dense_widths
+        selection = start(cost, groups, reading.saliency, *widths, slew=self.slew)
         metered = None if self.price.relative else observation.metered.get(resource)
         correction = 1.0 if metered is None else metered / selection.total
         descend(selection, 0.0, ceiling=correction * price * (1 - self.hysteresis))
-        dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+        dropped = selection.dropped()
         budget_met = self.schedule.settled(step, total_steps) and (
             not dropped or self.schedule.final(step, total_steps) or step == total_steps
         )
+        reason = "done: " if budget_met else ""
+        if dropped:
+            reason += f"dropped {these(sum(dropped.values()), len(dropped))}, each earning less"
+        else:
+            reason += "nothing earns less"
         return state, Plan(
             step=step,
-            keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
-            worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
+            keep=selection.keep(),
+            worth=selection.unit_worth(),
             price={resource: price},
             budget_met=budget_met,
-            reason=_explain(selection, dropped, price, resource, budget_met),
+            reason=f"{reason} than the price of {price:.3g} {per(resource)}",
         )
-
-
-def _explain(selection: Selection, dropped: int, price: float, resource: str, budget_met: bool) -> str:
-    words = "done: " if budget_met else ""
-    if not dropped:
-        return f"{words}nothing earns less than the price of {price:.3g} {per(resource)}"
-    names = sum(1 for rung in selection.rungs.values() if rung)
-    return f"{words}dropped {these(dropped, names)}, each earning less than the price of {price:.3g} {per(resource)}"

@@ -5,53 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from setpoint.controller.horizon import Remaining
-from setpoint.controller.trend import Excess
+from setpoint.controller.schedule import Schedule
 from setpoint.cost.budget import Price, Tolerance
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """First-order gain of bringing each resting unit back, as read in a few ordinary steps.
-
-    With its outgoing weights at zero a unit changes nothing, and the loss falls along the way to the weights
-    `w` that it had when it was dropped by, to first order,
-
-        gain = -sum over its outgoing weights of w * dL/dw, at zero.
-
-    A few steps tell this only roughly, and whoever picks the largest of many rough numbers picks luck. So decisions go
-    by `gain - error`.
-
-    Once back, a unit stays or goes by what the sensor reads of it, which is its curvature. The steps tell that too:
-    with B samples behind a step, gate gradients -gain of mean m and deviation s foretell the saliency
-    (B s^2 + m^2) / 2.
-
-    By group there is an entry for each of `origins`, the units that were probed. Error and deviation are NaN where a
-    unit was present in one step only; without a deviation nothing is foretold of the saliency.
-    """
-
-    step: int  # optimizer steps done when it was taken
-    origins: Mapping[str, Int[np.ndarray, " _resting"]]
-    gain: Mapping[str, Float64[np.ndarray, " _resting"]]  # in the unit of the loss, mean over the probed steps
-    error: Mapping[str, Float64[np.ndarray, " _resting"]]  # standard error of that mean
-    rested: Mapping[str, Int[np.ndarray, " _resting"]]  # decisions since the unit was dropped
-    drops: Mapping[str, Int[np.ndarray, " _resting"]]  # how often the unit has been dropped so far
-    num_steps: int = 1  # how many were probed
-    deviation: Mapping[str, Float64[np.ndarray, " _resting"]] = field(default_factory=dict)  # of the gain in one step
-
-    def foretold(self, name: str, num_samples: int) -> Float64[np.ndarray, " _resting"]:
-        """Saliency that the sensor will read of the units of a group once they are back; infinite where not known."""
-        gain = self.gain[name]
-        deviation = self.deviation.get(name)
-        return np.full(len(gain), np.inf) if deviation is None else 0.5 * (num_samples * deviation**2 + gain**2)
+if TYPE_CHECKING:  # runs without them never load these files
+    from setpoint.controller.horizon import Remaining
+    from setpoint.controller.offer import Probe
+    from setpoint.controller.trend import Excess
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +81,9 @@ class Plan:
         reason: why, for people.
         grow: by group name, origins of the units that come back from the reserve, ascending.
         grow_worth: by group name, in that order: probed gain of the unit's block / what the block costs.
+        drop_and_grow: where units are single weights, share of each group's active ones that makes room for others.
         flops: that the controller has spent on learning for this decision.
         undoes: whether `grow` takes the whole last cut back, since the loss did not stand it.
-        drop_and_grow: where units are single weights, share of each group's active ones that makes room for others.
         again: a step at which to decide besides those of the controller; 0 for none.
         gave_way: which goal lost, where budget and loss cannot both be met; "" otherwise.
     """
@@ -148,72 +116,117 @@ class Plan:
         return not self.drops() and not self.grows() and not self.drop_and_grow
 
 
+Goal = Price | Tolerance | Literal["budget"]
+"""What a controller pursues: the price or tolerance that it was made with, or whatever budgets it is given."""
+
 State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """What `attach` has to know of a controller.
+
+    Args:
+        schedule: when it decides.
+        goal: `attach` can give it no other.
+        regrow: whether it brings dropped units back, so that they rest in a reserve.
+        yields: whether, where the loss does not stand a cut, the last one is taken back once in a run.
+        learns: whether it looks at each unit by itself, and spends FLOPs on learning.
+    """
+
+    schedule: Schedule = Schedule()
+    goal: Goal = "budget"
+    regrow: bool = False
+    yields: bool = True
+    learns: bool = False
 
 
 @runtime_checkable
 class Controller(Protocol[State]):
-    """Turns an observation and its own state into a plan. Closed loop and baselines alike."""
+    """Turns an observation and its own state into a plan. Closed loop and baselines alike.
+
+    A controller of your own derives from this class, and defines `init` and `decide`.
+    """
+
+    @property
+    def conduct(self) -> Conduct:
+        """What `attach` has to know of it."""
+        return Conduct()
 
     def init(self, groups: tuple[Group, ...]) -> State:
         """State before the first decision; what has an entry for each active unit is annotated `ByUnit[...]`."""
+        ...
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step (no reading is taken otherwise)."""
+        return self.conduct.schedule.due(step, total_steps)
 
     def decide(
         self, state: State, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[State, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
-
-
-@runtime_checkable
-class RegrowingController(Protocol):
-    """What a controller has in addition that brings dropped units back."""
-
-    @property
-    def regrow(self) -> bool:
-        """Whether it does; if so, dropped units rest in a reserve."""
+        ...
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one, to be read."""
-
-
-@runtime_checkable
-class Learning(Protocol):
-    """What a controller has in addition that learns by itself."""
-
-    def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
-        """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
-
-
-@runtime_checkable
-class Transferring(Protocol[State]):
-    """What a controller has in addition whose memory belongs to one budget and one length of the run."""
+        return False
 
     def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
-        """The state with which it goes on without a bump when either changes in the middle of the run.
+        """The state with which it goes on without a bump when the budget or the length of the run changes.
 
         Args:
             total_steps: of the run, as it is now.
             present: predicted cost of a step now.
             limit: the new one.
         """
+        return state
+
+    def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
+        """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
+        return 0.0
 
 
-Goal = Price | Tolerance | Literal["budget"]
-"""What a controller pursues."""
+@dataclass(frozen=True)
+class Wrapper(Controller[Any]):
+    """A controller around another one, which answers for it and has the state; what differs is overridden."""
 
-
-@runtime_checkable
-class Pursuing(Protocol):
-    """What a controller has in addition that pursues one goal, and cannot be given another by `attach`."""
+    inner: Controller[Any]
 
     @property
-    def goal(self) -> Goal:
-        """The price or tolerance that it was made with, or "budget" for whatever budgets it is given."""
+    def conduct(self) -> Conduct:
+        return self.inner.conduct
+
+    def init(self, groups: tuple[Group, ...]) -> Any:
+        return self.inner.init(groups)
+
+    def due(self, step: int, total_steps: int) -> bool:
+        return self.inner.due(step, total_steps)
+
+    def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
+        return self.inner.decide(state, observation, cost, groups)
+
+    def probe_due(self, step: int, total_steps: int) -> bool:
+        return self.inner.probe_due(step, total_steps)
+
+    def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
+        return self.inner.transferred(state, step=step, total_steps=total_steps, present=present, limit=limit)
+
+    def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
+        return self.inner.flops(groups, allowance)
 
 
-def regrows(controller: object) -> bool:
-    """Whether a controller brings dropped units back."""
-    return isinstance(controller, RegrowingController) and controller.regrow
+def problem_with(reading: Reading | None, groups: tuple[Group, ...]) -> str:
+    """What forbids a decision: no reading, or one that is incomplete or not finite; "" if nothing does."""
+    if reading is None:
+        return "no decision: there is no reading yet"
+    if missing := [group.name for group in groups if group.name not in reading.saliency]:
+        return f"no decision: the reading lacks {', '.join(missing)}"
+    for group in groups:
+        if reading.saliency[group.name].shape != (group.num_units,):
+            return f"no decision: {group.name} has {group.num_units} units, its reading another number"
+    return "" if reading.finite() else "no decision: the reading holds values that are not finite"
+
+
+def these(units: int, groups: int) -> str:
+    """So many units of so many groups."""
+    return f"{units} unit{'s' * (units != 1)} of {groups} group{'s' * (groups != 1)}"

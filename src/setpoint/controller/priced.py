@@ -5,38 +5,105 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from setpoint.controller.aim import Aim, Feedback, Gains, take_aim
-from setpoint.controller.ladder import NO_GUARDS, Guards
-from setpoint.controller.plan import Goal, Observation, Plan
-from setpoint.controller.reason import apart, explain_cut, explain_rest, problem_with
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with, these
 from setpoint.controller.schedule import Schedule
-from setpoint.controller.selection import (
-    Allocation,
-    Selection,
-    add_back,
-    block_savings,
-    descend,
-    even_density,
-    landing_widths,
-    marginal_worth,
-    start,
-    worth_by,
-)
-from setpoint.controller.swap import swap, trade
+from setpoint.controller.selection import Allocation, Selection, even_density, landing_widths, reach, start
+from setpoint.cost.budget import DENSE, per
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import plain_fields
+from setpoint.sensor.reading import Reading
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only runs with regrowth load it
     from setpoint.controller.offer import Offers
 
 _BLOCKS_TO_LAND = 2  # blocks of mean size that are left for the last cut to choose from
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Gains of the PI part, per unit of relative cost error, hence without dimension.
+
+    Every decision aims at the *predicted* cost `target = reference * exp(-u)`, with
+
+        u = kp * e + ki * sum(e),    e = ln(metered / expected)
+
+    where `expected` is `predicted * exp(u)` at the present widths, with u of the last decision. The logarithm makes the
+    loop exactly linear, because cost and price act as factors. What a decision could not reach for reasons known to the
+    controller (block size, slew limit, dwell, floors) is in the widths, so it is no error: that is the anti-windup.
+
+    The price follows as the worth at which predicted cost meets the target. So feedback acts on the cost, and the
+    plant's own slope makes a price of it: the loop gain is 1 for any model. A fixed gain on the price would be too weak
+    where worths are spread over decades and unstable where they are alike.
+
+    Derivation of the defaults. If the meter reads `factor` times the prediction, `e[k+1] = ln(factor) - u[k]`, so
+
+        e[k+1] = (1 - kp - ki) * e[k] + kp * e[k-1].
+
+    With kp >= 0 and kp + ki <= 1 both coefficients are non-negative, so e never changes sign: no overshoot, which
+    matters because a cut cannot be taken back. `kp = 0.1, ki = 0.5` take out 60 % of a sudden change at the next
+    decision, 99 % within eight (dominant root 0.57), follow a steady drift of d per decision with a lag of `d / ki = 2
+    d`, and pass only about 0.4 of the variance of a noisy meter.
+
+    Args:
+        kp: proportional gain, >= 0.
+        ki: integral gain per decision, > 0; `kp + ki <= 1`.
+
+    Raises:
+        ValueError: for gains that could overshoot.
+    """
+
+    kp: float = 0.1
+    ki: float = 0.5
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        if not (self.kp >= 0 and self.ki > 0 and self.kp + self.ki <= 1):
+            raise ValueError(
+                "gains need kp >= 0, ki > 0 and kp + ki <= 1, or a cut could overshoot for good: "
+                f"got kp={self.kp!r}, ki={self.ki!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the PI part remembers."""
+
+    integral: float = 0.0  # `ki * sum(e)`, an estimate of `ln(metered / predicted)`
+    correction: float = 0.0  # u of the last decision: metered cost is expected to be `exp(u)` times the predicted
+
+    def factor(self) -> float:
+        """Expected ratio of metered to predicted cost."""
+        return math.exp(self.correction)
+
+    def error(self, metered: float, predicted: float) -> float:
+        """`ln(metered / expected)` at the present widths: what prediction and feedback did not foresee."""
+        return math.log(metered / predicted) - self.correction
+
+    def updated(self, error: float, gains: Gains, deadband: float) -> Feedback:
+        """Memory after one decision; inside the dead-band nothing is integrated and the price rests.
+
+        Args:
+            deadband: full width of the band around 0, relative.
+
+        >>> feedback = Feedback()
+        >>> for _ in range(20):
+        ...     error = feedback.error(metered=13.0, predicted=10.0)
+        ...     feedback = feedback.updated(error, Gains(), deadband=0.0)
+        >>> round(feedback.factor(), 4)
+        1.3
+        """
+        if abs(error) <= deadband / 2:
+            return self
+        integral = self.integral + gains.ki * error
+        return Feedback(integral, integral + gains.kp * error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +121,7 @@ class PricedState:
 
 @final
 @dataclass(frozen=True)
-class PricedController:
+class PricedController(Controller[PricedState]):
     """Drops the blocks whose worth is below the price, and finds the price that meets the budget.
 
     A block is `multiple_of` units of a group, the least salient first, and
@@ -142,14 +209,11 @@ class PricedController:
                 raise ValueError(f"{name} {wanted}, got {getattr(self, name)!r}")
 
     @property
-    def goal(self) -> Goal:
-        return "budget"
+    def conduct(self) -> Conduct:
+        return Conduct(self.schedule, regrow=self.regrow)
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         return PricedState(age={group.name: np.full(group.num_units, self.dwell, np.int64) for group in groups})
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.schedule.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
@@ -162,24 +226,22 @@ class PricedController:
     ) -> tuple[PricedState, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
         metered = observation.metered.get(cost.resource)
-        problem = problem_with(observation.reading, metered, groups)
+        problem = problem_with(observation.reading, groups)
         if metered is None and state.metered:
             problem = "no decision: the meter that was read before is missing"
+        elif metered is not None and not (math.isfinite(metered) and metered > 0):
+            problem = problem or f"no decision: the meter reads {metered!r}"
         if problem:
-            keep = keep_all(groups)
-            return state, Plan(observation.step, keep, price={cost.resource: state.price}, reason=problem)
-        assert observation.reading is not None
-        aim = self._aim(state, observation, cost)
+            return state, Plan(observation.step, keep_all(groups), price={cost.resource: state.price}, reason=problem)
+        decision = self._decision(state, observation, cost, groups)
+        aim, choice = decision.aim, decision.choose()
         age = {name: np.minimum(values + 1, self.dwell) for name, values in state.age.items()}
-        choice = self._choose(state, observation, cost, groups, aim)
         state = replace(state, start=aim.start, feedback=aim.feedback, metered=metered is not None, age=age)
         if choice is None:
             price = 0.0 if aim.start <= aim.limit and aim.spent <= aim.target else state.price
-            state = replace(state, price=price)
-            return state, self._rest(state, observation, aim, groups)
-        selection, note, offers = choice
-        state = replace(state, price=self._price(state, selection))
-        return state, self._cut(state, observation, aim, selection, note, offers)
+            return replace(state, price=price), decision.rest(price)
+        price = decision.price(choice.selection)
+        return replace(state, price=price), decision.cut(choice, price)
 
     def transferred(
         self, state: PricedState, *, step: int, total_steps: int, present: float, limit: float
@@ -207,169 +269,242 @@ class PricedController:
         Price, what comes back and where spending goes are the plan's, and so are the guards. Worth is that of the
         reading's saliencies. `state` is the one that the plan was made from, on the same observation.
         """
-        reading = observation.reading
-        assert reading is not None
-        aim = self._aim(state, observation, cost)
-        guards = self._guards(observation, cost, groups, aim)
-        offers = self._offers(observation, cost, groups) if plan.grows() else None
-        offers = None if offers is None else offers.among(plan.grow)
-        seen = replace(observation, reading=replace(reading, saliency=saliency))
-        selection, note = self._select(state, seen, cost, groups, aim, guards, offers)
-        selection.worth = {name: worth_by(selection, name, reading.saliency[name]) for name in selection.ladders}
-        return self._cut(replace(state, price=plan.price[cost.resource]), observation, aim, selection, note, offers)
+        decision = self._decision(state, observation, cost, groups)
+        offers = decision.offers() if plan.grows() else None
+        choice = decision.select(None if offers is None else offers.among(plan.grow), saliency)
+        choice.selection.revalued(decision.reading.saliency)
+        return decision.cut(choice, plan.price[cost.resource])
 
-    def _choose(
-        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim
-    ) -> tuple[Selection, str, Offers | None] | None:
-        """What goes, a note on it, and what comes back for it; None where spending is right and nothing comes back."""
-        offers = self._offers(observation, cost, groups)
-        if offers is None and aim.rests(self.deadband):
-            return None
-        guards = self._guards(observation, cost, groups, aim)
+    def _decision(
+        self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
+    ) -> _Decision:
+        """Take in the error that the meter shows, and place the target.
 
-        def select(chosen: Offers | None) -> tuple[Selection, str, Offers | None]:
-            return (*self._select(state, observation, cost, groups, aim, guards, chosen), chosen)
+        Without a meter the prediction is exact. With one, what is predicted to cost x is expected to cost `x *
+        feedback.factor()`, and once the reference is at the limit the aim is half a dead-band below it.
+        """
+        resource, step, total_steps = cost.resource, observation.step, observation.planned_steps
+        limit, metered = observation.limit[resource], observation.metered.get(resource)
+        spent = cost.total(observation.widths)
+        ratio = 1.0 if metered is None else metered / spent
+        start = observation.dense[resource] * ratio if state.start is None else state.start
+        feedback = state.feedback.updated(state.feedback.error(ratio, 1.0), self.gains, self.deadband)
+        settled = self.schedule.settled(step, total_steps)
+        reference = self.schedule.at(step, total_steps, start=start, limit=limit)
+        target = reference / feedback.factor()
+        if metered is not None and reference == limit:
+            target *= 1 - self.deadband / 2
+        if metered is None and settled:
+            target = min(target, limit)
+        ceiling = observation.ceiling.get(resource, math.inf) / ratio
+        landing = limit / feedback.factor()
+        target = min(target, ceiling)
+        aim = Aim(start, limit, reference, metered, spent, target, landing, ceiling, settled, feedback)
+        return _Decision(self, state, observation, cost, groups, aim)
 
-        def pays(choice: tuple[Selection, str, Offers | None]) -> bool:
-            selection, note, chosen = choice
-            assert chosen is not None
-            price = self._price(state, selection) * (1 + self.hysteresis)
-            return selection.total <= aim.paid and chosen.blocks[-1].worth > price and not (aim.settled and note)
 
-        best = None if offers is None else offers.most_that_pay(select, pays)
-        return select(None) if best is None and not aim.rests(self.deadband) else best
+@dataclass(frozen=True)
+class Aim:
+    """Where one decision is heading; `start`, `limit`, `reference` and `metered` as metered, all else as predicted."""
 
-    def _offers(self, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Offers | None:
+    start: float  # dense cost
+    limit: float  # the budget
+    reference: float  # what the trajectory allows now
+    metered: float | None  # cost as metered, None without a meter
+    spent: float  # cost as predicted
+    target: float  # what the decision is to come down to
+    landing: float  # what meets the limit
+    ceiling: float  # what a step may cost until the next decision, infinite without a budget for the whole run
+    settled: bool  # whether every decision from here on tries to land
+    feedback: Feedback  # memory of the PI part, this decision's error taken in
+
+    @property
+    def goal(self) -> float:
+        """What a decision must not end above: the target once it is to land, and what the rest of the run allows."""
+        return self.target if self.settled else self.ceiling
+
+    @property
+    def paid(self) -> float:
+        """What the model may cost where units come back. A cut may stop above the target, on the way down, but what
+        comes back must not make the model dearer than it is.
+        """
+        return min(self.target if self.settled else max(self.target, self.spent), self.ceiling)
+
+    def rests(self, deadband: float) -> bool:
+        """Whether spending is where it should be: within the limit at the end, within the dead-band on the way."""
+        if self.spent > self.ceiling:
+            return False
+        if self.settled and self.metered is not None:
+            return self.metered <= self.limit or self.spent <= self.target
+        return self.spent <= self.target * (1 if self.settled else 1 + deadband)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    selection: Selection  # what goes
+    note: str  # on the choice, for people
+    offers: Offers | None  # what comes back for it
+
+
+@dataclass(frozen=True, eq=False)
+class _Decision:
+    """One decision: the controller with its state, what it sees, and where it is heading."""
+
+    settings: PricedController
+    state: PricedState
+    seen: Observation
+    cost: Cost
+    groups: tuple[Group, ...]
+    aim: Aim
+
+    @property
+    def reading(self) -> Reading:
+        assert self.seen.reading is not None
+        return self.seen.reading
+
+    @property
+    def allocation(self) -> Allocation:
+        return self.settings.allocation if self.reading.calibrated else "uniform"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing comes back any more."""
+        schedule = self.settings.schedule
+        return not self.settings.regrow or schedule.final(self.seen.step, self.seen.planned_steps)
+
+    @cached_property
+    def floor(self) -> Mapping[str, int]:
+        """The widths that must remain: a share of an even cut's densities, or, where cuts are even, all of them."""
+        even = self.cost, self.seen.widths, self.seen.dense_widths, self.groups
+        if self.allocation == "uniform":
+            return landing_widths(*even, min(self.aim.landing, self.aim.goal))
+        density = even_density(*even, self.aim.landing) * self.settings.min_density
+        return {name: math.ceil(density * width) for name, width in self.seen.dense_widths.items()}
+
+    def choose(self) -> _Choice | None:
+        """What goes, and what comes back for it; None where spending is right and nothing comes back."""
+        offers, best = self.offers(), None
+        if offers is not None:
+            best = offers.most_that_pay(self.select, self.pays)
+        if best is None and not self.aim.rests(self.settings.deadband):
+            best = self.select(None)
+        return best
+
+    def offers(self) -> Offers | None:
         """Blocks that may come back; none late, without a probe, or where saliencies cannot be compared with gains."""
-        reading, probe = observation.reading, observation.probe
-        if self._final(observation) or probe is None or reading is None or not reading.calibrated:
-            return None
-        if self.allocation != "worth":
+        settings, probe, reading = self.settings, self.seen.probe, self.reading
+        if self.final or probe is None or not reading.calibrated or settings.allocation != "worth":
             return None
         # Here, since only runs with regrowth need it.
         from setpoint.controller.offer import offers_of
 
-        settings = {"dwell": self.dwell, "returns": self.returns, "num_samples": reading.num_samples}
-        offers = offers_of(probe, cost, observation.widths, groups, slew=self.slew, **settings)
+        bounds = {"dwell": settings.dwell, "returns": settings.returns, "num_samples": reading.num_samples}
+        offers = offers_of(probe, self.cost, self.seen.widths, self.groups, slew=settings.slew, **bounds)
         return offers if offers.blocks else None
 
-    def _final(self, observation: Observation) -> bool:
-        return not self.regrow or self.schedule.final(observation.step, observation.planned_steps)
+    def pays(self, choice: _Choice) -> bool:
+        """Whether the least worthy block that comes back beats the price that results, and nothing is lifted for it."""
+        assert choice.offers is not None
+        price = self.price(choice.selection) * (1 + self.settings.hysteresis)
+        held = choice.selection.total <= self.aim.paid and not (self.aim.settled and choice.note)
+        return held and choice.offers.blocks[-1].worth > price
 
-    def _price(self, state: PricedState, selection: Selection) -> float:
+    def price(self, selection: Selection) -> float:
         """The worth at which dropping stops, or the last price where nothing is dropped."""
-        return marginal_worth(selection) / (1 - self.hysteresis) if any(selection.rungs.values()) else state.price
+        dropped = any(selection.rungs.values())
+        return selection.marginal_worth() / (1 - self.settings.hysteresis) if dropped else self.state.price
 
-    def _aim(self, state: PricedState, observation: Observation, cost: Cost) -> Aim:
-        return take_aim(
-            observation,
-            cost,
-            schedule=self.schedule,
-            gains=self.gains,
-            deadband=self.deadband,
-            start=state.start,
-            feedback=state.feedback,
-        )
-
-    def _guards(self, observation: Observation, cost: Cost, groups: tuple[Group, ...], aim: Aim) -> Guards:
-        """What this decision must leave: a share of an even cut's densities, or, where cuts are even, all of them."""
-        if self._allocation(observation) == "uniform":
-            limit = min(aim.landing, aim.goal)
-            floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
-        else:
-            density = (
-                even_density(cost, observation.widths, observation.dense_widths, groups, aim.landing) * self.min_density
-            )
-            floor = {name: math.ceil(density * width) for name, width in observation.dense_widths.items()}
-        return Guards(self.slew, floor, self.dwell)
-
-    def _allocation(self, observation: Observation) -> Allocation:
-        calibrated = observation.reading is not None and observation.reading.calibrated
-        return self.allocation if calibrated else "uniform"
-
-    def _rest(self, state: PricedState, observation: Observation, aim: Aim, groups: tuple[Group, ...]) -> Plan:
-        seen = aim.spent if aim.metered is None else aim.metered
-        budget_met = self._final(observation) and seen <= aim.limit and (aim.settled or aim.metered is None)
-        return Plan(
-            step=observation.step,
-            keep=keep_all(groups),
-            price={aim.resource: state.price},
-            reference={aim.resource: aim.reference},
-            budget_met=budget_met,
-            reason=explain_rest(seen, aim.reference, aim.limit, budget_met),
-        )
-
-    def _select(
-        self,
-        state: PricedState,
-        observation: Observation,
-        cost: Cost,
-        groups: tuple[Group, ...],
-        aim: Aim,
-        guards: Guards,
-        offers: Offers | None,
-    ) -> tuple[Selection, str]:
+    def select(
+        self, offers: Offers | None, saliency: Mapping[str, Float64[np.ndarray, " _units"]] | None = None
+    ) -> _Choice:
         """Choose what goes if these come back: on the way down, or landing with guards lifted that would miss."""
-        reading, allocation = observation.reading, self._allocation(observation)
-        assert reading is not None
-        widths = observation.widths if offers is None else offers.widened(observation.widths)
+        aim, settings, deadband = self.aim, self.settings, self.settings.deadband
+        widths = self.seen.widths if offers is None else offers.widened(self.seen.widths)
+        values = self.reading.saliency if saliency is None else saliency
+        # Balanced states are other ones at each reading, so that none of them has an age.
+        rested = {n: (age >= settings.dwell) | (n in self.reading.basis) for n, age in self.state.age.items()}
 
-        def nothing(guards: Guards) -> Selection:
-            ladders = guards.ladders(groups, reading, observation.dense_widths, state.age)
-            return start(cost, ladders, widths, allocation)
+        def nothing(slew: float, *, guarded: bool = True) -> Selection:
+            floor, free = (self.floor, rested) if guarded else ({}, {})
+            where = widths, self.seen.dense_widths, self.allocation
+            return start(self.cost, self.groups, values, *where, floor=floor, slew=slew, free=free)
 
         if not aim.settled:
-            selection = nothing(guards)
-            target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * block_savings(selection))
-            self._descend(selection, min(target, aim.ceiling), land=False)
+            selection = nothing(settings.slew)
+            target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * _mean_block(selection))
+            reach(selection, min(target, aim.ceiling), deadband, trades=False)
             if selection.total <= aim.ceiling:
-                return selection, "the last blocks are left for the last cut" if target > aim.target else ""
-        selection, lifted = nothing(guards), ""
-        if not self._descend(selection, aim.goal, land=True):
-            selection, lifted = nothing(guards.without_slew()), "the slew limit (units per cut) was lifted"
-            if not self._descend(selection, aim.goal, land=True):
-                unguarded = nothing(NO_GUARDS)
-                if self._descend(unguarded, aim.goal, land=True) or aim.ceiling < math.inf:
+                note = "the last blocks are left for the last cut" if target > aim.target else ""
+                return _Choice(selection, note, offers)
+        selection, lifted = nothing(settings.slew), ""
+        if not reach(selection, aim.goal, deadband):
+            selection, lifted = nothing(1.0), "the slew limit (units per cut) was lifted"
+            if not reach(selection, aim.goal, deadband):
+                unguarded = nothing(1.0, guarded=False)
+                if reach(unguarded, aim.goal, deadband) or aim.ceiling < math.inf:
                     selection, lifted = unguarded, "slew limit, density floor and dwell were lifted"
-        return selection, lifted and f"{lifted} to reach the budget"
+        return _Choice(selection, lifted and f"{lifted} to reach the budget", offers)
 
-    def _descend(self, selection: Selection, target: float, *, land: bool) -> bool:
-        """Come down to the target as nearly as blocks allow; False where guards or `min_units` are in the way."""
-        descend(selection, target)
-        if selection.total > target:
-            return False
-        add_back(selection, target)
-        if selection.allocation == "worth":  # exchanges by saliency would undo an even cut
-            swap(selection, target, self.deadband)
-            if land:
-                trade(selection, target, self.deadband)
-        return True
+    def rest(self, price: float) -> Plan:
+        """The plan that drops nothing."""
+        aim = self.aim
+        seen = aim.spent if aim.metered is None else aim.metered
+        budget_met = self.final and seen <= aim.limit and (aim.settled or aim.metered is None)
+        reason = f"nothing to drop: cost is {_apart(seen / aim.reference - 1, 'the reference')}"
+        if budget_met:
+            reason = f"budget met: cost is {_apart(seen / aim.limit - 1, 'the budget')}"
+        return self._plan(keep_all(self.groups), price, budget_met, reason)
 
-    def _cut(
-        self,
-        state: PricedState,
-        observation: Observation,
-        aim: Aim,
-        selection: Selection,
-        note: str,
-        offers: Offers | None,
-    ) -> Plan:
-        ladders = selection.ladders
-        budget_met = self._final(observation) and aim.metered is None and selection.total <= aim.limit
-        dense = observation.dense[aim.resource]
-        reason = explain_cut(selection, state.price, aim, dense, budget_met, self.deadband)
+    def cut(self, choice: _Choice, price: float) -> Plan:
+        aim, selection, offers = self.aim, choice.selection, choice.offers
+        budget_met = self.final and aim.metered is None and selection.total <= aim.limit
+        reason = self._explained(selection, price, budget_met)
+        plan = self._plan(selection.keep(), price, budget_met, reason)
         if offers is not None:
-            reason += f"; {offers.explained()}"
+            grow = offers.grow()
+            units, worth = sum(map(len, grow.values())), offers.blocks[-1].worth
+            reason += f"; brought back {these(units, len(grow))}, worth at least {worth:.3g} by their probe"
+            plan = replace(plan, grow=grow, grow_worth=offers.worth())
         if aim.metered is not None:
-            reason += f"; the meter reads {apart(aim.metered / aim.spent - 1, 'the prediction')}"
+            reason += f"; the meter reads {_apart(aim.metered / aim.spent - 1, 'the prediction')}"
+        reason = f"{reason}; {choice.note}" if choice.note else reason
+        return replace(plan, worth=selection.unit_worth(), reason=reason)
+
+    def _plan(self, keep: Mapping[str, np.ndarray], price: float, budget_met: bool, reason: str) -> Plan:
+        resource, reference = self.cost.resource, {self.cost.resource: self.aim.reference}
         return Plan(
-            step=observation.step,
-            keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
-            worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
-            price={aim.resource: state.price},
-            reference={aim.resource: aim.reference},
-            budget_met=budget_met,
-            reason=f"{reason}; {note}" if note else reason,
-            grow={} if offers is None else offers.grow(),
-            grow_worth={} if offers is None else offers.worth(),
+            self.seen.step, keep, price={resource: price}, reference=reference, budget_met=budget_met, reason=reason
         )
+
+    def _explained(self, selection: Selection, price: float, budget_met: bool) -> str:
+        """What is left and what is dropped, up to the first semicolon; then the price and how near the reference is."""
+        aim, resource, dropped = self.aim, self.cost.resource, selection.dropped()
+        reference = "the reference" if math.isclose(aim.target, aim.reference) else "the corrected reference"
+        off = selection.total / aim.target - 1
+        left = f"{100 * selection.total / self.seen.dense[resource]:.1f} % of the {DENSE.get(resource, resource)}"
+        near = _apart(off, reference)
+        feet = sum(not selection.left(name) for name in selection.ladders)
+        if feet and (off > 0 or not dropped):
+            near += f" ({feet} of {len(selection.ladders)} groups cannot be cut further at this step)"
+        if not dropped:
+            return f"nothing dropped: {left}, {near}"
+        what = f"dropped {these(sum(dropped.values()), len(dropped))}"
+        words = f"budget met: {left}; {what}" if budget_met and off <= 0 else f"{what}, {left} are left"
+        words += f"; {near}; the price is {price:.3g} of loss {per(resource)}"
+        if -off > self.settings.deadband:
+            finest = 100 * min(selection.regained(name) for name in dropped) / aim.target
+            words += (
+                f"; the smallest dropped block costs {finest:.1f} % of {reference}, which is too much to bring it back"
+            )
+        return words
+
+
+def _mean_block(selection: Selection) -> float:
+    """Mean saving of the next block of each group; 0 where there is none."""
+    savings = [selection.next_saving(name) for name in selection.rungs if selection.left(name)]
+    return sum(savings) / len(savings) if savings else 0.0
+
+
+def _apart(fraction: float, what: str) -> str:
+    """A relative difference, such as "1.2 % below the budget"."""
+    return f"{100 * abs(fraction):.1f} % {'above' if fraction > 0 else 'below'} {what}"

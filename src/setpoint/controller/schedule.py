@@ -84,10 +84,6 @@ class Schedule:
         For bumpless transfer: with it the reference goes on from `value` down to a new limit. Where the way down is
         all but over, or the value is within the limit, the value itself.
 
-        Args:
-            value: cost to pass through.
-            limit: where it comes down to.
-
         >>> schedule = Schedule()
         >>> start = schedule.start_through(175, 1000, value=2.0, limit=0.5)
         >>> [schedule.at(step, 1000, start=start, limit=0.5) for step in (175, 300)]
@@ -101,45 +97,38 @@ class Schedule:
         return float(limit * (value / limit) ** (1 / (1 - progress)))
 
     def progress(self, step: int, total_steps: int) -> float:
-        """How much of the way down is done by this step, from 0 until warm-up ends to 1 from settle on.
-
-        >>> [Schedule().progress(step, 1000) for step in (50, 175, 300)]
-        [0.0, 0.5, 1.0]
-        """
-        settle = self._settle_step(total_steps)
-        warmup = min(round(self.warmup * total_steps), settle - 1)
+        """How much of the way down is done by this step, from 0 until warm-up ends to 1 from settle on."""
+        warmup, settle, _ = self._stages(total_steps)
         return min(1.0, max(0.0, (step - warmup) / (settle - warmup)))
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step; never after the end of the run."""
-        return step in _decision_steps(self, total_steps)
+        return step in self.decisions(total_steps)
 
-    def decisions(self, total_steps: int) -> list[int]:
+    def decisions(self, total_steps: int) -> tuple[int, ...]:
         """The steps of all decisions, in order."""
-        return sorted(_decision_steps(self, total_steps))
+        return _decisions(self, total_steps)
 
     def settled(self, step: int, total_steps: int) -> bool:
         """Whether the reference has come down to the limit: from here on every decision tries to meet it."""
-        return step >= self._settle_step(total_steps)
+        return step >= self._stages(total_steps)[1]
 
     def final(self, step: int, total_steps: int) -> bool:
         """Whether the budget must be met by now: from here on nothing comes back."""
-        return step >= max(self._settle_step(total_steps), round(self.land * total_steps))
+        return step >= self._stages(total_steps)[2]
 
-    def _settle_step(self, total_steps: int) -> int:
-        return max(1, round(self.settle * total_steps))
+    def _stages(self, total_steps: int) -> tuple[int, int, int]:
+        """The steps at which warm-up ends, the reference has settled, and the budget must be met."""
+        settle = max(1, round(self.settle * total_steps))
+        return min(round(self.warmup * total_steps), settle - 1), settle, max(settle, round(self.land * total_steps))
 
 
-@lru_cache(maxsize=64)
-def _decision_steps(schedule: Schedule, total_steps: int) -> frozenset[int]:
-    if total_steps < 1:
-        return frozenset()
-    settle = schedule._settle_step(total_steps)
-    warmup = min(round(schedule.warmup * total_steps), settle - 1)
-    land = max(settle, round(schedule.land * total_steps))
+@lru_cache(maxsize=64)  # it is asked after every step
+def _decisions(schedule: Schedule, total_steps: int) -> tuple[int, ...]:
+    warmup, settle, land = schedule._stages(total_steps)
     spacing = (settle - warmup) / schedule.num_cuts
     ramp = (round(warmup + spacing * i) for i in range(1, schedule.num_cuts + 1))
     num_checks = round((land - settle) / max(spacing, 1.0))
     checks = (round(settle + (land - settle) * i / num_checks) for i in range(1, num_checks + 1))
     late = (round(land + (total_steps - land) * i / 3) for i in range(1, 4))
-    return frozenset(step for step in (*ramp, *checks, *late) if warmup < step <= total_steps)
+    return tuple(sorted({step for step in (*ramp, *checks, *late) if warmup < step <= total_steps}))

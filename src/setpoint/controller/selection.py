@@ -1,16 +1,17 @@
-"""Selection: which blocks go so that cost comes down to a target at the least loss; and the even cut."""
+"""Selection: which blocks of units go, so that cost comes down to a target at the least loss; and the even cut."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int
 
-from setpoint.controller.ladder import Ladder, free_ladders, lowest_width
 from setpoint.cost.cost import Cost, ProductCost
 from setpoint.groups.group import Group, widths_of
 
@@ -18,8 +19,81 @@ Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
 
 _MAX_PICKS = 2048
-_STAIR = 4
-"""Blocks beyond the next that are looked at for a step down: hardware's steps are at multiples of 16."""
+_STAIR = 4  # blocks beyond the next that are looked at for a step down: hardware's steps are at multiples of 16
+_MAX_SWAPS = 8
+_SWAP_CANDIDATES = 16
+_MAX_TRADES = 4
+_TRADE_GROUPS = 10
+_PREMIUM = 3.0  # what is left of the budget after a landing counts this many times its price
+_CLOSE_ENOUGH = 1e-3  # relative distance below the target that no swap is worth looking for
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """The blocks that a group can lose at one decision, the least salient units first; it goes down rung by rung."""
+
+    dense: int  # width of the group before any cut
+    edges: Int[np.ndarray, " rungs_and_one"]  # `edges[k]` units are gone after k rungs; `edges[0] == 0`
+    # `salience[k]` is the summed saliency of the units gone after k rungs.
+    salience: Float64[np.ndarray, " rungs_and_one"]
+    order: Int[np.ndarray, " droppable"]  # units in the order in which they go, up to the last edge
+    num_units: int  # active units
+
+    @property
+    def num_rungs(self) -> int:
+        return len(self.edges) - 1
+
+
+def build_ladder(
+    group: Group,
+    saliency: Float64[np.ndarray, " units"],
+    *,
+    dense: int,
+    floor: int = 0,
+    slew: float = 1.0,
+    free: Bool[np.ndarray, " units"] | None = None,
+) -> Ladder:
+    """The ladder of a group at one decision.
+
+    Blocks hold `multiple_of` units. Where the width is no multiple, the first block is the remainder, so that every
+    width on the way is a multiple. Units of equal saliency go in the order of their index. Negative saliencies count
+    as 0. At least `floor` units remain, and those that are not `free`. Of more than the share `slew` of the units only
+    one block goes, or a group of few units never would.
+
+    >>> group = Group("conv1", "unit", num_units=10, slices=(), multiple_of=4)
+    >>> ladder = build_ladder(group, np.arange(10.0), dense=10, floor=1)
+    >>> ladder.edges.tolist(), ladder.salience.tolist()
+    ([0, 2, 6], [0.0, 1.0, 15.0])
+    """
+    width, block = group.num_units, group.multiple_of
+    first = width % block or block
+    num_free = width if free is None else int(free.sum())
+    most = min(width - max(floor, group.min_units), num_free, max(math.floor(slew * width), first))
+    edges = np.concatenate([[0], np.arange(first, most + 1, block)]).astype(np.int64)
+    values = np.maximum(saliency, 0.0)
+    order = _smallest(values if free is None else np.where(free, values, np.inf), int(edges[-1]))
+    return Ladder(dense, edges, np.concatenate([[0.0], np.cumsum(values[order])])[edges], order, width)
+
+
+def _smallest(values: Float64[np.ndarray, " units"], count: int) -> Int[np.ndarray, " count"]:
+    """Indices of the `count` smallest values, ascending, ties by index."""
+    order = np.argsort(values)  # and ties afterwards: NumPy's stable sort of floats takes five times as long
+    ordered = values[order]
+    rank = np.cumsum(np.append(False, ordered[1:] > ordered[:-1]))
+    return (np.sort(rank * len(values) + order) % len(values))[:count]
+
+
+def lowest_width(group: Group) -> int:
+    """Width at the foot of the ladder: the smallest that whole blocks reach without passing `min_units`.
+
+    >>> lowest_width(Group("conv1", "unit", num_units=20, slices=(), min_units=3, multiple_of=8))
+    8
+    """
+    width, block = group.num_units, group.multiple_of
+    first = width % block or block
+    if width - first < group.min_units:
+        return width
+    return width - first - (width - first - group.min_units) // block * block
 
 
 @dataclass(eq=False)
@@ -47,24 +121,103 @@ class Selection:
         salience = self.ladders[name].salience
         return float(salience[rung + count] - salience[rung])
 
+    def left(self, name: str) -> int:
+        """Rungs that the group can still go down."""
+        return self.ladders[name].num_rungs - self.rungs[name]
+
+    def next_saving(self, name: str) -> float:
+        """Cost that the group's next block saves."""
+        return self.cost.saving(self.widths, name, self.size(name, self.rungs[name]))
+
+    def regained(self, name: str) -> float:
+        """Cost of giving back the last block that a group lost."""
+        size = self.size(name, self.rungs[name] - 1)
+        return self.cost.saving({**self.widths, name: self.widths[name] + size}, name, size)
+
     def move(self, name: str, count: int) -> None:
         """Go down `count` rungs, or up when negative. `total` is left to the caller."""
         rung = self.rungs[name]
         self.widths[name] -= self.size(name, rung, count)
         self.rungs[name] = rung + count
 
+    def dropped(self) -> dict[str, int]:
+        """How many units go, of each group that loses any."""
+        return {name: int(self.ladders[name].edges[rung]) for name, rung in self.rungs.items() if rung}
 
-def start(cost: Cost, ladders: Mapping[str, Ladder], widths: Mapping[str, int], allocation: Allocation) -> Selection:
-    return Selection(
-        cost=cost,
-        ladders=ladders,
-        allocation=allocation,
-        widths=dict(widths),
-        rungs=dict.fromkeys(ladders, 0),
-        total=cost.total(widths),
-        worth={name: np.full(ladder.num_rungs, np.nan) for name, ladder in ladders.items()},
-        saving={name: np.full(ladder.num_rungs, np.nan) for name, ladder in ladders.items()},
-    )
+    def keep(self) -> dict[str, Bool[np.ndarray, " _units"]]:
+        """By group, one boolean per unit, True = stays."""
+        keep = {}
+        for name, ladder in self.ladders.items():
+            keep[name] = np.ones(ladder.num_units, dtype=bool)
+            keep[name][ladder.order[: ladder.edges[self.rungs[name]]]] = False
+        return keep
+
+    def unit_worth(self) -> dict[str, Float64[np.ndarray, " _units"]]:
+        """By group, the worth of each unit's block; NaN for units on no rung."""
+        worth = {}
+        for name, ladder in self.ladders.items():
+            worth[name] = np.full(ladder.num_units, np.nan)
+            worth[name][ladder.order] = np.repeat(self.worth[name], np.diff(ladder.edges))
+        return worth
+
+    def revalued(self, saliency: Mapping[str, Float64[np.ndarray, " _units"]]) -> None:
+        """Give blocks the worth that they have by another saliency than they were chosen by."""
+        for name, ladder in self.ladders.items():
+            saving = self.saving[name]
+            summed = np.concatenate([[0.0], np.cumsum(np.maximum(saliency[name][ladder.order], 0.0))])[ladder.edges]
+            self.worth[name] = np.full(ladder.num_rungs, np.inf)
+            np.divide(np.diff(summed), saving, out=self.worth[name], where=~(saving <= 0))
+
+    def marginal_worth(self) -> float:
+        """Highest worth among the blocks that are dropped."""
+        return max((float(self.worth[n][:rung].max()) for n, rung in self.rungs.items() if rung), default=0.0)
+
+
+def start(
+    cost: Cost,
+    groups: tuple[Group, ...],
+    saliency: Mapping[str, Float64[np.ndarray, " _units"]],
+    widths: Mapping[str, int],
+    dense: Mapping[str, int],
+    allocation: Allocation = "worth",
+    *,
+    floor: Mapping[str, int] | None = None,
+    slew: float = 1.0,
+    free: Mapping[str, Bool[np.ndarray, " _units"]] | None = None,
+) -> Selection:
+    """The selection that drops nothing yet; floor, slew limit and free units are those of `build_ladder`, by group.
+
+    `widths` may exceed those of the groups where units come back that cannot go again at once.
+    """
+    floor, free = floor or {}, free or {}
+    ladders = {
+        group.name: build_ladder(
+            group,
+            saliency[group.name],
+            dense=dense[group.name],
+            floor=floor.get(group.name, 0),
+            slew=slew,
+            free=free.get(group.name),
+        )
+        for group in groups
+    }
+    blank = {name: np.full(ladder.num_rungs, np.nan) for name, ladder in ladders.items()}
+    rungs = dict.fromkeys(ladders, 0)
+    saving = {name: values.copy() for name, values in blank.items()}
+    return Selection(cost, ladders, allocation, dict(widths), rungs, cost.total(widths), blank, saving)
+
+
+def reach(selection: Selection, target: float, deadband: float = 0.01, *, trades: bool = True) -> bool:
+    """Come down to the target as nearly as blocks allow; False, and above it, where the ladders end before."""
+    descend(selection, target)
+    if selection.total > target:
+        return False
+    add_back(selection, target)
+    if selection.allocation == "worth":  # exchanges by saliency would undo an even cut
+        swap(selection, target, deadband)
+        if trades:
+            trade(selection, target, deadband)
+    return True
 
 
 def descend(selection: Selection, target: float, ceiling: float = np.inf) -> None:
@@ -98,7 +251,7 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
     heapq.heapify(heap)
     moved = False
     while heap and selection.total > target:
-        _, _, name, _, _ = heapq.heappop(heap)
+        name = heapq.heappop(heap)[2]
         key = weigh(selection, name, stride)
         if key is None:
             continue
@@ -106,9 +259,7 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
             heapq.heappush(heap, key)
             continue
         worth, _, _, count, saving = key
-        if stride > 1 and selection.total - saving < target:
-            break
-        if worth >= ceiling:
+        if worth >= ceiling or (stride > 1 and selection.total - saving < target):
             break
         taken = slice(selection.rungs[name], selection.rungs[name] + count)
         selection.worth[name][taken], selection.saving[name][taken] = worth, saving / count
@@ -122,13 +273,17 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
     return moved
 
 
-def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, str, int, float] | None:
-    """(worth, share of the group gone afterwards, name, blocks, saving) of the group's next blocks, noted down.
+Weighed = tuple[float, float, str, int, float]
+"""(worth, share of the group gone afterwards, name, blocks, saving)."""
+
+
+def weigh(selection: Selection, name: str, stride: int = 1) -> Weighed | None:
+    """The group's next blocks weighed, and noted down.
 
     On a staircase one block may save nothing and the next one all: there as many blocks, up to four more, are weighed
     together as are worth least.
     """
-    left = selection.ladders[name].num_rungs - selection.rungs[name]
+    left = selection.left(name)
     if left == 0:
         return None
     count = min(stride, left)
@@ -141,17 +296,16 @@ def weigh(selection: Selection, name: str, stride: int) -> tuple[float, float, s
     return best
 
 
-def _weighed(selection: Selection, name: str, count: int) -> tuple[float, float, str, int, float]:
-    ladder, rung = selection.ladders[name], selection.rungs[name]
-    size = selection.size(name, rung, count)
+def _weighed(selection: Selection, name: str, count: int) -> Weighed:
+    size = selection.size(name, selection.rungs[name], count)
     saving = selection.cost.saving(selection.widths, name, size)
-    gone = 1.0 - (selection.widths[name] - size) / ladder.dense
+    gone = 1.0 - (selection.widths[name] - size) / selection.ladders[name].dense
     if saving <= 0:
         worth = np.inf
     elif selection.allocation == "uniform":
         worth = gone
     else:
-        worth = selection.salience(name, rung, count) / saving
+        worth = selection.salience(name, selection.rungs[name], count) / saving
     return worth, gone, name, count, saving
 
 
@@ -175,7 +329,7 @@ def add_back(selection: Selection, target: float) -> None:
 
 
 def _give_back(selection: Selection, name: str, target: float) -> bool:
-    if selection.total + regained(selection, name) > target * (1 + 1e-9):
+    if selection.total + selection.regained(name) > target * (1 + 1e-9):
         return False
     selection.move(name, -1)
     total = selection.cost.total(selection.widths)
@@ -186,31 +340,143 @@ def _give_back(selection: Selection, name: str, target: float) -> bool:
     return True
 
 
-def regained(selection: Selection, name: str) -> float:
-    """Cost of giving back the last block that a group lost."""
-    size = selection.size(name, selection.rungs[name] - 1)
-    wider = {**selection.widths, name: selection.widths[name] + size}
-    return selection.cost.saving(wider, name, size)
+# Blocks given back for other blocks, so that a cut in coarse blocks comes nearer to its target.
 
 
-def marginal_worth(selection: Selection) -> float:
-    return max((float(selection.worth[n][:rung].max()) for n, rung in selection.rungs.items() if rung), default=0.0)
+def swap(selection: Selection, target: float, deadband: float) -> None:
+    """Give back one block and drop another in its place, while that gets nearer to the target cheaply.
+
+    A greedy descent stops at the first block that crosses the target, often a coarse one; a finer block elsewhere may
+    do. Each swap raises the cost and keeps it within the target. Inside the dead-band it must not raise the summed
+    saliency of what is dropped; below it, it may by as much as the cost won back is worth at the price. At most a few
+    are made; afterwards no single block fits back. The selection is at or below the target, after `add_back`.
+    """
+    for _ in range(_MAX_SWAPS):
+        gap = target - selection.total
+        if gap <= _CLOSE_ENOUGH * target:
+            return
+        if not _swap_once(selection, target, selection.highest if gap > deadband * target else 0.0):
+            return
+        add_back(selection, target)
 
 
-def worth_by(selection: Selection, name: str, saliency: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " rungs"]:
-    """Worth of a group's blocks by another saliency than they were chosen by; NaN where none was weighed."""
-    ladder, saving = selection.ladders[name], selection.saving[name]
-    summed = np.concatenate([[0.0], np.cumsum(np.maximum(saliency[ladder.order], 0.0))])[ladder.edges]
-    worth = np.full(ladder.num_rungs, np.inf)
-    np.divide(np.diff(summed), saving, out=worth, where=~(saving <= 0))
-    return worth
+def _swap_once(selection: Selection, target: float, price: float) -> bool:
+    """Make the swap that ends nearest to the target; False if none passes the exact check."""
+    back, out = _movable(selection)
+    if not back or not out:
+        return False
+    gains = np.array([selection.regained(name) for name in back])
+    losses = np.array([selection.next_saving(name) for name in out])
+    rise = gains[:, None] - losses[None, :]
+    allowed = (rise > 0) & (rise <= (target - selection.total) * (1 + 1e-9))
+    allowed &= np.array(back)[:, None] != np.array(out)[None, :]
+    kept = np.array([selection.salience(name, selection.rungs[name] - 1) for name in back])
+    lost = np.array([selection.salience(name, selection.rungs[name]) for name in out])
+    allowed &= lost[None, :] - kept[:, None] <= price * rise
+    pairs = sorted(np.argwhere(allowed).tolist(), key=lambda p: (-rise[p[0], p[1]], back[p[0]], out[p[1]]))
+    return any(_make(selection, (back[i],), (out[j],), target) for i, j in pairs[:_SWAP_CANDIDATES])
 
 
-def block_savings(selection: Selection) -> float:
-    """Mean saving of the next block of each group; 0 where there is none."""
-    sizes = {n: selection.size(n, r) for n, r in selection.rungs.items() if r < selection.ladders[n].num_rungs}
-    savings = [selection.cost.saving(selection.widths, name, size) for name, size in sizes.items()]
-    return sum(savings) / len(savings) if savings else 0.0
+def _movable(selection: Selection) -> tuple[list[str], list[str]]:
+    """The groups that can get a block back, and those that can lose one more."""
+    return [name for name, rung in selection.rungs.items() if rung], list(filter(selection.left, selection.rungs))
+
+
+Trade = tuple[float, tuple[str, ...], tuple[str, ...]]
+"""(change of the objective, groups that get a block back, groups that lose one)."""
+
+
+def trade(selection: Selection, target: float, deadband: float) -> None:
+    """For the landing: give back one or two blocks for one or two others, until the dead-band is reached.
+
+    Among all such trades the one is made that lowers
+
+        summed saliency of what is dropped + 3 * price * (target - total)
+
+    the most. What a landing leaves unused is lost for good, so it counts above its price. Only the groups whose next or
+    last block is nearest to the price take part, so that the search stays within some thousand savings; with many
+    groups blocks are fine and `swap` has already come near.
+    """
+    for _ in range(_MAX_TRADES):
+        if target - selection.total <= deadband * target:
+            return
+        best = min(_trades(selection, target), default=None)
+        if best is None or best[0] >= 0 or not _make(selection, best[1], best[2], target):
+            return
+        add_back(selection, target)
+
+
+def _make(selection: Selection, up: tuple[str, ...], down: tuple[str, ...], target: float) -> bool:
+    """Make a trade; undone unless the cost, counted afresh, rises within the target."""
+    for name in up:
+        selection.move(name, -1)
+    for name in down:
+        weigh(selection, name)
+        selection.move(name, 1)
+    total = selection.cost.total(selection.widths)
+    if selection.total < total <= target:
+        selection.total = total
+        return True
+    for name in down:
+        selection.move(name, -1)
+    for name in up:
+        selection.move(name, 1)
+    return False
+
+
+def _trades(selection: Selection, target: float) -> list[Trade]:
+    """Every trade of one or two blocks for one or two others that raises the cost within the target."""
+    back, out = _movable(selection)
+    back, out = _nearest(selection, back, -1), _nearest(selection, out, 0)
+    found: list[Trade] = []
+    for up in [names for count in (1, 2) for names in combinations_with_replacement(back, count)]:
+        if any(selection.rungs[name] < up.count(name) for name in up):
+            continue
+        total, lost = selection.total, 0.0
+        for name in up:
+            total += selection.regained(name)
+            selection.move(name, -1)
+            lost -= selection.salience(name, selection.rungs[name])
+        _drop_one_or_two(selection, [name for name in out if name not in up], target, (total, lost, up, ()), found)
+        for name in up:
+            selection.move(name, 1)
+    return found
+
+
+def _drop_one_or_two(
+    selection: Selection,
+    out: list[str],
+    target: float,
+    so_far: tuple[float, float, tuple[str, ...], tuple[str, ...]],
+    found: list[Trade],
+) -> None:
+    """Complete a half-made trade (cost, saliency lost, given back, dropped) by one block or, if not enough, two."""
+    total, lost, up, down = so_far
+    for place, name in enumerate(out):
+        if not selection.left(name):
+            continue
+        cost = total - selection.next_saving(name)
+        loss = lost + selection.salience(name, selection.rungs[name])
+        if selection.total < cost <= target:
+            price = _PREMIUM * selection.highest
+            found.append((loss - price * (cost - selection.total), up, (*down, name)))
+        elif cost > target and not down:
+            selection.move(name, 1)
+            _drop_one_or_two(selection, out[place:], target, (cost, loss, up, (name,)), found)
+            selection.move(name, -1)
+
+
+def _nearest(selection: Selection, names: list[str], offset: int) -> list[str]:
+    """The groups whose block at this offset from the present rung is worth most nearly the price."""
+
+    def distance(name: str) -> tuple[float, str]:
+        worth = selection.worth[name][selection.rungs[name] + offset]
+        return (abs(worth - selection.highest) if np.isfinite(worth) else np.inf, name)
+
+    return sorted(names, key=distance)[:_TRADE_GROUPS]
+
+
+# The even cut: all groups at the same density.
 
 
 def even_cost(
@@ -246,11 +512,9 @@ def landing_widths(
     narrow: set[str] = set()
     while True:
         whole = tuple(replace(group, num_units=dense[group.name]) for group in groups if group.name not in narrow)
-        ladders = free_ladders(dense, whole, {group.name: np.zeros(group.num_units) for group in whole}, {})
-        selection = start(cost, ladders, {**widths, **widths_of(whole)}, "uniform")
-        descend(selection, limit)
-        if selection.total <= limit:
-            add_back(selection, limit)
+        zeros = {group.name: np.zeros(group.num_units) for group in whole}
+        selection = start(cost, whole, zeros, {**widths, **widths_of(whole)}, dense, "uniform")
+        reach(selection, limit)
         narrower = {name for name, width in selection.widths.items() if widths[name] < width}
         if not narrower:
             return {group.name: selection.widths[group.name] for group in groups}

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import final
 
-from setpoint.controller.ladder import free_ladders
-from setpoint.controller.plan import Goal, Observation, Plan
-from setpoint.controller.reason import problem_with
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with
 from setpoint.controller.schedule import Schedule
-from setpoint.controller.selection import descend, start
+from setpoint.controller.selection import Allocation, descend, start
 from setpoint.controller.trend import Excess
 from setpoint.cost.budget import Tolerance
 from setpoint.cost.cost import Cost
@@ -29,7 +27,7 @@ class TolerantState:
 
 @final
 @dataclass(frozen=True)
-class TolerantController:
+class TolerantController(Controller[TolerantState]):
     """Cuts, watches the loss, and then goes on, waits, or takes the cut back.
 
     With `excess` the distance of the loss from its trend before the cut, `error` its standard error (see
@@ -63,7 +61,6 @@ class TolerantController:
     stride: float = 0.2
     finest: float = 0.03
     slew: float = 0.5
-    regrow: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -73,18 +70,12 @@ class TolerantController:
             raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
 
     @property
-    def goal(self) -> Goal:
-        return self.tolerance
+    def conduct(self) -> Conduct:
+        # What comes back is the last cut; it judges by itself whether a cut stays, so that nothing else takes it back.
+        return Conduct(self.schedule, self.tolerance, regrow=True, yields=False)
 
     def init(self, groups: tuple[Group, ...]) -> TolerantState:
         return TolerantState(self.stride)
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.schedule.due(step, total_steps)
-
-    def probe_due(self, step: int, total_steps: int) -> bool:
-        """Never: what comes back is the last cut, whatever its units would contribute."""
-        return False
 
     def decide(
         self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
@@ -92,36 +83,31 @@ class TolerantController:
         """The next state and the plan. Pure: same arguments, same answer."""
         if observation.loss is None:
             raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
-        everything = keep_all(groups)
-        step = observation.step
-        problem = problem_with(observation.reading, None, groups)
+        stays = Plan(observation.step, keep_all(groups))
+        problem = problem_with(observation.reading, groups)
         if problem:
-            return state, Plan(step, everything, reason=problem)
-        final = self.schedule.final(step, observation.planned_steps) or step == observation.planned_steps
+            return state, replace(stays, reason=problem)
+        step, total_steps = observation.step, observation.planned_steps
+        final = self.schedule.final(step, total_steps) or step == total_steps
         words = ""
         if state.pending:
-            excess = observation.excess
+            excess, back = observation.excess, observation.last_dropped
             verdict = self._verdict(state, excess, final)
             words = _judged(state, excess, self.tolerance.loss)
             if verdict == "wait":
-                return state, Plan(step, everything, reason=f"watching the last cut on: {words}")
-            if verdict == "back" and not observation.last_dropped:
+                return state, replace(stays, reason=f"watching the last cut on: {words}")
+            if verdict == "back" and not back:
                 lost = "the last cut stays, since it does not rest in full in the reserve (reserve_bytes)"
-                return replace(state, pending=False), Plan(
-                    step, everything, budget_met=True, reason=f"done: {lost}: {words}"
-                )
+                return replace(state, pending=False), replace(stays, budget_met=True, reason=f"done: {lost}: {words}")
             if verdict == "back":
                 state = replace(state, pending=False, stride=state.stride / 2)
-                budget_met = final or state.stride < self.finest
-                reason = f"{'done: ' if budget_met else ''}the last cut is taken back: {words}"
-                back = Plan(
-                    step, everything, budget_met=budget_met, reason=reason, grow=observation.last_dropped, undoes=True
-                )
-                return state, back
+                last = final or state.stride < self.finest
+                reason = f"{'done: ' if last else ''}the last cut is taken back: {words}"
+                return state, replace(stays, budget_met=last, reason=reason, grow=back, undoes=True)
             assert excess is not None
             state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
         if final or state.stride < self.finest:
-            return state, Plan(step, everything, budget_met=True, reason=f"done: {words or 'no cut is under way'}")
+            return state, replace(stays, budget_met=True, reason=f"done: {words or 'no cut is under way'}")
         plan = self._cut(state, observation, cost, groups)
         reason = f"{words}; {plan.reason}" if words else plan.reason
         return replace(state, pending=plan.drops()), replace(plan, reason=reason, budget_met=not plan.drops())
@@ -140,19 +126,21 @@ class TolerantController:
     def _cut(self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> Plan:
         reading = observation.reading
         assert reading is not None
-        ladders = free_ladders(observation.dense_widths, groups, reading.saliency, {}, self.slew)
-        selection = start(cost, ladders, observation.widths, "worth" if reading.calibrated else "uniform")
+        allocation: Allocation = "worth" if reading.calibrated else "uniform"
+        widths = observation.widths, observation.dense_widths
+        selection = start(cost, groups, reading.saliency, *widths, allocation, slew=self.slew)
         before = selection.total
         descend(selection, before * (1 - state.stride))
-        dropped = sum(int(ladders[name].edges[rung]) for name, rung in selection.rungs.items())
+        dropped = sum(selection.dropped().values())
         saved = 1 - selection.total / before
-        gone = f"dropped {counted(dropped, 'unit')}, {saved:.1%} of the {cost.resource}"
         return Plan(
             step=observation.step,
-            keep={name: ladder.keep(selection.rungs[name]) for name, ladder in ladders.items()},
-            worth={name: ladder.per_unit(selection.worth[name]) for name, ladder in ladders.items()},
+            keep=selection.keep(),
+            worth=selection.unit_worth(),
             price={cost.resource: selection.highest},
-            reason=gone if dropped else "done: nothing can go",
+            reason=f"dropped {counted(dropped, 'unit')}, {saved:.1%} of the {cost.resource}"
+            if dropped
+            else "done: nothing can go",
         )
 
 

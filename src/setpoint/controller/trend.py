@@ -11,6 +11,8 @@ from jaxtyping import Float64
 _MOST_BINS = 8
 _LEAST_BINS = 4
 _LEAST_IN_BIN = 2
+_SIGNIFICANT = 4.0  # standard errors by which the loss must lie above its trend to have left it
+_NOTABLE = 0.10  # share by which it must at least have risen over the cut: every cut costs a little
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,19 @@ class Excess:
     before: float  # value of the trend at the cut
     cut: int = 0  # the step of the cut
 
-    @property
-    def rise(self) -> float:
-        """How far the loss lies above where it was at the cut, whatever would have become of it since."""
-        return self.foretold + self.value - self.before
+    def significant(self) -> bool:
+        """Whether the loss has left its trend: well above it, and well above where it was at the cut.
+
+        The second matters early, where a loss that falls fast and then flattens lies above any line drawn through its
+        fall.
+
+        >>> Excess(0.5, error=0.1, foretold=2.0, before=2.0).significant()
+        True
+        >>> Excess(0.5, error=0.1, foretold=1.5, before=2.0).significant()
+        False
+        """
+        rise = self.foretold + self.value - self.before
+        return self.value > _SIGNIFICANT * self.error and rise > _NOTABLE * abs(self.before)
 
 
 Losses = Float64[np.ndarray, " _observed"]

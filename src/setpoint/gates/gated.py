@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from setpoint.controller.ladder import lowest_width
-from setpoint.controller.plan import Goal, Observation, Plan
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan
 from setpoint.controller.priced import PricedController, PricedState
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.selection import lowest_width
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.messages import plain_fields
@@ -138,7 +137,7 @@ class _Units:
 
 @final
 @dataclass(frozen=True)
-class GatedController:
+class GatedController(Controller[GatedState]):
     """The priced controller with learned gates in place of the saliency.
 
     A network of a few thousand weights, shared by all units, maps what is known of a unit to its gate g in (0, 1).
@@ -198,22 +197,11 @@ class GatedController:
         return GateNet.fresh(_FEATURES, self.hidden, self.seed).num_weights
 
     @property
-    def schedule(self) -> Schedule:
-        return self.priced.schedule
-
-    @property
-    def regrow(self) -> bool:
-        return self.priced.regrow
-
-    @property
-    def goal(self) -> Goal:
-        return "budget"
+    def conduct(self) -> Conduct:
+        return replace(self.priced.conduct, learns=True)
 
     def init(self, groups: tuple[Group, ...]) -> GatedState:
         return GatedState(self.priced.init(groups), GateNet.fresh(_FEATURES, self.hidden, self.seed))
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.priced.due(step, total_steps)
 
     def probe_due(self, step: int, total_steps: int) -> bool:
         return self.priced.probe_due(step, total_steps)

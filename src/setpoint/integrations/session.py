@@ -10,8 +10,7 @@ from torch import nn
 
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
-from setpoint.cost.budget import Budget
-from setpoint.cost.parse import parse_budget
+from setpoint.cost.budget import Budget, parse_budget
 from setpoint.errors import LoopError, NotBegunError
 from setpoint.loop.carrying import brought
 from setpoint.loop.loop import Loop

@@ -11,7 +11,7 @@ from typing import Any, final
 from torch import Tensor
 
 from setpoint.actuator.actuator import Actuator
-from setpoint.controller.plan import Controller, Observation, Plan, Transferring
+from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.errors import LoopError, RankError
 from setpoint.groups.follow import Change, check_follows, follow
 from setpoint.groups.group import Group, widths_of
@@ -203,7 +203,7 @@ class Control:
                 self.ledger.append(self._entry(now.plan, before, problem))
             return
         change = self._act(plan, state, reading)
-        entry = recorded(self._entry(plan, before, plan.reason), plan, change, reading, origin, observation.probe)
+        entry = recorded(self._entry(plan, before, plan.reason), plan, change, observation, origin)
         self.ledger.append(entry)
         self.spending.decided(self.groups, plan.budget_met)
         self.state = self.state.decided(plan, reading, change)
@@ -278,7 +278,7 @@ class Control:
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.cost
-        if spending.budgets and isinstance(self.controller, Transferring):
+        if spending.budgets:
             present, limit = cost.total(self.widths), spending.limits.held[cost.resource]
             self.controller_state = self.controller.transferred(
                 self.controller_state, step=self.step, total_steps=spending.planned_steps, present=present, limit=limit

@@ -13,7 +13,7 @@ import torch
 
 from setpoint.actuator.actuator import Origins
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Plan, Probe
+from setpoint.controller.plan import Observation, Plan
 from setpoint.groups.follow import ByUnit, Change, follow, fresh
 from setpoint.groups.group import Group
 from setpoint.ledger import Entry
@@ -106,10 +106,10 @@ def decisions(plan: Plan) -> list[Any]:
     return [plan.step, plan.budget_met, keep, grow]
 
 
-def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin: Origins, probe: Probe | None) -> Entry:
+def recorded(entry: Entry, plan: Plan, change: Change, seen: Observation, origin: Origins) -> Entry:
     """The entry with what was dropped and what came back, by origin; single weights are counted, not listed.
 
-    `reading`, `probe` and `origin`, the dense index of each unit, are those from before the plan was carried out.
+    `seen` and `origin`, the dense index of each unit, are those from before the plan was carried out.
     """
     if change.note:
         entry = replace(entry, reason=f"{entry.reason}; {change.note}")
@@ -118,6 +118,7 @@ def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin:
     gone = {name: ~keep for name, keep in plan.keep.items() if not keep.all()}
     grown = {name: units.tolist() for name, units in plan.grow.items() if len(units)}
     gain: dict[str, list[float]] = {}
+    reading, probe = seen.reading, seen.probe
     for name, units in grown.items():
         if probe is not None and name in probe.gain:
             known = dict(zip(probe.origins[name].tolist(), probe.gain[name].tolist(), strict=True))
@@ -125,7 +126,7 @@ def recorded(entry: Entry, plan: Plan, change: Change, reading: Reading, origin:
     return replace(
         entry,
         dropped={name: origin[name][out].tolist() for name, out in gone.items()},
-        saliency={name: reading.saliency[name][out].tolist() for name, out in gone.items()},
+        saliency={name: reading.saliency[name][out].tolist() for name, out in gone.items() if reading},
         worth={name: plan.worth[name][out].tolist() for name, out in gone.items() if name in plan.worth},
         grown=grown,
         gain=gain,

@@ -19,12 +19,9 @@ from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
-from setpoint.controller.ladder import free_ladders
-from setpoint.controller.selection import Selection, add_back, cheapest, descend, even_density, start
-from setpoint.controller.swap import swap, trade
-from setpoint.cost.budget import Budget, amount
+from setpoint.controller.selection import Selection, cheapest, even_density, reach, start
+from setpoint.cost.budget import Budget, amount, parse_budget
 from setpoint.cost.cost import Cost, flops_cost, params_cost
-from setpoint.cost.parse import parse_budget
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, GroupError
 from setpoint.groups.example import Example
@@ -233,13 +230,8 @@ def _choose(
     found: list[Selection] = []
     for share in (0.0,) if even else _FLOORS:
         floors = {name: math.ceil(share * density * width) for name, width in widths.items()}
-        selection = start(cost, free_ladders(widths, groups, saliency, floors), widths, "uniform" if even else "worth")
-        descend(selection, limit)
-        add_back(selection, limit)
-        if not even:
-            swap(selection, limit, 0.01)
-            trade(selection, limit, 0.01)
-        if selection.total <= limit:
+        selection = start(cost, groups, saliency, widths, widths, "uniform" if even else "worth", floor=floors)
+        if reach(selection, limit):
             found.append(selection)
             # A high floor that leaves much of the budget unused costs more than one narrow group.
             if selection.total >= _USED_UP * limit:
@@ -251,7 +243,7 @@ def _choose(
             f"{lost[:3]}. Give data that run through the whole model, or a larger budget"
         )
     best = max(found, key=lambda selection: selection.total)  # the first of equal ones: of the highest floor
-    return {name: ladder.keep(best.rungs[name]) for name, ladder in best.ladders.items()}
+    return best.keep()
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from setpoint.actuator.actuator import Origins
 from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.shrink import shrink_live
 from setpoint.checkpoint.plain import plain, restored
-from setpoint.controller.plan import Plan, Probe, RegrowingController
+from setpoint.controller.offer import Probe
+from setpoint.controller.plan import Controller, Plan
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
@@ -90,7 +91,7 @@ class Regrowth:
     def __init__(
         self,
         cutting: Cutting,
-        controller: RegrowingController,
+        controller: Controller[Any],
         spending: Spending,
         reserve_bytes: int | None,
         *,
@@ -98,7 +99,7 @@ class Regrowth:
     ) -> None:
         host = cutting.host
         self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
-        self.lasting, self._brings_back = lasting, controller.regrow
+        self.lasting, self._brings_back = lasting, controller.conduct.regrow
         self._cutting, self._controller, self._spending = cutting, controller, spending
         self._host, self._model, self._optimizers = host, host.model, host.optimizers
         self._decisions = self._last_rest = self._turn = 0

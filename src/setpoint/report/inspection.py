@@ -18,7 +18,7 @@ from rich.tree import Tree
 from torch import nn
 
 from setpoint.actuator.verify import failing_on_few_rows
-from setpoint.controller.ladder import lowest_width
+from setpoint.controller.selection import lowest_width
 from setpoint.cost.cost import flops_cost, params_cost
 from setpoint.groups.example import Example, inputs_of, tensors_of
 from setpoint.groups.group import Group, widths_of

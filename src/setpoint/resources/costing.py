@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from setpoint.controller.ladder import lowest_width
+from setpoint.controller.selection import lowest_width
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance
 from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost, forward_flops
 from setpoint.errors import CostError, SetpointError

@@ -11,9 +11,8 @@ from torch import nn
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.controller.selection import cheapest
-from setpoint.cost.budget import METERED, Budget
+from setpoint.cost.budget import METERED, Budget, parse_budget
 from setpoint.cost.cost import Cost, flops_cost
-from setpoint.cost.parse import parse_budget
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, widths_of

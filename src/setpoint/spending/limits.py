@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from setpoint.controller.ladder import lowest_width
+from setpoint.controller.selection import lowest_width
 from setpoint.cost.budget import Budget
 from setpoint.cost.cost import Cost, JointCost, Share
 from setpoint.groups.group import Group, widths_of

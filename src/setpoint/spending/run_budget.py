@@ -12,11 +12,9 @@ import numpy as np
 
 from setpoint.checkpoint.plain import fields_of
 from setpoint.controller.horizon import Remaining, cheapest_run, highest_step, next_decision, spans, step_limit
-from setpoint.controller.ladder import free_ladders
-from setpoint.controller.plan import Learning, regrows
+from setpoint.controller.plan import Controller
 from setpoint.controller.schedule import Schedule
-from setpoint.controller.selection import add_back, descend, start
-from setpoint.controller.swap import swap, trade
+from setpoint.controller.selection import reach, start
 from setpoint.cost.budget import IN_SECONDS, METERED, MILLISECONDS, Budget, amount
 from setpoint.cost.cost import Cost
 from setpoint.errors import BudgetError
@@ -185,7 +183,7 @@ def run_budgets(
     num_steps: int,
     widths: Mapping[str, int],
     *,
-    controller: object,
+    controller: Controller[Any],
     watts: float,
 ) -> dict[str, RunBudget]:
     """By resource of a budget per run, that budget at this step of a run of so many.
@@ -196,7 +194,7 @@ def run_budgets(
     groups = tuple(replace(group, num_units=widths[group.name]) for group in limits.groups)
 
     def learning_flops(ahead: int) -> float:
-        return controller.flops(groups, account.learning_left(ahead)) if isinstance(controller, Learning) else 0.0
+        return controller.flops(groups, account.learning_left(ahead))
 
     between = max(0, num_steps - step) * account.extra_seconds_per_step
     coming = {"flops": learning_flops(0), "latency": between, "energy": between * watts}
@@ -212,7 +210,7 @@ def run_budgets(
             lowest=limits.expected(budget.resource, limits.narrowest),
             coming=coming[budget.resource],
             factor=limits.factor(budget.resource),
-            regrows=regrows(controller),
+            regrows=controller.conduct.regrow,
         )
         for budget in limits.budgets
         if budget.per == "run"
@@ -441,10 +439,6 @@ def likely_widths(cost: Cost, groups: tuple[Group, ...], dense: Mapping[str, int
         group.name: np.arange(dense[group.name] - group.num_units + 1, dense[group.name] + 1) / dense[group.name] ** 2
         for group in groups
     }
-    selection = start(cost, free_ladders(dense, groups, saliency, {}), widths_of(groups), "worth")
-    descend(selection, limit)
-    if selection.total <= limit:
-        add_back(selection, limit)
-        swap(selection, limit, deadband=0.01)
-        trade(selection, limit, deadband=0.01)
+    selection = start(cost, groups, saliency, widths_of(groups), dense)
+    reach(selection, limit)
     return dict(selection.widths)

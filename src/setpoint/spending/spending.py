@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from setpoint.controller.plan import Observation, Plan
-from setpoint.controller.schedule import Schedule
+from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget, amount
 from setpoint.cost.cost import Cost
@@ -31,8 +30,7 @@ class Spending:
     Args:
         limits: of a step; the groups are at dense widths.
         total_steps: as the user said it; a bill that is a fraction is one of a dense run of so many steps.
-        schedule: when decisions are made.
-        controller: it may learn, or bring units back until the schedule is over.
+        controller: it says when decisions are made, and what it spends on learning.
         modelled: by resource, what the cost was modelled by.
         check_kind: refuses budgets that a run of this kind cannot meet.
         bill: FLOPs of the whole run where there are budgets per step, too; it fixes the run's length.
@@ -47,17 +45,16 @@ class Spending:
         limits: Limits,
         *,
         total_steps: int,
-        schedule: Schedule,
         account: Account,
         meter: Meter,
-        controller: object,
+        controller: Controller[Any],
         single_process: bool = True,
         modelled: Mapping[str, str] | None = None,
         check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
         bill: Budget | None = None,
     ) -> None:
         self.limits, self.costs, self.dense_widths = limits, limits.costs, limits.dense_widths
-        self.account, self.meter, self.schedule = account, meter, schedule
+        self.account, self.meter, self.schedule = account, meter, controller.conduct.schedule
         self.modelled, self.check_kind = modelled or {}, check_kind
         self._controller, self._single_process, self._total_steps = controller, single_process, total_steps
         self.readings, self._warned = dict[str, float](), set[str]()
@@ -66,7 +63,7 @@ class Spending:
         if bill is not None:
             from setpoint.spending.run_budget import Bill
 
-            self.bill = Bill(bill, schedule, bill.absolute(limits.dense_cost("flops") * total_steps))
+            self.bill = Bill(bill, self.schedule, bill.absolute(limits.dense_cost("flops") * total_steps))
         self.hold(limits.budgets, limits.groups)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from setpoint.actuator.optimizer_check import steps_by_matrix
-from setpoint.controller.plan import Controller, regrows
+from setpoint.controller.plan import Controller
 from setpoint.cost.budget import Budget, Price, Tolerance
 from setpoint.errors import BudgetError, GroupError, LoopError
 from setpoint.groups.example import Example
@@ -51,7 +51,7 @@ def check_run(
             "a Tolerance takes cuts back through the reserve, which holds no single weights: give a Budget or a Price"
         )
     check_resources((Budget.fraction(1.0, of=goal.resource), *budgets) if isinstance(goal, Price) else budgets)
-    if regrows(controller) or regrows(getattr(controller, "inner", None)):
+    if controller.conduct.regrow:
         raise LoopError(
             "single weights come back by drop and grow, not from a reserve: use regrow=False, and "
             "DropAndGrowController(controller) around it"

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-from setpoint.controller.plan import Controller, Observation, Plan, Transferring
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, Wrapper
 from setpoint.controller.priced import PricedController
-from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.messages import plain_fields
@@ -16,7 +15,7 @@ from setpoint.messages import plain_fields
 
 @final
 @dataclass(frozen=True)
-class DropAndGrowController:
+class DropAndGrowController(Wrapper):
     """The default for single weights. `inner` drops by worth and price; then, at the same decision,
 
         share = fraction / 2 * (1 + cos(pi * step / end))
@@ -50,25 +49,10 @@ class DropAndGrowController:
         if not (0 <= self.fraction < 1 and 0 < self.end <= 1):
             raise ValueError(f"drop and grow needs 0 <= fraction < 1 and 0 < end <= 1, got {self!r}")
 
-    pauses = True
-    """Where the loss does not stand a cut, nothing is dropped until the next decision."""
-
     @property
-    def schedule(self) -> Schedule:
-        found = getattr(self.inner, "schedule", None)
-        return found if isinstance(found, Schedule) else Schedule()
-
-    def init(self, groups: tuple[Group, ...]) -> Any:
-        return self.inner.init(groups)
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return self.inner.due(step, total_steps)
-
-    def transferred(self, state: Any, *, step: int, total_steps: int, present: float, limit: float) -> Any:
-        if not isinstance(self.inner, Transferring):
-            return state
-        at = {"step": step, "total_steps": total_steps}
-        return self.inner.transferred(state, **at, present=present, limit=limit)
+    def conduct(self) -> Conduct:
+        # Where the loss does not stand a cut, nothing is dropped until the next decision, under a price too.
+        return replace(self.inner.conduct, yields=True)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
         """The next state and the plan. Pure: same arguments, same answer."""
