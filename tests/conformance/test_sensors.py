@@ -15,10 +15,9 @@ from setpoint.errors import LoopError
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.chain import SensorChain
-from setpoint.sensor.criterion import CRITERIA, criterion
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Reading, Sensor, Traits
-from setpoint.sensor.taylor import AveragingSensor, TaylorSensor
+from setpoint.sensor.taylor import CRITERIA, AveragingSensor, TaylorSensor, criterion
 from setpoint.sensor.units import Units
 from setpoint.states.hankel import HankelSensor
 from setpoint_bench.random_sensor import RandomSensor

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.criterion import UNCALIBRATED
-from setpoint.sensor.reading import Reading, Sensor
+from setpoint.sensor.reading import UNCALIBRATED, Reading, Sensor
 from setpoint.sensor.tap import parameter_named
 from setpoint.sensor.units import find_units
 
@@ -47,11 +45,10 @@ class MagnitudeSensor(Sensor[MagnitudeState]):
     ) -> MagnitudeState:
         return MagnitudeState(model, state.num_steps + 1)
 
-    @torch.no_grad()
     def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
         """Norms of the present weights; a NaN or infinite weight gives a NaN or infinite norm."""
         units = find_units(groups, state.model, lambda group: _places(group, state.model))
-        norms = units.add_up_weights(torch.square).double().sqrt().cpu().numpy()
+        norms = units.squares().double().sqrt().cpu().numpy()
         parts = np.split(norms, np.cumsum(units.num_units)[:-1])
         saliency = {group.name: values for group, values in zip(groups, parts, strict=True)} if groups else {}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)

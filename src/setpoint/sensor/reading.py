@@ -97,13 +97,17 @@ class Traits:
     returns: bool = True
 
 
+UNCALIBRATED = Traits(calibrated=False, in_loss=False, shards=True)
+"""Of a sensor that ranks the units of a group, and adds up shards."""
+
+
 @runtime_checkable
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
     A sensor of your own has these methods and `traits`. It may derive from this class, whose methods do nothing where
     few sensors need them. Where it is a mean over steps of something measured by unit, a criterion is enough
-    (`setpoint.sensor.criterion`).
+    (`setpoint.sensor.taylor`).
 
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and

@@ -1,27 +1,96 @@
-"""The Taylor sensor: a criterion from the gradients that an ordinary step leaves, averaged over the recent steps."""
+"""The Taylor sensor: a criterion from the gradients that an ordinary step leaves, averaged over the recent steps.
+
+A new criterion is a function under `@criterion()`, which `AveragingSensor` makes a sensor of; the conformance battery
+tests every one that is registered.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 
 from setpoint.distributed import Ranks
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
-from setpoint.groups.group import Group
-from setpoint.messages import counts
-from setpoint.sensor.criterion import Criterion, Values, criterion
-from setpoint.sensor.reading import Reading, Sensor, Traits
+from setpoint.groups.group import Group, Slice
+from setpoint.sensor.reading import UNCALIBRATED, Reading, Sensor, Traits
 from setpoint.sensor.tap import GradientScale, Tap, tappable
 from setpoint.sensor.units import Source, Units, find_units
 
 _FOLD_AT = 16  # steps that are folded into the moments at a time: on small models calls cost more than arithmetic
 _TINY = 1e-30  # keeps a division by a weight of zero, which then counts for nothing, from making NaN
+
+Values = Float64[np.ndarray, " all_units"]
+Measure = Callable[[Units], Float[Tensor, " all_units"]]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A measure by unit, and how its mean and variance over recent steps become a saliency.
+
+    Args:
+        measure: of all units in one step, from their weights and gradients; no host sync.
+        saliency: of the mean, the unbiased variance, and the number of independent samples behind each step's gradient.
+        role: of the weights that are read: "consume" for those that read a unit, "produce" for those that write it.
+        traits: of the readings. With `hooks` the measure uses `Units.tapped` where these weights are frozen.
+        is_slope: whether the mean is the gradient of the loss with respect to a gate on the unit.
+    """
+
+    measure: Measure
+    saliency: Callable[[Values, Values, int], Values]
+    role: str
+    traits: Traits
+    is_slope: bool = False
+
+    def places(self, group: Group) -> tuple[Slice, ...]:
+        """Where the weights lie that are read of a group."""
+        return tuple(place for place in group.slices if place.role == self.role)
+
+
+CRITERIA: dict[str, Criterion] = {}
+"""Every criterion by name."""
+
+
+def the_mean(mean: Values, variance: Values, num_samples: int) -> Values:
+    """Saliency of a measure that is never negative."""
+    saliency: Values = np.maximum(mean, 0.0)
+    return saliency
+
+
+def criterion(
+    *,
+    saliency: Callable[[Values, Values, int], Values] = the_mean,
+    role: str = "consume",
+    traits: Traits = UNCALIBRATED,
+    is_slope: bool = False,
+) -> Callable[[Measure], Criterion]:
+    """Register a function of `Units` as a criterion, under its own name; the arguments are those of `Criterion`.
+
+    >>> @criterion()
+    ... def largest_pull(units: Units) -> Tensor:
+    ...     return units.add_up(lambda weight, gradient: (weight * gradient).abs())
+    >>> CRITERIA.pop("largest_pull") is largest_pull
+    True
+    """
+
+    def register(measure: Measure) -> Criterion:
+        made = Criterion(measure, saliency, role, traits, is_slope)
+        CRITERIA[measure.__name__] = made
+        return made
+
+    return register
+
+
+@criterion()
+def fisher(units: Units) -> Tensor:
+    """Squared gate gradient, `(sum of w dL/dw)^2` over the weights that read a unit (Liu et al., ICML 2021)."""
+    return units.add_up(torch.mul).square()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,24 +191,29 @@ class AveragingSensor(Sensor[Moments]):
         outgoing ones: before a normalisation their sum of w * dL/dw is zero, and through a curved activation it has the
         wrong size or sign.
         """
+        frozen = self._frozen(groups, model)
+        read = (group for group in groups if self.criterion.places(group))
+        return tuple(group for group in read if frozen[group.name] <= self._tappable(group, model, frozen))
+
+    def _frozen(self, groups: tuple[Group, ...], model: nn.Module) -> dict[str, set[str]]:
+        """By group, the weights that are to be read and get no gradient."""
         parameters = model.named_parameters(remove_duplicate=False)
         trained = {name for name, parameter in parameters if parameter.requires_grad}
+        return {group.name: {place.tensor for place in self.criterion.places(group)} - trained for group in groups}
 
-        def is_readable(group: Group) -> bool:
-            read = {place.tensor for place in self.criterion.places(group)}
-            return bool(read) and read <= trained | (tappable(group, model) if self.traits.hooks else frozenset())
-
-        return tuple(group for group in groups if is_readable(group))
+    def _tappable(self, group: Group, model: nn.Module, frozen: dict[str, set[str]]) -> frozenset[str]:
+        return tappable(group, model) if frozen[group.name] and self.traits.hooks else frozenset()
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> Moments:
         unreadable = sorted({group.name for group in groups} - {group.name for group in self.readable(groups, model)})
         if unreadable:
+            name, kind = type(self).__name__, {"consume": "outgoing", "produce": "incoming"}[self.criterion.role]
             raise GroupError(
-                f"groups {unreadable} have {_WORDS[self.criterion.role]} weights without gradients, so "
-                f"{type(self).__name__} cannot read them: leave them out ({type(self).__name__}.readable picks the "
-                "others) or use another sensor"
+                f"groups {unreadable} have {kind} weights without gradients, so {name} cannot read them: leave them "
+                f"out ({name}.readable picks the others) or use another sensor"
             )
-        tapped = frozenset[str]().union(*(tappable(group, model) for group in groups if self.traits.hooks))
+        frozen = self._frozen(groups, model)
+        tapped = frozenset[str]().union(*(self._tappable(group, model, frozen) for group in groups))
         scale = GradientScale.of(groups, model, tapped) if tapped else None
         units = find_units(groups, model, self.criterion.places, tapped, scale, self.ranks)
         zeros, none = units.like.new_zeros(sum(units.num_units)), units.like
@@ -204,13 +278,19 @@ class AveragingSensor(Sensor[Moments]):
         values = torch.cat([facts, state.mean, state.variance, state.weight, state.squares]).double().cpu().numpy()
         num_steps, skipped = (float(value) for value in values[:2])
         mean, variance, weight, squares = np.split(values[2:], 4)
-        # Where readings are shared, a step counts that nobody saw anything in.
-        _check_seen(state, num_steps, weight > 0 if self.ranks.count == 1 else (mean != 0) | (variance != 0))
+        if state.tapped and num_steps:
+            # Where readings are shared, a step counts that nobody saw anything in.
+            _check_seen(state, weight > 0 if self.ranks.count == 1 else (mean != 0) | (variance != 0))
         # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
         shares = squares / np.maximum(weight, _TINY) ** 2
         several = (weight > 0) & (shares < 1.0)
         unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
-        is_slope = self.criterion.is_slope
+        slope: dict[str, np.ndarray] = {}
+        norm: dict[str, np.ndarray] = {}
+        if self.criterion.is_slope:
+            slope = state.by_group(mean)
+            if state.units is not None:
+                norm = state.by_group(state.units.squares().sqrt().double().cpu().numpy())
         return Reading(
             step,
             state.by_group(self.criterion.saliency(mean, unbiased, self.num_samples)),
@@ -220,12 +300,9 @@ class AveragingSensor(Sensor[Moments]):
             num_steps=round(num_steps),
             skipped_steps=round(skipped),
             steps_seen=dict(zip(state.names, state.steps_seen, strict=True)),
-            slope=state.by_group(mean) if is_slope else {},
-            norm=state.by_group(_norms(state.units)) if is_slope and state.units is not None else {},
+            slope=slope,
+            norm=norm,
         )
-
-
-_WORDS = {"consume": "outgoing", "produce": "incoming"}
 
 
 def _taps(state: Moments) -> list[Tap]:
@@ -233,22 +310,15 @@ def _taps(state: Moments) -> list[Tap]:
     return [source.tap for sources in by_group for source in sources if source.tap is not None]
 
 
-def _check_seen(state: Moments, num_steps: float, seen: Bool[np.ndarray, " all_units"]) -> None:
-    if not state.tapped or not num_steps or state.units is None:
-        return
-    for (name, of_units), sources in zip(state.by_group(seen).items(), state.units.by_group, strict=True):
+def _check_seen(state: Moments, seen: Bool[np.ndarray, " all_units"]) -> None:
+    by_group = () if state.units is None else state.units.by_group
+    for (name, of_units), sources in zip(state.by_group(seen).items(), by_group, strict=False):
         if any(source.tap is not None for source in sources) and len(of_units) and not of_units.any():
             raise LoopError(
                 f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes through its "
                 "layer, or the layer is not called as a module, or it runs as compiled code. Leave the group out "
                 "(groups=...), or train the weights"
             )
-
-
-@torch.no_grad()
-def _norms(units: Units) -> Float[np.ndarray, " all_units"]:
-    norms: np.ndarray = units.add_up_weights(torch.square).sqrt().double().cpu().numpy()
-    return norms
 
 
 _IN_LOSS = Traits(shards=True, hooks=True)

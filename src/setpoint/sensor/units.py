@@ -135,9 +135,10 @@ class Units:
         zero = zero if self.grad_scale is None else zero + 0.0 * self.grad_scale.to(zero)
         return self.ranks.total(self._summed(of_source) + zero)
 
-    def add_up_weights(self, values: Callable[[Tensor], Tensor]) -> Float[Tensor, " all_units"]:
-        """Sum by unit of `values(weight)` over all entries that the unit owns."""
-        return self.ranks.total(self._summed(lambda source: source.add_up(values, (source.weight,), self.like)))
+    @torch.no_grad()
+    def squares(self) -> Float[Tensor, " all_units"]:
+        """Sum by unit of the squared weights that it owns."""
+        return self.ranks.total(self._summed(lambda source: source.add_up(torch.square, (source.weight,), self.like)))
 
     def tapped(self) -> Float[Tensor, " all_units"]:
         """Sum by unit of `w * dL/dw` over the frozen weights, as their taps have read it in the backward pass."""
