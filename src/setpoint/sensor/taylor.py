@@ -19,6 +19,7 @@ from setpoint.distributed import Ranks
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.follow import FOUND_ANEW, ByUnit
 from setpoint.groups.group import Group, Slice
+from setpoint.messages import counts
 from setpoint.sensor.reading import UNCALIBRATED, Reading, Sensor, Traits
 from setpoint.sensor.tap import GradientScale, Tap, tappable
 from setpoint.sensor.units import Source, Units, find_units
