@@ -11,10 +11,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
-from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,27 +78,25 @@ def inspect(
         check_folder(out)
         shape = None if input is None else tuple(numbers(input, "--input", int))
         load = load_target if names_a_file(target) else _of_bench(f"inspect {target}").named_model
-        model, example = load(target, shape)
-        found = inspect_model(target, model, example, verify=verify)
+        found = inspect_model(target, *load(target, shape), verify=verify)
         if verify and not found.verified:
             print(f"{target} is large: read from its shapes alone, no cut was tried on a copy", file=sys.stderr)
         if groups:
             console().print(inspection_tree(found))
         else:
-            for line in inspection_lines(found):
-                _print(line)
+            _print("\n".join(inspection_lines(found)))
         answer: dict[str, Any] = asdict(found)
         if out is not None:
             write_json(out / "inspect.json", answer)
             write_inspection(found, out / "inspect.html")
-        # The next step has to work: half of the FLOPs may be out of reach.
-        least = found.cheapest_flops / found.flops if found.flops else 0.0
-        share = 0.5 if least <= 0.5 else math.ceil(100 * least) / 100
-        to = "half of the FLOPs" if share == 0.5 else f"{share:.0%} of the FLOPs; half of them is out of reach"
-        options = [] if input is None else ["--input", input]
-        again = shlex.join([target, *options, *([] if verify else ["--no-verify"])])
-        attach = f"setpoint.attach(model, optimizer, {share:g}, total_steps=...) prunes to {to}"
-        finish(answer, attach if groups else f"setpoint inspect {again} --groups shows every group")
+        again = [target, *([] if input is None else ["--input", input]), *([] if verify else ["--no-verify"])]
+        then = f"setpoint inspect {shlex.join(again)} --groups shows every group"
+        if groups:
+            # The next step has to work: half of the FLOPs may be out of reach.
+            share = max(0.5, math.ceil(100 * found.cheapest_flops / (found.flops or 1.0)) / 100)
+            then = f"setpoint.attach(model, optimizer, {share:g}, total_steps=...) prunes to {share:.0%} of the FLOPs"
+            then += "" if share == 0.5 else "; half of them is out of reach"
+        finish(answer, then)
 
 
 def compress(
@@ -170,7 +167,12 @@ def report(
         from setpoint.report.page import ledger_tables, page_of, write_ledger_page
         from setpoint.report.record import facts, read_ledger, state
 
-        file = _ledger_in(path)
+        file = path if path.is_file() or path.suffix == ".jsonl" else path / LEDGER
+        if file != path and not file.is_file():
+            raise UsageError(
+                f"neither results of the benchmark ({RESULT_FILES[0]}) nor a ledger ({LEDGER}) are in {path}: give a "
+                f'ledger\'s file; a run writes it by setpoint.integrations.log_to(loop, "{LEDGER}")'
+            )
         page = page_of(file, out)
         record, screen = read_ledger(file), console()
         check_folder(page.parent)
@@ -257,18 +259,6 @@ def _absent(name: str) -> Callable[[], None]:
     return command
 
 
-def _ledger_in(path: Path) -> Path:
-    """The ledger that `report` is given by its file or folder."""
-    if path.is_file() or path.suffix == ".jsonl":
-        return path
-    if not (path / LEDGER).is_file():
-        raise UsageError(
-            f"neither results of the benchmark ({RESULT_FILES[0]}) nor a ledger ({LEDGER}) are in {path}: give a "
-            f'ledger\'s file; a run writes it by setpoint.integrations.log_to(loop, "{LEDGER}")'
-        )
-    return path / LEDGER
-
-
 # What all commands share.
 
 
@@ -292,32 +282,14 @@ def errors_as_messages() -> Iterator[None]:
 
 
 class OneLine(TyperGroup):
-    """Commands that report a misuse in one line, too, and whose help shows flags without a value."""
+    """Commands that report a misuse in one line, too."""
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        command = super().get_command(ctx, cmd_name)
-        if command is not None:
-            _hide_flag_values(command.get_params(ctx))
-        return command
-
-    def get_params(self, ctx: Any) -> Any:
-        return _hide_flag_values(super().get_params(ctx))
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         """Run a command; standing alone, end the process with its exit code."""
-        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
         if not standalone_mode:
-            return run()
+            return super().main(args, standalone_mode=False, **extra)
         try:
-            code = run()
+            code = super().main(args, standalone_mode=False, **extra)
         except typer.Abort:
             code = FAILED
         except Exception as error:
@@ -335,19 +307,8 @@ class OneLine(TyperGroup):
 def _misuse(error: Any) -> str:
     """What Typer says of wrong options, in one line, and where examples are."""
     message = " ".join(error.format_message().split()).removesuffix(".")
-    for kind in ("integer", "number"):
-        message = message.replace(f"Input should be a valid {kind}, unable to parse string as", "it takes")
-    message = message.replace("it takes a number", "it takes a number, such as 0.5 or 2e8")
-    context = getattr(error, "ctx", None)
     dot = "" if message.endswith("?") else "."
-    return message + (f"{dot} {context.command_path} -h shows examples" if context is not None else "")
-
-
-def _hide_flag_values(parameters: Sequence[Any]) -> Sequence[Any]:
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""  # newer versions of Typer show <bool>
-    return parameters
+    return message + (f"{dot} {error.ctx.command_path} -h shows examples" if getattr(error, "ctx", None) else "")
 
 
 def check_folder(out: Path | None) -> None:
