@@ -124,14 +124,6 @@ def test_a_model_with_nothing_to_prune_says_so_first() -> None:
     assert lines[0] in tree_of(found)
 
 
-def test_shares_over_the_whole_are_explained() -> None:
-    """Two groups that share a layer add up to more than all FLOPs, and the line says why."""
-    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    line = inspection_lines(inspect_model("mine", model, (torch.zeros(2, 16),)))[3]
-    assert line.startswith("most FLOPs: layer 0 (64 neurons, ") and ", layer 2 (64 neurons, " in line
-    assert line.endswith("; groups share FLOPs, so these add up to over 100 %")
-
-
 def test_reasons_are_grouped_by_their_number() -> None:
     """The three that most places have are shown, and how many more there are."""
     found = inspect_model("plain", nn.Sequential(nn.Linear(6, 3)), (torch.zeros(2, 6),))
@@ -155,7 +147,7 @@ def test_repeated_layers_share_a_branch() -> None:
 
 
 PLACES = (("body.conv.weight", 0, "produce"), ("head.weight", 1, "consume"))
-GROUP = GroupReport("body.conv", "channel", 16, 8, 8, 1, "", 300, 0.5, 0.25, PLACES)
+GROUP = GroupReport("body.conv", "channel", 16, 8, 8, 1, "", 300, 0.25, PLACES)
 FOUND = Inspection(
     model="small",
     inputs=((2, 3, 8, 8),),

@@ -29,8 +29,6 @@ from setpoint.report.numbers import human, percent, share
 
 ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
 """What a tensor does with its units, in words."""
-_WIDTH = 80
-"""Columns of the line of the most FLOPs, as far as names let it fit."""
 _MOST_REASONS, _MOST_PLACES = 3, 8
 _NUMBER = re.compile(r"\d+")
 
@@ -55,7 +53,6 @@ class GroupReport:
     unit_size: int
     kept_whole: str
     params: int
-    params_share: float
     flops_share: float
     places: tuple[tuple[str, int | None, str], ...]
 
@@ -98,42 +95,40 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     verify = verify and not any(parameter.is_meta for parameter in model.parameters())
     flops, params = flops_cost(found), params_cost(model, found.groups)
     dense = widths_of(found.groups)
-    lossless = tuple(group for group in found.groups if group.lossless)
     whole = {g.name: "" if g.lossless else "; ".join(g.notes) or "not lossless" for g in found.groups}
+    lossless = tuple(group for group in found.groups if group.lossless)
     if verify and lossless:
         failing = failing_on_few_rows(model, example, lossless)[0]
         whole |= dict.fromkeys(failing, "cutting it on a copy did not behave like masking it")
     pruned = tuple(group for group in found.groups if not whole[group.name])
     fewest = dense | {group.name: lowest_width(group) for group in pruned}
-    spent, total = flops.total(dense), int(params.total(dense))
-    reports = []
-    for group in found.groups:
-        fewest_units, along = lowest_width(group), params_along(model, (group,))
+    spent = flops.total(dense)
+
+    def report(group: Group) -> GroupReport:
         # Each group alone: shares of groups that share a layer add up to more than the whole.
-        saving = flops.saving(dense, group.name, group.num_units - fewest_units)
+        saving = flops.saving(dense, group.name, group.num_units - lowest_width(group))
         written = next((place for place in group.slices if place.role == "produce" and place.dim is not None), None)
-        report = GroupReport(
+        return GroupReport(
             name=group.name,
             what=group.what,
             num_units=group.num_units,
-            min_units=fewest_units,
+            min_units=lowest_width(group),
             multiple_of=group.multiple_of,
             unit_size=1 if written is None else int((written.index >= 0).sum()) // group.num_units,
             kept_whole=whole[group.name],
-            params=along,
-            params_share=along / total if total else 0.0,
+            params=params_along(model, (group,)),
             flops_share=saving / spent if spent else 0.0,
             places=tuple((place.tensor, place.dim, place.role) for place in group.slices),
         )
-        reports.append(report)
+
     args, kwargs = inputs_of(example)
     return Inspection(
         model=name,
         inputs=tuple(tuple(tensor.shape) for tensor in tensors_of([*args, *kwargs.values()])),
         verified=verify,
-        groups=tuple(reports),
+        groups=tuple(map(report, found.groups)),
         flops=spent,
-        params=total,
+        params=int(params.total(dense)),
         prunable_params_share=share_along(model, pruned),
         cheapest_flops=flops.total(fewest),
         cheapest_params=int(params.total(fewest)),
@@ -178,6 +173,125 @@ def _counted_parameters(model: nn.Module, embeddings: bool) -> list[tuple[str, n
 # What a person reads: seven lines and a tree, in a terminal or on a page.
 
 
+def inspection_lines(found: Inspection) -> tuple[str, ...]:
+    """Seven lines that a person reads before any training, four where there is nothing to prune.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+        >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
+        ...     print(line)
+        mine on 2x8: 2.24 kFLOPs per training step, 264 parameters
+        can be pruned: 20 units in 1 group, with 98.5 % of the parameters
+        cheapest reachable: 224 FLOPs (10.0 %), 30 parameters (11.4 %)
+        most FLOPs: layer 0 (20 neurons, 90.0 %)
+        not pruned: nothing
+        frozen: 2 places: input of the network, or other data; output of the network
+        checked: each cut was tried on a copy of the model
+    """
+    pruned = [group for group in found.groups if not group.kept_whole]
+    whole = [group for group in found.groups if group.kept_whole]
+    shown = some((group.name for group in whole), 1)
+    reasons = [why for group in whole for why in dict.fromkeys(w.partition(" (")[0] for w in _reasons(group))]
+    places = counted(len(found.frozen), "place")
+    left = (
+        _most_frequent(f"not pruned: {counted(len(whole), 'group')} ({shown})", reasons) or "not pruned: nothing",
+        _most_frequent(f"frozen: {places}", [frozen.reason for frozen in found.frozen]) or "frozen: nothing",
+    )
+    if not pruned:
+        return _nothing(found), _dense(found), *left
+    largest = max(pruned, key=lambda group: group.flops_share)
+    alike = [g for g in pruned if (g.units, percent(g.flops_share)) == (largest.units, percent(largest.flops_share))]
+    alike = [group for group in alike if skeleton(group.name) == skeleton(largest.name)]
+    many, each = (f"{len(alike)} x ", " each") if len(alike) > 1 else ("", "")
+    names = some(group.name for group in alike)
+    named = f"layer {names}" if names.isdigit() else names  # "0" alone reads as a number
+    units = counted(sum(group.num_units for group in pruned), "unit")
+    return (
+        _dense(found),
+        f"can be pruned: {units} in {counted(len(pruned), 'group')}, "
+        f"with {percent(found.prunable_params_share)} of the parameters",
+        _cheapest(found),
+        f"most FLOPs: {named} ({many}{largest.units}, {percent(largest.flops_share)}{each})",
+        *left,
+        f"{'checked: each' if found.verified else 'not checked: no'} cut was tried on a copy of the model",
+    )
+
+
+def _dense(found: Inspection) -> str:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in found.inputs)
+    costs = f"{human(found.flops, 'FLOPs')} per training step, {human(found.params)} parameters"
+    return f"{found.model} on {shapes}: {costs}"
+
+
+def _cheapest(found: Inspection) -> str:
+    return (
+        f"cheapest reachable: {human(found.cheapest_flops, 'FLOPs')} ({share(found.cheapest_flops, found.flops)}), "
+        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
+    )
+
+
+def _nothing(found: Inspection) -> str:
+    """That nothing can be pruned, and the reason that most units, or else most places, have."""
+    reasons = Counter[str]()
+    for group in found.groups:
+        reasons[_reasons(group)[0]] += group.num_units
+    reasons = reasons or Counter(frozen.reason for frozen in found.frozen) or Counter(["it has no dim of its own"])
+    return f"nothing can be pruned: {reasons.most_common(1)[0][0]}"
+
+
+def _reasons(group: GroupReport) -> list[str]:
+    return group.kept_whole.split("; ")
+
+
+def _most_frequent(what: str, reasons: Sequence[str]) -> str:
+    """What has these reasons: the most frequent ones, and how often each is given; empty where there is none."""
+    same: dict[str, list[str]] = {}
+    for reason in reasons:
+        same.setdefault(skeleton(reason), []).append(reason)
+    by_number = sorted(same.values(), key=len, reverse=True)
+    shown = [f"{len(given)} x " * (len(given) > 1) + ", ".join(fold(given)) for given in by_number[:_MOST_REASONS]]
+    if len(by_number) > len(shown):
+        shown.append(f"and {counted(len(by_number) - len(shown), 'other reason')}")
+    return f"{what}: {'; '.join(shown)}" if shown else ""
+
+
+def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
+    """The tree of an inspection; a terminal has the first places of each group, unless it wants all."""
+    model, colon, costs = _dense(found).partition(" on ")
+    tree = Tree(f"[bold]{plain(model)}[/]{colon}{plain(costs)}")
+    if all(group.kept_whole for group in found.groups):
+        tree.add(plain(_nothing(found)))
+    tree.add(_cheapest(found))
+    if not found.verified:
+        tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
+    for groups in _same_but_for_numbers(found):
+        first, several = groups[0], len(groups) > 1
+        line = (
+            f"[bold]{plain(', '.join(fold(group.name for group in groups)))}[/]: "
+            f"{f'{len(groups)} groups of ' if several else ''}{first.units}, at least {first.min_units}, in steps of "
+            f"{first.multiple_of}; {human(first.params)} parameters, {percent(first.flops_share)} of the FLOPs"
+            f"{' each' if several else ''}"
+        )
+        why = some(reason for group in groups for reason in _reasons(group) if reason)
+        node = tree.add(line + (f" [yellow](not pruned: {plain(why)})[/]" if why else ""))
+        places = _places(groups)
+        shown = places if all_places else places[:_MOST_PLACES]
+        for place in shown:
+            node.add(f"[dim]{plain(place)}[/]")
+        if len(places) > len(shown):
+            node.add(f"[dim]and {counted(len(places) - len(shown), 'more place')}[/]")
+    if found.frozen:
+        node = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
+        by_reason: dict[str, list[str]] = {}
+        for frozen in found.frozen:
+            by_reason.setdefault(frozen.reason, []).append(frozen.place)
+        for reason, names in by_reason.items():
+            node.add(f"{plain(', '.join(fold(names)))}: [dim]{plain(reason)}[/]")
+    return tree
+
+
 def _same_but_for_numbers(found: Inspection) -> list[list[GroupReport]]:
     """Groups that differ only in the numbers of their names, prunable ones first."""
     # Twelve equal blocks are one line: a reader looks for the layers that differ.
@@ -201,142 +315,6 @@ def _places(groups: Sequence[GroupReport]) -> list[str]:
         for (dim, role), names in tensors.items()
         for tensor in fold(names)
     ]
-
-
-def inspection_lines(found: Inspection) -> tuple[str, ...]:
-    """Seven lines that a person reads before any training, four where there is nothing to prune.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
-        >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
-        ...     print(line)
-        mine on 2x8: 2.24 kFLOPs per training step, 264 parameters
-        can be pruned: 20 units in 1 group, with 98.5 % of the parameters
-        cheapest reachable: 224 FLOPs (10.0 %), 30 parameters (11.4 %)
-        most FLOPs: layer 0 (20 neurons, 90.0 %)
-        not pruned: nothing
-        frozen: 2 places: input of the network, or other data; output of the network
-        checked: each cut was tried on a copy of the model
-    """
-    pruned = [group for group in found.groups if not group.kept_whole]
-    units = sum(group.num_units for group in pruned)
-    if not pruned:
-        return _nothing(found), _dense(found), _not_pruned(found), _frozen(found)
-    return (
-        _dense(found),
-        f"can be pruned: {counted(units, 'unit')} in {counted(len(pruned), 'group')}, "
-        f"with {percent(found.prunable_params_share)} of the parameters",
-        _cheapest(found),
-        _largest(pruned),
-        _not_pruned(found),
-        _frozen(found),
-        "checked: each cut was tried on a copy of the model"
-        if found.verified
-        else "not checked: no cut was tried on a copy of the model",
-    )
-
-
-def _dense(found: Inspection) -> str:
-    shapes = ", ".join("x".join(map(str, shape)) for shape in found.inputs)
-    costs = f"{human(found.flops, 'FLOPs')} per training step, {human(found.params)} parameters"
-    return f"{found.model} on {shapes}: {costs}"
-
-
-def _cheapest(found: Inspection) -> str:
-    return (
-        f"cheapest reachable: {human(found.cheapest_flops, 'FLOPs')} ({share(found.cheapest_flops, found.flops)}), "
-        f"{human(found.cheapest_params)} parameters ({share(found.cheapest_params, found.params)})"
-    )
-
-
-def _nothing(found: Inspection) -> str:
-    """That nothing can be pruned, and the reason that most units, or else most places, have."""
-    reasons = Counter[str]()
-    for group in found.groups:
-        reasons[group.kept_whole.partition("; ")[0]] += group.num_units
-    reasons = reasons or Counter(frozen.reason for frozen in found.frozen) or Counter(["it has no dim of its own"])
-    return f"nothing can be pruned: {reasons.most_common(1)[0][0]}"
-
-
-def _largest(pruned: Sequence[GroupReport]) -> str:
-    same: dict[tuple[str, str, str], list[GroupReport]] = {}
-    for group in sorted(pruned, key=lambda group: -group.flops_share):
-        same.setdefault((skeleton(group.name), group.units, percent(group.flops_share)), []).append(group)
-    line, total = "most FLOPs: ", 0.0
-    for (_, units, saved), groups in same.items():
-        many, each = (f"{len(groups)} x ", " each") if len(groups) > 1 else ("", "")
-        names = fold(group.name for group in groups)
-        named = ", ".join(f"layer {name}" if name.isdigit() else name for name in names)  # "0" alone reads as a number
-        more = f"{named} ({many}{units}, {saved}{each})"
-        if line.endswith(")") and len(line) + len(more) + 2 > _WIDTH:
-            break
-        line += f", {more}" if line.endswith(")") else more
-        total += sum(group.flops_share for group in groups)
-    return line + ("; groups share FLOPs, so these add up to over 100 %" if total > 1 else "")
-
-
-def _not_pruned(found: Inspection) -> str:
-    whole = [group for group in found.groups if group.kept_whole]
-    if not whole:
-        return "not pruned: nothing"
-    reasons = [dict.fromkeys(why.partition(" (")[0] for why in group.kept_whole.split("; ")) for group in whole]
-    names = some((group.name for group in whole), 1)
-    return _most_frequent(f"not pruned: {counted(len(whole), 'group')} ({names})", sum(map(list, reasons), []))
-
-
-def _frozen(found: Inspection) -> str:
-    if not found.frozen:
-        return "frozen: nothing"
-    places = counted(len(found.frozen), "place")
-    return _most_frequent(f"frozen: {places}", (frozen.reason for frozen in found.frozen))
-
-
-def _most_frequent(what: str, reasons: Iterable[str]) -> str:
-    """What has these reasons: the most frequent ones, and how often each is given."""
-    same: dict[str, list[str]] = {}
-    for reason in reasons:
-        same.setdefault(skeleton(reason), []).append(reason)
-    by_number = sorted(same.values(), key=len, reverse=True)
-    shown = [f"{len(given)} x " * (len(given) > 1) + ", ".join(fold(given)) for given in by_number[:_MOST_REASONS]]
-    rest = len(by_number) - len(shown)
-    return f"{what}: {'; '.join(shown)}" + (f"; and {counted(rest, 'other reason')}" if rest else "")
-
-
-def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
-    """The tree of an inspection; a terminal has the first places of each group, unless it wants all."""
-    shown = None if all_places else _MOST_PLACES
-    model, colon, costs = _dense(found).partition(" on ")
-    tree = Tree(f"[bold]{plain(model)}[/]{colon}{plain(costs)}")
-    if all(group.kept_whole for group in found.groups):
-        tree.add(plain(_nothing(found)))
-    tree.add(_cheapest(found))
-    if not found.verified:
-        tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
-    for groups in _same_but_for_numbers(found):
-        first, several = groups[0], len(groups) > 1
-        line = (
-            f"[bold]{plain(', '.join(fold(group.name for group in groups)))}[/]: "
-            f"{f'{len(groups)} groups of ' if several else ''}{first.units}, at least {first.min_units}, in steps of "
-            f"{first.multiple_of}; {human(first.params)} parameters, {percent(first.flops_share)} of the FLOPs"
-            f"{' each' if several else ''}"
-        )
-        reasons = some(reason for group in groups for reason in group.kept_whole.split("; ") if reason)
-        node = tree.add(line + (f" [yellow](not pruned: {plain(reasons)})[/]" if reasons else ""))
-        places = _places(groups)
-        for place in places[:shown]:
-            node.add(f"[dim]{plain(place)}[/]")
-        if shown is not None and len(places) > shown:
-            node.add(f"[dim]and {counted(len(places) - shown, 'more place')}[/]")
-    if found.frozen:
-        node = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
-        by_reason: dict[str, list[str]] = {}
-        for frozen in found.frozen:
-            by_reason.setdefault(frozen.reason, []).append(frozen.place)
-        for reason, names in by_reason.items():
-            node.add(f"{plain(', '.join(fold(names)))}: [dim]{plain(reason)}[/]")
-    return tree
 
 
 def write_inspection(found: Inspection, out: Path) -> Path:
