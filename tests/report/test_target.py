@@ -76,10 +76,7 @@ def test_a_file_without_the_function_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("shape", "said"), [((0, 3), "at least 1"), ((10**11, 12), "too large to inspect a model with")]
-)
-def test_a_shape_that_is_none_is_refused(tmp_path: Path, shape: tuple[int, ...], said: str) -> None:
+def test_a_shape_that_is_none_is_refused(tmp_path: Path) -> None:
     """Claim: before the file is run."""
-    with pytest.raises(UsageError, match=said):
-        load_target(f"{tmp_path}/nowhere.py:f", shape)
+    with pytest.raises(UsageError, match="at least 1"):
+        load_target(f"{tmp_path}/nowhere.py:f", (0, 3))

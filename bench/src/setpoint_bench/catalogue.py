@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import setpoint_bench.tasks
 from setpoint.messages import a_type, did_you_mean
-from setpoint.report.target import is_own_function, named_errors, own_function
+from setpoint.report.target import call_own, is_own_function
 from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import PLAIN, BenchError, fits_a_folder
 
@@ -94,8 +94,7 @@ def _usual(name: str, data: Path | None) -> SimpleTask:
         raise BenchError(f"unknown task {name!r}: {hint}use {', '.join(known)}, or your own as module.py:function")
     if data is not None:
         raise BenchError(f"--data is for the tasks that come with Setpoint: {name} finds its data itself")
-    with named_errors(name):
-        made = own_function(name)()
+    made = call_own(name)
     if not isinstance(made, SimpleTask):
         raise BenchError(f"{name} returned {a_type(made)}: return a setpoint_bench.simple_task.SimpleTask")
     if not fits_a_folder(made.name):

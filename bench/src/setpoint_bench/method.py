@@ -14,7 +14,7 @@ from setpoint.controller.priced import Gains, PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.gates.gated import GatedController
 from setpoint.messages import did_you_mean
-from setpoint.report.target import is_own_function, named_errors, own_function
+from setpoint.report.target import call_own, is_own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.methods.fitted import Fitted
@@ -208,8 +208,7 @@ def method_named(name: str) -> Method:
 
 def _own_method(target: str, taken: Collection[str]) -> Method:
     """What a function of the user's own returns, if it is a method with a name that is free and can name a folder."""
-    with named_errors(target):
-        made: Any = own_function(target)()
+    made: Any = call_own(target)
     returned = f"{target} returned {type(made).__name__}"
     if missing := [each for each in _MEMBERS if not hasattr(made, each)]:
         raise BenchError(f"{returned}, which has no {', '.join(missing)}: return a setpoint_bench.method.Method")

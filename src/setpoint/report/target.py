@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,9 +20,6 @@ from torch import Tensor, nn
 from setpoint.errors import UsageError
 from setpoint.groups.example import Example
 from setpoint.messages import a_type, counted, did_you_mean
-
-MOST_NUMBERS = 2**28
-"""In an example that is filled with noise: a gigabyte of them."""
 
 
 def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Example]:
@@ -54,19 +50,14 @@ def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
             f"{target} returned a model without inputs: return `model, (x,)`, or `model, {{'x': x}}` for keyword "
             "inputs; or say the shape of its one input of floats, for images --input 2,3,224,224"
         )
-    example = (noise(shape),) if shape is not None else example
+    example = noise(shape) if shape is not None else example
     return model, (example,) if isinstance(example, Tensor) else example
 
 
 def check_shape(shape: tuple[int, ...] | None) -> None:
-    """Refuse the shape of an example that has no numbers, or far too many."""
+    """Refuse the shape of an example that has no numbers."""
     if shape is not None and min(shape) < 1:
         raise UsageError(f"sizes of an example are at least 1, got {','.join(map(str, shape))}")
-    if shape is not None and math.prod(shape) > MOST_NUMBERS:
-        raise UsageError(
-            f"an example of {','.join(map(str, shape))} is too large to inspect a model with, at most {MOST_NUMBERS:,} "
-            "numbers: give a smaller batch, since groups and shares are the same"
-        )
 
 
 def noise(shape: tuple[int, ...]) -> Tensor:
@@ -83,35 +74,37 @@ def is_own_function(target: str) -> bool:
     return ".py:" in target
 
 
+def names_a_file(target: str) -> bool:
+    """Whether the name is that of a file or of a function in one, or was meant to be."""
+    return is_own_function(target) or target.endswith(".py") or Path(target).is_file() or bool(_file_meant(target))
+
+
+def _file_meant(target: str) -> str:
+    """What to write for `module:function`, where there is such a file; empty for anything else."""
+    file, colon, function = target.partition(":")
+    if not colon or not Path(f"{file}.py").is_file():
+        return ""
+    return f"{target!r} names no file: did you mean {file}.py:{function}?"
+
+
 def call_own(target: str) -> Any:
-    """What a function of a file returns.
+    """What a function without arguments of a Python file returns; the file may import modules of its folder.
 
     Raises:
-        UsageError: in place of whatever it raises, and where it is a model and no function.
+        UsageError: there is no such file or function, or in place of whatever it raises.
     """
-    with named_errors(target):
-        function = own_function(target)
+    path, name = check_own_function(target)
+    with _named_errors(target, path.resolve()):
+        module = _module(path.resolve(), path.read_bytes())
+    function = getattr(module, name, None)
     if isinstance(function, nn.Module):  # it could be called, with nothing, and would raise something unhelpful
-        name = target.rpartition(":")[2]
         raise UsageError(
             f"{target} is {a_type(function)} itself: name a function without arguments that returns {name}"
         )
-    with named_errors(target):
-        return function()
-
-
-def own_function(target: str) -> Callable[[], Any]:
-    """The function without arguments of a Python file, which may import modules of its folder.
-
-    Raises:
-        UsageError: there is no such file, or it has no such function.
-    """
-    path, name = check_own_function(target)
-    module = _module(path.resolve(), path.read_bytes())
-    function = getattr(module, name, None)
     if not callable(function):
         raise _absent(path, name, [name for name, value in vars(module).items() if inspect.isfunction(value)])
-    return function  # type: ignore[no-any-return]
+    with _named_errors(target, path.resolve()):
+        return function()
 
 
 def check_own_function(target: str) -> tuple[Path, str]:
@@ -141,19 +134,6 @@ def _absent(path: Path, name: str, own: list[str]) -> UsageError:
     return UsageError(f"{path} has no function {name!r}: {did_you_mean(name, own)}{listed}")
 
 
-def names_a_file(target: str) -> bool:
-    """Whether the name is that of a file or of a function in one, or was meant to be."""
-    return is_own_function(target) or target.endswith(".py") or Path(target).is_file() or bool(_file_meant(target))
-
-
-def _file_meant(target: str) -> str:
-    """What to write for `module:function`, where there is such a file; empty for anything else."""
-    file, colon, function = target.partition(":")
-    if not colon or not Path(f"{file}.py").is_file():
-        return ""
-    return f"{target!r} names no file: did you mean {file}.py:{function}?"
-
-
 # Once for each text: a user who edits the file in a notebook gets the new one.
 @cache
 def _module(path: Path, source: bytes) -> ModuleType:
@@ -175,14 +155,11 @@ def _module(path: Path, source: bytes) -> ModuleType:
 
 
 @contextmanager
-def named_errors(target: str) -> Iterator[None]:
+def _named_errors(target: str, path: Path) -> Iterator[None]:
     """Turn any exception of a user's file into a UsageError of one line: function, place in the file, and message."""
     try:
         yield
-    except UsageError:
-        raise
     except Exception as error:
-        path = Path(target.rpartition(":")[0]).resolve()
         # The user looks for a line of that file, and not for one of torch.
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
         where = f'at {path.name}:{lines[-1].lineno}: "{lines[-1].line}"' if lines else "outside the file"
