@@ -88,12 +88,14 @@ def test_a_run_under_a_price_is_shown(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_the_command(machine: Machine, tmp_path: Path) -> None:
-    """`setpoint report FILE` prints tables of 100 columns, or with --json one object, and writes the page beside it."""
+    """`setpoint report FILE` prints tables of 100 columns, or with --json one object, and writes the page
+    beside it; the run's folder will do.
+    """
     record_of_run(machine, setpoint.Budget.fraction(0.6, of="latency"), tmp_path)
     result = CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl")])
     assert result.exit_code == 0 and "step" in result.stdout and "{" not in result.stdout, result.output
     assert max(len(line) for line in result.stdout.splitlines() if line[:1] in "┏┃│└") <= 100
-    answer = json.loads(CliRunner().invoke(app, ["report", str(tmp_path / "run.jsonl"), "--json"]).stdout)
+    answer = json.loads(CliRunner().invoke(app, ["report", str(tmp_path), "--json"]).stdout)
     page = Path(answer["report"])
     assert page == tmp_path / "report.html" and "Spent against reference" in page.read_text(encoding="utf-8")
 
