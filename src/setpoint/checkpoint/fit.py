@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,27 +149,28 @@ def infer_sizes(model: nn.Module, shapes: Shapes) -> tuple[dict[SizePlace, int],
     return sizes, tuple(unsure)
 
 
+_LAYERS: tuple[tuple[Any, dict[str, int]], ...] = (
+    (nn.Linear, {"out_features": 0, "in_features": 1}),
+    (nn.modules.batchnorm._NormBase, {"num_features": 0}),
+    ((nn.LayerNorm, nn.RMSNorm), {f"normalized_shape[{dim}]": dim for dim in range(4)}),
+    ((nn.Embedding, nn.EmbeddingBag), {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.PReLU, {"num_parameters": 0}),
+)
+"""Which dim of a layer's weight each of its sizes is."""
+
+
 def _layer_sizes(module: nn.Module, shapes: Shapes) -> dict[str, int] | None:
     """Sizes of one layer by the new shapes of its own tensors; None where these do not tell."""
     weight = shapes.get("weight") or shapes.get("running_mean") or shapes.get("bias")
     if weight is None or "parametrizations" in module._modules:
         return None
-    if isinstance(module, nn.Linear) and len(weight) == 2:
-        return {"out_features": weight[0], "in_features": weight[1]}
-    if isinstance(module, nn.Linear):
-        return {"out_features": weight[0]}
     if isinstance(module, nn.modules.conv._ConvNd) and len(weight) > 1:
         return _conv_sizes(module, weight)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": weight[0]}
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(weight) == 1:
-        return {"normalized_shape[0]": weight[0]}
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return {"num_embeddings": weight[0], "embedding_dim": weight[1]}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": weight[0]}
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and len(weight) == 2:  # transformers' linear layer
         return {"nf": weight[1], "nx": weight[0]} if hasattr(module, "nx") else {"nf": weight[1]}
+    for kinds, dims in _LAYERS:
+        if isinstance(module, kinds):
+            return {place: weight[dim] for place, dim in dims.items() if dim < len(weight)}
     return None
 
 
@@ -194,24 +196,25 @@ def _writes_sizes(kind: Hashable) -> bool:
     except (OSError, TypeError, SyntaxError):
         return True
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in COUNTED and not all(map(_follows, node.args)):
-                return True
         if isinstance(node, ast.Slice) and (node.lower or node.upper):
+            return True
+        if isinstance(node, ast.Call) and _name(node) in COUNTED and not all(map(_follows, node.args)):
             return True
     return False
 
 
+def _name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
 def _follows(size: ast.expr) -> bool:
     """Whether a size in code is -1, 1, or one that is asked of a tensor: it is right at any width."""
-    if isinstance(size, ast.UnaryOp):
-        size = size.operand
+    size = size.operand if isinstance(size, ast.UnaryOp) else size
     if isinstance(size, ast.Constant):
         return size.value == 1
     if isinstance(size, ast.Subscript):
         return isinstance(size.value, ast.Attribute) and size.value.attr == "shape"
-    return isinstance(size, ast.Call) and isinstance(size.func, ast.Attribute) and size.func.attr == "size"
+    return isinstance(size, ast.Call) and _name(size) == "size"
 
 
 def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:
