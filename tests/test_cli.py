@@ -234,19 +234,9 @@ def test_help_is_light() -> None:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("bench",),
-        ("bench", "--task", "digits", "--seeds", "0,1"),
-        ("report", "."),
-        ("coverage", "plain"),
-        ("list", "tasks"),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("arguments", [("inspect", "resnet18"), ("report", ".")], ids=" ".join)
 def test_without_the_benchmark(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where setpoint-bench is not installed, what it adds says in one line which package to install."""
+    """Where setpoint-bench is not installed, what it does for a command says in one line which package to install."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.jsonl").touch()
     monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
@@ -266,7 +256,7 @@ def test_a_model_is_inspected_without_the_benchmark(tmp_path: Path, monkeypatch:
     file.write_text(OWN_MODEL, encoding="utf-8")
     result = CliRunner().invoke(make_app(), ["inspect", f"{file}:build", "--no-verify"])
     assert result.exit_code == 0 and result.stdout.startswith(f"{file}:build on 2x8: ")
-    assert "pip install setpoint-bench" in CliRunner().invoke(make_app(), ["--help"]).stdout
+    assert "pip install setpoint-bench" in " ".join(CliRunner().invoke(make_app(), ["--help"]).stdout.split())
 
 
 @pytest.mark.parametrize("benchmark", [False, True])

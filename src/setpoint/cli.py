@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from importlib.metadata import entry_points
@@ -76,7 +76,7 @@ def inspect(
         from setpoint.report.target import load_target, names_a_file
 
         check_folder(out)
-        shape = None if input is None else tuple(numbers(input, "--input", int))
+        shape = None if input is None else tuple(integers(input, "--input"))
         load = load_target if names_a_file(target) else _of_bench(f"inspect {target}").named_model
         found = inspect_model(target, *load(target, shape), verify=verify)
         if verify and not found.verified:
@@ -195,22 +195,13 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback(epilog=examples("setpoint inspect resnet18", "setpoint report run.jsonl"))(_setpoint)
-    models = (
-        "setpoint inspect resnet18",
-        "setpoint inspect timm/resnet18.a1_in1k --groups",
-        "setpoint inspect my_model.py:build --input 2,3,64,64",
-    )
-    made.command(epilog=examples(*models))(inspect)
+    models = "setpoint inspect timm/resnet18.a1_in1k --groups", "setpoint inspect my_model.py:build --input 2,3,64,64"
+    made.command(epilog=examples("setpoint inspect resnet18", *models))(inspect)
     cut = "setpoint compress net.py:build --data net.py:batches --budget 50% --out small"
     made.command(epilog=examples(cut))(compress)
     made.command(epilog=examples("setpoint report run.jsonl", "setpoint report runs/digits --out pages"))(report)
-    if entry_points(group=GROUP, name="commands"):
-        _of_bench("bench").add_commands(made)
-    else:
-        # Whatever options are given, the answer is which package to install.
-        anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-        for name in ("bench", "coverage", "list"):
-            made.command(name, context_settings=anything)(_absent(name))
+    for benchmark in entry_points(group=GROUP, name="commands"):
+        benchmark.load().add_commands(made)
     return made
 
 
@@ -221,7 +212,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'setpoint.cli' has no attribute {name!r}")
 
 
-def _show_version(wanted: bool) -> bool:
+def _show_version(wanted: bool) -> None:
     if wanted:
         import torch
 
@@ -229,7 +220,6 @@ def _show_version(wanted: bool) -> bool:
 
         print(f"setpoint {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
         raise typer.Exit
-    return wanted
 
 
 def _setpoint(
@@ -237,7 +227,10 @@ def _setpoint(
         bool, typer.Option("--version", help="Show the version and end.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Prune PyTorch models while they train, to a budget held by a feedback controller."""
+    """Prune PyTorch models while they train, to a budget held by a feedback controller.
+
+    The commands bench, coverage and list are part of the benchmark: pip install setpoint-bench.
+    """
 
 
 def _of_bench(command: str) -> Any:
@@ -248,15 +241,6 @@ def _of_bench(command: str) -> Any:
             f"`setpoint {command}` is part of the benchmark, a package of its own: pip install setpoint-bench"
         )
     return next(iter(found)).load()
-
-
-def _absent(name: str) -> Callable[[], None]:
-    def command() -> None:
-        """Part of the benchmark: pip install setpoint-bench."""
-        with errors_as_messages():
-            _of_bench(name)
-
-    return command
 
 
 # What all commands share.
@@ -286,15 +270,15 @@ class OneLine(TyperGroup):
 
     def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
         """Run a command; standing alone, end the process with its exit code."""
-        if not standalone_mode:
-            return super().main(args, standalone_mode=False, **extra)
         try:
             code = super().main(args, standalone_mode=False, **extra)
+            if not standalone_mode:
+                return code
         except typer.Abort:
             code = FAILED
         except Exception as error:
             # Not by its class: some versions of Typer raise click's errors, others those of a copy of click.
-            if not hasattr(error, "format_message"):
+            if not hasattr(error, "format_message") or not standalone_mode:
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()  # type: ignore[attr-defined]
@@ -338,19 +322,21 @@ def _print(line: str) -> None:
 
 def finish(answer: dict[str, Any], then: str) -> None:
     """End a command: say what to do next, or with --json print the answer as all of stdout."""
-    from setpoint.ledger import without_nan
-
     if _as_json.get():
-        print(json.dumps(without_nan(answer)), file=_answers.get(), flush=True)
+        print(_text(answer), file=_answers.get(), flush=True)
     else:
         _print(f"next: {then}")
 
 
 def write_json(path: Path, answer: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_text(answer, indent=2) + "\n", encoding="utf-8")
+
+
+def _text(answer: dict[str, Any], indent: int | None = None) -> str:
     from setpoint.ledger import without_nan
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(without_nan(answer), indent=2) + "\n", encoding="utf-8")
+    return json.dumps(without_nan(answer), indent=indent)
 
 
 def examples(*lines: str) -> str:
@@ -366,10 +352,9 @@ def names(text: str, option: str) -> list[str]:
     return words
 
 
-def numbers(text: str, option: str, kind: type[Any]) -> list[Any]:
-    """Numbers between commas."""
+def integers(text: str, option: str) -> list[int]:
+    """Whole numbers between commas."""
     try:
-        return [kind(word) for word in names(text, option)]
+        return [int(word) for word in names(text, option)]
     except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{option} takes {what} with commas between them, got {text!r}") from error
+        raise UsageError(f"{option} takes whole numbers with commas between them, got {text!r}") from error

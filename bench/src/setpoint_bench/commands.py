@@ -18,8 +18,8 @@ from setpoint.cli import (
     errors_as_messages,
     examples,
     finish,
+    integers,
     names,
-    numbers,
     out_option,
     write_json,
 )
@@ -57,7 +57,7 @@ def bench(
             task,
             methods,
             [_fraction(budget) for budget in names(budgets, "--budgets")],
-            numbers(seeds, "--seeds", int),
+            integers(seeds, "--seeds"),
             out or Path("runs") / re.sub(r"[^\w.+@-]+", "-", task),
             epochs=epochs,
             steps=steps,

@@ -142,17 +142,16 @@ def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool 
     With `embeddings`, tables of `nn.Embedding` modules (and weights tied to them) count.
     """
     # Tied weights have several names, and would count once for each.
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    places: dict[str, list[tuple[int, np.ndarray]]] = {}
+    named = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    places: dict[int, list[tuple[int, np.ndarray]]] = {}
     for group in groups:
         for place in group.slices:
-            if place.dim is not None and place.tensor in names:
-                places.setdefault(names[place.tensor], []).append((place.dim, place.index))
+            if place.dim is not None and place.tensor in named:
+                places.setdefault(named[place.tensor], []).append((place.dim, place.index))
     along = 0
-    for name, parameter in _counted_parameters(model, embeddings):
+    for parameter in _counted_parameters(model, embeddings):
         free = [np.ones(length, dtype=bool) for length in parameter.shape]
-        for dim, index in places.get(name, ()):
+        for dim, index in places.get(id(parameter), ()):
             free[dim] &= index < 0
         # An entry that no group holds has no unit along any of its dims.
         along += parameter.numel() - math.prod(int(entries.sum()) for entries in free)
@@ -161,13 +160,13 @@ def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool 
 
 def share_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> float:
     """`params_along` as a share of all parameters that count; 0 for a model without any."""
-    total = sum(parameter.numel() for _, parameter in _counted_parameters(model, embeddings))
+    total = sum(parameter.numel() for parameter in _counted_parameters(model, embeddings))
     return params_along(model, groups, embeddings=embeddings) / total if total else 0.0
 
 
-def _counted_parameters(model: nn.Module, embeddings: bool) -> list[tuple[str, nn.Parameter]]:
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [(name, p) for name, p in model.named_parameters() if embeddings or id(p) not in tables]
+def _counted_parameters(model: nn.Module, embeddings: bool) -> list[nn.Parameter]:
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and not embeddings}
+    return [parameter for parameter in model.parameters() if id(parameter) not in tables]
 
 
 # What a person reads: seven lines and a tree, in a terminal or on a page.
@@ -201,9 +200,11 @@ def inspection_lines(found: Inspection) -> tuple[str, ...]:
     )
     if not pruned:
         return _nothing(found), _dense(found), *left
-    largest = max(pruned, key=lambda group: group.flops_share)
-    alike = [g for g in pruned if (g.units, percent(g.flops_share)) == (largest.units, percent(largest.flops_share))]
-    alike = [group for group in alike if skeleton(group.name) == skeleton(largest.name)]
+    same: dict[Hashable, list[GroupReport]] = {}
+    for group in sorted(pruned, key=lambda group: -group.flops_share):
+        same.setdefault((skeleton(group.name), group.units, percent(group.flops_share)), []).append(group)
+    alike = next(iter(same.values()))
+    largest = alike[0]
     many, each = (f"{len(alike)} x ", " each") if len(alike) > 1 else ("", "")
     names = some(group.name for group in alike)
     named = f"layer {names}" if names.isdigit() else names  # "0" alone reads as a number
@@ -233,12 +234,10 @@ def _cheapest(found: Inspection) -> str:
 
 
 def _nothing(found: Inspection) -> str:
-    """That nothing can be pruned, and the reason that most units, or else most places, have."""
-    reasons = Counter[str]()
-    for group in found.groups:
-        reasons[_reasons(group)[0]] += group.num_units
-    reasons = reasons or Counter(frozen.reason for frozen in found.frozen) or Counter(["it has no dim of its own"])
-    return f"nothing can be pruned: {reasons.most_common(1)[0][0]}"
+    """That nothing can be pruned, and the reason that most groups, or else most places, have."""
+    reasons = Counter(_reasons(group)[0] for group in found.groups) or Counter(each.reason for each in found.frozen)
+    most = reasons.most_common(1) or [("it has no dim of its own", 0)]
+    return f"nothing can be pruned: {most[0][0]}"
 
 
 def _reasons(group: GroupReport) -> list[str]:
@@ -372,11 +371,8 @@ def _fold_form(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
         written = iter(columns)
         return [re.sub("#", lambda _: _span(next(written)), form)]
     first = next(place for place, column in enumerate(columns) if len(column) > 1)
-    return [
-        word
-        for number in columns[first]
-        for word in _fold_form(form, [numbers for numbers in rows if numbers[first] == number])
-    ]
+    parts = ([numbers for numbers in rows if numbers[first] == number] for number in columns[first])
+    return [word for part in parts for word in _fold_form(form, part)]
 
 
 def _span(numbers: Sequence[str]) -> str:
