@@ -12,21 +12,8 @@ from rich.table import Table
 
 from setpoint.ledger import Entry
 from setpoint.messages import counted
-from setpoint.report.markup import (
-    BLUE,
-    FAINT,
-    INK,
-    ORANGE,
-    Cell,
-    Figure,
-    Rule,
-    Trace,
-    document,
-    drawn,
-    html_table,
-    line,
-    save,
-)
+from setpoint.report import markup
+from setpoint.report.markup import BLUE, INK, Cell, Figure, Rule, Trace, line
 from setpoint.report.numbers import NOTHING, digits, human, scale
 from setpoint.report.record import (
     NAMES,
@@ -71,7 +58,7 @@ def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> P
     """
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
     body = head + first + run(read_ledger(file)) + "</section>\n"
-    return save(document(file.stem, body), page_of(file) if out is None else out)
+    return markup.save(markup.document(file.stem, body), page_of(file) if out is None else out)
 
 
 def run(record: Record, *, final: tuple[float, float] | None = None) -> str:
@@ -84,11 +71,11 @@ def run(record: Record, *, final: tuple[float, float] | None = None) -> str:
     page = f'<dl class="notes">\n{lines}</dl>\n'
     for resource in record.resources:
         name, per = NAMES.get(resource, resource), PER.get(resource, "step")
-        page += drawn(bill(record, resource), f"Spent against the bill: {name} of the whole run", BILL)
-        page += drawn(spending(record, resource), f"Spent against reference: {name} per {per}", SPENT)
-    page += drawn(units(record), "Units of each group: what was dropped when, and why", UNITS_LEFT)
+        page += markup.drawn(bill(record, resource), f"Spent against the bill: {name} of the whole run", BILL)
+        page += markup.drawn(spending(record, resource), f"Spent against reference: {name} per {per}", SPENT)
+    page += markup.drawn(units(record), "Units of each group: what was dropped when, and why", UNITS_LEFT)
     for resource in record.resources:
-        page += drawn(price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
+        page += markup.drawn(price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
     return page + "".join(entries_table(record, resource, final) for resource in record.resources or (None,))
 
 
@@ -106,7 +93,7 @@ def entries_table(record: Record, resource: str | None, final: tuple[float, floa
     # Columns without a value are left out: most runs bring nothing back, and observe no loss.
     used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in rows)]
     cells = [[escape(row[place]) for place in used] for row in rows]
-    table = html_table([titles[place] for place in used], cells, classes="entries")
+    table = markup.html_table([titles[place] for place in used], cells, classes="entries")
     return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
 
 
@@ -182,7 +169,7 @@ def spending(record: Record, resource: str) -> Figure:
     ]
     rules = [
         Rule(value / factor, f"{name} {digits(value / factor)} {unit}", color, dash)
-        for name, value, color, dash in (("dense", dense, FAINT, "solid"), ("budget", limit, INK, "dot"))
+        for name, value, color, dash in (("dense", dense, markup.FAINT, "solid"), ("budget", limit, INK, "dot"))
         if value is not None
     ]
     return Figure(traces, f"{unit} per {PER.get(resource, 'step')}", rules=rules, y_from_zero=True)
@@ -295,7 +282,7 @@ def _events(record: Record, verb: str) -> Trace:
                     f"worth {_times(*worth, factor)}, price {price} loss per {unit}\n"
                     f"{name_of_value} {_times(*value, 1.0)} loss\n{entry.reason}"
                 )
-    look = (ORANGE, True) if verb == "dropped" else (INK, False)
+    look = (markup.ORANGE, True) if verb == "dropped" else (INK, False)
     return Trace(verb, points, look[0], texts, dot=6, square=look[1])
 
 
