@@ -259,14 +259,20 @@ def test_a_right_digest_over_nonsense_is_refused(tmp_path: Path) -> None:
             setpoint.load_run(path)
 
 
-def test_the_readers_tell_their_files_apart(tmp_path: Path) -> None:
-    """Claim: a model's file is no run file and a run file no model's, each is named."""
+def test_the_readers_tell_their_files_apart_and_without_a_loop_nothing_is_half_loaded(tmp_path: Path) -> None:
+    """Claim: a model's file is no run file and a run file no model's, each is named; a model of another size is as it
+    was.
+    """
     setpoint.save(nn.Linear(2, 2), tmp_path / "model")
     setpoint.save_run(tmp_path / "run", model=nn.Linear(2, 2))
-    with pytest.raises(CheckpointError, match="save_run"):
-        setpoint.load_run(tmp_path / "model", model=nn.Linear(2, 2))
+    other = nn.Linear(2, 3)
+    before = [parameter.clone() for parameter in other.parameters()]
+    for name, words in (("model", "save_run"), ("run", "model does not take")):
+        with pytest.raises(CheckpointError, match=words):
+            setpoint.load_run(tmp_path / name, model=other)
     with pytest.raises(CheckpointError, match="did not write"):
-        setpoint.load(tmp_path / "run", into=nn.Linear(2, 2))
+        setpoint.load(tmp_path / "run", into=other)
+    assert all(map(torch.equal, before, other.parameters()))
 
 
 # A disk that is full.
@@ -324,17 +330,6 @@ def beside(one: Run) -> dict[str, Any]:
     side(torch.randn(4, 2)).sum().backward()
     trains.step()
     return {**parts(one), "side": side, "trains": trains, "scaler": scaler}
-
-
-def test_without_a_loop_a_model_of_another_size_is_refused(tmp_path: Path) -> None:
-    """Claim: a run file without a loop is loaded whole or not at all, too."""
-    model = nn.Linear(2, 4)
-    setpoint.save_run(tmp_path / "run", model=model, note=1)
-    other = nn.Linear(2, 3)
-    before = [p.clone() for p in other.parameters()]
-    with pytest.raises(CheckpointError, match="model does not take"):
-        setpoint.load_run(tmp_path / "run", model=other)
-    assert all(map(torch.equal, before, other.parameters()))
 
 
 # A run that is refused.
@@ -458,32 +453,3 @@ def test_a_refused_run_with_masks_leaves_no_mask(pattern: str, tmp_path: Path, m
     train(twin, plain, 2)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert all(torch.equal(mask, other.masks[name]) for name, mask in loop.masks.items())
-
-
-class Apart(nn.Sequential):
-    """A model whose state holds copies, and takes no arguments."""
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        return {name: value.detach().clone() for name, value in super().state_dict().items()}
-
-
-def test_a_model_with_a_state_dict_of_its_own_is_resumed(tmp_path: Path) -> None:
-    """Claim: names decide what a loop has cut, so a state of copies will do."""
-
-    def build() -> dict[str, Any]:
-        model = Apart(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loop = setpoint.attach(model, optimizer, 0.5, total_steps=20, example=(torch.ones(8, 4),))
-        return {"model": model, "optimizer": optimizer, "loop": loop}
-
-    first, again = build(), build()
-    for _ in range(10):
-        first["model"](torch.randn(8, 4)).square().mean().backward()
-        first["optimizer"].step()
-        first["optimizer"].zero_grad()
-    assert first["model"][0].out_features < 32
-    setpoint.save_run(tmp_path / "run.safetensors", **first)
-    setpoint.load_run(tmp_path / "run.safetensors", **again)
-    assert all(map(torch.equal, first["model"].parameters(), again["model"].parameters()))
-    for each in (first, again):
-        each["loop"].detach()
