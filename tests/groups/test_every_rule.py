@@ -93,7 +93,6 @@ MORE: dict[str, tuple[Op, int, dict[str, tuple[int, ...]], list[int]]] = {
     "lstm_cell": (_cell("lstm_cell"), 7, {"w": (28, 12), "h": (28, 7)}, [12, 7]),
     "gru_cell": (_cell("gru_cell"), 7, {"w": (21, 12), "h": (21, 7)}, [12, 7]),
     "rnn_tanh_cell": (_cell("rnn_tanh_cell"), 7, {"w": (7, 12), "h": (7, 7)}, [12, 7]),
-    "channel_shuffle": (lambda m, y: F.channel_shuffle(_image(y), 3).mean((2, 3)), 12, {}, []),
     "power over units": (lambda m, y: y / (1 + y.pow(2).sum(1, keepdim=True)), 12, {}, [12]),
     "negative power over units": (lambda m, y: y * (1 + y.pow(-2).sum(1, keepdim=True)), 12, {}, []),
     "clamp over units": (lambda m, y: y * y.clamp(min=0).sum(1, keepdim=True), 12, {}, [12]),

@@ -152,8 +152,7 @@ def random_keep(groups: Sequence[Group], seed: int = 0) -> dict[str, np.ndarray]
 def check_blocks(groups: Iterable[Group]) -> None:
     """Check that the blocks of a user's own groups hold units, or raise GroupError by name."""
     for group in groups:
-        size = group.multiple_of
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        if not isinstance(group.multiple_of, (int, np.integer)) or group.multiple_of < 1:
             raise GroupError(
-                f"multiple_of of group {group.name!r} is a whole number of units, at least 1; got {size!r}"
+                f"multiple_of of group {group.name!r} is a whole number of units, at least 1; got {group.multiple_of!r}"
             )

@@ -89,7 +89,7 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         if not walk.atoms.find(num_groups).any():  # not its groups are the units, so its weight reads and writes units
             walk.atoms.mark("consume", read)
             walk.atoms.mark("produce", written)
-    products = [labels for contract in walk.contracts for _, labels in contract.dims if labels is not None]
+    products = [labels for _, _, dims_of, _ in walk.contracts for _, labels in dims_of if labels is not None]
     units = build.build(walk.atoms, dims, products, build.device_type_of(model))
     if build.only_standard_sizes(model, walk, units):
         places = build.standard_places(model, walk, dims)
@@ -99,8 +99,8 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     if exported.refused is not None and opaque and not groups:
         raise exported.refused
     contractions = [
-        Contraction(c.module, c.coefficient, tuple(units.size(n, own) for n, own in c.dims), c.num_gradients)
-        for c in walk.contracts
+        Contraction(module, coefficient, tuple(units.size(*dim) for dim in dims_of), num_gradients)
+        for module, coefficient, dims_of, num_gradients in walk.contracts
     ]
     if walk.unknown or opaque:
         contractions += _uncounted(model, example, groups, contractions)

@@ -47,16 +47,6 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Contract:
-    """A matrix product or convolution, before labels are turned into sizes."""
-
-    module: str
-    coefficient: float
-    dims: tuple[tuple[int, DimLabels], ...]
-    num_gradients: int
-
-
-@dataclass(frozen=True, eq=False)
 class Product:
     """A dim that merges several: its cells and its factors."""
 
@@ -71,7 +61,8 @@ class Walk:
 
     atoms: Atoms = field(default_factory=Atoms)
     products: list[Product] = field(default_factory=list)
-    contracts: list[Contract] = field(default_factory=list)
+    # Of each matrix product or convolution its module, coefficient, dims and number of gradients, as in `Contraction`.
+    contracts: list[tuple[str, float, tuple[tuple[int, DimLabels], ...], int]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     attributes: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     # Of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
@@ -152,7 +143,7 @@ class Walk:
     def contract(self, coefficient: float, dims: Sequence[tuple[int, DimLabels]], num_gradients: int) -> None:
         """Record a product of `2 * coefficient * prod(dims)` FLOPs."""
         gradients = num_gradients if self.backward and not self.unread else 0
-        self.contracts.append(Contract(self.module, 2.0 * coefficient, tuple(dims), gradients))
+        self.contracts.append((self.module, 2.0 * coefficient, tuple(dims), gradients))
 
     def literal(self, argument: int, size: int, labels: DimLabels) -> None:
         """Record a size that the module's forward writes out, at a dim with these labels."""

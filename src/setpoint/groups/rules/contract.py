@@ -1,4 +1,4 @@
-"""Products of matrices, attention among them: a dim that is summed over reads units, a new one starts some."""
+"""Products of matrices: a dim that is summed over reads units, a new one starts some."""
 
 from __future__ import annotations
 
@@ -121,56 +121,3 @@ def _einsum(walk: Walk, out: Value, equation: str, operands: Sequence[Value], **
         output = ("..." if dots else "") + "".join(sorted(c for c in set(named) if named.count(c) == 1))
     full = [term.replace("...", dots[len(dots) - num :]) for term, num in zip(terms, num_dots, strict=True)]
     return _multiply(walk, out, full, output.replace("...", dots), operands)
-
-
-@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
-def _grouped_matmul(
-    walk: Walk, out: Value, left: Value, right: Value, offs: Any = None, bias: Any = None, *args: Any, **kw: Any
-) -> Value:
-    """`y[s] = a[s] @ b[expert of s]`: rows of `a` sorted by expert, one matrix for each expert."""
-    assert (left.ndim, right.ndim) == (2, 3) and bias is None, "it is no product of rows by one matrix an expert"
-    walk.freeze(right.labels[0], "experts are chosen by data")
-    inner = sum_over(walk, (left, left.labels[1]), (right, right.labels[1]))
-    if right.weight:
-        walk.atoms.mark("produce", right.labels[2])
-    for labels in right.labels[1:]:
-        walk.atoms.mark("aligned", labels)
-    dims = [(left.shape[1], inner), (right.shape[2], right.labels[2])]
-    walk.contract(left.shape[0], dims, num_gradients(left, right))
-    return Value(out.shape, (left.labels[0], right.labels[2]), zero=right.zero)
-
-
-def _heads(walk: Walk, query: Value, key: Value, value: Value, mask: Any, grouped: bool) -> tuple[DimLabels, ...]:
-    """Unite batch dims of queries, keys and values; with grouped queries several query heads share a key head."""
-    values = [Value(v.shape[:-2], v.labels[:-2]) for v in (query, key, value)]
-    if grouped and query.shape[-3] != key.shape[-3]:
-        repeat = query.shape[-3] // key.shape[-3]
-        # Each key head's atoms are repeated for its query heads: that ties these, so they are dropped together.
-        for number, v in enumerate(values[1:], 1):
-            heads = v.labels[-1]
-            shape = (*v.shape[:-1], 1 if v.shape[-1] == 1 else query.shape[-3])
-            values[number] = Value(shape, v.relabelled(-1, None if heads is None else heads.repeat(repeat)))
-    if isinstance(mask, Value) and mask.ndim > 2:
-        values.append(Value(mask.shape[:-2], mask.labels[:-2]))
-    return unite_broadcast(walk, values, query.ndim - 2)
-
-
-@rule(aten.scaled_dot_product_attention.default)
-def _sdpa(
-    walk: Walk, out: Value, query: Value, key: Value, value: Value, attn_mask: Any = None, *args: Any, **kwargs: Any
-) -> Value:
-    """`softmax(q k^T * scale) v`; the default scale depends on the head size, which is then frozen."""
-    batch = _heads(walk, query, key, value, attn_mask, bool(kwargs.get("enable_gqa", False)))
-    for labels in batch:
-        walk.atoms.mark("batch", labels)
-    inner = sum_over(walk, (query, query.labels[-1]), (key, key.labels[-1]))
-    if kwargs.get("scale") is None:
-        walk.freeze(inner, "the attention scale depends on the head size")
-    for operand in (query, key, value):
-        walk.freeze(operand.labels[-2], "attention runs over this dim")
-    batch_dims = list(zip(query.shape[:-2], batch, strict=True))
-    positions = query.shape[-2] * key.shape[-2]
-    scores = Value(out.shape, (None,) * out.ndim, grad=query.grad or key.grad)
-    walk.contract(positions, [*batch_dims, (query.shape[-1], inner)], num_gradients(query, key))
-    walk.contract(positions, [*batch_dims, (value.shape[-1], value.labels[-1])], num_gradients(scores, value))
-    return Value(out.shape, (*batch, None, value.labels[-1]), zero=value.zero)

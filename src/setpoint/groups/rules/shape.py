@@ -1,8 +1,10 @@
-"""Ops that move entries about without touching them: exact index maps, as array indexing."""
+"""Ops that move entries about, look them up or fill new tensors: exact index maps, as array indexing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,37 +17,23 @@ aten = torch.ops.aten
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Smallest runs of dims with equal products: how a reshape splits and merges. Dims of size 1 are skipped."""
-    left = [d for d, size in enumerate(source) if size != 1]
-    right = [d for d, size in enumerate(target) if size != 1]
-    blocks: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        ins, outs = [left[i]], [right[j]]
-        a, b = source[left[i]], target[right[j]]
-        while a != b:
-            if a < b:
-                i += 1
-                ins.append(left[i])
-                a *= source[left[i]]
-            else:
-                j += 1
-                outs.append(right[j])
-                b *= target[right[j]]
-        blocks.append((ins, outs))
-        i, j = i + 1, j + 1
-    return blocks
+    before, after = (
+        {d: math.prod(sizes[: d + 1]) for d, size in enumerate(sizes) if size != 1} for sizes in (source, target)
+    )
+    return [
+        ([d for d, end in before.items() if low < end <= high], [d for d, end in after.items() if low < end <= high])
+        for low, high in pairwise([1, *sorted({*before.values()} & {*after.values()})])
+    ]
 
 
 def _merge(walk: Walk, value: Value, dims: list[int]) -> DimLabels:
     """Labels of a run of dims merged into one; two labelled dims make cells that are dropped with either."""
-    labelled = [d for d in dims if value.labels[d] is not None]
-    if not labelled:
+    factors = {d: labels for d in dims if (labels := value.labels[d]) is not None}
+    if not factors:
         return None
-    factors = [np.asarray(value.labels[d]) for d in labelled]
-    cells = factors[0] if len(factors) == 1 else walk.product(factors)
-    shape = [value.shape[d] if d in labelled else 1 for d in dims]
-    full = np.broadcast_to(cells.reshape(shape), [value.shape[d] for d in dims])
-    return full.reshape(-1)
+    cells = walk.product(tuple(factors.values())) if len(factors) > 1 else next(iter(factors.values()))
+    cells = cells.reshape([value.shape[d] if d in factors else 1 for d in dims])
+    return np.broadcast_to(cells, [value.shape[d] for d in dims]).reshape(-1)
 
 
 def _split(walk: Walk, flat: np.ndarray, sizes: list[int]) -> list[DimLabels]:
@@ -53,58 +41,41 @@ def _split(walk: Walk, flat: np.ndarray, sizes: list[int]) -> list[DimLabels]:
     cells = flat.reshape(sizes)
     roots = walk.atoms.find(cells)
     depends = [axis for axis in range(len(sizes)) if (roots != np.take(roots, [0], axis=axis)).any()]
-    for axis in range(len(sizes)):
-        if axis not in depends:
-            cells = np.take(cells, [0], axis=axis)
-    if not depends:
-        return [None] * len(sizes)
-    if len(depends) == 1:
-        factors = [cells.reshape(-1)]
-    else:
+    used = cells[tuple(slice(None) if axis in depends else 0 for axis in range(len(sizes)))]
+    factors = [used]
+    if len(depends) > 1:
         factors = [walk.atoms.fresh(sizes[axis]) for axis in depends]
-        used = cells.reshape([sizes[axis] for axis in depends])
         walk.atoms.unite(used, walk.product(factors))
-    result: list[DimLabels] = [None] * len(sizes)
-    for axis, factor in zip(depends, factors, strict=True):
-        result[axis] = factor
-    return result
+    found = dict(zip(depends, factors, strict=False))
+    return [found.get(axis) for axis in range(len(sizes))]
 
 
 def reshape(walk: Walk, value: Value, shape: Sequence[int]) -> tuple[DimLabels, ...]:
     """Labels after a reshape."""
-    for size, labels in zip(value.shape, value.labels, strict=True):
-        if size == 1:
-            walk.freeze(labels, "a dim of one entry is reshaped away")
+    walk.freeze_dims(
+        value, (d for d, size in enumerate(value.shape) if size == 1), "a dim of one entry is reshaped away"
+    )
     result: list[DimLabels] = [None] * len(shape)
     for ins, outs in _blocks(value.shape, shape):
-        if len(ins) == 1 and len(outs) == 1:
+        if len(ins) == len(outs) == 1:
             result[outs[0]] = value.labels[ins[0]]
-            continue
-        flat = _merge(walk, value, ins)
-        if flat is not None:
+        elif (flat := _merge(walk, value, ins)) is not None:
             for dim, labels in zip(outs, _split(walk, flat, [shape[d] for d in outs]), strict=True):
                 result[dim] = labels
     return tuple(result)
-
-
-def _merges_data(value: Value, shape: Sequence[int]) -> set[int]:
-    """Output dims whose size also counts data (a batch, positions)."""
-    mixed: set[int] = set()
-    for ins, outs in _blocks(value.shape, shape):
-        if len(ins) > 1 and any(value.labels[d] is None for d in ins):
-            mixed.update(outs)
-    return mixed
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default)
 def _view(walk: Walk, out: Value, x: Value, sizes: Any) -> tuple[DimLabels, ...]:
     """A reshape; its sizes are recorded, since the forward may write them out."""
     labels = reshape(walk, x, out.shape)
-    if isinstance(sizes, (list, tuple)):
-        mixed = _merges_data(x, out.shape)
-        for dim, size in enumerate(sizes):
-            if isinstance(size, int) and dim not in mixed:
-                walk.literal(dim, size, labels[dim])
+    mixed: set[int] = set()  # dims whose size also counts data (a batch, positions)
+    for ins, outs in _blocks(x.shape, out.shape):
+        if len(ins) > 1 and any(x.labels[d] is None for d in ins):
+            mixed.update(outs)
+    for dim, size in enumerate(sizes if isinstance(sizes, (list, tuple)) else ()):
+        if isinstance(size, int) and dim not in mixed:
+            walk.literal(dim, size, labels[dim])
     return labels
 
 
@@ -313,14 +284,91 @@ def _pixel_unshuffle(walk: Walk, out: Value, x: Value, factor: int) -> tuple[Dim
     return (*batch, None if own is None else own.repeat(factor**2), None, None)
 
 
-@rule(aten.channel_shuffle.default)
-def _channel_shuffle(walk: Walk, out: Value, x: Value, num_groups: int) -> tuple[DimLabels, ...]:
-    """Channels read as `(groups, within)` and transposed, by fixed numbers."""
-    return walk.freeze_dims(x, [1], "channels are shuffled by fixed numbers")
-
-
 @rule(aten.glu.default)
 def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> tuple[DimLabels, ...]:
     """`first half * sigmoid(second half)`: the halves unite."""
     own = x.labels[dim]
     return x.labels if own is None else x.relabelled(dim, walk.unite(own[: len(own) // 2], own[len(own) // 2 :]))
+
+
+def _feature_dim(walk: Walk, weight: Value) -> DimLabels:
+    walk.freeze(weight.labels[0], "rows are looked up by token (an embedding)")
+    for remark in ("produce", "embedding"):
+        walk.atoms.mark(remark, weight.labels[1])
+    return weight.labels[1]
+
+
+@rule(aten.embedding.default)
+def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
+    """Rows are chosen by data; columns are features."""
+    return Value(out.shape, (*(None,) * indices.ndim, _feature_dim(walk, weight)), zero=weight.zero)
+
+
+@rule(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
+@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def _embedding_bag(walk: Walk, out: tuple[Value, ...], weight: Value, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Sums, means or maxima of rows that data chooses; columns are features."""
+    bags = Value(out[0].shape, (None, _feature_dim(walk, weight)), zero=weight.zero)
+    return bags, *(None for _ in out[1:])
+
+
+@rule(aten.index.Tensor)
+def _index(walk: Walk, out: Value, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Indexed dims are chosen by data; other dims pass. Weights that data chooses (an expert's) still are weights."""
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    walk.freeze_dims(x, indexed, "this dim is indexed by data")
+    passed = [labels for d, labels in enumerate(x.labels) if d not in indexed]
+    # As in NumPy: the new dims replace adjacent indexed dims, and come first otherwise.
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if adjacent else 0
+    labels = (*passed[:at], *(None,) * (out.ndim - len(passed)), *passed[at:])
+    return Value(out.shape, labels, weight=x.weight, zero=x.zero)
+
+
+@rule(aten.index_select.default, aten.gather.default, aten.roll.default)
+@rule(aten.index_copy.default, aten.index_copy_.default, aten.index_add.default, aten.index_add_.default)
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.scatter_reduce.two)
+@rule(aten.scatter_add.default, aten.scatter_add_.default, aten.scatter_reduce_.two)
+def _along_dim(walk: Walk, out: Value, x: Value, dim: Any, *args: Any, **kwargs: Any) -> Value:
+    """Data moves entries along the dims, which are frozen."""
+    why = "entries of this dim are moved by data"
+    if walk.op == "roll":
+        dim = args[0] if args else ()
+    dims = [d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    passed = walk.freeze_dims(x, dims, why)
+    tensors = [arg for arg in args if isinstance(arg, Value)]
+    for other in tensors:
+        for d, labels in enumerate(other.labels if other.ndim == x.ndim else ()):
+            if d in dims:
+                walk.freeze(labels, why)
+            elif labels is not None or walk.op != "index_select":
+                walk.unite(x.labels[d], labels, why)
+    written = any(isinstance(arg, (int, float)) and arg != 0 for arg in args) and walk.op.startswith("scatter")
+    return Value(out.shape, passed, zero=x.zero and not written and all(value.zero for value in tensors))
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.histc.default)
+@rule(aten.linspace.default, aten.scalar_tensor.default, aten.one_hot.default)
+@rule(aten.rand.default, aten.randn.default, aten.eye.default, aten.item.default, aten.bincount.default)
+def _data(walk: Walk, out: Any, *args: Any, **kwargs: Any) -> None:
+    """Positions, masks and noise are data. Units that are read for them are frozen."""
+    for arg in args:
+        if isinstance(arg, Value):
+            walk.freeze_all(arg, "the values are turned into data")
+
+
+@rule(aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.full.default)
+@rule(aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default)
+def _constant(walk: Walk, out: Value, *args: Any, **kwargs: Any) -> Value:
+    """A constant of a written size; every dim follows any dim that it is united with."""
+    sizes = next(arg for arg in args if isinstance(arg, (list, tuple)))
+    labels = tuple(map(walk.alike, sizes))
+    for dim, size in enumerate(sizes):
+        walk.literal(dim, size, labels[dim])
+    return Value(out.shape, labels, zero="zeros" in walk.op)
+
+
+@rule(aten.tril.default, aten.triu.default, aten.tril_.default, aten.triu_.default)
+def _triangle(walk: Walk, out: Value, x: Value, *args: Any) -> tuple[DimLabels, ...]:
+    """A triangle of the last two dims, which freeze; the others pass."""
+    return walk.freeze_dims(x, (-2, -1), "a triangle is cut out of this dim")

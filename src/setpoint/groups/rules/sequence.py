@@ -1,40 +1,87 @@
-"""Recurrent networks: LSTM, GRU and plain ones, and their single cells; layers and directions share one hidden size."""
+"""Layers over sequences: attention, experts, recurrent networks and their single cells, diagonal recurrences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from setpoint.groups.rules.contract import num_gradients, sum_over
+from setpoint.groups.rules.elementwise import unite_broadcast
 from setpoint.groups.walk import DimLabels, Value, Walk, rule
 
 aten = torch.ops.aten
+
+
+@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def _grouped_matmul(
+    walk: Walk, out: Value, left: Value, right: Value, offs: Any = None, bias: Any = None, *args: Any, **kw: Any
+) -> Value:
+    """`y[s] = a[s] @ b[expert of s]`: rows of `a` sorted by expert, one matrix for each expert."""
+    assert (left.ndim, right.ndim) == (2, 3) and bias is None, "it is no product of rows by one matrix an expert"
+    walk.freeze(right.labels[0], "experts are chosen by data")
+    inner = sum_over(walk, (left, left.labels[1]), (right, right.labels[1]))
+    if right.weight:
+        walk.atoms.mark("produce", right.labels[2])
+    for labels in right.labels[1:]:
+        walk.atoms.mark("aligned", labels)
+    dims = [(left.shape[1], inner), (right.shape[2], right.labels[2])]
+    walk.contract(left.shape[0], dims, num_gradients(left, right))
+    return Value(out.shape, (left.labels[0], right.labels[2]), zero=right.zero)
+
+
+def _heads(walk: Walk, query: Value, key: Value, value: Value, mask: Any, grouped: bool) -> tuple[DimLabels, ...]:
+    """Unite batch dims of queries, keys and values; with grouped queries several query heads share a key head."""
+    values = [Value(v.shape[:-2], v.labels[:-2]) for v in (query, key, value)]
+    if grouped and query.shape[-3] != key.shape[-3]:
+        repeat = query.shape[-3] // key.shape[-3]
+        # Each key head's atoms are repeated for its query heads: that ties these, so they are dropped together.
+        for number, v in enumerate(values[1:], 1):
+            heads = v.labels[-1]
+            shape = (*v.shape[:-1], 1 if v.shape[-1] == 1 else query.shape[-3])
+            values[number] = Value(shape, v.relabelled(-1, None if heads is None else heads.repeat(repeat)))
+    if isinstance(mask, Value) and mask.ndim > 2:
+        values.append(Value(mask.shape[:-2], mask.labels[:-2]))
+    return unite_broadcast(walk, values, query.ndim - 2)
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def _sdpa(
+    walk: Walk, out: Value, query: Value, key: Value, value: Value, attn_mask: Any = None, *args: Any, **kwargs: Any
+) -> Value:
+    """`softmax(q k^T * scale) v`; the default scale depends on the head size, which is then frozen."""
+    batch = _heads(walk, query, key, value, attn_mask, bool(kwargs.get("enable_gqa", False)))
+    for labels in batch:
+        walk.atoms.mark("batch", labels)
+    inner = sum_over(walk, (query, query.labels[-1]), (key, key.labels[-1]))
+    if kwargs.get("scale") is None:
+        walk.freeze(inner, "the attention scale depends on the head size")
+    for operand in (query, key, value):
+        walk.freeze(operand.labels[-2], "attention runs over this dim")
+    batch_dims = list(zip(query.shape[:-2], batch, strict=True))
+    positions = query.shape[-2] * key.shape[-2]
+    scores = Value(out.shape, (None,) * out.ndim, grad=query.grad or key.grad)
+    walk.contract(positions, [*batch_dims, (query.shape[-1], inner)], num_gradients(query, key))
+    walk.contract(positions, [*batch_dims, (value.shape[-1], value.labels[-1])], num_gradients(scores, value))
+    return Value(out.shape, (*batch, None, value.labels[-1]), zero=value.zero)
+
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 @rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 def _recurrent(
-    walk: Walk,
-    out: tuple[Value, ...],
-    x: Value,
-    states: Value | Sequence[Value],
-    parameters: Sequence[Value],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    walk: Walk, out: tuple[Value, ...], x: Value, states: Any, parameters: Sequence[Value], *options: Any
 ) -> tuple[Value, ...]:
     """Gates of hidden unit u are rows u, H + u, 2H + u, ... of both matrices; u is the same unit in all layers.
 
     A unit whose weights are zero stays zero from a zero start: `c = sigmoid(0) tanh(0) = 0` in an LSTM, `h = (1 - z)
     tanh(0) + z 0 = 0` in a GRU. Torch has one `hidden_size` for all layers and directions: these are tied.
     """
+    has_biases, num_layers, _dropout, _train, bidirectional, batch_first = options
     starts = [states] if isinstance(states, Value) else list(states)
     num_directions, per_cell = 1 + bidirectional, 4 if has_biases else 2
     assert len(parameters) == per_cell * num_layers * num_directions, "a recurrent network with projections"
@@ -58,9 +105,7 @@ def _recurrent(
 
 
 @rule(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
-def _one_step(
-    walk: Walk, out: Value | tuple[Value, ...], x: Value, states: Value | Sequence[Value], *parameters: Value | None
-) -> Value | tuple[Value, ...]:
+def _one_step(walk: Walk, out: Any, x: Value, states: Any, *parameters: Value | None) -> Value | tuple[Value, ...]:
     """One step of one cell, as `nn.LSTMCell` and its like take it."""
     starts = [states] if isinstance(states, Value) else list(states)
     hidden = _hidden(walk, x, starts)
@@ -90,15 +135,14 @@ def _hidden(walk: Walk, x: Value, starts: Sequence[Value]) -> DimLabels:
 
 def _cell(walk: Walk, parameters: Sequence[Value], inputs: DimLabels, hidden: DimLabels) -> None:
     """One layer in one direction: `gates = w_ih x + b_ih + w_hh h + b_hh`."""
-    from_input, from_hidden, *_ = parameters
     gates = None if hidden is None else np.tile(hidden, _GATES[walk.op.removesuffix("_cell")])
-    for weight in (from_input, from_hidden):
+    for weight in parameters[:2]:
         walk.atoms.mark("produce", weight.labels[0])
         walk.atoms.mark("consume", weight.labels[1])
     for value in parameters:
         walk.unite(gates, value.labels[0], "the first hidden state is data")
-    walk.unite(from_input.labels[1], inputs, "data of a fixed size meets this dim")
-    walk.unite(from_hidden.labels[1], hidden, "the first hidden state is data")
+    walk.unite(parameters[0].labels[1], inputs)
+    walk.unite(parameters[1].labels[1], hidden, "the first hidden state is data")
 
 
 def _contract(walk: Walk, weight: Value, positions: int, grad: bool) -> None:
