@@ -40,13 +40,3 @@ def test_frozen_spreads_through_a_class() -> None:
     atoms.unite(c, a)
     assert atoms.find(c).tolist() == [0, int(atoms.find(a)[1])]
     assert atoms.find(c)[1] != 0
-
-
-def test_marks_are_about_atoms_and_classes() -> None:
-    """A remark about an atom holds for its class only when asked by class."""
-    atoms = Atoms()
-    a, b = atoms.fresh(2), atoms.fresh(2)
-    atoms.mark("consume", a)
-    atoms.unite(a, b)
-    assert atoms.marked("consume")[b].tolist() == [False, False]
-    assert atoms.marked_class("consume")[b].tolist() == [True, True]

@@ -18,7 +18,7 @@ from groups.zoo import GPT, SeparateAttention
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.verify import failing_groups
-from setpoint.errors import ExampleError, ExportError, PathError
+from setpoint.errors import ExportError, PathError
 from setpoint.groups.group import Group, random_keep
 from setpoint.groups.sizes_in_code.shim import HEADS, set_call_sizes
 from setpoint.groups.trace import find_groups, trace
@@ -642,12 +642,6 @@ def test_outputs_in_plain_objects_stay_whole() -> None:
     traced = trace(Answering(), (torch.randn(3, 5),))
     assert traced.groups == ()
     assert any(frozen.reason == "output of the network" for frozen in traced.frozen)
-
-
-def test_lazy_layers_must_have_run() -> None:
-    """A model whose weights have no shape yet is told what to do."""
-    with pytest.raises(ExampleError, match=r"run model\(\*example\) once"):
-        find_groups(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), (torch.randn(3, 5),))
 
 
 def test_finding_groups_leaves_all_chance_alone() -> None:

@@ -232,9 +232,3 @@ def test_rows_of_experts() -> None:
     slices = {(piece.tensor, piece.dim) for group in found.groups for piece in group.slices}
     assert ("w", 1) in slices and ("w", 2) in slices and ("w", 0) not in slices
     assert any("experts are chosen by data" in frozen.reason for frozen in found.frozen)
-
-
-def test_an_unknown_op_is_named_with_its_place() -> None:
-    """What no rule knows freezes what it touches, and the trace says which op, where."""
-    found = trace(Weighted(lambda m, y: torch.special.i1e(y), 12), (torch.randn(8, 5),))
-    assert found.groups == () and any("special_i1e" in f.place and "no rule" in f.reason for f in found.frozen)

@@ -54,9 +54,6 @@ def check_model(model: nn.Module, example: Example) -> None:
             f'{type(model).__name__} has no forward: name the method that training calls, attach(..., method="name")'
         )
     check_device(model, example)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise ExampleError(f"{name} is lazy and has no shape yet: run model(*example) once before")
 
 
 _ATTEMPTS = 24

@@ -46,7 +46,7 @@ def _multiply(
     """
     labels: dict[str, DimLabels] = {}
     sizes: dict[str, int] = {}
-    zero = True
+    zero, of_data = True, not any(operand.weight for operand in operands)
     for letter in dict.fromkeys((*output, *"".join(terms))):
         dims = [
             (operand, own, size)
@@ -63,11 +63,7 @@ def _multiply(
         for operand, own in held:
             if operand.weight and letter not in batch and not _measures(operands):
                 walk.atoms.mark("produce", own)
-        if (
-            not any(operand.weight for operand in operands)
-            and len(operands) == 2
-            and (letter in batch or len(dims) == 2)
-        ):
+        if of_data and (letter in batch or len(dims) == 2 == len(operands)):
             walk.atoms.mark("batch", labels[letter])
         zero = zero and (labels[letter] is None or any(operand.zero for operand, _ in held))
     if len(operands) > 1:

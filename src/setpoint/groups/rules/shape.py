@@ -207,45 +207,29 @@ def _pieces(
     return tuple(results)
 
 
-@rule(aten.unbind.int)
-def _unbind(walk: Walk, out: tuple[Value, ...], x: Value, dim: int = 0) -> tuple[tuple[DimLabels, ...], ...]:
-    """Each entry of a dim by itself; the dim is frozen."""
-    labels = walk.freeze_dims(x, [dim], "entries of this dim are taken apart")
-    return (_left_out(labels, dim),) * len(out)
+@rule(aten.unbind.int, aten.select.int)
+def _entries(walk: Walk, out: Any, x: Value, dim: int = 0, index: Any = None) -> Any:
+    """Entries of a dim by themselves; the dim is frozen."""
+    labels = list(walk.freeze_dims(x, [dim], "entries of this dim are taken out one by one"))
+    del labels[dim]
+    return (labels,) * len(out) if isinstance(out, tuple) else labels
 
 
-@rule(aten.select.int)
-def _select(walk: Walk, out: Value, x: Value, dim: int, index: int) -> tuple[DimLabels, ...]:
-    """One entry of a dim by its number; that dim freezes."""
-    return _left_out(walk.freeze_dims(x, [dim], "an entry of this dim is chosen by number"), dim)
-
-
-def _left_out(labels: tuple[DimLabels, ...], dim: int) -> tuple[DimLabels, ...]:
-    return tuple(own for d, own in enumerate(labels) if d != dim % len(labels))
-
-
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, aten.narrow.default)
 def _slice(
     walk: Walk, out: Value, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> tuple[DimLabels, ...]:
     """A run of entries of a dim; trials find the forwards whose bounds do not follow the units."""
-    return _cut_out(walk, out, x, dim, slice(start, end, step))
-
-
-@rule(aten.narrow.default)
-def _narrow(walk: Walk, out: Value, x: Value, dim: int, start: Any, length: Any) -> tuple[DimLabels, ...]:
-    return _cut_out(walk, out, x, dim, slice(start, start + length) if isinstance(start, int) else slice(0))
-
-
-def _cut_out(walk: Walk, out: Value, x: Value, dim: int, run: slice) -> tuple[DimLabels, ...]:
     own = x.labels[dim]
     if own is None or out.shape[dim] == x.shape[dim]:
         return x.labels
-    part = own[run]
+    if walk.op == "narrow":
+        start, end = (start, start + end) if isinstance(start, int) else (0, 0)
+    part = own[start:end:step]
     if len(part) != out.shape[dim] or len(part) == 1:
         return walk.freeze_dims(x, [dim], "this dim is sliced by a number that data gives, or to one entry")
-    first = run.indices(len(own))[0]
-    if walk.op == "slice" and run.step in (None, 1):
+    if walk.op == "slice" and step == 1:
+        first = range(len(own))[start:end][0]
         walk.literal(0, first, own[:first])
         walk.literal(1, len(part), part)
     return x.relabelled(dim, part)
@@ -291,25 +275,16 @@ def _glu(walk: Walk, out: Value, x: Value, dim: int = -1) -> tuple[DimLabels, ..
     return x.labels if own is None else x.relabelled(dim, walk.unite(own[: len(own) // 2], own[len(own) // 2 :]))
 
 
-def _feature_dim(walk: Walk, weight: Value) -> DimLabels:
+@rule(aten.embedding.default, aten.embedding_bag.padding_idx, aten.embedding_bag.default)
+@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def _embedding(walk: Walk, out: Any, weight: Value, *args: Any, **kwargs: Any) -> Any:
+    """Rows are chosen by data, and in a bag summed; columns are features."""
     walk.freeze(weight.labels[0], "rows are looked up by token (an embedding)")
     for remark in ("produce", "embedding"):
         walk.atoms.mark(remark, weight.labels[1])
-    return weight.labels[1]
-
-
-@rule(aten.embedding.default)
-def _embedding(walk: Walk, out: Value, weight: Value, indices: Value, *args: Any, **kwargs: Any) -> Value:
-    """Rows are chosen by data; columns are features."""
-    return Value(out.shape, (*(None,) * indices.ndim, _feature_dim(walk, weight)), zero=weight.zero)
-
-
-@rule(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
-@rule(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
-def _embedding_bag(walk: Walk, out: tuple[Value, ...], weight: Value, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Sums, means or maxima of rows that data chooses; columns are features."""
-    bags = Value(out[0].shape, (None, _feature_dim(walk, weight)), zero=weight.zero)
-    return bags, *(None for _ in out[1:])
+    found, *others = out if isinstance(out, tuple) else (out,)
+    found = Value(found.shape, (*(None,) * (found.ndim - 1), weight.labels[1]), zero=weight.zero)
+    return (found, *(None for _ in others)) if isinstance(out, tuple) else found
 
 
 @rule(aten.index.Tensor)
