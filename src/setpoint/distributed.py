@@ -50,13 +50,7 @@ class Ranks:
 
     def mean(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
         """The mean over ranks of each entry, by one all-reduce; on all ranks the same to the last bit."""
-        if self.count == 1:
-            return values
-        sent = [torch.from_numpy(values.copy()).to(self.device)]
-        dist.all_reduce(sent[0], group=self.group)
-        mean: np.ndarray = sent[0].cpu().numpy() / self.count
-        _let_go(sent)
-        return mean
+        return values if self.count == 1 else self.total(torch.from_numpy(values.copy())).numpy() / self.count
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks of each entry, by one all-reduce; on all ranks the same to the last bit."""
@@ -100,12 +94,9 @@ class Ranks:
 
 
 def _let_go(sent: list[Tensor]) -> None:
-    """Empty a list with the only references to tensors that were sent, and wait until PyTorch has dropped its own.
-
-    A thread of gloo holds what was sent for a moment after the others have it, and takes Python's lock to drop it. A
-    process that ends in that moment aborts. So this waits for some microseconds on the CPU; never for long, since a
-    debugger or a profiler may keep tensors.
-    """
+    """Empty a list with the only references to tensors that were sent, and wait until PyTorch has dropped its own."""
+    # A thread of gloo holds what was sent for some microseconds more, and takes Python's lock to drop it. A process
+    # that ends in that moment aborts. The wait is never long, since a debugger or a profiler may keep tensors.
     on_cpu = all(tensor.device.type == "cpu" for tensor in sent)
     left = [weakref.ref(tensor) for tensor in sent]
     sent.clear()
@@ -121,10 +112,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 def plain_kind(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before `fully_shard`."""
-    kinds = type(module).__mro__
-    plain: type[nn.Module] = kinds[0]
-    if is_sharded(module):
-        plain = kinds[[kind.__name__ for kind in kinds].index("FSDPModule") + 1]
+    kinds = list(type(module).__mro__)
+    behind = [kind.__name__ for kind in kinds].index("FSDPModule") + 1 if is_sharded(module) else 0
+    plain: type[nn.Module] = kinds[behind]
     return plain
 
 

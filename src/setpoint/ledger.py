@@ -27,27 +27,26 @@ class Entry:
     Args:
         step: optimizer steps done.
         widths: active units by group, after the decision.
-        dropped: origins (original unit indices) dropped, by group.
-        grown: origins brought back, by group.
+        dropped: origins (indices in the dense model) of the units dropped, by group.
+        grown: origins of those brought back, by group.
         loss: last observed loss.
-        val: last observed validation loss.
         seconds: wall-clock seconds since attach.
         reason: why, and what was skipped.
-        spent: cost per step after the decision, as predicted, and corrected by what meters have read so far.
-        metered: measured cost per step at the widths before the decision, of what a meter reads.
-        predicted: predicted cost at the same widths, of the same resources.
+        spent: after the decision, as predicted, and corrected by what meters have read so far.
+        metered: measured at the widths before the decision, of what a meter reads.
         reference: what the reference allowed.
         price: loss per unit of resource.
         saliency: of the dropped units, by group, in the order of `dropped`.
-        worth: saliency / saving of the dropped units' blocks, by group, in the order of `dropped`.
-        own_seconds: Setpoint's own time since the last entry, by what it went into: "sensing", "deciding", "resizing"
-            and "probing".
+        worth: saliency / saving of their blocks, likewise.
+        own_seconds: Setpoint's own time since the last entry, by the kinds `OWN_SECONDS`.
+        val: last observed validation loss.
+        predicted: what was predicted where `metered` was measured.
         gain: probed gain of the units brought back, by group, in the order of `grown`.
-        grown_worth: gain / cost of their blocks, by group, in the order of `grown`.
-        num_dropped: where units are single weights, how many were dropped, by group; they are not listed one by one.
+        grown_worth: gain / cost of their blocks, likewise.
+        num_dropped: of single weights, how many were dropped, by group; they are not listed one by one.
         num_grown: likewise, how many were grown.
         loss_after: loss of the first step after a decision that changed the model; None until it has been observed.
-        limit: the budget per step by resource; a fraction is one of what a meter has read of the dense model.
+        limit: the budget per step; a fraction is one of what a meter has read of the dense model.
         spent_run: of budgets of the whole run, what it has spent so far.
     """
 
@@ -100,9 +99,10 @@ class Ledger:
         ended: how the run ended: "step", "total_steps", "budget_met" and "reason"; None before its end.
 
     >>> ledger = Ledger({"total_steps": 100})
-    >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}))
-    >>> len(ledger), ledger[-1].widths["conv1"]
-    (1, 12)
+    >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}, loss=0.5))
+    >>> ledger.complete(loss_after=0.7)
+    >>> len(ledger), ledger[-1].widths["conv1"], ledger[-1].loss_after
+    (1, 12, 0.7)
     """
 
     def __init__(self, header: Mapping[str, Any] | None = None) -> None:
@@ -121,14 +121,7 @@ class Ledger:
         self.ended = {"step": step, "total_steps": total_steps, "budget_met": budget_met, "reason": reason}
 
     def complete(self, loss_after: float) -> None:
-        """Note the loss right after the last decision that changed the model, unless it has been noted.
-
-        >>> ledger = Ledger()
-        >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}, loss=0.5))
-        >>> ledger.complete(loss_after=0.7)
-        >>> ledger[-1].loss, ledger[-1].loss_after
-        (0.5, 0.7)
-        """
+        """Note the loss right after the last decision that changed the model, unless it has been noted."""
         place = next((place for place in reversed(range(len(self))) if self._entries[place].changed), None)
         # Only once: the loss of later steps shows what training did, not what the cut did.
         if place is not None and self._entries[place].loss_after is None:
@@ -157,9 +150,7 @@ class Ledger:
     @overload
     def __getitem__(self, position: slice) -> tuple[Entry, ...]: ...
     def __getitem__(self, position: int | slice) -> Entry | tuple[Entry, ...]:
-        if isinstance(position, slice):
-            return tuple(self._entries[position])
-        return self._entries[position]
+        return tuple(self._entries[position]) if isinstance(position, slice) else self._entries[position]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Entries as dictionaries that JSON can hold: NaN and infinity are None."""

@@ -10,7 +10,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -79,36 +79,30 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[float], None]]:
+def progress(what: str) -> Iterator[None]:
     """While inside, a line on stderr shows what is being done, or, where that is no terminal, the log says so once.
 
-    Of several processes of `torchrun` only the first does. Yields a function that takes the share that is done.
+    Of several processes of `torchrun` only the first does.
     """
     first_rank = os.environ.get("RANK", "0") == "0"
-    if not (first_rank and _on_terminal()):
+    # A program may have closed stderr, or have none.
+    if not first_rank or getattr(sys.stderr, "closed", True) or not sys.stderr.isatty():
         if first_rank:
             logging.getLogger("setpoint").info("%s ...", what)
-        yield lambda share: None
+        yield
         return
     _RUNNING.append(what)
     _draw()
     try:
-        yield lambda share: _draw(f" {share:.0%}")
+        yield
     finally:
         _RUNNING.pop()
         _draw()
 
 
-def _draw(share: str = "") -> None:
+def _draw() -> None:
     width = shutil.get_terminal_size().columns - 1
-    text = f"setpoint: {': '.join(_RUNNING)}{share}"[:width] if _RUNNING else ""
+    text = f"setpoint: {': '.join(_RUNNING)}"[:width] if _RUNNING else ""
     # Spaces erase what a longer line left; notebooks know a carriage return, but no escape sequence that erases.
     sys.stderr.write(f"\r{' ' * width}\r{text}")
     sys.stderr.flush()
-
-
-def _on_terminal() -> bool:
-    try:
-        return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # a program may have put something else there, or None, or closed it
-        return False

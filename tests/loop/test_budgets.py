@@ -322,19 +322,6 @@ def test_a_step_under_another_mode_is_not_read() -> None:
     assert loop.summary is not None and loop.summary.budget_met
 
 
-def test_all_of_the_dense_seconds_cut_nothing(machine: Machine) -> None:
-    """A latency budget of 1.0 is the dense model, however the clock wavers: no cut, and it lands."""
-
-    def live(loop: setpoint.Loop) -> None:
-        machine.factor = 1.5 + 0.3 * (loop.step % 7 - 3)
-        machine.live(loop)
-
-    loop = train(mlp(), Budget.fraction(1.0, of="latency"), 40, live)
-    summary = loop.summary
-    assert summary is not None and summary.budget_met and summary.resizes == 0, summary
-    assert summary.metered["latency"] > 0
-
-
 def test_a_changed_budget_keeps_what_the_meter_has_told(machine: Machine) -> None:
     """Another fraction in the middle of the run is one of the dense model as measured, and is met by the meter."""
 
@@ -349,16 +336,6 @@ def test_a_changed_budget_keeps_what_the_meter_has_told(machine: Machine) -> Non
     assert summary is not None and summary.budget_met, summary
     assert summary.limit["latency"] == pytest.approx(limit)
     assert 0.85 * limit < machine.factor * machine.step_s(loop.widths) <= 1.03 * limit
-
-
-def test_attention_that_takes_another_way_once_cut() -> None:
-    """`nn.TransformerEncoder` makes other operations once a head is gone; its costs follow widths all the same."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Flatten(), nn.Linear(32 * 8, 4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loop = train((model, optimizer, torch.randn(8, 8, 32)), Budget.fraction(0.8, of="memory"), 40)
-    assert loop.summary is not None and loop.summary.budget_met and loop.summary.resizes > 0, loop.summary
 
 
 @pytest.mark.filterwarnings("ignore:the budget of .* is above")

@@ -64,35 +64,6 @@ def test_a_step_ends_behind_its_last_optimizer_whatever_was_skipped(overflows: t
             assert came == WHOLE[order], (overflows, came)
 
 
-def test_a_run_goes_on_after_one_optimizer_was_skipped() -> None:
-    """Claim: with one overflow in one of two optimizers a run lands, loses no update at a cut, and can be saved."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    both = torch.optim.AdamW(matrices, lr=1e-2), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    x = torch.randn(16, 8)
-    budget = setpoint.Budget.fraction(0.5, of="params")
-    loop = setpoint.attach(model, both, budget, example=(x,), total_steps=40)
-    for step in range(41):
-        scaler.scale(model(x).square().mean()).backward()
-        if step == 3:
-            model[0].weight.grad[0, 0] = torch.inf
-        for each in both:
-            scaler.unscale_(each)
-        before = model[2].bias.detach().clone()
-        for each in both:
-            scaler.step(each)
-        scaler.update()
-        for each in both:
-            each.zero_grad()
-        assert not torch.equal(before, model[2].bias), step
-        loop.state_dict()
-    summary = loop.finish()
-    assert summary.budget_met and summary.steps == 40, summary
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it traces its optimizer
 def test_a_compiled_optimizer_step_decides_like_a_plain_one() -> None:
     """Claim: `torch.compile(optimizer.step)`, made ahead of `attach`, leaves the loop out of what it compiles."""

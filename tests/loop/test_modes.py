@@ -75,13 +75,6 @@ def test_the_higher_the_rate_the_smaller_the_model() -> None:
     assert ratios[-1] < 0.5
 
 
-def test_a_rate_of_zero_is_invisible() -> None:
-    """A price of nothing, and a run without any loop, end with the same bits."""
-    _, _, priced = train(setpoint.Price(0.0, of="flops"))
-    _, _, whole = train(setpoint.Budget.fraction(1.0, of="flops"))
-    assert all(torch.equal(one, other) for one, other in zip(priced, whole, strict=True))
-
-
 def test_observing_the_loss_changes_nothing_while_it_keeps_to_its_trend() -> None:
     """A budget run that is told the loss makes the same cuts, to the same bits, as one that is not."""
     told, loop, weights = train(setpoint.Budget.fraction(0.5, of="flops"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import re
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -252,37 +250,6 @@ def test_gradients_that_were_thrown_away_exchange_nothing(others: Any) -> None:
         assert torch.equal(one, two)
 
 
-def turns(parameters: Any) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """One optimizer for all but the head, and one for the head."""
-    *body, weight, bias = parameters
-    return torch.optim.SGD(body, lr=0.1, momentum=0.9), torch.optim.SGD([weight, bias], lr=0.1, momentum=0.9)
-
-
-def test_gradients_that_come_between_two_optimizers_exchange_nothing() -> None:
-    """Claim: where two optimizers step in turns, what another loss adds to gradients once the first one has stepped
-    changes no mask.
-    """
-    runs = []
-    for extra in (False, True):
-        model, optimizers, loop = started(make=turns)
-        for number in range(STEPS):
-            x, y = data(number)
-            model.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizers[0].step()
-            if extra:
-                gradients = [parameter.grad.clone() for parameter in model.head.parameters()]
-                foreign(model, optimizers[0], number)
-                (1000 * model(data(number + 50)[0])).square().mean().backward()
-                for parameter, gradient in zip(model.head.parameters(), gradients, strict=True):
-                    parameter.grad = gradient
-            optimizers[1].step()
-        runs.append(loop.masks)
-        assert loop.finish().regrown_units > 0
-    for name, mask in runs[0].items():
-        assert torch.equal(mask, runs[1][name])
-
-
 def test_resumes_bit_for_bit() -> None:
     """Claim: losses, weights, moments, averaged copy, masks, ledger and Summary are those of the uninterrupted run,
     from before the first mask, just ahead of an exchange, between decisions and after the landing.
@@ -466,38 +433,6 @@ def test_a_plan_that_breaks_the_pattern_changes_nothing() -> None:
     assert all(mask.all() for mask in loop.masks.values()) and model.get_parameter("inner.2.weight").detach().all()
     step(model, optimizer, 3)
     assert loop.step == 4 and len(loop.ledger) == 1
-
-
-def test_the_memory_format_does_not_matter() -> None:
-    """Claim: channels-last tensors get the masks that contiguous ones get from the same gradients, and keep format."""
-    plain, _, one = started()
-    model, _, other = started(memory_format=torch.channels_last)
-    weights, optimizers = dict(model.named_parameters()), (one.host.optimizers[0], other.host.optimizers[0])
-    for number in range(STEPS):
-        torch.manual_seed(number)
-        for name, parameter in plain.named_parameters():
-            parameter.grad = torch.randn(parameter.shape)
-            weights[name].grad = torch.empty_like(weights[name]).copy_(parameter.grad)
-            for each in (parameter, weights[name]):
-                for hook in (each._post_accumulate_grad_hooks or {}).values():
-                    hook(each)  # as a backward pass would
-        for optimizer in optimizers:
-            optimizer.step()
-    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
-    assert not one.masks["inner.0.weight"].all() and sum(map(sum, (e.num_grown.values() for e in one.ledger))) > 0
-    assert weights["inner.0.weight"].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_run_that_is_given_up_is_collected() -> None:
-    """Claim: hooks on masked weights keep no model alive, so a run that nobody finishes goes with its variables."""
-    model, optimizer, loop = started()
-    for number in range(STEPS // 2):
-        step(model, optimizer, number)
-    assert not loop.masks["inner.0.weight"].all()
-    alive = weakref.ref(model)
-    del model, optimizer, loop
-    gc.collect()
-    assert alive() is None
 
 
 def test_weights_that_someone_changes_are_found() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.cost.cost import Cost, flops_cost, params_cost
-from setpoint.errors import ExampleError, GroupError, LoopError
-from setpoint.groups.example import Example, inputs_of, tensors_of
+from setpoint.errors import GroupError, LoopError
+from setpoint.groups.example import Example, tensors_of
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
@@ -24,40 +24,24 @@ from setpoint.sensor.tap import tappable
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What an optimizer step computes on.
-
-    Args:
-        example: inputs of the model.
-        passes: calls of the model with such inputs in one step.
-        samples: independent samples behind one step.
-        recorded: whether they are those of a first batch, which the next run may get in other shapes.
-    """
+    """What an optimizer step computes on."""
 
     example: Example
-    passes: int = 1
-    samples: int = 1
-    recorded: bool = False
+    passes: int = 1  # calls of the model with such inputs in one step
+    samples: int = 1  # independent ones behind one step
+    recorded: bool = False  # whether they are those of a first batch, which the next run may get in other shapes
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What may be pruned.
+    """What may be pruned."""
 
-    Args:
-        groups: at dense widths.
-        frozen: by name or place, why it is not pruned.
-        costs: by resource, over the widths of `groups`.
-        passes: training steps' worth of FLOPs that it took to find out.
-        sources: by resource, what its cost was modelled by.
-        header: what a ledger says of it besides.
-    """
-
-    groups: tuple[Group, ...]
-    frozen: Mapping[str, str]
-    costs: Mapping[str, Cost]
-    passes: float = 0.0
-    sources: Mapping[str, str] = field(default_factory=dict)
-    header: Mapping[str, Any] = field(default_factory=dict)
+    groups: tuple[Group, ...]  # at dense widths
+    frozen: Mapping[str, str]  # by name or place, why it is not pruned
+    costs: Mapping[str, Cost]  # by resource, over the widths of `groups`
+    passes: float = 0.0  # training steps' worth of FLOPs that it took to find out
+    sources: Mapping[str, str] = field(default_factory=dict)  # by resource, what its cost was modelled by
+    header: Mapping[str, Any] = field(default_factory=dict)  # more entries of the ledger's header
 
 
 _UNTRAINED = "trained by no optimizer that attach was given"
@@ -196,14 +180,11 @@ def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
 
 def _check_numbers(model: nn.Module, example: Example) -> None:
     """Check that neither a weight nor an input is NaN, with which no cut behaves like its masked twin."""
-    args, kwargs = inputs_of(example)
-    inputs = {**{f"input {number}": argument for number, argument in enumerate(args)}, **kwargs}
-    for name, value in inputs.items():
-        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_of(value)):
-            raise ExampleError(f"{name} of the example holds NaN, so that no cut can be tried out: give one without")
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and bool(weight.isnan().any()):
-            raise LoopError(f"{name!r} holds NaN, so nothing can be learnt from it any more: begin with a whole model")
+    held = [("the example", tensor) for tensor in tensors_of(example)]
+    held += [(repr(name), weight) for name, weight in model.named_parameters()]
+    for what, tensor in held:
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise LoopError(f"{what} holds NaN, so that no cut can be tried out: begin without")
 
 
 def _listed(items: Sequence[str], limit: int, between: str = ", ") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.model_shapes import apply_sizes, note_cut, was_cut
@@ -29,24 +29,17 @@ KEY = "setpoint"
 """Entry of the first parameter group: PyTorch keeps such entries through its optimizers' states as they are."""
 
 
-def packed(state: Mapping[str, Any]) -> Tensor:
-    """A state as one tensor of bytes, which every format keeps."""
-    # PyTorch's optimizers copy unknown entries of a parameter group, and all formats know tensors of bytes.
-    return torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
+def brought(optimizer: Optimizer) -> Any | None:
+    """The loop's state that an optimizer has loaded with its own; None if there is none."""
+    data = optimizer.param_groups[0].get(KEY)
+    return None if data is None else _unpacked(data)
 
 
-def unpacked(data: Any) -> Any:
-    """What `packed` was given; CheckpointError for anything else."""
+def _unpacked(data: Any) -> Any:
     try:
         return from_tensors(load(data.cpu().numpy().tobytes()))
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the loop's state in the optimizer's state dict is damaged: {error!r}") from error
-
-
-def brought(optimizer: Optimizer) -> Any | None:
-    """The loop's state that an optimizer has loaded with its own; None if there is none."""
-    data = optimizer.param_groups[0].get(KEY)
-    return None if data is None else unpacked(data)
 
 
 def forget(optimizer: Optimizer) -> None:
@@ -63,30 +56,29 @@ class Carrying:
         self._handles = [
             optimizer.register_state_dict_post_hook(self._put),
             # Ahead of all others: the model must have the state's shapes when they look at it.
-            optimizer.register_load_state_dict_pre_hook(self._look, prepend=True),
+            optimizer.register_load_state_dict_pre_hook(self._take, prepend=True),
         ]
 
     def _put(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
         # Frameworks keep the random generators themselves, and restore them when it suits them.
         state = {**self._loop.state_dict(), "rng_state": None, "inputs": self._form}
-        saved["param_groups"][0][KEY] = packed(state)
+        # One tensor of bytes: optimizers copy unknown entries of a parameter group, and every format keeps tensors.
+        data = torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
+        saved["param_groups"][0][KEY] = data
 
-    def _look(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+    def _take(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+        """Called before the optimizer loads a state."""
         first, *others = saved["param_groups"] or [{}]
         if not isinstance(first, dict) or KEY not in first:
             return None
         remaining = {**saved, "param_groups": [{name: value for name, value in first.items() if name != KEY}, *others]}
-        self._take(unpacked(first[KEY]), remaining)
-        return remaining
-
-    def _take(self, state: Any, remaining: Mapping[str, Any]) -> None:
-        """Called before an optimizer loads a state that holds a loop's: both are taken, or none."""
-        loop, host = self._loop, self._loop.host
-        with loop.restored_on_error("loading the state of the optimizer"):
+        state, loop, host = _unpacked(first[KEY]), self._loop, self._loop.host
+        with loop.restored_on_error("loading the state of the optimizer"):  # both states are taken, or none
             with dense_shapes(host):
                 loop.load_state_dict(state)
             settle(host, loop.groups)
-            check_state(host.optimizers[0], host.model, loop.groups, remaining)
+            check_state(optimizer, host.model, loop.groups, remaining)
+        return remaining
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -136,12 +128,8 @@ def dense_shapes(host: Host) -> Iterator[None]:
 
 def settle(host: Host, groups: tuple[Group, ...]) -> None:
     """Write the numbers that only a loop's groups know, such as those of a config: no shape tells them."""
-    wanted = {
-        (size.module, size.place): size.index.size
-        for group in groups
-        for size in group.sizes
-        if not is_call(size.place)
-    }
+    sizes = [size for group in groups for size in group.sizes if not is_call(size.place)]
+    wanted = {(size.module, size.place): size.index.size for size in sizes}
     tensors = [part.tensor for group in groups for part in group.slices]
     with ExitStack() as undo:
         for module in (host.model, *unwrapped(tensors, host.model, host.copies)):

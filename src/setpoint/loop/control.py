@@ -3,64 +3,101 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from setpoint.actuator.actuator import Actuator
+from setpoint.actuator.actuator import Actuator, Origins
+from setpoint.checkpoint.plain import restored
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.errors import LoopError, RankError
-from setpoint.groups.follow import Change, check_follows, follow
+from setpoint.groups.follow import ByUnit, Change, check_follows, follow, fresh
 from setpoint.groups.group import Group, widths_of
 from setpoint.host.guards import Unchanged
 from setpoint.host.host import Host
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.hooks import StepHooks, uninterrupted
 from setpoint.loop.losses import Losses
-from setpoint.loop.record import LOG, RunState, decisions, log_decision, recorded, refusal, waiting
-from setpoint.messages import warn
+from setpoint.messages import counted, warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
-from setpoint.spending.metrics import metrics
+from setpoint.spending.metrics import leading, metrics
 from setpoint.spending.spending import Spending
 
+_LOG = logging.getLogger("setpoint")
 _FRESH_STEPS = 50  # that are sensed before a last decision is made again
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a loop is made of once the model has been looked at.
-
-    Args:
-        actuator: carries plans out; its groups are at dense widths.
-        header: head of the ledger.
-        facts: what must be the same in a run that goes on with this one's state.
-        revocable: makes of the actuator one that can take its first cut back; None where nothing is taken back.
-    """
+    """What a loop is made of once the model has been looked at."""
 
     sensor: Sensor[Any]
     controller: Controller[Any]
-    actuator: Actuator
+    actuator: Actuator  # its groups are at dense widths
     spending: Spending
-    header: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    revocable: Callable[[], Actuator] | None = None
+    header: Mapping[str, Any]  # of the ledger
+    facts: Mapping[str, Any]  # what must be the same in a run that goes on with this one's state
+    revocable: Callable[[], Actuator] | None = None  # makes of the actuator one that can take its first cut back
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """Where a run is, as a checkpoint holds it; every step and every decision makes a new one."""
+
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # steps that the sensor had left out by the last reading
+    again: int = 0  # a step at which to decide in addition to those of the controller; 0 for none
+    overdue: bool = False  # a decision is due and could not be made
+    waits: bool = False  # it was due while ranks had run out of batches
+    budget_met: bool = False  # the last decision has been made
+    plan: Plan | None = None  # the last one, without what it says of single units
+    # In the last reading and at the last decision, of the units that are active now.
+    saliency: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
+    worth: Mapping[str, ByUnit[np.ndarray]] = field(default_factory=dict, metadata=fresh(math.nan))
+    gave_way: str = ""  # which goal lost when budget and loss could not both be met
+
+    def decided(self, plan: Plan, reading: Reading, change: Change) -> RunState:
+        seen = self if change.counted else replace(self, saliency=reading.saliency, worth=plan.worth)
+        return replace(
+            follow(seen, change),
+            plan=replace(plan, keep={}, worth={}, grow={}, grow_worth={}),
+            budget_met=plan.budget_met,
+            overdue=False,
+            again=plan.again or self.again,
+            gave_way=plan.gave_way or self.gave_way,
+        )
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> RunState:
+        """The one that was saved as plain data, at these widths."""
+        by_unit = {name: np.zeros(width) for name, width in widths.items()}
+        like = cls(plan=None if state["plan"] is None else Plan(0, {}), saliency=by_unit, worth=by_unit)
+        found: RunState = restored(state, like, "the run's progress", torch.device("cpu"))
+        return found
 
 
 @final
 class Control:
     """The control of one run, which changes at every step. `Loop` is what the user has of it.
 
-    A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none. `notify` is called after each
-    step with its entry or None.
+    A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none.
     """
 
     def __init__(
-        self, host: Host, parts: Parts, losses: Losses, hooks: StepHooks, notify: Callable[[Entry | None], None]
+        self,
+        host: Host,
+        parts: Parts,
+        losses: Losses,
+        hooks: StepHooks,
+        callbacks: Mapping[object, Callable[[Any], None]],
     ) -> None:
-        self.host, self.losses, self._hooks, self._notify = host, losses, hooks, notify
+        self.host, self.losses, self._hooks, self._callbacks = host, losses, hooks, callbacks
         self.sensor, self.controller, self.actuator = parts.sensor, parts.controller, parts.actuator
         self.spending, self.facts, self.revocable = parts.spending, parts.facts, parts.revocable
         self.dense, self.ledger, self.state = parts.actuator.groups, Ledger(parts.header), RunState()
@@ -159,9 +196,14 @@ class Control:
                 self.spending.read_joules(self.widths)
             self._begin_step()
         decided = len(self.ledger) > 0 and self.ledger[-1].step == self.step
-        if decided and self.host.ranks.own == 0 and LOG.isEnabledFor(logging.INFO):
-            log_decision(self.ledger[-1], self.metrics())
-        self._notify(self.ledger[-1] if decided else None)
+        if decided and self.host.ranks.own == 0 and _LOG.isEnabledFor(logging.INFO):
+            _log_decision(self.ledger[-1], self.metrics())
+        self.notify(self.ledger[-1] if decided else None)
+
+    def notify(self, event: Any) -> None:
+        """Call the user's functions."""
+        for callback in tuple(self._callbacks.values()):  # one may take another off
+            callback(event)
 
     def _begin_step(self) -> None:
         """The next step begins."""
@@ -195,7 +237,7 @@ class Control:
             reading = self.host.mean(self._read, self.losses, now.step)
             self.losses.complete(self.ledger)
             self.spending.read_meters(before)
-            problem = refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
+            problem = _refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
             if not problem:
                 observation, state, plan = self._plan(reading)
         if problem:
@@ -203,7 +245,7 @@ class Control:
                 self.ledger.append(self._entry(now.plan, before, problem))
             return
         change = self._act(plan, state, reading)
-        entry = recorded(self._entry(plan, before, plan.reason), plan, change, observation, origin)
+        entry = _recorded(self._entry(plan, before, plan.reason), plan, change, observation, origin)
         self.ledger.append(entry)
         self.spending.decided(self.groups, plan.budget_met)
         self.state = self.state.decided(plan, reading, change)
@@ -217,9 +259,9 @@ class Control:
         with self.host.together(f"the plan after step {self.step}") as facts:
             known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
             observation = self.spending.observation(self.step, self.groups, reading, **known)
-            groups, note = waiting(self.groups, reading)
+            groups, note = _waiting(self.groups, reading)
             state, plan = self.controller.decide(self.controller_state, observation, self.spending.cost, groups)
-            facts["plan"] = decisions(plan)  # ranks whose plans differ raise here, before anything is cut
+            facts["plan"] = _decisions(plan)  # ranks whose plans differ raise here, before anything is cut
         if note:  # the plan holds these groups at their width, which the ledger has to say
             plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
             warn(f"{note}, so that the other groups carry the cut")
@@ -290,3 +332,80 @@ class Control:
         if plan is not None:
             again = self.step + max(1, min(_FRESH_STEPS, (self.spending.run_steps - self.step) // 10))
             self.state = replace(self.state, budget_met=False, plan=replace(plan, budget_met=False), again=again)
+
+
+def _refusal(reading: Reading) -> str:
+    """Why no decision can be made on a reading whose skipped steps count from the last one; "" if one can."""
+    if steps := reading.skipped_steps:
+        return f"no decision: NaN or infinite gradients in {counted(steps, 'step')} since the last reading"
+    if not reading.finite():
+        return "no decision: the reading holds NaN or infinite values"
+    if reading.saliency and reading.unseen() >= reading.saliency.keys():
+        return "no decision: no gradient has been seen yet"
+    return ""
+
+
+def _waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, ...], str]:
+    """The groups as a controller may cut them, those not at all of which nothing was seen yet; and a note about these.
+
+    No gradient seen does not mean a saliency of zero: weights that are frozen at first, or not reached by the loss,
+    would be dropped before all others.
+    """
+    unseen = sorted(reading.unseen() & {group.name for group in groups})
+    if not unseen:
+        return groups, ""
+    held = tuple(replace(group, min_units=group.num_units) if group.name in unseen else group for group in groups)
+    few = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+    return held, f"{few} {'wait' if len(unseen) > 1 else 'waits'}: none of the steps so far has shown a gradient there"
+
+
+def _decisions(plan: Plan) -> list[Any]:
+    """All that a plan decides, in plain values that ranks can compare."""
+    keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
+    grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
+    return [plan.step, plan.budget_met, keep, grow]
+
+
+def _recorded(entry: Entry, plan: Plan, change: Change, seen: Observation, origin: Origins) -> Entry:
+    """The entry with what was dropped and what came back, by origin; single weights are counted, not listed.
+
+    `seen` and `origin`, the dense index of each unit, are those from before the plan was carried out.
+    """
+    if change.note:
+        entry = replace(entry, reason=f"{entry.reason}; {change.note}")
+    if change.counted:
+        return replace(entry, num_dropped=change.num_dropped, num_grown=change.num_grown)
+    gone = {name: ~keep for name, keep in plan.keep.items() if not keep.all()}
+    grown = {name: units.tolist() for name, units in plan.grow.items() if len(units)}
+    gain: dict[str, list[float]] = {}
+    reading, probe = seen.reading, seen.probe
+    for name, units in grown.items():
+        if probe is not None and name in probe.gain:
+            known = dict(zip(probe.origins[name].tolist(), probe.gain[name].tolist(), strict=True))
+            gain[name] = [known.get(unit, math.nan) for unit in units]
+    return replace(
+        entry,
+        dropped={name: origin[name][out].tolist() for name, out in gone.items()},
+        saliency={name: reading.saliency[name][out].tolist() for name, out in gone.items() if reading},
+        worth={name: plan.worth[name][out].tolist() for name, out in gone.items() if name in plan.worth},
+        grown=grown,
+        gain=gain,
+        grown_worth={name: values.tolist() for name, values in plan.grow_worth.items() if name in grown},
+    )
+
+
+def _log_decision(entry: Entry, known: Mapping[str, float]) -> None:
+    """Log a decision that changed the model or was the last one; `known` are the loop's metrics."""
+    resource = leading(known)
+    ratio = 100 * known.get(f"cost_ratio/{resource}", 1.0)
+    if entry.changed:
+        dropped = sum(map(len, entry.dropped.values())) + sum(entry.num_dropped.values())
+        grown = sum(map(len, entry.grown.values())) + sum(entry.num_grown.values())
+        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
+        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
+        price = known.get(f"price/{resource}", 0.0)
+        _LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", entry.step, moved, ratio, resource, price)
+    if known["budget_met"]:
+        what = "budget met" if f"limit/{resource}" in known else "done"
+        units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"
+        _LOG.info("step %d: %s at %.1f %% of dense %s, %s units are left", entry.step, what, ratio, resource, units)

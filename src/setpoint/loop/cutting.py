@@ -48,10 +48,7 @@ def changing(plan: Plan, groups: Iterable[Group]) -> list[Group]:
 class Cutting:
     """Removes units for good: weights, buffers, sizes and optimizer state. It changes with each cut.
 
-    Args:
-        host: holds the model.
-        groups: at dense widths.
-        coordinates: in which a cut is made.
+    It begins with groups at dense widths; `coordinates` are those in which a cut is made.
     """
 
     def __init__(self, host: Host, groups: tuple[Group, ...], coordinates: Coordinates = same_coordinates) -> None:
@@ -98,16 +95,14 @@ class Cutting:
             host.resizable(f"the cut after step {plan.step}", resized) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
         ):
-            groups = self._shrunk(plan.keep, agreed)
+            groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
         return self._cut_to(groups, plan)  # only now: at its end another rank may have failed
 
     def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""
-        return self._cut_to(self._shrunk(plan.keep, agreed), plan)
-
-    def _shrunk(self, keep: Mapping[str, Bool[np.ndarray, " _units"]], agreed: Callable[[], None]) -> tuple[Group, ...]:
         host = self.host
-        return shrink_live(host.model, host.optimizers, self.groups, keep, host.copies, agreed=agreed)
+        groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
+        return self._cut_to(groups, plan)
 
     def _cut_to(self, groups: tuple[Group, ...], plan: Plan) -> Change:
         kept = {name: units[plan.keep[name]] for name, units in self.origin.items() if name in plan.keep}
@@ -168,7 +163,7 @@ class Cutting:
         return keep
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        keep = self.kept(state)
-        with self.host.resizable("loading the state of the loop", self.dense) as agreed:
-            groups = self._shrunk(keep, agreed)
+        keep, host = self.kept(state), self.host
+        with host.resizable("loading the state of the loop", self.dense) as agreed:
+            groups = shrink_live(host.model, host.optimizers, self.dense, keep, host.copies, agreed=agreed)
         self.take_over(groups, {name: np.flatnonzero(kept) for name, kept in keep.items()})

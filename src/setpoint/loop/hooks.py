@@ -122,9 +122,8 @@ class StepHooks:
         """Whether the step that is under way has ended, as this optimizer begins another."""
         if number in self._stepped:
             return True
-        return bool(self._order) and all(
-            self._order.index(number) < self._order.index(stepped) for stepped in self._stepped
-        )
+        order = self._order
+        return bool(order) and all(order.index(number) < order.index(stepped) for stepped in self._stepped)
 
 
 def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,12 +22,11 @@ from setpoint.host.find import real_optimizer
 from setpoint.host.host import Host
 from setpoint.ledger import Ledger
 from setpoint.loop.control import Control, Parts
-from setpoint.loop.explain import Explanation, explain
 from setpoint.loop.first_batch import FirstBatch
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.losses import Losses
 from setpoint.loop.resume import AGAIN, load_state, state_of
-from setpoint.loop.summary import Event, Summary, summarise, warn_of_miss
+from setpoint.loop.summary import Event, Explanation, Summary, explain, summarise, warn_of_miss
 from setpoint.sensor.reading import Reading
 from setpoint.spending.metrics import line
 from setpoint.spending.spending import Spending
@@ -62,7 +61,7 @@ class Loop:
         """What `finish` returned, or None before."""
         self._control: Control | None = None
         self._first: FirstBatch | None = None
-        self._callbacks: dict[object, Callable[[Event], None]] = {}
+        self._callbacks: dict[object, Callable[[Any], None]] = {}
         self._at_detach = ExitStack()
         self._hooks = StepHooks(host.optimizers, self._before_first_step, lambda: None, self._loading)
         note_attached(host.model)  # from here on no other loop may attach, also while this one waits
@@ -83,13 +82,9 @@ class Loop:
 
     def begin(self, parts: Parts) -> None:
         """Begin with these parts, before the first optimizer step or in it."""
-        self._control = control = Control(self.host, parts, self.losses, self._hooks, self._notify)
+        self._control = control = Control(self.host, parts, self.losses, self._hooks, self._callbacks)
         # From here on the hooks call the control itself: one frame less at every step.
         self._hooks.before, self._hooks.after = control.before_step, control.after_step
-
-    def _notify(self, event: Event) -> None:
-        for callback in tuple(self._callbacks.values()):  # one may take another off
-            callback(event)
 
     def _before_first_step(self, grad_scale: Tensor | None) -> None:
         assert self._first is not None, "without an example the first batch is recorded"
@@ -174,8 +169,8 @@ class Loop:
     def budget(self) -> Budget | tuple[Budget, ...]:
         """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the last decision.
 
-        It takes what `attach` takes. The change is bumpless: the reference goes on from what a step costs now, down to
-        the new limit. A `BudgetError` says that the budget cannot be met, a `LoopError` that it is frozen.
+        It takes what `attach` takes. The change is bumpless: the reference goes on from what a step costs now. A
+        `BudgetError` says that the budget cannot be met, a `LoopError` that it is frozen.
         """
         budgets = self.spending.budgets
         return budgets[0] if len(budgets) == 1 else budgets
@@ -252,8 +247,8 @@ class Loop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a loop that was attached with the same arguments: shrink the dense model, and go on.
 
-        The loop's state is loaded before the states of the model, its copies and the optimizers, which then have the
-        right shapes. All of it is checked before anything is changed. The global random generators go on, too.
+        It is loaded before the states of the model, its copies and the optimizers, which then have the right shapes.
+        All of it is checked before anything is changed. The global random generators go on, too.
 
         Raises:
             CheckpointError: when the state is of another model, budget or length of run, or is no state of a loop.
@@ -315,7 +310,7 @@ class Loop:
         self.summary = done = summarise(control)
         self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
         warn_of_miss(done, self._hooks.unseen.passes)
-        self._notify(done)
+        control.notify(done)
         return done
 
     def detach(self) -> None:

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
-from setpoint.loop.control import Control
-from setpoint.loop.record import RunState
+from setpoint.ledger import Ledger
+from setpoint.loop.control import Control, RunState
+from setpoint.loop.losses import Losses
+from setpoint.spending.spending import Spending
 
 FORMAT = 2
 """Version of the state's form, its entry "format"."""
 
 AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
-
-
-class Part(Protocol):
-    """What a loop is made of and remembers by itself."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything in plain tensors, numbers and strings."""
-
-    def check(self, state: Mapping[str, Any]) -> Any:
-        """Check that a state fits, before anything is changed."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken; it was checked."""
 
 
 def check_format(state: Mapping[str, Any]) -> None:
@@ -70,8 +59,8 @@ def _short(value: Any, other: Any) -> str:
     return f"{value:.120}" if isinstance(value, str) else f"{value!r:.120}"
 
 
-def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Part]:
-    """What remembers something by itself."""
+def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Actuator | Losses | Ledger | Spending]:
+    """What remembers something by itself; each has `state_dict`, `check`, which changes nothing, and a load."""
     return {"actuator": actuator, "losses": control.losses, "ledger": control.ledger, "spending": control.spending}
 
 
@@ -85,7 +74,7 @@ def state_of(control: Control) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run": _facts(control),
-        "now": control.state.state_dict(),
+        "now": plain(control.state, "the run's progress"),
         "sensor": plain(control.sensor_state, "the sensor's state"),
         "controller": plain(control.controller_state, "the controller's state"),
         **{name: part.state_dict() for name, part in _saved_parts(control, control.actuator).items()},
@@ -129,9 +118,9 @@ def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunS
     actuator, device = control.actuator, control.host.device
     if state["actuator"]["kind"] != actuator.kind and control.revocable is not None:
         actuator = control.revocable()  # as the first cut of a run whose loss is watched makes it
-    groups = actuator.check(state["actuator"])
-    for part, name in ((control.losses, "losses"), (control.ledger, "ledger"), (control.spending, "spending")):
-        part.check(state[name])
+    parts, groups = _saved_parts(control, actuator), actuator.check(state["actuator"])
+    for name in ("losses", "ledger", "spending"):
+        parts[name].check(state[name])
     restored(state["sensor"], control.sensor.init(groups, control.host.model), "the sensor's state", device)
     fresh = control.controller.init(groups)
     controller_state = restored(state["controller"], fresh, "the controller's state", device)

@@ -1,12 +1,16 @@
-"""A summary: what a finished run came to, in FLOPs and in seconds, everything counted, and how that reads."""
+"""What a person asks of a run: what it came to, in FLOPs and seconds, and what became of one unit, and why."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from setpoint.cost.budget import amount
+from setpoint.errors import GroupError
 from setpoint.ledger import Entry, without_nan
 from setpoint.loop.control import Control
 from setpoint.messages import counted, warn
@@ -17,9 +21,8 @@ from setpoint.spending.metrics import totals, verdict
 class Summary:
     """Result of a run: whether the budget is met, the final size, and what training and overhead have cost.
 
-    FLOPs are those of forward and backward passes at the example's batch shape. The overhead is all of
-    Setpoint's own work; `train_flops` and `seconds` include it. On a GPU, sensing seconds are the
-    host's only.
+    FLOPs are those of forward and backward passes at the example's batch shape. The overhead is all of Setpoint's own
+    work; `train_flops` and `seconds` include it. On a GPU, sensing seconds are the host's only.
 
     Args:
         budget_met: whether the model ends within the budget, and the last decision was made or none was needed.
@@ -34,8 +37,7 @@ class Summary:
         overhead_flops: FLOPs of verification, sensing and probing.
         seconds: wall-clock seconds from attach to finish, attach included.
         overhead: seconds of Setpoint's own work by kind: "attach" (tracing and verification), "sensing" (reading
-            gradients before each step), "deciding" (readings and decisions), "resizing" (cutting model and optimizer),
-            "probing" (taking resting units in and out, and what probed steps took longer).
+            gradients), "deciding", "resizing" (cutting model and optimizer), "probing" (visits of resting units).
         resizes: number of cuts.
         limit: the budget, by resource, in the resource's own unit.
         spent: cost of one optimizer step of the finished model by resource, as predicted, and corrected by what meters
@@ -50,10 +52,10 @@ class Summary:
         limit_run: by resource, what the whole run may spend (`per="run"`); `limit` then is what that left per step.
         spent_run: by resource of a run budget, what the run has spent, overhead included.
         gave_way: which goal lost when budget and loss could not both be met; "" if none did.
-        theoretical_flops: FLOPs of one optimizer step of the finished model if masked weights cost nothing; None where
-            whole units are cut. Dense hardware does not get faster: `final_flops` is what it computes.
+        theoretical_flops: `final_flops` if masked weights cost nothing, which dense hardware does not offer; None where
+            whole units are cut.
         theoretical_train_flops: the same for the whole run, with the gradients of masked weights where they were read.
-        final_loss: last observed loss; the losses right after each cut stand in the ledger (`Entry.loss_after`).
+        final_loss: last observed loss.
 
     >>> import torch, setpoint
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
@@ -225,3 +227,80 @@ def warn_of_miss(summary: Summary, passes: int) -> None:
     ]
     unseen = f"; {passes} backward passes came after the last step that was seen" if passes > 1 else ""
     warn(f"the budget is not met: {summary.reason} ({'; '.join(words)}){unseen}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What became of one unit.
+
+    Args:
+        group: name of the group.
+        origin: index of the unit in the dense model.
+        what: what a unit is: "channel", "neuron", "head".
+        alive: whether it is still part of the model.
+        step: the step at which it was dropped, or that of the last reading; None if there was none.
+        saliency: estimated loss increase if it is dropped, at that step; NaN if there was no reading.
+        worth: saliency of its block / what the block saves, at that step; NaN where it was not evaluated.
+        price: loss per unit of resource at that step; NaN if there was no decision yet.
+        reason: the decision's own words.
+        returned: the last step at which it came back from the reserve; None if it never did.
+        gain: what its probe promised then; NaN if it never came back.
+    """
+
+    group: str
+    origin: int
+    what: str
+    alive: bool
+    step: int | None
+    saliency: float
+    worth: float
+    price: float
+    reason: str
+    returned: int | None = None
+    gain: float = math.nan
+
+    def __str__(self) -> str:
+        unit = f"{self.what} {self.origin} of {self.group}"
+        if self.step is None:
+            return f"{unit} is alive; no decision has been made yet."
+        fate = "is alive" if self.alive else f"was dropped at step {self.step}"
+        if self.returned is not None:
+            # A cut that was taken back for the sake of the loss was not probed.
+            promise = "" if math.isnan(self.gain) else f", promising to lower the loss by {self.gain:.3g},"
+            fate = f"came back at step {self.returned}{promise} and {fate}"
+        saliency = "unknown" if math.isnan(self.saliency) else f"{self.saliency:.3g}"
+        price = "unknown" if math.isnan(self.price) else f"{self.price:.3g}"
+        worth = "" if math.isnan(self.worth) else f"worth {self.worth:.3g}, "
+        when = f", as read at step {self.step}" if self.alive else ""
+        numbers = f"dropping it costs {saliency} of loss; {worth}price {price} (loss per unit of resource)"
+        return f"{unit} {fate}: {numbers}{when}. {self.reason}".rstrip()
+
+
+def explain(control: Control, group: str, origin: int, price: float, resource: str) -> Explanation:
+    """What became of a unit, and why; `price` is that of the resource at the last decision."""
+    dense = {candidate.name: candidate for candidate in control.dense}
+    if group not in dense:
+        raise GroupError(f"no group {group!r} is pruned here: use one of {', '.join(dense)}")
+    if not 0 <= origin < dense[group].num_units:
+        raise GroupError(f"group {group!r} has units 0 to {dense[group].num_units - 1}, got {origin}")
+    what = dense[group].what
+    entries = list(reversed(control.ledger[:]))
+    returned, gain = None, math.nan
+    back = next((entry for entry in entries if origin in entry.grown.get(group, ())), None)
+    if back is not None:
+        returned, gain = back.step, _at(back.gain, group, back.grown[group].index(origin))
+    active = np.flatnonzero(control.actuator.origin[group] == origin)
+    if not len(active):
+        drop = next(entry for entry in entries if origin in entry.dropped.get(group, ()))
+        at, price = drop.dropped[group].index(origin), drop.price.get(resource, math.nan)
+        saliency, worth = _at(drop.saliency, group, at), _at(drop.worth, group, at)
+        return Explanation(group, origin, what, False, drop.step, saliency, worth, price, drop.reason, returned, gain)
+    now, at = control.state, int(active[0])
+    saliency, worth = _at(now.saliency, group, at), _at(now.worth, group, at)
+    step, reason, price = (now.plan.step, now.plan.reason, price) if now.plan else (None, "", math.nan)
+    return Explanation(group, origin, what, True, step, saliency, worth, price, reason, returned, gain)
+
+
+def _at(values: Mapping[str, Any], group: str, position: int) -> float:
+    own = values.get(group, ())
+    return float(own[position]) if position < len(own) else math.nan
