@@ -27,8 +27,7 @@ class Actuator(Protocol):
         """The groups that may be pruned, at their present widths."""
 
     @property
-    def origin(self) -> Origins:
-        """By group, the index that each active unit has in the dense model."""
+    def origin(self) -> Origins: ...
 
     kind: str
     """What a state says of who wrote it."""

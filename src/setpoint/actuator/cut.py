@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -43,6 +43,11 @@ class Cut:
     sizes: Mapping[SizePlace, Bool[np.ndarray, " _entries"]]
     following: frozenset[SizePlace] = frozenset()
 
+    def places(self) -> Iterator[tuple[str, int | None, Bool[np.ndarray, " _entries"]]]:
+        """Tensor, dim, or None for single elements, and which entries stay."""
+        yield from ((tensor, dim, kept) for (tensor, dim), kept in self.entries.items())
+        yield from ((tensor, None, kept) for tensor, kept in self.elements.items())
+
     def dims(self) -> dict[str, dict[int, Int[np.ndarray, " _kept"]]]:
         """By tensor and dim, positions of the kept entries; only the dims that lose some."""
         found: dict[str, dict[int, Int[np.ndarray, " _kept"]]] = {}
@@ -59,22 +64,22 @@ def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[st
         if name not in known:
             some = ", ".join(map(repr, sorted(known)[:5])) or "none"
             raise GroupError(f"keep names an unknown group {name!r}: the model's groups are {some}, ...")
-    return {name: _vector(group, keep.get(name, np.ones(group.num_units, dtype=bool))) for name, group in known.items()}
-
-
-def _vector(group: Group, kept: object) -> Bool[np.ndarray, " units"]:
-    what = f"keep[{group.name!r}]"
-    if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
-        raise GroupError(f"{what} must be an array of bool, True = stays, got {getattr(kept, 'dtype', a_type(kept))}")
-    if kept.shape != (group.num_units,):
-        raise GroupError(
-            f"{what} has shape {kept.shape}, but the group has {group.num_units} active units: "
-            "use the groups that the last cut returned"
-        )
-    # An empty layer would divide by zero in norms and attention.
-    if kept.sum() < group.min_units:
-        raise GroupError(f"{what} keeps {kept.sum()} units, but min_units is {group.min_units}: keep more of them")
-    return kept
+    full = {}
+    for name, group in known.items():
+        kept, what = keep.get(name, np.ones(group.num_units, dtype=bool)), f"keep[{name!r}]"
+        if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
+            kind = getattr(kept, "dtype", a_type(kept))
+            raise GroupError(f"{what} must be an array of bool, True = stays, got {kind}")
+        if kept.shape != (group.num_units,):
+            raise GroupError(
+                f"{what} has shape {kept.shape}, but the group has {group.num_units} active units: "
+                "use the groups that the last cut returned"
+            )
+        # An empty layer would divide by zero in norms and attention.
+        if kept.sum() < group.min_units:
+            raise GroupError(f"{what} keeps {kept.sum()} units, but min_units is {group.min_units}: keep more of them")
+        full[name] = kept
+    return full
 
 
 def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
@@ -123,43 +128,34 @@ def cut_groups(groups: tuple[Group, ...], keep: Keep) -> tuple[Group, ...]:
     >>> small.num_units, small.slices[0].index.tolist()
     (2, [0, 1])
     """
-    full = check_keep(groups, keep)
-    cut = plan_cut(groups, keep)
-    return tuple(_cut_group(group, full[group.name], cut) for group in groups)
-
-
-def _cut_group(group: Group, kept: Bool[np.ndarray, " units"], cut: Cut) -> Group:
-    renumbered = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
-
-    def shorten(part: Slice) -> Slice:
-        stays = cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim]
-        return part if stays.all() and kept.all() else replace(part, index=renumbered[part.index[stays]])
-
-    def recount(size: SizeBinding) -> SizeBinding:
-        stays = cut.sizes[size.module, size.place]
-        return size if stays.all() and kept.all() else replace(size, index=renumbered[size.index[stays]])
-
-    return replace(
-        group,
-        num_units=int(kept.sum()),
-        slices=tuple(shorten(part) for part in group.slices),
-        sizes=tuple(recount(size) for size in group.sizes),
-    )
+    full, cut, remaining = check_keep(groups, keep), plan_cut(groups, keep), []
+    for group in groups:
+        kept = full[group.name]
+        renumbered = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
+        slices, sizes = list[Slice](), list[SizeBinding]()
+        for part in group.slices:
+            stays = cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim]
+            same = stays.all() and kept.all()
+            slices.append(part if same else replace(part, index=renumbered[part.index[stays]]))
+        for size in group.sizes:
+            stays = cut.sizes[size.module, size.place]
+            same = stays.all() and kept.all()
+            sizes.append(size if same else replace(size, index=renumbered[size.index[stays]]))
+        remaining.append(replace(group, num_units=int(kept.sum()), slices=tuple(slices), sizes=tuple(sizes)))
+    return tuple(remaining)
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:
     """Check that every tensor of the cut exists and has the length of its index tables, or raise a GroupError."""
-    lengths: list[tuple[str, int | None, int]] = [(name, dim, kept.size) for (name, dim), kept in cut.entries.items()]
-    lengths += [(name, None, kept.size) for name, kept in cut.elements.items()]
-    for name, dim, length in lengths:
+    for name, dim, kept in cut.places():
         if name not in tensors:
             raise GroupError(f"{what} has no tensor {name!r}: use the groups of this very model, or copies= of it")
         shape = tuple(tensors[name].shape)
         found = tensors[name].numel() if dim is None else shape[dim] if dim < len(shape) else None
-        if found != length:
+        if found != kept.size:
             where = name if dim is None else f"dim {dim} of {name}"
             raise GroupError(
-                f"{where} should have {length} entries, but in {what} the tensor's shape is {shape}: use the groups "
+                f"{where} should have {kept.size} entries, but in {what} the tensor's shape is {shape}: use the groups "
                 "of this very model, as the last cut returned them; one of copies= must be cut together with it only"
             )
 
@@ -170,9 +166,10 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     `tensors` holds all tensors of the model by every name, so that shared memory is seen.
     """
     at: dict[tuple[torch.device, int], set[int]] = {}
-    # An empty tensor has no memory of its own: all of them would seem to be tied.
+    # An empty tensor has no memory of its own, nor has one on the meta device: all of them would seem to be tied.
     for tensor in tensors.values():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if plain and tensor.numel() and not tensor.is_meta:
             at.setdefault((tensor.device, tensor.data_ptr()), set()).add(id(tensor))
     seen: dict[int, str] = {}
     for name, tensor in changing.items():
@@ -185,10 +182,8 @@ def check_cuttable(changing: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         if id(tensor) in seen:
             raise GroupError(f"{name!r} and {seen[id(tensor)]!r} are one tensor: name it in slices by one name only")
         seen[id(tensor)] = name
-        without_memory = fake or tensor.device.type == "meta"
-        sharing = set() if without_memory else at.get((tensor.device, tensor.data_ptr()), set())
-        # `set_` gives this tensor memory of its own, and the other one would keep the old values.
-        if len(sharing) > 1:
+        # `set_` gives this tensor memory of its own, and another one would keep the old values.
+        if not fake and len(at.get((tensor.device, tensor.data_ptr()), ())) > 1:
             raise GroupError(
                 f"{name!r} shares its memory with another tensor of the model: tie them by using one "
                 "Parameter object in both places"

@@ -57,7 +57,7 @@ INSTEAD = (
 )
 
 
-def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], key: str) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor, str], Any], key: str) -> Any:
     """`value` with `function(tensor, where)` in place of every tensor in its lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return function(value, key)
@@ -73,12 +73,6 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], key: str)
 def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, Tensor]]:
     """State tensors that have the parameter's shape, each with its place in the state."""
     found: list[tuple[str, Tensor]] = []
-
-    def note(value: Tensor, part: str) -> Tensor:
-        if value.shape == parameter.shape:
-            found.append((part, value))
-        return value
-
     for key, value in optimizer.state.get(parameter, {}).items():
-        map_tensors(value, note, key)
-    return found
+        map_tensors(value, lambda tensor, part: found.append((part, tensor)), key)
+    return [(part, tensor) for part, tensor in found if tensor.shape == parameter.shape]

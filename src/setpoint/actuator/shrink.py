@@ -95,20 +95,14 @@ def shrink(
     check_not_attached(model)
     if not isinstance(keep, Mapping):
         raise GroupError(f"keep holds booleans by name of the group, got {a_type(keep)}")
-    arrays = {name: _array(kept) for name, kept in keep.items()}
+    arrays = {
+        name: kept.detach().cpu().numpy() if isinstance(kept, Tensor) else np.asarray(kept)
+        for name, kept in keep.items()
+    }
     remaining = shrink_live(model, optimizer, tuple(groups), arrays, copies)
     for module in (model, *copies):  # only now: a cut that was refused leaves no hooks behind
         carry_sizes(module)
     return remaining
-
-
-def _array(kept: Any) -> Any:
-    # Anything else stays as it is, to be refused by name.
-    if isinstance(kept, Tensor) and kept.dtype == torch.bool:
-        return kept.detach().cpu().numpy()
-    if isinstance(kept, (list, tuple)) and all(isinstance(stays, (bool, np.bool_)) for stays in kept):
-        return np.array(kept, dtype=bool)
-    return kept
 
 
 def shrink_live(
@@ -125,7 +119,9 @@ def shrink_live(
     remaining = cut_groups(groups, keep)
     copied = unwrapped([name for name, _ in cut.entries], model, copies)
     # Everything new is built here, while nothing has changed: running out of memory is an error like any other.
-    jobs = [_job(model, cut, as_sequence(optimizer)), *(_job(copy, cut, ()) for copy in copied)]
+    jobs = []
+    for module, optimizers in ((model, as_sequence(optimizer)), *((copy, ()) for copy in copied)):
+        jobs.append(Job(module, tuple(_changes(module, cut, optimizers)), _new_sizes(module, cut)))
     with ExitStack() as undo:
         for job in jobs:
             commit(job, undo)
@@ -149,10 +145,6 @@ def unwrapped(names: Iterable[str], model: nn.Module, copies: Sequence[nn.Module
         wrapped = first is not None and first not in tensors and f"module.{first}" in tensors
         found[id(copy)] = copy.get_submodule("module") if wrapped else copy
     return list(found.values())
-
-
-def _job(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Job:
-    return Job(model, tuple(_changes(model, cut, optimizers)), _new_sizes(model, cut))
 
 
 def _changes(model: nn.Module, cut: Cut, optimizers: Sequence[Optimizer]) -> Iterator[Change]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from itertools import chain
 
 import numpy as np
 import torch
@@ -78,10 +77,9 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
 def taken_gradient(tensor: Tensor, dims: Mapping[int, Int[np.ndarray, " _kept"]]) -> Tensor | None:
     """The same entries of a parameter's gradient, which the user's loop may read; None for one of another kind."""
     old = tensor.grad if tensor.is_leaf else None
-    plain = (
-        type(old) is Tensor and old.layout == torch.strided and old.shape == tensor.shape and old.dtype == tensor.dtype
-    )
-    return take(old, dims) if plain and old is not None else None
+    if type(old) is not Tensor or old.layout != torch.strided or old.shape != tensor.shape or old.dtype != tensor.dtype:
+        return None
+    return take(old, dims)
 
 
 def in_format(tensor: Shaped[Tensor, " *small"], like: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *small"]:
@@ -102,22 +100,14 @@ def _restride(result: Tensor, like: Tensor) -> Tensor:
 
     Kernels choose their path by strides, so a resized tensor should not differ in them from a fresh one.
     """
-    formats: Iterable[tuple[int, ...]] = chain([tuple(range(like.dim()))], _CHANNELS_LAST.get(like.dim(), ()))
-    for order in formats:
-        if _dense_strides(like.shape, order) == like.stride():
-            return result.as_strided(result.shape, _dense_strides(result.shape, order))
+    for memory_format in (torch.contiguous_format, *_CHANNELS_LAST.get(like.dim(), ())):
+        if like.stride() == _strides(like.shape, memory_format):
+            return result.as_strided(result.shape, _strides(result.shape, memory_format))
     return result
 
 
-# Order of dims in memory, outermost first.
-_CHANNELS_LAST: dict[int, tuple[tuple[int, ...], ...]] = {4: ((0, 2, 3, 1),), 5: ((0, 2, 3, 4, 1),)}
+_CHANNELS_LAST = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
 
 
-def _dense_strides(shape: Iterable[int], order: Iterable[int]) -> tuple[int, ...]:
-    lengths = tuple(shape)
-    strides = [0] * len(lengths)
-    step = 1
-    for dim in reversed(tuple(order)):
-        strides[dim] = step
-        step *= max(lengths[dim], 1)
-    return tuple(strides)
+def _strides(shape: torch.Size, memory_format: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(shape, memory_format=memory_format, device="meta").stride()

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from setpoint.actuator.cut import SizePlace, check_cuttable, check_lengths, plan_cut
 from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
@@ -18,10 +19,7 @@ from setpoint.actuator.tensors import in_format, named_tensors, take
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import call_of, is_call
-from setpoint.regrowth.reserve import Box, Key, Reserve, write
-
-Grow = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
-"""By group name, origins of the units to bring back."""
+from setpoint.regrowth.reserve import Reserve, Units, held
 
 
 def regrow(
@@ -29,7 +27,7 @@ def regrow(
     optimizer: Optimizers,
     groups: tuple[Group, ...],
     reserve: Reserve,
-    grow: Grow,
+    grow: Units,
     copies: Sequence[nn.Module] = (),
     *,
     agreed: Callable[[], None] = lambda: None,
@@ -67,33 +65,40 @@ def regrow(
     >>> model[0].weight.tolist() == weight, reserve.num_bytes
     (True, 0)
     """
-    _check_same_widths(groups, reserve)
-    active = with_units(reserve, grow)
+    widths = {name: int(units.sum()) for name, units in reserve.active.items()}
+    for group in groups:
+        if widths.get(group.name) != group.num_units:
+            raise GroupError(
+                f"group {group.name!r} has {group.num_units} units, but by the reserve's account "
+                f"{widths.get(group.name, 'none')}: call Reserve.rest before each shrink, and use the last reserve"
+            )
+    active, names = with_units(reserve, grow), reserve.names(grow)
     resting = {name: units & ~active[name] for name, units in reserve.resting.items()}
-    after = replace(reserve, active=active, resting=resting, let_go={})
-    names = reserve.names(grow)
+    after, tensors = replace(reserve, active=active, resting=resting, let_go={}), reserve.elsewhere(names)
     # All communication comes before the first check that may fail on one rank only.
-    reserve = reserve.gathered(names)
-    modules = [(model, "model", as_sequence(optimizer))]
-    modules += [(copied, f"copy {number}", ()) for number, copied in enumerate(unwrapped(sorted(names), model, copies))]
-    sizes, boxes = _new_sizes(reserve, active, grow), reserve.boxes(active)
-    jobs = []
-    for module, holder, optimizers in modules:
-        tensors = named_tensors(module)
-        check_lengths(plan_cut(reserve.present(), {}), tensors, type(module).__name__)
-        check_cuttable({name: tensors[name] for name in sorted(names)}, tensors)
-        jobs.append(Job(module, tuple(_changes(module, holder, optimizers, reserve, boxes, names)), sizes))
-    after = after.refilled(reserve, {}, names)
+    before = reserve.gathered(names)
+    modules = [(model, as_sequence(optimizer)), *((copied, ()) for copied in unwrapped(sorted(names), model, copies))]
+    for module, _ in modules:
+        found = named_tensors(module)
+        check_lengths(plan_cut(reserve.present(), {}), found, type(module).__name__)
+        check_cuttable({name: found[name] for name in sorted(names)}, found)
+    larger = dict[int, Tensor]()  # by the id of a live one
+    for key, live in held(model, optimizer, copies, names):
+        dense, form = before.dense(key, live)
+        tensors |= after.resting_of(key, dense, form)
+        kept = {dim: np.flatnonzero(entries) for dim, entries in after.live[key.tensor].items()}
+        larger[id(live)] = in_format(take(dense, kept).to(live.device), form)
+    sizes = _new_sizes(after, grow)
     with ExitStack() as undo:
-        for job in jobs:
-            commit(job, undo)
+        for module, optimizers in modules:
+            commit(Job(module, tuple(_changes(module, optimizers, names, larger)), sizes), undo)
         torch.clear_autocast_cache()
         agreed()
         undo.pop_all()  # nothing failed: forget the way back
-    return after.present(), after
+    return after.present(), replace(after, tensors=tensors)
 
 
-def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " units"]]:
+def with_units(reserve: Reserve, grow: Units) -> dict[str, Bool[np.ndarray, " units"]]:
     """By group, which units are active once these are regrown, or GroupError for what does not rest in the reserve."""
     active = {name: units.copy() for name, units in reserve.active.items()}
     for name, origins in grow.items():
@@ -111,55 +116,26 @@ def with_units(reserve: Reserve, grow: Grow) -> dict[str, Bool[np.ndarray, " uni
     return active
 
 
-def _check_same_widths(groups: tuple[Group, ...], reserve: Reserve) -> None:
-    widths = {name: int(units.sum()) for name, units in reserve.active.items()}
-    for group in groups:
-        if widths.get(group.name) != group.num_units:
-            raise GroupError(
-                f"group {group.name!r} has {group.num_units} units, but by the reserve's account "
-                f"{widths.get(group.name, 'none')}: call Reserve.rest before each shrink, and use the last reserve"
-            )
-
-
 def _changes(
-    module: nn.Module,
-    holder: str,
-    optimizers: Sequence[torch.optim.Optimizer],
-    reserve: Reserve,
-    boxes: Mapping[str, Box],
-    names: frozenset[str],
+    module: nn.Module, optimizers: Sequence[Optimizer], names: frozenset[str], larger: Mapping[int, Tensor]
 ) -> Iterator[Change]:
-    """Each tensor of these names, and its state in optimizers, with the entries that lie in its box then."""
+    """Each tensor of these names, and its state in optimizers, with what takes its place."""
     tensors = named_tensors(module)
-
-    def enlarged(key: Key, live: Tensor) -> Tensor:
-        dense, form = reserve.unsharded(key, live)
-        box, before = boxes[key.tensor], reserve.live[key.tensor]
-        new = take(dense, {dim: np.flatnonzero(kept) for dim, kept in box.items()}).to(live.device, live.dtype)
-        write(new, {dim: before[dim][kept] for dim, kept in box.items()}, live.detach())
-        return in_format(new, form)
-
-    for name in sorted(names):
-        tensor, states = tensors[name], []
-        for number, optimizer in enumerate(optimizers):
-
-            def of_state(value: Tensor, part: str, number: int = number, name: str = name) -> Tensor:
-                key = Key(f"optimizer {number}", name, part)
-                return enlarged(key, value) if value.shape == tensors[name].shape else value
-
+    for tensor, name in ((tensors[name], name) for name in sorted(names)):
+        states = []
+        for optimizer in optimizers:
             if isinstance(tensor, nn.Parameter) and tensor in optimizer.state:
                 kept = optimizer.state[tensor]
-                states.append((optimizer, {part: map_tensors(value, of_state, part) for part, value in kept.items()}))
-        yield Change(name, tensor, enlarged(Key(holder, name), tensor), tuple(states))
+                state = {part: map_tensors(v, lambda live, _: larger.get(id(live), live), part) for part, v in kept.items()}
+                states.append((optimizer, state))
+        yield Change(name, tensor, larger[id(tensor)], tuple(states))
 
 
-def _new_sizes(
-    reserve: Reserve, active: Mapping[str, Bool[np.ndarray, " units"]], grow: Grow
-) -> dict[SizePlace, int | None]:
+def _new_sizes(reserve: Reserve, grow: Units) -> dict[SizePlace, int | None]:
     """The new value of every size that counts regrown units; None for a call that needs no correction any more."""
     some = {name for name, origins in grow.items() if len(origins)}
     places = {(size.module, size.place) for group in reserve.groups if group.name in some for size in group.sizes}
-    after = plan_cut(reserve.groups, active)
+    after = plan_cut(reserve.groups, reserve.active)
     calls = {call_of(at) for at in places if is_call(at[1])}  # all sizes of a call go together
     places |= {at for at in after.sizes if is_call(at[1]) and call_of(at) in calls}
     # A forward may compute the size of a call from any group that it touches, even where that size is dense again.

@@ -23,6 +23,9 @@ from setpoint.groups.group import Group, keep_all
 from setpoint.groups.sizes_in_code.place import is_call
 from setpoint.groups.sizes_in_code.shim import get_call_sizes
 
+Units = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
+"""By group name, origins of units."""
+
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
 """By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
 
@@ -30,7 +33,6 @@ _BY_UNIT = ("active", "resting", "dropped_at", "drops")  # fields of a reserve w
 
 
 def _count(shape: Sequence[int], box: Box) -> int:
-    """Number of entries of a tensor in a box."""
     return math.prod(int(box[dim].sum()) if dim in box else length for dim, length in enumerate(shape))
 
 
@@ -39,13 +41,6 @@ def _inside(shape: Sequence[int], box: Box) -> Bool[Tensor, " *shape"]:
     for dim, kept in box.items():
         inside &= torch.from_numpy(kept).view([-1 if other == dim else 1 for other in range(len(shape))])
     return inside
-
-
-def write(tensor: Shaped[Tensor, " *shape"], box: Box, values: Shaped[Tensor, " *small"]) -> None:
-    """Fill the entries of a box, in place, with a tensor of the box's shape."""
-    positions = [np.flatnonzero(box[dim]) if dim in box else np.arange(n) for dim, n in enumerate(tensor.shape)]
-    with torch.no_grad():
-        tensor[tuple(torch.from_numpy(along).to(tensor.device) for along in np.ix_(*positions))] = values
 
 
 class Key(NamedTuple):
@@ -120,31 +115,30 @@ class Reserve:
     @cached_property
     def live(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
         """By tensor, the box of the active units."""
-        return self.boxes(self.active)
+        return self._boxes(self.active)
 
     @cached_property
     def known(self) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
         """By tensor, the box of all units that are active or rest."""
-        return self.boxes({name: units | self.resting[name] for name, units in self.active.items()})
+        return self._boxes({name: units | self.resting[name] for name, units in self.active.items()})
 
-    def boxes(self, units: Keep) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
-        """By tensor and dim, the entries that are present with these units."""
+    def _boxes(self, units: Keep) -> dict[str, dict[int, Bool[np.ndarray, " _entries"]]]:
         found: dict[str, dict[int, Bool[np.ndarray, " _entries"]]] = {}
         for (name, dim), kept in plan_cut(self.groups, units).entries.items():
             found.setdefault(name, {})[dim] = kept
         return found
 
     def present(self) -> tuple[Group, ...]:
+        """The groups at their present widths."""
         return cut_groups(self.groups, self.active)
 
     def origins(self) -> dict[str, Int[np.ndarray, " resting"]]:
         """By group, origins of the units that rest here; groups with none are absent."""
         return {name: np.flatnonzero(units) for name, units in self.resting.items() if units.any()}
 
-    def names(self, units: Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]) -> frozenset[str]:
+    def names(self, units: Units) -> frozenset[str]:
         """Names of the tensors in which any of these units lie."""
-        some = {name for name, origins in units.items() if len(origins)}
-        groups = [group for group in self.groups if group.name in some]
+        groups = [group for group in self.groups if len(units.get(group.name, ()))]
         return frozenset(part.tensor for group in groups for part in group.slices if part.dim is not None)
 
     def rest(
@@ -158,26 +152,24 @@ class Reserve:
         """
         full = check_keep(self.present(), keep)
         dropped = {name: np.flatnonzero(self.active[name])[~kept] for name, kept in full.items()}
-        active, resting, dropped_at, drops = (
-            {name: values.copy() for name, values in by_group.items()}
-            for by_group in (self.active, self.resting, self.dropped_at, self.drops)
-        )
+        by_unit = {part: {n: v.copy() for n, v in getattr(self, part).items()} for part in _BY_UNIT}
         for name, origins in dropped.items():
-            active[name][origins] = False
-            resting[name][origins] = True
-            dropped_at[name][origins] = when
-            drops[name][origins] += 1
-        after = replace(self, active=active, resting=resting, dropped_at=dropped_at, drops=drops, let_go={})
-        sources = dict(held(model, optimizer, copies, self.names(dropped)))
+            by_unit["active"][name][origins] = False
+            by_unit["resting"][name][origins] = True
+            by_unit["dropped_at"][name][origins] = when
+            by_unit["drops"][name][origins] += 1
+        after = replace(self, let_go={}, **by_unit)
         if self.limit_bytes is not None:
-            dense = {key: self._dense_shape(key, source) for key, source in sources.items()}
-            dense |= {key: rest.form.shape for key, rest in self.tensors.items()}
-            itemsizes = {key: rest.values.itemsize for key, rest in self.tensors.items()}
-            itemsizes |= {key: source.itemsize for key, source in sources.items()}
-            while after._need(dense, itemsizes) > self.limit_bytes:
+            shapes = {key: (rest.form.shape, rest.values.itemsize) for key, rest in self.tensors.items()}
+            for key, live in held(model, optimizer, copies, self.names(dropped)):
+                shapes[key] = self._dense_shape(key, live), shapes[key][1] if key in shapes else live.itemsize
+            while after._need(shapes) > self.limit_bytes:
                 after = after._without_oldest()
         names = self.names(dropped) | self.names(after.let_go)
-        return after.refilled(self.gathered(names), sources, names)
+        before, tensors = self.gathered(names), after.elsewhere(names)
+        for key, live in held(model, optimizer, copies, names):
+            tensors |= after.resting_of(key, *before.dense(key, live))
+        return replace(after, tensors=tensors)
 
     def emptied(self) -> Reserve:
         """The reserve of which nothing comes back any more."""
@@ -236,37 +228,30 @@ class Reserve:
                 tensors[key] = replace(rest, values=self.ranks.joined(rest.values, rest.count)) if shared else rest
         return replace(self, tensors=tensors, mesh=None)
 
-    def refilled(self, before: Reserve, sources: Mapping[Key, Tensor], names: frozenset[str]) -> Reserve:
-        """This reserve with the entries that belong to its resting units, in the tensors of these names.
+    def elsewhere(self, names: Collection[str]) -> dict[Key, Rest]:
+        """What rests of all tensors but those of these names."""
+        return {key: rest for key, rest in self.tensors.items() if key.tensor not in names}
 
-        They are taken from the reserve `before`, `gathered`, and from live tensors, which hold what was active in it.
-        """
-        tensors = dict(self.tensors)
-        for key in dict.fromkeys([*sources, *(key for key in before.tensors if key.tensor in names)]):
-            name, source = key.tensor, sources.get(key)
-            dense, form = before.unsharded(key, source)
-            if source is not None:
-                write(dense, before.live[name], source.detach().to("cpu", dense.dtype))
-            values = dense[self._resting_entries(name, dense.shape)]
-            tensors.pop(key, None)
-            if values.numel():
-                # A part is a view, which would keep the entries of all ranks in memory.
-                part = values[self._part(name, len(values))].clone() if self._is_shared(name) else values
-                tensors[key] = Rest(part, form, len(values))
-        return replace(self, tensors=tensors)
-
-    def unsharded(self, key: Key, like: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A tensor at its dense size in host memory, and its form; zero where nothing rests. `like` is the live one."""
-        rest = self.tensors.get(key)
+    def dense(self, key: Key, live: Tensor) -> tuple[Tensor, Tensor]:
+        """A tensor at its dense size in host memory, and its form; zero where nothing is live or rests."""
+        rest, name = self.tensors.get(key), key.tensor
         if rest is None and key.holder.startswith("copy"):  # made after the cut: what rests of it is as in the model
-            rest = self.tensors.get(Key("model", key.tensor))
+            rest = self.tensors.get(Key("model", name))
+        shape = self._dense_shape(key, live) if rest is None else rest.form.shape
+        dense = torch.zeros(shape, dtype=live.dtype)
         if rest is not None:
-            dense = torch.zeros(rest.form.shape, dtype=rest.values.dtype if like is None else like.dtype)
-            dense[self._resting_entries(key.tensor, dense.shape)] = rest.values.to(dense.dtype)
-            return dense, rest.form
-        assert like is not None
-        dense = torch.zeros(self._dense_shape(key, like), dtype=like.dtype)
-        return dense, in_format(torch.empty_like(dense, device="meta"), like)
+            dense[self._resting_entries(name, shape)] = rest.values.to(live.dtype)
+        dense[_inside(shape, self.live[name])] = live.detach().cpu().reshape(-1)
+        return dense, in_format(torch.empty_like(dense, device="meta"), live) if rest is None else rest.form
+
+    def resting_of(self, key: Key, dense: Tensor, form: Tensor) -> dict[Key, Rest]:
+        """What rests of a tensor, as `dense` gives it; {} if nothing does."""
+        values = dense[self._resting_entries(key.tensor, dense.shape)]
+        if not values.numel():
+            return {}
+        # A part is a view, which would keep the entries of all ranks in memory.
+        part = values[self._part(key.tensor, len(values))].clone() if self._is_shared(key.tensor) else values
+        return {key: Rest(part, form, len(values))}
 
     def _resting_entries(self, name: str, shape: Sequence[int]) -> Bool[Tensor, " *shape"]:
         """True at each entry whose units are all known, but not all of them active."""
@@ -285,13 +270,12 @@ class Reserve:
         let_go = {name: self.let_go.get(name, ()) + units for name, units in origins.items()}
         return replace(self, resting=resting, let_go={**self.let_go, **let_go})
 
-    def _need(self, shapes: Mapping[Key, Sequence[int]], itemsizes: Mapping[Key, int]) -> int:
-        """Bytes that the resting entries of tensors of these dense shapes take, on each rank."""
+    def _need(self, shapes: Mapping[Key, tuple[Sequence[int], int]]) -> int:
+        """Bytes that the resting entries of tensors of these dense shapes and item sizes take, on each rank."""
         total = 0
-        for key, shape in shapes.items():
+        for key, (shape, itemsize) in shapes.items():
             count = _count(shape, self.known[key.tensor]) - _count(shape, self.live[key.tensor])
-            per_rank = -(-count // self.ranks.count) if self._is_shared(key.tensor) else count
-            total += itemsizes[key] * per_rank
+            total += itemsize * (-(-count // self.ranks.count) if self._is_shared(key.tensor) else count)
         return total
 
 
