@@ -47,10 +47,7 @@ def test_state_of_another_shape_is_named() -> None:
         cut_state(optimizer, parameter, {0: np.array([0])}, "w")
 
 
-def test_only_tensors_of_the_parameters_shape_are_visited() -> None:
-    """Claim: masking reaches moments, not step counters or factors."""
+def test_only_tensors_of_the_parameters_shape_are_moments() -> None:
+    """Claim: step counters and factors are not."""
     optimizer, parameter = with_state(moment=torch.ones(3, 2), step=torch.tensor(1.0), rows=torch.ones(3, 1))
-    for _, moment in moments_of(optimizer, parameter):
-        moment.zero_()
-    sums = {key: value.sum().item() for key, value in optimizer.state[parameter].items()}
-    assert sums == {"moment": 0, "step": 1, "rows": 3}
+    assert [part for part, _ in moments_of(optimizer, parameter)] == ["moment"]

@@ -10,18 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actuator.hand_made import CASES, Case, Residual, group, mlp, residual, some_keep
+from actuator.hand_made import CASES, Residual, group, mlp, residual, some_keep
 from setpoint.actuator.cut import Keep
 from setpoint.actuator.verify import CutCheck, Outcome, failing_groups
 from setpoint.errors import ExampleError
 from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups
 
+UNITS = "a.weight:0:produce a.bias:0:carry b.weight:1:consume", "a:out_features b:in_features"
+"""Of two linear layers a and b."""
+
 
 def verify(model: nn.Module, example: Any, groups: tuple[Group, ...], keep: Keep | None = None) -> None:
     """Fail with the first group whose cut does not behave like its masked twin, and why."""
     for name, why in CutCheck.of(model, example, groups, keep).failing():
         pytest.fail(f"{name!r}: {why}")
+
+
+def turned(right: Group, tensor: str) -> Group:
+    """A group with the units of this tensor in the other order, where they are read last."""
+    at = max(number for number, part in enumerate(right.slices) if part.tensor == tensor)
+    part = replace(right.slices[at], index=right.slices[at].index[::-1].copy())
+    return replace(right, slices=(*right.slices[:at], part, *right.slices[at + 1 :]))
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -33,23 +43,23 @@ def test_right_groups_pass(name: str) -> None:
     assert failing_groups(model, inputs, groups) == ()
 
 
-def damage(groups: tuple[Group, ...], name: str, **changes: object) -> tuple[Group, ...]:
-    return tuple(replace(each, **changes) if each.name == name else each for each in groups)
-
-
 def test_a_forgotten_size_is_found() -> None:
     """Claim: a group that leaves a size behind is named, with the model's own error."""
-    model, inputs, groups = CASES["attention"]()
-    wrong = damage(groups, "heads", sizes=groups[0].sizes[:-1])
+    model, inputs, (heads,) = CASES["attention"]()
     with pytest.raises(pytest.fail.Exception, match=r"'heads'.*RuntimeError"):
-        verify(model, inputs, wrong)
+        verify(model, inputs, (replace(heads, sizes=heads.sizes[:-1]),))
 
 
-def test_a_wrong_unit_order_is_found_in_the_right_group_only() -> None:
-    """Claim: shapes alone do not pass: a table in the wrong order is found, and only that group is named."""
-    model, inputs, groups = mlp()
-    turned = replace(groups[0].slices[2], index=np.arange(6)[::-1].copy())
-    wrong = damage(groups, "first", slices=(*groups[0].slices[:2], turned))
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_wrong_unit_order_is_found_in_the_right_group_only(zeros: bool) -> None:
+    """Claim: shapes alone do not pass: a table in the wrong order is found, and only that group is named, also where
+    all-zero layers keep the mistake from outputs and gradients.
+    """
+    model, inputs, (first, second) = mlp()
+    if zeros:
+        nn.init.zeros_(model[4].weight)
+        nn.init.zeros_(model[2].weight)
+    wrong = turned(first, "2.weight"), second
     assert failing_groups(model, inputs, wrong) == ("first",)
     with pytest.raises(pytest.fail.Exception, match="'first'"):
         verify(model, inputs, wrong)
@@ -64,22 +74,9 @@ def test_all_failing_groups_are_found_among_good_ones() -> None:
     for number in range(7):
         here, after = 2 * number, 2 * number + 2
         places = f"{here}.weight:0:produce {here}.bias:0:carry {after}.weight:1:consume"
-        groups.append(group(f"g{number}", 4, places, f"{here}:out_features {after}:in_features"))
-    for number in (1, 5):
-        turned = replace(groups[number].slices[2], index=np.arange(4)[::-1].copy())
-        groups[number] = replace(groups[number], slices=(*groups[number].slices[:2], turned))
-    model = nn.Sequential(*layers)
-    assert set(failing_groups(model, (torch.randn(5, 3),), tuple(groups))) == {"g1", "g5"}
-
-
-def test_zero_initialised_layers_do_not_hide_a_mistake() -> None:
-    """Claim: a wrong cut is still found where all-zero layers keep it from outputs and gradients."""
-    model, inputs, groups = mlp()
-    nn.init.zeros_(model[4].weight)
-    nn.init.zeros_(model[2].weight)
-    turned = replace(groups[0].slices[2], index=np.arange(6)[::-1].copy())
-    wrong = damage(groups, "first", slices=(*groups[0].slices[:2], turned))
-    assert failing_groups(model, inputs, wrong) == ("first",)
+        right = group(f"g{number}", 4, places, f"{here}:out_features {after}:in_features")
+        groups.append(turned(right, f"{after}.weight") if number in (1, 5) else right)
+    assert set(failing_groups(nn.Sequential(*layers), (torch.randn(5, 3),), tuple(groups))) == {"g1", "g5"}
 
 
 class Normed(nn.Module):
@@ -93,43 +90,45 @@ class Normed(nn.Module):
         return self.b(self.norm(self.a(x)))
 
 
-def normed() -> Case:
-    places = "a.weight:0:produce a.bias:0:carry norm.weight:0:carry norm.bias:0:carry b.weight:1:consume"
-    sizes = "a:out_features norm:normalized_shape[0] b:in_features"
-    return Normed(), (torch.randn(4, 3),), (group("normed", 6, places, sizes),)
-
-
 def test_lossy_groups_are_checked_for_shapes_only() -> None:
     """Claim: a norm over the units fails as a lossless group, passes as a lossy one, and not with a size missing."""
-    model, inputs, groups = normed()
-    assert failing_groups(model, inputs, groups) == ("normed",)
-    lossy = damage(groups, "normed", lossless=False)
-    assert failing_groups(model, inputs, lossy) == ()
-    forgotten = damage(lossy, "normed", sizes=(groups[0].sizes[0], groups[0].sizes[2]))
-    assert failing_groups(model, inputs, forgotten) == ("normed",)
+    places = "a.weight:0:produce a.bias:0:carry norm.weight:0:carry norm.bias:0:carry b.weight:1:consume"
+    normed = group("normed", 6, places, "a:out_features norm:normalized_shape[0] b:in_features")
+    model, inputs, lossy = Normed(), (torch.randn(4, 3),), replace(normed, lossless=False)
+    assert failing_groups(model, inputs, (normed,)) == ("normed",)
+    assert failing_groups(model, inputs, (lossy,)) == ()
+    assert failing_groups(model, inputs, (replace(lossy, sizes=(lossy.sizes[0], lossy.sizes[2])),)) == ("normed",)
 
 
 class Random(nn.Module):
     """Dropout in every form: a module, a function, and a random scale."""
 
-    def __init__(self, always: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.a, self.drop, self.b = nn.Linear(3, 6), nn.Dropout(0.5), nn.Linear(6, 2)
-        self.always = always
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(self.drop(torch.relu(self.a(x))), 0.5, self.training)
         return self.b(x) * (1 + torch.rand(()) if self.training else 1)
 
 
-def test_random_models_are_compared_without_chance() -> None:
-    """Claim: dropout does not fail a right group, and does not hide a wrong one."""
-    places = "a.weight:0:produce a.bias:0:carry b.weight:1:consume"
-    right = (group("units", 6, places, "a:out_features b:in_features"),)
-    turned = replace(right[0].slices[2], index=np.arange(6)[::-1].copy())
-    wrong = damage(right, "units", slices=(*right[0].slices[:2], turned))
-    assert failing_groups(Random(), (torch.randn(4, 3),), right) == ()
-    assert failing_groups(Random(), (torch.randn(4, 3),), wrong) == ("units",)
+class OnlySingle(nn.Module):
+    """A model that insists on fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x.float())))
+
+
+@pytest.mark.parametrize("kind", [Random, OnlySingle])
+def test_random_and_single_precision_models_are_compared(kind: type[nn.Module]) -> None:
+    """Claim: chance does not fail a right group, or hide a wrong one; nor does a model that does not run in float64."""
+    right = group("units", 6, *UNITS)
+    assert failing_groups(kind(), (torch.randn(4, 3),), (right,)) == ()
+    assert failing_groups(kind(), (torch.randn(4, 3),), (turned(right, "b.weight"),)) == ("units",)
 
 
 def test_the_users_model_and_random_numbers_are_left_alone() -> None:
@@ -166,57 +165,34 @@ class Wrapped(Residual):
 
 def test_outputs_of_any_form_and_keyword_inputs() -> None:
     """Claim: dataclass outputs, keyword inputs and a detour through fp32 in the forward are all followed."""
-    _, (x,), groups = residual()
-    verify(Wrapped(), {"x": x, "scale": torch.tensor(2.0)}, groups)
-    turned = replace(groups[1].slices[-1], index=np.arange(8)[::-1].copy())
-    wrong = damage(groups, "inner", slices=(*groups[1].slices[:-1], turned))
-    assert failing_groups(Wrapped(), {"x": x}, wrong) == ("inner",)
+    _, (x,), (stream, inner) = residual()
+    verify(Wrapped(), {"x": x, "scale": torch.tensor(2.0)}, (stream, inner))
+    assert failing_groups(Wrapped(), {"x": x}, (stream, turned(inner, "out.weight"))) == ("inner",)
 
 
-class OnlySingle(nn.Module):
-    """A model that insists on fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x.float())))
-
-
-def test_a_model_that_is_bound_to_its_dtype_is_compared_in_it() -> None:
-    """Claim: where float64 does not run, the comparison falls back to the model's own dtype."""
-    right = (group("units", 6, "a.weight:0:produce a.bias:0:carry b.weight:1:consume", "a:out_features b:in_features"),)
-    verify(OnlySingle(), (torch.randn(4, 3),), right)
-    turned = replace(right[0].slices[2], index=np.arange(6)[::-1].copy())
-    wrong = damage(right, "units", slices=(*right[0].slices[:2], turned))
-    assert failing_groups(OnlySingle(), (torch.randn(4, 3),), wrong) == ("units",)
-
-
-def test_a_large_model_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a cut that is right needs no float64 there, and one that is wrong is found all the same."""
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model counts as large."""
     monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_large_model_is_tried_in_float32(norm: bool, large: None) -> None:
+    """Claim: a cut that is right needs no float64 there, and one that is wrong is found all the same; batch norms of
+    the copy use running statistics, so that rounding does not grow.
+    """
     seen: set[torch.dtype] = set()
-    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
-    model.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
-    (right,) = find_groups(model, (torch.randn(4, 3),))
-    assert failing_groups(model, (torch.randn(4, 3),), (right,)) == () and seen == {torch.float32}
-    assert failing_groups(model, (torch.randn(4, 3),), (turned_over(right),)) == (right.name,)
-    assert seen == {torch.float32, torch.float64}
-
-
-def turned_over(right: Group) -> Group:
-    """What reads the units reads them in the other order."""
-    read = next(each for each in right.slices if each.role == "consume")
-    turned = replace(read, index=read.index[::-1].copy())
-    return replace(right, slices=(*(each for each in right.slices if each is not read), turned))
-
-
-def test_a_small_difference_in_float32_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a wrong cut whose outputs differ by less than float32 allows on its own is found in float64."""
-    monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
-    places = "a.weight:0:produce a.bias:0:carry b.weight:1:consume", "a:out_features b:in_features"
-    assert failing_groups(FaintlyWide(), (torch.randn(4, 3),), (group("units", 600, *places),)) == ("units",)
+    if norm:
+        model, inputs, (stream, right) = residual()
+        model.norm.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+        others, wrong = (stream,), turned(right, "norm.running_var")
+    else:
+        model, inputs, others = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)), (torch.randn(4, 3),), ()
+        model.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+        (right,) = find_groups(model, inputs)
+        wrong = turned(right, "2.weight")
+    assert failing_groups(model, inputs, (*others, right)) == () and seen == {torch.float32}
+    assert failing_groups(model, inputs, (*others, wrong)) == (right.name,) and torch.float64 in seen
 
 
 class FaintlyWide(nn.Module):
@@ -230,17 +206,9 @@ class FaintlyWide(nn.Module):
         return self.b(torch.tanh(self.a(x))) * (1 + 3e-6 * len(self.a.bias))
 
 
-def test_a_large_model_with_batch_norm_is_tried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: batch norms of the copy use running statistics, so rounding does not grow; wrong ones are found."""
-    monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
-    model, inputs, groups = residual()
-    seen: set[torch.dtype] = set()
-    model.norm.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
-    assert failing_groups(model, inputs, groups) == () and seen == {torch.float32}
-    norm = next(each for each in groups[1].slices if each.tensor == "norm.running_var")
-    turned = replace(norm, index=norm.index[::-1].copy())
-    wrong = damage(groups, "inner", slices=(*(each for each in groups[1].slices if each is not norm), turned))
-    assert failing_groups(model, inputs, wrong) == ("inner",) and torch.float64 in seen
+def test_a_small_difference_in_float32_is_looked_at_again(large: None) -> None:
+    """Claim: a wrong cut whose outputs differ by less than float32 allows on its own is found in float64."""
+    assert failing_groups(FaintlyWide(), (torch.randn(4, 3),), (group("units", 600, *UNITS),)) == ("units",)
 
 
 class Coupled(nn.BatchNorm2d):
@@ -262,9 +230,8 @@ def asked_by_a_hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output / np.sqrt(output.shape[1]) if module.training else output
 
 
-def test_what_batch_norms_do_in_training_is_tried_in_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_batch_norms_do_in_training_is_tried_in_a_large_model(large: None) -> None:
     """Claim: a norm's subclass, its hook and its model may ask whether it trains: a wrong cut shows all the same."""
-    monkeypatch.setattr("setpoint.actuator.verify._LARGE", 0)
     subclass, inputs, groups = residual()
     subclass.norm = Coupled(len(subclass.norm.weight))
     asking, hooked = AsksTheNorm(), Residual()
@@ -275,9 +242,9 @@ def test_what_batch_norms_do_in_training_is_tried_in_a_large_model(monkeypatch: 
 
 def test_statistics_that_were_left_out_are_found() -> None:
     """Claim: a running mean missing from a group is found, since the cut then does not run or updates another."""
-    model, inputs, groups = residual()
-    kept = tuple(each for each in groups[1].slices if each.tensor != "norm.running_mean")
-    assert failing_groups(model, inputs, damage(groups, "inner", slices=kept)) == ("inner",)
+    model, inputs, (stream, inner) = residual()
+    kept = tuple(part for part in inner.slices if part.tensor != "norm.running_mean")
+    assert failing_groups(model, inputs, (stream, replace(inner, slices=kept))) == ("inner",)
 
 
 def test_an_example_that_does_not_fit_is_the_examples_fault() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -53,11 +53,9 @@ class WandbRun(Calls):
     """The methods of `wandb.Run` that are used, with its signatures."""
 
     def define_metric(self, name: str, step_metric: str | None = None, **_: Any) -> None:
-        """Note the axis."""
         self.axes.append((name, step_metric))
 
     def log(self, data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
-        """Note a row."""
         self.rows.append((data, step))
 
 
@@ -65,7 +63,6 @@ class TrackioRun(Calls):
     """The same of `trackio.Run`."""
 
     def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Note a row."""
         self.rows.append((metrics, step))
 
 
@@ -73,33 +70,7 @@ class MlflowModule(Calls):
     """The same of the module `mlflow`, and of Lightning's loggers."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Note a row."""
         self.rows.append((metrics, step))
-
-
-class MlflowClient(Calls):
-    """The same of `mlflow.MlflowClient`."""
-
-    def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
-        """Note a row."""
-        assert run_id == "the run" and len({each.timestamp for each in metrics}) == 1
-        self.rows.append(({each.key: each.value for each in metrics}, metrics[0].step))
-
-
-def mlflow_module(client: MlflowClient, active: Any) -> ModuleType:
-    """A stand-in for the package."""
-
-    def metric(key: str, value: float, timestamp: int, step: int) -> SimpleNamespace:
-        return SimpleNamespace(key=key, value=value, timestamp=timestamp, step=step)
-
-    module = ModuleType("mlflow")
-    vars(module).update(
-        MlflowClient=lambda: client,
-        active_run=lambda: active,
-        entities=SimpleNamespace(Metric=metric),
-        log_metrics=lambda metrics, step=None: client.rows.append((metrics, step)),
-    )
-    return module
 
 
 def test_tensorboard_gets_every_metric_at_every_step(tmp_path: Path) -> None:
@@ -144,23 +115,14 @@ def test_every_logger_gets_the_metrics(kind: type[Calls]) -> None:
     assert to.axes == ([("setpoint/step", None), ("setpoint/*", "setpoint/step")] if kind is WandbRun else [])
 
 
-@pytest.mark.parametrize("given", ["run", "client", "name"])
-def test_mlflow_runs_and_clients(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a run is logged to by a client, a client logs to the active run, and the name to what is active."""
-    client, active = MlflowClient(), SimpleNamespace(info=SimpleNamespace(run_id="the run"))
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow_module(client, None if given == "run" else active))
-    run = Run()
-    log_to(run.loop, {"run": active, "client": client, "name": "mlflow"}[given])
+def test_mlflow_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the name is the module, which logs to its active run; of names only the signs stay that it takes."""
+    to, module, run = MlflowModule(), ModuleType("mlflow"), Run()
+    vars(module).update(log_metrics=to.log_metrics)
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    log_to(run.loop, "mlflow", prefix="run[1]#")
     run.train(3)
-    assert [step for _, step in client.rows] == [1, 2, 3] and client.rows[0][0]["setpoint/units"] > 0
-
-
-def test_names_that_mlflow_refuses_are_mended() -> None:
-    """Claim: MLflow takes letters, digits and some signs only; others become `_`."""
-    run, to = Run(), MlflowModule()
-    log_to(run.loop, to, prefix="run[1]#")
-    run.train(1)
-    assert "run_1__units" in to.rows[0][0]
+    assert [step for _, step in to.rows] == [1, 2, 3] and to.rows[0][0]["run_1__units"] > 0
 
 
 def test_every_so_many_steps_and_each_decision() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Event, Summary
 from setpoint.messages import a_type
 
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
+"""What they are called, by the name of the package."""
+
 
 def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") -> Callable[[], object]:
     """Log where a run is: its metrics to a logger, or its ledger to a file that grows with each decision.
@@ -22,9 +24,8 @@ def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") ->
 
     Args:
         to: a TensorBoard `SummaryWriter`; a W&B run; a trackio run, or anything else with `log(metrics, step=...)`; the
-            module `mlflow`, an MLflow run or client, or anything else with `log_metrics(metrics, step=...)`; one of
-            their names, "tensorboard", "wandb", "trackio" or "mlflow", for a new one; or the path of a `.jsonl` file,
-            which gets the ledger.
+            module `mlflow`, or anything else with `log_metrics(metrics, step=...)`; one of their names, "tensorboard",
+            "wandb", "trackio" or "mlflow", for a new one; or the path of a `.jsonl` file, which gets the ledger.
         every: log after so many steps, at each decision, and at the end.
         prefix: what the names of metrics begin with.
 
@@ -61,10 +62,6 @@ def _ledger_writer(loop: Loop, path: Path, *, begun: bool) -> Callable[[Event], 
     return write
 
 
-LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
-"""What they are called, by the name of the package."""
-
-
 def _opener(name: str) -> Callable[[], Any]:
     """What makes a new logger; the package is looked for at once, so that a run does not fail at its first step."""
     try:
@@ -92,11 +89,6 @@ def _has(to: Any, method: str) -> bool:
     return callable(getattr(to, method, None))
 
 
-def _is_mlflow(to: Any) -> bool:
-    """The module, a client or a run; also Lightning's loggers, which have `log_metrics`, too."""
-    return _has(to, "log_metrics") or _has(to, "log_batch") or hasattr(getattr(to, "info", None), "run_id")
-
-
 def _is_wandb(to: Any) -> bool:
     return _has(to, "log") and _has(to, "define_metric")
 
@@ -106,41 +98,29 @@ def _write(to: Any, metrics: Mapping[str, float], step: int) -> None:
     if _has(to, "add_scalar"):  # a `SummaryWriter`, of PyTorch, tensorboardX or the like
         for name, value in metrics.items():
             to.add_scalar(name, value, step)
-    elif _is_mlflow(to):
-        _write_mlflow(to, metrics, step)
+    elif _has(to, "log_metrics"):  # MLflow takes no other signs in a name
+        named = {re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII): value for name, value in metrics.items()}
+        to.log_metrics(named, step=step)
     elif _is_wandb(to):
         to.log(dict(metrics))  # without step=: W&B drops rows that lie behind, and the script counts its own
     else:
         to.log(dict(metrics), step=step)
 
 
-def _write_mlflow(to: Any, metrics: Mapping[str, float], step: int) -> None:
-    named = {re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII): value for name, value in metrics.items()}
-    if _has(to, "log_metrics"):
-        to.log_metrics(named, step=step)
-        return
-    import mlflow
-
-    client, run = (to, mlflow.active_run()) if _has(to, "log_batch") else (mlflow.MlflowClient(), to)
-    if run is None:
-        raise UsageError("an MLflow client needs a run: begin one by mlflow.start_run(), or give log_to the run itself")
-    now = time.time_ns() // 1_000_000
-    client.log_batch(run.info.run_id, [mlflow.entities.Metric(name, value, now, step) for name, value in named.items()])
-
-
 class _Logging:
     """Writes a loop's metrics to a logger, which is made when there is something to write, on the rank that does."""
 
     def __init__(self, loop: Loop, to: Any, every: int, prefix: str) -> None:
-        named = isinstance(to, str)
-        if named and to not in LOGGERS or not (named or _has(to, "add_scalar") or _has(to, "log") or _is_mlflow(to)):
+        self._named = isinstance(to, str)
+        known = to in LOGGERS if self._named else any(_has(to, name) for name in ("add_scalar", "log", "log_metrics"))
+        if not known:
             what = repr(to) if isinstance(to, (str, int, float, type(None))) else a_type(to)
             raise UsageError(
-                f"log_to cannot log to {what}: give a SummaryWriter, a wandb, trackio or MLflow run, one of the names "
-                f"{', '.join(map(repr, LOGGERS))}, or the path of a file that ends in .jsonl"
+                f"log_to cannot log to {what}: give a SummaryWriter, a wandb or trackio run, the module mlflow, one of "
+                f"the names {', '.join(map(repr, LOGGERS))}, or the path of a file that ends in .jsonl"
             )
-        self._loop, self._every, self._prefix, self._named = loop, every, prefix, named
-        self._open: Callable[[], Any] = _opener(to) if named else lambda: to
+        self._loop, self._every, self._prefix = loop, every, prefix
+        self._open: Callable[[], Any] = _opener(to) if self._named else lambda: to
         self._to: Any = None
         self._logged: int | None = None
 

@@ -126,7 +126,9 @@ def _changes(
         for optimizer in optimizers:
             if isinstance(tensor, nn.Parameter) and tensor in optimizer.state:
                 kept = optimizer.state[tensor]
-                state = {part: map_tensors(v, lambda live, _: larger.get(id(live), live), part) for part, v in kept.items()}
+                state = {
+                    part: map_tensors(v, lambda live, _: larger.get(id(live), live), part) for part, v in kept.items()
+                }
                 states.append((optimizer, state))
         yield Change(name, tensor, larger[id(tensor)], tuple(states))
 

@@ -7,7 +7,7 @@ and the units that its plan names come back, with outgoing weights at zero too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -27,8 +27,8 @@ from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.cutting import Cutting, changing
 from setpoint.messages import counted, plain_fields, warn
-from setpoint.regrowth.regrow import Grow, regrow, with_units
-from setpoint.regrowth.reserve import Key, Reserve, held
+from setpoint.regrowth.regrow import regrow, with_units
+from setpoint.regrowth.reserve import Key, Reserve, Units, held
 from setpoint.regrowth.visit import Arrived, Visit, silence
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.spending.spending import Spending
@@ -155,12 +155,11 @@ class Regrowth:
 
     def before_decision(self) -> Change:
         """Shrink visitors away; they rest as they did before."""
-        visit = self._visit
+        visit, host = self._visit, self._host
         if visit is None:
             return Change()
-        present = {name: units for name, units in self.origin.items() if name in visit.origins}
-        keep = {name: ~np.isin(units, visit.origins[name]) for name, units in present.items()}
-        host, some = self._host, [group for group in self.groups if group.name in keep]
+        keep = {name: ~np.isin(self.origin[name], units) for name, units in visit.origins.items()}
+        some = [group for group in self.groups if group.name in keep]
         with self._spending.account.watch.probing:
             with host.resizable("the end of a probe", some) as agreed:
                 groups = shrink_live(self._model, self._optimizers, self.groups, keep, host.copies, agreed=agreed)
@@ -171,8 +170,9 @@ class Regrowth:
     def _begin_visit(self, step: int) -> Change:
         """Let units visit, if there are any and a share of the FLOPs pays for them."""
         origins = self._affordable()
-        spare_flops = self._spending.spare_flops(step, widths_of(self.groups))
-        if not origins or _PROBES * self._extra_flops(origins) > spare_flops:
+        if not origins or _PROBES * self._extra_flops(origins) > self._spending.spare_flops(
+            step, widths_of(self.groups)
+        ):
             return Change()
         visits = list[Visit]()
 
@@ -195,7 +195,7 @@ class Regrowth:
         found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
             group = groups[self._turn % len(groups)]
-            order = self._candidates(group) if group.lossless else np.array([], dtype=np.int64)
+            order = self._candidates(group)
             num_blocks = -(-len(order) // group.multiple_of)
             while num_blocks:
                 count = num_blocks * group.multiple_of
@@ -216,10 +216,10 @@ class Regrowth:
         Units of the last cut are left out, or they would flutter. While nothing is dropped, each decision moves on.
         """
         dropped_at = self.reserve.dropped_at[group.name]
-        resting = np.flatnonzero(self.reserve.resting[group.name] & (dropped_at < self._decisions))
-        return resting[np.argsort(-dropped_at[resting], kind="stable")]
+        resting = self.reserve.resting[group.name] & (dropped_at < self._decisions) & group.lossless
+        return np.flatnonzero(resting)[np.argsort(-dropped_at[resting], kind="stable")]
 
-    def _extra_flops(self, units: Grow) -> float:
+    def _extra_flops(self, units: Units) -> float:
         """FLOPs that these units add to a step."""
         wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
         flops = self._spending.costs["flops"]
@@ -229,17 +229,20 @@ class Regrowth:
 
     def extras(self, step: int) -> Mapping[str, Any]:
         """What visits told of units that rest, and which units the last cut dropped. Called once for each decision."""
-        return {"probe": self._probe(step), "last_dropped": self.last_dropped}
+        self._decisions += 1
+        return {"probe": self._probe(step), "last_dropped": self._last_dropped()}
 
     def _probe(self, step: int) -> Probe | None:
-        self._decisions += 1
         reserve, origins, gain, error, deviation = self.reserve, {}, {}, {}, {}
         for name, units in reserve.origins().items():
-            rows = [seen[name][units] for seen in self._gains if name in seen]
-            visited = np.isfinite(rows).any(0) if rows else np.zeros(len(units), dtype=bool)
+            rows = np.array([seen[name][units] for seen in self._gains if name in seen]).reshape(-1, len(units))
+            present = np.isfinite(rows)  # a unit may have been away in some of the steps
+            visited, count = present.any(0), present.sum(0)[present.any(0)]
             if visited.any():
-                origins[name] = units[visited]
-                gain[name], deviation[name], count = _mean_and_deviation(np.array(rows)[:, visited])
+                rows, present = rows[:, visited], present[:, visited]
+                origins[name], gain[name] = units[visited], np.where(present, rows, 0.0).sum(0) / count
+                squares = (np.where(present, rows - gain[name], 0.0) ** 2).sum(0)
+                deviation[name] = np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
                 error[name] = deviation[name] / np.sqrt(count)
         num_steps, self._gains = len(self._gains), []
         if not origins:
@@ -248,13 +251,26 @@ class Regrowth:
         drops = {name: reserve.drops[name][units] for name, units in origins.items()}
         return Probe(step, origins, gain, error, rested, drops, num_steps=num_steps, deviation=deviation)
 
+    def _last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
+        """By group, origins of the units that the last cut dropped; none once some of them were let go."""
+        reserve, found = self.reserve, {}
+        for name, active in reserve.active.items():
+            gone = ~active & (reserve.dropped_at[name] == self._last_rest)
+            if (gone & ~reserve.resting[name]).any():
+                return {}
+            if gone.any():
+                found[name] = np.flatnonzero(gone)
+        return found
+
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Drop what is to go, then bring back what is to come back; each is undone if other ranks could not."""
         # One resize for both: ranks gather and re-wrap once, and undo both if another rank failed.
         with self._host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
             change, cutting = Change(), self._cutting
             if plan.drops():
-                snapshots = self._layers_to_turn(plan, reading.basis)
+                turned = [g for g in self.groups if g.name in reading.basis and not plan.keep[g.name].all()]
+                # Layers whose states are turned to be cut, as they are: nothing less takes such a cut back.
+                snapshots = {g.name: {key: live.detach().clone() for key, live in self._held(g)} for g in turned}
                 with cutting.coordinates(self._host, self.groups, plan, reading, rest=self.lasting):
                     reserve, note = self._rested(plan.keep)
                     change = replace(cutting.drop(plan, agreed), note=note)
@@ -263,6 +279,10 @@ class Regrowth:
                 arrived, self.reserve = self._regrow(plan.grow, self._undo if plan.undoes else self._silence, agreed)
                 change = replace(change, regrown=arrived)
             return change
+
+    def _held(self, group: Group) -> Iterator[tuple[Key, Tensor]]:
+        names = frozenset(piece.tensor for piece in group.slices)
+        return held(self._model, self._optimizers, self._host.copies, names)
 
     def _rested(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> tuple[Reserve, str]:
         """The reserve with the units that are dropped, and in words what is let go for them."""
@@ -277,12 +297,11 @@ class Regrowth:
         return reserve, words
 
     def _regrow(
-        self, units: Grow, then: Callable[[tuple[Group, ...], Arrived], None], agreed: Callable[[], None]
+        self, units: Units, then: Callable[[tuple[Group, ...], Arrived], None], agreed: Callable[[], None]
     ) -> tuple[Arrived, Reserve]:
         """Bring units back: which active units have just arrived, and the reserve without them.
 
-        Args:
-            then: called with the larger groups and what has arrived, while tensors of a sharded model are unsharded.
+        `then` is called with the larger groups and what has arrived, while tensors of a sharded model are unsharded.
         """
         active = with_units(self.reserve, units)
         arrived = {n: np.isin(np.flatnonzero(active[n]), origins) for n, origins in units.items() if len(origins)}
@@ -306,34 +325,13 @@ class Regrowth:
 
     def _undo(self, larger: tuple[Group, ...], arrived: Arrived) -> None:
         """A whole cut is taken back: units have their weights at once, layers that were turned are as before."""
-        for snapshot in self._snapshots.values():
-            names = frozenset(key.tensor for key in snapshot)
-            tensors = dict(held(self._model, self._optimizers, self._host.copies, names))
+        for group in larger:
+            snapshot = self._snapshots.get(group.name, {})
+            tensors = dict(self._held(group)) if snapshot else {}
             # Where anything else about the layer's shape has changed since, it stays as it is.
             if all(key in tensors and tensors[key].shape == value.shape for key, value in snapshot.items()):
                 for key, value in snapshot.items():
                     tensors[key].detach().copy_(value)
-
-    def _layers_to_turn(self, plan: Plan, turned: Iterable[str]) -> dict[str, dict[Key, Tensor]]:
-        """Layers whose states are about to be turned and cut, as they are: nothing less takes such a cut back."""
-        snapshots = {}
-        for group in self.groups:
-            if group.name in turned and not plan.keep[group.name].all():
-                names = frozenset(piece.tensor for piece in group.slices)
-                tensors = held(self._model, self._optimizers, self._host.copies, names)
-                snapshots[group.name] = {key: tensor.detach().clone() for key, tensor in tensors}
-        return snapshots
-
-    @property
-    def last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        """By group, origins of the units that the last cut dropped; none once some of them were let go."""
-        reserve = self.reserve
-        latest = {name: dropped_at == self._last_rest for name, dropped_at in reserve.dropped_at.items()}
-        gone = {name: ~active & latest[name] for name, active in reserve.active.items()}
-        if any((gone[name] & ~resting).any() for name, resting in reserve.resting.items()):
-            return {}
-        units = {name: np.flatnonzero(dropped) for name, dropped in gone.items()}
-        return {name: origins for name, origins in units.items() if len(origins)}
 
     def release(self) -> None:
         """Nothing comes back any more: give the reserve's memory back."""
@@ -391,14 +389,3 @@ def check_regrowth(sensor: Sensor[Any]) -> None:
             f"{type(sensor).__name__} reads no units that have come back, so none can: attach with "
             "PricedController(regrow=False)"
         )
-
-
-def _mean_and_deviation(
-    rows: Float64[np.ndarray, "steps units"],
-) -> tuple[Float64[np.ndarray, " units"], Float64[np.ndarray, " units"], Int[np.ndarray, " units"]]:
-    """Mean over the steps in which a unit was present, their sample deviation (NaN for a single one) and number."""
-    present = np.isfinite(rows)
-    count = present.sum(0)
-    mean = np.where(present, rows, 0.0).sum(0) / count
-    squares = np.where(present, rows - mean, 0.0) ** 2
-    return mean, np.where(count > 1, np.sqrt(squares.sum(0) / np.maximum(count - 1, 1)), np.nan), count
