@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 import setpoint
 from setpoint.groups.group import Group, widths_of
-from setpoint.regrowth.regrow import regrow
-from setpoint.regrowth.reserve import Reserve
+from setpoint.regrowth.reserve import Reserve, regrow
 
 Store = dict[tuple[str, str], Tensor]
 

@@ -25,9 +25,8 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, random_keep, widths_of
 from setpoint.groups.sizes_in_code.shim import get_call_sizes
-from setpoint.regrowth import regrow as regrow_module
-from setpoint.regrowth.regrow import regrow
-from setpoint.regrowth.reserve import Reserve
+from setpoint.regrowth import reserve as reserve_module
+from setpoint.regrowth.reserve import Reserve, regrow
 from twin.test_twin import double, groups_of
 
 
@@ -349,7 +348,7 @@ def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, mo
     reserve = Reserve.of(model, groups).rest(model, optimizer, keep, (ema,))
     small = shrink(model, optimizer, groups, keep, (ema,))
     before = snapshot(model, optimizer), snapshot(ema)
-    calls, real = [], getattr(regrow_module, failing)
+    calls, real = [], getattr(reserve_module, failing)
 
     def fail_later(*args: object) -> object:
         calls.append(args)
@@ -359,7 +358,7 @@ def test_a_failure_at_any_point_leaves_all_as_it_was(failing: str, call: int, mo
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(regrow_module, failing, fail_later)
+        patch.setattr(reserve_module, failing, fail_later)
         with pytest.raises(MemoryError):
             regrow(model, optimizer, small, reserve, dropped(keep), (ema,))
     assert_same((snapshot(model, optimizer), snapshot(ema)), before)

@@ -16,8 +16,7 @@ from groups.zoo import MODELS as ZOO
 from regrowth.test_regrow import adamw
 from setpoint.actuator.shrink import named_tensors, shrink
 from setpoint.groups.group import Group, random_keep
-from setpoint.regrowth.regrow import regrow
-from setpoint.regrowth.reserve import Reserve
+from setpoint.regrowth.reserve import Reserve, regrow
 from setpoint.regrowth.visit import Visit, silence
 from twin.test_twin import double, groups_of
 

@@ -14,8 +14,7 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.states import state_layer
 from setpoint.groups.trace import find_groups
-from setpoint.regrowth.regrow import regrow
-from setpoint.regrowth.reserve import Reserve
+from setpoint.regrowth.reserve import Reserve, regrow
 from setpoint.states import BalancedPairs, balance
 from setpoint.states.turn import turned
 from setpoint_bench.models import SequenceClassifier, lru

@@ -27,8 +27,7 @@ from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
 from setpoint.loop.cutting import Cutting, changing
 from setpoint.messages import counted, plain_fields, warn
-from setpoint.regrowth.regrow import regrow, with_units
-from setpoint.regrowth.reserve import Key, Reserve, Units, held
+from setpoint.regrowth.reserve import Key, Reserve, Units, held, regrow
 from setpoint.regrowth.visit import Arrived, Visit, silence
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.spending.spending import Spending
@@ -221,7 +220,7 @@ class Regrowth:
 
     def _extra_flops(self, units: Units) -> float:
         """FLOPs that these units add to a step."""
-        wide = {name: int(active.sum()) for name, active in with_units(self.reserve, units).items()}
+        wide = {name: int(active.sum()) for name, active in self.reserve.with_units(units).items()}
         flops = self._spending.costs["flops"]
         return flops.total(wide) - flops.total(widths_of(self.reserve.present()))
 
@@ -303,7 +302,7 @@ class Regrowth:
 
         `then` is called with the larger groups and what has arrived, while tensors of a sharded model are unsharded.
         """
-        active = with_units(self.reserve, units)
+        active = self.reserve.with_units(units)
         arrived = {n: np.isin(np.flatnonzero(active[n]), origins) for n, origins in units.items() if len(origins)}
         larger = cut_groups(self.reserve.groups, active)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,43 +20,9 @@ Arrived = Mapping[str, Bool[np.ndarray, " _units"]]
 """By group, which active units have just come back: one boolean for each."""
 
 
-class _Outgoing(NamedTuple):
-    """Where some units of a group are read: their entries in a tensor along one of its dims."""
-
-    group: str
-    tensor: str
-    dim: int
-    entries: Int[np.ndarray, " entries"]
-    units: Int[np.ndarray, " entries"]  # whose each entry is
-
-
-def _outgoing(groups: tuple[Group, ...], arrived: Arrived) -> list[_Outgoing]:
-    found = []
-    for group in groups:
-        for part in group.slices if group.name in arrived else ():
-            if part.role == "consume" and part.dim is not None:
-                entries = np.flatnonzero(np.isin(part.index, np.flatnonzero(arrived[group.name])))
-                found.append(_Outgoing(group.name, part.tensor, part.dim, entries, part.index[entries]))
-    return found
-
-
-@torch.no_grad()
-def silence(model: nn.Module, groups: tuple[Group, ...], arrived: Arrived, copies: Sequence[nn.Module] = ()) -> None:
-    """Set the outgoing weights of units that have just arrived to zero, so that they change no output yet.
-
-    Model and copies are those after `regrow`, and not sharded now; `groups` are with these units.
-    """
-    places = _outgoing(groups, arrived)
-    for module in (model, *unwrapped([place.tensor for place in places], model, copies)):
-        tensors = named_tensors(module)
-        for place in places:
-            tensor = tensors[place.tensor]
-            tensor.index_fill_(place.dim, torch.from_numpy(place.entries).to(tensor.device), 0)
-
-
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One outgoing weight of units that visit, and the values that it had when they were dropped."""
+    """Outgoing weights of units that have just arrived, in one tensor, and the values that these had when dropped."""
 
     group: str
     tensor: str  # its qualified name
@@ -83,6 +49,32 @@ class Direction:
         return gain.index_add_(0, visitors, -product.movedim(self.dim, 0).flatten(1).double().sum(1))
 
 
+def _outgoing(tensors: Mapping[str, Tensor], groups: tuple[Group, ...], arrived: Arrived) -> Iterator[Direction]:
+    for group in groups:
+        for part in group.slices if group.name in arrived else ():
+            if part.role == "consume" and part.dim is not None:
+                units = arrived[group.name]
+                here = np.flatnonzero((part.index >= 0) & units[part.index])
+                visitors = torch.from_numpy((np.cumsum(units) - 1)[part.index[here]])
+                entries, weight = torch.from_numpy(here), tensors[part.tensor].detach()
+                values = weight.index_select(part.dim, entries.to(weight.device)).cpu()
+                yield Direction(group.name, part.tensor, part.dim, entries, visitors, values)
+
+
+@torch.no_grad()
+def silence(model: nn.Module, groups: tuple[Group, ...], arrived: Arrived, copies: Sequence[nn.Module] = ()) -> None:
+    """Set the outgoing weights of units that have just arrived to zero, so that they change no output yet.
+
+    Model and copies are those after `regrow`, and not sharded now; `groups` are with these units.
+    """
+    places = list(_outgoing(named_tensors(model), groups, arrived))
+    for module in (model, *unwrapped([place.tensor for place in places], model, copies)):
+        tensors = named_tensors(module)
+        for place in places:
+            tensor = tensors[place.tensor]
+            tensor.index_fill_(place.dim, place.entries.to(tensor.device), 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Visit:
     """Units that are in the model on trial. A value; it knows nothing of what they learn there.
@@ -104,13 +96,10 @@ class Visit:
         origins: Mapping[str, Int[np.ndarray, " _units"]],
     ) -> Visit:
         """The visit of units that have just come back as they were, before their outgoing weights are set to zero."""
-        tensors, found = named_tensors(model), []
-        for place in _outgoing(groups, arrived):
-            weight, at = tensors[place.tensor], torch.from_numpy(place.entries)
-            if isinstance(weight, nn.Parameter):
-                visitors = np.searchsorted(np.flatnonzero(arrived[place.group]), place.units)
-                values = weight.detach().index_select(place.dim, at.to(weight.device)).cpu()
-                found.append(Direction(place.group, place.tensor, place.dim, at, torch.from_numpy(visitors), values))
+        tensors = named_tensors(model)
+        found = [
+            place for place in _outgoing(tensors, groups, arrived) if isinstance(tensors[place.tensor], nn.Parameter)
+        ]
         return cls(dict(origins), tuple(found))
 
     def gains(
