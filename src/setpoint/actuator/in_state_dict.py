@@ -74,17 +74,11 @@ def _attached_with(model: nn.Module) -> set[nn.Module]:
 
 @dataclass(frozen=True, eq=False)
 class StateSizes:
-    """The shapes of a cut model, as they stand with its tensors in a state dict.
+    """The shapes of a cut model, as they stand with its tensors in a state dict."""
 
-    Args:
-        sizes: by module name and place, the integer that cuts have set there.
-        dense: by name of each tensor that was cut, the shape that it had before.
-        transient: by name, the non-persistent buffers that were cut: no state dict holds them.
-    """
-
-    sizes: Mapping[SizePlace, int]
-    dense: Shapes
-    transient: Mapping[str, Tensor]
+    sizes: Mapping[SizePlace, int]  # the integers that cuts have set
+    dense: Shapes  # by name of each tensor that was cut, the shape that it had before
+    transient: Mapping[str, Tensor]  # by name, non-persistent buffers that were cut: no state dict holds them
 
     @classmethod
     def of(cls, model: nn.Module) -> StateSizes | None:
@@ -103,22 +97,16 @@ class StateSizes:
     def parse(cls, value: Any) -> StateSizes:
         """From `plain`'s form; a CheckpointError for a newer form, or for anything else."""
         try:
-            if int(value["format"]) > FORMAT:
-                raise CheckpointError(
-                    f"the state dict has sizes of format {value['format']}, this Setpoint reads up to {FORMAT}: "
-                    "upgrade Setpoint"
-                )
-            places = {
-                (str(module), str(place)): int(size)
-                for module, sizes in value["sizes"].items()
-                for place, size in sizes.items()
-            }
-            dense = {str(name): tuple(map(int, shape)) for name, shape in value["dense"].items()}
-            return cls(places, dense, dict(value["transient"]))
-        except CheckpointError:
-            raise
+            if (newer := int(value["format"])) <= FORMAT:
+                nested = value["sizes"].items()
+                sizes = {(str(module), str(at)): int(size) for module, of in nested for at, size in of.items()}
+                dense = {str(name): tuple(map(int, shape)) for name, shape in value["dense"].items()}
+                return cls(sizes, dense, dict(value["transient"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the sizes that the state dict carries are damaged: {error!r}") from error
+        raise CheckpointError(
+            f"the state dict has sizes of format {newer}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
+        )
 
     def under(self, path: str) -> StateSizes:
         """The same for a module that has this one as its submodule `path`."""

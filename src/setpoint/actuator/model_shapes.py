@@ -96,22 +96,16 @@ def note_cut(
 ) -> None:
     """Note on a model what a change is about to make of it; call this before the change.
 
-    Args:
-        model: the root; names are relative to it.
-        shapes: by name of each tensor that changes, its shape after the change.
-        sizes: by module and place, the size after the change; None for a call that needs no correction any more.
-        undo: takes the callback that puts the old record back.
-        dense: shapes before the first cut, where they are not those of the model as it is.
+    `shapes` and `sizes` are those after it, a size None for a call that needs no correction any more; `undo` takes the
+    callbacks that put the old record back; `dense` holds shapes before the first cut, where the model is not dense now.
     """
     # What submodules remember of cuts of their own is taken into the root's record here.
     known, tensors = ModelShapes.of(model), named_tensors(model)
     now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     changed = by_every_name(shapes, tensors)
-    after = {**now, **changed}
-    before = {name: now[name] for name in changed if name in now}
+    after, before = {**now, **changed}, {name: now[name] for name in changed if name in now}
     before |= {**known.dense, **by_every_name(dense or {}, tensors)}
-    every_buffer = dict(model.named_buffers(remove_duplicate=False))
-    buffers = {name for name in shapes if name in every_buffer and not is_persistent(model, name)}
+    transient = (name for name, _ in model.named_buffers(remove_duplicate=False) if not is_persistent(model, name))
     # A module that two others hold has two names; `_modules` will ask for the first.
     first_name = {module: name for name, module in model.named_modules()}
     sizes_in: dict[str, dict[str, tuple[int | None, int]]] = {}
@@ -126,19 +120,16 @@ def note_cut(
     record: _Record = {
         "tensors": {name: (shape, after.get(name, shape)) for name, shape in before.items()},
         "sizes": sizes_in,
-        "buffers": tuple(sorted({*known.buffers, *buffers})),
+        "buffers": tuple(sorted({*known.buffers, *(name for name in transient if name in shapes)})),
     }
     # A new record, not a changed one: what submodules and copies hold of an old record stays true.
     for name, module in model.named_modules():
-        undo.callback(partial(_put, module, module.__dict__.get(RECORD)))
-        _put(module, (record, name))
-
-
-def _put(module: nn.Module, value: tuple[_Record, str] | None) -> None:
-    if value is None:
-        module.__dict__.pop(RECORD, None)
-    else:
-        module.__dict__[RECORD] = value
+        own_record = module.__dict__.get(RECORD)
+        if own_record is None:
+            undo.callback(module.__dict__.pop, RECORD, None)
+        else:
+            undo.callback(module.__dict__.__setitem__, RECORD, own_record)
+        module.__dict__[RECORD] = record, name
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Record, str]]:

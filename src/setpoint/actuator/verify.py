@@ -297,9 +297,8 @@ def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     touched = {part.tensor for group in groups for part in group.slices}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if not _is_float(tensor) or not is_dense(tensor):
-                continue
-            if not (isinstance(tensor, nn.Parameter) or name in touched):
+            matters = isinstance(tensor, nn.Parameter) or name in touched
+            if not (matters and _is_float(tensor) and is_dense(tensor)):
                 continue
             scale = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
             flat = tensor.reshape(-1)  # a copy where the tensor is not contiguous

@@ -171,7 +171,7 @@ class Reserve:
         """
         full = check_keep(self.present(), keep)
         dropped = {name: np.flatnonzero(self.active[name])[~kept] for name, kept in full.items()}
-        by_unit = {part: {n: v.copy() for n, v in getattr(self, part).items()} for part in _BY_UNIT}
+        by_unit: dict[str, Any] = {part: {n: v.copy() for n, v in getattr(self, part).items()} for part in _BY_UNIT}
         for name, origins in dropped.items():
             by_unit["active"][name][origins] = False
             by_unit["resting"][name][origins] = True
@@ -179,7 +179,7 @@ class Reserve:
             by_unit["drops"][name][origins] += 1
         after = replace(self, let_go={}, **by_unit)
         if self.limit_bytes is not None:
-            shapes = {key: (rest.form.shape, rest.values.itemsize) for key, rest in self.tensors.items()}
+            shapes = {key: (tuple(rest.form.shape), rest.values.itemsize) for key, rest in self.tensors.items()}
             for key, live in held(model, optimizer, copies, self.names(dropped)):
                 shapes[key] = self._dense_shape(key, live), shapes[key][1] if key in shapes else live.itemsize
             while after._need(shapes) > self.limit_bytes:
