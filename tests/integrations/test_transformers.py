@@ -76,11 +76,8 @@ def build(kind: str) -> Any:
     return BertForSequenceClassification(config)
 
 
-def trainer(
-    kind: str, folder: Path, budget: float = 0.6, *, best_within_budget: bool = False, **settings: Any
-) -> tuple[Trainer, SetpointCallback]:
-    """A Trainer with one line added."""
-    callback = SetpointCallback(budget, best_within_budget=best_within_budget)
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    """Of a short run on the CPU."""
     usual: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -92,9 +89,16 @@ def trainer(
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    data = Tokens(kind == "bert")
-    arguments = TrainingArguments(**{**usual, **settings})
-    return Trainer(build(kind), arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]), callback
+    return TrainingArguments(**{**usual, **settings})
+
+
+def trainer(
+    kind: str, folder: Path, *, callback: SetpointCallback | None = None, **settings: Any
+) -> tuple[Trainer, SetpointCallback]:
+    """A Trainer with one line added."""
+    data, callback = Tokens(kind == "bert"), callback or SetpointCallback(0.6)
+    given = arguments(folder, **settings)
+    return Trainer(build(kind), given, train_dataset=data, eval_dataset=data, callbacks=[callback]), callback
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -135,9 +139,7 @@ def test_a_trainer_that_knew_nothing_at_first_resumes(tmp_path: Path) -> None:
     """
 
     def late(folder: str, resume: str | None = None) -> Trainer:
-        made, _ = trainer("gpt2", tmp_path / folder)
-        arguments, data = made.args, made.train_dataset
-        made = Trainer(args=arguments, train_dataset=data, model_init=lambda: build("gpt2"))
+        made = Trainer(args=arguments(tmp_path / folder), train_dataset=Tokens(), model_init=lambda: build("gpt2"))
         made.add_callback(callback)
         made.train(resume_from_checkpoint=resume)
         return made
@@ -182,8 +184,9 @@ class EndsEarly(TrainerCallback):  # type: ignore[misc]
 
 def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tmp_path: Path) -> None:
     """Claim: with best_within_budget=True no larger checkpoint is loaded, and an early end is no change by others."""
-    settings = {"load_best_model_at_end": True, "greater_is_better": True, "eval_strategy": "steps"}
-    run, callback = trainer("gpt2", tmp_path, **settings, eval_steps=2, save_steps=2, best_within_budget=True)
+    settings: dict[str, Any] = {"load_best_model_at_end": True, "greater_is_better": True, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 2, "save_steps": 2}
+    run, callback = trainer("gpt2", tmp_path, callback=SetpointCallback(0.6, best_within_budget=True), **settings)
     run.add_callback(EndsEarly())
     run.train()
     summary = callback.summary
@@ -191,7 +194,7 @@ def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tm
     assert summary.steps == 14 and int(str(run.state.best_model_checkpoint).rpartition("-")[2]) > 2
     assert sum(each.numel() for each in run.model.parameters()) == summary.final_params
     best, folder = run.state.best_model_checkpoint, str(tmp_path / "checkpoint-10")
-    again, _ = trainer("gpt2", tmp_path, **settings, eval_steps=2, save_steps=2, best_within_budget=True)
+    again, _ = trainer("gpt2", tmp_path, callback=SetpointCallback(0.6, best_within_budget=True), **settings)
     again.train(resume_from_checkpoint=folder)
     assert again.state.best_model_checkpoint == best
 
@@ -373,19 +376,8 @@ def test_adapters_keep_their_ranks_and_follow_their_base(tmp_path: Path) -> None
 def _taught(folder: Path, **settings: Any) -> tuple[SetpointTrainer, SetpointCallback]:
     """A Trainer with a teacher."""
     callback = SetpointCallback(0.6, verify=False)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=8,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        save_steps=3,
-        report_to=[],
-        learning_rate=1e-2,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    run = SetpointTrainer(build("gpt2"), arguments, train_dataset=Tokens(), callbacks=[callback], **settings)
-    return run, callback
+    given = arguments(folder, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    return SetpointTrainer(build("gpt2"), given, train_dataset=Tokens(), callbacks=[callback], **settings), callback
 
 
 def test_a_teacher_is_followed_counted_and_left_alone(tmp_path: Path) -> None:
@@ -428,16 +420,9 @@ def test_the_share_of_the_teacher_is_the_same_under_accumulation(kind: str, tmp_
         for parameter in teacher.parameters():
             parameter.mul_(1.5)
     for alpha, accumulated in ((0.0, 1), (0.0, 4), (1.0, 1), (1.0, 4)):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), gradient_accumulation_steps=accumulated, report_to=[], use_cpu=True
-        )
+        given, callbacks = arguments(tmp_path, gradient_accumulation_steps=accumulated), [SetpointCallback(0.6)]
         run = SetpointTrainer(
-            build(kind),
-            arguments,
-            train_dataset=Tokens(),
-            callbacks=[SetpointCallback(0.6)],
-            teacher=teacher,
-            alpha=alpha,
+            build(kind), given, train_dataset=Tokens(), callbacks=callbacks, teacher=teacher, alpha=alpha
         )
         run.current_gradient_accumulation_steps = accumulated
         set_seed(1)
@@ -461,14 +446,11 @@ def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(save: str, when
 
     def run() -> tuple[Trainer, SetpointCallback]:
         callback = SetpointCallback({"flops": "50%", "flops/run": "100%"}, verify=False, total_steps=8)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=200, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
-            use_cpu=True, save_strategy=save, save_steps=5, eval_strategy=when, eval_steps=5,
-            metric_for_best_model="loss", load_best_model_at_end=True,
+        return trainer(
+            "gpt2", tmp_path, callback=callback, max_steps=200, per_device_train_batch_size=2, save_strategy=save,
+            save_steps=5, eval_strategy=when, eval_steps=5, metric_for_best_model="loss", load_best_model_at_end=True,
             learning_rate=1e-3 if save == "best" else 5e-5,  # each evaluation is better than those before
         )  # fmt: skip
-        data = Tokens()
-        return Trainer(build("gpt2"), arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]), callback
 
     trained, callback = run()
     trained.train()
@@ -494,11 +476,10 @@ def test_a_teacher_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     run, _ = _taught(tmp_path, teacher=build("bert"))
     with pytest.raises(ValueError, match=r"the teacher's logits have shape \(2, 3\), the model's \(2, 12, 64\)"):
         run.train()
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match="callbacks=\\[SetpointCallback"):
-        SetpointTrainer(build("gpt2"), arguments, train_dataset=Tokens()).train()
+        SetpointTrainer(build("gpt2"), arguments(tmp_path), train_dataset=Tokens()).train()
     model = build("gpt2")
     for own in (model, torch.nn.Sequential(model), model.transformer):
         with pytest.raises(ValueError, match="leave teacher out to have a frozen copy of it"):
-            SetpointTrainer(model, arguments, train_dataset=Tokens(), teacher=own)
+            SetpointTrainer(model, arguments(tmp_path), train_dataset=Tokens(), teacher=own)
     assert all(parameter.requires_grad for parameter in model.parameters())

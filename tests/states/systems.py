@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from setpoint.actuator.cut import Keep
-from setpoint.actuator.optimizer_state import Optimizers
 from setpoint.actuator.shrink import shrink
+from setpoint.actuator.tensors import Optimizers
 from setpoint.groups.group import Group
 from setpoint.states import Basis, DenseSystem, DiagonalSystem
 from setpoint.states.turn import turned

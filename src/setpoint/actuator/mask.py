@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from setpoint.actuator.cut import Keep, check_lengths, plan_cut
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import Optimizers, as_sequence, moments_of, named_tensors
 from setpoint.groups.group import Group
 
 

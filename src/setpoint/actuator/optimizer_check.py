@@ -14,9 +14,8 @@ from torch.optim import Muon, Optimizer
 
 from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
-from setpoint.actuator.optimizer_state import INSTEAD, cut_state, map_tensors
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.tensors import take
+from setpoint.actuator.tensors import INSTEAD, cut_state, map_tensors, take
 from setpoint.errors import CheckpointError, OptimizerError
 from setpoint.groups.group import Group, Slice
 

@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.cut import Cut, Keep, SizePlace, check_cuttable, check_lengths, cut_groups, plan_cut
 from setpoint.actuator.in_state_dict import carry_sizes, check_not_attached
 from setpoint.actuator.model_shapes import apply_sizes, check_sizes, note_cut
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, cut_state
-from setpoint.actuator.tensors import named_tensors, swap, take, taken_gradient
+from setpoint.actuator.tensors import Optimizers, as_sequence, cut_state, named_tensors, swap, take, taken_gradient
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import call_of, implied, is_call, read_size
@@ -122,14 +121,7 @@ def shrink_live(
     jobs = []
     for module, optimizers in ((model, as_sequence(optimizer)), *((copy, ()) for copy in copied)):
         jobs.append(Job(module, tuple(_changes(module, cut, optimizers)), _new_sizes(module, cut)))
-    with ExitStack() as undo:
-        for job in jobs:
-            commit(job, undo)
-        # Autocast caches low-precision copies of weights by identity, which stays: inside an autocast region the next
-        # forward would get a copy of the old shape.
-        torch.clear_autocast_cache()
-        agreed()
-        undo.pop_all()  # nothing failed: forget the way back
+    commit(jobs, agreed)
     return remaining
 
 
@@ -177,15 +169,22 @@ def _new_sizes(model: nn.Module, cut: Cut) -> dict[SizePlace, int]:
     return {at: int(kept.sum()) for at, kept in changing.items()}
 
 
-def commit(job: Job, undo: ExitStack) -> None:
-    """Put everything new in its place, and note in `undo` how to put everything back; a job is known to fit."""
-    # Before the swaps, since the record takes the present shapes for the dense ones of what was never cut.
-    note_cut(job.module, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
-    for change in job.changes:
-        # `undo` runs last in, first out: the old state comes back to a tensor of its shape.
-        for optimizer, state in change.states:
-            undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
-            optimizer.state[change.tensor] = state
-        swap(change.tensor, change.new, undo)
-        change.tensor.grad = change.gradient
-    apply_sizes(job.module, job.sizes, undo)
+def commit(jobs: Iterable[Job], agreed: Callable[[], None]) -> None:
+    """Put everything new in its place, all or nothing; jobs are known to fit, and `agreed` is as in `shrink_live`."""
+    with ExitStack() as undo:
+        for job in jobs:
+            # Before the swaps, since the record takes the present shapes for the dense ones of what was never cut.
+            note_cut(job.module, {change.name: tuple(change.new.shape) for change in job.changes}, job.sizes, undo)
+            for change in job.changes:
+                # `undo` runs last in, first out: the old state comes back to a tensor of its shape.
+                for optimizer, state in change.states:
+                    undo.callback(optimizer.state.__setitem__, change.tensor, optimizer.state[change.tensor])
+                    optimizer.state[change.tensor] = state
+                swap(change.tensor, change.new, undo)
+                change.tensor.grad = change.gradient
+            apply_sizes(job.module, job.sizes, undo)
+        # Autocast caches low-precision copies of weights by identity, which stays: inside an autocast region the next
+        # forward would get a copy of the old shape.
+        torch.clear_autocast_cache()
+        agreed()
+        undo.pop_all()  # nothing failed: forget the way back

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.optimizer_state import map_tensors
+from setpoint.actuator.tensors import map_tensors
 from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, unsharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group

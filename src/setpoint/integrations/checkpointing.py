@@ -5,6 +5,7 @@ Folders of pretrained models hold them in `setpoint.json` beside the weights.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -47,7 +48,7 @@ def enable_checkpointing() -> None:
     >>> dense[0]
     Linear(in_features=2, out_features=3, bias=True)
     """
-    _replace_once(nn.Module, "load_state_dict", _with_sizes)
+    _replace_once(nn.Module, "load_state_dict", _load_with_sizes)
     for enable in (enable_transformers, enable_diffusers):
         with suppress(ImportError):
             enable()
@@ -57,99 +58,85 @@ def enable_transformers() -> None:
     """Let folders and checkpoints of transformers carry the sizes of cut models; a second call changes nothing."""
     model_class = import_module("transformers.modeling_utils").PreTrainedModel
     trainer_class = import_module("transformers.trainer").Trainer
-    _replace_once(model_class, "save_pretrained", _then_write_sizes)
-    _replace_once(model_class, "_load_pretrained_model", lambda load: staticmethod(_after_reading_sizes(load)))
-    _replace_once(trainer_class, "_load_from_checkpoint", _into_resumable)
-    _replace_once(trainer_class, "train", _introduced)
+    _replace_once(model_class, "save_pretrained", _save_with_sizes)
+    _replace_once(model_class, "_load_pretrained_model", _load_for_transformers)
+    _replace_once(trainer_class, "_load_from_checkpoint", _load_for_trainer)
+    _replace_once(trainer_class, "train", _train)
 
 
 def enable_diffusers() -> None:
     """The same for folders of diffusers' models."""
     model_class = import_module("diffusers.models.modeling_utils").ModelMixin
-    _replace_once(model_class, "save_pretrained", _then_write_sizes)
-    _replace_once(model_class, "_load_pretrained_model", lambda load: classmethod(_after_reading_diffusers_sizes(load)))
+    _replace_once(model_class, "save_pretrained", _save_with_sizes)
+    _replace_once(model_class, "_load_pretrained_model", _load_for_diffusers)
 
 
-def _replace_once(owner: Any, name: str, wrapped: Callable[..., Any]) -> None:
-    """Replace a method of a class by what `wrapped` makes of it, unless that was done before."""
-    plain = getattr(owner, name)
-    if not getattr(plain, "by_setpoint", False):
-        made = wrapped(plain)
-        getattr(made, "__func__", made).by_setpoint = True
-        setattr(owner, name, made)
+def _replace_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    """Have a method of a class call `replacement`, with the method as its first argument, unless it does already."""
+    found = inspect.getattr_static(owner, name)  # a static or a class method is to stay one
+    plain = getattr(found, "__func__", found)
+    if hasattr(plain, "by_setpoint"):
+        return
 
-
-def _with_sizes(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
-    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **settings: Any) -> Any:
-        metadata = getattr(state_dict, "_metadata", None) or {}
-        if not is_resumable(self) and (was_cut(self) or any(KEY in entry for entry in metadata.values())):
-            resumable(self)
-        return plain(self, state_dict, *args, **settings)
+    def method(*args: Any, **settings: Any) -> Any:
+        return replacement(plain, *args, **settings)
 
-    return load_state_dict
+    method.by_setpoint = True  # type: ignore[attr-defined]
+    setattr(owner, name, type(found)(method) if isinstance(found, (staticmethod, classmethod)) else method)
 
 
-def _then_write_sizes(save: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(save)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **settings: Any) -> Any:
-        result = save(self, save_directory, *args, **settings)
-        # Of several ranks one writes; where the path is a file, transformers only logs an error.
-        if settings.get("is_main_process", True) and Path(save_directory).is_dir():
-            write_sizes(self, Path(save_directory))
-        return result
-
-    return save_pretrained
+def _load_with_sizes(load: Callable[..., Any], self: nn.Module, state_dict: Any, *args: Any, **settings: Any) -> Any:
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    if not is_resumable(self) and (was_cut(self) or any(KEY in entry for entry in metadata.values())):
+        resumable(self)
+    return load(self, state_dict, *args, **settings)
 
 
-def _after_reading_sizes(load: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(load)
-    def load_transformers(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **settings: Any) -> Any:
-        file = _sizes_file(checkpoint_files, load_config)
-        if file is not None:  # before the weights: loading compares their shapes with the model's
-            read_sizes(file, model, model.base_model_prefix)
-        return load(model, state_dict, checkpoint_files, load_config, **settings)
-
-    return load_transformers
+def _save_with_sizes(save: Callable[..., Any], self: Any, save_directory: Any, *args: Any, **settings: Any) -> Any:
+    result = save(self, save_directory, *args, **settings)
+    # Of several ranks one writes; where the path is a file, transformers only logs an error.
+    if settings.get("is_main_process", True) and Path(save_directory).is_dir():
+        write_sizes(self, Path(save_directory))
+    return result
 
 
-def _after_reading_diffusers_sizes(load: Any) -> Callable[..., Any]:
-    @wraps(load)
-    def load_diffusers(cls: Any, model: Any, state_dict: Any, files: Any, *args: Any, **settings: Any) -> Any:
-        if files and (file := Path(files[0]).parent / SIZES_FILE).is_file():
-            read_sizes(file, model, "")
-        return load.__func__(cls, model, state_dict, files, *args, **settings)
-
-    return load_diffusers
-
-
-def _into_resumable(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A Trainer reads weights without PyTorch's metadata, so the folder has to say that they were cut."""
-
-    @wraps(load)
-    def load_from_checkpoint(self: Any, resume_from_checkpoint: Any, *args: Any, **settings: Any) -> Any:
-        if (Path(resume_from_checkpoint) / SIZES_FILE).is_file():
-            resumable(self.model)
-        return load(self, resume_from_checkpoint, *args, **settings)
-
-    return load_from_checkpoint
+def _load_for_transformers(
+    load: Callable[..., Any], model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **settings: Any
+) -> Any:
+    file = _sizes_file(checkpoint_files, load_config)
+    if file is not None:  # before the weights: loading compares their shapes with the model's
+        read_sizes(file, model, model.base_model_prefix)
+    return load(model, state_dict, checkpoint_files, load_config, **settings)
 
 
-def _introduced(train: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.train`, which makes the Trainer known to its callback: no event has it, or the model in its wrappers."""
+def _load_for_diffusers(
+    load: Callable[..., Any], cls: Any, model: Any, state_dict: Any, files: Any, *args: Any, **settings: Any
+) -> Any:
+    if files and (file := Path(files[0]).parent / SIZES_FILE).is_file():
+        read_sizes(file, model, "")
+    return load(cls, model, state_dict, files, *args, **settings)
 
-    @wraps(train)
-    def train_introduced(self: Any, *args: Any, **settings: Any) -> Any:
-        callbacks = self.callback_handler.callbacks
-        # First of all, so that what it adds to the logs is there when the others report them.
-        callbacks.sort(key=lambda callback: not isinstance(callback, Session))
-        for session in callbacks:
-            if isinstance(session, Session):
-                session.prepare(callbacks=callbacks)
-                session.trainer = self
-        return train(self, *args, **settings)
 
-    return train_introduced
+def _load_for_trainer(
+    load: Callable[..., Any], self: Any, resume_from_checkpoint: Any, *args: Any, **settings: Any
+) -> Any:
+    # A Trainer reads weights without PyTorch's metadata, so the folder has to say that they were cut.
+    if (Path(resume_from_checkpoint) / SIZES_FILE).is_file():
+        resumable(self.model)
+    return load(self, resume_from_checkpoint, *args, **settings)
+
+
+def _train(train: Callable[..., Any], self: Any, *args: Any, **settings: Any) -> Any:
+    """Make the Trainer known to its callback: no event has it, or the model in its wrappers."""
+    callbacks = self.callback_handler.callbacks
+    # First of all, so that what it adds to the logs is there when the others report them.
+    callbacks.sort(key=lambda callback: not isinstance(callback, Session))
+    for session in callbacks:
+        if isinstance(session, Session):
+            session.prepare(callbacks=callbacks)
+            session.trainer = self
+    return train(self, *args, **settings)
 
 
 def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:

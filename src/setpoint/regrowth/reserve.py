@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Keep, SizePlace, check_cuttable, check_keep, check_lengths, cut_groups, plan_cut
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors, moments_of
 from setpoint.actuator.shrink import Change, Job, commit, unwrapped
-from setpoint.actuator.tensors import in_format, named_tensors, take
+from setpoint.actuator.tensors import Optimizers, as_sequence, in_format, map_tensors, moments_of, named_tensors, take
 from setpoint.distributed import Ranks
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, keep_all
@@ -380,12 +378,8 @@ def regrow(
         kept = {dim: np.flatnonzero(entries) for dim, entries in after.live[key.tensor].items()}
         larger[id(live)] = in_format(take(dense, kept).to(live.device), form)
     sizes = _new_sizes(after, grow)
-    with ExitStack() as undo:
-        for module, optimizers in modules:
-            commit(Job(module, tuple(_changes(module, optimizers, names, larger)), sizes), undo)
-        torch.clear_autocast_cache()
-        agreed()
-        undo.pop_all()  # nothing failed: forget the way back
+    jobs = [Job(module, tuple(_changes(module, held_by, names, larger)), sizes) for module, held_by in modules]
+    commit(jobs, agreed)
     return after.present(), replace(after, tensors=tensors)
 
 

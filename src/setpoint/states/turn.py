@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Keep, check_keep
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, map_tensors
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import Optimizers, as_sequence, map_tensors, named_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group

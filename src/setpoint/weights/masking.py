@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from setpoint.actuator.optimizer_state import Optimizers, as_sequence, moments_of
+from setpoint.actuator.tensors import Optimizers, as_sequence, moments_of
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.follow import Change
