@@ -280,7 +280,7 @@ def sharded_resume() -> None:
     run = start(resumes=False)
     for step in (7, 18):
         go(run, range(run["loop"].step, step))
-        reserve = run["loop"].actuator.reserve
+        reserve = run["loop"].control.actuator.reserve
         total = sum(rest.count * rest.values.itemsize for rest in reserve.tensors.values())
         each = everywhere(reserve.num_bytes)
         assert reserve.origins() and sum(each) == total > 0
