@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.tensors import is_persistent, named_tensors
+from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import GroupError
 from setpoint.groups.sizes_in_code.place import is_call, read_size, write_size
 from setpoint.groups.sizes_in_code.shim import get_call_sizes, set_call_sizes
@@ -29,9 +29,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 _Record = Mapping[str, Any]
-"""`tensors`: by name (dense shape, shape after the last cut); `sizes`: by module and place the same of a size;
-`buffers`: names of non-persistent buffers that were cut.
-"""
+"""`tensors`: by name (dense shape, shape after the last cut); `sizes`: by module and place the same of a size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,7 @@ class ModelShapes:
                     # A new module in a cut one's place counts as cut where it is as long; a new head is as it is.
                     lengths = zip(tensor.shape, before, after, strict=True)
                     dense[_joined(name, key)] = tuple(old if now == new else now for now, old, new in lengths)
-                if then in record["buffers"]:
+                if key in module._non_persistent_buffers_set:
                     buffers.append(_joined(name, key))
             for place, (first, last) in record["sizes"].get(name_then, {}).items():
                 size = _size_now(module, place, last)
@@ -105,7 +103,6 @@ def note_cut(
     changed = by_every_name(shapes, tensors)
     after, before = {**now, **changed}, {name: now[name] for name in changed if name in now}
     before |= {**known.dense, **by_every_name(dense or {}, tensors)}
-    transient = (name for name, _ in model.named_buffers(remove_duplicate=False) if not is_persistent(model, name))
     # A module that two others hold has two names; `_modules` will ask for the first.
     first_name = {module: name for name, module in model.named_modules()}
     sizes_in: dict[str, dict[str, tuple[int | None, int]]] = {}
@@ -120,7 +117,6 @@ def note_cut(
     record: _Record = {
         "tensors": {name: (shape, after.get(name, shape)) for name, shape in before.items()},
         "sizes": sizes_in,
-        "buffers": tuple(sorted({*known.buffers, *(name for name in transient if name in shapes)})),
     }
     # A new record, not a changed one: what submodules and copies hold of an old record stays true.
     for name, module in model.named_modules():
