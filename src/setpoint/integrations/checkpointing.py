@@ -29,6 +29,9 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.integrations.session import Session
 
+_MODELS, _TRAINER = "transformers.modeling_utils", "transformers.trainer"
+_DIFFUSERS = "diffusers.models.modeling_utils"
+
 
 def enable_checkpointing() -> None:
     """Make each model of this process resumable that was cut, or that loads a state dict with sizes.
@@ -56,8 +59,8 @@ def enable_checkpointing() -> None:
 
 def enable_transformers() -> None:
     """Let folders and checkpoints of transformers carry the sizes of cut models; a second call changes nothing."""
-    model_class = import_module("transformers.modeling_utils").PreTrainedModel
-    trainer_class = import_module("transformers.trainer").Trainer
+    model_class = import_module(_MODELS).PreTrainedModel
+    trainer_class = import_module(_TRAINER).Trainer
     _replace_once(model_class, "save_pretrained", _save_with_sizes)
     _replace_once(model_class, "_load_pretrained_model", _load_for_transformers)
     _replace_once(trainer_class, "_load_from_checkpoint", _load_for_trainer)
@@ -66,7 +69,7 @@ def enable_transformers() -> None:
 
 def enable_diffusers() -> None:
     """The same for folders of diffusers' models."""
-    model_class = import_module("diffusers.models.modeling_utils").ModelMixin
+    model_class = import_module(_DIFFUSERS).ModelMixin
     _replace_once(model_class, "save_pretrained", _save_with_sizes)
     _replace_once(model_class, "_load_pretrained_model", _load_for_diffusers)
 
