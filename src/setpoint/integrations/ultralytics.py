@@ -21,12 +21,7 @@ _EVENTS = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teard
 
 
 class Pruning(Session):
-    """Prunes a model of ultralytics while its trainer trains it; the object changes with each run.
-
-    Args:
-        budget: as for `attach`.
-        settings: more arguments of `attach`; `total_steps` is by default what the trainer's epochs come to.
-    """
+    """Prunes a model of ultralytics while its trainer trains it; the object changes with each run."""
 
     def on_pretrain_routine_start(self, trainer: Any) -> None:
         """Let the trainer take over cut weights: it would leave out every layer of another width, without a word."""
@@ -76,7 +71,7 @@ def add(model: Any, budget: Any, **settings: Any) -> Pruning:
     Args:
         model: such as `YOLO("yolov8n.pt")`.
         budget: as for `attach`.
-        settings: as for `Pruning`.
+        settings: more arguments of `attach`; `total_steps` is by default what the trainer's epochs come to.
 
     Returns:
         The object that holds the loop and the summary.
