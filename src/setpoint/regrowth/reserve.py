@@ -210,9 +210,8 @@ class Reserve:
             part: {name: state["units"][name][part].numpy().copy() for name in self.active} for part in _BY_UNIT
         }
         for part, by_group in by_unit.items():
-            for name, values in by_group.items():
-                if len(values) != len(self.active[name]):
-                    raise GroupError(f"the reserve's {part} of group {name!r} is not one per unit")
+            if any(len(values) != len(self.active[name]) for name, values in by_group.items()):
+                raise GroupError(f"the reserve's {part} is of another model")
         tensors = {}
         for saved in state["tensors"]:
             key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()
