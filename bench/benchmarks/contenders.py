@@ -18,7 +18,7 @@ from torch.optim import SGD
 
 from setpoint.actuator.verify import randomised_copy
 from setpoint.groups.example import inputs_of, tensors_of
-from setpoint.groups.model_copy import computed
+from setpoint.groups.untouched import computed
 from setpoint_bench.coverage import TOLERANCE, Build, in_float64, output_errors, tied_names
 
 REMOVED_SHARE = 0.05

@@ -26,7 +26,9 @@ from distributed.training import (
     batch,
     build,
     everywhere,
+    reads_as_alone,
     regrowing,
+    same_as_alone,
     share,
     story,
     train,
@@ -44,32 +46,7 @@ DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}, 5: {"inner.0": [0]}}
 
 def twin() -> None:
     """Losses, plans and weights are those of one process on the same global batches, over cuts and returns."""
-    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
-    steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
-    model = build()
-    wrapper = Parallel(model)
-    optimizer, loop = attached(wrapper, regrowing(cuts), share(0)[0], total_steps=steps)
-    losses = train(wrapper, optimizer, loop, range(steps), share, parts=2)
-    summary = loop.finish()
-    assert_same_everywhere(model, optimizer)
-    assert all(each == story(loop) for each in everywhere(story(loop)))
-    assert summary.budget_met and summary.resizes >= 0.7 * cuts and summary.regrown_units > 0, summary
-    mean_losses = np.mean(everywhere(losses), 0)
-    if dist.get_rank() > 0:
-        return
-    alone = build()
-    of_alone, single = attached(alone, regrowing(cuts), batch(0)[0], total_steps=steps)
-    np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(steps), batch), rtol=1e-9)
-    single.finish()
-    assert story(single) == story(loop)
-    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
-        assert ours.loss is not None and abs(ours.loss - theirs.loss) < 1e-9 * abs(theirs.loss)
-        for name, values in theirs.saliency.items():
-            np.testing.assert_allclose(ours.saliency[name], values, rtol=1e-6)
-        for name, values in theirs.gain.items():
-            np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
+    same_as_alone(Parallel(build()), lambda model, _: [p.detach() for p in model.parameters()], rtol=1e-8)
 
 
 def goals() -> None:
@@ -199,23 +176,7 @@ def frozen() -> None:
 
 def adapters() -> None:
     """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
-    readings, models = [], []
-    for alone in (False, True):
-        model = build()
-        for layer in (model.mix, model.down):
-            layer.weight.requires_grad_(False)
-        called, data = (model, batch) if alone else (Parallel(model), share)
-        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}}, regrow=False)
-        optimizer, loop = attached(called, script, data(0)[0])
-        train(called, optimizer, loop, range(8), data, parts=2)
-        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
-        readings.append(loop.reading())
-        models.append(model)
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    for name, values in readings[0].saliency.items():
-        np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
-        np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+    reads_as_alone(Parallel)
 
 
 class Branched(nn.Module):

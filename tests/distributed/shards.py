@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,21 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import setpoint
-from distributed.training import STEPS, Sampled, attached, batch, build, everywhere, regrowing, share, story, train
+from distributed.training import (
+    Sampled,
+    attached,
+    batch,
+    build,
+    caught,
+    everywhere,
+    reads_as_alone,
+    regrowing,
+    same_as_alone,
+    share,
+    story,
+    train,
+    whole,
+)
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
 from setpoint.errors import CheckpointError, CostError, LoopError, RankError
@@ -41,52 +54,18 @@ def sharded(model: nn.Module, **settings: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **settings)
 
 
-def whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def contents(model: nn.Module, optimizer: Any) -> list[Tensor]:
     """All weights and moments, whole."""
     tensors = [*model.parameters(), *(v for p in model.parameters() for v in optimizer.state[p].values())]
     return [whole(tensor.detach()).clone() for tensor in tensors]
 
 
-def caught(error: type[BaseException], text: str, do: Callable[[], Any]) -> None:
-    try:
-        do()
-    except error as raised:
-        assert text in str(raised), raised
-    else:
-        raise AssertionError(f"no {error.__name__}: {text}")
-
-
 def sharded_twin() -> None:
     """Losses, plans, weights and moments are those of one process on the same batches, over cuts and returns."""
-    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
-    steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
     model = sharded(build())
-    optimizer, loop = attached(model, regrowing(cuts), share(0)[0], total_steps=steps)
     parameters = list(model.parameters())
-    losses = train(model, optimizer, loop, range(steps), share, parts=2)
-    summary = loop.finish()
+    same_as_alone(model, contents, rtol=1e-6)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    assert all(each == story(loop) for each in everywhere(story(loop)))
-    assert summary.budget_met and summary.resizes >= 0.7 * cuts and summary.regrown_units > 0, summary
-    mean_losses, found = np.mean(everywhere(losses), 0), contents(model, optimizer)
-    if dist.get_rank() > 0:
-        return
-    alone = build()
-    of_alone, single = attached(alone, regrowing(cuts), batch(0)[0], total_steps=steps)
-    np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(steps), batch), rtol=1e-9)
-    single.finish()
-    assert story(single) == story(loop)
-    for a, b in zip(found, contents(alone, of_alone), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-10)
-    for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
-        for name, values in theirs.saliency.items():
-            np.testing.assert_allclose(ours.saliency[name], values, rtol=1e-6)
-        for name, values in theirs.gain.items():
-            np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
 
 
 class Recomputed(Sampled):
@@ -210,25 +189,8 @@ def sharded_failures() -> None:
 
 def sharded_adapters() -> None:
     """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
-    readings, found = [], []
-    for alone in (False, True):
-        model = build()
-        for layer in (model.mix, model.down):
-            layer.weight.requires_grad_(False)
-        called, data = (model, batch) if alone else (sharded(model), share)
-        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}}, regrow=False)
-        optimizer, loop = attached(called, script, data(0)[0])
-        # Not clipped: what hooks read of a sharded model has the scale of gradients as they arrive.
-        train(called, optimizer, loop, range(8), data, parts=2, largest_norm=1e9)
-        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
-        readings.append(loop.reading())
-        found.append([whole(each.detach()) for each in model.parameters()])
-        loop.detach()
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    for name, values in readings[0].saliency.items():
-        np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
-        np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+    # Not clipped: what hooks read of a sharded model has the scale of gradients as they arrive.
+    reads_as_alone(sharded, largest_norm=1e9)
 
 
 def sharded_buffers() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
 from controller.returning import Returning
+from loop.test_regrowth import Scripted
 from setpoint.controller.schedule import Schedule
 
 STEPS = 40
@@ -92,7 +94,7 @@ def train(
             unsynchronised = isinstance(model, Parallel) and number < parts
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(number == parts)
-            with model.no_sync() if unsynchronised else nothing():
+            with model.no_sync() if unsynchronised else nullcontext():
                 loss = nn.functional.cross_entropy(model(some), labels) / parts
                 loss.backward()
             losses[-1] += loss.item()
@@ -104,9 +106,14 @@ def train(
     return losses
 
 
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
+def caught(error: type[BaseException], text: str, do: Callable[[], Any]) -> None:
+    """Check that something raises this, with this text."""
+    try:
+        do()
+    except error as raised:
+        assert text in str(raised), raised
+    else:
+        raise AssertionError(f"no {error.__name__}: {text}")
 
 
 def everywhere(value: Any) -> list[Any]:
@@ -125,3 +132,58 @@ def assert_same_everywhere(model: nn.Module, optimizer: Any) -> None:
 
 def story(loop: setpoint.Loop) -> list[Any]:
     return [(entry.step, entry.dropped, entry.grown) for entry in loop.ledger]
+
+
+def same_as_alone(called: nn.Module, contents: Callable[[nn.Module, Any], list[Tensor]], *, rtol: float) -> None:
+    """Losses, plans and contents are those of one process on the same global batches, over cuts and returns."""
+    setpoint.regrowth.regrowing._PROBE_SHARE = 1.0
+    steps, cuts = (STEPS, 14) if dist.get_world_size() == 2 else (20, 7)
+    optimizer, loop = attached(called, regrowing(cuts), share(0)[0], total_steps=steps)
+    losses = train(called, optimizer, loop, range(steps), share, parts=2)
+    summary = loop.finish()
+    if isinstance(called, Parallel):
+        assert_same_everywhere(called, optimizer)
+    assert all(each == story(loop) for each in everywhere(story(loop)))
+    assert summary.budget_met and summary.resizes >= 0.7 * cuts and summary.regrown_units > 0, summary
+    mean_losses, found = np.mean(everywhere(losses), 0), contents(called, optimizer)
+    if dist.get_rank() > 0:
+        return
+    alone = build()
+    of_alone, single = attached(alone, regrowing(cuts), batch(0)[0], total_steps=steps)
+    np.testing.assert_allclose(mean_losses, train(alone, of_alone, single, range(steps), batch), rtol=1e-9)
+    single.finish()
+    assert story(single) == story(loop)
+    for a, b in zip(found, contents(alone, of_alone), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-10)
+    for ours, theirs in zip(loop.ledger, single.ledger, strict=True):
+        assert ours.loss is not None and abs(ours.loss - theirs.loss) < 1e-9 * abs(theirs.loss)
+        for name, values in theirs.saliency.items():
+            np.testing.assert_allclose(ours.saliency[name], values, rtol=1e-6)
+        for name, values in theirs.gain.items():
+            np.testing.assert_allclose(ours.gain[name], values, rtol=1e-6)
+
+
+def reads_as_alone(wrap: Callable[[nn.Module], nn.Module], *, largest_norm: float = 0.5) -> None:
+    """Outgoing weights that are frozen from the beginning are read through hooks, as in one process, over a cut."""
+    readings, found = [], []
+    for alone in (False, True):
+        model = build()
+        for layer in (model.mix, model.down):
+            layer.weight.requires_grad_(False)
+        called, data = (model, batch) if alone else (wrap(model), share)
+        script = Scripted({5: {"up": [1, 5], "wide": [0, 3]}}, regrow=False)
+        optimizer, loop = attached(called, script, data(0)[0])
+        train(called, optimizer, loop, range(8), data, parts=2, largest_norm=largest_norm)
+        assert loop.widths == {**loop.widths, "up": 22, "wide": 18}, loop.ledger.header["frozen"]
+        readings.append(loop.reading())
+        found.append([whole(each.detach()) for each in model.parameters()])
+        loop.detach()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for name, values in readings[0].saliency.items():
+        np.testing.assert_allclose(values, readings[1].saliency[name], rtol=1e-7)
+        np.testing.assert_allclose(readings[0].slope[name], readings[1].slope[name], rtol=1e-7)
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -30,6 +30,14 @@ def places(groups: tuple[Group, ...]) -> set[tuple[str, str]]:
     return {(size.module, size.place.partition("=")[0]) for group in groups for size in group.sizes}
 
 
+def cut(model: nn.Module, groups: tuple[Group, ...], keep: dict[str, np.ndarray] | None = None) -> nn.Module:
+    """Cut a model at random, or to these units, and its masked twin."""
+    twin, keep = copy.deepcopy(model), random_keep(groups) if keep is None else keep
+    mask(twin, None, groups, keep)
+    shrink(model, None, groups, keep)
+    return twin
+
+
 def test_attributes_are_bound_where_they_suffice() -> None:
     """When every size comes from an attribute, the attribute is bound and the forward runs as written."""
     model = SeparateAttention()
@@ -67,10 +75,7 @@ def test_an_integer_that_equals_a_size_by_accident_is_left_alone() -> None:
     model, x = Coincidence(), torch.randn(4, 5)
     groups = find_groups(model, (x,))
     assert {group.name for group in groups} == {"a", "b"}
-    twin = copy.deepcopy(model)
-    keep = random_keep(groups)
-    shrink(model, None, groups, keep)
-    mask(twin, None, groups, keep)
+    twin = cut(model, groups)
     assert model.repeats == 6
     torch.testing.assert_close(model(x), twin(x))
 
@@ -97,50 +102,53 @@ def test_a_stated_width_is_set_only_where_the_forward_does_not_read_it() -> None
     assert (model.repeats, model.width) == (7, 3)
 
 
-class Strict(nn.Module):
-    """A forward that insists on its size."""
+class Three(nn.Module):
+    """Three layers; `between` is done with the units of the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
+        self.between = between
         self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
+        self.register_buffer("scale", torch.linspace(1, 2, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x).relu()
-        if y.shape[-1] != 16:
-            raise RuntimeError("this needs 16")
-        return self.c(self.b(y).relu())
+        out: Tensor = self.c(self.b(self.between(self, self.a(x).relu())).relu())
+        return out
 
 
-def test_what_the_forward_does_not_survive_is_frozen_by_name() -> None:
-    """A group without which the forward does not run is not pruned, with the forward's own words; the others can go."""
-    traced = trace(Strict(), (torch.randn(3, 5),))
-    assert [group.name for group in traced.groups] == ["b"]
-    assert any(frozen.place == "a" and "this needs 16" in frozen.reason for frozen in traced.frozen)
+def insisting(model: nn.Module, y: Tensor) -> Tensor:
+    if y.shape[-1] != 16:
+        raise RuntimeError("this needs 16")
+    return y
 
 
-class Scaled(nn.Module):
-    """A scale worked out from the live size, as attention scores have it.
+WORKED_OUT: dict[str, Callable[[Tensor], Any]] = {
+    "math.sqrt": lambda y: 1 / math.sqrt(y.shape[1]),
+    "np.sqrt": lambda y: 1 / np.sqrt(y.shape[1]),
+    "np.int64": lambda y: np.int64(y.shape[1]),
+    "mean": lambda y: y.sum(1, keepdim=True) / y.size(1),
+    "as_tensor": lambda y: torch.as_tensor(y.shape[1]),
+    "new_tensor": lambda y: y.new_tensor(y.shape[1]),
+    "full": lambda y: torch.full((1,), y.shape[1]),
+    "new_full": lambda y: y.new_full((1,), y.shape[1]),
+    "clamp": lambda y: y.sum(1, keepdim=True).clamp(max=y.shape[1] - 12),
+}
+FREEZING: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "insists": (insisting, "this needs 16"),
+    "in evaluation only": (lambda model, y: y if model.training else y * model.scale, "in eval mode"),
+    **{name: (lambda model, y, of=of: y * of(y), "worked out from its size") for name, of in WORKED_OUT.items()},
+}
 
-    Args:
-        root: computes it.
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_what_the_forward_does_not_survive_is_frozen_by_name(name: str) -> None:
+    """A group without which the forward does not run, in either mode, or computes with other numbers, stays and is
+    named with the reason; the others can go.
     """
-
-    def __init__(self, root: Callable[[int], float] = math.sqrt) -> None:
-        super().__init__()
-        self.root = root
-        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x).relu()
-        return self.c((self.b(y) / self.root(y.shape[-1])).relu())
-
-
-@pytest.mark.parametrize("root", [math.sqrt, np.sqrt, np.int64])
-def test_a_number_worked_out_from_a_size_freezes_it(root: Callable[[int], float]) -> None:
-    """Fewer units would scale the others differently, though every shape fits: the group is not pruned, by name."""
-    traced = trace(Scaled(root), (torch.randn(3, 5),))
+    between, words = FREEZING[name]
+    traced = trace(Three(between), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
-    assert any(frozen.place == "a" and "worked out from its size" in frozen.reason for frozen in traced.frozen)
+    assert any(frozen.place == "a" and words in frozen.reason for frozen in traced.frozen)
 
 
 class Tail(nn.Module):
@@ -219,12 +227,9 @@ def test_a_transformer_layer_runs_without_gradients_after_a_cut() -> None:
     model, example = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), (torch.randn(2, 5, 16),)
     groups = tuple(group for group in find_groups(model, example) if group.lossless)
     assert [(group.name, group.what) for group in groups] == [("self_attn", "head"), ("linear1", "neuron")]
-    keep = {group.name: np.arange(group.num_units) % 2 == 0 for group in groups}
-    masked = copy.deepcopy(model).eval()
-    mask(masked, None, groups, keep)
-    shrink(model, None, groups, keep)
+    masked = cut(model, groups, {group.name: np.arange(group.num_units) % 2 == 0 for group in groups})
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(*example), masked(*example), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.eval()(*example), masked.eval()(*example), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -247,23 +252,15 @@ class Tail(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(5, 24), nn.Linear(8, 16), nn.Linear(16, 2)
     def forward(self, x):
-        y = self.a(x)
-        return self.c(self.b(y[:, 0:8].tanh()) * y[:, 8:])
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
-        self.head = nn.Conv2d(8, 2, 1)
-    def forward(self, x):
-        return self.head(x + self.block(x))
+        y = self.a(x).view(-1, 24)
+        first, second, third = y.split([8, 8, 8], 1)
+        return self.c(self.b(y[:, 0:8].tanh()) * torch.cat([second, third], 1))
 
 layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
-for name, model, x in [("slices", Tail(), torch.randn(3, 5)), ("heads", layer, torch.randn(2, 5, 16)),
-                       ("no channels", Residual(), torch.randn(2, 8, 6, 6))]:
+for name, model, x in [("slices", Tail(), torch.randn(3, 5)), ("heads", layer, torch.randn(2, 5, 16))]:
     groups = tuple(group for group in find_groups(model, (x,)) if group.lossless)
     assert groups, name
-    keep = {g.name: (np.arange(g.num_units) % 2 == 0) & (g.min_units > 0 or name == "heads") for g in groups}
+    keep = {g.name: np.arange(g.num_units) % 2 == 0 for g in groups}
     shrink(model.eval(), None, groups, keep)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -278,7 +275,7 @@ def test_corrected_forwards_compile() -> None:
     In a process of its own, because Dynamo cannot follow the type checker that the tests put on every function.
     """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["slices", "heads", "no channels"], done.stderr
+    assert done.stdout.splitlines() == ["slices", "heads"], done.stderr
 
 
 class Mixed(nn.Module):
@@ -316,59 +313,12 @@ def test_a_rule_that_does_not_cover_a_call_freezes_it(monkeypatch: pytest.Monkey
     def fail(walk: Any, out: Any, x: Any) -> Any:
         raise ValueError("this form is unknown\nand so is that")
 
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(self.b(torch.erf(self.a(x))).relu())
-
     monkeypatch.setitem(_RULES, torch.ops.aten.erf.default, fail)
-    traced = trace(Odd(), (torch.randn(3, 5),))
+    traced = trace(Three(lambda model, y: torch.erf(y)), (torch.randn(3, 5),))
     assert [group.name for group in traced.groups] == ["b"]
     assert [f.reason for f in traced.frozen if f.place == "model: erf"] == [
         "the op's rule does not cover this call (ValueError: this form is unknown)"
     ]
-
-
-class Calibrated(nn.Module):
-    """Code that runs in evaluation only, and works on every unit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 2)
-        self.register_buffer("scale", torch.linspace(1, 2, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x).relu()
-        if not self.training:
-            y = y * self.scale
-        return self.c(self.b(y).relu())
-
-
-def test_code_of_the_other_mode_is_tried_too() -> None:
-    """A group whose cut breaks the forward in evaluation is not pruned, by name, though training runs; others can."""
-    traced = trace(Calibrated(), (torch.randn(3, 5),))
-    assert [group.name for group in traced.groups] == ["b"]
-    assert any(frozen.place == "a" and "in eval mode" in frozen.reason for frozen in traced.frozen)
-
-
-class Averaged(nn.Module):
-    """A mean over units, written as a sum and a whole number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 16), nn.Linear(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x).relu()
-        return self.b(y.sum(1, keepdim=True) / y.size(1))
-
-
-def test_a_whole_number_worked_out_from_a_size_freezes_it() -> None:
-    """Dividing by the live number of units is a mean: the group is not pruned."""
-    assert trace(Averaged(), (torch.randn(3, 5),)).groups == ()
 
 
 class Squeezed(nn.Module):
@@ -436,9 +386,7 @@ def test_sizes_of_the_data_are_not_bound(batch: int) -> None:
     model = AddsZeros().double()
     groups = find_groups(model, (torch.randn(2, 6, 8).double(),))
     assert ("", "zeros#0[2]") in places(groups) and ("", "zeros#0[0]") not in places(groups)
-    twin, keep = copy.deepcopy(model), random_keep(groups)
-    mask(twin, None, groups, keep)
-    shrink(model, None, groups, keep)
+    twin = cut(model, groups)
     x = torch.randn(batch, 5, 8).double()
     torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-12)
 
@@ -504,8 +452,7 @@ def test_another_path_than_the_example_is_told_and_never_computed_wrongly(kind: 
         "slices": (Swapped(), torch.randn(3, 8)),
     }[kind]
     other = torch.ones(2, 5, dtype=torch.bool) if kind == "mask" else True
-    groups = find_groups(model, (x,))
-    shrink(model, None, groups, random_keep(groups))
+    cut(model, find_groups(model, (x,)))
     model(x)
     with pytest.raises(PathError, match="does not take the path of the example"):
         model(x, other)
@@ -517,9 +464,7 @@ def test_an_example_with_the_optional_input_takes_its_path() -> None:
     model = OptionalMask().double()
     x, seen = torch.randn(2, 5, 16).double(), torch.rand(2, 5) < 0.7
     groups = find_groups(model, {"x": x, "mask": seen})
-    twin, keep = copy.deepcopy(model), random_keep(groups)
-    mask(twin, None, groups, keep)
-    shrink(model, None, groups, keep)
+    twin = cut(model, groups)
     torch.testing.assert_close(model(x, seen), twin(x, seen), rtol=0, atol=1e-12)
     with pytest.raises(RuntimeError):
         model(x)
@@ -576,46 +521,11 @@ def test_calls_inside_torchs_attention_are_not_counted_around_it() -> None:
     """Heads behind an nn.MultiheadAttention follow a cut, before and after that attention was cut itself."""
     torch.manual_seed(0)
     model, x = Ahead().double(), torch.randn(2, 5, 24).double()
-    twin = copy.deepcopy(model)
-    for seed in range(2):
+    for heads in ({3, 4}, {2, 3}):
         groups = find_groups(model, (x,))
-        assert {group.num_units for group in groups} == ({3, 4} if seed == 0 else {2, 3})
-        keep = {group.name: np.arange(group.num_units) > 0 for group in groups}
-        if seed == 0:
-            mask(twin, None, groups, keep)
-        else:
-            twin = copy.deepcopy(model)
-            mask(twin, None, groups, keep)
-        shrink(model, None, groups, keep)
+        assert {group.num_units for group in groups} == heads
+        twin = cut(model, groups, {group.name: np.arange(group.num_units) > 0 for group in groups})
         torch.testing.assert_close(model(x), twin(x), rtol=0, atol=1e-12)
-
-
-NUMBERS = {
-    "as_tensor": lambda y: torch.as_tensor(y.shape[1]),
-    "new_tensor": lambda y: y.new_tensor(y.shape[1]),
-    "full": lambda y: torch.full((1,), y.shape[1]),
-    "new_full": lambda y: y.new_full((1,), y.shape[1]),
-    "clamp": lambda y: y.sum(1, keepdim=True).clamp(max=y.shape[1] - 12),
-}
-
-
-class Numbered(nn.Module):
-    """Multiplies by a number that is worked out from the live size."""
-
-    def __init__(self, number: Any) -> None:
-        super().__init__()
-        self.a, self.b, self.number = nn.Linear(5, 12), nn.Linear(12, 2), number
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        out: Tensor = self.b(y * self.number(y))
-        return out
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_tensors_made_of_a_size_freeze_it(name: str) -> None:
-    """A size that becomes a number to compute with keeps its units, whichever function makes the tensor."""
-    assert find_groups(Numbered(NUMBERS[name]), (torch.randn(3, 5),)) == ()
 
 
 class Answer:

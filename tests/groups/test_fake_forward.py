@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from setpoint.groups.sizes_in_code.size_probe import FakeForward
+from setpoint.groups.sizes_in_code.bind import FakeForward
 from setpoint.groups.trace import find_groups
 
 

@@ -39,19 +39,6 @@ class Plain:
                 value.mul_(0.9).add_(model.state_dict()[key], alpha=0.1)
 
 
-class ModelEmaV3(nn.Module):
-    """As timm's second and third."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(model).eval()
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        for mine, its in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
-            mine.copy_(0.9 * mine + 0.1 * its)
-
-
 class Lightning(nn.Module):
     """As a LightningModule: the trained model is a part of it, and its averaged copy holds the whole of it."""
 
@@ -104,7 +91,6 @@ def listed(ema: EMAModel) -> dict[str, Tensor]:
 KINDS = {
     "AveragedModel": Kind(averaged, lambda e, m: e.update_parameters(m), lambda e: named_tensors(e.module)),
     "ModelEMA": Kind(Plain, lambda e, m: e.update(m), lambda e: named_tensors(e.ema)),
-    "ModelEmaV3": Kind(ModelEmaV3, lambda e, m: e.update(m), lambda e: named_tensors(e.module)),
     "Lightning": Kind(
         lambda m: averaged(Lightning(m)),
         lambda e, m: e.update_parameters(Lightning(m)),

@@ -43,22 +43,6 @@ def train(model: nn.Module, optimizer: Any, steps: int) -> None:
         optimizer.zero_grad()
 
 
-class ByData:
-    """An optimizer of one's own that writes to `.data`, so that no tensor counts it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = list(model.parameters())
-
-    def step(self) -> None:
-        for each in self.parameters:
-            assert each.grad is not None
-            each.data.add_(each.grad, alpha=-0.01)
-
-    def zero_grad(self) -> None:
-        for each in self.parameters:
-            each.grad = None
-
-
 @pytest.mark.parametrize("before", [0, 5])
 def test_another_optimizer_is_told_of_in_mid_run(before: int) -> None:
     """Claim: where another optimizer object trains the model, from the start or from some step on, the loop warns once,
@@ -245,7 +229,11 @@ def test_steps_that_were_not_seen_are_counted_at_the_end() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loop = attached(model, optimizer)
     train(model, optimizer, 3)
-    train(model, ByData(model), 30)
+    for step in range(30):
+        backward(model, step)
+        for each in model.parameters():
+            each.data.add_(each.grad, alpha=-0.01)  # not counted by any tensor
+            each.grad = None
     with pytest.warns(UserWarning, match="after 3 of 40 steps.*30 backward passes came after the last step"):
         loop.finish()
 

@@ -25,8 +25,8 @@ from setpoint.actuator.verify import randomised_copy
 from setpoint.controller.selection import lowest_width
 from setpoint.groups.example import inputs_of, tensors_of
 from setpoint.groups.group import Group
-from setpoint.groups.model_copy import computed
 from setpoint.groups.trace import trace
+from setpoint.groups.untouched import computed
 from setpoint.report.inspection import share_along
 
 TOLERANCE = 1e-10

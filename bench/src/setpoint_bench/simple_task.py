@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from setpoint.groups.rng import in_eval_mode
+from setpoint.groups.untouched import in_eval_mode
 from setpoint_bench.family import Family
 from setpoint_bench.recipe import Recipe, autocast, best_device, product_dtype
 from setpoint_bench.task import PLAIN, BenchError, Dimension, Metric, Score, Split, fits_a_folder

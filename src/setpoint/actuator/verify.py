@@ -23,8 +23,7 @@ from setpoint.actuator.tensors import named_tensors, take
 from setpoint.errors import ExampleError, GroupError, VerificationError
 from setpoint.groups.example import Example, inputs_of, is_dense, mapped, tensors_of, without_cache
 from setpoint.groups.group import Group, random_keep
-from setpoint.groups.model_copy import copy_of
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.untouched import copy_of, preserved_rng_state
 from setpoint.messages import progress
 
 _FEW = 4  # samples that a verification looks at

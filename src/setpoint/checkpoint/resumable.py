@@ -23,8 +23,8 @@ from setpoint.checkpoint.model_file import some_of, unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.example import Example, example_of
-from setpoint.groups.model_copy import copy_of
 from setpoint.groups.sizes_in_code.place import is_call
+from setpoint.groups.untouched import copy_of
 
 _loading: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
 """By model that is being loaded: what puts it back, the errors so far, and whether the load is strict."""

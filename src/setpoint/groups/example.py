@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -20,12 +20,11 @@ Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
 
 
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Every tensor inside tuples, lists, mappings, dataclasses and the attributes of other objects, in order."""
-    yield from _tensors_of(output, set())
+def tensors_of(value: Any, above: Set[int] = frozenset()) -> Iterator[Tensor]:
+    """Every tensor inside tuples, lists, mappings, dataclasses and the attributes of other objects, in order.
 
-
-def _tensors_of(value: Any, above: set[int]) -> Iterator[Tensor]:
+    `above` are ids of the objects that hold the value.
+    """
     if isinstance(value, Tensor):
         yield value
         return
@@ -39,7 +38,7 @@ def _tensors_of(value: Any, above: set[int]) -> Iterator[Tensor]:
     elif not isinstance(value, (type, nn.Module, ModuleType, FunctionType, BuiltinFunctionType)):
         parts = getattr(value, "__dict__", {}).values()
     for part in parts:
-        yield from _tensors_of(part, above | {id(value)})
+        yield from tensors_of(part, above | {id(value)})
 
 
 def mapped(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -130,16 +129,10 @@ def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if not args:
         return dict(kwargs)
     signature = inspect.signature(getattr(type(model), method).__get__(model))
-    bound = signature.bind(*args, **kwargs)
     example: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise ExampleError(
-                f"{method} of {type(model).__name__} takes {name!r} by position only, and was called with keywords, "
-                "too: give attach an example"
-            )
-        example.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        by_name = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        example.update(value if by_name else {name: value})
     return example
 
 

@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 from setpoint.errors import ExampleError, ExportError
 from setpoint.groups.example import Example, check_device, inputs_of
 from setpoint.groups.forward import PartialForward, marked_functions
-from setpoint.groups.model_copy import has_users_hooks, untouched_attributes, without_users_hooks
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.untouched import has_users_hooks, preserved_rng_state, untouched_attributes, without_users_hooks
 
 
 class _FlatForward(nn.Module):
@@ -76,7 +75,7 @@ def export(model: nn.Module, example: Example) -> Exported:
         except Exception as error:  # anything may go wrong in a foreign forward
             from setpoint.groups.partial import Fault, check_runs, without
 
-            fault = Fault.of(error, running[-1] if running else "")
+            fault = Fault(error, running[-1] if running else "")
             if first is None:
                 check_runs(model, example)
                 first = fault.refusal()

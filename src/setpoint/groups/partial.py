@@ -10,8 +10,8 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,22 @@ from torch import Tensor, fx, nn
 from setpoint.errors import ExampleError, ExportError
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
 from setpoint.groups.forward import PartialForward, RecordedCall
-from setpoint.groups.model_copy import copy_of
 from setpoint.groups.opaque import AnsweredDraws
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.untouched import copy_of, preserved_rng_state
 from setpoint.groups.walk import module_of, op_name
 
 _TORCH = Path(torch.__file__).parent
 _PACKAGE = Path(__file__).parents[1]
 _STANDARD = Path(sysconfig.get_path("stdlib"))
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<number>\d+).*\n\s+(?P<text>.*)')
+_DEPENDS_ON_DATA = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+    "UserError",
+}
+# The ends of what a draw may be: a layer that is skipped with some probability is called at one of them.
+_DRAWS = (1.0 - 2.0**-24, 0.0)
 
 
 class ByDataError(Exception):
@@ -67,9 +74,8 @@ def check_asks_nothing(graph: fx.Graph) -> None:
             lines = [line for line in _LINE.finditer(node.meta.get("stack_trace") or "") if _is_code(line["file"])]
             if lines and not _is_library(lines[-1]["file"]):
                 file, number, text = lines[-1].group("file", "number", "text")
-                raise ByDataError(
-                    module_of(node), False, f'it asks for the values of a tensor (at {file}:{number}: "{text}")'
-                )
+                asks = f'it asks for the values of a tensor (at {file}:{number}: "{text}")'
+                raise ByDataError(module_of(node), False, asks)
 
 
 @contextmanager
@@ -79,7 +85,7 @@ def following_data() -> Iterator[None]:
     from torch._subclasses import meta_utils
 
     parts: Any = meta_utils
-    before = parts._safe_copy, parts._safe_clone
+    before = {name: getattr(parts, name) for name in ("_safe_copy", "_safe_clone")}
 
     # Torch's own copies carry no data of parameters: an empty tensor is in its place.
     def copied(target: Tensor, source: Tensor | None) -> None:
@@ -87,46 +93,35 @@ def following_data() -> Iterator[None]:
             target.copy_(source.detach())
 
     parts._safe_copy, parts._safe_clone = copied, lambda source: source.detach().clone()
-    with ExitStack() as stack:
-        stack.callback(vars(parts).update, _safe_copy=before[0], _safe_clone=before[1])
-        stack.enter_context(config.patch(fake_tensor_propagate_real_tensors=True))
-        yield
+    try:
+        with config.patch(fake_tensor_propagate_real_tensors=True):
+            yield
+    finally:
+        vars(parts).update(before)
 
 
-@dataclass(frozen=True, eq=False)
 class Fault:
     """Why an export has failed.
 
     Args:
         error: what was raised.
         module: name of the innermost module that was running.
-        library: whether the line is not the user's own.
-        by_data: whether the values of a tensor decide there.
-        text: what was raised, and where.
     """
 
-    error: Exception
-    module: str
-    library: bool
-    by_data: bool
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception, module: str) -> Fault:
-        """Of an error in an export, raised while this module was running."""
+    def __init__(self, error: Exception, module: str) -> None:
+        self.error, self.module = error, module
         if isinstance(error, ByDataError):
-            return cls(error, error.module, error.library, True, str(error))
-        by_data = bool({type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA)
+            self.module, self.library, self.by_data, self.text = error.module, error.library, True, str(error)
+            return
         line = _innermost(error, _is_code)
-        library = line is not None and _is_library(line.filename)
-        return cls(error, module, library, by_data, f"{_first_line(error)}{_user_line(error)}")
+        self.library = line is not None and _is_library(line.filename)  # whether the line is not the user's own
+        self.by_data = bool({type(link).__name__ for link in _chain(error)} & _DEPENDS_ON_DATA)
+        self.text = f"{_first_line(error)}{_user_line(error)}"
 
     def refusal(self) -> ExportError:
         """The error that says so."""
-        if isinstance(self.error, _DynamicSizeError):
-            error = ExportError(self.text)
-        else:
-            error = ExportError(f"the model's forward cannot be exported: {self.text}; {self._hint()}")
+        text = f"the model's forward cannot be exported: {self.text}; {self._hint()}"
+        error = ExportError(self.text if isinstance(self.error, _DynamicSizeError) else text)
         error.__cause__ = self.error
         return error
 
@@ -154,10 +149,8 @@ def check_runs(model: nn.Module, example: Example) -> None:
         with preserved_rng_state(model), torch.no_grad():
             copy_of(model)(*args, **kwargs)
     except Exception as plain:
-        inputs = ", ".join(
-            f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            for tensor in tensors_of([*args, *kwargs.items()])
-        )
+        tensors = tensors_of([*args, *kwargs.items()])
+        inputs = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors)
         few = "more than 1 value per channel" in str(plain)
         raise ExampleError(
             f"the model does not accept the example ({inputs}): {_first_line(plain)}{_user_line(plain)}"
@@ -179,9 +172,13 @@ def without(
         raise first
     if fault.by_data and not (fault.module or fault.library):
         raise fault.refusal()
+    module = model.get_submodule(fault.module)
+    names = [fault.module]
+    if type(module).__module__.partition(".")[0] != "torch":  # others run the same code, but those around it
+        named = model.named_modules()
+        names += [name for name, part in named if type(part) is type(module) and module not in set(part.modules())]
     why = f"it cannot be exported, so it is not pruned: {fault.text}"
-    found = dict.fromkeys(_modules_of_same_code(model, fault.module), why)
-    return _with_opaque(model, example, forward, {**forward.reasons, **found})
+    return _with_opaque(model, example, forward, {**forward.reasons, **dict.fromkeys(names, why)})
 
 
 def _with_opaque(
@@ -225,20 +222,6 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _modules_of_same_code(model: nn.Module, name: str) -> list[str]:
-    """The module, and all others that run the same code, where that is not torch's own or around it."""
-    kind = type(model.get_submodule(name))
-    if kind.__module__.partition(".")[0] == "torch":
-        return [name]
-    around = {id(module) for module in model.modules() if model.get_submodule(name) in set(module.modules())}
-    others = [other for other, module in model.named_modules() if type(module) is kind and id(module) not in around]
-    return [name, *others]
-
-
-# The ends of what a draw may be: a layer that is skipped with some probability is called at one of them.
-_DRAWS = (1.0 - 2.0**-24, 0.0)
-
-
 def _draw_for(model: nn.Module, example: Example) -> float | None:
     """The answer to single random draws with which a copy of the model calls most modules; None where it makes none."""
     counts: dict[float, int] = {}
@@ -256,18 +239,10 @@ def _draw_for(model: nn.Module, example: Example) -> float | None:
     return max(counts, key=lambda draw: counts[draw])
 
 
-_DEPENDS_ON_DATA = {
-    "DataDependentOutputException",
-    "DynamicOutputShapeException",
-    "GuardOnDataDependentSymNode",
-    "UserError",
-}
-
-
 def _is_library(file: str) -> bool:
     """Whether a file is of an installed package, so that it is not the user's to change."""
     path = Path(file)
-    return _installed(path) or _TORCH in path.parents
+    return _TORCH in path.parents or bool({"site-packages", "dist-packages"} & set(path.parts))
 
 
 def _is_code(file: str) -> bool:
@@ -277,11 +252,7 @@ def _is_code(file: str) -> bool:
         return _TORCH / "nn" in path.parents and path.name != "module.py"
     if file.startswith("<") or _PACKAGE in path.parents or {"jaxtyping", "beartype"} & set(path.parts):
         return False
-    return _STANDARD not in path.parents or _installed(path)
-
-
-def _installed(path: Path) -> bool:
-    return bool({"site-packages", "dist-packages"} & set(path.parts))
+    return _STANDARD not in path.parents or _is_library(file)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -302,8 +273,5 @@ def _user_line(error: BaseException) -> str:
 
 def _innermost(error: BaseException, fits: Callable[[str], bool]) -> traceback.FrameSummary | None:
     """The innermost line in a file that fits."""
-    for link in _chain(error):
-        for frame in reversed(traceback.extract_tb(link.__traceback__)):
-            if fits(frame.filename):
-                return frame
-    return None
+    frames = (frame for link in _chain(error) for frame in reversed(traceback.extract_tb(link.__traceback__)))
+    return next((frame for frame in frames if fits(frame.filename)), None)

@@ -90,39 +90,44 @@ def find_states(model: nn.Module, groups: tuple[Group, ...]) -> tuple[tuple[Grou
     layers = {name: module for name, module in model.named_modules() if isinstance(module, StateSpaceLayer)}
     for name, layer in layers.items():
         _check_weights(name, layer)
-    places = {name: _places(name, layer) for name, layer in layers.items()}
-    marked = tuple(_marked(group, layers, places) for group in groups)
-    held = {(piece.tensor, piece.dim) for group in marked for piece in group.slices}
-    declared: list[Group] = []
+    found = [_marked(group, layers) for group in groups]
+    held = {(piece.tensor, piece.dim) for group in found for piece in group.slices}
+    tensors = {name: set(map(id, model.get_submodule(name).parameters())) for name in layers}
     refused: dict[str, str] = {}
     for name, layer in layers.items():
-        if places[name] & held:
+        if _places(name, layer) & held:
             continue
-        sharing = _sharing(model, name, layers)
+        sharing = next((n for n in layers if layers[n] is not layer and tensors[n] & tensors[name]), "")
         if sharing:
             refused[name] = f"its parameters are those of {sharing} too, so its states cannot be balanced"
         elif layer.state_weights().carried:
-            declared.append(_declared(name, layer, {group.name for group in (*marked, *declared)}))
+            found.append(_declared(name, layer, {group.name for group in found}))
         else:
             refused[name] = (
                 "tracing does not find its states; name all its tensors with an entry for each state in "
                 "StateWeights.carried, and they can be dropped all the same"
             )
-    return mark_selective(model, (*marked, *declared)), refused
+    kinds = _selective_kinds(model)
+    marked = (
+        replace(group, kind="state", what="state", min_units=max(group.min_units, 1)) if _held(group, kinds) else group
+        for group in found
+    )
+    return tuple(marked), refused
 
 
-def _marked(group: Group, layers: Mapping[str, StateSpaceLayer], places: Mapping[str, set[tuple[str, int]]]) -> Group:
+def _marked(group: Group, layers: Mapping[str, StateSpaceLayer]) -> Group:
+    """The group, of kind "state" if it is all states of one layer and nothing else."""
     held = {(piece.tensor, piece.dim) for piece in group.slices}
-    touched = [name for name in layers if places[name] & held]
+    touched = [name for name in layers if _places(name, layers[name]) & held]
     if not touched:
         return group
-    (name, *others) = touched
+    name = touched[0]
     inside = all(piece.tensor.startswith(f"{name}." if name else "") for piece in group.slices)
-    whole = places[name] <= held and layers[name].state_space().num_states == group.num_units
-    if others or not inside or not whole:
-        why = f"shared by {' and '.join(touched)}" if others else f"not those of {name or 'the model'} alone"
-        return replace(group, notes=(*group.notes, f"the states are {why}: states are dropped without balancing"))
-    return replace(group, kind="state", what="state", min_units=1, multiple_of=1)
+    whole = _places(name, layers[name]) <= held and layers[name].state_space().num_states == group.num_units
+    if len(touched) == 1 and inside and whole:
+        return replace(group, kind="state", what="state", min_units=1, multiple_of=1)
+    why = f"shared by {' and '.join(touched)}" if touched[1:] else f"not those of {name or 'the model'} alone"
+    return replace(group, notes=(*group.notes, f"the states are {why}: states are dropped without balancing"))
 
 
 def _check_weights(name: str, layer: StateSpaceLayer) -> None:
@@ -145,18 +150,11 @@ def _check_weights(name: str, layer: StateSpaceLayer) -> None:
 
 
 def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:
+    """Where the layer's B and C lie: tensor and dim of the states."""
     weights, batch = layer.state_weights(), layer.state_space().eigenvalues.dim() - 1
     prefix = f"{name}." if name else ""
-    return {
-        *((prefix + tensor, batch) for tensor in weights.inputs),
-        *((prefix + tensor, batch + 1) for tensor in weights.outputs),
-    }
-
-
-def _sharing(model: nn.Module, name: str, layers: Mapping[str, StateSpaceLayer]) -> str:
-    """Another layer that holds one of this layer's own tensors; "" if there is none."""
-    tensors = {layer: set(map(id, model.get_submodule(layer).parameters())) for layer in layers}
-    return next((n for n in layers if layers[n] is not layers[name] and tensors[n] & tensors[name]), "")
+    inputs = {(prefix + tensor, batch) for tensor in weights.inputs}
+    return inputs | {(prefix + tensor, batch + 1) for tensor in weights.outputs}
 
 
 def _declared(name: str, layer: StateSpaceLayer, taken: set[str]) -> Group:
@@ -183,8 +181,7 @@ def state_layer(model: nn.Module, group: Group) -> tuple[str, StateSpaceLayer]:
     for name, module in model.named_modules():
         if isinstance(module, StateSpaceLayer) and _places(name, module) <= held:
             return name, module
-    selective = selective_layer(model, group)
-    if selective is not None:
+    if (selective := selective_layer(model, group)) is not None:
         raise GroupError(
             f"the states of {selective[0]!r} are selective: their dynamics depend on the input, so they have no Hankel "
             "values and no balanced coordinates: rank them by SelectiveSensor, and drop them as they are"
@@ -209,34 +206,23 @@ def selective_kind(module: nn.Module) -> Selective | None:
     return None
 
 
-def mark_selective(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """The groups, those that are the states of a selective layer of kind "state"."""
-    kinds = {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
-
-    def marked(group: Group) -> Group:
-        if not any(_holds_states(group, name, kind) for name, kind in kinds.items()):
-            return group
-        return replace(group, kind="state", what="state", min_units=max(group.min_units, 1))
-
-    return tuple(map(marked, groups))
-
-
 def selective_layer(model: nn.Module, group: Group) -> tuple[str, Selective] | None:
     """Name and kind of the selective layer whose states a group holds, or None."""
-    if group.kind != "state":
-        return None
-    for name, module in model.named_modules():
-        if (kind := selective_kind(module)) is not None and _holds_states(group, name, kind):
+    return _held(group, _selective_kinds(model)) if group.kind == "state" else None
+
+
+def _selective_kinds(model: nn.Module) -> dict[str, Selective]:
+    """Which modules are selective layers, by name."""
+    return {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
+
+
+def _held(group: Group, kinds: Mapping[str, Selective]) -> tuple[str, Selective] | None:
+    """The selective layer of which units lie along B and C, and along nothing else but its eigenvalues."""
+    for name, kind in kinds.items():
+        places = {(piece.tensor.removeprefix(f"{name}."), piece.dim) for piece in group.slices}
+        inside = {("conv1d.weight", 0), ("conv1d.bias", 0), ("in_proj.weight", 0), ("in_proj.bias", 0)}
+        if kind == "mamba" and places == {("A_log", 1), ("x_proj.weight", 0)}:
+            return name, kind
+        if kind == "mamba2" and places <= inside and ("in_proj.weight", 0) in places:
             return name, kind
     return None
-
-
-def _holds_states(group: Group, name: str, kind: Selective) -> bool:
-    """Whether the units lie along B and C of this layer, and along nothing else but its eigenvalues."""
-    places = {(piece.tensor.removeprefix(f"{name}."), piece.dim) for piece in group.slices}
-    if kind == "mamba":
-        return places == {("A_log", 1), ("x_proj.weight", 0)}
-    return (
-        places <= {("conv1d.weight", 0), ("conv1d.bias", 0), ("in_proj.weight", 0), ("in_proj.bias", 0)}
-        and ("in_proj.weight", 0) in places
-    )

@@ -15,8 +15,8 @@ from setpoint.groups import build
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
-from setpoint.groups.rng import gc_paused, one_at_a_time, preserved_rng_state
 from setpoint.groups.states import StateSpaceLayer, find_states
+from setpoint.groups.untouched import gc_paused, one_at_a_time, preserved_rng_state
 from setpoint.groups.walk import Walk
 from setpoint.messages import progress
 
@@ -118,8 +118,7 @@ def _probed(
 ) -> tuple[build.Units, build.Places]:
     """Units whose cut the live forward survives, and the places that hold sizes, by forwards without data."""
     from setpoint.groups.export import shape_of
-    from setpoint.groups.sizes_in_code.bind import bind
-    from setpoint.groups.sizes_in_code.size_probe import Candidate, FakeForward
+    from setpoint.groups.sizes_in_code.bind import Candidate, FakeForward, bind
 
     (output,) = [node for node in exported.program.graph.nodes if node.op == "output"]
     shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
@@ -133,7 +132,7 @@ def _uncounted(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from setpoint.groups.sizes_in_code.size_probe import FakeForward
+    from setpoint.groups.sizes_in_code.bind import FakeForward
 
     widths = widths_of(groups)
     known = sum(c.coefficient * math.prod(size.at(widths) for size in c.sizes) for c in contractions)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor
@@ -27,10 +27,9 @@ class DynamicWidths:
     """Keeps Dynamo from compiling all code again at every cut; it changes at the first one.
 
     By default Dynamo takes the sizes of parameters for constants, compiles all code again after each cut, and gives up
-    after eight times. At the first cut in a process in which anything was compiled, its settings are changed to let
-    sizes be symbols, and the dims of all groups are marked: code compiles once more after the first cut, and not after
-    later ones, but for a width of 1 and operations that take a size as a number (the groups of a group norm). The
-    settings hold until the last loop that needs them ends or is dropped; one that the user changes meanwhile stays.
+    after eight times. Here its settings let sizes be symbols, and the dims of all groups are marked: code compiles once
+    more after the first cut, and not after later ones, but for a width of 1 and operations that take a size as a number
+    (the groups of a group norm). A setting that the user changes meanwhile stays.
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
@@ -46,11 +45,10 @@ class DynamicWidths:
             # A loop that is dropped without `stop` gives the settings back, too; at exit nobody needs them.
             self._end = weakref.finalize(self, _release, id(self))
             self._end.atexit = False
-        tensors: dict[str, Tensor] = named_tensors(model)
+        tensors = named_tensors(model)
         for part in (part for group in self._groups for part in group.slices):
-            tensor = tensors[part.tensor]
-            if part.dim is not None and not is_sharded_tensor(tensor):  # Dynamo cannot mark a DTensor
-                maybe_mark_dynamic(tensor, part.dim)
+            if part.dim is not None and not is_sharded_tensor(tensors[part.tensor]):  # Dynamo cannot mark a DTensor
+                maybe_mark_dynamic(tensors[part.tensor], part.dim)
 
     def stop(self) -> None:
         if self._end is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,47 +11,7 @@ from torch import Tensor, nn
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor, plain_kind
 from setpoint.errors import GroupError
-from setpoint.groups.model_copy import computed, copy_of
-
-
-@dataclass(frozen=True, eq=False)
-class Listed:
-    """A copy in a list of tensors, as diffusers' `EMAModel` has it: seen through a module that holds these tensors.
-
-    `part` is a copy of the model with the tensors of the list, `owners` the places in it of each tensor.
-    """
-
-    holder: Any
-    part: nn.Module
-    owners: Sequence[Sequence[tuple[dict[str, Any], str]]]
-
-    @classmethod
-    def of(cls, holder: Any, model: nn.Module, what: str) -> Listed:
-        """The copy in a list; GroupError where it is none of this model."""
-        parameters = list(model.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        listed = list(holder.shadow_params)
-        shapes = [tuple(shadow.shape) if isinstance(shadow, Tensor) else None for shadow in listed]
-        matching = [some for some in (parameters, trained) if shapes == [tuple(own.shape) for own in some]]
-        if not matching or any(map(is_sharded_tensor, parameters)):
-            raise GroupError(
-                f"{what} ({type(holder).__name__}) is no copy of the model: its shadow_params must be one plain tensor "
-                f"for each of the model's {len(parameters)} parameters, in their order and of their shapes"
-            )
-        # A deep copy whose memo has the list's tensors in the place of the parameters holds these very objects.
-        stand_ins = {id(own): shadow for own, shadow in zip(matching[0], listed, strict=True)}
-        twin = copy_of(model, {**computed(model), **stand_ins}, users_hooks=False)
-        tables = [module._parameters for module in twin.modules()]
-        places = {id(shadow): [(t, name) for t in tables for name in t if t[name] is shadow] for shadow in listed}
-        return cls(holder, twin, [places[id(shadow)] for shadow in listed])
-
-    def module(self) -> nn.Module:
-        """A module with the tensors that are in the list now."""
-        listed = self.holder.shadow_params  # another list after `load_state_dict`
-        for number, owners in enumerate(self.owners):
-            for table, name in owners:  # a tensor that is gone does not fit, as a cut says
-                table[name] = listed[number] if number < len(listed) else torch.empty(0)
-        return self.part
+from setpoint.groups.untouched import computed, copy_of
 
 
 def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[Callable[[], nn.Module], ...]:
@@ -65,9 +24,10 @@ def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[Callable[[], nn
 
 
 def _copy(model: nn.Module, what: str, given: Any) -> Callable[[], nn.Module]:
+    kind = type(given).__name__
     held = [given, *(getattr(given, name, None) for name in ("module", "ema"))]
     if isinstance(getattr(given, "shadow_params", None), list):
-        module = Listed.of(given, model, what).module
+        module = _listed(given, model, f"{what} ({kind})")
     elif root := next((value for value in held if isinstance(value, nn.Module)), None):
         part = _like(root, model)
 
@@ -76,14 +36,44 @@ def _copy(model: nn.Module, what: str, given: Any) -> Callable[[], nn.Module]:
 
     else:
         raise GroupError(
-            f"{what} must be a torch.nn.Module, or have a list of tensors named shadow_params, got "
-            f"{type(given).__name__}: keep an average in torch.optim.swa_utils.AveragedModel or in a deepcopy"
+            f"{what} must be a torch.nn.Module, or have a list of tensors named shadow_params, got {kind}: keep an "
+            "average in torch.optim.swa_utils.AveragedModel or in a deepcopy"
         )
-    if shared := _shared(module(), model):
+    own = {key for tensor in named_tensors(model).values() for key in _at(tensor)}
+    shared = next((name for name, tensor in named_tensors(module()).items() if own & set(_at(tensor))), "")
+    if shared:
         raise GroupError(
-            f"{what} ({type(given).__name__}) shares the tensor {shared!r} with the model: a copy has tensors of "
-            "its own (copy.deepcopy makes one), and what shares them is cut anyway"
+            f"{what} ({kind}) shares the tensor {shared!r} with the model: a copy has tensors of its own "
+            "(copy.deepcopy makes one), and what shares them is cut anyway"
         )
+    return module
+
+
+def _listed(holder: Any, model: nn.Module, what: str) -> Callable[[], nn.Module]:
+    """Of a copy in a list of tensors, as diffusers' `EMAModel` has it: a module that holds these tensors."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    listed = list(holder.shadow_params)
+    shapes = [tuple(shadow.shape) if isinstance(shadow, Tensor) else None for shadow in listed]
+    matching = [some for some in (parameters, trained) if shapes == [tuple(own.shape) for own in some]]
+    if not matching or any(map(is_sharded_tensor, parameters)):
+        raise GroupError(
+            f"{what} is no copy of the model: its shadow_params must be one plain tensor for each of the model's "
+            f"{len(parameters)} parameters, in their order and of their shapes"
+        )
+    # A deep copy whose memo has the list's tensors in the place of the parameters holds these very objects.
+    stand_ins = {id(own): shadow for own, shadow in zip(matching[0], listed, strict=True)}
+    twin = copy_of(model, {**computed(model), **stand_ins}, users_hooks=False)
+    tables: list[dict[str, Any]] = [module._parameters for module in twin.modules()]
+    owners = [[(table, name) for table in tables for name in table if table[name] is shadow] for shadow in listed]
+
+    def module() -> nn.Module:
+        now = holder.shadow_params  # another list after `load_state_dict`
+        for number, places in enumerate(owners):
+            for table, name in places:  # a tensor that is gone does not fit, as a cut says
+                table[name] = now[number] if number < len(now) else torch.empty(0)
+        return twin
+
     return module
 
 
@@ -98,12 +88,6 @@ def _like(root: nn.Module, model: nn.Module) -> nn.Module:
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-
-
-def _shared(part: nn.Module, model: nn.Module) -> str:
-    """A tensor that two modules share, by its name in the first."""
-    own = {key for tensor in named_tensors(model).values() for key in _at(tensor)}
-    return next((name for name, tensor in named_tensors(part).items() if own & set(_at(tensor))), "")
 
 
 def _at(tensor: Tensor) -> Iterator[tuple[str, int]]:

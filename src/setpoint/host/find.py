@@ -25,7 +25,7 @@ class Steps(Protocol):
         """Have it clear the gradients."""
 
 
-def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequence[Any] | None = ()) -> Host:
+def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Any = ()) -> Host:
     """How a model is held: it is taken out of `torch.compile` and `DistributedDataParallel` in any order.
 
     Raises:
@@ -40,7 +40,13 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
     sharded = check_plain(model)
     if sharded and parallel is not None:
         raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
-    optimizers, named = real_optimizers(optimizer), _several(copies)
+    one = isinstance(copies, nn.Module) and not isinstance(copies, nn.ModuleList)
+    if copies is not None and (one or hasattr(copies, "shadow_params") or not isinstance(copies, Iterable)):
+        raise GroupError(
+            f"copies must be a sequence of modules or of objects with shadow_params, got {type(copies).__name__}: "
+            "write copies=(it,)"
+        )
+    optimizers, named = real_optimizers(optimizer), tuple(copies or ())
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
     # Few runs are distributed: what they need is loaded by those alone.
     if parallel is not None:
@@ -52,19 +58,6 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Sequen
 
         return FSDP(model, optimizers, named, compiled=compiled)
     return Host(model, optimizers, named, compiled=compiled)
-
-
-def _several(named: Any) -> tuple[Any, ...]:
-    """What was given for copies, as a tuple; None for none; GroupError for what is no sequence."""
-    if named is None:
-        return ()
-    one = isinstance(named, nn.Module) and not isinstance(named, nn.ModuleList)
-    if one or hasattr(named, "shadow_params") or not isinstance(named, Iterable):
-        raise GroupError(
-            f"copies must be a sequence of modules or of objects with shadow_params, got {type(named).__name__}: "
-            "write copies=(it,)"
-        )
-    return tuple(named)
 
 
 def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -80,12 +73,11 @@ def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one (the one inside, where "
             f"a class of your own wraps it); got {given!r:.200}"
         )
-    for optimizer in found:
-        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-            raise OptimizerError(
-                "ZeroRedundancyOptimizer keeps its state in parts on several ranks, which this version cannot cut: "
-                "use the optimizer itself"
-            )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for optimizer in found for kind in type(optimizer).__mro__):
+        raise OptimizerError(
+            "ZeroRedundancyOptimizer keeps its state in parts on several ranks, which this version cannot cut: use the "
+            "optimizer itself"
+        )
     return found
 
 
@@ -95,23 +87,18 @@ def real_optimizer(part: Any) -> Any:
     Raises:
         OptimizerError: for a wrapper of several optimizers, or with a state beside that of the one in it.
     """
-    while True:
-        inside = _held(part)
-        if not inside:
-            return part
-        name = type(part).__name__
+    while inside := _held(part):
+        name, kinds = type(part).__name__, ", ".join(type(optimizer).__name__ for optimizer in inside)
         if len(inside) > 1:
-            kinds = ", ".join(type(optimizer).__name__ for optimizer in inside)
             raise OptimizerError(f"{name} holds several optimizers ({kinds}): give attach these, in place of it")
-        (real,) = inside
         # Lookahead keeps slow weights, SAM the step back: of the old shapes after a cut.
-        if getattr(part, "state", real.state) is not real.state:
+        if getattr(part, "state", inside[0].state) is not inside[0].state:
             raise OptimizerError(
-                f"{name} keeps a state beside that of the {type(real).__name__} in it, which would not follow a cut: "
-                f"train with the {type(real).__name__} itself. (If that state holds nothing for single parameters, "
-                "give attach the optimizer in it)"
+                f"{name} keeps a state beside that of the {kinds} in it, which would not follow a cut: train with the "
+                f"{kinds} itself, or give attach that if the state of {name} holds nothing for single parameters"
             )
-        part = real
+        part = inside[0]
+    return part
 
 
 def _held(part: Any) -> Sequence[Optimizer]:

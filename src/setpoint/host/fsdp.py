@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,9 @@ from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.host import Agreed
 from setpoint.host.several_ranks import SeveralRanks
+
+_States = dict[int, dict[str, Any]]
+"""An optimizer's state of parameters, by their number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,30 +39,24 @@ class Piece:
         self.fsdp._setattr_on_modules(parameter)
 
 
-def states_of(model: nn.Module) -> list[Any]:
+def _states_of(model: nn.Module) -> list[Any]:
     """FSDP's state of every module, or list of modules, that `fully_shard` was called on, without repeats."""
     states = [module._get_fsdp_state() for module in model.modules() if is_sharded(module)]  # type: ignore[operator]
     return list({id(state): state for state in states}.values())
 
 
-def groups_of(state: Any) -> list[Any]:
+def _groups_of(state: Any) -> list[Any]:
     """What FSDP communicates together, of one state."""
     several = getattr(state, "_fsdp_param_groups", None)  # of newer versions of PyTorch
-    if several is None:
-        return [state._fsdp_param_group] if state._fsdp_param_group else []
-    return list(several)
+    return [group for group in (state._fsdp_param_group,) if group] if several is None else list(several)
 
 
-def pieces_of(model: nn.Module) -> list[Piece]:
-    return [
-        Piece(group.fsdp_params, place, fsdp.sharded_param)
-        for state in states_of(model)
-        for group in groups_of(state)
-        for place, fsdp in enumerate(group.fsdp_params)
-    ]
+def _pieces_of(model: nn.Module) -> list[Piece]:
+    lists = [group.fsdp_params for state in _states_of(model) for group in _groups_of(state)]
+    return [Piece(owner, place, fsdp.sharded_param) for owner in lists for place, fsdp in enumerate(owner)]
 
 
-def check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
+def _check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
     """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
     known = {id(piece.parameter) for piece in pieces}
     # Between a forward and a backward pass modules have the unsharded form of a piece.
@@ -92,8 +89,8 @@ class FSDP(SeveralRanks):
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
     ) -> None:
         super().__init__(model, optimizers, copies, compiled=compiled)
-        pieces = [piece for module in (model, *self.copies) for piece in pieces_of(module)]
-        check_pieces(model, pieces)
+        pieces = [piece for module in (model, *self.copies) for piece in _pieces_of(module)]
+        _check_pieces(model, pieces)
         self.mesh, self._device = pieces[0].fsdp.mesh_info.mesh, pieces[0].fsdp.device
 
     @property
@@ -120,22 +117,64 @@ class FSDP(SeveralRanks):
         again, with the contents that they had when what is yielded was last called without an error; if it never was,
         everything is as before, to the last bit.
         """
-        pieces = _Unsharded(self._pieces(names), self.optimizers)
+        pieces = self._pieces(names)
+        plain = [nn.Parameter(_own(piece.parameter), piece.parameter.requires_grad) for piece in pieces]
+        sharded = [piece.parameter for piece in pieces]
+        states = [_mapped(optimizer, sharded, lambda number, tensor: _own(tensor)) for optimizer in self.optimizers]
         take_effect: Callable[[], None] | None = None
 
         def reshard() -> None:
             nonlocal take_effect
-            ready = pieces.reshard()
+            made = [_sharded_anew(piece, parameter) for piece, parameter in zip(pieces, plain, strict=True)]
+            parts = [
+                _mapped(optimizer, plain, lambda number, tensor: _shard(tensor, plain[number], made[number]))
+                for optimizer in self.optimizers
+            ]
             agreed()
-            take_effect = ready
+            take_effect = partial(self._take_effect, pieces, made, parts)
 
         try:
-            with pieces.shown():
+            with ExitStack() as undo:
+                self._show(pieces, plain, states, undo)
                 yield reshard
         finally:
             # Only here: the modules have their sharded parameters back, which `take_effect` gives new contents.
             if take_effect is not None:
                 take_effect()
+
+    def _show(
+        self, pieces: Sequence[Piece], plain: Sequence[nn.Parameter], states: Sequence[_States], undo: ExitStack
+    ) -> None:
+        """Let model, copies and optimizers have these parameters, and their states, until `undo` is closed."""
+        instead = {id(piece.parameter): parameter for piece, parameter in zip(pieces, plain, strict=True)}
+        for piece, parameter in zip(pieces, plain, strict=True):
+            undo.callback(piece.show, piece.parameter)
+            piece.show(parameter)
+        for optimizer, by_piece in zip(self.optimizers, states, strict=True):
+            undo.callback(_restore, optimizer.state, dict(optimizer.state))
+            for number, state in by_piece.items():
+                del optimizer.state[pieces[number].parameter]
+                optimizer.state[plain[number]] = state
+            for settings in optimizer.param_groups:
+                undo.callback(settings.__setitem__, "params", settings["params"])
+                settings["params"] = [instead.get(id(parameter), parameter) for parameter in settings["params"]]
+
+    def _take_effect(self, pieces: Sequence[Piece], made: Sequence[Any], states: Sequence[_States]) -> None:
+        """Put in place what FSDP is to keep of each piece, and states by optimizer and piece; this cannot fail."""
+        for piece, fsdp in zip(pieces, made, strict=True):
+            parameter: Any = piece.parameter
+            new = fsdp.sharded_param
+            # The same DTensor at another shape: its own metadata by `data`, then what it is made of.
+            parameter.grad = None
+            parameter.data = new.detach()
+            parameter._local_tensor, parameter._spec = new._local_tensor, new._spec
+            piece.fsdp._post_load_hook_handle.remove()
+            fsdp.sharded_param = parameter
+            piece.owner[piece.place] = fsdp
+            piece.show(parameter)
+        for optimizer, by_piece in zip(self.optimizers, states, strict=True):
+            for number, state in by_piece.items():
+                optimizer.state[pieces[number].parameter] = state
 
     def _pieces(self, names: Collection[str] | None) -> list[Piece]:
         pieces = []
@@ -145,7 +184,7 @@ class FSDP(SeveralRanks):
             # A copy may hold the model as its `module`.
             asked = parameters if names is None else [prefix + name for name in names for prefix in ("", "module.")]
             wanted = {id(parameters[name]) for name in asked if name in parameters}
-            pieces += [piece for piece in pieces_of(module) if id(piece.parameter) in wanted]
+            pieces += [piece for piece in _pieces_of(module) if id(piece.parameter) in wanted]
         return pieces
 
     @contextmanager
@@ -180,69 +219,13 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-class _Unsharded:
-    """Parameters and their optimizer state, gathered from all ranks."""
-
-    def __init__(self, pieces: Sequence[Piece], optimizers: Sequence[Optimizer]) -> None:
-        self.pieces = pieces
-        self.optimizers = optimizers
-        self.plain = [nn.Parameter(_own(p.parameter), p.parameter.requires_grad) for p in pieces]
-        self.states = [
-            _mapped(optimizer, {n: p.parameter for n, p in enumerate(pieces)}, lambda number, tensor: _own(tensor))
-            for optimizer in optimizers
-        ]
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        instead = {id(piece.parameter): plain for piece, plain in zip(self.pieces, self.plain, strict=True)}
-        with ExitStack() as undo:
-            for piece, plain in zip(self.pieces, self.plain, strict=True):
-                undo.callback(piece.show, piece.parameter)
-                piece.show(plain)
-            for optimizer, states in zip(self.optimizers, self.states, strict=True):
-                undo.callback(_restore, optimizer.state, dict(optimizer.state))
-                for number, state in states.items():
-                    del optimizer.state[self.pieces[number].parameter]
-                    optimizer.state[self.plain[number]] = state
-                for settings in optimizer.param_groups:
-                    undo.callback(settings.__setitem__, "params", settings["params"])
-                    settings["params"] = [instead.get(id(parameter), parameter) for parameter in settings["params"]]
-            yield
-
-    def reshard(self) -> Callable[[], None]:
-        """Puts this rank's shards of what the unsharded parameters hold now in their place; nothing is changed yet."""
-        made = [_sharded_anew(piece, plain) for piece, plain in zip(self.pieces, self.plain, strict=True)]
-        states = [
-            _mapped(optimizer, dict(enumerate(self.plain)), lambda n, value: _shard(value, self.plain[n], made[n]))
-            for optimizer in self.optimizers
-        ]
-        return partial(self._take_effect, made, states)
-
-    def _take_effect(self, made: Sequence[Any], states: Sequence[dict[int, dict[str, Any]]]) -> None:
-        """Put in place what FSDP is to keep of each piece, and states by optimizer and piece; this cannot fail."""
-        for piece, fsdp in zip(self.pieces, made, strict=True):
-            parameter: Any = piece.parameter
-            new = fsdp.sharded_param
-            # The same DTensor at another shape: its own metadata by `data`, then what it is made of.
-            parameter.grad = None
-            parameter.data = new.detach()
-            parameter._local_tensor, parameter._spec = new._local_tensor, new._spec
-            piece.fsdp._post_load_hook_handle.remove()
-            fsdp.sharded_param = parameter
-            piece.owner[piece.place] = fsdp
-            piece.show(parameter)
-        for optimizer, by_piece in zip(self.optimizers, states, strict=True):
-            for number, state in by_piece.items():
-                optimizer.state[self.pieces[number].parameter] = state
-
-
 def _mapped(
-    optimizer: Optimizer, parameters: Mapping[int, nn.Parameter], function: Callable[[int, Tensor], Tensor]
-) -> dict[int, dict[str, Any]]:
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], function: Callable[[int, Tensor], Tensor]
+) -> _States:
     """By number, the state that an optimizer has for a parameter, with each tensor in it replaced."""
     return {
         n: {key: map_tensors(value, lambda t, _, n=n: function(n, t), key) for key, value in optimizer.state[p].items()}  # type: ignore[misc]
-        for n, p in parameters.items()
+        for n, p in enumerate(parameters)
         if p in optimizer.state
     }
 
@@ -276,9 +259,9 @@ def _shard(tensor: Tensor, plain: nn.Parameter, fsdp: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     like = fsdp.sharded_param
-    mine = tensor[rows(like)].clone()
+    shape = {"shape": like.shape, "stride": like.stride()}
     made: Tensor = DTensor.from_local(
-        mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        tensor[rows(like)].clone(), like.device_mesh, like.placements, run_check=False, **shape
     )
     return made
 
@@ -292,9 +275,9 @@ def _plain(model: nn.Module, undo: ExitStack) -> None:
     """Take FSDP's hooks, classes and marks off the modules."""
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
-    for state in states_of(model):
+    for state in _states_of(model):
         handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
-        for group in groups_of(state):
+        for group in _groups_of(state):
             handles += [fsdp._post_load_hook_handle for fsdp in group.fsdp_params]
             handles += group._module_to_pre_save_state_dict_hook_handle.values()
             handles += group._module_to_pre_load_state_dict_hook_handle.values()

@@ -27,8 +27,8 @@ from setpoint.errors import BudgetError, GroupError
 from setpoint.groups.example import Example
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, check_blocks, widths_of
-from setpoint.groups.rng import preserved_rng_state
 from setpoint.groups.trace import Trace, trace
+from setpoint.groups.untouched import preserved_rng_state
 from setpoint.host.find import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
 from setpoint.messages import a_type, counted, counts, warn

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from setpoint.errors import ExampleError, SetpointError
 from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
-from setpoint.groups.rng import in_eval_mode
+from setpoint.groups.untouched import in_eval_mode
 from setpoint.messages import a_type
 
 Norms = Literal["running", "batch", "renewed"]

@@ -20,8 +20,7 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.cost.cost import Cost
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.model_copy import computed, strip, untouched_attributes, without_users_hooks
-from setpoint.groups.rng import preserved_rng_state
+from setpoint.groups.untouched import computed, preserved_rng_state, strip, untouched_attributes, without_users_hooks
 from setpoint.spending.meter import Stopwatch
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]

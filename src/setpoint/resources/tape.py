@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from setpoint.cost.cost import ProductCost, Term
 from setpoint.errors import CostError
 from setpoint.groups.group import Size
-from setpoint.groups.rng import gc_paused
+from setpoint.groups.untouched import gc_paused
 from setpoint.groups.walk import op_name
 from setpoint.resources.lengths import Lengths
 

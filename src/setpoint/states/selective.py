@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from setpoint.groups.example import Example, inputs_of
 from setpoint.groups.group import Group
-from setpoint.groups.rng import in_eval_mode
 from setpoint.groups.states import selective_kind, selective_layer
+from setpoint.groups.untouched import in_eval_mode
 from setpoint.sensor.reading import Reading, Sensor, Traits
 
 

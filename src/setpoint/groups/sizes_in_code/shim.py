@@ -66,6 +66,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "new_zeros": [torch.Tensor.new_zeros],
 }
 
+_FIRST = {"zeros": 0, "ones": 0, "full": 0, "unflatten": 2, **{name: 6 for name in _FUNCTIONS if name[:4] == "conv"}}
+"""Which argument of a function is the first size, where that is not number 1; of a convolution the number of groups."""
+
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 NAMES = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
@@ -110,11 +113,9 @@ class CallSizes(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("split", "chunk"):
             return self._pieces(func, name, number, wanted, args, kwargs)
-        if name.startswith("conv"):
-            return self._grouped(func, name, number, wanted[0], args, kwargs)
-        if name == "group_norm":
-            self._note(name, number, 0, args[1], wanted[0])
-            return func(args[0], wanted[0], *args[2:], **kwargs)
+        if name.startswith("conv") and len(args) <= _FIRST[name]:
+            self._note(name, number, 0, kwargs.get("groups", 1), wanted[0])
+            return func(*args, **{**kwargs, "groups": wanted[0]})
         return self._sized(func, name, number, wanted, args, kwargs)
 
     def _note(self, name: str, number: int, argument: int, live: int, wanted: int, given: int | None = None) -> None:
@@ -170,16 +171,8 @@ class CallSizes(TorchFunctionMode):
         self._note("slice", number, 0, first, start, int(begin) if plain else None)
         return slice(start, start + wanted[1])
 
-    def _grouped(self, func: Any, name: str, number: int, wanted: int, args: Any, kwargs: Any) -> Any:
-        place = 6  # of seven or eight: (input, weight, bias, stride, padding, dilation or output padding, groups, ...)
-        live = kwargs.get("groups", args[place] if len(args) > place else 1)
-        self._note(name, number, 0, live, wanted)
-        if len(args) > place:
-            return func(*args[:place], wanted, *args[place + 1 :], **kwargs)
-        return func(*args, **{**kwargs, "groups": wanted})
-
     def _sized(self, func: Any, name: str, number: int, wanted: Sizes, args: Any, kwargs: Any) -> Any:
-        first = {"zeros": 0, "ones": 0, "full": 0, "unflatten": 2}.get(name, 1)
+        first = _FIRST.get(name, 1)
         if len(args) <= first:
             return func(*args, **kwargs)
         packed = isinstance(args[first], (tuple, list))
@@ -264,28 +257,32 @@ class HeadsForward:
         module, batched = self.module, query.dim() == 3
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        q, k, v = self._projected(*(self._batch_first(x, batched) for x in (query, key, value)))
-        mask = self._mask(q, k, attn_mask, key_padding_mask, batched)
-        dropout_p = module.dropout if module.training else 0.0
-        weights = None
+        inputs = [query, key, value]
+        if not batched:
+            inputs = [x.unsqueeze(0) for x in inputs]
+        elif not module.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        q, k, v = self._projected(*inputs)
+        if key_padding_mask is not None:
+            key_padding_mask = (key_padding_mask if batched else key_padding_mask.unsqueeze(0))[:, None, None, :]
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = _VIEW(attn_mask, [len(q), -1, *attn_mask.shape[1:]])
+        added = [self._added(mask, q, k) for mask in (attn_mask, key_padding_mask) if mask is not None]
+        mask = sum(added[1:], added[0]).to(q.dtype) if added else None
+        dropout_p, scale, weights = module.dropout if module.training else 0.0, module.head_dim**-0.5, None
         if need_weights:
-            scores = q @ k.transpose(-2, -1) * module.head_dim**-0.5
+            scores = q @ k.transpose(-2, -1) * scale
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = F.dropout(weights, dropout_p) if dropout_p else weights
             heads = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
-            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=module.head_dim**-0.5)
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
         out = F.linear(heads.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
         if not batched:
             return out.squeeze(0), weights
         return (out if module.batch_first else out.transpose(0, 1)), weights
-
-    def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
-        if not batched:
-            return x.unsqueeze(0)
-        return x if self.module.batch_first else x.transpose(0, 1)
 
     def _projected(self, *inputs: Tensor) -> list[Tensor]:
         """Queries, keys and values, shape (batch, heads, positions, head size), with the extra positions of keys."""
@@ -306,24 +303,11 @@ class HeadsForward:
             results.append(y)
         return results
 
-    def _mask(
-        self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batched: bool
-    ) -> Tensor | None:
-        """Both masks as one that is added to the scores; extra positions of keys are never masked."""
-        total = None
-        for mask, of_keys in ((attn_mask, False), (key_padding_mask, True)):
-            if mask is None:
-                continue
-            added = mask
-            if mask.dtype == torch.bool:
-                added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
-            if of_keys:
-                added = (added if batched else added.unsqueeze(0))[:, None, None, :]
-            elif added.dim() == 3:
-                added = _VIEW(added, [len(q), -1, *added.shape[1:]])
-            added = F.pad(added, (0, k.shape[-2] - added.shape[-1]))
-            total = added if total is None else total + added
-        return None if total is None else total.to(q.dtype)
+    def _added(self, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """A mask as it is added to the scores; extra positions of keys are never masked."""
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
+        return F.pad(mask, (0, k.shape[-2] - mask.shape[-1]))
 
 
 def parse(sizes: Mapping[str, int]) -> tuple[Calls, Calls]:
