@@ -27,8 +27,8 @@ from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CheckpointError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
 from setpoint.groups.group import Group, check_blocks, widths_of
-from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.groups.trace import repeated, trace
+from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
