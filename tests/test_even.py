@@ -23,7 +23,6 @@ from golden.models import GPT
 from setpoint.actuator.mask import mask
 from setpoint.configs.even import Even, evened, shared_widths
 from setpoint.controller.even import EvenController
-from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.cost import ProductCost, Term
 from setpoint.errors import GroupError, LoopError
 from setpoint.gates.gated import GatedController
@@ -116,15 +115,6 @@ for auto, folder in json.loads(sys.argv[1]):
         torch.testing.assert_close(model(**example).logits, want, rtol=0, atol=1e-12)
 assert not [name for name in sys.modules if name.startswith("setpoint")]
 """
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_even_models_compute_what_their_masked_twins_do(family: str) -> None:
-    """Claim: what from_pretrained makes of the folder has the twin's outputs, to 1e-12 in double precision."""
-    example, want = torch.load(f"{saved(family)}/example.pt")
-    model = getattr(transformers, FAMILIES[family][0]).from_pretrained(saved(family), dtype=torch.float64)
-    assert not hasattr(model, "_setpoint_shapes")
-    torch.testing.assert_close(logits(model, example), want, rtol=0, atol=1e-12)
 
 
 def test_a_process_without_setpoint_reads_them() -> None:
@@ -324,20 +314,6 @@ def test_kinds_that_are_given_hold_together() -> None:
     seen = observe(uneven, cost, limit=1.0, dense=9.0, reading=Reading(1, {}, 1))
     with pytest.raises(LoopError, match=r"one kind have different widths \(block.0.heads: 10, block.1.heads: 12\)"):
         controller.decide(controller.init(groups), seen, cost, uneven)
-
-
-def test_a_cut_that_comes_back_comes_back_evenly() -> None:
-    """Claim: a tolerance takes back the whole last cut, and the inner state goes on at the wider widths."""
-    groups, cost = layers(16, 16)
-    saliency = {group.name: np.arange(1.0, 1 + group.num_units) for group in groups}
-    controller = EvenController(setpoint.PricedController())
-    state = controller.init(groups)
-    seen = observe(groups, cost, limit=600.0, dense=cost.total(widths_of(groups)), reading=Reading(1, saliency, 1))
-    narrow, plan = controller.decide(state, seen, cost, groups)
-    assert plan.drops()
-    again, same = controller.decide(narrow, seen, cost, groups)  # as if nothing had been cut
-    assert same.drops() and len({int(same.keep[f"block.{i}.neurons"].sum()) for i in range(2)}) == 1
-    assert EvenController(TolerantController(setpoint.Tolerance(0.1))).conduct.regrow
 
 
 def test_what_cannot_be_even_is_refused_in_a_sentence() -> None:

@@ -55,7 +55,7 @@ def _transformer() -> Plant:
 CONTROLLERS: dict[str, Controller[Any]] = {
     "priced": PricedController(),
     "priced, uniform": PricedController(allocation="uniform"),
-    "priced, linear, four cuts": PricedController(schedule=Schedule(shape="linear", num_cuts=4)),
+    "priced, four cuts": PricedController(schedule=Schedule(num_cuts=4)),
     "scheduled": ScheduledController(),
     "one-shot": ScheduledController(begin=0.0, end=0.0, num_cuts=1),
     "priced, unguarded": PricedController(slew=1.0, min_density=0.0, dwell=0, hysteresis=0.0, deadband=0.0),

@@ -14,7 +14,6 @@ from controller.plants import chain, lognormal, observe, residual
 from setpoint.controller.offer import Probe, offers_of
 from setpoint.controller.plan import Plan
 from setpoint.controller.priced import PricedController
-from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import Change, follow
 from setpoint.groups.group import Group, widths_of
@@ -128,23 +127,17 @@ PLANTS = {
     plant=st.sampled_from(sorted(PLANTS)),
     seed=st.integers(0, 10_000),
     fraction=st.floats(0.25, 0.8),
-    shape=st.sampled_from(["geometric", "linear"]),
     dwell=st.integers(0, 3),
     returns=st.integers(0, 2),
 )
 @settings(max_examples=15, deadline=None)
-def test_random_plants(plant: str, seed: int, fraction: float, shape: str, dwell: int, returns: int) -> None:
+def test_random_plants(plant: str, seed: int, fraction: float, dwell: int, returns: int) -> None:
     """Claim: on random plants with wandering saliencies every run lands at 70 %, never over the limit; what comes
     back beats the price by the hysteresis, is paid for (no decision makes the model dearer than it was or
     may be), comes in whole blocks, at most `returns` times, and not after 70 %.
     """
     groups, cost = PLANTS[plant]()
-    controller = PricedController(
-        regrow=True,
-        dwell=dwell,
-        returns=returns,
-        schedule=Schedule(shape=shape),  # type: ignore[arg-type]
-    )
+    controller = PricedController(regrow=True, dwell=dwell, returns=returns)
     decisions = run(controller, groups, cost, wandering(groups, seed), fraction=fraction)
     last = decisions[-1]
     assert last.plan.budget_met and last.after <= last.limit and last.step == 280

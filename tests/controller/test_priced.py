@@ -123,35 +123,21 @@ def test_same_input_same_plan(spec: list[tuple[int, float, int, float, float]], 
     assert plans[0].reason == plans[1].reason == plans[2].reason
 
 
-def test_no_reading_makes_no_decision() -> None:
-    """Without a reading, or with one that lacks a group or has another length, everything stays and it is said."""
+def test_bad_readings_make_no_decision() -> None:
+    """A reading that is missing or incomplete, and a meter that is missing or reads nonsense, drop nothing."""
     groups, cost = chain(16, 16)
     full = lognormal(groups)
-    for reading, words in (
-        (None, "no reading"),
-        (Reading(1, {"layer0": full["layer0"]}, 1), "lacks layer1"),
-        (Reading(1, {**full, "layer1": np.ones(15)}, 1), "layer1 has 16 units"),
+    for reading, metered, words in (
+        (None, None, "no reading"),
+        (Reading(1, {"layer0": full["layer0"]}, 1), None, "lacks layer1"),
+        (Reading(1, {**full, "layer1": np.ones(15)}, 1), None, "layer1 has 16 units"),
+        *((Reading(1, full, 1), metered, "the meter reads") for metered in (np.nan, np.inf, 0.0, -1.0)),
     ):
-        _, plan = _decide(groups, cost, reading)
+        _, plan = _decide(groups, cost, reading, metered=metered)
         assert plan.empty() and not plan.budget_met and words in plan.reason
-
-
-@pytest.mark.parametrize("metered", [float("nan"), float("inf"), 0.0, -1.0])
-def test_bad_meter_makes_no_decision(metered: float) -> None:
-    """A meter that reads nonsense is a missing reading: nothing is dropped."""
-    groups, cost = chain(16, 16)
-    _, plan = _decide(groups, cost, Reading(1, lognormal(groups), 1), metered=metered)
-    assert plan.empty() and not plan.budget_met and "meter" in plan.reason
-
-
-def test_meter_that_goes_missing_makes_no_decision() -> None:
-    """Once a meter has been read, the prediction alone no longer decides."""
-    groups, cost = chain(16, 16)
-    controller, dense = PricedController(), cost.total(widths_of(groups))
-    reading = Reading(1, lognormal(groups), 1)
-    first = observe(groups, cost, limit=0.5 * dense, dense=dense, reading=reading, total_steps=100, metered=dense)
-    state, _ = controller.decide(controller.init(groups), first, cost, groups)
-    state, plan = controller.decide(state, replace(first, step=30, metered={}), cost, groups)
+    state, _ = _decide(groups, cost, Reading(1, full, 1), metered=cost.total(widths_of(groups)), total_steps=100)
+    seen = observe(groups, cost, limit=1.0, dense=2.0, reading=Reading(30, full, 1), step=30, total_steps=100)
+    _, plan = PricedController().decide(state, seen, cost, groups)
     assert plan.empty() and "missing" in plan.reason
 
 
@@ -301,22 +287,6 @@ def test_unreachable_limit_does_not_land() -> None:
     plan = decide_once(PricedController(), groups, cost, lognormal(groups), limit=limit)
     assert not plan.budget_met and "2 of 2 groups cannot be cut further" in plan.reason
     assert all(group.num_units >= 1 for group in after(groups, plan))
-
-
-def test_late_readings_still_land() -> None:
-    """If no reading comes until after settle, the next check lands."""
-    groups, cost = chain(64, 64)
-    controller, dense = PricedController(), cost.total(widths_of(groups))
-    state = controller.init(groups)
-    steps = [step for step in range(1, 1001) if controller.due(step, 1000)]
-    for step in steps[:10]:
-        seen = observe(groups, cost, limit=0.5 * dense, dense=dense, reading=None, step=step, total_steps=1000)
-        state, plan = controller.decide(state, seen, cost, groups)
-        assert plan.empty()
-    reading = Reading(steps[10], lognormal(groups), 1)
-    seen = observe(groups, cost, limit=0.5 * dense, dense=dense, reading=reading, step=steps[10], total_steps=1000)
-    _, plan = controller.decide(state, seen, cost, groups)
-    assert steps[10] > 300 and plan.budget_met
 
 
 def test_coarse_blocks_are_left_for_the_landing() -> None:

@@ -161,13 +161,6 @@ def test_trade_is_the_best_trade() -> None:
         assert reached <= min(objectives) + 1e-12 * abs(min(objectives))
 
 
-def test_cheapest() -> None:
-    """The cheapest cost is that of the widths which whole blocks reach without passing min_units."""
-    groups = (unit_group("layer0", 20, min_units=3, multiple_of=8), unit_group("layer1", 10, min_units=4))
-    _, cost = chain(20, 10)
-    assert cheapest(cost, groups) == cost.total({"layer0": 8, "layer1": 4})
-
-
 def test_many_blocks_are_quick() -> None:
     """200 groups of 4,096 units are decided in well under a second even with run-time type checks on."""
     groups, cost = chain(*([4096] * 200))

@@ -37,14 +37,12 @@ REFUSED: list[tuple[Callable[..., object], dict[str, Any]]] = [
     (Schedule, {"settle": 0.9}),
     (Schedule, {"land": 1.1}),
     (Schedule, {"num_cuts": 0}),
-    (Schedule, {"shape": "cubic"}),
     # Outside of this region the feedback overshoots.
     *((Gains, {"kp": kp, "ki": ki}) for kp, ki in ((-0.1, 0.5), (0.1, 0.0), (0.6, 0.5), (NAN, 0.5))),
     (_penalty, {"hysteresis": 1.0}),
     (_penalty, {"slew": 0.0}),
     (_tolerant, {"stride": 1.0}),
-    (_tolerant, {"slew": 0.0}),
-    *((_tolerant, {"finest": value}) for value in (0.0, 0.5)),
+    (_tolerant, {"stride": 0.02}),
 ]
 
 

@@ -46,8 +46,11 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (partial(Price, math.nan, of="flops"), "a rate is a finite number"),
     (partial(Tolerance, -0.1), "the rise in loss to accept"),
     (partial(Tolerance, True), "a tolerance is a finite number"),
-    *((partial(make, 0.5, of="flops", watts=30.0), "leave watts out") for make in GOALS),
-    *((partial(make, 0.5, of="energy", example=X), "leave the example out") for make in GOALS),
+    *((partial(make, 0.5, of="flops", watts=30.0), "watts is for a budget or a price of .energy") for make in GOALS),
+    *(
+        (partial(make, 0.5, of="energy", example=X), "example is for a budget or a price of .inference")
+        for make in GOALS
+    ),
 ]
 
 

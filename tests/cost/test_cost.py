@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from setpoint.cost.cost import ProductCost, Term
+from setpoint.cost.cost import Cost, JointCost, ProductCost, Share, Term
 from setpoint.groups.group import Size
 
 NAMES = ("a", "b", "c", "d")
@@ -68,3 +68,18 @@ def test_like_terms_are_merged() -> None:
     )
     assert len(cost.terms) == 3
     assert cost.total({"a": 10, "b": 1}) == (2 + 35) * 10 * 5 + 10 + 12 + 8
+
+
+A, B = Size(0, (("a", 1),)), Size(0, (("b", 1),))
+FLOPS = ProductCost("flops", (Term(1.0, (A, B)),))
+PARAMS = ProductCost("params", (Term(10.0, (A,)), Term(1.0, (B,))))
+
+
+def test_a_joint_cost_is_the_largest_share_of_a_limit() -> None:
+    """The total is that of the binding budget; savings end where the other one takes over; a meter corrects a share."""
+    joint, wide, narrow = JointCost([Share(FLOPS, 50.0), Share(PARAMS, 100.0)]), {"a": 10, "b": 10}, {"a": 10, "b": 2}
+    assert isinstance(joint, Cost)
+    assert joint.total(wide) == 2.0 and joint.binding(wide).cost is FLOPS
+    assert joint.total(narrow) == pytest.approx(1.02) and joint.binding(narrow).cost is PARAMS
+    assert joint.saving(wide, "b", 8) == pytest.approx(2.0 - 1.02)
+    assert JointCost([Share(FLOPS, 200.0), Share(PARAMS, 220.0, factor=3.0)]).binding(wide).cost is PARAMS

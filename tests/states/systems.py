@@ -12,7 +12,7 @@ from setpoint.actuator.cut import Keep
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import Optimizers
 from setpoint.groups.group import Group
-from setpoint.states import Basis, DenseSystem, DiagonalSystem
+from setpoint.states import BalancedPairs, DenseSystem, DiagonalSystem
 from setpoint.states.turn import turned
 
 
@@ -21,7 +21,7 @@ def balance_and_shrink(
     optimizer: Optimizers,
     groups: tuple[Group, ...],
     keep: Keep,
-    basis: Mapping[str, Basis],
+    basis: Mapping[str, BalancedPairs],
     copies: Sequence[nn.Module] = (),
 ) -> tuple[Group, ...]:
     """Shrink a model; state groups that lose units are balanced, truncated and diagonalised on the way."""

@@ -28,19 +28,14 @@ _INSTEAD = ". Attach without even=True: setpoint.save writes models of any width
 
 @dataclass(frozen=True)
 class Width:
-    """A width that the configs of some model types say.
+    """A width that the configs of some model types say."""
 
-    Args:
-        types: values of `config.model_type`.
-        weight: regular expression for the names of the weights whose units it counts.
-        numbers: names in the config, the first counts the units. Of the others each unit has the same share: query
-            heads share the key-value head that counts them.
-        size_of_head: whether `head_dim` has to be written, too: else the config computes it from the number of heads.
-    """
-
-    types: str
-    weight: str
+    types: str  # values of `config.model_type`
+    weight: str  # regular expression for the names of the weights whose units it counts
+    # Names in the config, the first counts the units. Of the others each unit has the same share: query heads share the
+    # key-value head that counts them.
     numbers: tuple[str, ...]
+    # Whether `head_dim` has to be written, too: else the config computes it from the number of heads.
     size_of_head: bool = False
 
 
@@ -62,8 +57,7 @@ TABLE = (
 )
 """Checked once for each type: a model that its class builds from the cut config has the shapes of the cut."""
 
-_MOST_HEADS = 256
-"""Larger widths are neurons, of which no config refuses a number."""
+_MOST_HEADS = 256  # larger widths are neurons, of which no config refuses a number
 
 
 @dataclass(frozen=True)
@@ -77,39 +71,30 @@ class Number:
 
 @dataclass(frozen=True, eq=False)
 class SharedWidth:
-    """Groups whose common width a config says.
+    """Groups whose common width a config says."""
 
-    Args:
-        module: qualified name of the module that has the config.
-        names: of the groups.
-        numbers: of the config, which a cut writes.
-        block: widths that are multiples of it are those that the config allows.
-    """
+    module: str  # that has the config
+    names: tuple[str, ...]  # of the groups
+    numbers: tuple[Number, ...]  # of the config, which a cut writes
+    block: int  # widths that are multiples of it are those that the config allows
 
-    module: str
-    names: tuple[str, ...]
-    numbers: tuple[Number, ...]
-    block: int
-
-    def bound(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-        """The groups, of which a cut writes the numbers, and which keep to widths that the config allows."""
-        return tuple(self._bound(group) if group.name in self.names else group for group in groups)
-
-    def _bound(self, group: Group) -> Group:
+    def bound(self, group: Group) -> Group:
+        """The group, of which a cut writes the numbers, and which keeps to widths that the config allows."""
+        if group.name not in self.names:
+            return group
         # Phi-3 slices its fused heads by numbers of the config while it runs: once a cut has written them, the code
         # gives other sizes there than it did, and a place that insists on the old size would be refused.
         sizes = tuple(
             replace(size, place=size.place.partition("=")[0]) if is_call(size.place) else size for size in group.sizes
         )
         if group.name == self.names[0]:  # one group writes the config for all
-            sizes += tuple(self._size(number, group.num_units) for number in self.numbers)
+            for number in self.numbers:
+                units = np.repeat(np.arange(group.num_units), number.per_unit)
+                index = np.concatenate([units, np.full(number.constant, -1)])
+                sizes += (SizeBinding(self.module, number.place, index),)
         block = int(np.lcm(group.multiple_of, self.block))
         fewest = -(-max(group.min_units, 1) // block) * block
         return replace(group, sizes=sizes, multiple_of=block, min_units=min(group.num_units, fewest))
-
-    def _size(self, number: Number, width: int) -> SizeBinding:
-        units = np.repeat(np.arange(width), number.per_unit)
-        return SizeBinding(self.module, number.place, np.concatenate([units, np.full(number.constant, -1)]))
 
 
 def configured(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -127,10 +112,9 @@ def shared_widths(model: nn.Module, groups: Sequence[Group]) -> tuple[SharedWidt
     """What the configs in a model say of its groups; groups that are in none of them are not named."""
     found = []
     for name, module in configured(model):
+        config: Any = module.config
         for row in TABLE:
-            config: Any = module.config
-            if config.model_type in row.types.split():
-                found += _shared(name, module, row, groups)
+            found += _shared(name, module, row, groups) if config.model_type in row.types.split() else []
     return tuple(found)
 
 
@@ -189,26 +173,15 @@ def _is_valid(config: Any, numbers: Sequence[Number], width: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Even:
-    """What may be cut evenly.
+    """What may be cut evenly."""
 
-    Args:
-        traced: with groups of which a cut writes the config.
-        groups: those that may be cut.
-        kinds: by name, which share a width.
-        frozen: by name, why others are not pruned.
-    """
-
-    traced: Trace
-    groups: tuple[Group, ...]
-    kinds: tuple[Kind, ...]
-    frozen: Mapping[str, str]
+    traced: Trace  # with groups of which a cut writes the config
+    groups: tuple[Group, ...]  # those that may be cut
+    kinds: tuple[Kind, ...]  # which share a width
+    frozen: Mapping[str, str]  # by name, why others are not pruned
 
     def complete(self, found: Candidates, model: nn.Module) -> Candidates:
-        """Without the kinds of which some layer is not pruned: the others would be narrower than that layer.
-
-        Raises:
-            GroupError: when nothing is left.
-        """
+        """Without the kinds of which some layer is not pruned: the others would be narrower than that layer."""
         active, missing = {group.name for group in found.groups}, dict[str, str]()
         for kind in self.kinds:
             whole = [name for name in kind if name not in active]
@@ -234,21 +207,13 @@ class Even:
 
 
 def evened(model: nn.Module, traced: Trace, wanted: Sequence[Group] | None, *, allow_lossy: bool) -> Even:
-    """The groups that a config has a place for, or that no config describes, and their kinds.
-
-    Args:
-        wanted: out of these groups; None for all.
-        allow_lossy: also those in which a zeroed unit is not the same as an absent one.
-
-    Raises:
-        GroupError: when there are none.
-    """
+    """The groups, out of the wanted ones, that a config has a place for, or that no config describes; by kinds."""
     chosen = {group.name for group in (traced.groups if wanted is None else wanted)}
     some = tuple(group for group in traced.groups if group.name in chosen and (group.lossless or allow_lossy))
     described, shared = dict(configured(model)), shared_widths(model, some)
     groups, placed = traced.groups, {name for width in shared for name in width.names}
     for width in shared:
-        groups = width.bound(groups)
+        groups = tuple(map(width.bound, groups))
     frozen = {}
     for group in some:
         # A group that reaches into a described module is one whose width its config must be able to say.

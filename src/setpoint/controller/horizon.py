@@ -15,16 +15,9 @@ _UNUSED = 0.002  # share of the budget that a last cut may leave unused without 
 class Remaining:
     """What is left of the budget of a run when a decision is made, and what else it is spent on.
 
-    A last cut at step s to the cost c per step fixes the rest of the run, and
-
-        unused = (1 - margin) * limit - spent - c * (total_steps - s)
-
-    is known exactly. Blocks may be so coarse that it is a good part of the budget. Then the last cut had better wait,
-    at the present cost p and with sensing going on at `sensing` per step, for
-
-        floor(unused / (p + sensing - c)) steps,
-
-    which uses up what is left but for less than the saving of one step.
+    A last cut at step s to the cost c per step leaves `unused = (1 - margin) * limit - spent - c * (total_steps - s)`.
+    Where coarse blocks make that a good part of the budget, the cut had better wait, at the present cost p and with
+    sensing going on at `sensing` per step, for `floor(unused / (p + sensing - c))` steps.
     """
 
     limit: float  # what the whole run may spend
@@ -38,9 +31,7 @@ class Remaining:
     factor: float = 1.0  # cost of a step as metered / as predicted; 1 without a meter
 
     def wait(self, step: int, total_steps: int, *, lands: bool, present: float, after: float) -> int:
-        """Steps by which a cut that may be the last (`lands`: is the last) had better wait, 0 for none.
-
-        `present` is the cost of a step now, `after` the cost after the cut.
+        """Steps by which a cut that may be the last (`lands`: is the last) had better wait; costs are per step.
 
         >>> remaining = Remaining(limit=100.0, spent=60.0, schedule=Schedule())
         >>> remaining.wait(60, 110, lands=True, present=1.0, after=0.6)  # 30 for 50 steps, 10 left: 25 more at 1.0
@@ -67,15 +58,14 @@ class Remaining:
 def step_limit(schedule: Schedule, step: int, total_steps: int, *, left: float, start: float, present: float) -> float:
     """The highest limit per step that the rest of a run can be held to with what is left to spend.
 
-    The controller comes down to the reference at each decision and stays there until the next, and a cut is not taken
-    back, so a run that is held to the limit L still spends
+    The controller comes down to the reference at each decision and stays there until the next, so a run that is held to
+    the limit L still spends
 
         rest(L) = sum over the steps s to come of min(present, reference(d(s); start, L)),
 
-    with d(s) the last decision before s. This grows with L; bisection finds the L at which it equals what is left.
-    Asked again at each decision (a receding horizon) it takes in whatever came out otherwise: blocks that left a cut
-    short of its target, steps that cost more or less than predicted, overhead, a run made longer or shorter.
-    `start` is the cost of a step of the dense model and the highest answer; where nothing is left it is 0 or less.
+    with d(s) the last decision before s; bisection finds the L at which it equals what is left. Asked again at each
+    decision (a receding horizon) it takes in whatever came out otherwise. `start` is the cost of a step of the dense
+    model and the highest answer; where nothing is left it is 0 or less.
 
     >>> step_limit(Schedule(), 300, 1000, left=350.0, start=1.0, present=0.8)
     0.5
@@ -100,11 +90,7 @@ def step_limit(schedule: Schedule, step: int, total_steps: int, *, left: float, 
 
 
 def spans(schedule: Schedule, step: int, total_steps: int) -> list[tuple[int, int]]:
-    """The stretches of the rest of a run between decisions: where each begins, and its number of steps.
-
-    >>> spans(Schedule(), 300, 1000)[:2]
-    [(300, 31), (331, 31)]
-    """
+    """The stretches of the rest of a run between decisions: where each begins, and its number of steps."""
     edges = [step, *(at for at in schedule.decisions(total_steps) if step < at < total_steps), total_steps]
     return [(begin, end - begin) for begin, end in zip(edges, edges[1:], strict=False)]
 
@@ -120,14 +106,7 @@ def cheapest_run(schedule: Schedule, step: int, total_steps: int, *, present: fl
 
 
 def highest_step(schedule: Schedule, step: int, total_steps: int, *, left: float, cheapest: float) -> float:
-    """The most that a step may cost until the next decision, so that the cheapest model from there on spends the rest.
-
-    Where each decision keeps to it, the next one can: a run that has at least `cheapest_run` left before its first
-    decision is never over its budget.
-
-    >>> round(highest_step(Schedule(), 300, 1000, left=200.0, cheapest=0.25), 3)  # decisions at 300 and 331
-    1.056
-    """
+    """The most that a step may cost until the next decision, if the cheapest model from there on spends the rest."""
     coming = next_decision(schedule, step, total_steps)
     if coming == step:
         return math.inf

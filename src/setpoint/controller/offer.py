@@ -23,15 +23,9 @@ class Probe:
 
         gain = -sum over its outgoing weights of w * dL/dw, at zero.
 
-    A few steps tell this only roughly, and whoever picks the largest of many rough numbers picks luck. So decisions go
-    by `gain - error`.
-
-    Once back, a unit stays or goes by what the sensor reads of it, which is its curvature. The steps tell that too:
-    with B samples behind a step, gate gradients -gain of mean m and deviation s foretell the saliency
-    (B s^2 + m^2) / 2.
-
-    By group there is an entry for each of `origins`, the units that were probed. Error and deviation are NaN where a
-    unit was present in one step only; without a deviation nothing is foretold of the saliency.
+    Whoever picks the largest of many rough numbers picks luck, so decisions go by `gain - error`. Once back, a unit
+    stays or goes by its curvature: with B samples behind a step, gate gradients of mean m and deviation s foretell the
+    saliency (B s^2 + m^2) / 2. Error and deviation are NaN where a unit was present in one step only.
     """
 
     step: int  # optimizer steps done when it was taken
@@ -93,10 +87,9 @@ class Offers:
         return {name: np.array([worth[name, int(unit)] for unit in units]) for name, units in self.grow().items()}
 
     def most_that_pay(self, select: Callable[[Offers], Choice], pays: Callable[[Choice], bool]) -> Choice | None:
-        """The choice with the largest number of blocks that still pay; None where none does.
+        """The choice with the most blocks that still pay; None where none does.
 
-        The more blocks come back, the higher the price that pays for them and the lower the worth of the last one, so
-        the number is found by bisection.
+        With more blocks the price that pays for them rises and the worth of the last one falls: hence the bisection.
         """
         best, low, high = None, 0, len(self.blocks)
         while low < high:
@@ -123,22 +116,9 @@ def offers_of(
     """Whole blocks of resting units that are sure to gain and to stay, the worthiest first.
 
     A unit's sure gain is its gain less the standard error, and at most the saliency that it will be read to have: one
-    that gained more would go again for want of it. Where the error is unknown it is not offered. Within a group
-    units come in the order of their sure gain. A unit is left out that has rested for fewer decisions
-    than `dwell`, or has come back `returns` times before.
-
-    At one decision at most the fraction `slew` of a group's units comes back; one block always may. `num_samples` are
-    the independent samples behind the gradient of a step.
-
-    >>> from setpoint.cost.cost import ProductCost, Term
-    >>> from setpoint.groups.group import Size
-    >>> group, some = Group("a", "unit", num_units=4, slices=()), np.arange(3)
-    >>> cost = ProductCost("flops", (Term(2.0, (Size(0, (("a", 1),)),)),))
-    >>> gain, error = {"a": np.array([1.0, -1.0, 3.0])}, {"a": np.zeros(3)}
-    >>> probe = Probe(9, {"a": np.array([5, 6, 7])}, gain, error, {"a": some + 2}, {"a": some})
-    >>> offers = offers_of(probe, cost, {"a": 4}, (group,), dwell=2, returns=2, slew=0.5)
-    >>> [(block.origins.tolist(), block.worth) for block in offers.blocks]
-    [([7], 1.5), ([5], 0.5)]
+    that gained more would go again for want of it. Where the error is unknown it is not offered, nor if it has rested
+    for fewer decisions than `dwell`, or has come back `returns` times before. At one decision at most the fraction
+    `slew` of a group's units comes back; one block always may.
     """
     found: list[tuple[float, str, int, Offer]] = []
     for group in groups:

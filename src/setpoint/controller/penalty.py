@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with, these
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, per, problem_with, these
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import descend, start
-from setpoint.cost.budget import Price, per
+from setpoint.cost.budget import Price
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import plain_fields
@@ -24,8 +24,7 @@ class PenaltyController(Controller[None]):
     each pick. Since savings only shrink as other groups do, that is where no single block is left that costs more
     than it earns.
 
-    The price rises to its full value between the schedule's warm-up and its settle step, in proportion to time, so
-    that the least worthy units go first, and the others have their say once the loss has felt it:
+    The price rises to its full value between the schedule's warm-up and its settle step, in proportion to time:
 
         price(step) = rate * clip((step - warmup) / (settle - warmup), 0, 1).
 
@@ -70,7 +69,6 @@ class PenaltyController(Controller[None]):
         """Nothing is remembered between decisions."""
 
     def decide(self, state: None, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[None, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer."""
         resource, reading = cost.resource, observation.reading
         step, total_steps = observation.step, observation.planned_steps
         rate = self.price.absolute(observation.dense[resource])

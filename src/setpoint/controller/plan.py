@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 
 from setpoint.controller.schedule import Schedule
-from setpoint.cost.budget import Price, Tolerance
+from setpoint.cost.budget import UNIT, Price, Tolerance
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
@@ -172,17 +172,14 @@ class Controller(Protocol[State]):
         return False
 
     def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
-        """The state with which it goes on without a bump when the budget or the length of the run changes.
+        """The state with which it goes on without a bump when the limit or the length of the run changes.
 
-        Args:
-            total_steps: of the run, as it is now.
-            present: predicted cost of a step now.
-            limit: the new one.
+        `present` is the predicted cost of a step now.
         """
         return state
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
-        """FLOPs, within the allowance, that one decision spends on learning at most; `Plan.flops` is what it has."""
+        """FLOPs, within the allowance, that one decision spends on learning at most."""
         return 0.0
 
 
@@ -230,3 +227,8 @@ def problem_with(reading: Reading | None, groups: tuple[Group, ...]) -> str:
 def these(units: int, groups: int) -> str:
     """So many units of so many groups."""
     return f"{units} unit{'s' * (units != 1)} of {groups} group{'s' * (groups != 1)}"
+
+
+def per(resource: str) -> str:
+    """What a price of a resource is for, such as "for each FLOP"."""
+    return "for all of the leading budget" if resource == "joint" else f"for each {UNIT.get(resource, resource)}"

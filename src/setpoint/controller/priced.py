@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with, these
+from setpoint.controller.plan import Conduct, Controller, Observation, Plan, per, problem_with, these
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.selection import Allocation, Selection, even_density, landing_widths, reach, start
-from setpoint.cost.budget import DENSE, per
+from setpoint.cost.budget import DENSE
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import ByUnit
 from setpoint.groups.group import Group, keep_all
@@ -35,22 +35,18 @@ class Gains:
 
         u = kp * e + ki * sum(e),    e = ln(metered / expected)
 
-    where `expected` is `predicted * exp(u)` at the present widths, with u of the last decision. The logarithm makes the
-    loop exactly linear, because cost and price act as factors. What a decision could not reach for reasons known to the
-    controller (block size, slew limit, dwell, floors) is in the widths, so it is no error: that is the anti-windup.
+    where `expected` is `predicted * exp(u)` at the present widths, with u of the last decision. Cost and price act as
+    factors, so the logarithm makes the loop exactly linear, and the loop gain is 1 for any model: the price follows as
+    the worth at which predicted cost meets the target. What a decision could not reach (block size, slew limit, dwell,
+    floors) is in the widths, so it is no error: that is the anti-windup.
 
-    The price follows as the worth at which predicted cost meets the target. So feedback acts on the cost, and the
-    plant's own slope makes a price of it: the loop gain is 1 for any model. A fixed gain on the price would be too weak
-    where worths are spread over decades and unstable where they are alike.
-
-    Derivation of the defaults. If the meter reads `factor` times the prediction, `e[k+1] = ln(factor) - u[k]`, so
+    If the meter reads `factor` times the prediction, `e[k+1] = ln(factor) - u[k]`, so
 
         e[k+1] = (1 - kp - ki) * e[k] + kp * e[k-1].
 
     With kp >= 0 and kp + ki <= 1 both coefficients are non-negative, so e never changes sign: no overshoot, which
-    matters because a cut cannot be taken back. `kp = 0.1, ki = 0.5` take out 60 % of a sudden change at the next
-    decision, 99 % within eight (dominant root 0.57), follow a steady drift of d per decision with a lag of `d / ki = 2
-    d`, and pass only about 0.4 of the variance of a noisy meter.
+    matters because a cut cannot be taken back. The defaults take out 60 % of a sudden change at the next decision, 99 %
+    within eight, follow a drift of d per decision with a lag of `d / ki`, and pass about 0.4 of a meter's variance.
 
     Args:
         kp: proportional gain, >= 0.
@@ -88,18 +84,7 @@ class Feedback:
         return math.log(metered / predicted) - self.correction
 
     def updated(self, error: float, gains: Gains, deadband: float) -> Feedback:
-        """Memory after one decision; inside the dead-band nothing is integrated and the price rests.
-
-        Args:
-            deadband: full width of the band around 0, relative.
-
-        >>> feedback = Feedback()
-        >>> for _ in range(20):
-        ...     error = feedback.error(metered=13.0, predicted=10.0)
-        ...     feedback = feedback.updated(error, Gains(), deadband=0.0)
-        >>> round(feedback.factor(), 4)
-        1.3
-        """
+        """Memory after one decision; inside the dead-band, of this relative width around 0, nothing is integrated."""
         if abs(error) <= deadband / 2:
             return self
         integral = self.integral + gains.ki * error
@@ -130,36 +115,30 @@ class PricedController(Controller[PricedState]):
 
     the loss that a unit of resource earns there. Blocks are dropped in the order of worth, with savings weighed again
     after each pick, until predicted cost meets the target: the greedy solution of `min loss + price * cost`. The price
-    is the worth at which it stops, divided by `1 - hysteresis`, so that every dropped block has `worth <= price * (1 -
-    hysteresis)`. The target is the reference corrected by feedback (`Gains`); without a meter the two are equal. No
-    dropped block fits back at the stop: predicted cost ends below the target by less than the smallest dropped block.
-    Swaps of a coarse block for a finer one come nearer still. Where blocks are coarse, cuts on the way down stop two
-    blocks above the limit, so that the last cut can choose a combination that comes near. A budget of the whole run
-    bounds what a step may cost until the next decision (`Observation.ceiling`); reference and guards give way to it.
+    is the worth at which it stops, divided by `1 - hysteresis`. The target is the reference corrected by feedback
+    (`Gains`); without a meter the two are equal. No dropped block fits back at the stop, and swaps of a coarse block
+    for a finer one come nearer still. Cuts on the way down stop two blocks above the limit, so that the last cut can
+    choose a combination that comes near. Reference and guards give way to what a budget of the whole run allows a step
+    (`Observation.ceiling`).
 
     From `settle` on every decision tries to meet the budget, and never goes over. Guards in the way are lifted there,
     one after the other: first the slew limit, then the density floor and the dwell; the plan's reason says so. With a
     meter the aim is half a dead-band below the limit, and the budget is met when the metered cost is within it.
 
-    Saliencies of different groups cannot be compared where a reading is not calibrated. There `allocation="uniform"` is
-    used: blocks are ranked by the share of the group that would be gone, and within a group by saliency. The densities
-    of all groups stay alike. (Dividing by a group's mean saliency instead would starve groups whose saliencies are
-    alike.) Worth and price are then shares, and nothing is swapped. Unless guards are lifted, no group goes below the
-    width of an even cut to the budget. So no density ends further below the even one than the coarsest block, and only
-    groups that cost little lie above it.
+    Where a reading is not calibrated, saliencies of different groups cannot be compared, and `allocation="uniform"` is
+    used: blocks are ranked by the share of the group that would be gone, and within a group by saliency. Worth and
+    price are then shares, and nothing is swapped. Unless guards are lifted, no group goes below the width of an even
+    cut to the budget.
 
     With `regrow=True` dropped units rest in a reserve and are probed before a decision. A block of them comes back if
 
         probed worth = summed min(gain - its standard error, foretold saliency) / what the block costs
                      > price * (1 + hysteresis),
 
-    at the price of the cut that pays for it. The foretold saliency is the sensor's reading of a unit once it is back.
-    The worthiest blocks come back first, while they beat the price that results. A unit rests for `dwell` decisions
-    before, stays for as many after, and comes back `returns` times at most. Before `schedule.land`, from where on
-    nothing comes back, the budget does not count as met. Regrowth is off by default: it was measured to be no better.
-
-    The defaults for `slew` and `min_density` guard against a whole layer being cut on one noisy reading. A group never
-    ends below `min_density` times the density that would meet the limit if all groups had the same one.
+    at the price of the cut that pays for it, the worthiest first. The foretold saliency is the sensor's reading of a
+    unit once it is back. A unit rests for `dwell` decisions before, stays for as many after, and comes back `returns`
+    times at most. Before `schedule.land`, from where on nothing comes back, the budget does not count as met. Regrowth
+    is off by default: it was measured to be no better.
 
     Args:
         schedule: trajectory and times of decisions.
@@ -216,7 +195,6 @@ class PricedController(Controller[PricedState]):
         return PricedState(age={group.name: np.full(group.num_units, self.dwell, np.int64) for group in groups})
 
     def probe_due(self, step: int, total_steps: int) -> bool:
-        """Whether resting units should be present in the step after this one: shortly before a decision, if at all."""
         coming = range(step + 1, step + 1 + self.probe_steps)
         usable = (self.due(later, total_steps) and not self.schedule.final(later, total_steps) for later in coming)
         return self.regrow and any(usable)
@@ -224,7 +202,6 @@ class PricedController(Controller[PricedState]):
     def decide(
         self, state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[PricedState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer."""
         metered = observation.metered.get(cost.resource)
         problem = problem_with(observation.reading, groups)
         if metered is None and state.metered:
@@ -246,13 +223,10 @@ class PricedController(Controller[PricedState]):
     def transferred(
         self, state: PricedState, *, step: int, total_steps: int, present: float, limit: float
     ) -> PricedState:
-        """The state whose reference passes through what a step costs now, and comes down from there to the new limit.
-
-        The PI part and the price are kept: they are relative.
-        """
         if state.start is None:
             return state
         value = present * state.feedback.factor()
+        # The reference comes down from here to the new limit; the PI part and the price are kept: they are relative.
         return replace(state, start=self.schedule.start_through(step, total_steps, value=value, limit=limit))
 
     def reordered(
@@ -266,8 +240,8 @@ class PricedController(Controller[PricedState]):
     ) -> Plan:
         """A plan with another choice of what goes: in the order of these saliencies in place of the reading's.
 
-        Price, what comes back and where spending goes are the plan's, and so are the guards. Worth is that of the
-        reading's saliencies. `state` is the one that the plan was made from, on the same observation.
+        All else is the plan's, also the worth, which is that of the reading. `state` and `observation` are those that
+        the plan was made from.
         """
         decision = self._decision(state, observation, cost, groups)
         offers = decision.offers() if plan.grows() else None
@@ -320,14 +294,12 @@ class Aim:
 
     @property
     def goal(self) -> float:
-        """What a decision must not end above: the target once it is to land, and what the rest of the run allows."""
+        """What a decision must not end above."""
         return self.target if self.settled else self.ceiling
 
     @property
     def paid(self) -> float:
-        """What the model may cost where units come back. A cut may stop above the target, on the way down, but what
-        comes back must not make the model dearer than it is.
-        """
+        """What the model may cost where units come back: never more than now."""
         return min(self.target if self.settled else max(self.target, self.spent), self.ceiling)
 
     def rests(self, deadband: float) -> bool:

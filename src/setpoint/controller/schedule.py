@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from setpoint.messages import plain_fields
 
@@ -15,26 +14,21 @@ class Schedule:
 
     With `s = (step - warmup) / (settle - warmup)`, clipped to [0, 1], and both ends in whole steps,
 
-        geometric:  reference = start * (limit / start) ** s
-        linear:     reference = start + (limit - start) * s
+        reference = start * (limit / start) ** s
 
-    Geometric is the default. It removes the same *fraction* of the present cost at every decision, so no decision is
-    much larger than another: on the way to a quarter of the cost in eight cuts each takes 16 %, while the last linear
-    cut would take 27 % in one go. It also saves more on the way down: its mean cost is `(1 - f) / ln(1 / f)` of dense
-    (0.54 for f = 1/4), against `(1 + f) / 2` (0.63). A relative error means the same all along it, which keeps the
-    loop gain constant.
+    So every decision removes the same *fraction* of the present cost: on the way to a quarter of the cost in eight cuts
+    each takes 16 %, while the last of equal steps would take 27 % in one go. The mean cost of the way down is
+    `(1 - f) / ln(1 / f)` of dense (0.54 for f = 1/4), against `(1 + f) / 2` of a straight line.
 
     Decisions are few, because each costs a resize: `num_cuts` are evenly spread over the ramp, the last one exactly
-    at `settle`. Checks follow at the same spacing until `land`: a late or metered run still meets the budget
-    there. After `land` three more chances are spread over the rest of the run, since it is better to meet the budget
-    late than to miss it.
+    at `settle`. Checks follow at the same spacing until `land`, where a late or metered run still meets the budget,
+    and three more chances are spread over the rest of the run.
 
     Args:
         warmup: fraction of the run that stays dense, so that readings mean something.
         settle: fraction of the run by which the reference has come down to the limit.
         land: fraction of the run by which the budget must be met.
         num_cuts: decisions on the way down; in runs too short for that, one per step.
-        shape: "geometric" or "linear".
 
     Raises:
         ValueError: unless `0 <= warmup < settle <= land <= 1` and `num_cuts >= 1`.
@@ -50,7 +44,6 @@ class Schedule:
     settle: float = 0.30
     land: float = 0.70
     num_cuts: int = 8
-    shape: Literal["geometric", "linear"] = "geometric"
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -62,27 +55,18 @@ class Schedule:
             )
         if type(self.num_cuts) is not int or self.num_cuts < 1:
             raise ValueError(f"num_cuts must be an integer of at least 1, got {self.num_cuts!r}")
-        if self.shape not in ("geometric", "linear"):
-            raise ValueError(f"shape must be 'geometric' or 'linear', got {self.shape!r}")
 
     def at(self, step: int, total_steps: int, *, start: float, limit: float) -> float:
-        """Cost that is allowed at this step, in the resource's own unit.
-
-        Args:
-            start: dense cost; where it is within the limit there is nothing to come down from.
-        """
+        """Cost that is allowed at this step; a `start` within the limit has nothing to come down from."""
         progress = self.progress(step, total_steps)
         if start <= limit or progress == 1.0:
             return limit
-        if self.shape == "linear":
-            return start + (limit - start) * progress
         return float(start * (limit / start) ** progress)
 
     def start_through(self, step: int, total_steps: int, *, value: float, limit: float) -> float:
         """The start from which the reference passes through a value at this step: the inverse of `at`.
 
-        For bumpless transfer: with it the reference goes on from `value` down to a new limit. Where the way down is
-        all but over, or the value is within the limit, the value itself.
+        For bumpless transfer. Where the way down is all but over, or the value is within the limit, the value itself.
 
         >>> schedule = Schedule()
         >>> start = schedule.start_through(175, 1000, value=2.0, limit=0.5)
@@ -92,8 +76,6 @@ class Schedule:
         progress = self.progress(step, total_steps)
         if progress > 0.99 or value <= limit:  # a power of over a hundred leaves the range of floats
             return value
-        if self.shape == "linear":
-            return (value - limit * progress) / (1 - progress)
         return float(limit * (value / limit) ** (1 / (1 - progress)))
 
     def progress(self, step: int, total_steps: int) -> float:

@@ -53,12 +53,10 @@ def build_ladder(
     slew: float = 1.0,
     free: Bool[np.ndarray, " units"] | None = None,
 ) -> Ladder:
-    """The ladder of a group at one decision.
+    """The ladder of a group at one decision, in blocks of `multiple_of` units; negative saliencies count as 0.
 
-    Blocks hold `multiple_of` units. Where the width is no multiple, the first block is the remainder, so that every
-    width on the way is a multiple. Units of equal saliency go in the order of their index. Negative saliencies count
-    as 0. At least `floor` units remain, and those that are not `free`. Of more than the share `slew` of the units only
-    one block goes, or a group of few units never would.
+    Where the width is no multiple, the first block is the remainder. At least `floor` units remain, and those that are
+    not `free`. Of more than the share `slew` of the units only one block goes, or a group of few units never would.
 
     >>> group = Group("conv1", "unit", num_units=10, slices=(), multiple_of=4)
     >>> ladder = build_ladder(group, np.arange(10.0), dense=10, floor=1)
@@ -84,16 +82,10 @@ def _smallest(values: Float64[np.ndarray, " units"], count: int) -> Int[np.ndarr
 
 
 def lowest_width(group: Group) -> int:
-    """Width at the foot of the ladder: the smallest that whole blocks reach without passing `min_units`.
-
-    >>> lowest_width(Group("conv1", "unit", num_units=20, slices=(), min_units=3, multiple_of=8))
-    8
-    """
+    """Width at the foot of the ladder: the smallest that whole blocks reach without passing `min_units`."""
     width, block = group.num_units, group.multiple_of
-    first = width % block or block
-    if width - first < group.min_units:
-        return width
-    return width - first - (width - first - group.min_units) // block * block
+    below = width - (width % block or block)
+    return width if below < group.min_units else below - (below - group.min_units) // block * block
 
 
 @dataclass(eq=False)
@@ -223,13 +215,10 @@ def reach(selection: Selection, target: float, deadband: float = 0.01, *, trades
 def descend(selection: Selection, target: float, ceiling: float = np.inf) -> None:
     """Take the block of least worth, again and again, until predicted cost is at or below the target.
 
-    `worth = saliency of the block / cost.saving(widths, group, units of the block)`, at the widths reached so far:
-    savings shrink as other groups shrink, so a block is weighed again before it is taken. As savings only shrink, a
-    stale worth is a lower bound and weighing just the top of the heap finds the true minimum. Blocks of equal worth go
-    so that densities stay alike, then by name.
-
-    With more blocks than can be weighed one by one in a few milliseconds, several are weighed at once, and the last
-    stretch before the target is gone down in ever smaller steps, to single blocks.
+    Savings shrink as other groups shrink, so a block is weighed again before it is taken; a stale worth is a lower
+    bound, and weighing just the top of the heap finds the true minimum. Blocks of equal worth go so that densities stay
+    alike, then by name. With more blocks than can be weighed one by one in a few milliseconds, several are weighed at
+    once, and the last stretch before the target is gone down in ever smaller steps, to single blocks.
 
     Where the ladders end above the target, the selection stays above. From the worth `ceiling` on blocks stay.
     """
@@ -278,19 +267,14 @@ Weighed = tuple[float, float, str, int, float]
 
 
 def weigh(selection: Selection, name: str, stride: int = 1) -> Weighed | None:
-    """The group's next blocks weighed, and noted down.
-
-    On a staircase one block may save nothing and the next one all: there as many blocks, up to four more, are weighed
-    together as are worth least.
-    """
+    """The group's next blocks weighed, and noted down."""
     left = selection.left(name)
     if left == 0:
         return None
     count = min(stride, left)
-    if isinstance(selection.cost, ProductCost):  # a sum of products has no stairs
-        best = _weighed(selection, name, count)
-    else:
-        best = min(_weighed(selection, name, blocks) for blocks in range(count, min(count + _STAIR, left) + 1))
+    # On a staircase, which a sum of products is not, one block may save nothing and the next one all.
+    stair = 0 if isinstance(selection.cost, ProductCost) else _STAIR
+    best = min(_weighed(selection, name, blocks) for blocks in range(count, min(count + stair, left) + 1))
     selection.worth[name][selection.rungs[name]] = best[0]
     selection.saving[name][selection.rungs[name]] = best[4] / best[3]
     return best
@@ -312,8 +296,7 @@ def _weighed(selection: Selection, name: str, count: int) -> Weighed:
 def add_back(selection: Selection, target: float) -> None:
     """Give back blocks, the worthiest first, until no single one fits under the target any more.
 
-    What remains below the target is then less than the saving of every block that was dropped and could be given back:
-    the undershoot is bounded by the cheapest of them. With uniform allocation groups take turns, the narrowest first.
+    With uniform allocation groups take turns, the narrowest first.
     """
     fits = True
     while fits:
@@ -347,9 +330,8 @@ def swap(selection: Selection, target: float, deadband: float) -> None:
     """Give back one block and drop another in its place, while that gets nearer to the target cheaply.
 
     A greedy descent stops at the first block that crosses the target, often a coarse one; a finer block elsewhere may
-    do. Each swap raises the cost and keeps it within the target. Inside the dead-band it must not raise the summed
-    saliency of what is dropped; below it, it may by as much as the cost won back is worth at the price. At most a few
-    are made; afterwards no single block fits back. The selection is at or below the target, after `add_back`.
+    do. Inside the dead-band a swap must not raise the summed saliency of what is dropped; below it, it may by as much
+    as the cost won back is worth at the price.
     """
     for _ in range(_MAX_SWAPS):
         gap = target - selection.total
@@ -393,9 +375,8 @@ def trade(selection: Selection, target: float, deadband: float) -> None:
 
         summed saliency of what is dropped + 3 * price * (target - total)
 
-    the most. What a landing leaves unused is lost for good, so it counts above its price. Only the groups whose next or
-    last block is nearest to the price take part, so that the search stays within some thousand savings; with many
-    groups blocks are fine and `swap` has already come near.
+    the most: what a landing leaves unused is lost for good. Only the groups whose next or last block is nearest to the
+    price take part, so that the search stays within some thousand savings.
     """
     for _ in range(_MAX_TRADES):
         if target - selection.total <= deadband * target:
@@ -428,7 +409,22 @@ def _trades(selection: Selection, target: float) -> list[Trade]:
     """Every trade of one or two blocks for one or two others that raises the cost within the target."""
     back, out = _movable(selection)
     back, out = _nearest(selection, back, -1), _nearest(selection, out, 0)
-    found: list[Trade] = []
+    price, found = _PREMIUM * selection.highest, list[Trade]()
+
+    def drop(names: list[str], up: tuple[str, ...], down: tuple[str, ...], total: float, lost: float) -> None:
+        """Complete a half-made trade by one block or, if that is not enough, two."""
+        for place, name in enumerate(names):
+            if not selection.left(name):
+                continue
+            cost = total - selection.next_saving(name)
+            loss = lost + selection.salience(name, selection.rungs[name])
+            if selection.total < cost <= target:
+                found.append((loss - price * (cost - selection.total), up, (*down, name)))
+            elif cost > target and not down:
+                selection.move(name, 1)
+                drop(names[place:], up, (name,), cost, loss)
+                selection.move(name, -1)
+
     for up in [names for count in (1, 2) for names in combinations_with_replacement(back, count)]:
         if any(selection.rungs[name] < up.count(name) for name in up):
             continue
@@ -437,33 +433,10 @@ def _trades(selection: Selection, target: float) -> list[Trade]:
             total += selection.regained(name)
             selection.move(name, -1)
             lost -= selection.salience(name, selection.rungs[name])
-        _drop_one_or_two(selection, [name for name in out if name not in up], target, (total, lost, up, ()), found)
+        drop([name for name in out if name not in up], up, (), total, lost)
         for name in up:
             selection.move(name, 1)
     return found
-
-
-def _drop_one_or_two(
-    selection: Selection,
-    out: list[str],
-    target: float,
-    so_far: tuple[float, float, tuple[str, ...], tuple[str, ...]],
-    found: list[Trade],
-) -> None:
-    """Complete a half-made trade (cost, saliency lost, given back, dropped) by one block or, if not enough, two."""
-    total, lost, up, down = so_far
-    for place, name in enumerate(out):
-        if not selection.left(name):
-            continue
-        cost = total - selection.next_saving(name)
-        loss = lost + selection.salience(name, selection.rungs[name])
-        if selection.total < cost <= target:
-            price = _PREMIUM * selection.highest
-            found.append((loss - price * (cost - selection.total), up, (*down, name)))
-        elif cost > target and not down:
-            selection.move(name, 1)
-            _drop_one_or_two(selection, out[place:], target, (cost, loss, up, (name,)), found)
-            selection.move(name, -1)
 
 
 def _nearest(selection: Selection, names: list[str], offset: int) -> list[str]:
@@ -505,9 +478,7 @@ def landing_widths(
 ) -> dict[str, int]:
     """The widths at which an even cut of the dense model meets the limit, and no single block can be given back.
 
-    No density lies further below the one that would meet the limit in single units than the coarsest block; one above
-    it is what the rest of the limit pays for, often in a group that costs little. A group that is narrower already than
-    it would be then stays as it is, and leaves more to the others. No group exceeds its width in `widths`.
+    A group that is narrower already stays as it is, and leaves more to the others.
     """
     narrow: set[str] = set()
     while True:
@@ -522,5 +493,5 @@ def landing_widths(
 
 
 def cheapest(cost: Cost, groups: tuple[Group, ...]) -> float:
-    """Cost with every group as narrow as `min_units` and whole blocks allow: no budget below it can be met."""
+    """Cost with every group as narrow as it can be: no budget below it can be met."""
     return cost.total({group.name: lowest_width(group) for group in groups})

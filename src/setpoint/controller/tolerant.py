@@ -15,6 +15,9 @@ from setpoint.errors import LoopError
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import counted, plain_fields
 
+_FINEST = 0.03  # stride below which the search ends
+_SLEW = 0.5  # largest fraction of a group's units to go at one decision; one block always may
+
 
 @dataclass(frozen=True)
 class TolerantState:
@@ -38,19 +41,16 @@ class TolerantController(Controller[TolerantState]):
         is watched on  in between; when the run must settle the sign of used + excess - tolerance decides.
 
     A cut takes a share `stride` of the present cost, least worth first. After one that was taken back the stride
-    is halved, so that the search closes in on the tolerance as a bisection would; once it is below `finest`, or at
+    is halved, so that the search closes in on the tolerance as a bisection would; once it is below 0.03, or at
     `schedule.land`, no further cut is made.
 
-    It follows the loss of the run itself: no validation, no dense twin. So it can tell a rise from noise only as
-    well as the decisions lie apart: with a batch loss of standard deviation s and n steps between two decisions, the
-    error is about `2 s / sqrt(n / 2)`. With a tolerance below that, cuts are watched on rather than followed by others.
+    It follows the loss of the run itself: with a batch loss of standard deviation s and n steps between two decisions,
+    the error is about `2 s / sqrt(n / 2)`. With a tolerance below that, cuts are watched on.
 
     Args:
         tolerance: what rise is accepted.
         schedule: times of decisions; its ramp has no meaning here.
         stride: share of the cost that the first cut takes, in (0, 1).
-        finest: stride below which the search ends.
-        slew: largest fraction of a group's units to go at one decision, in (0, 1].
 
     Raises:
         ValueError: for a setting out of range.
@@ -59,15 +59,11 @@ class TolerantController(Controller[TolerantState]):
     tolerance: Tolerance
     schedule: Schedule = field(default_factory=lambda: Schedule(settle=0.60, num_cuts=10))
     stride: float = 0.2
-    finest: float = 0.03
-    slew: float = 0.5
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        if not 0 < self.finest <= self.stride < 1:
-            raise ValueError(f"0 < finest <= stride < 1 is needed, got finest={self.finest!r}, stride={self.stride!r}")
-        if not 0 < self.slew <= 1:
-            raise ValueError(f"slew is a fraction in (0, 1], got {self.slew!r}")
+        if not _FINEST <= self.stride < 1:
+            raise ValueError(f"stride is a share in [{_FINEST}, 1), got {self.stride!r}")
 
     @property
     def conduct(self) -> Conduct:
@@ -80,7 +76,6 @@ class TolerantController(Controller[TolerantState]):
     def decide(
         self, state: TolerantState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[TolerantState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer."""
         if observation.loss is None:
             raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
         stays = Plan(observation.step, keep_all(groups))
@@ -101,12 +96,12 @@ class TolerantController(Controller[TolerantState]):
                 return replace(state, pending=False), replace(stays, budget_met=True, reason=f"done: {lost}: {words}")
             if verdict == "back":
                 state = replace(state, pending=False, stride=state.stride / 2)
-                last = final or state.stride < self.finest
+                last = final or state.stride < _FINEST
                 reason = f"{'done: ' if last else ''}the last cut is taken back: {words}"
                 return state, replace(stays, budget_met=last, reason=reason, grow=back, undoes=True)
             assert excess is not None
             state = replace(state, pending=False, used=max(0.0, state.used + excess.value))
-        if final or state.stride < self.finest:
+        if final or state.stride < _FINEST:
             return state, replace(stays, budget_met=True, reason=f"done: {words or 'no cut is under way'}")
         plan = self._cut(state, observation, cost, groups)
         reason = f"{words}; {plan.reason}" if words else plan.reason
@@ -128,7 +123,7 @@ class TolerantController(Controller[TolerantState]):
         assert reading is not None
         allocation: Allocation = "worth" if reading.calibrated else "uniform"
         widths = observation.widths, observation.dense_widths
-        selection = start(cost, groups, reading.saliency, *widths, allocation, slew=self.slew)
+        selection = start(cost, groups, reading.saliency, *widths, allocation, slew=_SLEW)
         before = selection.total
         descend(selection, before * (1 - state.stride))
         dropped = sum(selection.dropped().values())

@@ -47,8 +47,7 @@ class Excess:
     def significant(self) -> bool:
         """Whether the loss has left its trend: well above it, and well above where it was at the cut.
 
-        The second matters early, where a loss that falls fast and then flattens lies above any line drawn through its
-        fall.
+        A loss that falls fast and then flattens lies above any line drawn through its fall.
 
         >>> Excess(0.5, error=0.1, foretold=2.0, before=2.0).significant()
         True
@@ -65,15 +64,8 @@ Losses = Float64[np.ndarray, " _observed"]
 def fit_trend(steps: Losses, losses: Losses) -> Trend | None:
     """The trend of these losses, or None where there are fewer than eight.
 
-    The window is split into 4 to 8 bins of equally many losses. The median of each is robust against single outliers;
-    least squares draw the line through them, and
-
-        noise^2 = sum of squared residuals / (bins - 2).
-
-    >>> steps = np.arange(10.0, 50.0)
-    >>> trend = fit_trend(steps, 3.0 - 0.5 * np.log(steps))
-    >>> abs(trend.at(100) - (3.0 - 0.5 * math.log(100))) < 0.01, trend.noise < 0.001
-    (True, True)
+    Least squares draw the line through the medians of 4 to 8 bins of equally many losses, and `noise^2 = sum of squared
+    residuals / (bins - 2)`.
     """
     binned = _bins(steps, losses)
     if binned is None:

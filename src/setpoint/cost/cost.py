@@ -62,7 +62,6 @@ class ProductCost:
         return sum(term.at(widths) for term in self.terms)
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
-        """As in `Cost`, in O(terms of the group)."""
         saved = 0.0
         for coefficient, per_unit in self._terms_of.get(group, ()):
             now = fewer = 1

@@ -20,13 +20,11 @@ from setpoint.groups.group import Group
 from setpoint.messages import plain_fields
 
 _TINY = 1e-30
-_FARTHEST = 10.0
-"""No feature is farther from 0."""
+_FARTHEST = 10.0  # no feature is farther from 0
 _FEATURES = 11
 _DECAY = (0.9, 0.99)
 _EPSILON = 1e-8
-_STEEPEST = 30.0
-"""No logit is larger: its exponential, the gate's odds, stays far from the ends of float32."""
+_STEEPEST = 30.0  # no logit is larger: its exponential, the gate's odds, stays far from the ends of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +41,7 @@ class GateNet:
 
     @classmethod
     def fresh(cls, num_features: int, hidden: int, seed: int) -> GateNet:
-        """A network that adds nothing yet to the first feature; it draws from a generator of its own.
-
-        >>> net = GateNet.fresh(num_features=2, hidden=48, seed=0)
-        >>> net.num_weights, net.logits(torch.tensor([[1.0, 5.0], [-2.0, 5.0]])).tolist()
-        (2545, [1.0, -2.0])
-        """
+        """A network that adds nothing yet to the first feature; it draws from a generator of its own."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         weights: list[Tensor] = []
         for fan_in in (num_features, hidden):
@@ -75,17 +68,13 @@ class GateNet:
         steps: int,
         learning_rate: float,
     ) -> GateNet:
-        """The network after so many steps of Adam down the gradient of `J = sum of J_u`, with
+        """The network after so many steps of Adam (Kingma and Ba, ICLR 2015) down `J = sum of J_u`, with
 
             dJ_u/dg_u = slope - curvature * (1 - g_u) + 1,
 
-        the slope of the loss along the unit's gate, as far as a quadratic tells it, plus what the unit costs; both
-        counted in that cost, price x saving. Each is divided by `1 + curvature`, which moves no unit's optimum, and
-        without which the few most salient units would drown out all others.
-
-        Args:
-            slope: mean gradient of the loss with respect to the open gate, r, / (price x saving).
-            curvature: second derivative of the loss by the gate / (price x saving).
+        first and second derivative of the loss by the unit's open gate, both / what the unit costs, price x saving.
+        Each is divided by `1 + curvature`, which moves no unit's optimum, and without which the few most salient units
+        would drown out all others.
         """
         net = self
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
@@ -98,7 +87,6 @@ class GateNet:
         return net
 
     def _stepped(self, gradients: tuple[Tensor, ...], learning_rate: float) -> GateNet:
-        """One step of Adam (Kingma and Ba, ICLR 2015)."""
         count, (first, second) = self.count + 1, _DECAY
         mean = tuple(torch.lerp(g, m, first) for g, m in zip(gradients, self.mean, strict=True))
         square = tuple(torch.lerp(g * g, s, second) for g, s in zip(gradients, self.square, strict=True))
@@ -125,16 +113,6 @@ class GatedState:
     net: GateNet
 
 
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """All units of all groups, one group after the other, as the network sees them."""
-
-    features: Tensor  # what the gate depends on
-    slope: Tensor  # mean gate gradient / what the unit costs
-    curvature: Tensor  # second derivative of the loss by the gate / what the unit costs
-    earns: Float64[np.ndarray, " units"]  # what the unit costs, price x saving: the saliency at which it just pays
-
-
 @final
 @dataclass(frozen=True)
 class GatedController(Controller[GatedState]):
@@ -149,19 +127,13 @@ class GatedController(Controller[GatedState]):
 
     This vanishes at `g = 1/2` for a unit whose saliency with slope, `curvature / 2 - r`, is just what it costs. So a
     gate of one half is a worth equal to the price, and `price * saving * g / (1 - g)` goes into the priced
-    controller's selection in place of the saliency. The price is the one that the priced controller finds on the
-    readings as they are, and what is said of a unit's worth is by its reading; guards and regrowth are those of the
-    priced controller.
+    controller's selection in place of the saliency. Price, guards and regrowth are those of the priced controller.
 
     The network adds to the logit of a gate that starts at `log(worth / price)`: untrained, it decides as the priced
-    controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing
-    weights within the group, saving, depth, kind, density of its group, age, the run's progress and the price.
-    It learns at decisions that drop something, from the means over the sensor's window: `steps` steps each, or as many
-    as 1 % of the FLOPs of the optimizer steps so far pay for (`Observation.learning_flops`). Where that is less than
-    one, as on a model so small that its steps are cheaper than the network's, the plan is the priced controller's.
-
-    A reading that is not calibrated holds no loss, and no gate can be learned from it: the plan is the priced
-    controller's.
+    controller does. It sees of each unit worth / price, r in standard units, the norm of its outgoing weights within
+    the group, saving, depth, kind, density of its group, age, the run's progress and the price. It learns at decisions
+    that drop something: `steps` steps each, or as many as `Observation.learning_flops` pay for. Where that is less than
+    one, or the reading is not in the unit of the loss, the plan is the priced controller's.
 
     Args:
         priced: finds the price, selects, and meets the budget.
@@ -209,12 +181,10 @@ class GatedController(Controller[GatedState]):
     def transferred(
         self, state: GatedState, *, step: int, total_steps: int, present: float, limit: float
     ) -> GatedState:
-        """The state with the priced controller's carried over; the network has nothing to do with the budget."""
         at = {"step": step, "total_steps": total_steps}
         return replace(state, priced=self.priced.transferred(state.priced, **at, present=present, limit=limit))
 
     def flops(self, groups: tuple[Group, ...], allowance: float = math.inf) -> float:
-        """FLOPs of a decision that drops, with each step that the allowance pays for; 0 where it pays for none."""
         if all(lowest_width(group) == group.num_units for group in groups):
             return 0.0
         steps = self._affordable(allowance, groups)
@@ -223,7 +193,6 @@ class GatedController(Controller[GatedState]):
     def decide(
         self, state: GatedState, observation: Observation, cost: Cost, groups: tuple[Group, ...]
     ) -> tuple[GatedState, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer."""
         priced, plan = self.priced.decide(state.priced, observation, cost, groups)
         reading, price = observation.reading, plan.price[cost.resource]
         learns = plan.drops() and price > 0 and self.priced.allocation == "worth"
@@ -233,12 +202,12 @@ class GatedController(Controller[GatedState]):
         if steps < 1:
             note = f"{plan.reason}; no gates, since learning them would take more than its share of FLOPs"
             return replace(state, priced=priced), replace(plan, reason=note)
-        units = _units(state.priced, observation, cost, groups, price)
-        net = state.net.trained(units.features, units.slope, units.curvature, steps, self.learning_rate)
+        features, slope, curvature, costs = _units(state.priced, observation, cost, groups, price)
+        net = state.net.trained(features, slope, curvature, steps, self.learning_rate)
         # Odds of one, a gate of one half, stand for a saliency that just pays for the unit.
-        logits = net.logits(units.features)
+        logits = net.logits(features)
         odds = np.exp(logits.double().numpy())
-        by_group = np.split(units.earns * odds, np.cumsum([group.num_units for group in groups]))[:-1]
+        by_group = np.split(costs * odds, np.cumsum([group.num_units for group in groups]))[:-1]
         gated = {group.name: values for group, values in zip(groups, by_group, strict=True)}
         plan = self.priced.reordered(state.priced, plan, observation, cost, groups, gated)
         closed = float((logits < 0).double().mean())
@@ -255,7 +224,12 @@ class GatedController(Controller[GatedState]):
         return int(min(float(self.steps), max(0.0, paid)))
 
 
-def _units(state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float) -> _Units:
+def _units(
+    state: PricedState, observation: Observation, cost: Cost, groups: tuple[Group, ...], price: float
+) -> tuple[Tensor, Tensor, Tensor, Float64[np.ndarray, " units"]]:
+    """Of all units, one group after the other: features, slope and curvature of the loss by the gate, each / what the
+    unit costs, and that cost, price x saving: the saliency at which it just pays.
+    """
     reading, dense = observation.reading, observation.dense[cost.resource]
     assert reading is not None
     saliency_sum = sum(float(values.sum()) for values in reading.saliency.values())
@@ -286,7 +260,7 @@ def _units(state: PricedState, observation: Observation, cost: Cost, groups: tup
         costs.append(np.full(width, earns))
     features = np.clip(np.concatenate(rows), -_FARTHEST, _FARTHEST)
     slope, curvature = np.concatenate(slopes), np.concatenate(curvatures)
-    return _Units(_tensor(features), _tensor(slope), _tensor(curvature), np.concatenate(costs))
+    return _tensor(features), _tensor(slope), _tensor(curvature), np.concatenate(costs)
 
 
 def _standard(values: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " units"]:

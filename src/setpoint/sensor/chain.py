@@ -33,39 +33,30 @@ class ChainState:
 
 
 class SensorChain(Sensor[ChainState]):
-    """Hands each group to the first sensor that can read it; their readings make one, calibrated if all are.
-
-    Raises:
-        ValueError: when there is no sensor.
-
-    >>> from setpoint import TaylorSensor
-    >>> from setpoint.states.hankel import HankelSensor
-    >>> sensor = SensorChain(HankelSensor(num_samples=32), TaylorSensor(num_samples=32))
-    """
+    """Hands each group to the first sensor that can read it; their readings make one, calibrated if all are."""
 
     def __init__(self, *sensors: Sensor[Any]) -> None:
-        if not sensors:
-            raise ValueError("a chain needs at least one sensor")
         self.sensors = sensors
-        parts = [sensor.traits for sensor in sensors]
+        traits = [sensor.traits for sensor in sensors]
         self.traits = Traits(
-            calibrated=all(part.calibrated for part in parts),
-            in_loss=all(part.in_loss for part in parts),
-            shards=all(part.shards for part in parts),
-            hooks=any(part.hooks for part in parts),
-            returns=all(part.returns for part in parts),
+            calibrated=all(part.calibrated for part in traits),
+            in_loss=all(part.in_loss for part in traits),
+            shards=all(part.shards for part in traits),
+            hooks=any(part.hooks for part in traits),
+            returns=all(part.returns for part in traits),
         )
 
     def over(self, ranks: Ranks) -> SensorChain:
         return SensorChain(*(sensor.over(ranks) for sensor in self.sensors))
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
+        """What each sensor reads, of those that read any group."""
         shares, left = [], groups
         for sensor in self.sensors:
             found = sensor.readable(left, model)
             names = {group.name for group in found}
             left = tuple(group for group in left if group.name not in names)
-            shares.append((sensor, found))
+            shares += [(sensor, found)] if found else []
         return shares
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
@@ -73,10 +64,10 @@ class SensorChain(Sensor[ChainState]):
         return tuple(group for group in groups if group.name in names)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> ChainState:
-        links = []
-        for sensor, found in self._shares(groups, model):
-            if found:
-                links.append(Link(sensor, frozenset(group.name for group in found), sensor.init(found, model)))
+        links = (
+            Link(sensor, frozenset(group.name for group in found), sensor.init(found, model))
+            for sensor, found in self._shares(groups, model)
+        )
         return ChainState(tuple(links))
 
     def update(
@@ -86,7 +77,7 @@ class SensorChain(Sensor[ChainState]):
         return ChainState(tuple(replace(link, state=new) for link, new in zip(state.links, states, strict=True)))
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        return sum(sensor.flops(found, model) for sensor, found in self._shares(groups, model) if found)
+        return sum(sensor.flops(found, model) for sensor, found in self._shares(groups, model))
 
     def read(self, state: ChainState, groups: tuple[Group, ...], step: int) -> Reading:
         readings = [link.sensor.read(link.state, link.of(groups), step) for link in state.links]
@@ -94,13 +85,14 @@ class SensorChain(Sensor[ChainState]):
             part: {name: values for reading in readings for name, values in getattr(reading, part).items()}
             for part in ("saliency", "slope", "norm", "basis", "steps_seen")
         }
+        in_loss = {reading.in_loss for reading in readings}
         return Reading(
             step,
             **parts,
             num_samples=max((reading.num_samples for reading in readings), default=1),
-            calibrated=all(reading.calibrated for reading in readings)
-            and len({reading.in_loss for reading in readings}) < 2,
-            in_loss=all(reading.in_loss for reading in readings),
+            # Losses and other calibrated values cannot be compared with each other.
+            calibrated=all(reading.calibrated for reading in readings) and len(in_loss) < 2,
+            in_loss=all(in_loss),
             num_steps=min((reading.num_steps for reading in readings), default=0),
             skipped_steps=max((reading.skipped_steps for reading in readings), default=0),
         )

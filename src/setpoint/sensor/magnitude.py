@@ -46,11 +46,10 @@ class MagnitudeSensor(Sensor[MagnitudeState]):
         return MagnitudeState(model, state.num_steps + 1)
 
     def read(self, state: MagnitudeState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Norms of the present weights; a NaN or infinite weight gives a NaN or infinite norm."""
         units = find_units(groups, state.model, lambda group: _places(group, state.model))
         norms = units.squares().double().sqrt().cpu().numpy()
         parts = np.split(norms, np.cumsum(units.num_units)[:-1])
-        saliency = {group.name: values for group, values in zip(groups, parts, strict=True)} if groups else {}
+        saliency = {group.name: values for group, values in zip(groups, parts, strict=False)}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
 
 

@@ -9,24 +9,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 
 from setpoint.distributed import Ranks
 from setpoint.groups.follow import ByUnit, fresh
 from setpoint.groups.group import Group
-from setpoint.groups.states import DiagonalSystem
-
-
-@runtime_checkable
-class Basis(Protocol):
-    """Coordinates for a layer's states in which units can be dropped one by one."""
-
-    @property
-    def num_units(self) -> int:
-        """How many units there are: as many as modes."""
-
-    def modes(self, system: DiagonalSystem, keep: Bool[np.ndarray, " units"]) -> Any:
-        """The system without the units that `keep` drops, brought back to as many modes as it keeps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +33,7 @@ class Reading:
         steps_seen: by group name, in how many steps it was seen, if known; with 0 its saliencies mean nothing.
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
-        basis: by group name, the balanced coordinates that its units are about; the actuator goes there before it cuts.
+        basis: by group name, the balanced coordinates of its units (`BalancedPairs`); the actuator turns to them first.
         scores: where units are single weights, gives by tensor name the saliency of every element.
     """
 
@@ -60,7 +47,7 @@ class Reading:
     steps_seen: Mapping[str, int] = field(default_factory=dict)
     slope: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
-    basis: Mapping[str, Basis] = field(default_factory=dict)
+    basis: Mapping[str, Any] = field(default_factory=dict)
     scores: Callable[[], Mapping[str, torch.Tensor]] = dict
 
     def finite(self) -> bool:
@@ -105,9 +92,8 @@ UNCALIBRATED = Traits(calibrated=False, in_loss=False, shards=True)
 class Sensor(Protocol[State]):
     """Estimates saliency from what an ordinary training step leaves behind.
 
-    A sensor of your own has these methods and `traits`. It may derive from this class, whose methods do nothing where
-    few sensors need them. Where it is a mean over steps of something measured by unit, a criterion is enough
-    (`setpoint.sensor.taylor`).
+    A sensor of your own derives from this class, whose methods do nothing where few sensors need them, or has them all.
+    Where it is a mean over steps of something measured by unit, a criterion is enough (`setpoint.sensor.taylor`).
 
     A sensor holds settings only; what it remembers is its state: a dataclass of tensors, arrays and numbers, which
     `Loop.state_dict` stores. What has an entry for each unit is annotated `ByUnit[...]`, so that `follow` cuts and
@@ -155,11 +141,9 @@ class Sensor(Protocol[State]):
 
 
 def sensed_every(total_steps: int) -> int:
-    """Every how many optimizer steps the sensor is updated.
+    """Every how many optimizer steps the sensor is updated: `sqrt(total_steps / 100)`, rounded down to a power of 2.
 
-    The longer the run, the more steps lie between two decisions. Of a run that is four times as long, half of that goes
-    into more readings for each decision and half into fewer sensed steps: the stride is `sqrt(total_steps / 100)`,
-    rounded down to a power of 2.
+    So a longer run has more readings for each decision, and a smaller share of sensed steps.
 
     >>> [sensed_every(total_steps) for total_steps in (300, 400, 1500, 10_000)]
     [1, 2, 2, 4]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +73,11 @@ class Tap:
             # Shards get their gradients only when ranks average theirs, so that they show nothing of discarded ones.
             if tap.seen and all(p.grad is None and not is_sharded_tensor(p) for p in trained):
                 tap.take()
-            channels = args[0].dim() - layer.weight.dim() + 1  # type: ignore[operator]
-            return (_Passed.apply(args[0], channels, tap.note), *args[1:])  # type: ignore[no-untyped-call]
+            # A hook on a view sees the gradient that comes through this layer, and no other.
+            passed = args[0].view_as(args[0])
+            channels = passed.dim() - layer.weight.dim() + 1  # type: ignore[operator]
+            passed.register_hook(partial(tap.note, args[0].detach(), channels))  # type: ignore[no-untyped-call]
+            return (passed, *args[1:])
 
         self._handle = layer.register_forward_pre_hook(ahead)
         weakref.finalize(self, self._handle.remove)
@@ -82,7 +86,11 @@ class Tap:
     def seen(self) -> bool:
         return self._total is not None
 
-    def note(self, summed: Tensor) -> None:
+    def note(self, x: Tensor, channels: int, gradient: Tensor) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        others = [dim for dim in range(x.dim()) if dim != channels]
+        product = x.to(wide) * gradient.detach().to(wide)
+        summed = product.sum(others) if others else product
         self._total = summed if self._total is None else self._total + summed
 
     def take(self) -> Tensor | None:
@@ -92,25 +100,6 @@ class Tap:
 
     def stop(self) -> None:
         self._handle.remove()
-
-
-class _Passed(torch.autograd.Function):
-    """The identity; its backward pass hands the sums of `x * dL/dx` to `note`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channels: int, note: Callable[[Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.channels, ctx.note = channels, note
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)
-        others = [dim for dim in range(x.dim()) if dim != ctx.channels]
-        product = x.detach().to(wide) * gradient.detach().to(wide)
-        ctx.note(product.sum(others) if others else product)
-        return gradient, None, None
 
 
 class GradientScale:

@@ -88,18 +88,9 @@ def criterion(
     return register
 
 
-@criterion()
-def fisher(units: Units) -> Tensor:
-    """Squared gate gradient, `(sum of w dL/dw)^2` over the weights that read a unit (Liu et al., ICML 2021)."""
-    return units.add_up(torch.mul).square()
-
-
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Running moments of what is measured of all units, one group after the other.
-
-    A step's weight is `decay^age`, its age counted in later steps that were taken in.
-    """
+    """Running moments of what is measured of all units, a step's weight being `decay^age` in steps taken in since."""
 
     names: tuple[str, ...]  # of the groups, in the order in which their units lie
     num_units: tuple[int, ...]
@@ -116,11 +107,6 @@ class Moments:
     scale: GradientScale | None = field(default=None, metadata={"live": True})  # of gradients against taps
     window: int = field(default=50, metadata={"live": True})  # number of recent steps that count
 
-    def __post_init__(self) -> None:
-        # How many recent steps there are depends on the step, so that loading a state cannot check their shapes.
-        if any(step.shape != self.mean.shape for step in self.recent):
-            raise ValueError(f"each recent step holds a number for each of the {len(self.mean)} units")
-
     def by_group(self, values: Shaped[np.ndarray, " all_units"]) -> dict[str, Shaped[np.ndarray, " _units"]]:
         return dict(zip(self.names, np.split(values, np.cumsum(self.num_units)[:-1]), strict=True))
 
@@ -128,8 +114,8 @@ class Moments:
     def folded(self, seen: Bool[Tensor, " all_units"] | None = None) -> Moments:
         """The recent steps taken into the moments, but only of the units that were seen in them; no host sync.
 
-        Two weighted sets of steps with weights Z, means m and variances v merge exactly: with `s` the newer set's share
-        of the weight, `m = m1 + s (m2 - m1)` and `v = (1 - s) v1 + s v2 + s (1 - s) (m2 - m1)^2`.
+        With `s` the newer steps' share of the weight, `m = m1 + s (m2 - m1)` and `v = (1 - s) v1 + s v2 + s (1 - s)
+        (m2 - m1)^2` are exact.
         """
         if not self.recent:
             return self
@@ -165,9 +151,8 @@ class AveragingSensor(Sensor[Moments]):
     """A criterion, averaged over recent optimizer steps.
 
     Mean and variance are exponentially weighted with decay `1 - 1/window`, without start-up bias, in float32 (float64
-    for float64 models). A step in which any gradient is NaN or infinite is left out and counted. Each rank adds up its
-    own part of sharded weights. While the weights that are read of a group are frozen in the middle of a run, its
-    earlier readings stand.
+    for float64 models). A step in which any gradient is NaN or infinite is left out and counted. While the weights that
+    are read of a group are frozen in the middle of a run, its earlier readings stand.
 
     Args:
         criterion: what is measured, and what its average says.
@@ -186,12 +171,7 @@ class AveragingSensor(Sensor[Moments]):
         return other
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups of which every weight that is read is trained, or frozen where a tap can read the layer's input.
-
-        What is measured of any other would be a part of the truth. Incoming ("produce") weights are no substitute for
-        outgoing ones: before a normalisation their sum of w * dL/dw is zero, and through a curved activation it has the
-        wrong size or sign.
-        """
+        """The groups of which every weight that is read is trained, or frozen where a tap can read its inputs."""
         frozen = self._frozen(groups, model)
         read = (group for group in groups if self.criterion.places(group))
         return tuple(group for group in read if frozen[group.name] <= self._tappable(group, model, frozen))
@@ -266,7 +246,6 @@ class AveragingSensor(Sensor[Moments]):
             state.scale.stop()
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        """On each rank, three for each entry that is read, and one for every gradient that is only checked."""
         units = find_units(groups, model, self.criterion.places)
         read = sum(source.num_read for sources in units.by_group for source in sources)
         return (3.0 * read + sum(parameter.numel() for parameter in units.others)) / units.ranks.count
@@ -356,14 +335,13 @@ class TaylorSensor(AveragingSensor):
 
         L(0) - L(1) = -r + 1/2 d2L/dg2 + ...
 
-    *The gate's gradient* needs no gate in the forward pass (Molchanov et al. 2019). The gate could as well scale every
-    weight that reads the unit. By the chain rule, exactly and for any activation, `r = sum of w * dL/dw over the unit's
-    outgoing ("consume") weights`.
+    *The gate's gradient* needs no gate in the forward pass (Molchanov et al. 2019): by the chain rule, exactly and for
+    any activation, `r = sum of w * dL/dw over the unit's outgoing ("consume") weights`.
 
-    *The curvature* (optimal brain damage, LeCun et al. 1990; by the Fisher information, Theis et al. 2018). For a
-    log-likelihood loss the expected curvature is the Fisher diagonal `E[r_sample^2]`, where `r_sample` is the gate
-    gradient of one sample's loss. A step shows only the mean of B samples, whose variance over steps is `var(r) =
-    var(r_sample) / B`; hence `E[r_sample^2] = B var(r) + mean(r)^2`. With mean and variance over recent steps,
+    *The curvature* (optimal brain damage, LeCun et al. 1990; by the Fisher information, Theis et al. 2018) of a
+    log-likelihood loss is in expectation the Fisher diagonal `E[r_sample^2]`, where `r_sample` is the gate gradient of
+    one sample's loss. A step shows only the mean of B samples, whose variance over steps is `var(r) = var(r_sample) /
+    B`; hence `E[r_sample^2] = B var(r) + mean(r)^2`. With mean and variance over recent steps (`AveragingSensor`),
 
         saliency = 1/2 (B var(r) + mean(r)^2)                          by default,
         saliency = max(0, -mean(r) + 1/2 (B var(r) + mean(r)^2))       with first_order=True.
@@ -374,12 +352,10 @@ class TaylorSensor(AveragingSensor):
     Saliency has the unit of the loss. Gradients that are clipped or scaled before the optimizer's step scale r, too. A
     weight that is tied to another one carries the gradients of both.
 
-    Mean and variance are those of `AveragingSensor`; one sum over ranks makes r of sharded weights exact.
-
     *Weights that are frozen from the beginning* (the base of a low-rank adapter) have no gradient. The gate may as well
-    scale the layer's inputs: `r = sum of x * dL/dx over the unit's inputs x of that layer`. A hook on the layer (`Tap`)
-    keeps x until the backward pass and reads r there, at the scale that gradients have at the step (under
-    `fully_shard`, at that of the backward pass). One all-reduce at each update averages it over ranks.
+    scale the layer's inputs: `r = sum of x * dL/dx over the unit's inputs x of that layer`, which a hook on the layer
+    reads in the backward pass, at the scale that gradients have at the step (under `fully_shard`, at that of the
+    backward pass). One all-reduce at each update averages it over ranks.
 
     Args:
         num_samples: independent samples behind each optimizer step's gradient (B), over ranks and micro-batches.

@@ -13,7 +13,7 @@ from setpoint.errors import GroupError, StateSpaceError
 from setpoint.groups.follow import of_groups
 from setpoint.groups.group import Group
 from setpoint.groups.states import state_layer
-from setpoint.sensor.reading import Basis, Reading, Sensor
+from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.taylor import Moments, TaylorSensor
 from setpoint.states.balance import Balance, balance
 from setpoint.states.modes import BalancedPairs
@@ -97,7 +97,7 @@ class HankelSensor(Sensor[HankelState]):
         """Balance every layer; one that is not stable or not finite by now reads NaN, so that nothing is decided."""
         layers = self.taylor.read(state.layers, _as_one(groups), step)
         saliency: dict[str, Float64[np.ndarray, " units"]] = {}
-        basis: dict[str, Basis] = {}
+        basis: dict[str, BalancedPairs] = {}
         for group in groups:
             name, layer = state_layer(state.model, group)
             try:

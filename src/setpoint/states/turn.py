@@ -20,8 +20,8 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.states import DiagonalSystem, StateWeights, state_layer
 from setpoint.host.host import Host
-from setpoint.sensor.reading import Basis, Reading
-from setpoint.states.modes import Modes, beside, residual_modes
+from setpoint.sensor.reading import Reading
+from setpoint.states.modes import BalancedPairs, Modes, beside, residual_modes
 from setpoint.states.system import stack_inputs, stack_outputs
 
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}  # means or sums of squared gradients
@@ -34,7 +34,7 @@ def turned(
     optimizer: Optimizers,
     groups: tuple[Group, ...],
     keep: Keep,
-    basis: Mapping[str, Basis],
+    basis: Mapping[str, BalancedPairs],
     copies: Sequence[nn.Module] = (),
     *,
     rest: bool = False,
@@ -87,7 +87,7 @@ class _Turn:
         undo: ExitStack,
         group: Group,
         keep: np.ndarray,
-        basis: Basis,
+        basis: BalancedPairs,
         rest: bool,
     ) -> None:
         self.model, self.optimizers, self.undo = model, optimizers, undo
