@@ -96,7 +96,8 @@ class Ledger:
         header: facts of the run; docs/results-format.md lists those that `attach` writes.
 
     Attributes:
-        ended: how the run ended: "step", "total_steps", "budget_met" and "reason"; None before its end.
+        ended: how the run ended: "step", "total_steps", "budget_met", "reason" and "note" of its summary;
+            None before its end.
 
     >>> ledger = Ledger({"total_steps": 100})
     >>> ledger.append(Entry(step=10, widths={"conv1": 12}, dropped={"conv1": [3, 7]}, loss=0.5))
@@ -116,9 +117,9 @@ class Ledger:
             raise ValueError(f"a ledger is in order of steps: got step {entry.step} after {self._entries[-1].step}")
         self._entries.append(entry)
 
-    def end(self, step: int, total_steps: int, *, budget_met: bool, reason: str) -> None:
+    def end(self, step: int, total_steps: int, **verdict: Any) -> None:
         """Note how the run ended, after so many steps of those planned; in the file it is the last line."""
-        self.ended = {"step": step, "total_steps": total_steps, "budget_met": budget_met, "reason": reason}
+        self.ended = {"step": step, "total_steps": total_steps, **verdict}
 
     def complete(self, loss_after: float) -> None:
         """Note the loss right after the last decision that changed the model, unless it has been noted."""

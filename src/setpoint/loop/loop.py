@@ -308,7 +308,7 @@ class Loop:
         self.detach()
         control.finished = True
         self.summary = done = summarise(control)
-        self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason)
+        self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason, note=done.note)
         warn_of_miss(done, self._hooks.unseen.passes)
         control.notify(done)
         return done

@@ -61,12 +61,8 @@ def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> P
     return markup.save(markup.document(file.stem, body), page_of(file) if out is None else out)
 
 
-def run(record: Record, *, final: tuple[float, float] | None = None) -> str:
-    """One run: what is to be read first, the budget, the units, and the numbers.
-
-    Args:
-        final: the last step and its loss, where known.
-    """
+def run(record: Record) -> str:
+    """One run: what is to be read first, the budget, the units, and the numbers."""
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts(record).items())
     page = f'<dl class="notes">\n{lines}</dl>\n'
     for resource in record.resources:
@@ -76,24 +72,18 @@ def run(record: Record, *, final: tuple[float, float] | None = None) -> str:
     page += markup.drawn(units(record), "Units of each group: what was dropped when, and why", UNITS_LEFT)
     for resource in record.resources:
         page += markup.drawn(price(record, resource), f"Price of {NAMES.get(resource, resource)}", PRICE)
-    return page + "".join(entries_table(record, resource, final) for resource in record.resources or (None,))
+    return page + "".join(entries_table(record, resource) for resource in record.resources or (None,))
 
 
 # Tables.
 
 
-def entries_table(record: Record, resource: str | None, final: tuple[float, float] | None) -> str:
-    """All decisions as a table, folded away, with the loss right before and after each; `final` is the run's last."""
+def entries_table(record: Record, resource: str | None) -> str:
+    """All decisions as a table, folded away, with the loss right before and after each."""
     if not record.entries:
         return ""
     titles, rows = _decisions(record, resource, brief=False)
-    if final is not None:
-        last = {"step": f"{final[0]:,}", "loss before": digits(final[1]), "reason": "the end of the run"}
-        rows.append([last.get(title, NOTHING) for title in titles])
-    # Columns without a value are left out: most runs bring nothing back, and observe no loss.
-    used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in rows)]
-    cells = [[escape(row[place]) for place in used] for row in rows]
-    table = markup.html_table([titles[place] for place in used], cells, classes="entries")
+    table = markup.html_table(titles, [list(map(escape, row)) for row in rows], classes="entries")
     return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
 
 
@@ -104,12 +94,10 @@ def ledger_tables(record: Record) -> Iterator[Table]:
         name = plain(NAMES.get(resource or "", resource or "decisions"))
         table = Table(title=f"{name} per {PER.get(resource or '', 'step')}", title_justify="left")
         titles, rows = _decisions(record, resource, brief=True)
-        used = [n for n, title in enumerate(titles) if title == "dropped" or any(row[n] != NOTHING for row in rows)]
-        for place in used:
-            text = titles[place] == "reason"
-            table.add_column(titles[place], justify="left" if text else "right", no_wrap=not text)
+        for title in titles:
+            table.add_column(title, justify="left" if title == "reason" else "right", no_wrap=title != "reason")
         for row in rows:
-            table.add_row(*(plain(row[place]) for place in used))
+            table.add_row(*map(plain, row))
         yield table
 
 
@@ -128,7 +116,10 @@ def _decisions(record: Record, resource: str | None, *, brief: bool) -> tuple[li
         rows.append([f"{entry.step:,}", *cells, entry.reason.partition("; ")[0] if brief else entry.reason])
     losses = () if brief else ("loss before", "right after")
     amounts = ("spent", "reference", "predicted before", "measured before")
-    return ["step", *amounts, "dropped", "brought back", *losses, "reason"], rows
+    titles = ("step", *amounts, "dropped", "brought back", *losses, "reason")
+    # Columns without a value are left out: most runs bring nothing back, and observe no loss.
+    used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in rows)]
+    return [titles[place] for place in used], [[row[place] for place in used] for row in rows]
 
 
 def _by_group(counts: Mapping[str, int]) -> str:

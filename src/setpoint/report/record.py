@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +55,14 @@ class Record:
     ended: Mapping[str, Any]
 
     @property
+    def step(self) -> int:
+        """Steps done at the end, or at the last decision."""
+        return integer(self.ended.get("step")) or max((entry.step for entry in self.entries), default=0)
+
+    @property
     def last_step(self) -> int:
         """Last step of the run: where it ended, or is to end."""
-        last = max((entry.step for entry in self.entries), default=1)
-        return integer(self.ended.get("step")) or self.total_steps or last
+        return (self.step if self.ended else self.total_steps) or self.step or 1
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -181,16 +184,12 @@ def facts(record: Record) -> dict[str, str]:
         found["verdict"] = f"{'' if ended.get('budget_met') else 'budget NOT met: '}{ended.get('reason', '')}"
     if ended.get("note"):
         found["note"] = str(ended["note"])
-    early = record.total_steps is not None and record.last_step < record.total_steps
-    found["steps"] = f"{record.last_step:,}" + (f" of {record.total_steps:,} that were planned" if early else "")
+    found["steps"] = f"{record.step:,}" + (f" of {record.total_steps:,} planned" if record.total_steps else "")
     moved = [(sum(num_dropped(entry).values()), sum(num_grown(entry).values())) for entry in record.entries]
     dropped, grown = (sum(numbers) for numbers in zip((0, 0), *moved, strict=True))
     cuts = counted(sum(bool(lost) for lost, _ in moved), "cut")
     found["decisions"] = f"{len(moved)}, {cuts}, {counted(dropped, 'unit')} dropped"
-    if grown:
-        drops = Counter((name, unit) for entry in record.entries for name, own in entry.dropped.items() for unit in own)
-        again = sum(count > 1 for count in drops.values())
-        found["decisions"] += f", {grown:,} brought back, {again:,} dropped again"
+    found["decisions"] += f", {grown:,} brought back" if grown else ""
     if record.pattern:
         found["masks"] = f"on single weights ({record.pattern})"
     for resource in record.resources:
@@ -231,7 +230,7 @@ def state(record: Record) -> dict[str, Any]:
     last, widths, ended = record.entries[-1] if record.entries else None, record.final_widths, record.ended
     limits = {name: limit_of(record, name) for name in record.resources}
     return {
-        "step": integer(ended.get("step", last.step if last else 0)),
+        "step": record.step,
         "total_steps": record.total_steps,
         "cost": dict(last.spent if last else record.dense),
         "dense_cost": dict(record.dense),

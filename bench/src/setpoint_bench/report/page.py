@@ -140,7 +140,7 @@ def _learning(groups: Mapping[str, Sequence[Cell]]) -> str:
 def _runs(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> str:
     """Each run with a ledger, decision by decision; one is open at a time."""
     runs = [
-        (f"{label}, seed {cell.seed}" if cell.seed is not None else label, cell.record, cell.history)
+        (f"{label}, seed {cell.seed}" if cell.seed is not None else label, cell.record)
         for label, cells in sorted(groups.items(), key=lambda item: item[1][0].method != SETPOINT)
         for cell in cells
         if cell.record is not None
@@ -148,9 +148,8 @@ def _runs(name: str, groups: Mapping[str, Sequence[Cell]], room: int) -> str:
     if not runs:
         return ""
     page, left = "<h3>Decision by decision</h3>\n", len(runs)
-    for label, record, history in runs:
-        final = max(((p.step, p.loss) for p in history if p.split == "train" and p.loss is not None), default=None)
-        made = run(record, final=final)
+    for label, record in runs:
+        made = run(record)
         if len(page) + len(made) > room and left < len(runs):
             break
         opened = " open" if left == len(runs) else ""
