@@ -164,7 +164,7 @@ def report(
         if any((path / name).is_file() for name in RESULT_FILES):
             _of_bench("report FOLDER").report_folder(path, out)
             return
-        from setpoint.report.page import ledger_tables, page_of, write_ledger_page
+        from setpoint.report.page import page_of, write_ledger_page
         from setpoint.report.record import facts, read_ledger, state
 
         file = path if path.is_file() or path.suffix == ".jsonl" else path / LEDGER
@@ -174,12 +174,11 @@ def report(
                 f'ledger\'s file; a run writes it by setpoint.integrations.log_to(loop, "{LEDGER}")'
             )
         page = page_of(file, out)
-        record, screen = read_ledger(file), console()
+        record = read_ledger(file)
         check_folder(page.parent)
-        for table in ledger_tables(record):
-            screen.print(table, width=None if screen.is_terminal else 100)
-        for name, text in facts(record).items():
-            _print(f"{name:<12}{text}")
+        said = facts(record)
+        for name, text in said.items():
+            _print(f"{name:<{max(map(len, said)) + 2}}{text}")
         write_ledger_page(file, page)
         finish({"report": str(page), **state(record)}, f"open {page} in a browser")
 

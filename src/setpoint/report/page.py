@@ -1,4 +1,4 @@
-"""The page of a run, and its tables in a terminal: verdict, spending, price, and what was dropped when and why."""
+"""The page of a run: verdict, spending, price, and what was dropped when and why."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-
-from rich.markup import escape as plain
-from rich.table import Table
 
 from setpoint.ledger import Entry
 from setpoint.messages import counted
@@ -75,51 +72,25 @@ def run(record: Record) -> str:
     return page + "".join(entries_table(record, resource) for resource in record.resources or (None,))
 
 
-# Tables.
-
-
 def entries_table(record: Record, resource: str | None) -> str:
     """All decisions as a table, folded away, with the loss right before and after each."""
     if not record.entries:
         return ""
-    titles, rows = _decisions(record, resource, brief=False)
-    table = markup.html_table(titles, [list(map(escape, row)) for row in rows], classes="entries")
-    return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
-
-
-def ledger_tables(record: Record) -> Iterator[Table]:
-    """For each resource its decisions, for a terminal."""
-    for resource in record.resources or (None,):
-        # Rich reads [brackets] as markup, and names come from files.
-        name = plain(NAMES.get(resource or "", resource or "decisions"))
-        table = Table(title=f"{name} per {PER.get(resource or '', 'step')}", title_justify="left")
-        titles, rows = _decisions(record, resource, brief=True)
-        for title in titles:
-            table.add_column(title, justify="left" if title == "reason" else "right", no_wrap=title != "reason")
-        for row in rows:
-            table.add_row(*map(plain, row))
-        yield table
-
-
-def _decisions(record: Record, resource: str | None, *, brief: bool) -> tuple[list[str], list[list[str]]]:
-    """The titles and the texts of all decisions; in brief without losses, and with units counted over all groups."""
     key, rows = resource or "", []
     for entry in record.entries:
         # What a meter has read, and its prediction, are of the widths before the decision.
         costs = (entry.spent, entry.reference, entry.predicted, entry.metered)
-        cells = [human(values.get(key), UNITS.get(key, key)) for values in costs]
-        for counts in (num_dropped(entry), num_grown(entry)):
-            total = f"{sum(counts.values()):,}" if counts else NOTHING
-            cells.append(total if brief else _by_group(counts))
-        if not brief:
-            cells += [NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after)]
-        rows.append([f"{entry.step:,}", *cells, entry.reason.partition("; ")[0] if brief else entry.reason])
-    losses = () if brief else ("loss before", "right after")
-    amounts = ("spent", "reference", "predicted before", "measured before")
-    titles = ("step", *amounts, "dropped", "brought back", *losses, "reason")
+        amounts = [human(values.get(key), UNITS.get(key, key)) for values in costs]
+        moved = [_by_group(counts) for counts in (num_dropped(entry), num_grown(entry))]
+        losses = [NOTHING if loss is None else digits(loss) for loss in (entry.loss, entry.loss_after)]
+        rows.append([f"{entry.step:,}", *amounts, *moved, *losses, entry.reason])
+    meters = ("predicted before", "measured before")
+    titles = ("step", "spent", "reference", *meters, "dropped", "brought back", "loss before", "right after", "reason")
     # Columns without a value are left out: most runs bring nothing back, and observe no loss.
     used = [place for place in range(len(titles)) if any(row[place] != NOTHING for row in rows)]
-    return [titles[place] for place in used], [[row[place] for place in used] for row in rows]
+    cells = [[escape(row[place]) for place in used] for row in rows]
+    table = markup.html_table([titles[place] for place in used], cells, classes="entries")
+    return f'<details><summary>All decisions</summary><div class="scroll">{table}</div></details>\n'
 
 
 def _by_group(counts: Mapping[str, int]) -> str:
