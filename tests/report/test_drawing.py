@@ -10,16 +10,14 @@ from setpoint.report.markup import BLUE, MOST_LABELLED, Figure, Trace, drawing, 
 
 
 def test_points_lie_where_the_labels_say() -> None:
-    """A line from the axes' ends to half of both goes through the middle of the plot, where labels say so."""
+    """A line from the axes' ends to half of both goes through the middle of the plot, where labels say so; in stairs it
+    goes across first.
+    """
     points: list[tuple[float, float | None]] = [(0, 0), (50, 0.5), (100, None), (100, 1)]
     made = drawing(Figure([Trace("spent", points, BLUE, width=2), line("top", [(0, 0.943396)], BLUE)]), "a picture")
     assert 'd="M0 1000L500 528.3M1000 56.6"' in made and 'aria-label="a picture"' in made
     assert 'style="top:81.13%">&lrm;0.2&lrm;<' in made and 'style="left:40.0%">40<' in made
     assert "<title>top at step 0\n0.9434</title>" in made
-
-
-def test_a_step_stays_until_the_next_one() -> None:
-    """In stairs a line goes across first."""
     made = drawing(Figure([line("spent", [(0, 0), (10, 1)], BLUE, stairs=True)]), "steps")
     assert re.search(r'd="M0 1000H1000V[\d.]+"', made)
 

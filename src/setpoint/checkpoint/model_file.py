@@ -257,21 +257,17 @@ def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[
         raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
     if key not in metadata:
         raise CheckpointError(f"{str(path)!r} is a safetensors file, but {foreign}")
+    damaged = CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
     try:
         header = json.loads(metadata[key])
         version, expected = header.pop("format"), header.pop("sha256")
         newer = version > FORMAT
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(path) from error
+        raise damaged from error
     if newer:
         raise CheckpointError(
             f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
         )
     if version != FORMAT or _digest(header, tensors) != expected:
-        raise damaged(path)
+        raise damaged
     return header, tensors
-
-
-def damaged(path: Path) -> CheckpointError:
-    """The error for what is not as it was written."""
-    return CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")

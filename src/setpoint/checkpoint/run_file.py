@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.actuator.tensors import swap
-from setpoint.checkpoint.model_file import damaged, read_file, some_of, write_file
+from setpoint.checkpoint.model_file import read_file, some_of, write_file
 from setpoint.checkpoint.plain import from_tensors, rng_state, set_rng_state, to_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.errors import CheckpointError, LoopError, RankError
@@ -114,11 +114,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r} is a folder: give the file that setpoint.save_run wrote")
     _, tensors = read_file(path, _KEY, "setpoint.save_run did not write it: read a model's file by setpoint.load")
-    try:
-        tree = from_tensors(tensors)
-        states, values = dict(tree["states"]), dict(tree["values"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(path) from error
+    states, values = from_tensors(tensors).values()
     if set(states) != set(parts):
         raise CheckpointError(
             f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the same "
@@ -136,7 +132,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
                     f"{str(path)!r}: {name} does not take the state that was saved under its name, and nothing was "
                     f"changed ({type(error).__name__}: {' '.join(str(error).split())})"
                 ) from error
-    return values
+    return dict(values)
 
 
 @contextmanager
