@@ -266,10 +266,9 @@ def test_a_folder_without_a_ledger_says_how_one_is_written(
     """`report` of a folder or a file that holds no run names it; no package is asked for."""
     if not benchmark:
         monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
-    (tmp_path / "of_bench").mkdir()
-    (tmp_path / "of_bench" / "results.jsonl").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "results.jsonl.txt").write_text("{}\n", encoding="utf-8")
     for path, words in (
-        (tmp_path / "of_bench" / "results.jsonl", f"give the folder, {tmp_path / 'of_bench'}"),
+        (tmp_path / "results.jsonl.txt", "is not a Setpoint ledger of format 1: give a file that"),
         (tmp_path, "neither results of the benchmark (results.jsonl) nor a ledger (run.jsonl) are in"),
         (tmp_path / "run.jsonl", "run.jsonl cannot be read: there is no such file"),
     ):

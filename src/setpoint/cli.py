@@ -159,8 +159,6 @@ def report(
     """
     with errors_as_messages():
         check_folder(out)
-        if path.is_file() and path.name in RESULT_FILES:
-            raise UsageError(f"{path} is one file of a results folder: give the folder, {path.parent}")
         if any((path / name).is_file() for name in RESULT_FILES):
             _of_bench("report FOLDER").report_folder(path, out)
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from operator import is_
@@ -120,7 +120,13 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
             f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the same "
             "parts"
         )
-    with _all_or_none(f"loading {str(path)!r}", parts):
+    loops = [part for part in parts.values() if isinstance(part, Resizing)]
+    others = [part for part in parts.values() if not isinstance(part, Resizing)]
+    with ExitStack() as stack:
+        for loop in loops:  # it puts the others back as well: DDP must be made for the old shapes meanwhile
+            stack.enter_context(loop.restored_on_error(f"loading {str(path)!r}", *others))
+        if not loops:
+            stack.enter_context(_put_back_on_error(others))
         # Any other order would load narrow tensors into a model that is still dense.
         for name in sorted(states, key=lambda name: not isinstance(parts[name], Resizing)):
             try:
@@ -136,20 +142,13 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _all_or_none(what: str, parts: Mapping[str, Any]) -> Iterator[None]:
-    """If anything is raised inside, all parts are as before, with the models that loops hold."""
-    loops = [part for part in parts.values() if isinstance(part, Resizing)]
-    others = [part for part in parts.values() if not isinstance(part, Resizing)]
-    with ExitStack() as stack:
-        # With a loop it is the loop that puts back: a wrapper such as DDP must be made for the old shapes meanwhile.
-        for number, loop in enumerate(loops):
-            stack.enter_context(loop.restored_on_error(what, *(others if number == 0 else ())))
-        put_back = snapshot(*([] if loops else others))
-        try:
-            yield
-        except BaseException:
-            put_back()
-            raise
+def _put_back_on_error(parts: Sequence[Any]) -> Iterator[None]:
+    put_back = snapshot(*parts)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
 
 
 def snapshot(*parts: Any) -> Callable[[], None]:
