@@ -430,30 +430,25 @@ def test_a_damaged_form_of_the_inputs_is_refused(damaged: Any) -> None:
         in_form(Inputs(EXAMPLES[mlp], recorded=True), damaged)
 
 
-def trained(model: nn.Module, **settings: Any) -> nn.Module:
+def trained(model: nn.Module) -> nn.Module:
     """The model after a run that was never told to resume."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    with setpoint.attach(model, optimizer, 0.5, total_steps=6, verify=False, **settings):
-        for _ in range(6):
-            model(*EXAMPLES[mlp]).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    train(model, EXAMPLES[mlp], steps=6)
     return model
 
 
-def by_hand(model: nn.Module, **_: Any) -> nn.Module:
+def by_hand(model: nn.Module) -> nn.Module:
     groups = setpoint.find_groups(model, EXAMPLES[mlp])
     setpoint.shrink(model, None, groups, {groups[0].name: [False, *[True] * (groups[0].num_units - 1)]})
     return model
 
 
-def loaded(model: nn.Module, **_: Any) -> nn.Module:
+def loaded(model: nn.Module) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         setpoint.save(trained(mlp()), f"{folder}/small.safetensors")
         return setpoint.load(f"{folder}/small.safetensors", into=model)
 
 
-def compressed(model: nn.Module, **_: Any) -> nn.Module:
+def compressed(model: nn.Module) -> nn.Module:
     setpoint.compress(model, [EXAMPLES[mlp]], "50% flops", verify=False)
     return model
 

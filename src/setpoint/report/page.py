@@ -234,8 +234,8 @@ def _events(record: Record, verb: str) -> Trace:
         if verb != "dropped":
             chosen, worths, values, name_of_value = entry.grown, entry.grown_worth, entry.gain, "probed gain"
         price = _times(entry.price.get(resource), factor)
-        for name in chosen.keys() & record.units.keys():
-            for place, origin in enumerate(chosen[name]):
+        for name, origins in chosen.items():
+            for place, origin in enumerate(origins if name in record.units else ()):
                 worth, value = (known.get(name, ())[place : place + 1] for known in (worths, values))
                 shift = (1 - BAND) / 2 + BAND * (origin + 0.5) / max(record.units[name], origin + 1)
                 points.append((entry.step, rows.index(name) + shift))
