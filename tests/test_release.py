@@ -247,5 +247,5 @@ def _use(python: Path, folder: Path) -> None:
     (folder / "net.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(4, 8)\n")
     found = _run(command, "inspect", "net.py:build", "--input", "2,4", "--json", folder=folder)
     assert json.loads(found.stdout)["params"] == 40
-    refused = _run(command, "list", "tasks", folder=folder, status=2)
+    refused = _run(command, "inspect", "resnet18", folder=folder, status=2)
     assert "pip install setpoint-bench" in refused.stderr
