@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from torch import nn
@@ -189,8 +190,14 @@ def block_size(num_units: int, what: str, device_type: str) -> int:
     """
     if what == "head":
         return 1
-    block = _largest(num_units, _CHANNELS if what == "channel" else _NEURONS, _MIN_BLOCKS)
-    return max(block, _largest(num_units, _TENSOR_CORES, _MIN_WIDE_BLOCKS)) if device_type == "cuda" else block
+    block = min(_CHANNELS if what == "channel" else _NEURONS, _power_of_two(num_units // _MIN_BLOCKS))
+    wide = min(_TENSOR_CORES, _power_of_two(num_units // _MIN_WIDE_BLOCKS))
+    return max(block, wide) if device_type == "cuda" else block
+
+
+def _power_of_two(number: int) -> int:
+    """The largest up to this number, or 1."""
+    return 1 << max(number.bit_length() - 1, 0)
 
 
 def device_type_of(model: nn.Module) -> str:
@@ -199,14 +206,6 @@ def device_type_of(model: nn.Module) -> str:
     for parameter in model.parameters():
         sizes[parameter.device.type] = sizes.get(parameter.device.type, 0) + parameter.numel()
     return max(sizes, key=sizes.__getitem__, default="cpu")
-
-
-def _largest(num_units: int, liked: int, least: int) -> int:
-    """Largest power of two up to `liked` that leaves at least so many blocks to choose from."""
-    block = liked
-    while block > 1 and num_units // block < least:
-        block //= 2
-    return block
 
 
 # Attributes of torch's own modules that name the size of a dim of one of their tensors.
@@ -257,22 +256,17 @@ def standard_places(model: nn.Module, walk: Walk, dims: Sequence[OwnDim]) -> Pla
 
 def with_sizes(walk: Walk, units: Units, places: Places) -> tuple[Group, ...]:
     """Bind every attribute to the groups it counts, and a corrected call to all that it may come from."""
-    sizes: dict[int, list[SizeBinding]] = {}
-    by_module: dict[str, set[int]] = {}
+
+    @cache
+    def touching(module: str) -> set[int]:
+        """Groups with units along a dim of any tensor that the module or a submodule reads or makes."""
+        inside = f"{module}." if module else ""
+        within = ((*read, *made) for name, read, made in walk.flow if name == module or name.startswith(inside))
+        arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}
+        return {group for labels in arrays.values() for group in units.among(labels)}
+
+    sizes: list[list[SizeBinding]] = [[] for _ in units.groups]
     for (module, place), labels in places.items():
-        members = set(units.among(labels))
-        if "#" in place:
-            if module not in by_module:
-                by_module[module] = _touching(walk, units, module)
-            members |= by_module[module]
-        for position in sorted(members):
-            sizes.setdefault(position, []).append(SizeBinding(module, place, units.index(labels, position)))
-    return tuple(replace(group, sizes=tuple(sizes.get(position, ()))) for position, group in enumerate(units.groups))
-
-
-def _touching(walk: Walk, units: Units, module: str) -> set[int]:
-    """Groups with units along a dim of any tensor that the module or a submodule reads or makes."""
-    inside = f"{module}." if module else ""
-    within = ((*read, *made) for name, read, made in walk.flow if name == module or name.startswith(inside))
-    arrays = {id(labels): labels for values in within for v in values for labels in v.labels if labels is not None}
-    return {group for labels in arrays.values() for group in units.among(labels)}
+        for position in sorted({*units.among(labels), *(touching(module) if "#" in place else ())}):
+            sizes[position].append(SizeBinding(module, place, units.index(labels, position)))
+    return tuple(replace(group, sizes=tuple(bound)) for group, bound in zip(units.groups, sizes, strict=True))

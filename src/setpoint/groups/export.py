@@ -6,12 +6,11 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils import _pytree as pytree
 
@@ -34,15 +33,6 @@ class _FlatForward(nn.Module):
         return list(self.partial.with_tensors({id(own): tensor for own, tensor in pairs}).run(self.model))
 
 
-@dataclass(frozen=True, eq=False)
-class Exported:
-    """What of a model could be exported."""
-
-    program: Any
-    forward: PartialForward  # the calls that the program holds
-    refused: ExportError | None = None  # of what could not be exported first
-
-
 def check_model(model: nn.Module, example: Example) -> None:
     """Check what can be seen of a model and an example before a forward, or raise ExampleError or ExportError."""
     inputs_of(example)
@@ -59,8 +49,8 @@ _ATTEMPTS = 24
 """Exports of a model: one more for each kind of part that cannot be exported."""
 
 
-def export(model: nn.Module, example: Example) -> Exported:
-    """The graph of `model(*example)`, which `check_model` has accepted.
+def export(model: nn.Module, example: Example) -> tuple[Any, PartialForward, ExportError | None]:
+    """The graph of `model(*example)`, the calls that it holds, and why something could not be exported, if so.
 
     Where the code of a library decides by values of a tensor, the graph holds the path of the example. A part of the
     model that cannot be exported is an opaque call in it. An ExportError names the line of the model's own forward that
@@ -83,12 +73,12 @@ def export(model: nn.Module, example: Example) -> Exported:
                 # flows is found out later: cuts are tried on copies with all hooks.
                 if has_users_hooks(model):
                     with suppress(Exception), without_users_hooks(model):
-                        return Exported(_exported(model, forward, []), forward)
+                        return _exported(model, forward, []), forward, None
             forward = without(model, example, forward, fault, first)
         else:
             if "" not in forward.reasons:
                 _check_outputs(program)
-            return Exported(program, forward, first)
+            return program, forward, first
     assert first is not None, "every attempt has failed"
     raise first
 
@@ -101,18 +91,16 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
         marked_functions(),
         _noting_calls(model, running),
         warnings.catch_warnings(action="ignore"),
-        _following_data() if forward.by_data else nullcontext(),
+        ExitStack() as stack,
     ):
+        if forward.by_data:
+            from setpoint.groups.partial import following_data
+
+            stack.enter_context(following_data())
         # Not strict: TorchDynamo refuses much Python that is harmless, and rewrites what the shims have to number.
         program = torch.export.export(_FlatForward(model, forward), tuple(forward.tensors), strict=False)
     _check_sizes(model, program, by_data=forward.by_data)
     return program
-
-
-def _following_data() -> AbstractContextManager[None]:
-    from setpoint.groups.partial import following_data
-
-    return following_data()
 
 
 @contextmanager
@@ -157,15 +145,18 @@ def _without_what_nothing_reads(*, lines: bool) -> Iterator[None]:
 
 def _check_outputs(program: Any) -> None:
     """Check that the forward returns numbers that a loss can be made of: they are what cuts and costs go by."""
-    names = set(program.graph_signature.user_outputs)
-    (output,) = [node for node in program.graph.nodes if node.op == "output"]
-    found = [node.meta["val"] for node in output.args[0] if getattr(node, "name", None) in names]
-    tensors = [value for value in found if isinstance(value, torch.Tensor)]
-    if not any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors):
+    outputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_outputs]
+    if not any(map(has_floats, outputs)):
         raise ExportError(
             "the model's forward returns no tensor of floats, also none in a list, a dict or a dataclass: return the "
             "loss or the outputs, since backward passes are tried and counted from what the forward returns"
         )
+
+
+def has_floats(node: fx.Node) -> bool:
+    """Whether a node gives numbers that a gradient may go through."""
+    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors)
 
 
 def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:

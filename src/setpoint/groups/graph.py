@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import setpoint.groups.rules  # noqa: F401 - registers the rules
 from setpoint.groups.build import OwnDim
-from setpoint.groups.export import known, shape_of
+from setpoint.groups.export import has_floats, known, shape_of
 from setpoint.groups.walk import Value, Walk, finish, module_of, op_name, plain_path, rule_for
 
 
@@ -143,7 +143,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return None  # a check without a result
     result, reason = _ruled(walk, node, out, args, kwargs, inputs)
     if reason:
-        if inputs and any(map(_has_floats, node.all_input_nodes)):  # integers and masks cost no FLOPs
+        if inputs and any(map(has_floats, node.all_input_nodes)):  # integers and masks cost no FLOPs
             walk.unknown.add(walk.op)
         for value in inputs:
             walk.freeze_all(value, reason)
@@ -175,11 +175,6 @@ def _ruled(
         # A rule that meets a call which it was not written for guesses nothing: all that the call touches stays.
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return finish(walk, None, out, inputs), f"the op's rule does not cover this call ({why})"
-
-
-def _has_floats(node: fx.Node) -> bool:
-    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
-    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors)
 
 
 def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx, nn
 
@@ -70,14 +69,14 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 
 def _trace(model: nn.Module, example: Example) -> Trace:
-    # Imported here: an exporter, and rules that look up hundreds of ops, for which `import setpoint` need not wait.
-    from setpoint.groups.export import check_model, export
+    # Imported here: an exporter, rules that look up hundreds of ops; `import setpoint` need not wait for them.
+    from setpoint.groups.export import check_model, export, shape_of
     from setpoint.groups.graph import walk_graph
 
     example = without_cache(model, example)
     check_model(model, example)
-    exported = export(model, example)
-    program, opaque = exported.program, exported.forward.reasons
+    program, forward, refused = export(model, example)
+    opaque = forward.reasons
     walk, dims = walk_graph(model, program, opaque)
     if walk.products:
         solve(walk.atoms, walk.products)
@@ -94,35 +93,27 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     if build.only_standard_sizes(model, walk, units):
         places = build.standard_places(model, walk, dims)
     else:
-        units, places = _probed(model, example, exported, walk, dims, units)
+        from setpoint.groups.sizes_in_code.bind import Candidate, FakeForward, bind
+
+        (output,) = [node for node in program.graph.nodes if node.op == "output"]
+        shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
+        units, places = bind(Candidate(FakeForward(model, example, forward), shapes, walk, dims, units))
     groups = build.with_sizes(walk, units, places)
-    if exported.refused is not None and opaque and not groups:
-        raise exported.refused
+    if refused is not None and opaque and not groups:
+        raise refused
     contractions = [
         Contraction(module, coefficient, tuple(units.size(*dim) for dim in dims_of), num_gradients)
         for module, coefficient, dims_of, num_gradients in walk.contracts
     ]
     if walk.unknown or opaque:
         contractions += _uncounted(model, example, groups, contractions)
-    refused: dict[str, str] = {}
+    unbalanced: dict[str, str] = {}
     if any(isinstance(module, StateSpaceLayer) or hasattr(module, "A_log") for module in model.modules()):
-        groups, refused = find_states(model, groups)
+        groups, unbalanced = find_states(model, groups)
     targets = program.graph_signature.inputs_to_parameters
     unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users]
     unreached = tuple(targets[name].removeprefix("model.") for name in unread if name in targets)
-    return Trace(groups, tuple(contractions), _frozen(walk, opaque, refused), unreached)
-
-
-def _probed(
-    model: nn.Module, example: Example, exported: Any, walk: Walk, dims: Sequence[build.OwnDim], units: build.Units
-) -> tuple[build.Units, build.Places]:
-    """Units whose cut the live forward survives, and the places that hold sizes, by forwards without data."""
-    from setpoint.groups.export import shape_of
-    from setpoint.groups.sizes_in_code.bind import Candidate, FakeForward, bind
-
-    (output,) = [node for node in exported.program.graph.nodes if node.op == "output"]
-    shapes = tuple(shape_of(node.meta["val"]) for node in output.args[0] if isinstance(node, fx.Node))
-    return bind(Candidate(FakeForward(model, example, exported.forward), shapes, walk, dims, units))
+    return Trace(groups, tuple(contractions), _frozen(walk, opaque, unbalanced), unreached)
 
 
 def _uncounted(
@@ -146,12 +137,12 @@ def _uncounted(
     return [Contraction("", float(total - known), (), 2)] if total > known else []
 
 
-def _frozen(walk: Walk, opaque: Mapping[str, str], refused: Mapping[str, str]) -> tuple[Frozen, ...]:
+def _frozen(walk: Walk, opaque: Mapping[str, str], unbalanced: Mapping[str, str]) -> tuple[Frozen, ...]:
     """Frozen places, each reason once; copies that meet data are not worth reporting."""
     copies = walk.atoms.marked("alike")
     places = [(place, why) for labels, place, why in walk.atoms.frozen if not copies[labels].all()]
     opaque = {name or "model": why for name, why in opaque.items()}
-    return tuple(Frozen(*found) for found in dict.fromkeys((*opaque.items(), *places, *refused.items())))
+    return tuple(Frozen(*found) for found in dict.fromkeys((*opaque.items(), *places, *unbalanced.items())))
 
 
 @one_at_a_time
