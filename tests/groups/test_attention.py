@@ -48,35 +48,28 @@ class Attending(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("options", "padded"),
+    ("options", "padded", "what"),
     [
-        (("batch_first",), True),
-        (("batch_first", "no weights"), True),
-        ((), True),
-        (("batch_first", "causal"), False),
-        (("batch_first", "causal", "no weights"), False),
-        (("batch_first", "of every head", "no weights"), False),
+        (("batch_first",), True, "head"),
+        (("batch_first", "no weights"), True, "head"),
+        ((), True, "head"),
+        (("batch_first", "causal"), False, "head"),
+        (("batch_first", "causal", "no weights"), False, "head"),
+        (("batch_first", "of every head", "no weights"), False, "head"),
+        (("batch_first", "all weights"), False, "neuron"),
     ],
 )
-def test_heads_of_torch_attention_under_masks(options: tuple[str, ...], padded: bool) -> None:
-    """Heads, and the width around them, are found with any mask; their cut equals the masked twin."""
+def test_heads_of_torch_attention_under_masks(options: tuple[str, ...], padded: bool, what: str) -> None:
+    """Heads, and the width around them, are found with any mask, and their cut equals the masked twin.
+
+    Where the weights of every head are an output no head can go, but entries of the values can, within all heads.
+    """
     x = torch.randn(3, 7, 5) if "batch_first" in options else torch.randn(7, 3, 5)
     model, example = Attending(options), (x, PADDING) if padded else (x,)
     groups = lossless(model, example)
     assert {(group.name, group.num_units, group.what) for group in groups.values()} == {
         ("embed", 16, "neuron"),
-        ("attend", 4, "head"),
-    }
-    assert failing_groups(model, example, tuple(groups.values())) == ()
-
-
-def test_weights_of_every_head_keep_the_heads() -> None:
-    """Where the weights of every head are an output no head can go, but entries of the values can, within all heads."""
-    model, example = Attending(("batch_first", "all weights")), (torch.randn(3, 7, 5),)
-    groups = lossless(model, example)
-    assert {(group.name, group.num_units, group.what) for group in groups.values()} == {
-        ("embed", 16, "neuron"),
-        ("attend", 4, "neuron"),
+        ("attend", 4, what),
     }
     assert failing_groups(model, example, tuple(groups.values())) == ()
 

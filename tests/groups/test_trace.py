@@ -161,34 +161,6 @@ def test_bad_example_is_named(example: Any, message: str) -> None:
         find_groups(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), example)
 
 
-class Branch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return self.a(x)
-        return x
-
-
-class Numpy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) * float(x.detach().numpy().sum())
-
-
-@pytest.mark.parametrize(("kind", "line"), [(Branch, "if x.sum() > 0"), (Numpy, "numpy")])
-def test_unexportable_forward_names_the_line(kind: type[nn.Module], line: str) -> None:
-    """Control flow or numbers that depend on data cannot be exported: the error names the user's line."""
-    with pytest.raises(ExportError) as caught:
-        find_groups(kind(), (torch.zeros(2, 4),))
-    assert line in str(caught.value) and "test_trace.py" in str(caught.value)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_script_module_is_refused_by_name() -> None:
     """Claim: where PyTorch would only say that hooks are not supported, the error names the module and the way out."""

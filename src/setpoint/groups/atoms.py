@@ -1,8 +1,4 @@
-"""Atoms: one integer for every entry of every tensor dim, united where entries must be dropped together.
-
-A disjoint-set forest on one integer array. Atom 0 stands for "frozen": whatever is united with it is never
-dropped. Parents are always smaller than their children, so 0 is the root of everything frozen.
-"""
+"""Atoms: one integer for every entry of every tensor dim, united where entries must be dropped together."""
 
 from __future__ import annotations
 
@@ -14,7 +10,10 @@ Labels = Int[np.ndarray, " entries"]
 
 
 class Atoms:
-    """Classes of entries that are kept or dropped together.
+    """Classes of entries that are kept or dropped together, as a disjoint-set forest on one integer array.
+
+    Atom 0 stands for "frozen": whatever is united with it is never dropped. Parents are smaller than their children, so
+    0 is the root of everything frozen.
 
     >>> atoms = Atoms()
     >>> a, b = atoms.fresh(3), atoms.fresh(3)

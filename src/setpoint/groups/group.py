@@ -1,9 +1,4 @@
-"""A group: units that can be dropped one by one, and where each unit lies in the model.
-
-A *unit* is the smallest thing kept or dropped (a channel, a neuron, a head). A *group* holds units
-that lie in the same places. A *slice* is one such place: a dim of one parameter or buffer, with an
-index table that maps entries along the dim to units.
-"""
+"""A group: units, the smallest things kept or dropped (channels, neurons, heads), that lie in the same places."""
 
 from __future__ import annotations
 
