@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -95,6 +96,13 @@ def test_residual_stream_under_a_norm_is_not_lossless() -> None:
     assert any("a LayerNorm runs over these channels" in note for note in stream.notes)
     assert {piece.tensor for piece in stream.slices} >= {"wte.weight", "wpe.weight", "ln_f.weight"}
     assert not any(piece.tensor == "lm_head.weight" for piece in stream.slices)
+
+
+def test_a_norm_with_an_epsilon_of_its_own() -> None:
+    """The number in the place of a bias is none, and the module's name says nothing of the kind of norm."""
+    layer = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 2))
+    (group,) = find_groups(nn.Sequential(OrderedDict(layer=layer)), (torch.zeros(2, 4),))
+    assert group.notes == ("an RMSNorm runs over these channels (layer.1: rms_norm)",)
 
 
 def test_separate_projections_and_gated_mlp() -> None:
