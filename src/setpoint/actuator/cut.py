@@ -27,21 +27,14 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What a keep means for tensors and sizes.
+    """What a keep means for tensors and sizes: one boolean per entry, True = stays."""
 
-    Args:
-        entries: by tensor and dim, one boolean per entry, True = stays.
-        elements: by tensor whose single elements are units, one boolean per element in row-major order. Such a tensor
-            can be masked but not shrunk.
-        sizes: by place in Python code, one boolean per entry that it counts.
-        following: places of groups that lose units. A forward may compute the size of a call from such a group, so the
-            call is corrected even where its right size stays the same.
-    """
-
-    entries: Mapping[Place, Bool[np.ndarray, " _entries"]]
-    elements: Mapping[str, Bool[np.ndarray, " _elements"]]
-    sizes: Mapping[SizePlace, Bool[np.ndarray, " _entries"]]
-    following: frozenset[SizePlace] = frozenset()
+    entries: Mapping[Place, Bool[np.ndarray, " _entries"]]  # by tensor and dim
+    elements: Mapping[str, Bool[np.ndarray, " _elements"]]  # by tensor whose single elements are units, row-major
+    sizes: Mapping[SizePlace, Bool[np.ndarray, " _entries"]]  # by place in Python code, of the entries that it counts
+    # Places of groups that lose units. A forward may compute the size of a call from such a group, so the call is
+    # corrected even where its right size stays the same.
+    following: frozenset[SizePlace]
 
     def places(self) -> Iterator[tuple[str, int | None, Bool[np.ndarray, " _entries"]]]:
         """Tensor, dim, or None for single elements, and which entries stay."""

@@ -1,16 +1,15 @@
 """The shapes of a cut model: one record at its root of all tensors and sizes in code that cuts have changed.
 
-The record is plain data: `copy.deepcopy` copies it with the model, and a pickle of the model loads where Setpoint is
-not installed. Every module of the model holds the record together with its own name in it. So a submodule that is saved
-by itself finds its entries, also under another name (PEFT moves layers when it merges adapters), and a new module in
-the place of a cut one finds those of its predecessor by the name.
+The record is plain data, so that a pickle of the model loads where Setpoint is not installed. Every module holds it
+with its own name in it: a submodule that is saved by itself finds its entries, also under another name (PEFT moves
+layers when it merges adapters), and a new module in the place of a cut one finds those of its predecessor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,19 +33,12 @@ _Record = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class ModelShapes:
-    """What a model remembers of its cuts, as it is now; empty for one that was never cut.
+    """What a model remembers of its cuts, as it is now; empty for one that was never cut."""
 
-    Args:
-        dense: by every name of each tensor that cuts have changed, its shape before the first cut.
-        sizes: by module and place, the integer that stands there now, of all that cuts have set.
-        dense_sizes: the same before the first cut; None for a call in a forward, which computes its size itself.
-        buffers: names of the non-persistent buffers that cuts have changed: no state dict holds them.
-    """
-
-    dense: Shapes = field(default_factory=dict)
-    sizes: Mapping[SizePlace, int] = field(default_factory=dict)
-    dense_sizes: Mapping[SizePlace, int | None] = field(default_factory=dict)
-    buffers: tuple[str, ...] = ()
+    dense: Shapes  # by every name of each tensor that cuts have changed, its shape before the first cut
+    sizes: Mapping[SizePlace, int]  # the integer that stands at a place now, of all that cuts have set
+    dense_sizes: Mapping[SizePlace, int | None]  # before the first cut; None for a call, which computes its size itself
+    buffers: tuple[str, ...]  # non-persistent ones that cuts have changed: no state dict holds them
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelShapes:
