@@ -26,8 +26,6 @@ from golden.models import GPT, ResNet
 from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint.resumable import is_resumable
 from setpoint.errors import CheckpointError, LoopError
-from setpoint.loop.carrying import in_form
-from setpoint.loop.first_batch import Inputs
 from setpoint.loop.resume import check_format
 
 Make = Callable[[], nn.Module]
@@ -421,13 +419,6 @@ def test_a_run_goes_on_with_a_batch_of_another_shape() -> None:
         its_optimizer.load_state_dict(saved[step][1])
         train(again, its_optimizer, step, 12)
         assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True)), step
-
-
-@pytest.mark.parametrize("damaged", [None, {}, {"shapes": 3, "passes": 1, "samples": 4}, {"shapes": [[4, -6]]}])
-def test_a_damaged_form_of_the_inputs_is_refused(damaged: Any) -> None:
-    """Claim: what a state says of the first batch is checked before anything is built by it."""
-    with pytest.raises(CheckpointError, match="the state of the loop is damaged"):
-        in_form(Inputs(EXAMPLES[mlp], recorded=True), damaged)
 
 
 def trained(model: nn.Module) -> nn.Module:

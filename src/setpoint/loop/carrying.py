@@ -91,24 +91,18 @@ def form_of(inputs: Inputs) -> dict[str, Any]:
     return {"shapes": shapes_of(inputs.example), "passes": inputs.passes, "samples": inputs.samples}
 
 
-def in_form(inputs: Inputs, form: Any) -> Inputs:
+def in_form(inputs: Inputs, form: Mapping[str, Any]) -> Inputs:
     """Inputs in the form of those with which a run began, as its state has it; an example stays as it is."""
     if not inputs.recorded:
         return inputs
-    try:
-        shapes = [[int(size) for size in shape] for shape in form["shapes"]]
-        passes, samples = int(form["passes"]), int(form["samples"])
-        if min(passes, samples, *(size for shape in shapes for size in shape)) < 0:
-            raise ValueError(form)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"the state of the loop is damaged: its inputs are {form!r}") from error
+    passes = form["passes"]
     if passes != inputs.passes:
         warn(
             f"this step called the model {counted(inputs.passes, 'time')}, the first step of the run "
             f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, attach "
             "without resume"
         )
-    return Inputs(in_shapes(inputs.example, shapes), passes, samples, recorded=True)
+    return Inputs(in_shapes(inputs.example, form["shapes"]), passes, form["samples"], recorded=True)
 
 
 @contextmanager
