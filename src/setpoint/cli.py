@@ -331,7 +331,7 @@ def write_json(path: Path, answer: dict[str, Any]) -> None:
 
 
 def _text(answer: dict[str, Any], indent: int | None = None) -> str:
-    from setpoint.ledger import without_nan
+    from setpoint.checkpoint.plain import without_nan
 
     return json.dumps(without_nan(answer), indent=indent)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
-from uuid import uuid4
 
-from setpoint.checkpoint.plain import fields_of, json_object, plain
+from setpoint.checkpoint.plain import fields_of, json_object, plain, replace_text, without_nan
 from setpoint.errors import CheckpointError
 
 OWN_SECONDS = ("sensing", "deciding", "resizing", "probing")
@@ -203,26 +201,3 @@ def _entry(row: Mapping[str, Any] | None) -> Entry:
     if not {"step", "widths"} <= values.keys():
         raise ValueError("it is not a whole entry")
     return Entry(**values)
-
-
-def without_nan(value: Any) -> Any:
-    """The same in what JSON can hold: None in the place of NaN and infinities."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return value
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a text file in UTF-8 into a folder that exists, at once; on an error nothing stays behind."""
-    # A name of its own: several processes of one run may write the same file, and the last one wins.
-    unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -254,6 +257,29 @@ def _laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
 
 
 # Rows of JSON.
+
+
+def without_nan(value: Any) -> Any:
+    """The same in what JSON can hold: None in the place of NaN and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return value
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8 into a folder that exists, at once; on an error nothing stays behind."""
+    # A name of its own: several processes of one run may write the same file, and the last one wins.
+    unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def json_object(line: str) -> dict[str, Any] | None:

@@ -24,17 +24,14 @@ Mark = tuple["weakref.ref[Tensor]", int] | None
 class StepHooks:
     """Watches optimizers through their own hooks; a step is done when each of them has stepped.
 
+    `before` is called ahead of the first optimizer's update, behind its closure if it has one, when all gradients are
+    expected to be ready, with what they are still multiplied by, or None; `after` when the last one has moved its
+    weights; `loading` with an optimizer and the state dict that it is about to load.
+
     Under a GradScaler with several optimizers, call `scaler.unscale_` for all of them before the first steps: the scale
     of the others' gradients cannot be seen from there. A step in which the scaler skips any optimizer is not counted.
     Such a step ends when an optimizer that has stepped, or that came before it in the last whole step, is about to
     step; before there was a whole step, when gradients of the others are not finite.
-
-    Args:
-        optimizers: the optimizers of one training step.
-        before: called ahead of the first optimizer's update, behind its closure if it has one, when all gradients are
-            expected to be ready, with what they are still multiplied by, or None.
-        after: called when the last optimizer has moved its weights.
-        loading: called with an optimizer and the state dict that it is about to load.
     """
 
     def __init__(
@@ -162,8 +159,7 @@ def _grad_scale(optimizer: Optimizer) -> Tensor | None:
 def uninterrupted() -> Iterator[None]:
     """Inside, the first SIGINT is kept until the end; a second one comes through at once, whatever it leaves behind.
 
-    Whatever handles SIGINT, Python's own handler or the user's, is put back and then called. Outside of the main
-    thread, and where SIGINT is ignored or ends the process, nothing is changed.
+    Outside of the main thread, and where SIGINT is ignored or ends the process, nothing is changed.
     """
     usual = signal.getsignal(signal.SIGINT)
     if not callable(usual) or threading.current_thread() is not threading.main_thread():

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from setpoint.checkpoint.plain import without_nan
 from setpoint.cost.budget import amount
 from setpoint.errors import GroupError
-from setpoint.ledger import Entry, without_nan
+from setpoint.ledger import Entry
 from setpoint.loop.control import Control
 from setpoint.messages import counted, warn
 from setpoint.spending.metrics import totals, verdict

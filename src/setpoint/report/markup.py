@@ -13,7 +13,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from setpoint.ledger import replace_text
+from setpoint.checkpoint.plain import replace_text
 from setpoint.report.numbers import digits
 
 GREY, BLUE, ORANGE = "#667085", "#0b62a8", "#c2570c"
