@@ -88,39 +88,6 @@ def test_schedulers_go_on_after_a_cut(name: str, tmp_path: Path) -> None:
     assert len({each["lr"] for _, groups in seen for each in groups}) > 2
 
 
-def run(scale: float) -> tuple[setpoint.Ledger, nn.Module]:
-    """A run in which something multiplies all gradients after the backward pass, and the rate makes up for it."""
-    torch.manual_seed(0)
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 / scale)
-    controller = setpoint.PricedController(Schedule(0.0, 0.5, 0.8, num_cuts=6))
-    budget, x = setpoint.Budget.fraction(0.5, of="flops"), torch.randn(8, 6)
-    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=30, controller=controller, verify=False)
-    for _ in range(30):
-        x = torch.randn(8, 6)
-        nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.grad.mul_(scale)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loop.finish().budget_met
-    return loop.ledger, model
-
-
-def test_a_budget_does_not_see_a_factor_on_all_gradients() -> None:
-    """Claim: gradients that clipping makes a quarter as large in each step give a sixteenth of the saliency, and the
-    same plans and weights, bit for bit: what a budget drops depends on worths relative to each other. (Other factors in
-    other steps weigh the steps; a price sees the factor, as the sensor's docstring says.)
-    """
-    (whole, model), (clipped, twin) = run(1.0), run(0.25)
-    assert len(whole) > 3 and [each.dropped for each in whole] == [each.dropped for each in clipped]
-    for one, other in zip(whole, clipped, strict=True):
-        for name, values in one.saliency.items():
-            np.testing.assert_allclose(other.saliency[name], np.array(values) / 16, rtol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-
-
 def test_a_layer_that_is_frozen_for_a_while_is_not_taken_for_worthless() -> None:
     """Claim: units whose outgoing weights are frozen for the time of several decisions keep their saliency, stay and go
     by it, and train on afterwards; frozen weights are cut along, and otherwise do not move.
