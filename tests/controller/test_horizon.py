@@ -47,19 +47,6 @@ def test_what_blocks_leave_is_spent_later() -> None:
     assert 600.0 * 0.96 < spent <= 600.0
 
 
-def test_nothing_left_means_no_limit_can_be_met() -> None:
-    """With the budget spent the limit is not positive."""
-    assert step_limit(Schedule(), 300, 1000, left=-5.0, start=1.0, present=0.5) == -5.0
-    assert step_limit(Schedule(), 300, 1000, left=0.0, start=1.0, present=0.5) == 0.0
-
-
-def test_the_least_run_is_dense_until_the_first_decision() -> None:
-    """No run spends less than the dense steps before the first decision and the cheapest model after it."""
-    schedule = Schedule()
-    first = min(step for step in range(1, 1001) if schedule.due(step, 1000))
-    assert cheapest_run(schedule, 0, 1000, present=2.0, cheapest=0.5) == 2.0 * first + 0.5 * (1000 - first)
-
-
 @given(st.integers(30, 3000), st.integers(1, 16), st.floats(0.01, 0.9), st.floats(1.0, 1.2), st.data())
 @settings(deadline=None, max_examples=50)
 def test_a_run_that_keeps_to_the_most_is_never_over(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,13 +28,6 @@ def test_the_ramp_falls_evenly() -> None:
     values = [schedule.at(step, 1000, start=1.0, limit=0.25) for step in (0, *_steps(schedule, 1000)[:8])]
     factors = [b / a for a, b in zip(values, values[1:], strict=False)]
     assert factors == pytest.approx([0.25 ** (1 / 8)] * 8)
-
-
-def test_mean_cost_of_the_ramp() -> None:
-    """The ramp costs (1 - f) / ln(1 / f) of dense on average."""
-    schedule = Schedule(warmup=0.0, settle=1.0, land=1.0)
-    mean = sum(schedule.at(step, 2000, start=1.0, limit=0.25) for step in range(2000)) / 2000
-    assert mean == pytest.approx(0.75 / math.log(4), rel=1e-3)
 
 
 def test_few_decisions_last_one_of_the_ramp_at_settle() -> None:
