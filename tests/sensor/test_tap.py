@@ -43,17 +43,13 @@ def adapted() -> nn.Module:
     return nn.Sequential(Adapted(5, 12), nn.GELU(), Adapted(12, 10), nn.ReLU(), Adapted(10, 3))
 
 
+def bases(model: nn.Module) -> list[nn.Parameter]:
+    return [p for each in model.modules() if isinstance(each, Adapted) for p in each.base.parameters()]
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[nn.Module], list[nn.Parameter]]]] = {
-    "low-rank": (
-        adapted,
-        (7, 5),
-        lambda model: [p for each in model.modules() if isinstance(each, Adapted) for p in each.base.parameters()],
-    ),
-    "tokens": (
-        adapted,
-        (4, 6, 5),
-        lambda model: [p for each in model.modules() if isinstance(each, Adapted) for p in each.base.parameters()],
-    ),
+    "low-rank": (adapted, (7, 5), bases),
+    "tokens": (adapted, (4, 6, 5), bases),
     "convolution": (Convolved, (4, 3, 6, 6), lambda model: [model.second.weight]),  # type: ignore[list-item]
 }
 
@@ -194,9 +190,8 @@ def test_what_hooks_never_see_is_an_error() -> None:
 def test_compiled_models_leave_them_whole() -> None:
     """Claim: what hooks cannot read in compiled code is not pruned at attach, and the ledger says why."""
     model = adapted()
-    for each in model:
-        if isinstance(each, Adapted):
-            each.base.requires_grad_(False)
+    for parameter in bases(model):
+        parameter.requires_grad_(False)
     model.append(nn.Linear(3, 16)).append(nn.ReLU()).append(nn.Linear(16, 2))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     budget = setpoint.Budget.fraction(0.95, of="params")
