@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from setpoint.groups.walk import DimLabels, Value, Walk, overloads, rule
@@ -67,7 +66,8 @@ def _spans(value: Value, out: Value) -> bool:
     )
 
 
-def _united(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool, name: str) -> Value:
+def united(walk: Walk, out: Value, args: Sequence[Any], zero_keeping: bool, name: str) -> Value:
+    """What an op of this name gives entry by entry, and whether a dropped unit stays zero."""
     values = [arg for arg in args if isinstance(arg, Value)]
     result = Value(out.shape, unite_broadcast(walk, values, out.ndim))
     spanning = [value for value in values if _spans(value, result)]
@@ -93,8 +93,8 @@ def _elementwise(zero_keeping: bool) -> Callable[..., Any]:
         args = (*args, *(value for key, value in kwargs.items() if key != "out"))
         name = walk.op.removesuffix("_")
         if isinstance(out, tuple):
-            return tuple(_united(walk, part, args, zero_keeping, name) for part in out)
-        return _united(walk, out, args, zero_keeping, name)
+            return tuple(united(walk, part, args, zero_keeping, name) for part in out)
+        return united(walk, out, args, zero_keeping, name)
 
     return function
 
@@ -107,19 +107,6 @@ rule(*overloads(_ZERO_BREAKING))(_elementwise(zero_keeping=False))
 def _clamp(walk: Walk, out: Value, x: Value, min: float | None = None, max: float | None = None) -> Value:
     """Zero stays zero between bounds that hold it."""
     return Value(out.shape, x.labels, zero=x.zero and (min is None or min <= 0) and (max is None or max >= 0))
-
-
-@rule(aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default)
-def _distance(walk: Walk, out: Value, x: Value, y: Value, reduction: int = 1, *args: Any) -> Value:
-    """Entry by entry, where zeros are no distance apart; then a mean (1) or a sum (2) over all of it."""
-    distances = _united(walk, Value(np.broadcast_shapes(x.shape, y.shape), ()), (x, y), True, "sub")
-    for labels in distances.labels if reduction else ():
-        if reduction == 1:
-            walk.lossy(labels, "a mean runs over this dim")
-        elif not distances.zero:
-            walk.lossy(labels, "a sum runs over this dim, where dropped units are not zero")
-        walk.atoms.mark("summed", labels)
-    return replace(distances, labels=() if reduction else distances.labels)
 
 
 @rule(aten.broadcast_tensors.default)

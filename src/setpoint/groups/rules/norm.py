@@ -1,4 +1,4 @@
-"""Norms, sums and extremes: where one runs over units, a zero is not an absent entry; the other dims pass."""
+"""Norms, sums, extremes and losses: where one runs over units, a zero is not an absent entry; the other dims pass."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from setpoint.groups.rules.elementwise import united
 from setpoint.groups.walk import DimLabels, Value, Walk, rule
 
 aten = torch.ops.aten
@@ -142,3 +144,16 @@ def _along(walk: Walk, out: Any, x: Value, dim: int = -1, *args: Any, **kwargs: 
     """A softmax, running sum or sort ties the entries of its dim together."""
     walk.freeze_dims(x, [dim], "a softmax, a running sum or a sort runs over this dim")
     return (x.labels, x.labels) if isinstance(out, tuple) else Value(out.shape, x.labels, zero=False)
+
+
+@rule(aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default)
+def _distance(walk: Walk, out: Value, x: Value, y: Value, reduction: int = 1, *args: Any) -> Value:
+    """Entry by entry, where zeros are no distance apart; then a mean (1) or a sum (2) over all of it."""
+    distances = united(walk, Value(np.broadcast_shapes(x.shape, y.shape), ()), (x, y), True, "sub")
+    for labels in distances.labels if reduction else ():
+        if reduction == 1:
+            walk.lossy(labels, "a mean runs over this dim")
+        elif not distances.zero:
+            walk.lossy(labels, "a sum runs over this dim, where dropped units are not zero")
+        walk.atoms.mark("summed", labels)
+    return replace(distances, labels=() if reduction else distances.labels)
