@@ -420,7 +420,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
 
         costing = cost_out(host, inputs.example, traced, found.groups, spec.goals, inputs.passes)
         meter, costs, passes = costing.meter, {**found.costs, **costing.costs}, found.passes + costing.passes
-        found = replace(found, costs=costs, sources=costing.sources, header=costing.header, passes=passes)
+        found = replace(found, costs=costs, sources=costing.sources, passes=passes)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates

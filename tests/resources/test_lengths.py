@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
-from setpoint.resources.lengths import Lengths, held_at_two, narrowing_widths, trial_widths
+from setpoint.resources.lengths import Lengths, falling_widths, trial_widths
 
 
 def groups_of(*sizes: int, multiple_of: int = 1) -> tuple[Group, ...]:
@@ -29,7 +29,7 @@ def test_size_of_one_group_is_found(sizes: list[int], constant: int, per_unit: i
     assert Lengths(vectors).size(tuple(true.at(vector) for vector in vectors)) == true
 
 
-@pytest.mark.parametrize(("num_groups", "units"), [(48, 4), (12, 2), (6, 12)])
+@pytest.mark.parametrize(("num_groups", "units"), [(48, 4), (12, 3), (6, 12)])
 def test_coarse_groups_are_told_apart(num_groups: int, units: int) -> None:
     """Many groups of few units, as heads are, get as many vectors as it takes to tell them apart."""
     groups = groups_of(*[units] * num_groups)
@@ -38,28 +38,6 @@ def test_coarse_groups_are_told_apart(num_groups: int, units: int) -> None:
     for group in groups:
         true = Size(0, ((group.name, 64),))
         assert lengths.size(tuple(true.at(vector) for vector in vectors)) == true
-
-
-@pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize(
-    ("num_groups", "units", "enough"),
-    [(30, 64, True), (12, 12, True), (48, 4, False), (6, 2, False), (2, 2, True), (2, 3, True)],
-)
-def test_three_narrower_widths_tell_groups_apart_if_they_can(
-    num_groups: int, units: int, enough: bool, dense: bool
-) -> None:
-    """No group becomes wider again; 12 heads in 12 layers are told apart, and of groups of few units it is said."""
-    groups = groups_of(*[units] * num_groups)
-    vectors, apart = narrowing_widths(groups, dense=dense)
-    assert apart is enough and len(vectors) == 4
-    if dense or not apart:
-        assert vectors[0] == {group.name: units for group in groups}
-    elif units > 3:
-        assert all(vectors[0][group.name] < units for group in groups)
-    assert all(narrower[name] <= wider[name] for wider, narrower in pairwise(vectors) for name in wider)
-    if apart:
-        true = [Size(0, ((group.name, 64),)) for group in groups]
-        assert [Lengths(vectors).size(tuple(map(each.at, vectors))) for each in true] == true
 
 
 def test_sums_are_learnt_and_not_guessed() -> None:
@@ -86,20 +64,16 @@ def test_a_product_of_widths_is_refused() -> None:
     assert Lengths(vectors).size(tuple(v["g0"] * v["g1"] for v in vectors)) is None
 
 
-def test_a_group_that_no_block_leaves_is_a_constant() -> None:
-    """A group of one block cannot be cut, and its width is not varied."""
-    group = Group("g", "unit", 8, (), min_units=8, multiple_of=8)
-    assert {vector["g"] for vector in trial_widths((group,))} == {8}
+def test_groups_that_cannot_be_varied_are_constants() -> None:
+    """Claim: a group of one block, and one that can only become a single unit, are recorded as they are."""
+    groups = Group("block", "unit", 8, (), min_units=8, multiple_of=8), Group("two", "head", 2, ())
+    assert all(vector == {"block": 8, "two": 2} for vector in trial_widths(groups))
 
 
-def test_groups_of_two_units_can_be_held() -> None:
-    """Claim: held are groups that become one unit and nothing else, and the widths to record at are theirs."""
-    groups = (
-        Group("two", "head", 2, ()),
-        Group("three", "head", 3, ()),
-        Group("one", "head", 1, ()),
-        Group("floor", "head", 2, (), min_units=2),
-    )
-    held = held_at_two(groups)
-    assert [each.min_units for each in held] == [2, *(each.min_units for each in groups[1:])]
-    assert {widths["two"] for widths in trial_widths(held)} == {2}
+def test_whole_steps_are_timed_at_ever_narrower_widths() -> None:
+    """Each width vector is within blocks, nowhere wider than the one before, the first dense and the last the least."""
+    settings = {"a": (100, 5, 8), "b": (12, 1, 1), "c": (1, 1, 1)}
+    found = falling_widths([Group(n, "unit", w, (), min_units=m, multiple_of=k) for n, (w, m, k) in settings.items()])
+    assert found[0] == {"a": 100, "b": 12, "c": 1} and found[-1] == {"a": 8, "b": 1, "c": 1}
+    for wider, narrower in pairwise(found):
+        assert all(narrower[name] <= wider[name] for name in wider) and narrower["a"] % 8 == 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources import costing
-from setpoint.resources.lengths import narrowing_widths, trial_widths
+from setpoint.resources.lengths import trial_widths
 from setpoint.resources.replica import Replica, replica
 from setpoint.resources.tape import MemoryCost, Tape, solved, taken
 from setpoint_bench.networks import CharGPT, PlainNet
@@ -62,13 +61,13 @@ CASES: dict[str, Build] = {
 def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimizer]) -> None:
     """At the dense widths and at random ones, the prediction equals the peak of a real step's live tensors.
 
-    That holds of copies without data, and of one copy that becomes narrower.
+    That holds of copies with data and without.
     """
     model, example = CASES[name]()
     optimizer = kind(model.parameters(), lr=1e-3)
     groups = trace(model, example).groups
     make = partial(replica, model, (optimizer,), example, groups, [])
-    costs = [MemoryCost(without_data(make, groups)), MemoryCost(narrowed(make, groups))]
+    costs = [MemoryCost(recorded(make, groups, data=data)) for data in (True, False)]
     generator = np.random.default_rng(7)
     random = {g.name: int(generator.integers(max(2, g.min_units), g.num_units + 1)) for g in groups}
     for widths in (widths_of(groups), random):
@@ -77,16 +76,9 @@ def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimize
         assert [cost.total(widths) for cost in costs] == pytest.approx([measured] * 2, rel=1e-3)
 
 
-def narrowed(make: Any, groups: tuple[Group, ...]) -> Tape:
-    """The step of one copy that becomes narrower; nothing else is tried."""
-    vectors, apart = narrowing_widths(groups, dense=False)
-    assert apart
-    return costing._of_one_copy(make, vectors)
-
-
-def without_data(make: Any, groups: tuple[Group, ...]) -> Tape:
-    """The step of copies without data."""
-    return costing._of_copies_without_data(make, trial_widths(groups))
+def recorded(make: Any, groups: tuple[Group, ...], *, data: bool) -> Tape:
+    """The step of copies with data or without; nothing else is tried."""
+    return costing._recorded(make, trial_widths(groups), data=data)
 
 
 def test_weights_are_cast_once_at_every_width() -> None:
@@ -97,7 +89,7 @@ def test_weights_are_cast_once_at_every_width() -> None:
     make = partial(replica, model, (optimizer,), example, groups, [])
     widths = {group.name: max(group.min_units, group.num_units // 2) for group in groups}
     with torch.autocast("cpu", torch.bfloat16):
-        cost = MemoryCost(narrowed(make, groups))
+        cost = MemoryCost(recorded(make, groups, data=True))
         with make(widths, data=True) as copy:
             torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
             assert cost.total(widths) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=1e-3)
@@ -123,38 +115,12 @@ def test_a_copy_that_fails_leaves_nothing(ends: str) -> None:
     assert len(left) == 1 and left[0]() is None
 
 
-@pytest.mark.parametrize(("most", "why"), [(0, "a copy with data does not fit"), (2, "groups are too many to tell")])
-def test_copies_without_data_are_recorded_instead(most: int, why: str) -> None:
-    """Where memory has no room for a copy, or one that becomes narrower cannot tell the groups apart, no data is used.
-
-    Six groups of two blocks have but three ways to become narrower three times.
-    """
-    model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 8))
-    example = (torch.randn(4, 8),)
-    groups = trace(model, example).groups
-    if most:
-        groups = tuple(replace(group, multiple_of=8 // most) for group in groups)
-    made = list[bool]()
-
-    def make(widths: Mapping[str, int], *, data: bool) -> AbstractContextManager[Replica]:
-        made.append(data)
-        if data:
-            raise torch.OutOfMemoryError("no room")
-        return replica(model, (torch.optim.SGD(model.parameters()),), example, groups, [], widths, data=False)
-
-    cost = MemoryCost(costing.record(make, groups))
-    assert made[0] is not bool(most) and not any(made[1:]), why
-    fewer = {group.name: 4 for group in groups}
-    with replica(model, (torch.optim.SGD(model.parameters()),), example, groups, [], fewer, data=True) as copy:
-        assert cost.total(fewer) == pytest.approx(peak_bytes(copy.step, copy.held()), rel=1e-3)
-
-
 def test_is_a_cost_that_falls_with_every_group() -> None:
     """It has the protocol's methods; a saving is a difference of totals, and fewer units never cost more."""
     model, example = gpt()
     optimizer = torch.optim.AdamW(model.parameters())
     groups = trace(model, example).groups
-    cost = MemoryCost(without_data(partial(replica, model, (optimizer,), example, groups, []), groups))
+    cost = MemoryCost(recorded(partial(replica, model, (optimizer,), example, groups, []), groups, data=False))
     assert isinstance(cost, Cost) and cost.resource == "memory"
     dense = widths_of(groups)
     for group in groups:

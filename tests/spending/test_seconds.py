@@ -2,10 +2,8 @@
 
 import time
 
-import numpy as np
 import pytest
 
-from setpoint.resources.metering import median_of
 from setpoint.spending.meter import StepMeter, Stopwatch
 
 
@@ -59,15 +57,6 @@ def test_old_steps_are_forgotten(clock: Clock) -> None:
     assert meter.seconds_per_step == 1
     meter.clear()
     assert meter.seconds_per_step is None
-
-
-def test_interval_of_the_median_covers_it() -> None:
-    """The 95 % interval holds the true median in about 95 % of samples, also of a skewed distribution."""
-    generator = np.random.default_rng(0)
-    hits = sum(
-        (found := median_of(generator.exponential(1.0, 50).tolist())).low <= np.log(2) <= found.high for _ in range(500)
-    )
-    assert 0.92 < hits / 500 <= 0.99
 
 
 def test_laps_follow_each_other_without_a_gap(clock: Clock) -> None:

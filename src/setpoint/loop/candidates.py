@@ -87,7 +87,7 @@ def unit_candidates(
     check_some(active, frozen)
     costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(model, active)}
     warn_of_unreached(model, found, active)
-    return Candidates(active, frozen, costs, passes, header={"calibration": {}, "step_seconds": {}})
+    return Candidates(active, frozen, costs, passes)
 
 
 def _chosen(

@@ -11,7 +11,7 @@ from typing import Any
 from setpoint.errors import CheckpointError, ReportError
 from setpoint.ledger import Entry, Ledger
 from setpoint.messages import counted
-from setpoint.report.numbers import digits, human, percent
+from setpoint.report.numbers import human, percent
 
 NAMES = {
     "flops": "FLOPs",
@@ -36,7 +36,6 @@ class Record:
         total_steps: of the run as planned last; a bill plans it anew.
         sources: by resource, what models and what measures its cost.
         pattern: of the masks, where units are single weights; "" where units were cut.
-        calibration: by resource, relative error of the prediction on copies of the model.
         limit_run: budgets of the whole run.
         ended: how the run ended, as its summary has it (`Ledger.ended`); empty while it goes on.
     """
@@ -46,12 +45,10 @@ class Record:
     dense: Mapping[str, float]
     limit: Mapping[str, float]
     limit_run: Mapping[str, float]
-    calibration: Mapping[str, float]
     total_steps: int | None
     entries: tuple[Entry, ...]
     sources: Mapping[str, tuple[str, ...]]
     pattern: str
-    idle_watts: float | None
     ended: Mapping[str, Any]
 
     @property
@@ -108,8 +105,7 @@ def record_of(ledger: Ledger) -> Record:
         entries=tuple(_finite(entry) for entry in ledger),
         sources=sources,
         pattern=header.get("pattern", ""),
-        **{name: quantities(header.get(name)) for name in ("dense", "limit", "limit_run", "calibration")},
-        idle_watts=number(header.get("idle_watts")),
+        **{name: quantities(header.get(name)) for name in ("dense", "limit", "limit_run")},
         ended=ended,
     )
 
@@ -194,8 +190,6 @@ def facts(record: Record) -> dict[str, str]:
         found["masks"] = f"on single weights ({record.pattern})"
     for resource in record.resources:
         found[NAMES.get(resource, resource)] = "; ".join(_clauses(record, resource))
-    if record.idle_watts is not None:
-        found["power at rest"] = f"{digits(record.idle_watts)} W, measured apart and part of the joules"
     return found
 
 
@@ -221,8 +215,6 @@ def _clauses(record: Record, resource: str) -> Iterator[str]:
         by = f", of which {human(so_far[1], unit)} was spent by step {so_far[0]:,}" if so_far else ""
         yield f"budget of the whole run {human(run, unit)}{by}"
     yield from record.sources.get(resource, ())
-    if resource in record.calibration:
-        yield f"predictions within {percent(record.calibration[resource])} of copies of the model"
 
 
 def state(record: Record) -> dict[str, Any]:

@@ -6,29 +6,24 @@ Seconds of a training step, or of a forward pass, are
 
 with the bytes of all storages of the step (`Tape.moved_bytes`). The coefficients are fitted to a few whole steps of
 copies on this device by least squares of relative errors. a holds what no width changes: the calls themselves, and
-whatever else the step does. Joules are
-
-    joules(widths) = watts * seconds(widths) + constant,
-
-fitted to metered steps, or watts that the user states. Both are sums of products of widths, and what they do not tell,
-such as the stairs of a kernel, meters correct in training.
+whatever else the step does. Joules are watts times seconds, with the power that a meter reads of these steps or that
+the user states. Both are sums of products of widths, and what they do not tell, such as the stairs of a kernel, meters
+correct in training.
 """
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 
-from setpoint.controller.selection import lowest_width
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance
 from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost, forward_flops
 from setpoint.errors import CostError, SetpointError
@@ -38,8 +33,8 @@ from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.messages import progress, warn
-from setpoint.resources.joules import EnergyMeter, find_energy_meter, idle_watts
-from setpoint.resources.lengths import held_at_two, narrowing_widths, trial_widths
+from setpoint.resources.joules import EnergyMeter, find_energy_meter
+from setpoint.resources.lengths import falling_widths, trial_widths
 from setpoint.resources.metering import Metering
 from setpoint.resources.replica import Inference, Replica, held_tensors, replica
 from setpoint.resources.tape import MemoryCost, Tape, solved, taken
@@ -47,9 +42,6 @@ from setpoint.spending.meter import Stopwatch
 
 Make = Callable[..., AbstractContextManager[Replica]]
 """Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
-
-Reading = tuple[Mapping[str, int], float]
-"""Widths, and what a step took there."""
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
 
@@ -60,15 +52,11 @@ class Costing:
 
     Args:
         sources: by resource, what it was modelled by.
-        header: for the ledger. "calibration" has by resource the median relative error of the prediction on copies;
-            "step_seconds" by group the seconds of a dense step that go when the group alone is cut to its fewest units;
-            "idle_watts" the power drawn while this process rests, where joules are metered.
         passes: steps on copies, in steps of the dense model by FLOPs.
     """
 
     costs: Mapping[str, Cost]
     sources: Mapping[str, str]
-    header: Mapping[str, Any]
     meter: Metering
     passes: float
 
@@ -91,10 +79,8 @@ def cost_out(
     device = next((parameter.device for parameter in host.model.parameters()), torch.device("cpu"))
     energy = _energy_meter(device, watts) if "energy" in measured else None
     example, own = without_cache(host.model, example), restricted(found, groups)
-    flops, dense = flops_cost(own), widths_of(groups)
-    costs, sources, errors = dict[str, Cost](), dict[str, str](), dict[str, float]()
-    steps, passes, step_seconds = list[dict[str, int]](), list[dict[str, int]](), dict[str, float]()
-    inference = None
+    flops, costs, sources = flops_cost(own), dict[str, Cost](), dict[str, str]()
+    steps, passes, inference = list[dict[str, int]](), list[dict[str, int]](), None
 
     if measured & {"memory", "latency", "energy"}:
         make = partial(replica, host.model, host.optimizers, example, groups, steps)
@@ -102,31 +88,24 @@ def cost_out(
         if "memory" in measured:
             costs["memory"], sources["memory"] = MemoryCost(tape), "modelled: storages of a recorded step"
         if measured & {"latency", "energy"}:
-            fit, joules = _timed_fit("latency", make, groups, flops, tape, device, energy)
-            costs["latency"], errors["latency"] = fit.cost, fit.error
-            step_seconds = {g.name: fit.cost.saving(dense, g.name, g.num_units - lowest_width(g)) for g in groups}
+            latency, power_w = _fitted("latency", make, groups, flops, tape, device, energy)
+            costs["latency"] = latency
             if "energy" in measured:
-                costs["energy"], errors["energy"], sources["energy"] = _joules(fit.cost, watts, joules, energy)
+                costs["energy"], sources["energy"] = _joules(latency, watts, power_w, energy)
     if "inference" in measured:
         asked = next((goal.example for goal in goals if goal.example is not None), example)
         asked = without_cache(host.model, asked)
         pass_flops = forward_flops(own, num_samples(asked) / num_samples(example) / calls)
         inference = Inference(host.model, asked, pass_flops)
         answer = partial(replica, host.model, (), asked, groups, passes, trains=False)
-        fit, _ = _timed_fit("inference", answer, groups, pass_flops, record(answer, groups), device, None)
-        costs["inference"], errors["inference"] = fit.cost, fit.error
+        tape = record(answer, groups)
+        costs["inference"], _ = _fitted("inference", answer, groups, pass_flops, tape, device, None)
     for name in costs.keys() & {"latency", "inference"}:
         sources[name] = "modelled: constant, FLOPs and bytes, fitted to steps timed on this device"
 
     # FLOPs are of a step with `calls` calls, and a copy makes one.
     spent = sum(flops.total(widths) / calls for widths in steps)
     spent += sum(inference.flops.total(widths) for widths in passes if inference is not None)
-    idle = None if energy is None else idle_watts(energy)
-    header = {
-        "calibration": {name: error for name, error in errors.items() if math.isfinite(error)},
-        "step_seconds": step_seconds,
-        **({} if idle is None else {"idle_watts": idle}),
-    }
     meter = Metering(
         measured,
         partial(held_tensors, host.model, host.optimizers, inputs_of(example)),
@@ -137,8 +116,8 @@ def cost_out(
         inference=inference,
         watts=watts if watts is not None and energy is None else 0.0,
     )
-    dense_flops = flops.total(dense)
-    return Costing(costs, sources, header, meter, spent / dense_flops if dense_flops else 0.0)
+    dense_flops = flops.total(widths_of(groups))
+    return Costing(costs, sources, meter, spent / dense_flops if dense_flops else 0.0)
 
 
 def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | None:
@@ -155,18 +134,17 @@ def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | No
 
 
 def _joules(
-    latency: ProductCost, watts: float | None, joules: Sequence[Reading], meter: EnergyMeter | None
-) -> tuple[ProductCost, float, str]:
-    """The cost in joules, its relative error, and what it was modelled by."""
-    if meter is not None and joules:
-        fit = fit_joules(latency, joules)
-        return fit.cost, fit.error, f"modelled: fit to steps metered by {meter.source}"
+    latency: ProductCost, watts: float | None, power_w: float | None, meter: EnergyMeter | None
+) -> tuple[ProductCost, str]:
+    """The cost in joules, and what it was modelled by."""
+    if meter is not None and power_w is not None:
+        return combined("energy", ((power_w, latency),)), f"modelled: power read by {meter.source} x seconds"
     if watts is None:
         raise CostError(
             "the energy meter gave no reading while copies of the model were trained: give the budget the power that a "
             "training step draws, as in Budget.fraction(0.5, of='energy', watts=W)"
         )
-    return combined("energy", ((watts, latency),)), math.nan, "modelled: stated watts x seconds"
+    return combined("energy", ((watts, latency),)), "modelled: stated watts x seconds"
 
 
 # The recorded step.
@@ -175,20 +153,15 @@ def _joules(
 def record(make: Make, groups: tuple[Group, ...]) -> Tape:
     """The step as a function of widths.
 
-    One copy that becomes narrower is recorded, if few widths tell the groups apart and memory is left for the copy;
-    else copies without data. Whatever goes wrong in foreign code becomes one error that says what to do.
+    Copies with data are recorded, and copies without where memory has no room for those.
+    Whatever goes wrong in foreign code becomes one error that says what to do.
     """
-    narrow, apart = narrowing_widths(groups, dense=False)
+    vectors = trial_widths(groups)
     try:
         with progress("recording a step"):
-            if apart:
-                with suppress(Exception):  # an error that is kept would keep the copy's memory
-                    return _of_one_copy(make, narrow)
-            with suppress(CostError):
-                return _of_copies_without_data(make, trial_widths(groups))
-            # Some modules take another way with one unit of two, such as key/value heads: such a group is held. It
-            # saves nothing by prediction, and meters see what it does save.
-            return _of_copies_without_data(make, trial_widths(held_at_two(groups)))
+            with suppress(Exception):  # an error that is kept would keep the copy's memory
+                return _recorded(make, vectors, data=True)
+            return _recorded(make, vectors, data=False)
     except SetpointError:
         raise
     except Exception as error:
@@ -199,19 +172,10 @@ def record(make: Make, groups: tuple[Group, ...]) -> Tape:
         ) from error
 
 
-def _of_one_copy(make: Make, vectors: Sequence[Mapping[str, int]]) -> Tape:
-    takes = []
-    with make(vectors[0], data=True) as copy:
-        for widths in vectors:
-            copy.narrow(widths)
-            takes.append(taken(copy.step, copy.held()))
-    return solved(takes, vectors)
-
-
-def _of_copies_without_data(make: Make, vectors: Sequence[Mapping[str, int]]) -> Tape:
+def _recorded(make: Make, vectors: Sequence[Mapping[str, int]], *, data: bool) -> Tape:
     takes = []
     for widths in vectors:
-        with make(widths, data=False) as copy:
+        with make(widths, data=data) as copy:
             takes.append(taken(copy.step, copy.held()))
     return solved(takes, vectors)
 
@@ -219,7 +183,7 @@ def _of_copies_without_data(make: Make, vectors: Sequence[Mapping[str, int]]) ->
 # Whole steps on the clock.
 
 
-def _timed_fit(
+def _fitted(
     resource: str,
     make: Make,
     groups: tuple[Group, ...],
@@ -227,23 +191,15 @@ def _timed_fit(
     tape: Tape,
     device: torch.device,
     meter: EnergyMeter | None,
-) -> tuple[Fit, list[Reading]]:
-    """Seconds of a step, fitted to a few whole ones, and the joules of those."""
-    seconds, joules = list[Reading](), list[Reading]()
+) -> tuple[ProductCost, float | None]:
+    """Seconds of a step, fitted to a few whole ones, and the mean power that these drew, if it was read."""
     with progress(f"timing whole steps ({resource})"):
-        for widths, taken_s, spent_j in timed(make, calibration_widths(groups), device, meter):
-            seconds.append((widths, taken_s))
-            if spent_j is not None:
-                joules.append((widths, spent_j))
-    if not seconds:
+        steps = list(timed(make, falling_widths(groups), device, meter))
+    if not steps:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
-    return fit_seconds(resource, flops, tape.moved_bytes(), seconds), joules
-
-
-def calibration_widths(groups: tuple[Group, ...]) -> list[dict[str, int]]:
-    """Widths to time whole steps at: dense, then each narrower than the one before, down to the fewest."""
-    fewest = {group.name: lowest_width(group) for group in groups}
-    return [*narrowing_widths(groups, dense=True)[0], fewest]
+    powers = [spent_j / taken_s for _, taken_s, spent_j in steps if spent_j is not None]
+    cost = fit_seconds(resource, flops, tape.moved_bytes(), [(widths, taken_s) for widths, taken_s, _ in steps])
+    return cost, statistics.mean(powers) if powers else None
 
 
 def timed(
@@ -290,32 +246,15 @@ def _timed_step(copy: Replica, device: torch.device, meter: EnergyMeter | None) 
 # The fit.
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A cost fitted to measured steps, and its median relative error on a step left out; NaN where they are too few."""
-
-    cost: ProductCost
-    error: float
-
-
-def fit_seconds(resource: str, flops: ProductCost, moved: ProductCost, steps: Sequence[Reading]) -> Fit:
-    """Seconds of a step from measured ones, its FLOPs and the bytes that it moves."""
+def fit_seconds(
+    resource: str, flops: ProductCost, moved: ProductCost, steps: Sequence[tuple[Mapping[str, int], float]]
+) -> ProductCost:
+    """Seconds of a step from those at several widths, its FLOPs and the bytes that it moves."""
     # One row for each step: what a, b and c are multiplied by.
     rows = np.array([[1.0, flops.total(widths), moved.total(widths)] for widths, _ in steps])
-    seconds = np.array([measured for _, measured in steps])
+    seconds = np.array([taken_s for _, taken_s in steps])
     constant_s, per_flop, per_byte = (float(value) for value in _non_negative(rows, seconds))
-    cost = combined(resource, ((per_flop, flops), (per_byte, moved)), constant_s)
-    return Fit(cost, _left_out(rows, seconds))
-
-
-def fit_joules(seconds: ProductCost, steps: Sequence[Reading]) -> Fit:
-    """Joules of a step from metered ones."""
-    joules = np.array([energy_j for _, energy_j in steps])
-    rows = np.array([[1.0, seconds.total(widths)] for widths, _ in steps])
-    if len(joules) < 3:  # a line through two of them says nothing of a constant
-        rows[:, 0] = 0.0
-    constant_j, watts = (float(value) for value in _non_negative(rows, joules))
-    return Fit(combined("energy", ((watts, seconds),), constant_j), _left_out(rows, joules))
+    return combined(resource, ((per_flop, flops), (per_byte, moved)), constant_s)
 
 
 def combined(resource: str, parts: Sequence[tuple[float, ProductCost]], constant: float = 0.0) -> ProductCost:
@@ -327,18 +266,6 @@ def combined(resource: str, parts: Sequence[tuple[float, ProductCost]], constant
     """
     terms = [Term(factor * term.coefficient, term.sizes) for factor, part in parts for term in part.terms]
     return ProductCost(resource, (*terms, Term(constant, ())))
-
-
-def _left_out(rows: Float64[np.ndarray, "n k"], values: Float64[np.ndarray, " n"]) -> float:
-    """Median relative error of each value by the fit to the others."""
-    if len(values) <= rows.shape[1]:
-        return float("nan")
-    errors = []
-    for number in range(len(values)):
-        others = np.arange(len(values)) != number
-        predicted = rows[number] @ _non_negative(rows[others], values[others])
-        errors.append(abs(float(predicted) / values[number] - 1.0))
-    return float(np.median(errors))
 
 
 def _non_negative(rows: Float64[np.ndarray, "n k"], values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " k"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,6 @@ import torch
 from setpoint.messages import warn
 
 POWERCAP = Path("/sys/class/powercap")
-# More than any one device draws.
-_MOST_WATTS = 1e5
-_STILL_S = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +36,8 @@ class EnergyMeter:
     """Joules spent since the meter was made, over all of its counters.
 
     A counter with a known range that reads less than before has wrapped. A step back by less than half of the range is
-    no wrap, so read it more often than it takes for half a turn (a minute at least). A counter that runs backwards,
-    jumps ahead by more than a hundred kilowatts could explain, stands still for two seconds, or reads no energy, has
-    vanished: the meter warns once, and has no reading from then on.
+    no wrap, so read it more often than it takes for half a turn (a minute at least). A counter that runs backwards or
+    reads no energy has vanished: the meter warns once, and has no reading from then on.
 
     >>> values = iter([10.0, 13.5, 1.0])
     >>> meter = EnergyMeter([Counter("recorded", lambda: next(values), range_j=16.0)])
@@ -51,11 +46,8 @@ class EnergyMeter:
     """
 
     def __init__(self, counters: Sequence[Counter]) -> None:
-        self._counters = tuple(counters)
-        self._energy_j, self.works = 0.0, True
-        self._read_at = time.monotonic()
-        self._moved_at = [self._read_at] * len(self._counters)
-        self._last = self._read()
+        self._counters, self._energy_j, self.works = tuple(counters), 0.0, True
+        self._last_j = self._read()
 
     @property
     def source(self) -> str:
@@ -63,20 +55,14 @@ class EnergyMeter:
 
     def read_j(self) -> float | None:
         """Joules since the meter was made, or None once a counter has vanished."""
-        before, now, at = self._last, self._read(), time.monotonic()
-        elapsed_s, self._read_at = at - self._read_at, at
-        for number, counter in enumerate(self._counters if self.works else ()):
-            step_j = _step(counter, before[number], now[number], elapsed_s)
-            if step_j != 0:
-                self._moved_at[number] = at
-            still_s = at - self._moved_at[number]
-            if step_j is None:
-                self._vanish(f"its counters went from {before} to {now} J in {elapsed_s:.2g} s")
-            elif still_s >= _STILL_S:
-                self._vanish(f"a counter has stood still at {now} J for {still_s:.1f} s")
-            else:
-                self._energy_j += step_j
-        self._last = now
+        before_j, self._last_j = self._last_j, self._read()
+        for counter, before, now in zip(self._counters, before_j, self._last_j, strict=True) if self.works else ():
+            range_j = math.inf if counter.range_j is None else counter.range_j
+            step_j = now - before if now >= before else now - before + range_j
+            if now > range_j or step_j > range_j / 2 or step_j == math.inf:
+                self._vanish(f"{counter.name} went from {before} to {now} J")
+                break
+            self._energy_j += step_j
         return self._energy_j if self.works else None
 
     def _read(self) -> list[float]:
@@ -84,28 +70,18 @@ class EnergyMeter:
         values = list[float]()
         for counter in self._counters if self.works else ():
             try:
-                value = counter.read_j()
+                values.append(counter.read_j())
             except (OSError, ValueError) as error:
                 self._vanish(f"{counter.name}: {error}")
                 break
-            if not 0 <= value < math.inf:
-                self._vanish(f"{counter.name} reads {value:.6g} J, which is no energy")
+            if not 0 <= values[-1] < math.inf:
+                self._vanish(f"{counter.name} reads {values[-1]:.6g} J, which is no energy")
                 break
-            values.append(value)
         return values
 
     def _vanish(self, why: str) -> None:
-        if self.works:
-            warn(f"the energy meter has vanished, energy is not measured from here on ({why})")
         self.works = False
-
-
-def _step(counter: Counter, before: float, after: float, elapsed_s: float) -> float | None:
-    """Joules between two readings of a counter, a wrap counted in; None if no device could have spent them."""
-    range_j = math.inf if counter.range_j is None else counter.range_j
-    step_j = after - before if after >= before else after - before + range_j
-    most_j = min(range_j / 2, _MOST_WATTS * max(1.0, elapsed_s))  # a counter is seldom newer than a second
-    return step_j if max(before, after) <= range_j and step_j <= most_j else None
+        warn(f"the energy meter has vanished, energy is not measured from here on ({why})")
 
 
 def rapl_counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
@@ -175,11 +151,3 @@ def find_energy_meter(devices: Iterable[torch.device], root: Path = POWERCAP) ->
     if not packages and not cuda:
         return None, why
     return EnergyMeter([*counters, *packages]), ""
-
-
-def idle_watts(meter: EnergyMeter, seconds: float = 1.0) -> float | None:
-    """Power drawn while this process rests, in watts; other work of the machine is in it."""
-    began, before = time.perf_counter(), meter.read_j()
-    time.sleep(seconds)
-    after, elapsed = meter.read_j(), time.perf_counter() - began
-    return None if before is None or after is None or elapsed <= 0 else (after - before) / elapsed

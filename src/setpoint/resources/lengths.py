@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
+from setpoint.controller.ladder import lowest_width
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
 
-_MAX_VECTORS, _DRAWS = 16, 100
-# The same where groups have few units: more widths are in these bands.
-_CLOSE = ((0.75, 0.95), (0.5, 0.75), (0.3, 0.5), (0.15, 0.3))
-# Densities of the groups where a step is recorded: it is quicker there than near the dense widths.
-_LOW = ((0.4, 0.6), (0.28, 0.4), (0.18, 0.28), (0.1, 0.18))
-# Where a step is timed: far apart, so that seconds differ.
-_FROM_DENSE = ((1.0, 1.0), (0.6, 0.9), (0.35, 0.6), (0.15, 0.35))
+_MAX_VECTORS = 16
 
 
 def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]:
@@ -38,54 +32,25 @@ def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]
     return vectors
 
 
-def narrowing_widths(groups: Sequence[Group], *, dense: bool) -> tuple[list[dict[str, int]], bool]:
-    """Four width vectors, each nowhere wider than those before; and whether they tell all groups apart.
-
-    Each group has densities of its own, so that products of widths do not shrink in proportion. Groups of few units, as
-    heads are, may be too many to be told apart. The dense widths come first with `dense`, or where narrower ones do not
-    tell the groups apart.
-    """
-    reach = {group.name: _reach(group) for group in groups}
-    for bands in (_FROM_DENSE,) if dense else (_LOW, _CLOSE, _FROM_DENSE):
-        vectors = _vectors(reach, bands)
-        if apart := _told_apart(reach, vectors):
-            break
-    return vectors, apart
-
-
-def _vectors(reach: Mapping[str, Sequence[int]], bands: Sequence[tuple[float, float]]) -> list[dict[str, int]]:
-    """A width vector for each band of densities."""
-    generator, seen = np.random.default_rng(0), set[tuple[int, ...]]()
-    columns = dict[str, list[int]]()
-    for name, widths in reach.items():
-        for _ in range(_DRAWS):
-            wanted = widths[0] * np.array([generator.uniform(*band) for band in bands])
-            columns[name] = [_nearest(widths, near) for near in wanted]
-            direction = _direction(columns[name])[0]
-            if len(widths) == 1 or (any(direction) and direction not in seen):  # else drawn again
-                break
-        seen.add(direction)
-    return [{name: column[row] for name, column in columns.items()} for row in range(len(bands))]
-
-
-def _nearest(widths: Sequence[int], wanted: float) -> int:
-    return min(widths, key=lambda width: abs(width - wanted))
+def falling_widths(groups: Sequence[Group]) -> list[dict[str, int]]:
+    """Width vectors at which steps take very different times: dense, then ever narrower, down to the fewest units."""
+    shares = (1.0, 0.75, 0.5, 0.25)
+    vectors = [
+        {group.name: min(_reach(group), key=lambda width: abs(width - share * group.num_units)) for group in groups}
+        for share in shares
+    ]
+    return [*vectors, {group.name: lowest_width(group) for group in groups}]
 
 
 def _reach(group: Group) -> list[int]:
-    """Widths that whole blocks reach, at least 2 where that is possible: at 1 a dim passes by broadcasting."""
+    """Widths that whole blocks reach, at least 2 where that is possible, or as it is.
+
+    At a width of 1 a dim passes by broadcasting, and modules take other ways, as one key/value head of two does. So a
+    group of two units saves nothing by prediction, and meters see what it does save.
+    """
     block, floor = group.multiple_of, max(group.min_units, 1)
     widths = [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
-    above_one = [width for width in widths if width > 1]
-    return above_one if len(above_one) > 1 else widths
-
-
-def held_at_two(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """The groups, with those held as they are that can become narrower only to a width of 1.
-
-    A tensor with one unit along a dim may need no copy where one with two does, as with one key/value head of two.
-    """
-    return tuple(replace(group, min_units=group.num_units) if _reach(group)[1:] == [1] else group for group in groups)
+    return [width for width in widths if width > 1] or widths
 
 
 def _told_apart(reach: Mapping[str, Sequence[int]], vectors: Sequence[Mapping[str, int]]) -> bool:

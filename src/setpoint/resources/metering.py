@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -30,8 +30,6 @@ _MARGIN = 0.03
 _COLD = 2
 # Steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back.
 _FEW = 4
-# Steps behind a reading, before the end of a run is judged by it.
-_ENOUGH = 10
 # Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap.
 _LOOK_S = 10.0
 # How far the factor of a joint cost follows a new reading, as far as the controller's PI part does.
@@ -75,7 +73,7 @@ class Metering(Meter):
         self._model, self._compiled, self._energy, self._inference = model, compiled, energy, inference
         # Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more.
         self._few = _FEW + len({"memory", "energy"} & self._resources) if timed else 0
-        self._pass_seconds: Measured | None = None
+        self._passes_s: Sequence[float] = ()
         self._watching: LiveBytes | None = None
         self._beginning = list[RemovableHandle]()
         self._mode, self._allocating, self._blocked = True, False, False
@@ -187,12 +185,11 @@ class Metering(Meter):
     def time_inference(self, widths: Mapping[str, int]) -> float:
         if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the passes
             return 0.0
-        seconds, passes = self._inference.timed()
-        self._pass_seconds = median_of(seconds) if seconds else None
+        self._passes_s, passes = self._inference.timed()
         return passes * self._inference.flops.total(widths)
 
     def cut(self) -> None:
-        self._peak, self._pass_seconds, self._began_j = None, None, None
+        self._peak, self._passes_s, self._began_j = None, (), None
         self._num_steps = self._since_cut = 0
 
     # What has been read.
@@ -201,8 +198,8 @@ class Metering(Meter):
         values, seconds, run_j = dict[str, float](), self._seconds, None
         if "latency" in self._resources and seconds is not None:
             values["latency"] = seconds
-        if self._pass_seconds is not None:
-            values["inference"] = self._pass_seconds.value
+        if self._passes_s:
+            values["inference"] = statistics.median(self._passes_s)
         if self._peak is not None:
             values["memory"] = float(self._peak)
         now_j = self._energy.read_j() if self._energy is not None else None
@@ -210,14 +207,8 @@ class Metering(Meter):
             run_j = None if self._earlier_j is None else self._earlier_j + now_j
             if self._began_j is not None and self._num_steps and now_j > self._began_j:
                 values["energy"] = (now_j - self._began_j) / self._num_steps
-        enough = {"latency": len(self.steps.intervals) >= _ENOUGH, "energy": self._num_steps >= _ENOUGH}
-        return Readings(
-            values,
-            settled={name: value for name, value in values.items() if enough.get(name, True)},
-            margins={name: self._margin(name) for name in METERED},
-            run_j=run_j,
-            vanished=self._energy is not None and not self._energy.works,
-        )
+        clocked = {"latency": self._warm, "inference": self._passes_s}
+        return Readings(values, {name: _margin(clocked.get(name, ())) for name in METERED}, run_j)
 
     @property
     def _warm(self) -> tuple[float, ...]:
@@ -226,11 +217,6 @@ class Metering(Meter):
     @property
     def _seconds(self) -> float | None:
         return statistics.median_low(self._warm) if self._warm and self._since_cut >= _FEW else None
-
-    def _margin(self, resource: str) -> float:
-        warm = median_of(self._warm) if self._warm else None
-        seconds = {"latency": warm, "inference": self._pass_seconds}.get(resource)
-        return max(_MARGIN, (seconds.high - seconds.low) / 2 / seconds.value if seconds else 0.0)
 
     def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
         learnable, seconds = dict(self.read().values), self._seconds
@@ -253,8 +239,8 @@ class Metering(Meter):
         found, seconds = dict(known), self.steps.intervals
         if len(seconds) >= 3:
             found |= {"latency": min(seconds), "energy": self.watts * min(seconds) or known.get("energy", 0.0)}
-        if self._pass_seconds is not None:
-            found["inference"] = self._pass_seconds.lowest
+        if self._passes_s:
+            found["inference"] = min(self._passes_s)
         return {name: value for name, value in found.items() if name in known}
 
     def state_dict(self) -> dict[str, float | None]:
@@ -282,28 +268,20 @@ class _FirstCall:
         return _FirstCall, ()
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A median of repeated measurements with its 95 % interval, and the lowest of them."""
-
-    value: float
-    low: float
-    high: float
-    lowest: float
-
-
-def median_of(values: Sequence[float]) -> Measured:
-    """The median with its 95 % interval, which holds for any distribution.
+def _margin(values: Sequence[float]) -> float:
+    """How far a median of these may be off, relatively: half of its 95 % interval, but 3 % at the least.
 
     The number of n values that lie below the true median is binomial with probability 1/2, so the order statistics
-    `n/2 -+ 1.96 sqrt(n)/2` enclose it. Below six values they are the extremes.
+    `n/2 -+ 1.96 sqrt(n)/2` enclose it, whatever the distribution. Below six values they are the extremes.
 
-    >>> median_of([1.0, 2.0, 3.0, 4.0, 100.0])
-    Measured(value=3.0, low=1.0, high=100.0, lowest=1.0)
+    >>> _margin([1.0, 2.0, 3.0, 4.0, 100.0]), _margin([])
+    (16.5, 0.03)
     """
+    if not values:
+        return _MARGIN
     ordered, count = sorted(values), len(values)
     low = max(0, math.floor(count / 2 - 1.96 * math.sqrt(count) / 2))
-    return Measured(statistics.median(ordered), ordered[low], ordered[count - 1 - low], ordered[0])
+    return max(_MARGIN, (ordered[count - 1 - low] - ordered[low]) / 2 / statistics.median(ordered))
 
 
 # Limits follow what is read.
@@ -343,16 +321,14 @@ def _with_reading(limits: Limits, name: str, value: float, widths: Mapping[str, 
     predicted, at_dense = limits.costs[name].total(widths), widths == limits.dense_widths
     ratio, known = value / predicted, limits.corrections.get(name)
     if known is None:
-        first = Correction(ratio, ratio * limits.predicted(name), predicted, value)
-        return limits.anchored(name, first, at_dense=at_dense)
+        return limits.anchored(name, Correction(ratio, ratio * limits.predicted(name)), at_dense=at_dense)
     # A run budget plans with the factor itself; per step the controller's PI part follows the rest.
     trust = 1.0 if limits.is_per_run(name) else _TRUST
     known = replace(known, factor=known.factor * math.exp(trust * math.log(ratio / known.factor)))
     if at_dense:
         # The first steps of a run are slow, so the last reading of the dense model counts. One that falls is followed
         # as slowly as the controller does: a limit ahead of it would be cut for.
-        dense = max(ratio, known.factor) * limits.predicted(name)
-        known = replace(known, dense=dense, first_predicted=predicted, first_read=value)
+        known = replace(known, dense=max(ratio, known.factor) * limits.predicted(name))
     return limits.anchored(name, known, at_dense=at_dense)
 
 
@@ -360,13 +336,13 @@ def _doubted(limits: Limits, name: str, quickest: float, widths: Mapping[str, in
     """Hold the present cost where two readings in a row show that no cut can meet a budget.
 
     They do if cuts that should have saved a tenth or more have saved less than half of that, and what is left to save
-    does not reach the limit. With the first reading `m0` at the predicted cost `p0` and the present `m` at `p`, cuts
-    save `(m0 - m) / (p0 - p)` for each unit of predicted cost.
+    does not reach the limit. With the dense model's reading `m0` at the predicted cost `p0` and the present `m` at
+    `p`, cuts save `(m0 - m) / (p0 - p)` for each unit of predicted cost.
     """
     known, limit = limits.corrections[name], limits.per_step[name]
     if limits.is_per_run(name) or known.asked is not None:
         return limits
-    cost, predicted, first = limits.costs[name], known.first_predicted, known.first_read
+    cost, predicted, first = limits.costs[name], limits.predicted(name), known.dense
     now, doubts, lowest = cost.total(widths), 0, 0.0
     if quickest > limit and now <= 0.9 * predicted and 1 - quickest / first < 0.5 * (1 - now / predicted):
         slope = max(0.0, first - quickest) / (predicted - now)

@@ -19,15 +19,12 @@ class Correction:
     Args:
         factor: cost as metered / as predicted.
         dense: cost of the dense model, by the last reading of it.
-        first_predicted: predicted cost at the first reading.
         doubts: readings in a row by which no cut can meet the budget.
         asked: the limit that was asked for, where another is held since that one is out of reach.
     """
 
     factor: float
     dense: float
-    first_predicted: float
-    first_read: float
     doubts: int = 0
     asked: float | None = None
 

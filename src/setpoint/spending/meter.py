@@ -123,17 +123,13 @@ class Readings:
 
     Args:
         values: cost of a step, or of a forward pass.
-        settled: of `values`, those that enough steps stand behind to be compared with a limit.
         margins: how far spending may lie over a limit, relatively, before the meter can tell.
         run_j: joules of the run so far; None if they are not known.
-        vanished: whether the energy meter has stopped working during the run.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
-    settled: Mapping[str, float] = field(default_factory=dict)
     margins: Mapping[str, float] = field(default_factory=dict)
     run_j: float | None = None
-    vanished: bool = False
 
 
 _NOTHING = Readings()

@@ -152,8 +152,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
     for name, limit in limits.asked.items():
         if name in per_run:
             continue
-        settled = readings.settled if name in limits.corrections else {}
-        seen, dense = settled.get(name, limits.expected(name, widths)), limits.dense_cost(name)
+        read = readings.values if name in limits.corrections else {}
+        seen, dense = read.get(name, limits.expected(name, widths)), limits.dense_cost(name)
         if seen > limit * (1 + max(1e-12, readings.margins.get(name, 0.0))):
             share, asked, was = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %", "; it was"
             if name in METERED:
@@ -162,7 +162,8 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         uncut = name in METERED and widths == spending.dense_widths  # it is the dense model, whatever a clock says
         spent_words.append(of_dense(1.0 if uncut else seen / dense, name))
     if last is not None and last.budget_met:
-        gone = "; the energy meter has vanished since: joules are modelled" if readings.vanished else ""
+        vanished = "energy" in limits.corrections.keys() - spending.meter.sources.keys() and not spending.meter.watts
+        gone = "; the energy meter has vanished since: joules are modelled" if vanished else ""
         met = f"{'budget met' if spending.budgets else 'done'} at step {last.step:,} of {run_steps:,}"
         return True, f"{met}: {', '.join(spent_words) or last.reason.removeprefix('done: ')}{gone}"
     if spending.limit_run and step >= run_steps:  # nothing is left to spend, whatever the last decision said
