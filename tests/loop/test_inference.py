@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, train
-from setpoint.cost.cost import ProductCost
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.find import host_of
 from setpoint.resources.costing import cost_out
-from setpoint.resources.replica import Inference, replica
+from setpoint.resources.replica import replica
 from setpoint.spending import meter as meter_file
 
 __all__ = ["machine"]
@@ -202,26 +200,6 @@ def test_a_budget_of_one_trains_bit_identically(machine: Machine, monkeypatch: p
     alone, held = trained(False), trained(True)
     for what in alone:
         assert equal(alone[what], held[what]), what
-
-
-def test_a_timed_pass_undoes_what_a_forward_does() -> None:
-    """Buffers that are written to or replaced, attributes, modes and the order of hooks are as before, also after an
-    error in the forward.
-    """
-    model = Untidy()
-    model.layers[1].eval()
-    hooks = [model.layers[0].register_forward_hook(lambda *_: None) for _ in range(3)]
-    model(torch.randn(8, 6))
-    before, last, kept = copy.deepcopy(model.state_dict()), model.last, model.kept
-    modes = [module.training for module in model.modules()]
-    no_flops = ProductCost("flops", ())
-    seconds, passes = Inference(model, (torch.randn(4, 6),), no_flops).timed()
-    assert min(seconds) > 0 and len(seconds) + 1 == passes >= 6
-    with pytest.raises(RuntimeError, match="shapes"):
-        Inference(model, (torch.randn(4, 7),), no_flops).timed()
-    assert model.last is last and model.kept is kept and equal(before, dict(model.state_dict()))
-    assert modes == [module.training for module in model.modules()]
-    assert list(model.layers[0]._forward_hooks) == [handle.id for handle in hooks]
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -209,20 +209,6 @@ def test_a_run_with_a_bill_is_resumed_bit_for_bit(at: int) -> None:
     resumed(run, budget, 200)
 
 
-def test_a_teacher_is_known_after_a_change_of_the_budget() -> None:
-    """Claim: the same budget again leaves the length of a run with a teacher as it was: what steps take is kept."""
-    loop, model, optimizer = attached({"flops": "50%", "flops/run": "100%"})
-    teacher = Teacher(build()[0], loop)
-    for _ in range(8):
-        own = model(X)
-        teacher.loss(nn.functional.cross_entropy(own, Y), own, teacher.logits(X)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    before = loop.total_steps
-    loop.budget = "50%"
-    assert abs(loop.total_steps - before) <= 0.05 * before
-
-
 def test_a_state_of_another_bill_is_refused() -> None:
     """Claim: a run with a bill does not go on from one with another, or without."""
     state = attached({"flops": "25%", "flops/run": "100%"})[0].state_dict()

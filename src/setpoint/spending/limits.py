@@ -58,15 +58,11 @@ class Limits:
     def held_to(self, budgets: Sequence[Budget]) -> Limits:
         """The limits of other budgets, by what meters have read so far; one per run has no limit of a step yet."""
         dense = {budget.resource: self.predicted(budget.resource) for budget in budgets}
-        per_step = {
-            budget.resource: budget.absolute(dense[budget.resource]) if budget.per == "step" else dense[budget.resource]
-            for budget in budgets
-        }
+        per_step = dense | {b.resource: b.absolute(dense[b.resource]) for b in budgets if b.per == "step"}
         limits = replace(self, budgets=tuple(budgets), per_step=per_step, corrections={})
         for name, known in self.corrections.items():
             if name in limits.followed:  # what was out of reach of the last budget may be in reach of this one
-                known = replace(known, doubts=0, asked=None)
-                limits = limits.anchored(name, known, at_dense=True)
+                limits = limits.anchored(name, replace(known, doubts=0, asked=None), at_dense=True)
         return limits
 
     @property
@@ -77,6 +73,8 @@ class Limits:
     def narrowest(self) -> dict[str, int]:
         """The fewest units by group."""
         return {group.name: lowest_width(group) for group in self.groups}
+
+    # What the controller is given, and what its answers are for each budget.
 
     @property
     def cost(self) -> Cost:
@@ -91,16 +89,40 @@ class Limits:
         return dict(self.per_step) if len(self.budgets) <= 1 else {**self.per_step, "joint": 1.0}
 
     @property
-    def asked(self) -> dict[str, float]:
-        """Limit of a step by resource of each budget, as it was asked for."""
-        replaced = {name: known.asked for name, known in self.corrections.items() if known.asked is not None}
-        return {**self.per_step, **replaced}
-
-    @property
     def dense(self) -> dict[str, float]:
         """Predicted dense cost by resource, with that of what the controller is to hold."""
         predicted = {name: self.predicted(name) for name in self.costs}
         return {**predicted, self.cost.resource: self.cost.total(self.dense_widths)}
+
+    def references(self, values: Mapping[str, float]) -> dict[str, float]:
+        """A plan's reference by resource of each budget: a joint one is the same share of each limit."""
+        if len(self.budgets) <= 1 or "joint" not in values:
+            return dict(values)
+        return {name: values["joint"] * limit for name, limit in self.per_step.items()}
+
+    def prices(self, values: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
+        """A plan's price by resource of each budget."""
+        cost = self.cost
+        if isinstance(cost, JointCost) and "joint" in values:
+            return cost.prices(values["joint"], widths)
+        return dict(values)
+
+    def binding(self, widths: Mapping[str, int]) -> str:
+        """Resource of the budget of which most is spent."""
+        cost = self.cost
+        return cost.binding(widths).cost.resource if isinstance(cost, JointCost) else cost.resource
+
+    def price(self, values: Mapping[str, float], widths: Mapping[str, int]) -> float:
+        """A plan's price for a unit of the budget of which most is spent; 0 without one."""
+        return float(self.prices(values, widths).get(self.binding(widths), 0.0))
+
+    # Costs by resource, as predicted and as read.
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """Limit of a step by resource of each budget, as it was asked for."""
+        replaced = {name: known.asked for name, known in self.corrections.items() if known.asked is not None}
+        return {**self.per_step, **replaced}
 
     def predicted(self, name: str) -> float:
         """Dense cost of a resource without any reading."""
@@ -117,30 +139,6 @@ class Limits:
     def expected(self, name: str, widths: Mapping[str, int]) -> float:
         """Cost of a step at these widths, by all that is known."""
         return self.factor(name) * self.costs[name].total(widths)
-
-    def binding(self, widths: Mapping[str, int]) -> str:
-        """Resource of the budget of which most is spent."""
-        cost = self.cost
-        return cost.binding(widths).cost.resource if isinstance(cost, JointCost) else cost.resource
-
-    def references(self, values: Mapping[str, float]) -> dict[str, float]:
-        """A plan's reference by resource of each budget: a joint one is the same share of each limit."""
-        if len(self.budgets) <= 1 or "joint" not in values:
-            return dict(values)
-        return {name: values["joint"] * limit for name, limit in self.per_step.items()}
-
-    def prices(self, values: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
-        """A plan's price by resource of each budget."""
-        cost = self.cost
-        if isinstance(cost, JointCost) and "joint" in values:
-            return cost.prices(values["joint"], widths)
-        return dict(values)
-
-    def price(self, values: Mapping[str, float], widths: Mapping[str, int]) -> float:
-        """A plan's price for a unit of the budget of which most is spent; 0 without one."""
-        return float(self.prices(values, widths).get(self.binding(widths), 0.0))
-
-    # What meters read.
 
     @property
     def followed(self) -> set[str]:

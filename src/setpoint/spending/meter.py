@@ -17,8 +17,8 @@ from setpoint.spending.limits import Limits
 class Stopwatch:
     """Adds up the wall-clock seconds spent inside `with` blocks.
 
-    A GPU works behind the host's back. Without `synchronize` only the host's time is seen. With it each block first
-    waits for work queued earlier, which is not counted, and ends when its own is done.
+    Without `synchronize` only the host's time is seen. With it each block first waits for work that a GPU was given
+    earlier, which is not counted, and ends when its own is done.
 
     >>> watch = Stopwatch()
     >>> with watch:

@@ -45,33 +45,21 @@ class RunBudget:
     while it would leave much unused (`Remaining`). Where a meter reads what is spent, all of this aims at
     `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
 
-    Args:
-        budget: of one resource, per run.
-        schedule: when decisions are made.
-        dense: cost of a step of the dense model.
-        spent: so far, from the call of `attach` on.
-        present: cost of a step now, by all that is known.
-        lowest: cost of a step of the narrowest model.
-        coming: what will be spent beside steps whatever is decided, such as on the user's own code.
-        factor: cost of a step as metered / as predicted.
-        sensing: cost of a sensing; 0 where a meter reads the resource, since that has all overhead in it.
-        learning: what a decision so many steps from now spends on learning at the most; 0 likewise.
-        regrows: whether units come back until the schedule is over.
     """
 
-    budget: Budget
-    schedule: Schedule
-    dense: float
+    budget: Budget  # of one resource, per run
+    schedule: Schedule  # when decisions are made
+    dense: float  # cost of a step of the dense model
     step: int
     num_steps: int
-    spent: float
-    present: float
-    lowest: float
-    coming: float = 0.0
-    factor: float = 1.0
-    sensing: float = 0.0
-    learning: Callable[[int], float] = lambda num_steps: 0.0
-    regrows: bool = False
+    spent: float  # so far, from the call of `attach` on
+    present: float  # cost of a step now, by all that is known
+    lowest: float  # cost of a step of the narrowest model
+    coming: float = 0.0  # spent beside steps whatever is decided, such as on the user's own code
+    factor: float = 1.0  # cost of a step as metered / as predicted
+    sensing: float = 0.0  # cost of a sensing; 0 where a meter reads the resource, since that has all overhead in it
+    learning: Callable[[int], float] = lambda num_steps: 0.0  # on a decision so many steps from now; 0 likewise
+    regrows: bool = False  # whether units come back until the schedule is over
 
     @property
     def limit(self) -> float:
@@ -232,21 +220,13 @@ def _rounded_up(value: float) -> float:
 
 @dataclass(frozen=True)
 class StepOverhead:
-    """What steps take besides their own FLOPs and a sensing each, such as the passes of a teacher: learnt step by step.
+    """What steps take besides their own FLOPs and a sensing each, such as a teacher's passes: learnt step by step."""
 
-    Args:
-        mean: per step, over the last ones.
-        twice: the largest that two steps have taken. So one pass over all data between two steps is not expected again.
-        once: the largest that one step has taken.
-        noted: overhead of the run that has been looked at.
-        steps: how many have been learnt from.
-    """
-
-    mean: float = 0.0
-    twice: float = 0.0
-    once: float = 0.0
-    noted: float = 0.0
-    steps: int = 0
+    mean: float = 0.0  # per step, over the last ones
+    twice: float = 0.0  # the largest that two steps have taken: one pass over all data is not expected again
+    once: float = 0.0  # the largest that one step has taken
+    noted: float = 0.0  # overhead of the run that has been looked at
+    steps: int = 0  # how many have been learnt from
 
     def learnt(self, overhead: float, sensing: float) -> StepOverhead:
         """The same with the overhead of the run after one more step; that of a sensing is known and left out.
@@ -279,34 +259,21 @@ class Bill:
     does not reach the next decision, the run ends before it. So the total is not exceeded, whatever the cuts come to,
     unless the last step has more overhead than any two steps before it.
 
-    Args:
-        budget: of FLOPs, per run.
-        total: FLOPs that it allows.
-        overhead: what steps take besides, as learnt.
-        length: number of steps of the run.
-        decisions_as: decisions fall as in a run of so many steps; it only ever falls.
-        next_decision: the step of the next one.
-        met: whether the budgets per step are, so that no decision follows.
-        saves: whether one of them is of FLOPs.
-        present: cost of a step now, of the resource that the controller holds.
-        lowest: the limit of that cost, as predicted.
-        share: of a step's FLOPs that is left at the limit, by forecast.
-        expected: the mean overhead that the run was last planned with.
     """
 
-    budget: Budget
+    budget: Budget  # of FLOPs, per run
     schedule: Schedule
-    total: float
-    overhead: StepOverhead = field(default_factory=StepOverhead)
-    length: int = 0
-    decisions_as: int = sys.maxsize
-    next_decision: int = 0
-    met: bool = False
-    saves: bool = False
-    present: float = 1.0
-    lowest: float = 1.0
-    share: float = 1.0
-    expected: float = 0.0
+    total: float  # FLOPs that it allows
+    overhead: StepOverhead = field(default_factory=StepOverhead)  # what steps take besides, as learnt
+    length: int = 0  # number of steps of the run
+    decisions_as: int = sys.maxsize  # decisions fall as in a run of so many steps; it only ever falls
+    next_decision: int = 0  # the step of the next one
+    met: bool = False  # whether the budgets per step are, so that no decision follows
+    saves: bool = False  # whether one of them is of FLOPs
+    present: float = 1.0  # cost of a step now, of the resource that the controller holds
+    lowest: float = 1.0  # the limit of that cost, as predicted
+    share: float = 1.0  # of a step's FLOPs that is left at the limit, by forecast
+    expected: float = 0.0  # the mean overhead that the run was last planned with
 
     def check(self, account: Account) -> None:
         """Refuse a total that does not pay for two steps."""
@@ -429,11 +396,7 @@ def likely_widths(cost: Cost, groups: tuple[Group, ...], dense: Mapping[str, int
 
     Of a group of N units in the dense model the k-th least salient has the saliency k / N^2, so all groups sum to about
     one half, and those that are left after earlier cuts are the last ones. This tells where a budget finds its savings:
-    in wide groups, and in those that cost much.
-
-    Args:
-        groups: at their present widths, which none exceeds afterwards; all that the cost follows.
-        dense: units by group of the dense model.
+    in wide groups, and in those that cost much. `groups` are at their present widths, which none exceeds afterwards.
     """
     saliency = {
         group.name: np.arange(dense[group.name] - group.num_units + 1, dense[group.name] + 1) / dense[group.name] ** 2
