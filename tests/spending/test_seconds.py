@@ -48,9 +48,9 @@ def test_seconds_per_step_is_the_median(clock: Clock) -> None:
 
 
 def test_old_steps_are_forgotten(clock: Clock) -> None:
-    """Only the last `window` steps count, and none after `clear`."""
-    meter = StepMeter(window=3)
-    for seconds in (9, 9, 9, 1, 1, 1):
+    """Only the last 50 steps count, and none after `clear`."""
+    meter = StepMeter()
+    for seconds in (*[9] * 50, *[1] * 50):
         meter.begin()
         clock.now += seconds
         meter.end()

@@ -64,17 +64,14 @@ def _now(synchronize: bool) -> float:
 
 
 class StepMeter:
-    """Smoothed seconds per optimizer step: the median of recent intervals between steps.
+    """Smoothed seconds per optimizer step: the median of the last 50 intervals between steps.
 
     The median ignores an evaluation or a checkpoint between two steps, and the lower one does so even of two.
-
-    Args:
-        window: number of recent steps that count.
-        synchronize: wait for CUDA, if it is in use, at both ends of each step.
+    With `synchronize` CUDA, if it is in use, is waited for at both ends of each step.
     """
 
-    def __init__(self, window: int = 50, synchronize: bool = False) -> None:
-        self._intervals: deque[float] = deque(maxlen=window)
+    def __init__(self, synchronize: bool = False) -> None:
+        self._intervals: deque[float] = deque(maxlen=50)
         self._began: float | None = None
         self._synchronize = synchronize
 
@@ -106,7 +103,6 @@ class StepMeter:
 
     @property
     def intervals(self) -> tuple[float, ...]:
-        """The recent intervals in seconds."""
         return tuple(self._intervals)
 
     def state_dict(self) -> dict[str, list[float]]:
