@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any
@@ -77,18 +77,12 @@ class Consumer:
     A *column* is a channel of the input; of a convolution, a channel at one offset of the kernel. A unit owns several
     where it has several channels (a head, a channel that was flattened) or the kernel several offsets. A *row* is one
     position at which the layer is applied: a token, or the patch under a kernel.
-
-    Args:
-        group: name of the group.
-        layer: qualified name of the layer.
-        channels: of the layer's input, by unit.
-        num_offsets: of the kernel; 1 for a linear layer.
     """
 
-    group: str
-    layer: str
-    channels: Int[np.ndarray, "units each"] = field(repr=False)
-    num_offsets: int = 1
+    group: str  # its name
+    layer: str  # qualified name
+    channels: Int[np.ndarray, "units each"]  # of the layer's input, by unit
+    num_offsets: int = 1  # of the kernel
 
     @property
     def num_units(self) -> int:
@@ -118,8 +112,7 @@ class Consumer:
         return torch.from_numpy(self.channels.ravel()).to(like.device)
 
 
-Layers = Mapping[int, Sequence[tuple[str, nn.Module]]]
-"""Name and layer by the id of the weight: several where it is tied."""
+Layers = Mapping[int, Sequence[tuple[str, nn.Module]]]  # name and layer by the id of the weight: several if it is tied
 
 
 def layers_by_weight(model: nn.Module) -> Layers:
@@ -136,27 +129,26 @@ def find_consumers(group: Group, model: nn.Module, layers: Layers | None = None)
     layers = layers_by_weight(model) if layers is None else layers
     found: list[Consumer] = []
     for place in group.slices:
-        if place.role == "consume":
-            of_place = tuple(_consumers(place, group, layers, parameter_named(model, place.tensor)))
-            if not of_place:
-                return ()
-            found += of_place
+        if place.role != "consume":
+            continue
+        weight, channels = parameter_named(model, place.tensor), _channels_by_unit(group, place)
+        if weight is None or channels is None:
+            return ()
+        readers = [name for name, layer in layers.get(id(weight), ()) if input_dim(layer) == place.dim]
+        if not readers:
+            return ()
+        num_offsets = math.prod(weight.shape[2:])
+        found += [Consumer(group.name, name, channels, num_offsets) for name in readers]
     return tuple(found)
 
 
-def _consumers(place: Slice, group: Group, layers: Layers, weight: nn.Parameter | None) -> Iterator[Consumer]:
-    """The layers that a parameter is the weight of: several where it is tied, none where there is no parameter."""
+def _channels_by_unit(group: Group, place: Slice) -> Int[np.ndarray, "units each"] | None:
+    """None where units have unlike numbers of channels: they would need matrices of unlike sizes in an elimination."""
     counts = np.bincount(place.index[place.index >= 0], minlength=group.num_units)
-    # Units with unlike numbers of channels would need matrices of unlike sizes in one elimination.
-    uneven = not len(counts) or counts.min() < 1 or bool((counts != counts[0]).any())
-    if weight is None or group.kind != "unit" or uneven:
-        return
+    if group.kind != "unit" or not len(counts) or counts.min() < 1 or (counts != counts[0]).any():
+        return None
     order = np.argsort(place.index, kind="stable")
-    channels = order[len(order) - int(counts.sum()) :].reshape(group.num_units, -1)
-    num_offsets = math.prod(weight.shape[2:])
-    for name, layer in layers.get(id(weight), ()):
-        if input_dim(layer) == place.dim:
-            yield Consumer(group.name, name, channels, num_offsets)
+    return order[len(order) - int(counts.sum()) :].reshape(group.num_units, -1)
 
 
 def input_dim(layer: nn.Module) -> int | None:
@@ -195,60 +187,37 @@ def input_rows(
 ) -> Float[Tensor, "rows channels offsets"]:
     """The layer's input at up to `count` positions, picked evenly: tokens, or patches under a kernel.
 
-    Args:
-        real: the tokens that are no padding; without effect on an input of another number of tokens, or of patches.
+    `real`, the tokens that are no padding, is without effect on an input of another number of tokens, or of patches.
     """
     if not isinstance(layer, nn.modules.conv._ConvNd):
         tokens = x.detach().reshape(-1, x.shape[-1])
         if real is not None and real.numel() == len(tokens):
             tokens = tokens[real.flatten().to(x.device)]
         return tokens[_picked(len(tokens), count).to(x.device), :, None]
-    dims = layer.weight.dim() - 2
-    images = x.detach() if x.dim() == dims + 2 else x.detach()[None]
-    starts = [_before(layer, dim) for dim in range(dims)]
-    lengths = [
-        (size + sum(pad) - span(layer, dim)) // layer.stride[dim] + 1
-        for dim, (size, pad) in enumerate(zip(images.shape[2:], starts, strict=True))
-    ]
-    total = len(images) * math.prod(lengths)
+    images = x.detach() if x.dim() == layer.weight.dim() else x.detach()[None]
+    sizes: Any = images.shape[2:]
+    spans = np.multiply(layer.dilation, np.subtract(layer.kernel_size, 1))  # from a kernel's first pixel to its last
+    zeros = spans if layer.padding == "same" else np.multiply(0 if layer.padding == "valid" else layer.padding, 2)
+    starts = np.broadcast_to(zeros // 2, spans.shape)  # zeros in front of the image; the others are behind it
+    lengths = (np.add(sizes, zeros) - spans - 1) // layer.stride + 1
+    total = len(images) * math.prod(lengths.tolist())
     image, *places = np.unravel_index(_picked(total, count).numpy(), (len(images), *lengths))
     offsets = np.array(list(product(*map(range, layer.kernel_size))), dtype=np.int64)
     inside, index = np.ones((len(image), len(offsets)), dtype=bool), [image[:, None]]
     for dim, place in enumerate(places):
-        at = (place * layer.stride[dim] - starts[dim][0])[:, None] + offsets[:, dim] * layer.dilation[dim]
-        inside &= (at >= 0) & (at < images.shape[2 + dim])
-        index.append(at.clip(0, images.shape[2 + dim] - 1))
+        at = (place * layer.stride[dim] - starts[dim])[:, None] + offsets[:, dim] * layer.dilation[dim]
+        inside &= (at >= 0) & (at < sizes[dim])
+        index.append(at.clip(0, sizes[dim] - 1))
     pixels: list[Any] = [torch.from_numpy(along).to(x.device) for along in index]
     patches = images[(pixels[0], slice(None), *pixels[1:])]
     return torch.where(torch.from_numpy(inside).to(x.device)[..., None], patches, 0).transpose(1, 2)
 
 
-def channel_dim(layer: nn.Module) -> int:
-    """The dim of the layer's input along which its channels lie, counted from the end."""
-    weight: Any = layer.weight
-    return 1 - weight.dim() if isinstance(layer, nn.modules.conv._ConvNd) else -1
-
-
-def span(layer: Any, dim: int) -> int:
-    """Pixels from the first to the last that a kernel covers along a dim."""
-    return int(layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1)
-
-
-def _before(layer: Any, dim: int) -> tuple[int, int]:
-    """Zeros in front of and behind the image along a dim."""
-    if layer.padding == "same":
-        both = span(layer, dim) - 1
-        return both // 2, both - both // 2
-    return (0, 0) if layer.padding == "valid" else (int(layer.padding[dim]),) * 2
-
-
 @lru_cache(maxsize=256)
 def _picked(total: int, count: int) -> Int[Tensor, " picked"]:
-    """Up to `count` of so many positions, without random numbers.
-
-    Multiples of the golden ratio, modulo 1, lie evenly and in step with nothing: equal distances would show always the
-    same pixels of an image.
-    """
+    """Up to `count` of so many positions, without random numbers."""
     if total <= count:
         return torch.arange(total)
+    # Multiples of the golden ratio, modulo 1, lie evenly and in step with nothing: equal distances would show always
+    # the same pixels of an image.
     return ((torch.arange(1, count + 1, dtype=torch.float64) * 0.6180339887498949) % 1.0 * total).long()

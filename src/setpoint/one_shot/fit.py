@@ -9,7 +9,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,6 @@ from setpoint.one_shot.consumer import (
     Consumer,
     Padding,
     by_column,
-    channel_dim,
     find_consumers,
     from_columns,
     input_rows,
@@ -162,11 +161,10 @@ def moment_of(rows: Float[Tensor, "units columns rows"]) -> Float64[Tensor, "all
 
 
 def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
-    """By unit, the share of the maps' output energy `trace(W^T G W)` that is lost when the unit goes.
+    """By unit, the share of the maps' output energy `trace(W^T G W)` that is lost when the unit goes in its turn.
 
-    That is when its turn comes: the cheapest goes first, the others take over what they can of it, and so on. Shares
-    never fall along this order, so that units of the least shares are those that go first. Of several maps, shares add
-    up. A map that gives nothing loses nothing. They are NaN where a weight is NaN or infinite.
+    The cheapest goes first, the others take over what they can of it, and so on. Shares never fall along this order. Of
+    several maps, they add up; a map that gives nothing loses nothing. They are NaN where a weight is NaN or infinite.
 
     Of two units that give the same, the first is free, and the second is then worth both:
 
@@ -296,7 +294,7 @@ class Reader:
     """One weight that reads units, in all layers whose weight it is, and which of their input channels stay."""
 
     layers: tuple[str, ...]
-    stays: Bool[np.ndarray, " channels"] = field(repr=False)
+    stays: Bool[np.ndarray, " channels"]
 
 
 def find_readers(model: nn.Module, groups: tuple[Group, ...], keep: Keep) -> tuple[Reader, ...]:
@@ -418,9 +416,10 @@ def _moment(
     calls: list[int] = []  # of the layers, by batch
     padding = Padding(model)
 
-    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def look(layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
-        of_block = given.narrow(channel_dim(layer), block.start, block.stop - block.start)
+        # Channels lie along the last dim of tokens, and along the one before the pixels of images.
+        of_block = given.narrow(1 - layer.weight.dim(), block.start, block.stop - block.start)
         rows = input_rows(layer, of_block, count, padding.real).flatten(1).mT
         moment = moment_of(torch.cat([rows, torch.ones_like(rows[:1])])[:, None])
         total[:] = [moment + total[0]] if total else [moment]

@@ -1,7 +1,4 @@
-"""Forwards without training, on the first batches of a data loader.
-
-Dropout is off, and norms use running statistics, those of the batch, or renew them.
-"""
+"""Forwards without training, on the first batches of a data loader: what may be input in them, and what norms do."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ def batch_norms_of(model: nn.Module) -> list[Any]:
 
 
 def _settled(norm: Any) -> bool:
-    """Whether running statistics are more than the first values of a norm, or its weights were trained with these."""
+    """Whether a norm's running statistics are more than its first values, or its weights were trained with these."""
     if not norm.running_mean.any() and bool((norm.running_var == 1).all()):
         return norm.affine and (bool((norm.weight != 1).any()) or bool(norm.bias.any()))
     updates = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
@@ -45,8 +42,7 @@ def _settled(norm: Any) -> bool:
 def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
     """Whether most BatchNorms have running statistics far from those of the data: they were constants in the training.
 
-    Detectors, and nets that are fine-tuned on small batches, are trained so: with their norms in eval mode. The
-    distance of a norm is its median over the channels, since a single channel may be constant on the data.
+    Detectors, and nets that are fine-tuned on small batches, are trained so: with their norms in eval mode.
     """
     sums: dict[Any, list[Tensor]] = {}
 
@@ -67,7 +63,7 @@ def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
         deviation = ((squares / count - mean.square()).clamp(min=0) + norm.eps).sqrt()
         kept = (norm.running_var.double() + norm.eps).sqrt()
         off = ((mean - norm.running_mean.double()) / kept).square() + (deviation / kept - 1).square()
-        distances.append(float(off.median()))
+        distances.append(float(off.median()))  # over the channels: a single one may be constant on the data
     return bool(distances) and median(distances) > _FAR
 
 

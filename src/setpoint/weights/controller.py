@@ -1,4 +1,4 @@
-"""Drop and grow (RigL): another controller says how many weights stay, and some of the weakest make room for others."""
+"""Drop and grow (RigL): another controller says how many weights stay, some of the weakest make room for others."""
 
 from __future__ import annotations
 
@@ -22,22 +22,11 @@ class DropAndGrowController(Wrapper):
 
     of each tensor's active weights, the least salient, go, and as many come in with the value zero: those not
     active so far whose gradients were largest in this step. That costs nothing, so price and budget do not see it.
-    This goes on at the decisions of `inner` until `end`, even if the budget is met by then.
-
-    Args:
-        inner: says when decisions are made and how many weights of each tensor stay; it brings nothing back itself.
-        fraction: share of the active weights dropped for others at the beginning, in [0, 1); 0 for none.
-        end: fraction of the run after which nothing is dropped and grown, in (0, 1].
-
-    Raises:
-        ValueError: for a setting out of range.
+    It lasts until `end` of the run, at the decisions of `inner`, even if the budget is met by then.
 
     References:
         Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winners", ICML 2020, for growth by
         gradient and the cosine; there magnitude says what goes, and the density is fixed from the start.
-
-    >>> [round(DropAndGrowController().share(step, 100), 4) for step in (0, 35, 70)]
-    [0.3, 0.15, 0.0]
     """
 
     inner: Controller[Any] = field(default_factory=PricedController)
@@ -55,7 +44,6 @@ class DropAndGrowController(Wrapper):
         return replace(self.inner.conduct, yields=True)
 
     def decide(self, state: Any, observation: Observation, cost: Cost, groups: tuple[Group, ...]) -> tuple[Any, Plan]:
-        """The next state and the plan. Pure: same arguments, same answer."""
         step, total_steps = observation.step, observation.planned_steps
         state, plan = self.inner.decide(state, observation, cost, groups)
         share, reading = self.share(step, total_steps), observation.reading

@@ -56,11 +56,7 @@ class Pattern:
 
     @property
     def stride(self) -> int:
-        """Weights that every block loses at a time: as many as lead from dense to the pattern in equal strides.
-
-        >>> [Pattern.named(name).stride for name in ("2:4", "1:4", "2:8")]
-        [2, 1, 2]
-        """
+        """Weights that every block loses at a time: as many as lead from dense to the pattern in equal strides."""
         # Equal strides, so that no decision leaves blocks with different numbers of weights.
         return math.gcd(self.block - self.kept, self.block)
 
@@ -161,7 +157,7 @@ class WeightFlops:
 
 
 def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> WeightFlops:
-    """Count the products with each weight tensor, at dense widths; what else is done with a weight is fixed."""
+    """FLOPs of the products with each weight tensor, at dense widths; what else is done with a weight is fixed."""
     sizes, dense = widths_of(groups), widths_of(found.groups)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owner = {
