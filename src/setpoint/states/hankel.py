@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,8 +33,8 @@ class HankelSensor(Sensor[HankelState]):
     """Saliency of balanced states.
 
     Unit i of a group of kind "state" is the i-th pair of states of the layer's real form in *balanced* coordinates,
-    from the largest Hankel singular value down. A complex mode is a pair of real states. The energy of unit i is `e_i =
-    sigma_{2i}^2 + sigma_{2i+1}^2` (summed over channels where a layer runs one system for each).
+    from the largest Hankel singular value down. Its energy is `e_i = sigma_{2i}^2 + sigma_{2i+1}^2` (summed over
+    channels where a layer runs one system for each).
 
     A Hankel value says how much of a layer's output is at stake, not what that output is good for. So the sensor puts
     one gate on the output of all states of a layer; its gradient, `r = sum of C * dL/dC`, is the same in all
@@ -76,7 +77,6 @@ class HankelSensor(Sensor[HankelState]):
         self.taylor = TaylorSensor(num_samples, window)
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The states of `StateSpaceLayer`s whose C gets gradients."""
         return self.taylor.readable(tuple(group for group in groups if _is_balanceable(model, group)), model)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> HankelState:
@@ -94,20 +94,16 @@ class HankelSensor(Sensor[HankelState]):
         return self.taylor.flops(_as_one(groups), model)
 
     def read(self, state: HankelState, groups: tuple[Group, ...], step: int) -> Reading:
-        """Balance every layer; one that is not stable or not finite by now reads NaN, so that nothing is decided."""
         layers = self.taylor.read(state.layers, _as_one(groups), step)
-        saliency: dict[str, Float64[np.ndarray, " units"]] = {}
+        # NaN makes it a bad reading, on which nothing is decided; raising would end the user's training.
+        saliency = {group.name: np.full(group.num_units, np.nan) for group in groups}
         basis: dict[str, BalancedPairs] = {}
         for group in groups:
             name, layer = state_layer(state.model, group)
-            try:
+            with suppress(StateSpaceError):
                 found = balance(layer.state_space(), f"layer {name!r}")
-            except StateSpaceError:
-                # NaN makes it a bad reading, on which nothing is decided; raising would end the user's training.
-                saliency[group.name] = np.full(group.num_units, np.nan)
-                continue
-            basis[group.name] = BalancedPairs(found)
-            saliency[group.name] = float(layers.saliency[group.name][0]) * energy_shares(found)
+                basis[group.name] = BalancedPairs(found)
+                saliency[group.name] = float(layers.saliency[group.name][0]) * energy_shares(found)
         return replace(layers, saliency=saliency, basis=basis, slope={}, norm={})
 
 
@@ -120,11 +116,9 @@ def energy_shares(basis: Balance) -> Float64[np.ndarray, " units"]:
 
 
 def _is_balanceable(model: nn.Module, group: Group) -> bool:
-    try:
-        state_layer(model, group)
-    except GroupError:
-        return False
-    return True
+    with suppress(GroupError):
+        return bool(state_layer(model, group))
+    return False
 
 
 def _as_one(groups: tuple[Group, ...]) -> tuple[Group, ...]:

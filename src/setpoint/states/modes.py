@@ -25,20 +25,13 @@ class Modes:
 
     In real form b is `[Re B; Im B]` and c is `[Re C, -Im C]`. Gradients, hence first moments, go the other way:
     `g_b' = expand^T g_b` and `g_c' = g_c reduce^T`; second moments go by the squared entries of the same maps.
-
-    Args:
-        system: the reduced system, in complex128.
-        reduce: shape (..., 2 * kept, 2 * states).
-        expand: shape (..., 2 * states, 2 * kept).
-        order: balanced real states that the modes hold (fewest over the batch); what `error_bound` takes.
-        num_fresh: modes that stand in where fewer sufficed (largest over the batch): they are reached, and not
-            heard until training hears them.
     """
 
-    system: DiagonalSystem
+    system: DiagonalSystem  # in complex128
     reduce: Float[Tensor, "*batch two_kept two_states"]
     expand: Float[Tensor, "*batch two_states two_kept"]
-    order: int
+    order: int  # balanced real states that the modes hold (fewest over the batch); what `error_bound` takes
+    # Modes that stand in where fewer sufficed (most over the batch): reached, and not heard until training hears them.
     num_fresh: int = 0
 
 
@@ -68,12 +61,6 @@ def reduce_modes(system: DiagonalSystem, num_modes: int, basis: Balance | None =
     takes one mode and two states, a real eigenvalue takes a mode for itself. Then it is diagonalised. A truncation with
     (nearly) repeated eigenvalues has no eigenvectors to speak of, so its dynamics are nudged apart, by at most 1e-4 of
     their norm. Modes are scaled so that B and C keep the proportion that they have in the full system.
-
-    >>> eigenvalues = torch.tensor([0.9j, 0.5, 0.1])
-    >>> weights = torch.tensor([[1.0], [1.0], [0.0]], dtype=eigenvalues.dtype)
-    >>> modes = reduce_modes(DiagonalSystem(eigenvalues, weights, weights.mT), 2)  # what was 0 goes for nothing
-    >>> modes.system.eigenvalues.abs()
-    tensor([0.9000, 0.5000], dtype=torch.float64)
     """
     basis = basis or balance(system)
     dynamics = basis.reduce @ real_form(system).dynamics.detach().double() @ basis.expand
@@ -148,7 +135,7 @@ def _pad(found: _Found, num_modes: int) -> _Found:
     eigenvalues, synthesis, analysis = found
     missing = num_modes - eigenvalues.numel()
     pad = torch.nn.functional.pad
-    blank = torch.full((missing,), torch.nan, dtype=eigenvalues.dtype)
+    blank = eigenvalues.new_full((missing,), torch.nan)
     return torch.cat([eigenvalues, blank]), pad(synthesis, (0, missing)), pad(analysis, (0, 0, 0, missing))
 
 

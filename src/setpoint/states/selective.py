@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,33 +69,22 @@ class SelectiveSensor(Sensor[SelectiveState]):
 
     @torch.no_grad()
     def read(self, state: SelectiveState, groups: tuple[Group, ...], step: int) -> Reading:
-        layers = {group.name: found for group in groups if (found := selective_layer(state.model, group)) is not None}
-        inputs = self._inputs_of_layers(state.model, {name for name, _ in layers.values()})
-        saliency = {
-            group: _energies(state.model.get_submodule(name), inputs[name]).double().cpu().numpy()
-            for group, (name, _) in layers.items()
-        }
+        layers = {}
+        for group in groups:
+            if (found := selective_layer(state.model, group)) is not None:
+                layers[group.name] = state.model.get_submodule(found[0])
+        inputs: dict[nn.Module, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[module] = args[0] if args else kwargs["hidden_states"]
+
+        args, kwargs = inputs_of(self.example)
+        with in_eval_mode(state.model), ExitStack() as afterwards:
+            for layer in layers.values():
+                afterwards.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+            state.model(*args, **kwargs)
+        saliency = {name: _energies(layer, inputs[layer]).double().cpu().numpy() for name, layer in layers.items()}
         return Reading(step, saliency, num_samples=1, calibrated=False, num_steps=state.num_steps)
-
-    def _inputs_of_layers(self, model: nn.Module, names: set[str]) -> dict[str, Tensor]:
-        """What each layer is given when the model runs on the calibration batch."""
-        found: dict[str, Tensor] = {}
-
-        def note(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                found[name] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
-        handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
-        try:
-            args, kwargs = inputs_of(self.example)
-            with in_eval_mode(model):
-                model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,10 +34,7 @@ class Masking:
     Masks save FLOPs and parameters in theory only: dense hardware does not get faster.
 
     Args:
-        pattern: "unstructured" or "N:M", such as "2:4", by whole tensors.
-
-    Raises:
-        GroupError: for an unknown pattern.
+        pattern: "unstructured" or "N:M", such as "2:4", by whole tensors; GroupError for an unknown one.
 
     >>> import setpoint
     >>> model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
@@ -83,11 +80,9 @@ class Masks:
 
     @property
     def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
-        """By group, the position of each active weight in its tensor, in row-major order."""
         return {name: np.flatnonzero(mask.cpu().numpy()) for name, mask in self.masks.items()}
 
     def broken(self) -> str:
-        """The first tensor in which a masked weight is not zero, or ""."""
         return next((n for n, mask in self.masks.items() if bool(self._weights[n].masked_fill(mask, 0.0).any())), "")
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
