@@ -240,18 +240,3 @@ def test_worth_goes_across_layers() -> None:
         _train(model, loop, optimizer, 60)
     assert loop.widths["blocks.1.lru"] < loop.widths["blocks.0.lru"]
     assert np.isfinite(loop.price) and loop.price > 0
-
-
-def _resting_model(controller: object, total_steps: int) -> tuple[nn.Module, torch.optim.Optimizer, setpoint.Loop]:
-    torch.manual_seed(0)
-    model = SequenceClassifier(1, 3, num_channels=4, num_states=16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    budget, example = setpoint.Budget.fraction(0.5, of="params"), (torch.randn(16, 12, 1),)
-    settings = {"example": example, "total_steps": total_steps, "groups": _states(model), "verify": False}
-    return model, optimizer, setpoint.attach(model, optimizer, budget, controller=controller, **settings)  # type: ignore[arg-type]
-
-
-def _of_layer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors with an entry for each state, and their moments, as they are."""
-    held = [p for name, p in model.blocks[0].lru.named_parameters() if name != "D"]
-    return [each.detach().clone() for p in held for each in (p, optimizer.state[p]["exp_avg"])]

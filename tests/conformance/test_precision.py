@@ -6,7 +6,6 @@ Rows are pairwise: each value of each setting meets each value of each other one
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import setpoint
 from loop.test_regrowth import Net, Scripted, data
+from matrix.rows import pairwise
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("sgd", "adamw", "adamw-foreach", "adamw-fused"),
@@ -31,21 +31,6 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 DROP = {3: {"inner.0": [1, 4, 9], "stem": [0, 3]}}
 
 
-def pairwise() -> list[tuple[Any, ...]]:
-    """Rows in which every pair of values of two settings is; each row takes as many new pairs as it can."""
-    names, rows = list(SETTINGS), list(itertools.product(*SETTINGS.values()))
-
-    def pairs(row: tuple[Any, ...]) -> set[Any]:
-        return set(itertools.combinations(zip(names, row, strict=True), 2))
-
-    missing, chosen = set().union(*map(pairs, rows)), []
-    while missing:
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2]}]
@@ -53,6 +38,13 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(others, lr=0.05, momentum=0.9)
     forms = {name.partition("-")[2]: True} if "-" in name else {}
     return torch.optim.AdamW(others, lr=0.01, **forms)
+
+
+def attached(model: nn.Module, optimizer: torch.optim.Optimizer, drop: Any = None) -> setpoint.Loop:
+    """A loop that drops these units, by step."""
+    budget, example = setpoint.Budget.fraction(0.9, of="params"), (data(0)[0],)
+    settings = {"controller": Scripted(drop or {}, regrow=False), "verify": False}
+    return setpoint.attach(model, optimizer, budget, example=example, total_steps=20, **settings)
 
 
 class Training:
@@ -99,25 +91,16 @@ def called_through(model: nn.Module, wrapper: str, folder: Path) -> Iterator[Any
         yield torch.compile(model, backend="eager") if wrapper == "compiled" else model
 
 
-@pytest.mark.parametrize("values", pairwise(), ids=lambda row: "-".join(map(str, row)))
-def test_a_cut_run_trains_on_like_a_fresh_small_model(values: tuple[Any, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", pairwise(SETTINGS), ids=lambda row: "-".join(map(str, row.values())))
+def test_a_cut_run_trains_on_like_a_fresh_small_model(row: dict[str, Any], tmp_path: Path) -> None:
     """Claim: after a cut in the middle of training, losses and weights are bit-equal to those of a small model that was
     loaded from a file, with an optimizer that was given the state, and without a loop.
     """
-    row = dict(zip(SETTINGS, values, strict=True))
     torch.manual_seed(0)
     model = Net().to(memory_format=torch.channels_last) if row["wrapper"] == "channels_last" else Net()
     optimizer = make_optimizer(row["optimizer"], model)
     with called_through(model, row["wrapper"], tmp_path) as forward:
-        loop = setpoint.attach(
-            forward,
-            optimizer,
-            setpoint.Budget.fraction(0.9, of="params"),
-            example=(data(0)[0],),
-            total_steps=20,
-            controller=Scripted(DROP, regrow=False),
-            verify=False,
-        )
+        loop = attached(forward, optimizer, DROP)
         run = Training(model, forward, optimizer, row)
         for number in range(4):
             run.step(number)
@@ -143,25 +126,12 @@ def check_goes_on(run: Training, row: dict[str, Any], folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), small.parameters(), strict=True))
 
 
-def sensed(model: nn.Module, optimizer: torch.optim.Optimizer) -> setpoint.Loop:
-    """A loop that senses and drops nothing."""
-    return setpoint.attach(
-        model,
-        optimizer,
-        setpoint.Budget.fraction(0.9, of="params"),
-        example=(data(0)[0],),
-        total_steps=20,
-        controller=Scripted({}, regrow=False),
-        verify=False,
-    )
-
-
 def saliencies(kind: str, scale: float, unscale: bool) -> dict[str, np.ndarray]:
     """What the sensor reads after five steps of a run whose gradients are scaled like this."""
     torch.manual_seed(0)
     model = Net()
     optimizer = make_optimizer(kind, model)
-    loop = sensed(model, optimizer)
+    loop = attached(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)  # type: ignore[attr-defined]
     for number in range(5):
         x, y = data(number)
@@ -192,7 +162,7 @@ def test_steps_that_a_grad_scaler_skips_make_no_reading(kind: str) -> None:
     """
     model = Net()
     optimizer = make_optimizer(kind, model)
-    loop = sensed(model, optimizer)
+    loop = attached(model, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # type: ignore[attr-defined]
     before = [p.detach().clone() for p in model.parameters()]
     x, y = data(0)

@@ -18,62 +18,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 import setpoint
 
-PLAN = {
-    "step": "step",
-    "widths": "widths",
-    "dropped": "dropped",
-    "grown": "grown",
-    "num_dropped": "num_dropped",
-    "num_grown": "num_grown",
-}
-"""Of an entry: what was decided."""
 
-NUMBERS = {
-    "loss": "loss",
-    "val": "val",
-    "spent": "spent",
-    "reference": "reference",
-    "error": "error",
-    "price": "price",
-    "saliency": "saliency",
-    "worth": "worth",
-    "gain": "gain",
-    "grown_worth": "grown_worth",
-    "loss_after": "loss_after",
-    "limit": "limit",
-    "spent_run": "spent_run",
-}
-"""Of an entry: on what grounds."""
+def unchanged(*names: str) -> dict[str, str]:
+    """Fields that have their golden names today."""
+    return {name: name for name in names}
 
-WORDS = {"reason": "reason"}
-"""Of an entry: what a person reads."""
+
+# Of an entry: what was decided, on what grounds, and what a person reads.
+PLAN = unchanged("step", "widths", "dropped", "grown", "num_dropped", "num_grown")
+NUMBERS = unchanged("loss", "val", "spent", "reference", "error", "price", "saliency", "worth", "gain", "grown_worth")
+NUMBERS |= unchanged("loss_after", "limit", "spent_run")
+WORDS = unchanged("reason")
 
 HEADER = {
-    "groups": "groups",
+    **unchanged("groups"),
     "frozen": lambda header: sorted(header["frozen"]),
-    "dense": "dense",
-    "limit": "limit",
-    "limit_run": "limit_run",
-    "total_steps": "total_steps",
+    **unchanged("dense", "limit", "limit_run", "total_steps"),
 }
-HEADER_WORDS = {"frozen": "frozen"}
+HEADER_WORDS = unchanged("frozen")
 
 SUMMARY_PLAN = {
-    "budget_met": "budget_met",
-    "steps": "steps",
+    **unchanged("budget_met", "steps"),
     "final_widths": "widths",
-    "resizes": "resizes",
-    "dropped_units": "dropped_units",
-    "regrown_units": "regrown_units",
+    **unchanged("resizes", "dropped_units", "regrown_units"),
 }
 SUMMARY_NUMBERS = {
-    "final_flops": "final_flops",
-    "final_params": "final_params",
-    "train_flops": "train_flops",
-    "overhead_flops": "overhead_flops",
+    **unchanged("final_flops", "final_params", "train_flops", "overhead_flops", "final_loss"),
     "final_spent": "spent",
     "final_limit": "limit",
-    "final_loss": "final_loss",
 }
 SUMMARY_WORDS = {"summary": "reason", "gave_way": "gave_way"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,12 +94,12 @@ def every_row(**fixed: Any) -> Iterator[Row]:
         yield Row(**{**dict(zip(AXES, values, strict=True)), **fixed})
 
 
-def pairwise() -> list[Row]:
+def pairwise(axes: Mapping[str, Sequence[Any]] = AXES) -> list[dict[str, Any]]:
     """Few rows in which every two values of two axes meet; each is the one that has most pairs not met yet."""
-    rows = list(every_row())
+    rows = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
-    def pairs(row: Row) -> set[tuple[Any, ...]]:
-        return set(itertools.combinations([(axis, getattr(row, axis)) for axis in AXES], 2))
+    def pairs(row: dict[str, Any]) -> set[tuple[Any, ...]]:
+        return set(itertools.combinations(row.items(), 2))
 
     left, chosen = set().union(*map(pairs, rows)), []
     while left:

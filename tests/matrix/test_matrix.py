@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,17 +30,16 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+SLICE = [Row(**row) for row in pairwise()]
+ROWS = [pytest.param(row, marks=[pytest.mark.slow] * (n % 3 > 0), id=str(row)) for n, row in enumerate(SLICE)]
+
+
 def test_every_two_values_meet() -> None:
     """Claim: the slice has every pair of values of two axes, in less than a tenth of all rows."""
-    rows, axes = pairwise(), list(AXES)
-    for number, one in enumerate(axes):
-        for other in axes[number + 1 :]:
-            met = {(getattr(row, one), getattr(row, other)) for row in rows}
-            assert len(met) == len(AXES[one]) * len(AXES[other])
-    assert len(rows) * 10 < len(list(every_row()))
-
-
-ROWS = [pytest.param(row, marks=[pytest.mark.slow] * (n % 3 > 0), id=str(row)) for n, row in enumerate(pairwise())]
+    for one, other in itertools.combinations(AXES, 2):
+        met = {(row[one], row[other]) for row in pairwise()}
+        assert len(met) == len(AXES[one]) * len(AXES[other])
+    assert len(SLICE) * 10 < len(list(every_row()))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -51,7 +52,7 @@ def test_a_cut_run_goes_on_like_a_fresh_small_one(row: Row, one_rank: None) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
-@pytest.mark.parametrize("row", [Row(**{**vars(row), "device": "cuda"}) for row in pairwise()], ids=str)
+@pytest.mark.parametrize("row", [replace(row, device="cuda") for row in SLICE], ids=str)
 def test_so_does_one_on_an_accelerator(row: Row, one_rank: None) -> None:
     """Claim: so it does on an accelerator."""
     goes_on_like_a_fresh_one(row)
