@@ -19,18 +19,15 @@ def mlp(width: int = 64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
 
 
-def attach(model: nn.Module, example: tuple[Tensor, ...], trained: nn.Module, **options: object) -> setpoint.Loop:
+def attach(model: nn.Module, example: tuple[Tensor, ...], trained: nn.Module) -> setpoint.Loop:
     """A loop to seven tenths of the FLOPs in 30 steps."""
-    optimizer = torch.optim.SGD(trained.parameters(), 0.01)
-    budget = setpoint.Budget.fraction(0.7, of="flops")
-    return setpoint.attach(model, optimizer, budget, example=example, total_steps=30, **options)  # type: ignore[arg-type]
+    return setpoint.attach(model, torch.optim.SGD(trained.parameters(), 0.01), 0.7, example=example, total_steps=30)
 
 
 def cut(model: nn.Module, example: tuple[Tensor, ...], copies: tuple[nn.Module, ...] = ()) -> None:
     """A whole run that lands."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    budget = setpoint.Budget.fraction(0.7, of="flops")
-    with setpoint.attach(model, optimizer, budget, example=example, total_steps=30, copies=copies) as loop:
+    with setpoint.attach(model, optimizer, 0.7, example=example, total_steps=30, copies=copies) as loop:
         for _ in range(30):
             model(*example).square().mean().backward()
             optimizer.step()

@@ -20,17 +20,9 @@ def _mlp() -> nn.Module:
 
 def _conv() -> nn.Module:
     return nn.Sequential(
-        nn.Unflatten(1, (1, 6)),
-        nn.Conv1d(1, 8, 3, padding=1),
-        nn.BatchNorm1d(8),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Conv1d(8, 8, 3, padding=1, groups=8),
-        nn.BatchNorm1d(8),
-        nn.ReLU(),
-        nn.Conv1d(8, 8, 1),
-        nn.Flatten(),
-        nn.Linear(48, 3),
+        *(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3)),
+        *(nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(48, 3)),
     )
 
 
@@ -43,13 +35,7 @@ def _train(build: Callable[[], nn.Module], kind: Callable[..., torch.optim.Optim
     loop = None
     if held:
         model.zero_grad()
-        loop = setpoint.attach(
-            model,
-            optimizer,
-            setpoint.Budget.fraction(1.0, of="flops"),
-            example=(torch.ones(8, 6),),
-            total_steps=20,
-        )
+        loop = setpoint.attach(model, optimizer, 1.0, example=(torch.ones(8, 6),), total_steps=20)
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
@@ -105,9 +91,7 @@ def test_attach_leaves_everything_as_it_is() -> None:
     gradients = [None if each.grad is None else each.grad.clone() for each in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters())
     chance = (torch.get_rng_state(), np.random.get_state()[1].tolist())
-    loop = setpoint.attach(
-        model, optimizer, setpoint.Budget.fraction(0.5, of="flops"), example=(torch.ones(4, 6),), total_steps=10
-    )
+    loop = setpoint.attach(model, optimizer, 0.5, example=(torch.ones(4, 6),), total_steps=10)
     assert _equal(model.state_dict(), before.state_dict())
     assert [each.training for each in model.modules()] == [each.training for each in before.modules()]
     assert [each.requires_grad for each in model.parameters()] == [each.requires_grad for each in before.parameters()]
@@ -150,9 +134,7 @@ def test_the_users_hooks_keep_their_order() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seen: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("first"))
-    loop = setpoint.attach(
-        model, optimizer, setpoint.Budget.fraction(1.0, of="flops"), example=(torch.ones(4, 6),), total_steps=10
-    )
+    loop = setpoint.attach(model, optimizer, 1.0, example=(torch.ones(4, 6),), total_steps=10)
     optimizer.register_step_pre_hook(lambda *_: seen.append("second"))
     optimizer.register_step_post_hook(lambda *_: seen.append(f"post, {loop.step} done"))
     model(torch.randn(4, 6)).sum().backward()

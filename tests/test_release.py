@@ -40,7 +40,9 @@ PYTHONS = [
 
 
 def test_one_version_and_one_home() -> None:
-    """Claim: both distributions, `setpoint.__version__` and CITATION.cff agree on version, authors and home."""
+    """Claim: both distributions, `setpoint.__version__` and CITATION.cff agree on version, authors and home; both ask
+    for the oldest Python of the classifiers, and each requirement, of extras and of builds too, has a lower bound.
+    """
     wheel, bench = _project(), _project("bench")
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert wheel["version"] == bench["version"] == setpoint.__version__
@@ -48,6 +50,11 @@ def test_one_version_and_one_home() -> None:
     assert f"\nversion: {wheel['version']}\n" in citation
     assert wheel["authors"] == bench["authors"] == [{"name": "Setpoint developers"}]
     assert wheel["urls"] == bench["urls"] and f"\nrepository-code: {wheel['urls']['Source']}\n" in citation
+    assert wheel["requires-python"] == bench["requires-python"] == f">={PYTHONS[0]}"
+    for folder, project in (("", wheel), ("bench", bench)):
+        builds = tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+        for part in (builds["requires"], project["dependencies"], *project.get("optional-dependencies", {}).values()):
+            assert all(_lowest(one) for one in part if not one.startswith("setpoint[")), part
 
 
 def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
@@ -62,21 +69,6 @@ def test_every_link_of_the_readme_is_absolute_and_leads_somewhere() -> None:
         for start in (f"{home}/blob/main/", f"{home}/tree/main/", raw):
             if link.startswith(start):
                 assert (ROOT / link.removeprefix(start).partition("#")[0]).exists(), link
-
-
-def test_every_dependency_has_a_lower_bound() -> None:
-    """Claim: each requirement of both distributions, of extras and of builds too, names its lowest version."""
-    for folder in ("", "bench"):
-        text = (ROOT / folder / "pyproject.toml").read_text(encoding="utf-8")
-        held = tomllib.loads(text)
-        extras = held["project"].get("optional-dependencies", {})
-        for each in [held["build-system"]["requires"], held["project"]["dependencies"], *extras.values()]:
-            assert all(_lowest(one) for one in each if not one.startswith("setpoint[")), each
-
-
-def test_the_oldest_python_is_the_first_one_named() -> None:
-    """Claim: both distributions ask for the oldest Python of the classifiers."""
-    assert _project()["requires-python"] == _project("bench")["requires-python"] == f">={PYTHONS[0]}"
 
 
 @pytest.mark.parametrize("name", ["setpoint", "setpoint_bench"])
