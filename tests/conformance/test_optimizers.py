@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 import setpoint
+from actuator.hand_made import group as hand_made
 from actuator.hand_made import kept_only, masked_step, mlp, mlp_model, residual, some_keep, train_step
 from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains, shape_factor
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import OptimizerError
-from setpoint.groups.group import Group
 from setpoint.weights.masking import mask_gradients, mask_weights
 
 SETTINGS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -49,14 +48,26 @@ ROWS = [
 ]
 
 
+def moments(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What an optimizer remembers by entry of a parameter."""
+    state = optimizer.state[parameter]
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
+
+
 @pytest.mark.parametrize(("kind", "settings"), ROWS)
 def test_after_a_cut_the_optimizer_goes_on_as_on_the_masked_twin(
     kind: type[Optimizer], settings: dict[str, Any]
 ) -> None:
-    """Claim: weights, statistics and state equal the masked twin's after 5 further steps, in fp64 to 1e-10."""
+    """Claim: weights, statistics and state equal the masked twin's after 5 further steps, in fp64 to 1e-10. The check
+    at attach lets every such optimizer through, draws no random number and leaves no state behind.
+    """
     model, inputs, groups = residual()
     model, inputs = model.double(), (inputs[0].double(),)
     optimizer = kind(model.parameters(), **settings)
+    before = torch.get_rng_state()
+    check_optimizer(optimizer)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not any(optimizer.state.values()) or kind is torch.optim.Adagrad
     for _ in range(2):
         train_step(model, optimizer, inputs)
     twin = copy.deepcopy(model)
@@ -71,10 +82,9 @@ def test_after_a_cut_the_optimizer_goes_on_as_on_the_masked_twin(
     for name, tensor in named_tensors(model).items():
         torch.testing.assert_close(tensor, kept_only(whole[name], name, groups, keep), rtol=0, atol=1e-10)
     for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        for key, value in optimizer.state[one].items():
-            if isinstance(value, torch.Tensor) and value.dim():
-                want = kept_only(twin_optimizer.state[other][key], name, groups, keep)
-                torch.testing.assert_close(value, want, rtol=0, atol=1e-10)
+        for key, value in moments(optimizer, one).items():
+            want = kept_only(twin_optimizer.state[other][key], name, groups, keep)
+            torch.testing.assert_close(value, want, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kind", "settings"), ROWS)
@@ -131,14 +141,6 @@ def step_both(
     mask()
 
 
-def mask_all(
-    model: nn.Module, optimizers: tuple[Optimizer, ...], groups: tuple[Group, ...], keep: dict[str, Any]
-) -> None:
-    """Zeros for what is dropped, in weights, gradients and the states of all optimizers."""
-    for each in optimizers:
-        mask(model, each, groups, keep)
-
-
 @pytest.mark.parametrize("settings", MUONS)
 def test_muon_goes_on_as_on_the_masked_twin_of_its_new_shape(settings: dict[str, Any]) -> None:
     """Claim: weights and momenta follow the masked twin whose learning rate has the factor of the cut shape, to the
@@ -168,7 +170,7 @@ def test_muon_goes_on_as_on_the_masked_twin_of_its_new_shape(settings: dict[str,
             group["lr"] *= ratio
             group["weight_decay"] /= ratio
         for _ in range(4):
-            step_both(twin, two, inputs, partial(mask_all, twin, two, groups, keep))
+            step_both(twin, two, inputs, lambda twin=twin, two=two: mask(twin, two, groups, keep))
         whole = named_tensors(twin)
         off = max(
             float((tensor - kept_only(whole[name], name, groups, keep)).detach().abs().max())
@@ -220,12 +222,7 @@ def test_muon_in_a_run() -> None:
 
 
 class Without(nn.Module):
-    """A linear layer in which masked weights do not exist: its active ones are one vector, zeros stand in their places.
-
-    Args:
-        weight: of the layer.
-        mask: True = active.
-    """
+    """A linear layer without masked weights: its active ones are one vector, zeros stand in the others' places."""
 
     def __init__(self, weight: torch.Tensor, mask: torch.Tensor) -> None:
         super().__init__()
@@ -267,9 +264,8 @@ def test_masked_weights_train_as_if_they_did_not_exist(kind: type[Optimizer], se
         steps(layer, optimizer, seed), steps(twin, twin_optimizer, seed)
         assert not layer.weight.detach()[~mask].any()
     torch.testing.assert_close(layer.weight.detach()[mask], twin.active.detach(), rtol=0, atol=1e-10)
-    for key, value in optimizer.state[layer.weight].items():
-        if isinstance(value, torch.Tensor) and value.dim():
-            torch.testing.assert_close(value[mask], twin_optimizer.state[twin.active][key], rtol=0, atol=1e-10)
+    for key, value in moments(optimizer, layer.weight).items():
+        torch.testing.assert_close(value[mask], twin_optimizer.state[twin.active][key], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kind", "settings"), ROWS)
@@ -291,19 +287,8 @@ def test_of_a_masked_weight_nothing_is_remembered(kind: type[Optimizer], setting
             mask_gradients({"weight": layer.weight}, {"weight": mask})
         fresh.weight.grad = torch.zeros_like(fresh.weight)
         optimizer.step(), other.step()
-    for key, value in optimizer.state[layer.weight].items():
-        if isinstance(value, torch.Tensor) and value.dim():
-            assert torch.equal(value[~mask], other.state[fresh.weight][key][~mask]), key
-
-
-@pytest.mark.parametrize(("kind", "settings"), ROWS)
-def test_the_battery_passes_the_check_at_attach(kind: type[Optimizer], settings: dict[str, Any]) -> None:
-    """Claim: the check lets every supported optimizer through, draws no random number and leaves no state behind."""
-    optimizer = kind(mlp_model().parameters(), **settings)
-    before = torch.get_rng_state()
-    check_optimizer(optimizer)
-    assert torch.equal(before, torch.get_rng_state())
-    assert not any(optimizer.state.values()) or kind is torch.optim.Adagrad
+    for key, value in moments(optimizer, layer.weight).items():
+        assert torch.equal(value[~mask], other.state[fresh.weight][key][~mask]), key
 
 
 class Scaled(torch.optim.SGD):
@@ -358,16 +343,7 @@ def test_optimizers_that_cannot_follow_are_refused(kind: type[Optimizer], settin
 
 def test_sparse_adam_follows_a_cut_of_an_embedding() -> None:
     """Claim: SparseAdam's moments are cut with a sparse embedding, which then trains like its masked twin."""
-    from setpoint.groups.group import Group, SizeBinding, Slice
-
-    unit = np.arange(4)
-    features = Group(
-        "features",
-        "unit",
-        4,
-        (Slice("0.weight", 1, "produce", unit), Slice("1.weight", 1, "consume", unit)),
-        (SizeBinding("0", "embedding_dim", unit), SizeBinding("1", "in_features", unit)),
-    )
+    features = hand_made("features", 4, "0.weight:1:produce 1.weight:1:consume", "0:embedding_dim 1:in_features")
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2)).double()
     inputs, keep = (torch.tensor([0, 3, 3]),), {"features": np.array([True, False, True, True])}
     optimizer = torch.optim.SparseAdam([model[0].weight], lr=0.1)
@@ -376,9 +352,8 @@ def test_sparse_adam_follows_a_cut_of_an_embedding() -> None:
     twin_optimizer = torch.optim.SparseAdam([twin[0].weight], lr=0.1)
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     shrink(model, optimizer, (features,), keep)
-    for each in (twin[0].weight, *twin_optimizer.state[twin[0].weight].values()):
-        if isinstance(each, torch.Tensor) and each.dim():
-            each.data[:, 1] = 0
+    for each in (twin[0].weight, *moments(twin_optimizer, twin[0].weight).values()):
+        each.data[:, 1] = 0
     twin[1].weight.data[:, 1] = 0
     for _ in range(3):
         train_step(model, optimizer, inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,17 @@ HALF = setpoint.Budget.fraction(0.5, of="flops")
 
 @dataclass
 class Training:
-    """A run that is ready to begin.
+    """A run that is ready to begin."""
 
-    Args:
-        model: as the user calls it, in its wrapper if it has one.
-        optimizers: step once per step.
-        loop: Setpoint's.
-        losses: of a step, by its number from 0: one loss for each backward pass. No other state than the model's.
-        steps: how many.
-        observed: what the loop is told of the loss of a step; None to tell it nothing.
-        copies: averaged after each step.
-        digits: significant digits that are compared.
-    """
-
-    model: nn.Module
+    model: nn.Module  # as the user calls it, in its wrapper if it has one
     optimizers: tuple[torch.optim.Optimizer, ...]
     loop: setpoint.Loop
+    # Of a step, by its number from 0: one loss for each backward pass. No other state than the model's.
     losses: Callable[[int], Iterable[Tensor]]
     steps: int
-    observed: Callable[[int, float], float] | None = None
-    copies: tuple[AveragedModel, ...] = ()
-    digits: int = 12
+    observed: Callable[[int, float], float] | None = None  # what the loop is told of a step's loss; None for nothing
+    copies: tuple[AveragedModel, ...] = ()  # averaged after each step
+    digits: int = 12  # significant ones, that are compared
 
     def train(self, first: int, last: int) -> None:
         """The user's own loop."""
@@ -110,6 +101,27 @@ def told(step: int, loss: float) -> float:
     return loss
 
 
+def begun(
+    model: nn.Module,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    steps: int,
+    goal: Any = HALF,
+    optimizer: torch.optim.Optimizer | None = None,
+    observed: Callable[[int, float], float] | None = None,
+    digits: int = 12,
+    **settings: Any,
+) -> Training:
+    """A run that classifies the batch of each step; by AdamW, if nothing else is said."""
+    optimizer = optimizer or adamw(model)
+
+    def losses(step: int) -> list[Tensor]:
+        x, y = batch(step)
+        return [F.cross_entropy(model(x), y)]
+
+    loop = setpoint.attach(model, optimizer, goal, example=(batch(0)[0],), total_steps=steps, **settings)
+    return Training(model, (optimizer,), loop, losses, steps, observed, digits=digits)
+
+
 # On one process.
 
 
@@ -117,15 +129,12 @@ def readme() -> Training:
     """The README's MLP and budget, in float32 as there."""
     torch.manual_seed(0)
     model = mlp(16, 256, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    def losses(step: int) -> list[Tensor]:
+    def batch(step: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(32, 16, generator=seeded(step))
-        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
+        return x, x[:, :4].argmax(1)
 
-    example = (torch.randn(32, 16, generator=seeded(0)),)
-    loop = setpoint.attach(model, optimizer, HALF, example=example, total_steps=100)
-    return Training(model, (optimizer,), loop, losses, 100, digits=6)
+    return begun(model, batch, 100, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), digits=6)
 
 
 def images(step: int, count: int = 16) -> tuple[Tensor, Tensor]:
@@ -138,13 +147,7 @@ def resnet() -> Training:
     torch.manual_seed(0)
     model = ResNet().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-
-    def losses(step: int) -> list[Tensor]:
-        x, y = images(step)
-        return [F.cross_entropy(model(x), y)]
-
-    loop = setpoint.attach(model, optimizer, HALF, example=(images(0)[0],), total_steps=80)
-    return Training(model, (optimizer,), loop, losses, 80, told)
+    return begun(model, images, 80, optimizer=optimizer, observed=told)
 
 
 def gpt() -> Training:
@@ -165,8 +168,9 @@ def gpt() -> Training:
     return Training(model, (optimizer,), loop, losses, 80, told)
 
 
-def vectors(step: int, count: int = 16) -> Tensor:
-    return torch.randn(count, 8, generator=seeded(step), dtype=torch.float64)
+def vectors(step: int, count: int = 16) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 8, generator=seeded(step), dtype=torch.float64)
+    return x, x[:, :4].argmax(1)
 
 
 class Misled:
@@ -191,77 +195,35 @@ def regrowth() -> Training:
     setpoint.regrowth.regrowing._PROBE_SHARE = 0.05  # the run is too short to pay for probing out of one percent
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4)).double()
-    optimizer = adamw(model)
-
-    def losses(step: int) -> list[Tensor]:
-        x = vectors(step, 32)
-        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
-
-    loop = setpoint.attach(
-        model,
-        optimizer,
-        setpoint.Budget.fraction(0.4, of="flops"),
-        example=(vectors(0, 32),),
-        total_steps=400,
-        controller=setpoint.PricedController(regrow=True),
-        sensor=Misled(87),
-    )
-    return Training(model, (optimizer,), loop, losses, 400)
+    controller = setpoint.PricedController(regrow=True)
+    settings = {"controller": controller, "sensor": Misled(87)}
+    return begun(model, partial(vectors, count=32), 400, setpoint.Budget.fraction(0.4, of="flops"), **settings)
 
 
 def gates() -> Training:
     """Learned gates, on batches large enough to pay for their network."""
     torch.manual_seed(0)
-    model = mlp(8, 32, 4).double()
-    optimizer = adamw(model)
-
-    def losses(step: int) -> list[Tensor]:
-        x = vectors(step, 2048)
-        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
-
-    loop = setpoint.attach(
-        model, optimizer, HALF, example=(vectors(0, 2048),), total_steps=200, controller=GatedController()
-    )
-    return Training(model, (optimizer,), loop, losses, 200)
+    return begun(mlp(8, 32, 4).double(), partial(vectors, count=2048), 200, controller=GatedController())
 
 
 def two_four() -> Training:
     """Single weights in blocks of four inputs, masked and exchanged."""
     torch.manual_seed(0)
     model = ResNet(8).double()
-    optimizer = adamw(model)
-
-    def losses(step: int) -> list[Tensor]:
-        x, y = images(step)
-        return [F.cross_entropy(model(x), y)]
-
-    loop = setpoint.attach(
-        model,
-        optimizer,
-        setpoint.Budget.fraction(0.7, of="flops"),
-        example=(images(0)[0],),
-        total_steps=60,
-        groups=setpoint.find_weights(model, "2:4"),
-        actuator=Masking("2:4"),
-    )
-    return Training(model, (optimizer,), loop, losses, 60)
+    settings = {"groups": setpoint.find_weights(model, "2:4"), "actuator": Masking("2:4")}
+    return begun(model, images, 60, setpoint.Budget.fraction(0.7, of="flops"), **settings)
 
 
 def states() -> Training:
     """A state-space model whose states are balanced before some go."""
     torch.manual_seed(0)
     model = SequenceClassifier(1, 3, num_channels=4, num_states=16, num_blocks=2).double()
-    optimizer = adamw(model, 3e-3)
 
-    def sequences(step: int) -> Tensor:
-        return torch.randn(16, 12, 1, generator=seeded(step), dtype=torch.float64)
+    def sequences(step: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(16, 12, 1, generator=seeded(step), dtype=torch.float64)
+        return x, (x.sum((1, 2)) > 0).long() + (x[:, 0, 0] > 0.8).long()
 
-    def losses(step: int) -> list[Tensor]:
-        x = sequences(step)
-        return [F.cross_entropy(model(x), (x.sum((1, 2)) > 0).long() + (x[:, 0, 0] > 0.8).long())]
-
-    loop = setpoint.attach(model, optimizer, HALF, example=(sequences(0),), total_steps=60)
-    return Training(model, (optimizer,), loop, losses, 60, told)
+    return begun(model, sequences, 60, optimizer=adamw(model, 3e-3), observed=told)
 
 
 def fitted(goal: Any, steps: int, observed: Callable[[int, float], float] | None = told, **settings: Any) -> Training:
@@ -272,10 +234,10 @@ def fitted(goal: Any, steps: int, observed: Callable[[int, float], float] | None
     teacher = torch.randn(8, 4, dtype=torch.float64)
 
     def losses(step: int) -> list[Tensor]:
-        x = vectors(step)
+        x, _ = vectors(step)
         return [(model(x) - torch.tanh(x @ teacher)).square().mean()]
 
-    loop = setpoint.attach(model, optimizer, goal, example=(vectors(0),), total_steps=steps, **settings)
+    loop = setpoint.attach(model, optimizer, goal, example=(vectors(0)[0],), total_steps=steps, **settings)
     return Training(model, (optimizer,), loop, losses, steps, observed)
 
 
@@ -321,15 +283,7 @@ def two_optimizers() -> Training:
 def compiled() -> Training:
     """A model in torch.compile, whose code is made again after cuts."""
     torch.manual_seed(0)
-    model = torch.compile(mlp(8, 32, 4).double(), backend="eager")
-    optimizer = adamw(model)
-
-    def losses(step: int) -> list[Tensor]:
-        x = vectors(step)
-        return [F.cross_entropy(model(x), x[:, :4].argmax(1))]
-
-    loop = setpoint.attach(model, optimizer, HALF, example=(vectors(0),), total_steps=40)
-    return Training(model, (optimizer,), loop, losses, 40)
+    return begun(torch.compile(mlp(8, 32, 4).double(), backend="eager"), vectors, 40)
 
 
 # On two ranks.
@@ -342,22 +296,10 @@ def share(step: int) -> tuple[Tensor, Tensor]:
     return x.chunk(dist.get_world_size())[dist.get_rank()], y.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def on_ranks(model: nn.Module, **settings: Any) -> Training:
-    """A model in its wrapper, or sharded."""
-    optimizer = adamw(model)
-
-    def losses(step: int) -> list[Tensor]:
-        x, y = share(step)
-        return [F.cross_entropy(model(x), y)]
-
-    loop = setpoint.attach(model, optimizer, HALF, example=(share(0)[0],), total_steps=30, **settings)
-    return Training(model, (optimizer,), loop, losses, 30, told)
-
-
 def ddp() -> Training:
     """Two ranks in DistributedDataParallel."""
     torch.manual_seed(0)
-    return on_ranks(DistributedDataParallel(Sampled().double()))
+    return begun(DistributedDataParallel(Sampled().double()), share, 30, observed=told)
 
 
 def fsdp() -> Training:
@@ -367,27 +309,11 @@ def fsdp() -> Training:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (model.wide, model.up, [model.mix, model.stream], model):
         fully_shard(part, mesh=mesh)
-    return on_ranks(model)
+    return begun(model, share, 30, observed=told)
 
 
 RANKS: dict[str, Callable[[], Training]] = {each.__name__: each for each in (ddp, fsdp)}
-ALONE: dict[str, Callable[[], Training]] = {
-    each.__name__: each
-    for each in (
-        readme,
-        resnet,
-        gpt,
-        regrowth,
-        gates,
-        two_four,
-        states,
-        run_budget,
-        price,
-        tolerance,
-        taken_back,
-        two_optimizers,
-        compiled,
-    )
-}
+_ALONE = (readme, resnet, gpt, regrowth, gates, two_four, states, run_budget, price, tolerance, taken_back)
+ALONE: dict[str, Callable[[], Training]] = {each.__name__: each for each in (*_ALONE, two_optimizers, compiled)}
 RESUMED = ("readme", "regrowth", "two_four", "tolerance", "two_optimizers")
 """Runs that are also played with a stop in their middle: nothing may differ."""

@@ -59,24 +59,14 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Row:
-    """One set-up.
+    """One set-up."""
 
-    Args:
-        optimizer: a key of `OPTIMIZERS`.
-        precision: "fp64", "fp32", "bf16" by autocast, "scaled": fp32 with a `GradScaler`, "fp16": by autocast with one.
-        accumulation: backward passes per step.
-        compiled: "no", or "before" or "after" attach.
-        wrapper: "none", "ddp", "fsdp".
-        backend: of the compiler.
-        device: where it trains.
-    """
-
-    optimizer: str
-    precision: str
-    accumulation: int
-    compiled: str
-    wrapper: str
-    backend: str = "eager"
+    optimizer: str  # a key of `OPTIMIZERS`
+    precision: str  # "fp64", "fp32", "bf16" by autocast, "scaled": fp32 with a `GradScaler`, "fp16": autocast with one
+    accumulation: int  # backward passes per step
+    compiled: str  # "no", or "before" or "after" attach
+    wrapper: str  # "none", "ddp", "fsdp"
+    backend: str = "eager"  # of the compiler
     device: str = "cpu"
 
     @property
@@ -109,14 +99,7 @@ def pairwise(axes: Mapping[str, Sequence[Any]] = AXES) -> list[dict[str, Any]]:
 
 
 class Run:
-    """A model in the set-up of a row.
-
-    Args:
-        row: the set-up.
-        model: what is trained.
-        states: by optimizer and parameter, in order: the state to begin with.
-        scaler: the scaler's state to begin with.
-    """
+    """A model in the set-up of a row; `states` of the optimizers, by parameter in order, and the scaler's to begin with."""
 
     def __init__(self, row: Row, model: nn.Module, states: Sequence[Any] = (), scaler: Any = None) -> None:
         self.row, self.model, self.called = row, model, model
@@ -196,19 +179,16 @@ def build(row: Row) -> nn.Module:
     return Residual().to(row.device, dtype_of(row))
 
 
+def attached(run: Run) -> setpoint.Loop:
+    settings = {"controller": Scripted(DROP, regrow=False), "total_steps": 40, "verify": False}
+    return setpoint.attach(run.called, run.optimizers, 0.5, example=(batch(run.row, 0)[0],), **settings)
+
+
 def goes_on_like_a_fresh_one(row: Row) -> None:
     """After two cuts a run goes on, bit for bit, like a fresh small model in the same set-up with the same states."""
     dynamo.reset()
     run = Run(row, build(row))
-    loop = setpoint.attach(
-        run.called,
-        run.optimizers,
-        setpoint.Budget.fraction(0.5, of="flops"),
-        example=(batch(row, 0)[0],),
-        total_steps=40,
-        controller=Scripted(DROP, regrow=False),
-        verify=False,
-    )
+    loop = attached(run)
     if row.compiled == "after":
         run.compile()
     begun = 5 + (row.is_scaled and row.optimizer != "fused")  # a fused one is called even if it then changes nothing
@@ -237,9 +217,7 @@ def _of_the_right_size(row: Row, reading: Reading, begun: int) -> None:
     """A reading is what it is in a plain run on the same batches: there is no factor of a scale or of ranks in it."""
     plain = Row(row.optimizer, "fp32" if row.precision != "fp64" else "fp64", 1, "no", "none", device=row.device)
     run = Run(plain, build(plain))
-    settings = {"example": (batch(plain, 0)[0],), "total_steps": 40, "verify": False}
-    budget = setpoint.Budget.fraction(0.5, of="flops")
-    loop = setpoint.attach(run.called, run.optimizers, budget, controller=Scripted(DROP, regrow=False), **settings)
+    loop = attached(run)
     for step in range(begun):
         run.train(range(step, step + (step != OVERFLOW or not row.is_scaled)))
     theirs = loop.reading()

@@ -71,25 +71,34 @@ def names(groups: tuple[Group, ...]) -> set[str]:
     return {group.name for group in groups}
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "other mask"])
-def test_a_transformer_encoder_with_a_mask(causal: bool) -> None:
-    """Claim: torch's encoder, which looks at the values of its mask, is cut; its heads and hidden widths are found."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+def _encoder(causal: bool) -> tuple[nn.Module, dict[str, Tensor]]:
     mask = nn.Transformer.generate_square_subsequent_mask(5)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
     example = {"src": torch.randn(2, 5, 16), "mask": mask if causal else mask.t().contiguous()}
-    found = check_twin(nn.TransformerEncoder(layer, 2), example)
-    assert names(found.groups) >= {"layers.0.self_attn", "layers.0.linear1", "layers.1.self_attn", "layers.1.linear1"}
+    return nn.TransformerEncoder(layer, 2), example
 
 
-def test_a_whole_transformer_with_a_mask() -> None:
-    """Claim: so is `nn.Transformer` with a causal mask for its decoder."""
-    torch.manual_seed(0)
-    model = nn.Transformer(16, 4, 1, 1, 24, dropout=0.0, batch_first=True)
+def _whole() -> tuple[nn.Module, dict[str, Tensor]]:
     mask = nn.Transformer.generate_square_subsequent_mask(4)
     example = {"src": torch.randn(2, 5, 16), "tgt": torch.randn(2, 4, 16), "tgt_mask": mask}
-    found = check_twin(model, example)
-    assert names(found.groups) >= {"encoder.layers.0.linear1", "decoder.layers.0.linear1", "decoder.layers.0.self_attn"}
+    return nn.Transformer(16, 4, 1, 1, 24, dropout=0.0, batch_first=True), example
+
+
+@pytest.mark.parametrize(
+    ("build", "cut"),
+    [
+        (lambda: _encoder(True), "layers.0.self_attn layers.0.linear1 layers.1.self_attn layers.1.linear1"),
+        (lambda: _encoder(False), "layers.0.self_attn layers.0.linear1 layers.1.self_attn layers.1.linear1"),
+        (_whole, "encoder.layers.0.linear1 decoder.layers.0.linear1 decoder.layers.0.self_attn"),
+    ],
+    ids=["causal", "other mask", "decoder"],
+)
+def test_a_transformer_with_a_mask(build: Callable[[], tuple[nn.Module, dict[str, Tensor]]], cut: str) -> None:
+    """Claim: torch's encoder and decoder, which look at the values of their masks, are cut; heads and hidden widths are
+    found.
+    """
+    torch.manual_seed(0)
+    assert names(check_twin(*build()).groups) >= set(cut.split())
 
 
 LIBRARY = '''
