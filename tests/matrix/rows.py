@@ -99,7 +99,7 @@ def pairwise(axes: Mapping[str, Sequence[Any]] = AXES) -> list[dict[str, Any]]:
 
 
 class Run:
-    """A model in the set-up of a row; `states` of the optimizers, by parameter in order, and the scaler's to begin with."""
+    """A model in the set-up of a row; it begins with these `states` of optimizers, by parameter, and of the scaler."""
 
     def __init__(self, row: Row, model: nn.Module, states: Sequence[Any] = (), scaler: Any = None) -> None:
         self.row, self.model, self.called = row, model, model
