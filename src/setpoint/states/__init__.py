@@ -1,9 +1,17 @@
 """Linear state-space systems: Gramians, Hankel singular values, balanced truncation; their states read and turned."""
 
 from setpoint.groups.states import DiagonalSystem, StateSpaceLayer, StateWeights
-from setpoint.states.balance import Balance, balance, error_bound, gramian_factors, truncate
+from setpoint.states.balance import (
+    Balance,
+    DenseSystem,
+    balance,
+    check_system,
+    error_bound,
+    gramian_factors,
+    real_form,
+    truncate,
+)
 from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, residual_modes
-from setpoint.states.system import DenseSystem, check_system, real_form
 
 __all__ = [
     "Balance", "BalancedPairs", "DenseSystem", "DiagonalSystem", "Modes", "StateSpaceLayer", "StateWeights",

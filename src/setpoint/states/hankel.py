@@ -16,9 +16,8 @@ from setpoint.groups.group import Group
 from setpoint.groups.states import state_layer
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.taylor import Moments, TaylorSensor
-from setpoint.states.balance import Balance, balance
+from setpoint.states.balance import Balance, balance, check_system
 from setpoint.states.modes import BalancedPairs
-from setpoint.states.system import check_system
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from setpoint.errors import StateSpaceError
 from setpoint.groups.states import DiagonalSystem
-from setpoint.states.balance import Balance, balance
-from setpoint.states.system import real_form
+from setpoint.states.balance import Balance, balance, real_form
 
 _WELL_CONDITIONED = 1e6
 _NUDGES = (0.0, 1e-12, 1e-9, 1e-6, 1e-4)  # relative to the dynamics

@@ -21,8 +21,8 @@ from setpoint.groups.group import Group
 from setpoint.groups.states import DiagonalSystem, StateWeights, state_layer
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
+from setpoint.states.balance import stack_inputs, stack_outputs
 from setpoint.states.modes import BalancedPairs, Modes, beside, residual_modes
-from setpoint.states.system import stack_inputs, stack_outputs
 
 _SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}  # means or sums of squared gradients
 _FIRST = {"exp_avg", "momentum_buffer", "grad_avg"}  # means or sums of gradients
