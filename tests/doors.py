@@ -133,36 +133,31 @@ def vit() -> nn.Module:
     return VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4, num_classes=4)
 
 
+def _of_text(kind: str, task: str, **sizes: Any) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind, vocab_size=50, **sizes)
+    return Positional(getattr(transformers, task)(config), "input_ids", "attention_mask")
+
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+_SIZES |= {"max_position_embeddings": 16}
+
+
 def bert() -> nn.Module:
     """A classifier of text."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    return Positional(BertForSequenceClassification(config), "input_ids", "attention_mask")
+    return _of_text("bert", "BertForSequenceClassification", **_SIZES)
 
 
 def gpt2() -> nn.Module:
     """transformers', whose linear layers write sizes in their code."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=1, n_head=4, n_positions=16, use_cache=False, bos_token_id=0, eos_token_id=0
-    )
-    return Positional(GPT2LMHeadModel(config), "input_ids", "attention_mask")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    return _of_text("gpt2", "GPT2LMHeadModel", use_cache=False, **sizes)
 
 
 def llama() -> nn.Module:
     """Two heads of queries to one of keys and values."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16, use_cache=False,
-    )  # fmt: skip
-    return Positional(LlamaForCausalLM(config), "input_ids", "attention_mask")
+    return _of_text("llama", "LlamaForCausalLM", num_key_value_heads=2, use_cache=False, **_SIZES)
 
 
 Make = Callable[[], nn.Module]

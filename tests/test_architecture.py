@@ -18,18 +18,7 @@ SRC = Path(setpoint.__file__).resolve().parent
 
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
-LEAVES = (
-    "configs",
-    "one_shot",
-    "regrowth",
-    "gates",
-    "weights",
-    "states",
-    "resources",
-    "report",
-    "integrations",
-    "runs",
-)
+LEAVES = {"configs", "one_shot", "regrowth", "gates", "weights", "states", "resources", "report", "integrations"}
 
 
 def sources(folder: str = "") -> list[Path]:
@@ -92,29 +81,12 @@ def test_no_file_is_opened_as_a_pickle() -> None:
     assert not opened
 
 
-class _Run:
-    """A plain run: a small network, AdamW, half of the FLOPs."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        layers = nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
-        self.model = nn.Sequential(*layers)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.x = torch.randn(16, 8)
-        half = setpoint.Budget.fraction(0.5, of="flops")
-        self.loop = setpoint.attach(self.model, self.optimizer, half, example=(self.x,), total_steps=40)
-
-    def train(self) -> None:
-        for _ in range(40):
-            self.model(self.x).square().mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-
 def test_few_frames_lie_between_the_hook_and_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: at most 8 of Setpoint's frames, from the optimizer's hook to `tensor.set_`."""
-    run, deepest = _Run(), list[list[str]]()
-    plain = torch.Tensor.set_
+    model, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2)), torch.randn(16, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=40)
+    deepest, plain = list[list[str]](), torch.Tensor.set_
 
     def counted(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
         names = [each.function for each in inspect.stack(0) if each.filename.startswith(str(SRC))]
@@ -122,7 +94,10 @@ def test_few_frames_lie_between_the_hook_and_the_tensor(monkeypatch: pytest.Monk
         return plain(tensor, *args)
 
     monkeypatch.setattr(torch.Tensor, "set_", counted)
-    run.train()
+    for _ in range(40):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert deepest and max(map(len, deepest)) <= 8, max(deepest, key=len)
 
 

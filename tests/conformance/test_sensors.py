@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
+from actuator.hand_made import group
 from setpoint.errors import LoopError
 from setpoint.groups.follow import Change, follow
-from setpoint.groups.group import Group, Slice
+from setpoint.groups.group import Group
 from setpoint.sensor.chain import SensorChain
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Reading, Sensor, Traits
@@ -41,20 +42,10 @@ rows = pytest.mark.parametrize("sensor", SENSORS)
 
 def _model(hidden: int = 6) -> tuple[nn.Sequential, tuple[Group, ...]]:
     model = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 5), nn.ReLU(), nn.Linear(5, 2))
-    groups = tuple(
-        Group(
-            name,
-            "unit",
-            size,
-            (
-                Slice(f"{name}.weight", 0, "produce", np.arange(size)),
-                Slice(f"{name}.bias", 0, "carry", np.arange(size)),
-                Slice(f"{reader}.weight", 1, "consume", np.arange(size)),
-            ),
-        )
+    return model, tuple(
+        group(name, size, f"{name}.weight:0:produce {name}.bias:0:carry {reader}.weight:1:consume")
         for name, reader, size in (("0", "2", hidden), ("2", "4", 5))
     )
-    return model, groups
 
 
 def _steps(sensor: Sensor[Any], state: Any, model: nn.Module, groups: tuple[Group, ...], count: int) -> Any:
@@ -159,18 +150,24 @@ def test_a_new_criterion_is_averaged_by_its_definition() -> None:
     assert (reading.num_steps, reading.skipped_steps, reading.calibrated) == (3, 1, False)
 
 
+def driven(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, sensor: Any) -> setpoint.Loop:
+    """A run with this sensor, which meets its budget."""
+    with setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor) as loop:
+        for _ in range(30):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loop.summary is not None and loop.summary.budget_met
+    return loop
+
+
 def test_a_new_criterion_drives_a_run() -> None:
     """Claim: a run with it meets its budget; a Price, which needs the unit of the loss, is refused."""
     model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.randn(8, 4)
     optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), AveragingSensor(largest_pull)
     with pytest.raises(LoopError, match="AveragingSensor reads in no unit of the loss"):
         setpoint.attach(model, optimizer, setpoint.Price(1e-3, of="flops"), example=(x,), total_steps=30, sensor=sensor)
-    with setpoint.attach(model, optimizer, "50% flops", example=(x,), total_steps=30, sensor=sensor) as loop:
-        for _ in range(30):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert loop.summary is not None and loop.summary.budget_met
+    driven(model, optimizer, x, sensor)
 
 
 class Counting:
@@ -212,9 +209,4 @@ def test_a_sensor_of_ones_own_needs_no_base(lacking: str, monkeypatch: pytest.Mo
             setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor)
         return
     assert isinstance(sensor, Sensor)
-    with setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=30, sensor=sensor) as loop:
-        for _ in range(30):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert loop.summary is not None and loop.summary.budget_met and loop.origin["0"].tolist() == list(range(16, 32))
+    assert driven(model, optimizer, x, sensor).origin["0"].tolist() == list(range(16, 32))

@@ -19,13 +19,9 @@ from torch.utils.data import TensorDataset
 
 import setpoint
 import setpoint.one_shot.compress as compressing
-from setpoint.controller.selection import descend, start
-from setpoint.cost.cost import flops_cost
 from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
-from setpoint.groups.group import Group, widths_of
-from setpoint.groups.trace import trace
+from setpoint.groups.group import Group
 from setpoint.one_shot import fit
-from setpoint.sensor.magnitude import MagnitudeSensor
 
 
 class Block(nn.Module):
@@ -101,26 +97,15 @@ def _accuracy(model: nn.Module) -> float:
     return float(right)
 
 
-def _cut_by_magnitude(model: nn.Module, fraction: float) -> None:
-    """All layers to one density, filters of the least norm first."""
-    traced, sensor = trace(model, (torch.zeros(60, 1, 8, 8),)), MagnitudeSensor()
-    saliency = sensor.read(sensor.init(traced.groups, model), traced.groups, 0).saliency
-    widths = widths_of(traced.groups)
-    selection = start(flops_cost(traced), traced.groups, saliency, widths, widths, "uniform")
-    descend(selection, fraction * selection.total)
-    setpoint.shrink(model, None, traced.groups, selection.keep())
-
-
 @pytest.mark.parametrize("even", [False, True])
 def test_half_of_the_flops_cost_little(even: bool, tmp_path: Path) -> None:
-    """Claim: half of the FLOPs cost at most two points on digits, and a cut by magnitude ten times as much; the model
-    that comes out is saved and loaded as any other.
+    """Claim: half of the FLOPs cost at most two points on digits; the model that comes out is saved and loaded as any
+    other.
     """
-    model, cruder = copy.deepcopy(_trained()), copy.deepcopy(_trained())
+    model = copy.deepcopy(_trained())
     dense = _accuracy(model)
     found = setpoint.compress(model, _batches(), "50% flops", even=even)
-    _cut_by_magnitude(cruder, 0.5)
-    assert _accuracy(model) > dense - 0.02 and _accuracy(cruder) < dense - 0.1
+    assert _accuracy(model) > dense - 0.02
     assert found.after["flops"] <= found.limit == 0.5 * found.before["flops"]
     assert sum(p.numel() for p in model.parameters()) == found.after["params"]
     assert "compressed to" in str(found)
@@ -301,7 +286,7 @@ def test_infinity_inside_the_model_is_named() -> None:
     with torch.no_grad():
         model[0].bias.fill_(3e38)
         model[2].weight.fill_(3e38)
-    with _unchanged(model, ExampleError, "is given NaN or infinity on the data"):
+    with _unchanged(model, ExampleError, "what reads 0 is given NaN or infinity on the data"):
         setpoint.compress(model, [torch.randn(20, 4)], 0.5, verify=False)
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan

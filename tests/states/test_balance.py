@@ -94,12 +94,6 @@ def test_states_of_value_zero_go_for_nothing(alive: int, silent: int, seed: int)
     torch.testing.assert_close(impulse_response(small, 60), want, rtol=0, atol=1e-6 * float(want.abs().max()))
 
 
-def test_all_modes_are_the_system_itself() -> None:
-    """Reduced to as many modes as there are, the map is unchanged."""
-    system = diagonal(10, 4, 4)
-    torch.testing.assert_close(impulse_response(reduce_modes(system, 10).system, 50), impulse_response(system, 50))
-
-
 def test_weights_follow_the_maps() -> None:
     """In real form the reduced B is `reduce b`, the reduced C is `c expand`, and the maps undo each other."""
     system = diagonal(9, 2, 3, least=0.8)

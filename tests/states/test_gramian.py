@@ -37,16 +37,6 @@ def test_hankel_values_are_those_of_python_control(states: int) -> None:
     np.testing.assert_allclose(got, np.sqrt(np.sort(squares.clip(0))[::-1]), rtol=1e-6, atol=1e-6 * got[0])
 
 
-def test_a_batch_is_its_members() -> None:
-    """Layers batched together have the Gramians and values that each has alone."""
-    parts = [diagonal(6, seed=seed) for seed in range(3)]
-    batch = DiagonalSystem(*(torch.stack([getattr(each, name) for each in parts]) for name in _FIELDS))
-    for position, each in enumerate(parts):
-        torch.testing.assert_close(balance(batch).values[position], balance(each).values, rtol=1e-9, atol=1e-12)
-        for whole, own in zip(gramian_factors(batch), gramian_factors(each), strict=True):
-            torch.testing.assert_close((whole @ whole.mT)[position], own @ own.mT)
-
-
 _FIELDS = ("eigenvalues", "inputs", "outputs")
 
 

@@ -1,5 +1,6 @@
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
@@ -45,6 +46,12 @@ def _first(group: Group, kept: int) -> dict[str, np.ndarray]:
     return {group.name: np.arange(group.num_units) < kept}
 
 
+def _cut(model: nn.Module, optimizer: torch.optim.Optimizer | None, kept: int, x: Tensor = X) -> tuple[Group, ...]:
+    """Only so many of the states stay."""
+    group, basis = _states(model, x)
+    return balance_and_shrink(model, optimizer, (group,), _first(group, kept), {group.name: basis})
+
+
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor = X) -> None:
     optimizer.zero_grad()
     (model(x) * torch.arange(1.0, 4.0)).square().sum().backward()
@@ -55,8 +62,7 @@ def test_states_without_value_go_for_nothing() -> None:
     """Twin: dropping states of Hankel value 0 leaves outputs as they are, and B, C of the layer at its new size."""
     model = _lru(silent=5)
     want = model(X).detach()
-    group, basis = _states(model)
-    (remaining,) = balance_and_shrink(model, None, (group,), _first(group, 4), {group.name: basis})
+    (remaining,) = _cut(model, None, 4)
     torch.testing.assert_close(model(X), want, rtol=1e-7, atol=1e-7)
     assert remaining.num_units == 4 and model.blocks[0].lru.B_re.shape == (4, 4)
     assert find_groups(model, (X,))[-1].num_units == 4
@@ -77,8 +83,7 @@ def test_first_moments_are_gradients_in_the_new_coordinates(kind: str) -> None:
             model.layer.s5.seq.C[:, 7:] = 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     _step(model, optimizer, x)
-    group, basis = _states(model, x)
-    balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})
+    _cut(model, optimizer, 4, x)
     buffers = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in model.named_parameters()}
     _step(model, optimizer, x)
     names = [name for name in buffers if name.split(".")[-1] in ("B_re", "B_im", "C_re", "C_im", "B", "C")]
@@ -101,9 +106,8 @@ def test_first_moments_follow_modes_that_the_layer_mirrors() -> None:
         layer.theta_log[:3] = torch.tensor([4.0, 5.0, 6.0]).log()  # below the real axis
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     _step(model, optimizer)
-    group, basis = _states(model)
     want = model(X).detach()
-    balance_and_shrink(model, optimizer, (group,), _first(group, 6), {group.name: basis})
+    _cut(model, optimizer, 6)
     torch.testing.assert_close(model(X), want, rtol=1e-7, atol=1e-7)
     buffers = {
         name: optimizer.state[getattr(layer, name)]["momentum_buffer"] for name in ("B_re", "B_im", "C_re", "C_im")
@@ -121,10 +125,9 @@ def test_second_moments_stay_positive_and_of_their_size() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
         _step(model, optimizer)
-    group, basis = _states(model)
     layer = model.blocks[0].lru
     mean = optimizer.state[layer.nu_log]["exp_avg_sq"].mean().item()
-    balance_and_shrink(model, optimizer, (group,), _first(group, 5), {group.name: basis})
+    _cut(model, optimizer, 5)
     for name in ("B_re", "B_im", "C_re", "C_im"):
         second = optimizer.state[getattr(layer, name)]["exp_avg_sq"]
         assert second.shape == getattr(layer, name).shape and (second >= 0).all() and torch.isfinite(second).all()
@@ -214,6 +217,18 @@ def _other_kind(group: Group, basis: BalancedPairs) -> dict[str, BalancedPairs]:
     return {group.name: basis}
 
 
+@contextmanager
+def _unchanged(
+    model: nn.Module, optimizer: torch.optim.Optimizer, error: type[Exception], words: str
+) -> Iterator[None]:
+    """Inside, this error is raised; weights and moments are as they were, to the bit."""
+    _step(model, optimizer)
+    before = _snapshot(model, optimizer)
+    with pytest.raises(error, match=words):
+        yield
+    assert all(torch.equal(old, new) for old, new in zip(before, _snapshot(model, optimizer), strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "kept", "message"),
     [
@@ -221,6 +236,7 @@ def _other_kind(group: Group, basis: BalancedPairs) -> dict[str, BalancedPairs]:
         (_other_kind, 4, "no balanced coordinates"),
         (lambda group, basis: {group.name: basis}, 0, "min_units is 1"),
     ],
+    ids=["stale", "other kind", "no state"],
 )
 def test_bad_requests_change_nothing(
     change: Callable[[Group, BalancedPairs], dict[str, BalancedPairs]], kept: int, message: str
@@ -228,26 +244,15 @@ def test_bad_requests_change_nothing(
     """A stale basis, a group without balanced coordinates, no state left: an error, and all is as it was."""
     model = _lru()
     optimizer = torch.optim.AdamW(model.parameters())
-    _step(model, optimizer)
     group, basis = _states(model)
-    before = _snapshot(model, optimizer)
-    with pytest.raises(GroupError, match=message):
+    with _unchanged(model, optimizer, GroupError, message):
         balance_and_shrink(model, optimizer, (group,), _first(group, kept), change(group, basis))
-    for old, new in zip(before, _snapshot(model, optimizer), strict=True):
-        assert torch.equal(old, new)
 
 
 def test_a_failing_cut_is_rolled_back() -> None:
     """When the cut fails after the layer was turned, weights and moments are put back to the bit."""
     model = _lru()
     optimizer = torch.optim.AdamW(model.parameters())
-    _step(model, optimizer)
-    group, basis = _states(model)
-    before = _snapshot(model, optimizer)
-    with (
-        patch("states.systems.shrink", side_effect=RuntimeError("no memory")),
-        pytest.raises(RuntimeError, match="no memory"),
-    ):
-        balance_and_shrink(model, optimizer, (group,), _first(group, 4), {group.name: basis})
-    for old, new in zip(before, _snapshot(model, optimizer), strict=True):
-        assert torch.equal(old, new)
+    failing = patch("states.systems.shrink", side_effect=RuntimeError("no memory"))
+    with _unchanged(model, optimizer, RuntimeError, "no memory"), failing:
+        _cut(model, optimizer, 4)
