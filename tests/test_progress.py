@@ -1,9 +1,10 @@
-"""A line on a terminal while something takes its time, and nothing anywhere else."""
+"""A line on a terminal while something takes its time, and nothing anywhere else; warnings at the user's line."""
 
 from __future__ import annotations
 
 import io
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,20 @@ def test_nothing_is_written_where_stderr_is_no_terminal(
         monkeypatch.setattr(sys, "stderr", file if stream else None)
         attach().detach()
     assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_warning_points_at_the_users_line() -> None:
+    """Claim: a budget above the dense model, and a step after the last one, are warned of in this file."""
+    model = mlp(4, 16, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        line = sys._getframe().f_lineno + 1
+        loop = setpoint.attach(model, optimizer, "4 M parameters", total_steps=1, example=(torch.randn(2, 4),))
+        for _ in range(2):
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loop.detach()
+    assert [each.filename for each in caught] == [__file__] * 2
+    assert caught[0].lineno == line and caught[1].lineno == line + 3

@@ -1,7 +1,10 @@
-"""Site: every page is in the navigation, every error has its mend, every option is explained, and the site builds."""
+"""Site: every page is in the navigation, every error has its mend, every option is explained, every line of the
+algorithm links to code that exists, and the site builds.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
@@ -17,6 +20,7 @@ from setpoint import errors
 from setpoint.cli import app
 
 ROOT = Path(__file__).parents[1]
+ALGORITHM = ROOT / "docs" / "algorithm.md"
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -55,6 +59,35 @@ def test_every_public_name_is_in_the_reference() -> None:
     pages = "".join((ROOT / "docs" / "api" / f"{ring}.md").read_text(encoding="utf-8") for ring in ("use", "tune"))
     shown = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}
     assert set(setpoint.__all__) - {"SetpointError"} <= shown
+
+
+LINK = re.compile(r"\[`(?P<name>\w+)`\]\((?P<path>[^)#]+\.py)\)")
+LINES = [line for line in ALGORITHM.read_text(encoding="utf-8").splitlines() if re.match(r"\| *[\d' -]* *\| ", line)]
+
+
+def defined(path: Path) -> set[str]:
+    """Names of all functions, methods and classes that a file defines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)}
+
+
+def broken(line: str) -> list[str]:
+    """Links of a line that lead nowhere."""
+    found = [(match["name"], (ALGORITHM.parent / match["path"]).resolve()) for match in LINK.finditer(line)]
+    return [f"{name} in {path}" for name, path in found if not path.exists() or name not in defined(path)]
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "| step |" not in line and "| instead |" not in line])
+def test_each_line_links_to_its_code(line: str) -> None:
+    """A line of the method has a link at least, and what it names is defined in the file it points to."""
+    assert LINK.search(line), "a line of the method without a link"
+    assert broken(line) == []
+
+
+def test_the_method_is_numbered_through() -> None:
+    """The main lines are numbered from 1 without a gap, so that they can be cited."""
+    numbers = [int(match[1]) for line in LINES if (match := re.match(r"\| (\d+) \|", line))]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 20
 
 
 @pytest.mark.slow
