@@ -24,8 +24,8 @@ from setpoint.regrowth.reserve import Reserve, regrow
 
 Store = dict[tuple[str, str], Tensor]
 
+# Adam would divide differences of round-off by moments of nearly zero.
 SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-3}
-"""Adam would divide differences of round-off by moments of nearly zero."""
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizer) -> Store:
@@ -68,7 +68,6 @@ class Twin:
         self.store = {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
 
     def tensors(self) -> Store:
-        """All that units lie in."""
         return tensors_of(self.model, self.optimizer)
 
     def live(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
