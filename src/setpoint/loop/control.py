@@ -54,7 +54,6 @@ class RunState:
     skipped: int = 0  # steps that the sensor had left out by the last reading
     again: int = 0  # a step at which to decide in addition to those of the controller; 0 for none
     overdue: bool = False  # a decision is due and could not be made
-    waits: bool = False  # it was due while ranks had run out of batches
     budget_met: bool = False  # the last decision has been made
     plan: Plan | None = None  # the last one, without what it says of single units
     # In the last reading and at the last decision, of the units that are active now.
