@@ -79,34 +79,27 @@ def fit_trend(steps: Losses, losses: Losses) -> Trend | None:
     return Trend(level, slope, centre, spread, noise, len(x))
 
 
-def excess_over(trend: Trend, steps: Losses, losses: Losses, *, cut: int) -> Excess | None:
-    """How far these losses lie above a trend, or None where there are fewer than eight of them.
+def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: int) -> Excess | None:
+    """The excess of a cut: the second half of what followed it, against what came before it; None with too few losses.
 
-    value = mean over the bins of (median - trend),    error^2 = noise^2 / bins + trend.error^2.
+        value = mean over the bins of (median - trend),    error^2 = noise^2 / bins + trend.error^2.
+
+    The window before begins a quarter of the way from the last change of the model (`changed`, 0 for none) to the cut,
+    so that recovery from that change is over, and reaches back at most twice as far as the cut is old, so that a line
+    fits. Losses that are not finite are left out.
     """
-    binned = _bins(steps, losses)
-    if binned is None:
+    begin = max(changed + (cut - changed) / 4, cut - 2 * (now - cut))
+    finite = np.isfinite(losses) & (steps >= 1)
+    before = finite & (steps > begin) & (steps <= cut)
+    after = finite & (steps > (cut + now) / 2) & (steps <= now)
+    trend, binned = fit_trend(steps[before], losses[before]), _bins(steps[after], losses[after])
+    if trend is None or binned is None:
         return None
     x, y = binned
     middle = math.exp(float(x.mean()))
     foretold = trend.at(middle)
     error = math.hypot(trend.noise / math.sqrt(len(x)), trend.error(middle))
     return Excess(float(y.mean()) - foretold, error, foretold, trend.at(cut))
-
-
-def excess_after(steps: Losses, losses: Losses, *, changed: int, cut: int, now: int) -> Excess | None:
-    """The excess of a cut: the second half of what followed it, against what came before it.
-
-    The window before begins a quarter of the way from the last change of the model to the cut, so that recovery from
-    that change is over, and reaches back at most twice as far as the cut is old, so that a line fits.
-    Losses that are not finite are left out. `changed` is the step of the change before the cut, 0 if there was none.
-    """
-    begin = max(changed + (cut - changed) / 4, cut - 2 * (now - cut))
-    finite = np.isfinite(losses) & (steps >= 1)
-    before = finite & (steps > begin) & (steps <= cut)
-    after = finite & (steps > (cut + now) / 2) & (steps <= now)
-    trend = fit_trend(steps[before], losses[before])
-    return None if trend is None else excess_over(trend, steps[after], losses[after], cut=cut)
 
 
 def _bins(steps: Losses, losses: Losses) -> tuple[Losses, Losses] | None:
