@@ -75,11 +75,10 @@ class Offers:
 
     def grow(self) -> dict[str, Int[np.ndarray, " units"]]:
         """By group, origins of all units, ascending."""
-        names = dict.fromkeys(block.name for block in self.blocks)
-        return {
-            name: np.sort(np.concatenate([block.origins for block in self.blocks if block.name == name]))
-            for name in names
-        }
+        origins: dict[str, list[int]] = {}
+        for block in self.blocks:
+            origins.setdefault(block.name, []).extend(block.origins.tolist())
+        return {name: np.sort(units) for name, units in origins.items()}
 
     def worth(self) -> dict[str, Float64[np.ndarray, " units"]]:
         """By group, in the order of `grow`, the worth of each unit's block."""
