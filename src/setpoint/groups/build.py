@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -71,21 +71,6 @@ Labels = np.ndarray
 
 Places = dict[tuple[str, str], Labels]
 """Atoms along the dim that a place in Python code counts, by (module, place)."""
-
-
-class Kept:
-    """Which atoms survive a choice of units."""
-
-    def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
-        first = np.cumsum([0, *(group.num_units for group in units.groups)])
-        # The last entry answers for atoms of no group, which always stay.
-        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])
-        unit = first[np.maximum(units.group_of, 0)] + units.unit_of
-        self.alive: np.ndarray = flat[np.where(units.group_of >= 0, unit, len(flat) - 1)]
-
-    def count(self, labels: Labels) -> int:
-        """Number of surviving entries."""
-        return int(self.alive[labels].sum())
 
 
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = (), device_type: str = "cpu") -> Units:

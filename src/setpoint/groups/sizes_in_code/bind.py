@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from setpoint.groups.atoms import Atoms
-from setpoint.groups.build import Kept, Labels, OwnDim, Places, Units, standard_places
+from setpoint.groups.build import Labels, OwnDim, Places, Units, standard_places
 from setpoint.groups.example import Example, MethodForward
 from setpoint.groups.forward import PartialForward
 from setpoint.groups.group import keep_all, random_keep
@@ -106,6 +106,21 @@ class FakeForward:
                 trained = isinstance(tensor, nn.Parameter)
                 self._stand_ins[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
         return self._stand_ins
+
+
+class Kept:
+    """Which atoms survive a choice of units."""
+
+    def __init__(self, units: Units, keep: Mapping[str, np.ndarray]) -> None:
+        first = np.cumsum([0, *(group.num_units for group in units.groups)])
+        # The last entry answers for atoms of no group, which always stay.
+        flat = np.concatenate([*(keep[group.name] for group in units.groups), [True]])
+        unit = first[np.maximum(units.group_of, 0)] + units.unit_of
+        self.alive: np.ndarray = flat[np.where(units.group_of >= 0, unit, len(flat) - 1)]
+
+    def count(self, labels: Labels) -> int:
+        """Number of surviving entries."""
+        return int(self.alive[labels].sum())
 
 
 @dataclass(frozen=True)
