@@ -78,6 +78,17 @@ class RunBudget:
         """What the run comes to if each step to come costs so much."""
         return self.committed + max(0, self.num_steps - self.step) * per_step
 
+    def missed(self) -> str:
+        """Why the budget cannot be met any more in the middle of the run; "" if it can."""
+        lowest, resource = self.forecast(self.lowest), self.budget.resource
+        if not 0 < self.step < self.num_steps or lowest <= self.limit:
+            return ""
+        return (
+            f"the budget of {amount(self.limit, resource)} for the run cannot be met any more: "
+            f"{amount(self.spent, resource)} was spent by step {self.step}, and with the narrowest model it would come "
+            f"to {amount(lowest, resource)}"
+        )
+
     def check(self, cheapest: float) -> None:
         """Refuse a budget that cannot be met any more; `cheapest` is the lowest cost of a step that blocks reach."""
         step, num_steps, spent, resource = self.step, self.num_steps, self.spent, self.budget.resource

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.controller.selection import cheapest
-from setpoint.cost.budget import METERED, Budget, amount
+from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.ledger import Entry
@@ -234,14 +234,9 @@ class Spending:
         self.read_joules(widths)
         runs = self._runs(step, widths)
         for name, run in runs.items():
-            lowest, reported = run.forecast(run.lowest), f"{name} of the run"
-            if 0 < step < self.planned_steps and lowest > run.limit and reported not in self._warned:
-                self._warned.add(reported)
-                warn(
-                    f"the budget of {amount(run.limit, name)} for the run cannot be met any more: "
-                    f"{amount(run.spent, name)} was spent by step {step}, and with the narrowest model it would come "
-                    f"to {amount(lowest, name)}"
-                )
+            if name not in self._warned and (missed := run.missed()):
+                self._warned.add(name)
+                warn(missed)
         per_step = {name: run.per_step() for name, run in runs.items()}
         self.limits = replace(self.limits, per_step={**self.limits.per_step, **per_step})
         return runs
