@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from statistics import mode
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -29,32 +31,25 @@ from setpoint.report.numbers import human, percent, share
 
 ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
 """What a tensor does with its units, in words."""
-_MOST_REASONS, _MOST_PLACES = 3, 8
+_MOST_REASONS = 3
 _NUMBER = re.compile(r"\d+")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group for readers. Fields of the same name as in `Group` have its meaning.
-
-    Args:
-        unit_size: entries of a unit along a dim of the weight that writes it: 4 where it is four channels or gates.
-        kept_whole: why `attach` does not prune it by default; empty if it may be pruned.
-        params: parameters that lie along its units; one may lie along units of two groups.
-        flops_share: share of the model's FLOPs saved by cutting this group alone to its fewest units.
-        places: (tensor, dim, role) of each of its slices.
-    """
+    """One group for readers. Fields of the same name as in `Group` have its meaning."""
 
     name: str
     what: str
     num_units: int
     min_units: int
     multiple_of: int
-    unit_size: int
-    kept_whole: str
-    params: int
-    flops_share: float
-    places: tuple[tuple[str, int | None, str], ...]
+    unit_size: int  # entries of a unit along a dim of the weight that writes it: 4 where it is four channels or gates
+    kept_whole: str  # why `attach` does not prune it by default; empty if it may be pruned
+    params: int  # that lie along its units; one may lie along units of two groups
+    flops_share: float  # of the model's, saved by cutting this group alone to its fewest units
+    places: tuple[tuple[str, int | None, str], ...]  # tensor, dim and role of each of its slices
 
     @property
     def units(self) -> str:
@@ -66,12 +61,7 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Groups, costs and frozen places of a model.
-
-    Args:
-        prunable_params_share: share of the parameters that lie along a unit of a group that may be pruned.
-        cheapest_flops, cheapest_params: both with every group that may be pruned cut to its fewest units.
-    """
+    """Groups, costs and frozen places of a model."""
 
     model: str
     inputs: tuple[tuple[int, ...], ...]
@@ -79,8 +69,8 @@ class Inspection:
     groups: tuple[GroupReport, ...]
     flops: float
     params: int
-    prunable_params_share: float
-    cheapest_flops: float
+    prunable_params_share: float  # of the parameters, which lie along a unit of a group that may be pruned
+    cheapest_flops: float  # with every group that may be pruned cut to its fewest units
     cheapest_params: int
     frozen: tuple[Frozen, ...]
 
@@ -136,11 +126,16 @@ def inspect_model(name: str, model: nn.Module, example: Example, *, verify: bool
     )
 
 
-def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> int:
-    """Number of parameters that lie along a unit of any of these groups.
+def share_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> float:
+    """`params_along` as a share of all parameters, with or without tables of embeddings, tied or not."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and not embeddings}
+    counted_in = [parameter for parameter in model.parameters() if id(parameter) not in tables]
+    total = sum(parameter.numel() for parameter in counted_in)
+    return params_along(model, groups, counted_in) / total if total else 0.0
 
-    With `embeddings`, tables of `nn.Embedding` modules (and weights tied to them) count.
-    """
+
+def params_along(model: nn.Module, groups: Sequence[Group], parameters: Iterable[nn.Parameter] | None = None) -> int:
+    """How many of these parameters, by default all of the model, lie along a unit of any of these groups."""
     # Tied weights have several names, and would count once for each.
     named = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     places: dict[int, list[tuple[int, np.ndarray]]] = {}
@@ -149,7 +144,7 @@ def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool 
             if place.dim is not None and place.tensor in named:
                 places.setdefault(named[place.tensor], []).append((place.dim, place.index))
     along = 0
-    for parameter in _counted_parameters(model, embeddings):
+    for parameter in model.parameters() if parameters is None else parameters:
         free = [np.ones(length, dtype=bool) for length in parameter.shape]
         for dim, index in places.get(id(parameter), ()):
             free[dim] &= index < 0
@@ -158,63 +153,34 @@ def params_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool 
     return along
 
 
-def share_along(model: nn.Module, groups: Sequence[Group], *, embeddings: bool = True) -> float:
-    """`params_along` as a share of all parameters that count; 0 for a model without any."""
-    total = sum(parameter.numel() for parameter in _counted_parameters(model, embeddings))
-    return params_along(model, groups, embeddings=embeddings) / total if total else 0.0
-
-
-def _counted_parameters(model: nn.Module, embeddings: bool) -> list[nn.Parameter]:
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) and not embeddings}
-    return [parameter for parameter in model.parameters() if id(parameter) not in tables]
-
-
 # What a person reads: seven lines and a tree, in a terminal or on a page.
 
 
 def inspection_lines(found: Inspection) -> tuple[str, ...]:
-    """Seven lines that a person reads before any training, four where there is nothing to prune.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
-        >>> for line in inspection_lines(inspect_model("mine", model, (torch.zeros(2, 8),))):
-        ...     print(line)
-        mine on 2x8: 2.24 kFLOPs per training step, 264 parameters
-        can be pruned: 20 units in 1 group, with 98.5 % of the parameters
-        cheapest reachable: 224 FLOPs (10.0 %), 30 parameters (11.4 %)
-        most FLOPs: layer 0 (20 neurons, 90.0 %)
-        not pruned: nothing
-        frozen: 2 places: input of the network, or other data; output of the network
-        checked: each cut was tried on a copy of the model
-    """
+    """Seven lines that a person reads before any training, four where there is nothing to prune."""
     pruned = [group for group in found.groups if not group.kept_whole]
     whole = [group for group in found.groups if group.kept_whole]
-    shown = some((group.name for group in whole), 1)
     reasons = [why for group in whole for why in dict.fromkeys(w.partition(" (")[0] for w in _reasons(group))]
-    places = counted(len(found.frozen), "place")
+    shown = some((group.name for group in whole), 1)
     left = (
         _most_frequent(f"not pruned: {counted(len(whole), 'group')} ({shown})", reasons) or "not pruned: nothing",
-        _most_frequent(f"frozen: {places}", [frozen.reason for frozen in found.frozen]) or "frozen: nothing",
+        _most_frequent(f"frozen: {counted(len(found.frozen), 'place')}", [place.reason for place in found.frozen])
+        or "frozen: nothing",
     )
     if not pruned:
         return _nothing(found), _dense(found), *left
-    same: dict[Hashable, list[GroupReport]] = {}
-    for group in sorted(pruned, key=lambda group: -group.flops_share):
-        same.setdefault((skeleton(group.name), group.units, percent(group.flops_share)), []).append(group)
-    alike = next(iter(same.values()))
-    largest = alike[0]
+    by_flops = sorted(pruned, key=lambda group: -group.flops_share)
+    alike = by_key(by_flops, lambda group: (skeleton(group.name), group.units, percent(group.flops_share)))[0]
+    names, largest = some(group.name for group in alike), alike[0]
+    layer = f"layer {names}" if names.isdigit() else names  # "0" alone reads as a number
     many, each = (f"{len(alike)} x ", " each") if len(alike) > 1 else ("", "")
-    names = some(group.name for group in alike)
-    named = f"layer {names}" if names.isdigit() else names  # "0" alone reads as a number
     units = counted(sum(group.num_units for group in pruned), "unit")
     return (
         _dense(found),
         f"can be pruned: {units} in {counted(len(pruned), 'group')}, "
         f"with {percent(found.prunable_params_share)} of the parameters",
         _cheapest(found),
-        f"most FLOPs: {named} ({many}{largest.units}, {percent(largest.flops_share)}{each})",
+        f"most FLOPs: {layer} ({many}{largest.units}, {percent(largest.flops_share)}{each})",
         *left,
         f"{'checked: each' if found.verified else 'not checked: no'} cut was tried on a copy of the model",
     )
@@ -235,9 +201,8 @@ def _cheapest(found: Inspection) -> str:
 
 def _nothing(found: Inspection) -> str:
     """That nothing can be pruned, and the reason that most groups, or else most places, have."""
-    reasons = Counter(_reasons(group)[0] for group in found.groups) or Counter(each.reason for each in found.frozen)
-    most = reasons.most_common(1) or [("it has no dim of its own", 0)]
-    return f"nothing can be pruned: {most[0][0]}"
+    reasons = [_reasons(group)[0] for group in found.groups] or [place.reason for place in found.frozen]
+    return f"nothing can be pruned: {mode(reasons) if reasons else 'it has no dim of its own'}"
 
 
 def _reasons(group: GroupReport) -> list[str]:
@@ -246,18 +211,15 @@ def _reasons(group: GroupReport) -> list[str]:
 
 def _most_frequent(what: str, reasons: Sequence[str]) -> str:
     """What has these reasons: the most frequent ones, and how often each is given; empty where there is none."""
-    same: dict[str, list[str]] = {}
-    for reason in reasons:
-        same.setdefault(skeleton(reason), []).append(reason)
-    by_number = sorted(same.values(), key=len, reverse=True)
+    by_number = sorted(by_key(reasons, skeleton), key=len, reverse=True)
     shown = [f"{len(given)} x " * (len(given) > 1) + ", ".join(fold(given)) for given in by_number[:_MOST_REASONS]]
     if len(by_number) > len(shown):
         shown.append(f"and {counted(len(by_number) - len(shown), 'other reason')}")
     return f"{what}: {'; '.join(shown)}" if shown else ""
 
 
-def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
-    """The tree of an inspection; a terminal has the first places of each group, unless it wants all."""
+def inspection_tree(found: Inspection) -> Tree:
+    """The tree of an inspection: every group with all its places, and what is frozen."""
     model, colon, costs = _dense(found).partition(" on ")
     tree = Tree(f"[bold]{plain(model)}[/]{colon}{plain(costs)}")
     if all(group.kept_whole for group in found.groups):
@@ -265,7 +227,8 @@ def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
     tree.add(_cheapest(found))
     if not found.verified:
         tree.add("[yellow]not verified[/]: the cuts were not tried on a copy")
-    for groups in _same_but_for_numbers(found):
+    # Twelve equal blocks are one line: a reader looks for the layers that differ.
+    for groups in by_key(sorted(found.groups, key=lambda group: bool(group.kept_whole)), _but_for_numbers):
         first, several = groups[0], len(groups) > 1
         line = (
             f"[bold]{plain(', '.join(fold(group.name for group in groups)))}[/]: "
@@ -275,52 +238,30 @@ def inspection_tree(found: Inspection, *, all_places: bool = False) -> Tree:
         )
         why = some(reason for group in groups for reason in _reasons(group) if reason)
         node = tree.add(line + (f" [yellow](not pruned: {plain(why)})[/]" if why else ""))
-        places = _places(groups)
-        shown = places if all_places else places[:_MOST_PLACES]
-        for place in shown:
-            node.add(f"[dim]{plain(place)}[/]")
-        if len(places) > len(shown):
-            node.add(f"[dim]and {counted(len(places) - len(shown), 'more place')}[/]")
+        for places in by_key((place for group in groups for place in group.places), itemgetter(1, 2)):
+            _, dim, role = places[0]
+            for tensor in fold(place[0] for place in places):
+                where = "every element" if dim is None else f"dim {dim}"
+                node.add(f"[dim]{plain(tensor)}, {where}, {ROLES[role]}[/]")
     if found.frozen:
         node = tree.add(f"[bold]frozen[/] ({len(found.frozen)})")
-        by_reason: dict[str, list[str]] = {}
-        for frozen in found.frozen:
-            by_reason.setdefault(frozen.reason, []).append(frozen.place)
-        for reason, names in by_reason.items():
-            node.add(f"{plain(', '.join(fold(names)))}: [dim]{plain(reason)}[/]")
+        for same in by_key(found.frozen, attrgetter("reason")):
+            node.add(f"{plain(', '.join(fold(frozen.place for frozen in same)))}: [dim]{plain(same[0].reason)}[/]")
     return tree
 
 
-def _same_but_for_numbers(found: Inspection) -> list[list[GroupReport]]:
-    """Groups that differ only in the numbers of their names, prunable ones first."""
-    # Twelve equal blocks are one line: a reader looks for the layers that differ.
-    same: dict[Hashable, list[GroupReport]] = {}
-    for group in sorted(found.groups, key=lambda group: bool(group.kept_whole)):
-        places = frozenset((skeleton(tensor), dim, role) for tensor, dim, role in group.places)
-        sizes = (group.num_units, group.unit_size, group.min_units, group.multiple_of, group.params)
-        key = skeleton(group.name), group.what, sizes, round(group.flops_share, 4), skeleton(group.kept_whole), places
-        same.setdefault(key, []).append(group)
-    return list(same.values())
-
-
-def _places(groups: Sequence[GroupReport]) -> list[str]:
-    """Where these groups lie, in words, folded."""
-    tensors: dict[tuple[int | None, str], list[str]] = {}
-    for group in groups:
-        for tensor, dim, role in group.places:
-            tensors.setdefault((dim, role), []).append(tensor)
-    return [
-        f"{tensor}, {'every element' if dim is None else f'dim {dim}'}, {ROLES.get(role, role)}"
-        for (dim, role), names in tensors.items()
-        for tensor in fold(names)
-    ]
+def _but_for_numbers(group: GroupReport) -> Hashable:
+    """All of a group but the numbers in its names."""
+    places = frozenset((skeleton(tensor), dim, role) for tensor, dim, role in group.places)
+    name, why = skeleton(group.name), skeleton(group.kept_whole)
+    return replace(group, name=name, kept_whole=why, places=(), flops_share=round(group.flops_share, 4)), places
 
 
 def write_inspection(found: Inspection, out: Path) -> Path:
     """Write the lines and the tree as a page, which needs no network and no other file."""
     # A console that writes nowhere records; its tree is the one of the terminal.
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(inspection_tree(found, all_places=True))
+    console.print(inspection_tree(found))
     tree = console.export_html(inline_styles=True, code_format='<pre class="scroll tree">{code}</pre>')
     lines = "".join(f"<p>{escape(line)}</p>\n" for line in inspection_lines(found))
     head = f"<header><h1>Setpoint <span>inspection</span></h1><p>{escape(found.model)}</p></header>\n"
@@ -339,6 +280,14 @@ def skeleton(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
+def by_key(items: Iterable[_Item], key: Callable[[_Item], Hashable]) -> list[list[_Item]]:
+    """The items that have the same key, in the order of the first of each."""
+    same: dict[Hashable, list[_Item]] = {}
+    for item in items:
+        same.setdefault(key(item), []).append(item)
+    return list(same.values())
+
+
 def fold(names: Iterable[str]) -> tuple[str, ...]:
     """The same names in fewer words: exactly these and no other.
 
@@ -347,10 +296,8 @@ def fold(names: Iterable[str]) -> tuple[str, ...]:
     >>> fold(["a.0.0", "a.0.1", "a.1.0"])
     ('a.0.{0,1}', 'a.1.0')
     """
-    same: dict[str, list[tuple[str, ...]]] = {}
-    for name in dict.fromkeys(names):
-        same.setdefault(skeleton(name), []).append(tuple(_NUMBER.findall(name)))
-    return tuple(word for form, rows in same.items() for word in _fold_form(form, rows))
+    forms = by_key(dict.fromkeys(names), skeleton)
+    return tuple(word for same in forms for word in _fold_form(skeleton(same[0]), list(map(_NUMBER.findall, same))))
 
 
 def some(names: Iterable[str], most: int = 2) -> str:
@@ -363,7 +310,7 @@ def some(names: Iterable[str], most: int = 2) -> str:
     return "; ".join(folded[:most]) + (f"; and {len(folded) - most} more" if len(folded) > most else "")
 
 
-def _fold_form(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _fold_form(form: str, rows: Sequence[Sequence[str]]) -> list[str]:
     """Names of one form: one word if their numbers are a full grid, else one for each first number that differs."""
     columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*rows, strict=True)]
     # Only a full grid may be written as one word: it stands for exactly these names.
@@ -376,8 +323,6 @@ def _fold_form(form: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _span(numbers: Sequence[str]) -> str:
-    if len(numbers) == 1:
-        return numbers[0]
     if len(numbers) > 2 and [str(int(numbers[0]) + step) for step in range(len(numbers))] == list(numbers):
         return f"{{{numbers[0]}..{numbers[-1]}}}"
-    return f"{{{','.join(numbers)}}}"
+    return f"{{{','.join(numbers)}}}" if len(numbers) > 1 else numbers[0]

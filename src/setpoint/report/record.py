@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,28 +28,18 @@ PER = {"inference": "forward pass", "params": "model"}
 
 @dataclass(frozen=True)
 class Record:
-    """A ledger as it was written: what was known before the first decision, the decisions, and the end.
+    """A ledger as it was written: what was known before the first decision, the decisions, and the end."""
 
-    Args:
-        units: of the dense model, by group.
-        what: kind of unit, by group: "channel", "head".
-        total_steps: of the run as planned last; a bill plans it anew.
-        sources: by resource, what models and what measures its cost.
-        pattern: of the masks, where units are single weights; "" where units were cut.
-        limit_run: budgets of the whole run.
-        ended: how the run ended, as its summary has it (`Ledger.ended`); empty while it goes on.
-    """
-
-    units: Mapping[str, int]
-    what: Mapping[str, str]
+    units: Mapping[str, int]  # of the dense model, by group
+    what: Mapping[str, str]  # kind of unit, by group: "channel", "head"
     dense: Mapping[str, float]
     limit: Mapping[str, float]
-    limit_run: Mapping[str, float]
-    total_steps: int | None
+    limit_run: Mapping[str, float]  # budgets of the whole run
+    total_steps: int | None  # as planned last; a bill plans it anew
     entries: tuple[Entry, ...]
-    sources: Mapping[str, tuple[str, ...]]
-    pattern: str
-    ended: Mapping[str, Any]
+    sources: Mapping[str, Sequence[str]]  # by resource, what models and what measures its cost
+    pattern: str  # of the masks, where units are single weights; "" where units were cut
+    ended: Mapping[str, Any]  # how the run ended, as its summary has it (`Ledger.ended`); empty while it goes on
 
     @property
     def step(self) -> int:
@@ -94,10 +84,10 @@ def read_ledger(file: Path) -> Record:
 def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
     header, ended, groups = ledger.header, ledger.ended or {}, ledger.header.get("groups", {})
-    sources: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, list[str]] = {}
     for kind in ("modelled", "measured"):
         for resource, text in header.get(kind, {}).items():
-            sources[resource] = (*sources.get(resource, ()), text)
+            sources.setdefault(resource, []).append(text)
     return Record(
         units={name: group["num_units"] for name, group in groups.items() if "num_units" in group},
         what={name: group.get("what", "unit") for name, group in groups.items()},
@@ -153,11 +143,18 @@ def num_grown(entry: Entry) -> dict[str, int]:
     return {name: len(origins) for name, origins in entry.grown.items() if origins} | dict(entry.num_grown)
 
 
+def cuts_of(record: Record) -> int:
+    """Number of decisions that dropped units."""
+    return sum(bool(num_dropped(entry)) for entry in record.entries)
+
+
 def dense_of(record: Record, resource: str) -> float | None:
     """Dense cost per step: the meter's last reading of the dense model, else the prediction scaled by its first one."""
-    dense = record.dense.get(resource)
-    entries = [entry for entry in record.entries if resource in entry.metered and entry.predicted.get(resource)]
-    read = [(entry.metered[resource], entry.predicted[resource]) for entry in entries]
+    dense, pairs = (
+        record.dense.get(resource),
+        ((e.metered.get(resource), e.predicted.get(resource)) for e in record.entries),
+    )
+    read = [(metered, predicted) for metered, predicted in pairs if metered is not None and predicted]
     if dense is None or not read:
         return dense
     # A meter drifts with the machine: the last reading of the dense model is the one to compare with.
@@ -181,10 +178,9 @@ def facts(record: Record) -> dict[str, str]:
     if ended.get("note"):
         found["note"] = str(ended["note"])
     found["steps"] = f"{record.step:,}" + (f" of {record.total_steps:,} planned" if record.total_steps else "")
-    moved = [(sum(num_dropped(entry).values()), sum(num_grown(entry).values())) for entry in record.entries]
-    dropped, grown = (sum(numbers) for numbers in zip((0, 0), *moved, strict=True))
-    cuts = counted(sum(bool(lost) for lost, _ in moved), "cut")
-    found["decisions"] = f"{len(moved)}, {cuts}, {counted(dropped, 'unit')} dropped"
+    dropped = [sum(num_dropped(entry).values()) for entry in record.entries]
+    grown = sum(sum(num_grown(entry).values()) for entry in record.entries)
+    found["decisions"] = f"{len(dropped)}, {counted(cuts_of(record), 'cut')}, {counted(sum(dropped), 'unit')} dropped"
     found["decisions"] += f", {grown:,} brought back" if grown else ""
     if record.pattern:
         found["masks"] = f"on single weights ({record.pattern})"
@@ -195,24 +191,24 @@ def facts(record: Record) -> dict[str, str]:
 
 def _clauses(record: Record, resource: str) -> Iterator[str]:
     """What one resource costs at the end, its budgets, and where its numbers come from."""
-    spent, read, so_far = (
-        next(((entry.step, values[resource]) for entry, values in found if resource in values), None)
-        for found in (
-            [(entry, getattr(entry, name)) for entry in reversed(record.entries)]
-            for name in ("spent", "metered", "spent_run")
-        )
-    )
     dense, limit, run = dense_of(record, resource), limit_of(record, resource), record.limit_run.get(resource)
+    last = {
+        name: (entry.step, values[resource])
+        for entry in record.entries
+        for name in ("spent", "metered", "spent_run")
+        if resource in (values := getattr(entry, name))
+    }
     unit = UNITS.get(resource, resource)
-    if spent is not None:
-        share = f" ({percent(spent[1] / dense)} of dense)" if dense else ""
-        yield f"{human(spent[1], unit)} per {PER.get(resource, 'step')} at the end{share}"
+    if "spent" in last:
+        share = f" ({percent(last['spent'][1] / dense)} of dense)" if dense else ""
+        yield f"{human(last['spent'][1], unit)} per {PER.get(resource, 'step')} at the end{share}"
     if limit:
         yield f"budget {human(limit, unit)}"
-    if read:
-        yield f"{human(read[1], unit)} by the meter's last reading"
+    if "metered" in last:
+        yield f"{human(last['metered'][1], unit)} by the meter's last reading"
     if run:
-        by = f", of which {human(so_far[1], unit)} was spent by step {so_far[0]:,}" if so_far else ""
+        step, spent = last.get("spent_run", (0, None))
+        by = "" if spent is None else f", of which {human(spent, unit)} was spent by step {step:,}"
         yield f"budget of the whole run {human(run, unit)}{by}"
     yield from record.sources.get(resource, ())
 
@@ -233,7 +229,7 @@ def state(record: Record) -> dict[str, Any]:
         "dense_units": sum(record.units.values()),
         "widths": widths,
         "decisions": len(record.entries),
-        "cuts": sum(bool(num_dropped(entry)) for entry in record.entries),
+        "cuts": cuts_of(record),
         "ended": ended.get("reason"),
         "budget_met": ended.get("budget_met"),
     }
