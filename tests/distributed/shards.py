@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 import setpoint
 from distributed.training import (
-    Sampled,
     attached,
     batch,
     build,
@@ -33,6 +32,7 @@ from distributed.training import (
     train,
     whole,
 )
+from golden.models import Sampled
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
 from setpoint.errors import CheckpointError, CostError, LoopError, RankError

@@ -15,25 +15,11 @@ from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
 from controller.returning import Returning
+from golden.models import Sampled
 from loop.test_regrowth import Scripted
 from setpoint.controller.schedule import Schedule
 
 STEPS = 40
-
-
-class Sampled(nn.Module):
-    """A net whose norms are per sample, so that a batch may be split over ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(2, 16, 3, padding=1), nn.GroupNorm(8, 16)
-        self.wide, self.mix, self.stream = nn.Conv2d(16, 20, 1), nn.Conv2d(20, 12, 1), nn.LayerNorm(12)
-        self.up, self.down, self.head = nn.Linear(12, 24), nn.Linear(24, 12), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.wide(torch.relu(self.norm(self.stem(x)))))
-        x = self.mix(x).mean((2, 3))
-        return self.head(x + self.down(nn.functional.gelu(self.up(self.stream(x)))))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
