@@ -167,16 +167,11 @@ class Balance:
     """A balancing pair: `x = expand @ z` and `z = reduce @ x`, with `reduce @ expand = I`.
 
     In the coordinates z both Gramians are `diag(values)`.
-
-    Args:
-        values: Hankel singular values, descending, >= 0, shape (..., states): those of the real form.
-        expand: shape (..., states, states); columns of states whose value is 0 are 0.
-        reduce: shape (..., states, states); rows of such states are 0.
     """
 
-    values: Float[Tensor, "*batch states"]
-    expand: Float[Tensor, "*batch states states"]
-    reduce: Float[Tensor, "*batch states states"]
+    values: Float[Tensor, "*batch states"]  # Hankel singular values of the real form, descending, >= 0
+    expand: Float[Tensor, "*batch states states"]  # columns of states whose value is 0 are 0
+    reduce: Float[Tensor, "*batch states states"]  # rows of such states are 0
 
 
 def balance(system: System, what: str = "the system") -> Balance:

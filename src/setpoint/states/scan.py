@@ -25,16 +25,10 @@ def diagonal_scan(
     inputs: tuple[Float[Tensor, "states in_channels"], Float[Tensor, "states in_channels"]],
     outputs: tuple[Float[Tensor, "out_channels states"], Float[Tensor, "out_channels states"]],
 ) -> Float[Tensor, "batch steps out_channels"]:
-    """`y[t] = Re(C x[t])` for `x[t] = a * x[t-1] + B u[t]`, from `x[-1] = 0`.
+    """`y[t] = Re(C x[t])` for `x[t] = a * x[t-1] + B u[t]`, from `x[-1] = 0`, with a, B and C in two real parts each.
 
     On a CPU steps follow each other within blocks that its cache holds; elsewhere, where many
     small calls cost more than arithmetic, a sequence of L steps takes about `3 sqrt(L)` calls.
-
-    Args:
-        u: the sequence.
-        eigenvalues: real and imaginary part of a.
-        inputs: real and imaginary part of B.
-        outputs: real and imaginary part of C.
 
     >>> half, one, zero = torch.tensor([0.5]), torch.ones(1, 1), torch.zeros(1, 1)
     >>> diagonal_scan(torch.ones(1, 3, 1), (half, zero[0]), (one, zero), (one, zero)).flatten()
