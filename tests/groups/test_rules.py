@@ -86,6 +86,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...], set[int]]] = {
     "unbind": (lambda x: x.unbind(1), (2, 6), {0}),
     "select": (lambda x: x[:, 3], (2, 6), {0}),
     "slice": (lambda x: x[:, 1:5], (2, 6), {0, 1}),
+    "slice and nothing": (lambda x: torch.cat([x[:, 1:4], x[:, 6:]], 1), (2, 6), {0, 1}),
     "slice with a step": (lambda x: x[:, ::2], (2, 6), {0, 1}),
     "narrow": (lambda x: x.narrow(1, 2, 3), (2, 6), {0, 1}),
     "flip": (lambda x: x.flip(1), (2, 6), {0, 1}),

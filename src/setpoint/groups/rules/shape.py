@@ -229,7 +229,7 @@ def _slice(
     if len(part) != out.shape[dim] or len(part) == 1:
         return walk.freeze_dims(x, [dim], "this dim is sliced by a number that data gives, or to one entry")
     if walk.op == "slice" and step == 1:
-        first = range(len(own))[start:end][0]
+        first = slice(start, end).indices(len(own))[0]  # also where nothing is left
         walk.literal(0, first, own[:first])
         walk.literal(1, len(part), part)
     return x.relabelled(dim, part)
