@@ -8,9 +8,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cache, partial
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,38 +41,36 @@ def fit(
     """Give a model other shapes, all or nothing; what is returned puts everything back when it is closed.
 
     Tensors keep their identity, device and memory format. What is not named gets its dense shape and size. A
-    CheckpointError names what this model does not have, or what is wider than when this model was built.
+    CheckpointError names what this model does not have, or what had another shape when it was built.
 
     Args:
-        shapes: by name of each tensor that is narrower than when the model was built.
+        shapes: by name; those of tensors that are as when the model was built do not matter.
         sizes: by module and place, the integers that go with them.
-        values: by name, new contents; other tensors that change hold zeros until a state is loaded. A buffer that the
-            model's code has declared as None, and makes in a forward, is made.
-        dense: shapes before the first cut, by name, where the model itself does not know them.
+        values: by name, new contents; other tensors that change hold zeros until a state is loaded.
+        dense: shapes before the first cut, by name, where they are known.
     """
-    known, later = ModelShapes.of(model), not_made(model, values)
-    full = {**known.full(model), **(dense or {})}
+    known, tensors = ModelShapes.of(model), named_tensors(model)
+    full, before = known.full(model), by_every_name(dense or {}, tensors)
     for name, shape in shapes.items():
-        before = shape if name in later else full.get(name)
-        if before is None:
+        built, said = full.get(name), f"the state was made for another model: {name!r} has shape {shape} there"
+        if built is None:
             raise CheckpointError(f"the state was made for another model: this one has no {name!r}")
-        if len(shape) != len(before) or any(new > old for new, old in zip(shape, before, strict=True)):
+        if dense is not None and shape != built != before.get(name, shape):
             raise CheckpointError(
-                f"the state was made for another model: {name!r} has shape {shape} there and {before} in the dense "
-                "model, which can only become narrower"
+                f"{said}, {before.get(name, shape)} before any cut, and here it was built with {built}: build the "
+                "model as it was built for that run"
             )
+        if len(shape) != len(built) or any(new > old for new, old in zip(shape, built, strict=True)):
+            raise CheckpointError(f"{said} and {built} in the dense model, which can only become narrower")
     try:
         check_sizes(model, sizes)
     except GroupError as error:
         raise CheckpointError(f"the state was made for another model: {error}") from error
+    changed = {name: shape for name, shape in shapes.items() if shape != full[name] or name in before}
+    shapes = by_every_name(changed, tensors)
+    after = {name: shapes.get(name, full[name]) for name in {**known.dense, **shapes}}
+    every_size = {**known.dense_sizes, **sizes}  # what the state does not set is dense again
     with ExitStack() as undo:
-        # Made first, since the record below takes shapes of tensors that are there.
-        for name in later:
-            _make(model, name, values[name], undo)
-        tensors = named_tensors(model)
-        shapes = by_every_name(shapes, tensors)
-        after = {name: shapes.get(name, full.get(name, ())) for name in {**known.dense, **shapes} if name in tensors}
-        every_size = {**known.dense_sizes, **sizes}  # what the state does not set is dense again
         note_cut(model, after, every_size, undo, dense)
         carry_sizes(model)
         for name in dict.fromkeys([*after, *values]):
@@ -86,25 +84,6 @@ def fit(
         apply_sizes(model, every_size, undo)
         torch.clear_autocast_cache()  # which holds weights of the old shapes by identity
         return undo.pop_all()
-
-
-def not_made(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The buffers of these names that the model's code has declared as None, and makes in a forward."""
-    found = []
-    for name in names:
-        owner, _, key = name.rpartition(".")
-        with suppress(AttributeError):
-            if getattr(model.get_submodule(owner), key) is None:
-                found.append(name)
-    return found
-
-
-def _make(model: nn.Module, name: str, value: Tensor, undo: ExitStack) -> None:
-    owner, _, key = name.rpartition(".")
-    device = next((parameter.device for parameter in model.parameters()), value.device)
-    put = partial(model.get_submodule(owner).register_buffer, key, persistent=False)
-    undo.callback(put, None)
-    put(value.detach().to(device, copy=True))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from setpoint.actuator.in_state_dict import check_not_attached
 from setpoint.actuator.model_shapes import ModelShapes, by_module
 from setpoint.actuator.tensors import is_persistent, named_tensors
-from setpoint.checkpoint.fit import fit, not_made
+from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.plain import to_host
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
@@ -95,38 +95,26 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     check_not_attached(into)
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    pretrained = f"setpoint.enable_checkpointing(), then from_pretrained({str(folder)!r})"
-    written_by_them = (folder / SIZES_FILE).is_file()
-    if path.is_dir():
-        then = (
-            f"save_pretrained wrote it: {pretrained}" if written_by_them else "give the file that setpoint.save wrote"
-        )
-        raise CheckpointError(f"{str(path)!r} is a folder: {then}")
-    then = pretrained if written_by_them else "load it with safetensors.torch.load_file and model.load_state_dict"
+    then = "load it with safetensors.torch.load_file and model.load_state_dict"
+    if (folder / SIZES_FILE).is_file():
+        then = f"save_pretrained did: setpoint.enable_checkpointing(), then from_pretrained({str(folder)!r})"
     header, stored = read_file(path, _KEY, f"setpoint.save did not write it: {then}")
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     tensors = stored | {name: torch.view_as_complex(stored[name].clone()) for name in header["complex"]}
     own, aliases = _stored(into, header["transient"])
-    later = {name for name in not_made(into, header["transient"]) if name in tensors}
-    _check_same_names({*own, *later}, aliases, tensors, header["aliases"])
-    before = {name: tuple(shape) for name, shape in header["dense"].items()}
-    dense = ModelShapes.of(into).full(into)
+    _check_same_names(set(own), aliases, tensors, header["aliases"])
     for name, tensor in own.items():
-        saved, shape = tensors[name], tuple(tensors[name].shape)
-        # Of a tensor that was cut, the dense shapes agree, or it was given to the dense model at its small size.
-        if dense[name] not in (shape, before.get(name, shape)):
-            raise CheckpointError(
-                f"the file was made for another model: {name!r} has shape {shape} in the file and {dense[name]} in the "
-                "model; `into` must be the dense model that was shrunk"
-            )
+        saved = tensors[name]
         # `load` takes the file's dtype: complex or integer numbers must not take the place of real ones.
         if (saved.is_complex(), saved.is_floating_point()) != (tensor.is_complex(), tensor.is_floating_point()):
             raise CheckpointError(
                 f"the file was made for another model: {name!r} is {saved.dtype} in the file and {tensor.dtype} in the "
                 "model"
             )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dense = {name: tuple(shape) for name, shape in header["dense"].items()}
     sizes = {(module, place): size for module, places in header["sizes"].items() for place, size in places.items()}
-    fit(into, {name: tuple(tensors[name].shape) for name in before}, sizes, tensors, before)
+    fit(into, shapes, sizes, tensors, dense)
     return into
 
 
@@ -236,8 +224,10 @@ def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[
     """Header and tensors that `write_file` wrote, with a right digest; CheckpointError for any other file.
 
     Args:
-        foreign: who did not write a safetensors file without the key, and what to do with it.
+        foreign: who did not write a safetensors file without the key, or a folder, and what to do with it.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder, and {foreign}")
     try:
         with open(path, "rb") as file:
             start = file.read(4)

@@ -16,9 +16,9 @@ from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
-from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
+from setpoint.actuator.model_shapes import ModelShapes, Shapes
 from setpoint.actuator.tensors import named_tensors, take
-from setpoint.checkpoint.fit import cut_to, fit, infer_sizes, not_made
+from setpoint.checkpoint.fit import cut_to, fit, infer_sizes
 from setpoint.checkpoint.model_file import some_of, unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
@@ -187,13 +187,12 @@ class _Wanted:
         # What is not there, as in a load that is not strict, stays as it is.
         shapes = now | {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
         if carried is not None:
-            if unknown := carried.transient.keys() - {*tensors, *not_made(module, carried.transient)}:
+            if unknown := carried.transient.keys() - tensors.keys():
                 raise CheckpointError(
                     f"the state dict is of another model, or this one has yet to make its buffer {min(unknown)!r}: "
-                    "declare that by register_buffer(name, None, persistent=False) where the model is built, or call "
-                    "the model once"
+                    "call the model once, then load"
                 )
-            shapes |= {name: tuple(value.shape) for name, value in carried.transient.items() if name in tensors}
+            shapes |= {name: tuple(value.shape) for name, value in carried.transient.items()}
         if shapes == now and (carried is None or carried.sizes == known.sizes):
             return None
         if any(map(is_sharded, module.modules())):
@@ -209,14 +208,6 @@ class _Wanted:
                 )
             sizes, unsure = infer_sizes(module, narrow)
             return cls(narrow, sizes, {}, unsure=unsure)
-        theirs = by_every_name(carried.dense, tensors)
-        for name, shape in shapes.items():
-            before = theirs.get(name, shape)
-            if shape != now[name] and before != dense[name]:
-                raise CheckpointError(
-                    f"the state dict is of another model: {name!r} had shape {before} there before any cut, and here "
-                    f"it has {dense[name]}: build the model as it was built for that run"
-                )
         return cls(narrow, carried.sizes, carried.transient, carried)
 
     def completed(self, module: nn.Module, example: Example) -> _Wanted:
@@ -242,11 +233,9 @@ class _Wanted:
     def fit(self, module: nn.Module) -> ExitStack:
         """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
         check_loads(module)
-        tensors, later = named_tensors(module), not_made(module, self.transient)
-        values = {n: value.to(tensors[n].dtype) if n in tensors else value for n, value in self.transient.items()}
-        shapes = {**self.narrow, **{name: tuple(values[name].shape) for name in later}}
-        dense = {} if self.carried is None else self.carried.dense
-        return fit(module, shapes, self.sizes, values, {name: dense[name] for name in later if name in dense})
+        tensors = named_tensors(module)
+        values = {name: value.to(tensors[name].dtype) for name, value in self.transient.items()}
+        return fit(module, self.narrow, self.sizes, values, None if self.carried is None else self.carried.dense)
 
 
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

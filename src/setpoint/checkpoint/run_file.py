@@ -111,8 +111,6 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     >>> again["loop"].detach()
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder: give the file that setpoint.save_run wrote")
     _, tensors = read_file(path, _KEY, "setpoint.save_run did not write it: read a model's file by setpoint.load")
     states, values = from_tensors(tensors).values()
     if set(states) != set(parts):
