@@ -244,7 +244,10 @@ def test_layers_of_every_kind_come_back(tmp_path: Path) -> None:
     [
         (lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh()), "only the file has '2.bias'"),
         (lambda: nn.Sequential(*mlp_model(), nn.Linear(2, 2)), "only the model has '5.bias', '5.weight'"),
-        (lambda: mlp_model(3, 5), r"'0.bias' has shape \(4,\) there, \(6,\) before any cut, and here it was built with \(3,\)"),
+        (
+            lambda: mlp_model(3, 5),
+            r"'0.bias' has shape \(4,\) there, \(6,\) before any cut, and here it was built with \(3,\)",
+        ),
         (
             lambda: nn.Sequential(nn.Linear(3, 6, dtype=torch.complex64), *mlp_model()[1:]),
             "float32 in the file and torch.c",

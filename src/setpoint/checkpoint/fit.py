@@ -5,12 +5,8 @@ Sizes that nothing else says follow from the shapes.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +22,6 @@ from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, s
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, Place, Slice
-from setpoint.groups.sizes_in_code.shim import COUNTED
 from setpoint.groups.trace import trace
 
 
@@ -121,8 +116,7 @@ def infer_sizes(model: nn.Module, shapes: Shapes) -> tuple[dict[SizePlace, int],
         inside = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         own = {key: shape for key, shape in inside.items() if "." not in key}
         found = _layer_sizes(module, own) if own else {}
-        # A class of the user's may write any size; only its source tells whether it does.
-        if found is None or (inside and (_writes_sizes(module.__class__) or module._non_persistent_buffers_set)):
+        if found is None or (inside and not type(module).__module__.startswith("torch.")):
             unsure.append(name)
         sizes.update({(name, place): size for place, size in (found or {}).items()})
     return sizes, tuple(unsure)
@@ -145,8 +139,6 @@ def _layer_sizes(module: nn.Module, shapes: Shapes) -> dict[str, int] | None:
         return None
     if isinstance(module, nn.modules.conv._ConvNd) and len(weight) > 1:
         return _conv_sizes(module, weight)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and len(weight) == 2:  # transformers' linear layer
-        return {"nf": weight[1], "nx": weight[0]} if hasattr(module, "nx") else {"nf": weight[1]}
     for kinds, dims in _LAYERS:
         if isinstance(module, kinds):
             return {place: weight[dim] for place, dim in dims.items() if dim < len(weight)}
@@ -162,38 +154,6 @@ def _conv_sizes(module: nn.modules.conv._ConvNd, weight: tuple[int, ...]) -> dic
         groups = weight[0] * module.groups // dense[0]
         return {first: weight[0], second: groups, "groups": groups}
     return None
-
-
-@cache
-def _writes_sizes(kind: Hashable) -> bool:
-    """Whether the forward of a class outside of torch calls anything that is given sizes, or cannot be read."""
-    assert isinstance(kind, type)
-    if kind.__module__.startswith("torch.nn."):
-        return kind in (nn.MultiheadAttention, nn.Unflatten, nn.GroupNorm, nn.PixelShuffle)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Slice) and (node.lower or node.upper):
-            return True
-        if isinstance(node, ast.Call) and _name(node) in COUNTED and not all(map(_follows, node.args)):
-            return True
-    return False
-
-
-def _name(call: ast.Call) -> str:
-    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-
-
-def _follows(size: ast.expr) -> bool:
-    """Whether a size in code is -1, 1, or one that is asked of a tensor: it is right at any width."""
-    size = size.operand if isinstance(size, ast.UnaryOp) else size
-    if isinstance(size, ast.Constant):
-        return size.value == 1
-    if isinstance(size, ast.Subscript):
-        return isinstance(size.value, ast.Attribute) and size.value.attr == "shape"
-    return isinstance(size, ast.Call) and _name(size) == "size"
 
 
 def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:

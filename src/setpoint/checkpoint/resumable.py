@@ -69,8 +69,9 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     """Cut a model to the shapes of a state dict, whose values are to be loaded next.
 
     Sizes are those that the state dict of a cut model carries. Without them they follow from the shapes: sizes of
-    PyTorch's own layers by themselves, sizes in a model's own code (a number of heads) by an example. Tensors keep
-    their identity; their values mean nothing until those of the state are loaded.
+    PyTorch's own layers by themselves, sizes in a model's own code (a number of heads) by an example, which any model
+    with classes of its own needs. Tensors keep their identity; their values mean nothing until those of the state are
+    loaded.
 
     Args:
         model: as its code builds it, or cut before.
@@ -106,7 +107,7 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
     if wanted.unsure:
         unsure = some_of(name or "the model" for name in wanted.unsure)
         raise CheckpointError(
-            f"the shapes of the state dict do not tell all sizes that {unsure} writes in its code: give an example, "
+            f"the shapes of the state dict do not tell which sizes {unsure} writes in its code: give an example, "
             "shrink_to(model, state, example=(x,)), or a state dict with its metadata, as torch.save keeps it"
         )
     wanted.fit(module)
