@@ -14,13 +14,13 @@ from setpoint.errors import GroupError
 from setpoint.groups.untouched import computed, copy_of
 
 
-def find_copies(model: nn.Module, named: Sequence[Any]) -> tuple[Callable[[], nn.Module], ...]:
+def find_copies(model: nn.Module, named: Sequence[Any]) -> list[Callable[[], nn.Module]]:
     """What gives each copy that the user has named as a module, with the tensors that it has at that time.
 
     Named are modules, in wrappers or not; objects with such a module as `module` or `ema`; or objects with
     `shadow_params` in the order of `model.parameters()`. GroupError for what is none, or shares tensors with the model.
     """
-    return tuple(_copy(model, f"copies[{number}]", given) for number, given in enumerate(named))
+    return [_copy(model, f"copies[{number}]", given) for number, given in enumerate(named)]
 
 
 def _copy(model: nn.Module, what: str, given: Any) -> Callable[[], nn.Module]:

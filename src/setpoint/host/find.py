@@ -40,24 +40,24 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Any = 
     sharded = check_plain(model)
     if sharded and parallel is not None:
         raise LoopError("fully_shard inside DistributedDataParallel is not supported: use one of the two")
-    one = isinstance(copies, nn.Module) and not isinstance(copies, nn.ModuleList)
-    if copies is not None and (one or hasattr(copies, "shadow_params") or not isinstance(copies, Iterable)):
+    copies = () if copies is None else copies
+    if not isinstance(copies, (Sequence, nn.ModuleList)):
         raise GroupError(
             f"copies must be a sequence of modules or of objects with shadow_params, got {type(copies).__name__}: "
             "write copies=(it,)"
         )
-    optimizers, named = real_optimizers(optimizer), tuple(copies or ())
     compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in outer.modules())
+    held = (model, real_optimizers(optimizer), tuple(copies))
     # Few runs are distributed: what they need is loaded by those alone.
     if parallel is not None:
         from setpoint.host.several_ranks import DDP
 
-        return DDP(model, optimizers, named, compiled=compiled, parallel=parallel)
+        return DDP(*held, compiled=compiled, parallel=parallel)
     if sharded:
         from setpoint.host.fsdp import FSDP
 
-        return FSDP(model, optimizers, named, compiled=compiled)
-    return Host(model, optimizers, named, compiled=compiled)
+        return FSDP(*held, compiled=compiled)
+    return Host(*held, compiled=compiled)
 
 
 def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -87,7 +87,12 @@ def real_optimizer(part: Any) -> Any:
     Raises:
         OptimizerError: for a wrapper of several optimizers, or with a state beside that of the one in it.
     """
-    while inside := _held(part):
+    while isinstance(part, Steps):  # a scheduler, which clears no gradients, wraps nothing
+        held = [value for value in vars(part).values() if value is not part]
+        held += [inner for value in held if isinstance(value, (list, tuple)) for inner in value]
+        inside = list({id(inner): inner for inner in held if isinstance(inner, Optimizer)}.values())
+        if not inside:
+            break
         name, kinds = type(part).__name__, ", ".join(type(optimizer).__name__ for optimizer in inside)
         if len(inside) > 1:
             raise OptimizerError(f"{name} holds several optimizers ({kinds}): give attach these, in place of it")
@@ -99,15 +104,3 @@ def real_optimizer(part: Any) -> Any:
             )
         part = inside[0]
     return part
-
-
-def _held(part: Any) -> Sequence[Optimizer]:
-    """Optimizers that this one steps; a scheduler, which clears no gradients, steps none."""
-    if not isinstance(part, Steps):
-        return ()
-    found: dict[int, Optimizer] = {}
-    for value in getattr(part, "__dict__", {}).values():
-        # A plain dict only: an optimizer's own state is a defaultdict, keyed by parameters.
-        several = value.values() if type(value) is dict else value if isinstance(value, (list, tuple)) else (value,)
-        found |= {id(inner): inner for inner in several if isinstance(inner, Optimizer) and inner is not part}
-    return tuple(found.values())

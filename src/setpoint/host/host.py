@@ -1,12 +1,16 @@
-"""A host: how the live model is held, by one process as here or by several ranks; what cannot follow is refused."""
+"""A host: how the live model is held, by one process as here or by several ranks; what cannot follow is refused.
+
+Guards warn when something else than the given optimizers trains the model, and find a model that was changed.
+"""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,11 @@ from setpoint.messages import warn
 from setpoint.sensor.reading import Reading
 
 Agreed = Callable[[], None]
+
+_MOVES = 3
+"""Weight changes between backward passes, not made by this optimizer, before we warn."""
+_PASSES = 64
+"""Backward passes without a step, each with gradients of its own, before we warn."""
 
 
 class Host:
@@ -44,7 +53,7 @@ class Host:
     ) -> None:
         self.model, self.optimizers, self.compiled = model, tuple(optimizers), compiled
         self.named_copies = tuple(copies)
-        self._copies: tuple[Callable[[], nn.Module], ...] = ()
+        self._copies: list[Callable[[], nn.Module]] = []
         if copies:  # few runs have any: what they need is loaded by those alone
             from setpoint.host.copies import find_copies
 
@@ -95,14 +104,13 @@ class Host:
         Raises:
             RankError: if another rank failed or computed different shapes.
         """
-        changing = tuple(groups)
 
         def agree() -> None:
             with self.together(what):
                 pass
 
         with self.together(what) as facts:
-            with self._open(changing, agree) as agreed:
+            with self._open(tuple(groups), agree) as agreed:
                 yield agreed
             self._follow_in_compiled_code()
             # Gradients of different shapes would be averaged without an error, and wrongly.
@@ -198,3 +206,130 @@ def _watch_for_wrapper(model: nn.Module) -> Callable[[], None]:
 
     handle = model.register_forward_pre_hook(look)
     return handle.remove
+
+
+class _Watch:
+    """Counts of one optimizer, and of the one parameter of it that is looked at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.steps = self.passes = self.moves = 0
+        self._last_version: int | None = None
+        self._gradient: weakref.ref[Tensor] | None = None
+
+    def stepped(self) -> None:
+        self.steps, self.passes, self.moves, self._last_version = self.steps + 1, 0, 0, None
+
+    def passed(self, parameter: Tensor) -> None:
+        # In-place updates raise the version, whoever makes them; a gradient that adds up stays the same object.
+        version, gradient = parameter._version, parameter.grad
+        self.moves += self._last_version is not None and version != self._last_version
+        self.passes += self._gradient is None or self._gradient() is not gradient
+        self._last_version, self._gradient = version, None if gradient is None else weakref.ref(gradient)
+
+
+@final
+class Unseen:
+    """Counts backward passes since the last step of each optimizer; warns once if something else trains the model.
+
+    It looks at the first trained parameter of each optimizer. Passes whose gradients add up for one step count once,
+    and those in the closure of a step not at all.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._watches = {optimizer: _Watch(type(optimizer).__name__) for optimizer in optimizers}
+        self._within_step = False
+        self._handles: list[Any] = []
+        own, watched = weakref.ref(self), set[int]()  # a parameter must not keep a loop alive
+
+        def passed(watch: _Watch, parameter: Tensor) -> None:
+            unseen = own()
+            if unseen is not None and not unseen._within_step:
+                watch.passed(parameter)
+                unseen._look(watch)
+
+        for optimizer, watch in self._watches.items():
+            held = (parameter for settings in optimizer.param_groups for parameter in settings["params"])
+            # fully_shard delivers gradients past the hooks of its parameters.
+            trained = (p for p in held if p.requires_grad and p.is_leaf and not is_sharded_tensor(p))
+            parameter = next((p for p in trained if id(p) not in watched), None)
+            if parameter is not None:
+                watched.add(id(parameter))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(passed, watch)))
+
+    @property
+    def passes(self) -> int:
+        """Backward passes since the last step, of the optimizer that has seen most."""
+        return max(watch.passes for watch in self._watches.values())
+
+    def step_begins(self) -> None:
+        """An optimizer is about to step; it may run backward passes in a closure."""
+        self._within_step = True
+
+    def step_ends(self, optimizer: Optimizer) -> None:
+        self._within_step = False
+        self._watches[optimizer].stepped()
+
+    def _look(self, watch: _Watch) -> None:
+        if watch.moves < _MOVES and watch.passes < _PASSES:
+            return
+        self.stop()
+        moved = "the weights move" if watch.moves >= _MOVES else f"{watch.passes} backward passes were made"
+        others = ", as the others do," if any(other.steps > watch.steps for other in self._watches.values()) else ""
+        warn(
+            f"{moved}, but {watch.name}, given to attach, does not step{others} (it has {watch.steps} times so far): "
+            "Setpoint acts on the steps of that very optimizer only. Where another one trains the model now, call "
+            "loop.detach() and attach with that"
+        )
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class Unchanged:
+    """A model and its copies as they were when they were attached."""
+
+    def __init__(self, model: nn.Module, copies: Sequence[nn.Module]) -> None:
+        self._model, self._copies, self._before = model, copies, named_tensors(model)
+
+    def check(self, groups: tuple[Group, ...]) -> None:
+        """Check that the tensors of these groups are the same objects, of the size that they were cut to.
+
+        Of copies, and of weights sharded over ranks, names and sizes are looked at. LoopError says what has changed.
+        """
+        lengths = {(place.tensor, place.dim): len(place.index) for group in groups for place in group.slices}
+        now = named_tensors(self._model)
+        changes = {"the model": _misfit(now, lengths) or self._exchanged(now, {name for name, _ in lengths})}
+        for number, copy in enumerate(self._copies):
+            tensors = {name.removeprefix("module."): tensor for name, tensor in named_tensors(copy).items()}
+            changes[f"copies[{number}] ({type(copy).__name__})"] = _misfit(tensors, lengths)
+        for what, change in changes.items():
+            if change:
+                raise LoopError(
+                    f"{what} was changed: {change} since attach. Nothing was cut now; loop.detach() lets training go on "
+                    "as it is, and attach prunes the model as it will be then"
+                )
+
+    def _exchanged(self, now: Mapping[str, Tensor], cut: set[str]) -> str:
+        # A weight that was tied to one of these, or is now, would change its size with it.
+        ours = {id(tensors[name]) for name in cut for tensors in (self._before, now)}
+        for name, tensor in now.items():
+            before = self._before.get(name)
+            # Optimizers know parameters by identity: another object is a weight that they do not train.
+            exchanged = tensor is not before and isinstance(tensor, nn.Parameter) and not is_sharded_tensor(tensor)
+            if exchanged and (id(tensor) in ours or id(before) in ours):
+                return f"{name!r} is another tensor"
+        return ""
+
+
+def _misfit(tensors: Mapping[str, Tensor], lengths: Mapping[tuple[str, int | None], int]) -> str:
+    """The first tensor that is not there or of another size; "" if there is none."""
+    for (name, dim), length in lengths.items():
+        if name not in tensors:
+            return f"it has no tensor {name!r} any more (parametrizations and torch.nn.utils.prune rename weights)"
+        shape = tuple(tensors[name].shape)
+        if dim is not None and (dim >= len(shape) or shape[dim] != length):
+            return f"{name!r} has shape {shape}, where dim {dim} should have {length} entries"
+    return ""

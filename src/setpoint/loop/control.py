@@ -19,8 +19,7 @@ from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.errors import LoopError, RankError
 from setpoint.groups.follow import ByUnit, Change, check_follows, follow, fresh
 from setpoint.groups.group import Group, widths_of
-from setpoint.host.guards import Unchanged
-from setpoint.host.host import Host
+from setpoint.host.host import Host, Unchanged
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.hooks import StepHooks, uninterrupted
 from setpoint.loop.losses import Losses

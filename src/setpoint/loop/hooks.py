@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from setpoint.distributed import local
-from setpoint.host.guards import Unseen
+from setpoint.host.host import Unseen
 
 Mark = tuple["weakref.ref[Tensor]", int] | None
 
