@@ -363,8 +363,8 @@ def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:
 
 def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
     """Parts that mask single weights; nothing is tried out, since a mask is exact on any model."""
-    from setpoint.weights.candidates import check_resources, check_run, weight_candidates
     from setpoint.weights.find import Pattern
+    from setpoint.weights.masking import check_resources, check_run, weight_candidates
     from setpoint.weights.taylor import WeightTaylorSensor
 
     assert spec.masking is not None

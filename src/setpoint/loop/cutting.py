@@ -9,9 +9,8 @@ from typing import Any, final
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
 
-from setpoint.actuator.actuator import Origins
+from setpoint.actuator.actuator import Actuator, Origins
 from setpoint.actuator.cut import cut_groups, plan_cut
 from setpoint.actuator.shrink import shrink_live
 from setpoint.actuator.tensors import named_tensors
@@ -45,49 +44,20 @@ def changing(plan: Plan, groups: Iterable[Group]) -> list[Group]:
 
 
 @final
-class Cutting:
+class Cutting(Actuator):
     """Removes units for good: weights, buffers, sizes and optimizer state. It changes with each cut.
 
     It begins with groups at dense widths; `coordinates` are those in which a cut is made.
     """
 
+    kind = "cutting"
+    groups: tuple[Group, ...] = ()
+    origin: dict[str, Int[np.ndarray, " _units"]] = {}
+
     def __init__(self, host: Host, groups: tuple[Group, ...], coordinates: Coordinates = same_coordinates) -> None:
         self.host, self.coordinates = host, coordinates
-        self.dense, self.groups = groups, groups
-        self.origin: dict[str, Int[np.ndarray, " _units"]] = {g.name: np.arange(g.num_units) for g in groups}
-        self.kind, self.by_unit = "cutting", True
-        self.masks: Mapping[str, Bool[Tensor, "..."]] = {}
-
-    # What other actuators do between two cuts: units that are cut for good need nothing of it.
-
-    def before_step(self, grad_scale: Tensor | None) -> None:
-        pass
-
-    def after_step(self) -> None:
-        pass
-
-    def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
-        return Change(), due  # the step before a decision is an ordinary one
-
-    def before_decision(self) -> Change:
-        return Change()
-
-    def extras(self, step: int) -> Mapping[str, Any]:
-        return {}
-
-    def broken(self) -> str:
-        return ""
-
-    def totals(self) -> Mapping[str, Any]:
-        return {}
-
-    def release(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-    # What it does.
+        self.dense = self.groups = groups
+        self.origin = {group.name: np.arange(group.num_units) for group in groups}
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         host, resized = self.host, changing(plan, self.groups)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from setpoint.actuator.actuator import Origins
+from setpoint.actuator.actuator import Actuator, Origins
 from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.shrink import shrink_live
 from setpoint.checkpoint.plain import plain, restored
@@ -76,7 +76,7 @@ class Regrowing:
 
 
 @final
-class Regrowth:
+class Regrowth(Actuator):
     """Cuts like `Cutting`; what goes rests in a reserve, visits and may come back. It changes at every step.
 
     Units rest until they are let go, or, if not `lasting`, those of the last cut only, should the loss ask for them.
@@ -84,8 +84,7 @@ class Regrowth:
     reserve keeps them as they were dropped.
     """
 
-    kind, by_unit = "regrowing", True
-    masks: Mapping[str, Tensor] = {}
+    kind = "regrowing"
 
     def __init__(
         self,
@@ -114,12 +113,6 @@ class Regrowth:
     def origin(self) -> Origins:
         return self._cutting.origin
 
-    def broken(self) -> str:
-        return ""
-
-    def totals(self) -> Mapping[str, Any]:
-        return {}
-
     # Visits.
 
     def before_step(self, grad_scale: Tensor | None) -> None:
@@ -134,9 +127,6 @@ class Regrowth:
                     seen[name][self._visit.origins[name]] = values
                 self._gains.append(seen)
         self._spending.account.probed(self._extra_flops(self._visit.origins))
-
-    def after_step(self) -> None:
-        """Visitors stay until the next decision."""
 
     def prepare(self, step: int, *, due: bool, open_still: bool) -> tuple[Change, bool]:
         """Let resting units visit from the coming step on, if the controller asks and what may be spent allows it."""
@@ -335,9 +325,6 @@ class Regrowth:
     def release(self) -> None:
         """Nothing comes back any more: give the reserve's memory back."""
         self.reserve, self._snapshots = self.reserve.emptied(), {}
-
-    def stop(self) -> None:
-        """The loop has let visitors leave."""
 
     # What is remembered.
 

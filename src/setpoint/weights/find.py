@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
@@ -100,6 +100,30 @@ def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if id(parameter) in owned and id(parameter) not in others and parameter.requires_grad
     }
+
+
+def chosen(model: nn.Module, pattern: Pattern, wanted: Sequence[Group] | None) -> tuple[Group, ...]:
+    """The wanted ones of `find_weights(model, pattern)`; None asks for all, which must fit the pattern."""
+    fitting = find_weights(model, str(pattern))
+    if wanted is None:
+        misfits = [f"{n} {tuple(w.shape)}" for n, w in maskable(model).items() if not pattern.fits(tuple(w.shape))]
+        if misfits:
+            raise GroupError(
+                f"the pattern {pattern} needs a number of inputs (dim 1) that {pattern.block} divides, which "
+                f"{len(misfits)} weights do not have: {', '.join(misfits[:5])}. Leave them dense with "
+                f"groups=setpoint.find_weights(model, {str(pattern)!r})"
+            )
+        return fitting
+    # The sizes tell a group of one pattern from one of another.
+    known = {(group.name, group.min_units, group.multiple_of) for group in fitting}
+    for group in wanted:
+        if (group.name, group.min_units, group.multiple_of) not in known:
+            raise GroupError(
+                f"group {group.name!r} is none of find_weights(model, {str(pattern)!r}): with actuator=Masking(...), "
+                "give groups out of that list"
+            )
+    names = {group.name for group in wanted}
+    return tuple(group for group in fitting if group.name in names)
 
 
 def _group(name: str, weight: nn.Parameter, pattern: Pattern) -> Group:

@@ -1,28 +1,39 @@
-"""Masking: the actuator where units are single weights: masks that are set, held and changed."""
+"""Masking: what of a model may be masked, and the actuator where units are single weights: masks that change."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from setpoint.actuator.actuator import Actuator, Origins
+from setpoint.actuator.optimizer_check import steps_by_matrix
 from setpoint.actuator.tensors import Optimizers, as_sequence, moments_of
-from setpoint.controller.plan import Plan
-from setpoint.errors import CheckpointError, GroupError
+from setpoint.controller.plan import Controller, Plan
+from setpoint.cost.budget import Budget, Price, Tolerance
+from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError
+from setpoint.groups.example import Example
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
+from setpoint.groups.trace import repeated, trace
 from setpoint.host.host import Host
-from setpoint.sensor.reading import Reading
-from setpoint.weights.find import Pattern, WeightFlops, as_mask, with_active
+from setpoint.loop.candidates import Candidates, check_copies, check_some, in_hand
+from setpoint.sensor.reading import Reading, Sensor
+from setpoint.weights.find import Pattern, WeightFlops, active_params, as_mask, chosen, weight_flops, with_active
+from setpoint.weights.taylor import WeightTaylorSensor
 
+_SOURCES = {  # what can be saved, and what is said of it
+    "flops": "modelled: theoretical FLOPs, as if masked weights cost nothing; dense hardware does not get faster",
+    "params": "modelled: weights that are not masked; zeros are stored too, and dense hardware does not get faster",
+}
 NewMasks = dict[str, Tensor]  # by group, a boolean tensor of the weight's shape
 
 
@@ -55,8 +66,69 @@ class Masking:
         Pattern.named(self.pattern)
 
 
+def check_resources(budgets: Collection[Budget]) -> None:
+    """Refuse what zeros do not save, and a budget of the whole run."""
+    for budget in budgets:
+        if budget.resource not in _SOURCES:
+            raise BudgetError(
+                f"masks on single weights save no {budget.resource}: zeros are stored and multiplied like others. "
+                "Hold them to of='params' or to of='flops' (in theory), or leave the actuator to attach"
+            )
+        if budget.per == "run":
+            raise BudgetError(
+                "masks on single weights save FLOPs in theory only, so what the whole run spends cannot be cut by "
+                "them: use per='step', or leave the actuator to attach"
+            )
+
+
+def check_run(
+    goal: Price | Tolerance | None, budgets: Sequence[Budget], controller: Controller[Any], sensor: Sensor[Any]
+) -> WeightTaylorSensor:
+    """Refuse what masks do not save, a tolerance, and a controller or a sensor of whole units."""
+    if isinstance(goal, Tolerance):
+        raise BudgetError(
+            "a Tolerance takes cuts back through the reserve, which holds no single weights: give a Budget or a Price"
+        )
+    check_resources((Budget.fraction(1.0, of=goal.resource), *budgets) if isinstance(goal, Price) else budgets)
+    if controller.conduct.regrow:
+        raise LoopError(
+            "single weights come back by drop and grow, not from a reserve: use regrow=False, and "
+            "DropAndGrowController(controller) around it"
+        )
+    if not isinstance(sensor, WeightTaylorSensor):
+        raise LoopError(
+            f"{type(sensor).__name__} reads whole units: leave the sensor to attach, or give WeightTaylorSensor(...)"
+        )
+    return sensor
+
+
+def weight_candidates(
+    host: Host, example: Example, pattern: Pattern, wanted: Sequence[Group] | None, passes: int
+) -> tuple[Candidates, Masks]:
+    """What may be masked in a pattern, and the masks; nothing is tried out: a mask is exact on any model.
+
+    `wanted` is out of `find_weights(model, pattern)`, or None for all.
+    """
+    model = host.model
+    groups, frozen = in_hand(host, chosen(model, pattern, wanted))
+    by_matrix = [optimizer for optimizer in host.optimizers if steps_by_matrix(type(optimizer))]
+    mixed = {id(p) for optimizer in by_matrix for settings in optimizer.param_groups for p in settings["params"]}
+    frozen |= {
+        group.name: "Muon steps by the whole matrix, in which a single weight that is masked has no twin"
+        for group in groups
+        if id(model.get_parameter(group.name)) in mixed
+    }
+    groups = tuple(group for group in groups if group.name not in frozen)
+    check_copies(host, groups)
+    check_some(groups, frozen or {"weights": "no linear layer or convolution is trained"})
+    flops = weight_flops(model, repeated(trace(model, example), passes), groups)
+    costs = {"flops": flops.cost(), "params": active_params(model, groups)}
+    found = Candidates(groups, frozen, costs, sources=_SOURCES, header={"pattern": str(pattern)})
+    return found, Masks(host, groups, pattern, flops)
+
+
 @final
-class Masks:
+class Masks(Actuator):
     """The masks of a run; they change at each decision.
 
     A masked weight is zero, and so is its gradient; optimizers remember nothing of it. Gradients are masked as they are
@@ -65,6 +137,8 @@ class Masks:
     """
 
     kind, by_unit = "masking", False
+    groups: tuple[Group, ...] = ()
+    masks: dict[str, Tensor] = {}  # by name, True = active
 
     def __init__(self, host: Host, groups: tuple[Group, ...], pattern: Pattern, flops: WeightFlops) -> None:
         self._flops, self._pattern, self._host = flops, pattern, host
@@ -79,7 +153,7 @@ class Masks:
         self.train_flops, self._step_flops = 0.0, flops.total
 
     @property
-    def origin(self) -> dict[str, Int[np.ndarray, " _units"]]:
+    def origin(self) -> Origins:
         return {name: np.flatnonzero(mask.cpu().numpy()) for name, mask in self.masks.items()}
 
     def broken(self) -> str:
@@ -89,12 +163,6 @@ class Masks:
         # A decision after this step may want gradients of masked weights.
         self._looking, self._resting, self._settled = due and open_still, {}, frozenset()
         return Change(), due
-
-    def before_decision(self) -> Change:
-        return Change()
-
-    def extras(self, step: int) -> Mapping[str, Any]:
-        return {}
 
     @torch.no_grad()
     def before_step(self, grad_scale: Tensor | None) -> None:
@@ -168,9 +236,6 @@ class Masks:
             {name: count for name, mask in masks.items() if (count := int(mask.sum()))} for masks in (dropped, grown)
         )
         return Change(keep=plan.keep, grown=grown, counted=True, num_dropped=num_dropped, num_grown=num_grown)
-
-    def release(self) -> None:
-        pass  # masks hold until the end
 
     def _set(self, masks: Mapping[str, Tensor]) -> tuple[Group, ...]:
         self.masks = dict(masks)
