@@ -8,6 +8,7 @@ from setpoint.states.balance import (
     check_system,
     error_bound,
     gramian_factors,
+    hankel_values,
     real_form,
     truncate,
 )
@@ -15,6 +16,6 @@ from setpoint.states.modes import BalancedPairs, Modes, beside, reduce_modes, re
 
 __all__ = [
     "Balance", "BalancedPairs", "DenseSystem", "DiagonalSystem", "Modes", "StateSpaceLayer", "StateWeights",
-    "balance", "beside", "check_system", "error_bound", "gramian_factors", "real_form", "reduce_modes",
-    "residual_modes", "truncate",
+    "balance", "beside", "check_system", "error_bound", "gramian_factors", "hankel_values", "real_form",
+    "reduce_modes", "residual_modes", "truncate",
 ]  # fmt: skip

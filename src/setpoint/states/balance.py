@@ -196,6 +196,14 @@ def balance(system: System, what: str = "the system") -> Balance:
     return Balance(pad(values, (0, missing)), pad(expand, (0, missing)), pad(reduce, (0, 0, 0, missing)))
 
 
+def hankel_values(system: System) -> Float[Tensor, "*batch states"]:
+    """Hankel singular values of a system, descending: `sqrt(eig(P Q))` for the Gramians P and Q of its real form.
+
+    A diagonal system with n modes has 2 n values. Moore: "Principal component analysis in linear systems", 1981.
+    """
+    return balance(system).values
+
+
 def _real_states(system: System) -> int:
     return system.num_states * (2 if isinstance(system, DiagonalSystem) else 1)
 
