@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, Size
-from setpoint.resources.lengths import Lengths, falling_widths, trial_widths
+from setpoint.resources.tape import Lengths, falling_widths, trial_widths
 
 
 def groups_of(*sizes: int, multiple_of: int = 1) -> tuple[Group, ...]:

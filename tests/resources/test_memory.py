@@ -21,9 +21,8 @@ from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources import costing
-from setpoint.resources.lengths import trial_widths
 from setpoint.resources.replica import Replica, replica
-from setpoint.resources.tape import MemoryCost, Tape, solved, taken
+from setpoint.resources.tape import MemoryCost, Tape, solved, taken, trial_widths
 from setpoint_bench.networks import CharGPT, PlainNet
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]

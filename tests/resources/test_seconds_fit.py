@@ -91,7 +91,7 @@ def test_bytes_are_those_of_all_storages() -> None:
     def make(widths: dict[str, int], *, data: bool):  # type: ignore[no-untyped-def]
         return replica(model, (optimizer,), (x,), found.groups, [], widths, data=data)
 
-    moved = costing.record(make, found.groups).moved_bytes()
+    moved = ProductCost("bytes", costing.record(make, found.groups).storages)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert moved.total({"0": 64}) > 4 * 4 * weights  # weights, gradients, two moments
     assert moved.saving({"0": 64}, "0", 32) == pytest.approx(moved.total({"0": 64}) - moved.total({"0": 32}))

@@ -222,7 +222,7 @@ def test_a_state_of_another_bill_is_refused() -> None:
     [
         (
             {"flops": "25%", "flops/run": "1 kflops"},
-            "pays for no run: attaching spent .*: ask for",
+            "pays for no run: attaching spent .*, so ask for",
         ),
         (
             {"flops": "25%", "inference": "1%", "flops/run": "100%"},  # refused before any pass is timed

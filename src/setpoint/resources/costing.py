@@ -4,11 +4,9 @@ Seconds of a training step, or of a forward pass, are
 
     seconds(widths) = a + b * FLOPs(widths) + c * bytes(widths),        a, b, c >= 0,
 
-with the bytes of all storages of the step (`Tape.moved_bytes`). The coefficients are fitted to a few whole steps of
-copies on this device by least squares of relative errors. a holds what no width changes: the calls themselves, and
-whatever else the step does. Joules are watts times seconds, with the power that a meter reads of these steps or that
-the user states. Both are sums of products of widths, and what they do not tell, such as the stairs of a kernel, meters
-correct in training.
+with the bytes of all storages of the step (`Tape.storages`). The coefficients are fitted to a few whole steps of
+copies on this device by least squares of relative errors. Joules are watts times seconds, with the power that a meter
+reads of these steps or that the user states. What both do not tell, such as the stairs of a kernel, meters correct.
 """
 
 from __future__ import annotations
@@ -34,16 +32,16 @@ from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.messages import progress, warn
 from setpoint.resources.joules import EnergyMeter, find_energy_meter
-from setpoint.resources.lengths import falling_widths, trial_widths
 from setpoint.resources.metering import Metering
 from setpoint.resources.replica import Inference, Replica, held_tensors, replica
-from setpoint.resources.tape import MemoryCost, Tape, solved, taken
+from setpoint.resources.tape import MemoryCost, Tape, falling_widths, solved, taken, trial_widths
 from setpoint.spending.meter import Stopwatch
 
 Make = Callable[..., AbstractContextManager[Replica]]
 """Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
+_SAY_WATTS = "give the budget the power that a training step draws, as in Budget.fraction(0.5, of='energy', watts=W)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,14 @@ def cost_out(
             latency, power_w = _fitted("latency", make, groups, flops, tape, device, energy)
             costs["latency"] = latency
             if "energy" in measured:
-                costs["energy"], sources["energy"] = _joules(latency, watts, power_w, energy)
+                power = "stated watts" if energy is None or power_w is None else f"power read by {energy.source}"
+                power_w = watts if power_w is None else power_w
+                if power_w is None:
+                    raise CostError(f"the energy meter read nothing while copies were trained: {_SAY_WATTS}")
+                costs["energy"], sources["energy"] = (
+                    combined("energy", ((power_w, latency),)),
+                    f"modelled: {power} x seconds",
+                )
     if "inference" in measured:
         asked = next((goal.example for goal in goals if goal.example is not None), example)
         asked = without_cache(host.model, asked)
@@ -124,30 +129,12 @@ def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | No
     meter, why = find_energy_meter([device])
     if meter is None and watts is None:
         raise CostError(
-            f"there is no meter of energy here ({why}), so no joules can be measured: give the budget the power that a "
-            "training step draws, as in Budget.fraction(0.5, of='energy', watts=W), and energy is modelled as watts x "
-            "seconds; or use of='latency'"
+            f"there is no meter of energy here ({why}): {_SAY_WATTS}, and energy is modelled as watts x seconds; or "
+            "use of='latency'"
         )
     if meter is not None and watts is not None:
         warn(f"joules are measured by {meter.source}: the {watts:g} stated watts are left aside")
     return meter
-
-
-def _joules(
-    latency: ProductCost, watts: float | None, power_w: float | None, meter: EnergyMeter | None
-) -> tuple[ProductCost, str]:
-    """The cost in joules, and what it was modelled by."""
-    if meter is not None and power_w is not None:
-        return combined("energy", ((power_w, latency),)), f"modelled: power read by {meter.source} x seconds"
-    if watts is None:
-        raise CostError(
-            "the energy meter gave no reading while copies of the model were trained: give the budget the power that a "
-            "training step draws, as in Budget.fraction(0.5, of='energy', watts=W)"
-        )
-    return combined("energy", ((watts, latency),)), "modelled: stated watts x seconds"
-
-
-# The recorded step.
 
 
 def record(make: Make, groups: tuple[Group, ...]) -> Tape:
@@ -180,9 +167,6 @@ def _recorded(make: Make, vectors: Sequence[Mapping[str, int]], *, data: bool) -
     return solved(takes, vectors)
 
 
-# Whole steps on the clock.
-
-
 def _fitted(
     resource: str,
     make: Make,
@@ -198,7 +182,9 @@ def _fitted(
     if not steps:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     powers = [spent_j / taken_s for _, taken_s, spent_j in steps if spent_j is not None]
-    cost = fit_seconds(resource, flops, tape.moved_bytes(), [(widths, taken_s) for widths, taken_s, _ in steps])
+    cost = fit_seconds(
+        resource, flops, ProductCost("bytes", tape.storages), [(widths, taken_s) for widths, taken_s, _ in steps]
+    )
     return cost, statistics.mean(powers) if powers else None
 
 
@@ -243,9 +229,6 @@ def _timed_step(copy: Replica, device: torch.device, meter: EnergyMeter | None) 
     return (read[len(read) // 4], spent_j) if read else None
 
 
-# The fit.
-
-
 def fit_seconds(
     resource: str, flops: ProductCost, moved: ProductCost, steps: Sequence[tuple[Mapping[str, int], float]]
 ) -> ProductCost:
@@ -258,12 +241,7 @@ def fit_seconds(
 
 
 def combined(resource: str, parts: Sequence[tuple[float, ProductCost]], constant: float = 0.0) -> ProductCost:
-    """A weighted sum of costs.
-
-    >>> step = ProductCost("flops", (Term(2.0, ()),))
-    >>> combined("latency", [(0.5, step)], constant=3.0).total({})
-    4.0
-    """
+    """A weighted sum of costs."""
     terms = [Term(factor * term.coefficient, term.sizes) for factor, part in parts for term in part.terms]
     return ProductCost(resource, (*terms, Term(constant, ())))
 

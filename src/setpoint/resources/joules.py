@@ -37,12 +37,7 @@ class EnergyMeter:
 
     A counter with a known range that reads less than before has wrapped. A step back by less than half of the range is
     no wrap, so read it more often than it takes for half a turn (a minute at least). A counter that runs backwards or
-    reads no energy has vanished: the meter warns once, and has no reading from then on.
-
-    >>> values = iter([10.0, 13.5, 1.0])
-    >>> meter = EnergyMeter([Counter("recorded", lambda: next(values), range_j=16.0)])
-    >>> meter.read_j(), meter.read_j(), meter.source
-    (3.5, 7.0, 'recorded')
+    cannot be read has vanished: the meter warns once, and has no reading from then on.
     """
 
     def __init__(self, counters: Sequence[Counter]) -> None:
@@ -56,7 +51,7 @@ class EnergyMeter:
     def read_j(self) -> float | None:
         """Joules since the meter was made, or None once a counter has vanished."""
         before_j, self._last_j = self._last_j, self._read()
-        for counter, before, now in zip(self._counters, before_j, self._last_j, strict=True) if self.works else ():
+        for counter, before, now in zip(self._counters, before_j, self._last_j, strict=False):
             range_j = math.inf if counter.range_j is None else counter.range_j
             step_j = now - before if now >= before else now - before + range_j
             if now > range_j or step_j > range_j / 2 or step_j == math.inf:
@@ -66,18 +61,14 @@ class EnergyMeter:
         return self._energy_j if self.works else None
 
     def _read(self) -> list[float]:
-        """The counters' values; the meter has vanished where one has none."""
-        values = list[float]()
-        for counter in self._counters if self.works else ():
-            try:
-                values.append(counter.read_j())
-            except (OSError, ValueError) as error:
-                self._vanish(f"{counter.name}: {error}")
-                break
-            if not 0 <= values[-1] < math.inf:
-                self._vanish(f"{counter.name} reads {values[-1]:.6g} J, which is no energy")
-                break
-        return values
+        """The counters' values, none where the meter has vanished."""
+        if not self.works:
+            return []
+        try:
+            return [counter.read_j() for counter in self._counters]
+        except (OSError, ValueError) as error:
+            self._vanish(str(error))
+            return []
 
     def _vanish(self, why: str) -> None:
         self.works = False

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode as current_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
-from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED, amount
+from setpoint.errors import LoopError
 from setpoint.messages import warn
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.replica import Inference
@@ -47,11 +47,8 @@ class Metering(Meter):
     tensors on the CPU. There the step runs under a dispatch mode, which is slow, so its seconds do not count. Compiled
     code and code under another dispatch mode are not read. Nor is what the user does between two steps, such as an
     evaluation: the peak counts from the first call of the model or a part of it with gradients, in the mode, training
-    or not, that the model was in when the last step ended.
+    or not, that the model was in when the last step ended. `held` gives the tensors that live between steps.
     Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
-
-    Args:
-        held: gives the tensors that live between steps.
     """
 
     def __init__(
@@ -86,17 +83,16 @@ class Metering(Meter):
 
     @property
     def sources(self) -> dict[str, str]:
-        found = {}
-        if "latency" in self._resources:
-            found["latency"] = "measured: seconds between optimizer steps"
-        if self._inference is not None:
-            found["inference"] = "measured: seconds of the model's own forward in eval mode"
         on_gpu = self._device.type == "cuda"
-        if "memory" in self._resources and (on_gpu or not self._compiled):
-            found["memory"] = f"measured: peak of {'the CUDA allocator' if on_gpu else 'live tensors'} in one step"
-        if self._energy is not None and self._energy.works:
-            found["energy"] = f"measured: {self._energy.source}"
-        return found
+        found = {
+            "latency": "seconds between optimizer steps",
+            "inference": "seconds of the model's own forward in eval mode",
+            "memory": f"peak of {'the CUDA allocator' if on_gpu else 'live tensors'} in one step",
+            "energy": self._energy.source if self._energy is not None and self._energy.works else "",
+        }
+        if self._compiled and not on_gpu:
+            del found["memory"]
+        return {name: f"measured: {how}" for name, how in found.items() if how and name in self._resources}
 
     @property
     def peak_wanted(self) -> bool:
@@ -134,19 +130,10 @@ class Metering(Meter):
         live, self._watching = self._watching, None
         if live is None:
             return
-        self._blocked = current_mode() is not live
-        if not self._blocked:
-            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._peak = live.peak_bytes
-            return
-        warn("another dispatch mode began inside a metered step: its bytes were not read")
-        if live in mode_stack():  # taken out from under the others, which stay
-            above = []
-            while current_mode() is not live:
-                above.append(_pop_mode())
-            live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            for mode in reversed(above):
-                _push_mode(mode)
+        if current_mode() is not live:
+            raise LoopError("another dispatch mode began inside a metered step: end it before `optimizer.step()`")
+        live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._peak, self._blocked = live.peak_bytes, False
 
     def prepare(self, due: bool) -> bool:
         # While the decision waits for steps that are timed, none is watched.
@@ -177,7 +164,7 @@ class Metering(Meter):
             self._watching.peak_bytes = self._watching.live_bytes
 
     def _begun(self) -> None:
-        """The step has begun, or will not: wait for no call any more."""
+        """Wait for no call any more: the step has begun, or will not."""
         handles, self._beginning = self._beginning, []
         for handle in handles:
             handle.remove()
@@ -245,8 +232,8 @@ class Metering(Meter):
 
     def state_dict(self) -> dict[str, float | None]:
         # Joules of a step are not among them: counters begin at 0 in each process.
-        facts = {"peak": self._peak, "run_j": self.read().run_j, "blocked": float(self._blocked)}
-        return {**facts, "since_cut": float(self._since_cut)}
+        facts = {"blocked": float(self._blocked), "since_cut": float(self._since_cut)}
+        return {"peak": self._peak, "run_j": self.read().run_j, **facts}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
         self._peak = None if state["peak"] is None else int(state["peak"])
@@ -273,9 +260,6 @@ def _margin(values: Sequence[float]) -> float:
 
     The number of n values that lie below the true median is binomial with probability 1/2, so the order statistics
     `n/2 -+ 1.96 sqrt(n)/2` enclose it, whatever the distribution. Below six values they are the extremes.
-
-    >>> _margin([1.0, 2.0, 3.0, 4.0, 100.0]), _margin([])
-    (16.5, 0.03)
     """
     if not values:
         return _MARGIN

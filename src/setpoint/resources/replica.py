@@ -30,19 +30,14 @@ _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 
 @dataclass(eq=False)
 class Replica:
-    """A copy in training, or one that only answers, at the widths of its groups. It changes by `narrow`.
-
-    Args:
-        steps: the widths of each step that it makes are added here.
-        trains: whether a step is one of training, else a forward pass without autograd.
-    """
+    """A copy in training, or one that only answers, at the widths of its groups. It changes by `narrow`."""
 
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
     inputs: Inputs
     groups: tuple[Group, ...]
-    steps: list[dict[str, int]]
-    trains: bool
+    steps: list[dict[str, int]]  # the widths of each step that it makes are added here
+    trains: bool  # whether a step is one of training, else a forward pass without autograd
 
     def step(self) -> None:
         """Forward, backward and optimizer step on a loss of its own, the mean square of the outputs; or a pass.
@@ -56,10 +51,11 @@ class Replica:
         args, kwargs = self.inputs
         outputs = [out for out in tensors_of(self.model(*args, **kwargs)) if out.requires_grad]
         with torch.autocast(_device_type_of(self.model), enabled=False):
-            loss = sum(_real(out).square().mean() for out in outputs)
+            real = [torch.view_as_real(out) if out.is_complex() else out.float() for out in outputs]
+            loss = sum(out.square().mean() for out in real)
             if isinstance(loss, Tensor):
                 loss.backward()  # type: ignore[no-untyped-call]
-            del outputs, loss  # or they would hold memory while the optimizers step
+            del outputs, real, loss  # or they would hold memory while the optimizers step
             for optimizer in self.optimizers:
                 optimizer.step()
             for optimizer in self.optimizers:
@@ -86,7 +82,7 @@ def _device_type_of(model: nn.Module) -> str:
 
 
 def _active_autocast(model: nn.Module) -> torch.dtype | None:
-    """The type of numbers that autocast casts to now; None where it is off."""
+    """What autocast casts to now; None where it is off."""
     kind = _device_type_of(model)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -97,10 +93,6 @@ def _forward_pass(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None
     casting = torch.autocast(_device_type_of(model), dtype=autocast, enabled=autocast is not None, cache_enabled=False)
     with torch.no_grad(), casting:
         model(*args, **kwargs)
-
-
-def _real(out: Tensor) -> Tensor:
-    return torch.view_as_real(out) if out.is_complex() else out.float()
 
 
 def _answering(model: nn.Module) -> None:
@@ -123,9 +115,7 @@ def replica(
 ) -> Iterator[Replica]:
     """A copy of a model, cut to these widths; one in training has made a step, so its optimizer state exists.
 
-    Args:
-        steps: the widths of each step that the copy makes are added here, if it has data.
-        data: whether its tensors have memory; without, a step computes nothing.
+    Without `data` its tensors have no memory, a step computes nothing, and is not added to `steps`.
     """
     with ExitStack() as inside:
         mode = None if data else FakeTensorMode(allow_non_fake_inputs=True)

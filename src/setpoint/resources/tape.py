@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from setpoint.cost.cost import ProductCost, Term
+from setpoint.controller.selection import lowest_width
+from setpoint.cost.cost import Term
 from setpoint.errors import CostError
-from setpoint.groups.group import Size
+from setpoint.groups.group import Group, Size
 from setpoint.groups.untouched import gc_paused
 from setpoint.groups.walk import op_name
-from setpoint.resources.lengths import Lengths
+
+_MAX_VECTORS = 16  # at which a step is recorded
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -29,16 +31,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Every storage that an operation makes counts until nothing holds it any more, those that autograd saves included.
     What kernels allocate inside themselves does not show. Of a storage that was there before, as behind a batch that is
-    a slice of all data, only what the first view of it covers counts.
-
-    Args:
-        held: tensors that are there from the beginning; of a storage that they share only their entries count.
-
-    >>> with LiveBytes() as live:
-    ...     x = torch.ones(1000)
-    ...     y = (x * 2 + 1).sum()
-    >>> live.peak_bytes, live.live_bytes
-    (12000, 4004)
+    a slice of all data, only what the first view of it covers counts, or what the tensors `held` from the beginning do.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
@@ -61,8 +54,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def made(self, number: int, tensor: Tensor) -> None:
         """Called when a storage is made for a tensor; storages are numbered in order."""
 
-    def gone(self, number: int) -> None:
-        """Called when a storage is gone."""
+    def gone(self, number: int) -> None: ...
 
     def _see(self, tensor: Tensor, arguments: Any) -> None:
         """Count the storage of a tensor that an operation returned; of one of its arguments, what the tensor covers."""
@@ -106,7 +98,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage_of(value: Any) -> int | None:
-    """The address of a tensor's storage; None where it has none that bytes could be counted of."""
     strided = isinstance(value, Tensor) and value.layout == torch.strided
     return value.untyped_storage()._cdata if strided else None
 
@@ -162,13 +153,111 @@ def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]
 
 
 def taken(step: Callable[[], None], held: Iterable[Tensor]) -> Take:
-    """One more step as it is made, where these tensors live between steps."""
     torch.clear_autocast_cache()  # a step casts each weight once
     # What the collector frees in the middle of a step would be an event of this width vector only.
     take = Take(held)
     with gc_paused(), take:
         step()
     return take
+
+
+# Which function of widths a number is, found from its values at several width vectors.
+
+
+def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]:
+    """As many random width vectors as it takes for no two groups to change in proportion.
+
+    Each group is cut that can be, in the first vector by one block: `nn.MultiheadAttention` takes another way through
+    PyTorch once it is cut.
+    """
+    generator = np.random.default_rng(seed)
+    reach = {group.name: _reach(group) for group in groups}
+    reach = {name: widths[1:] if len(widths) > 2 else widths for name, widths in reach.items()}
+    vectors = [{name: widths[0] for name, widths in reach.items()}]
+    while len(vectors) < 4 or (len(vectors) < _MAX_VECTORS and not _told_apart(reach, vectors)):
+        vectors.append({name: int(generator.choice(widths)) for name, widths in reach.items()})
+    return vectors
+
+
+def falling_widths(groups: Sequence[Group]) -> list[dict[str, int]]:
+    """Width vectors at which steps take very different times: dense, then ever narrower, down to the fewest units."""
+    vectors = [
+        {group.name: min(_reach(group), key=lambda width: abs(width - share * group.num_units)) for group in groups}
+        for share in (1.0, 0.75, 0.5, 0.25)
+    ]
+    return [*vectors, {group.name: lowest_width(group) for group in groups}]
+
+
+def _reach(group: Group) -> list[int]:
+    """Widths that whole blocks reach, at least 2 where that is possible, or as it is.
+
+    At a width of 1 a dim passes by broadcasting, and modules take other ways, as one key/value head of two does. So a
+    group of two units saves nothing by prediction, and meters see what it does save.
+    """
+    block, floor = group.multiple_of, max(group.min_units, 1)
+    widths = [group.num_units, *range((group.num_units - 1) // block * block, floor - 1, -block)]
+    return [width for width in widths if width > 1] or widths
+
+
+def _told_apart(reach: Mapping[str, Sequence[int]], vectors: Sequence[Mapping[str, int]]) -> bool:
+    """Whether each group that can change does so, and no two in proportion."""
+    movable = [_direction([vector[name] for vector in vectors])[0] for name, found in reach.items() if len(found) > 1]
+    return all(map(any, movable)) and len(set(movable)) == len(movable)
+
+
+def _direction(values: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """How the values change from the first one on: a primitive vector, and its factor."""
+    changes = [value - values[0] for value in values[1:]]
+    factor = math.gcd(*changes) or 1
+    leading = next((change for change in changes if change), 1)
+    factor = factor if leading > 0 else -factor
+    return tuple(change // factor for change in changes), factor
+
+
+class Lengths:
+    """Finds the `Size` behind a number that was seen at several width vectors.
+
+    A number that changes in proportion to the width of one group follows that group, `constant + per_unit * width`.
+    Sums over several groups are learnt where they are made, by `learn`.
+    """
+
+    def __init__(self, vectors: Sequence[Mapping[str, int]]) -> None:
+        self._vectors = vectors
+        self._known: dict[tuple[int, ...], Size | None] = {}
+        self._by_direction: dict[tuple[int, ...], tuple[str, int, int]] = {}
+        for name, width in vectors[0].items():
+            direction, factor = _direction([vector[name] for vector in vectors])
+            self._by_direction.setdefault(direction, (name, factor, width))
+
+    def size(self, values: tuple[int, ...]) -> Size | None:
+        """The size with these values at the vectors, or None if it is of no known form."""
+        if values not in self._known:
+            self._known[values] = self._find(values)
+        return self._known[values]
+
+    def learn(self, pieces: Sequence[Size]) -> None:
+        """A length that is the sum of these may occur from here on."""
+        parts: dict[str, int] = {}
+        for piece in pieces:
+            for name, per_unit in piece.parts:
+                parts[name] = parts.get(name, 0) + per_unit
+        total = Size(sum(piece.constant for piece in pieces), tuple(sorted(parts.items())))
+        values = tuple(total.at(vector) for vector in self._vectors)
+        known = self.size(values)
+        if known is None:
+            self._known[values] = total
+        elif known != total:
+            raise CostError(f"the trial widths do not tell {total} from {known}")
+
+    def _find(self, values: tuple[int, ...]) -> Size | None:
+        if len(set(values)) == 1:
+            return Size(values[0])
+        direction, factor = _direction(values)
+        name, of_group, width = self._by_direction.get(direction, ("", 1, 0))
+        per_unit, left = divmod(factor, of_group)
+        if not name or left or per_unit <= 0:
+            return None
+        return Size(values[0] - per_unit * width, ((name, per_unit),))
 
 
 # A step as a function of widths.
@@ -181,17 +270,13 @@ class Tape:
     storages: tuple[Term, ...]
     events: tuple[tuple[int, bool], ...]
 
-    def moved_bytes(self) -> ProductCost:
-        """Bytes that the step has to write: those of all its storages."""
-        return ProductCost("bytes", self.storages)
-
 
 def solved(takes: Sequence[Take], vectors: Sequence[Mapping[str, int]]) -> Tape:
     """The step at any widths, from steps at several vectors of them (`trial_widths`)."""
     first = takes[0]
+    functions = [func for func, _ in first.calls]
     for vector, take in zip(vectors[1:], takes[1:], strict=True):
-        same = [func for func, _ in take.calls] == [func for func, _ in first.calls]
-        if not same or take.events != first.events:
+        if [func for func, _ in take.calls] != functions or take.events != first.events:
             single = [name for name, width in vector.items() if width == 1 < vectors[0][name]]
             out = f", or leave out by `groups=` what becomes a single unit ({', '.join(single)})" if single else ""
             raise CostError(
@@ -233,8 +318,7 @@ class MemoryCost:
         total(widths) = max over moments of the step of the sum of the bytes alive then.
 
     The bytes of a storage are a product of widths, so this is a maximum of sums of products. What kernels allocate
-    inside themselves is in no storage: on a GPU feedback from the allocator corrects the prediction by that; on the CPU
-    nothing shows it.
+    inside themselves is in no storage: on a GPU feedback from the allocator corrects the prediction by that.
     """
 
     resource: Final = "memory"
@@ -260,12 +344,10 @@ class MemoryCost:
         self._index = np.array(rows, dtype=np.int64)
 
     def total(self, widths: Mapping[str, int]) -> float:
-        """Peak bytes at these widths."""
         sizes = self._constant + self._per_unit @ np.array([widths[name] for name in self._groups], dtype=np.float64)
         return float((self._alive @ sizes[self._index].prod(axis=1)).max())
 
     def saving(self, widths: Mapping[str, int], group: str, num_units: int) -> float:
-        """`total(widths) - total(widths with num_units fewer units in group)`."""
         if group not in self._groups:
             return 0.0
         return self.total(widths) - self.total({**widths, group: widths[group] - num_units})

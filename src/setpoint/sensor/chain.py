@@ -51,17 +51,16 @@ class SensorChain(Sensor[ChainState]):
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
         """What each sensor reads, of those that read any group."""
-        shares, left = [], groups
+        shares = list[tuple[Sensor[Any], tuple[Group, ...]]]()
         for sensor in self.sensors:
-            found = sensor.readable(left, model)
-            names = {group.name for group in found}
-            left = tuple(group for group in left if group.name not in names)
-            shares += [(sensor, found)] if found else []
+            if found := sensor.readable(groups, model):
+                shares.append((sensor, found))
+                groups = tuple(group for group in groups if group not in found)
         return shares
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        names = {group.name for _, found in self._shares(groups, model) for group in found}
-        return tuple(group for group in groups if group.name in names)
+        found = [group for _, share in self._shares(groups, model) for group in share]
+        return tuple(group for group in groups if group in found)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> ChainState:
         links = (

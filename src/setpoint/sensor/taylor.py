@@ -1,7 +1,6 @@
 """The Taylor sensor: a criterion from the gradients that an ordinary step leaves, averaged over the recent steps.
 
-A new criterion is a function under `@criterion()`, which `AveragingSensor` makes a sensor of; the conformance battery
-tests every one that is registered.
+A new criterion is a function under `@criterion()`, which `AveragingSensor` makes a sensor of.
 """
 
 from __future__ import annotations
@@ -71,19 +70,11 @@ def criterion(
     traits: Traits = UNCALIBRATED,
     is_slope: bool = False,
 ) -> Callable[[Measure], Criterion]:
-    """Register a function of `Units` as a criterion, under its own name; the arguments are those of `Criterion`.
-
-    >>> @criterion()
-    ... def largest_pull(units: Units) -> Tensor:
-    ...     return units.add_up(lambda weight, gradient: (weight * gradient).abs())
-    >>> CRITERIA.pop("largest_pull") is largest_pull
-    True
-    """
+    """Register a function of `Units` as a criterion, under its own name; the arguments are those of `Criterion`."""
 
     def register(measure: Measure) -> Criterion:
-        made = Criterion(measure, saliency, role, traits, is_slope)
-        CRITERIA[measure.__name__] = made
-        return made
+        CRITERIA[measure.__name__] = Criterion(measure, saliency, role, traits, is_slope)
+        return CRITERIA[measure.__name__]
 
     return register
 
@@ -171,30 +162,30 @@ class AveragingSensor(Sensor[Moments]):
         return other
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        """The groups of which every weight that is read is trained, or frozen where a tap can read its inputs."""
-        frozen = self._frozen(groups, model)
-        read = (group for group in groups if self.criterion.places(group))
-        return tuple(group for group in read if frozen[group.name] <= self._tappable(group, model, frozen))
+        found = self._tapped(groups, model)
+        return tuple(group for group in groups if group.name in found)
 
-    def _frozen(self, groups: tuple[Group, ...], model: nn.Module) -> dict[str, set[str]]:
-        """By group, the weights that are to be read and get no gradient."""
+    def _tapped(self, groups: tuple[Group, ...], model: nn.Module) -> dict[str, set[str]]:
+        """The frozen weights of each group that can be read: the others are trained, and taps read inputs of these."""
         parameters = model.named_parameters(remove_duplicate=False)
         trained = {name for name, parameter in parameters if parameter.requires_grad}
-        return {group.name: {place.tensor for place in self.criterion.places(group)} - trained for group in groups}
-
-    def _tappable(self, group: Group, model: nn.Module, frozen: dict[str, set[str]]) -> frozenset[str]:
-        return tappable(group, model) if frozen[group.name] and self.traits.hooks else frozenset()
+        found = dict[str, set[str]]()
+        for group in groups:
+            read = {place.tensor for place in self.criterion.places(group)}
+            frozen = read - trained
+            if read and (not frozen or (self.traits.hooks and frozen <= tappable(group, model))):
+                found[group.name] = frozen
+        return found
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> Moments:
-        unreadable = sorted({group.name for group in groups} - {group.name for group in self.readable(groups, model)})
-        if unreadable:
+        by_group = self._tapped(groups, model)
+        if unreadable := sorted({group.name for group in groups} - by_group.keys()):
             name, kind = type(self).__name__, {"consume": "outgoing", "produce": "incoming"}[self.criterion.role]
             raise GroupError(
                 f"groups {unreadable} have {kind} weights without gradients, so {name} cannot read them: leave them "
                 f"out ({name}.readable picks the others) or use another sensor"
             )
-        frozen = self._frozen(groups, model)
-        tapped = frozenset[str]().union(*(self._tappable(group, model, frozen) for group in groups))
+        tapped = frozenset[str]().union(*by_group.values())
         scale = GradientScale.of(groups, model, tapped) if tapped else None
         units = find_units(groups, model, self.criterion.places, tapped, scale, self.ranks)
         zeros, none = units.like.new_zeros(sum(units.num_units)), units.like
@@ -260,13 +251,19 @@ class AveragingSensor(Sensor[Moments]):
         mean, variance, weight, squares = np.split(values[2:], 4)
         if state.tapped and num_steps:
             # Where readings are shared, a step counts that nobody saw anything in.
-            _check_seen(state, weight > 0 if self.ranks.count == 1 else (mean != 0) | (variance != 0))
+            seen = weight > 0 if self.ranks.count == 1 else (mean != 0) | (variance != 0)
+            for name, of_units in state.by_group(seen).items():
+                if _taps(state, name) and len(of_units) and not of_units.any():
+                    raise LoopError(
+                        f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes "
+                        "through its layer, or the layer is not called as a module, or it runs as compiled code. Leave "
+                        "the group out (groups=...), or train the weights"
+                    )
         # The weighted variance of n steps is too small by 1 - (sum of squares of their shares); 1 - 1/n if equal.
         shares = squares / np.maximum(weight, _TINY) ** 2
         several = (weight > 0) & (shares < 1.0)
         unbiased = np.where(several, variance, 0.0) / np.where(several, 1.0 - shares, 1.0)
-        slope: dict[str, np.ndarray] = {}
-        norm: dict[str, np.ndarray] = {}
+        slope, norm = dict[str, np.ndarray](), dict[str, np.ndarray]()
         if self.criterion.is_slope:
             slope = state.by_group(mean)
             if state.units is not None:
@@ -285,20 +282,11 @@ class AveragingSensor(Sensor[Moments]):
         )
 
 
-def _taps(state: Moments) -> list[Tap]:
-    by_group = () if state.units is None else state.units.by_group
-    return [source.tap for sources in by_group for source in sources if source.tap is not None]
-
-
-def _check_seen(state: Moments, seen: Bool[np.ndarray, " all_units"]) -> None:
-    by_group = () if state.units is None else state.units.by_group
-    for (name, of_units), sources in zip(state.by_group(seen).items(), by_group, strict=False):
-        if any(source.tap is not None for source in sources) and len(of_units) and not of_units.any():
-            raise LoopError(
-                f"nothing was seen of group {name!r}, whose outgoing weights are frozen: no gradient comes through its "
-                "layer, or the layer is not called as a module, or it runs as compiled code. Leave the group out "
-                "(groups=...), or train the weights"
-            )
+def _taps(state: Moments, *names: str) -> list[Tap]:
+    """The taps on these groups, or on all."""
+    by_group = zip(state.names, () if state.units is None else state.units.by_group, strict=False)
+    sources = (source for name, found in by_group if not names or name in names for source in found)
+    return [source.tap for source in sources if source.tap is not None]
 
 
 _IN_LOSS = Traits(shards=True, hooks=True)

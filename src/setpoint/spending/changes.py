@@ -23,7 +23,6 @@ from setpoint.spending.spending import Spending
 
 
 def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], step: int, *, budget_met: bool) -> None:
-    """Hold the run to another budget, in any form that `attach` takes, if it is still open."""
     if not spending.budgets:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
     if budget_met or spending.schedule.final(step, spending.planned_steps):
@@ -46,9 +45,9 @@ def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], st
     changed = copy.copy(spending)  # so that a refused budget changes nothing
     changed.hold(budgets, groups)
     for budget in budgets:
-        cost, name = spending.costs[budget.resource], budget.resource
+        name = budget.resource
+        lowest = cheapest(spending.costs[name], groups) * changed.limits.factor(name)
         present = changed.limits.expected(name, spending.dense_widths)
-        lowest = cheapest(cost, groups) * present / cost.total(spending.dense_widths)
         check_reachable(budget, changed.limits.original.get(name, present), lowest)
     changed.check_run(step, changed.planned_steps, groups)
     spending.hold(budgets, groups)
@@ -78,11 +77,8 @@ def original_costs(
 ) -> dict[str, float]:
     """FLOPs and parameters before the first cut, by resource; nothing for a model that was never cut.
 
-    A fraction of what only a measurement of the dense model would tell is refused.
-
-    Args:
-        costs: by resource, over the present widths.
-        passes: calls of the model in one optimizer step.
+    A fraction of what only a measurement of the dense model would tell is refused. An optimizer step calls the model
+    `passes` times.
     """
     if not was_cut(model):
         return {}

@@ -15,7 +15,7 @@ from setpoint.spending.spending import Spending
 def metrics(
     spending: Spending, step: int, last: Plan | None, widths: Mapping[str, int], num_decisions: int
 ) -> dict[str, float]:
-    """Where a run is after so many steps, with these widths and this last plan; no device is waited for."""
+    """Where a run is, by this last plan; no device is waited for."""
     limits, account = spending.limits, spending.account
     cost = {name: limits.expected(name, widths) for name in spending.costs}
     dense = {name: limits.dense_cost(name) for name in cost}
@@ -52,13 +52,11 @@ def metrics(
 
 
 def line(known: Mapping[str, float], *, finished: bool) -> str:
-    """One line about the loop of these metrics."""
     if not known:
         return "<Loop: not begun, it begins at the first optimizer step>"
     resource = leading(known)
     cost, dense_units = known[f"cost/{resource}"], known["dense_units"]
-    limit = known.get(f"limit/{resource}")
-    ratio = known.get(f"cost_ratio/{resource}", 1.0)
+    limit, ratio = known.get(f"limit/{resource}"), known.get(f"cost_ratio/{resource}", 1.0)
     parts = [
         f"step {known['step']:,.0f} of {known['total_steps']:,.0f}",
         f"{ratio:.1%} of dense {resource}" + (f", budget {ratio * limit / cost:.1%}" if limit and cost else ""),
@@ -79,7 +77,7 @@ def leading(known: Mapping[str, float]) -> str:
 
 
 def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str, Any]:
-    """What the run came to after so many steps, with these widths, by name of the summary's fields."""
+    """What the run came to, by name of the summary's fields."""
     account, meter, limits = spending.account, spending.meter, spending.limits
     if "inference" not in meter.read().values:  # the last decision has cut
         with account.watch.deciding:
@@ -119,12 +117,11 @@ def break_even_step(segments: Iterable[Segment]) -> int | None:
     >>> break_even_step([dense, small])  # each step saves half a second: 5 steps exceed 2 s
     15
     """
-    steps, saved, dense = 0, 0.0, None
-    for number, segment in enumerate(segments):
-        if number == 0:
-            dense = segment.seconds_per_step
-        elif dense is not None and segment.seconds_per_step is not None:
-            per_step = dense - segment.seconds_per_step
+    dense, *cut = segments
+    steps, saved = dense.num_steps, 0.0
+    for segment in cut:
+        if dense.seconds_per_step is not None and segment.seconds_per_step is not None:
+            per_step = dense.seconds_per_step - segment.seconds_per_step
             reached = saved + per_step * segment.num_steps
             if saved > segment.overhead_seconds:
                 return steps + 1

@@ -44,7 +44,6 @@ class RunBudget:
     really spent (`step_limit`), so the steps to come make up for what cost more or less than planned; a last cut waits
     while it would leave much unused (`Remaining`). Where a meter reads what is spent, all of this aims at
     `(1 - margin) * limit`, so that noise in the last steps does not take the run over it.
-
     """
 
     budget: Budget  # of one resource, per run
@@ -70,13 +69,9 @@ class RunBudget:
     def margin(self) -> float:
         return _WAVER if self.budget.resource in METERED else 0.0
 
-    @property
-    def committed(self) -> float:
-        return self.spent + self.coming
-
     def forecast(self, per_step: float) -> float:
         """What the run comes to if each step to come costs so much."""
-        return self.committed + max(0, self.num_steps - self.step) * per_step
+        return self.spent + self.coming + max(0, self.num_steps - self.step) * per_step
 
     def missed(self) -> str:
         """Why the budget cannot be met any more in the middle of the run; "" if it can."""
@@ -108,8 +103,7 @@ class RunBudget:
             cut = next_decision(self.schedule, step, num_steps)
             why = f"cannot be met: with a cut down to the narrowest model after step {cut}, the first that there can be"
             if spent >= limit:
-                why = f"is spent already: {amount(spent, resource)} was spent by step {step}"
-                why += ". Cut to the narrowest model"
+                why = f"is spent already: {amount(spent, resource)} by step {step}. Cut to the narrowest model"
             raise BudgetError(
                 f"{words} {why}, the run spends {amount(lowest, resource)} ({lowest / dense_run:.1%}). "
                 f"Ask for at least Budget.{ask}, of={resource!r}, per='run')"
@@ -141,7 +135,7 @@ class RunBudget:
         every, now = sensed_every(self.num_steps), self.learning(0)
         return Remaining(
             self.limit,
-            self.committed,
+            self.spent + self.coming,
             self.schedule,
             self.margin,
             ahead=self.sensing if every > 1 else 0.0,
@@ -153,7 +147,7 @@ class RunBudget:
 
     @property
     def _left(self) -> float:
-        return (1 - self.margin) * self.limit - self.committed
+        return (1 - self.margin) * self.limit - (self.spent + self.coming)
 
     def _overhead(self, *, deciding: bool) -> float:
         """Cost of sensing up to the last decision, and of learning for one decision more.
@@ -220,11 +214,7 @@ def run_budgets(
 
 
 def _rounded_up(value: float) -> float:
-    """A number of three digits that is not below.
-
-    >>> _rounded_up(1234.0), _rounded_up(0.0099701)
-    (1240.0, 0.00998)
-    """
+    """A number of three digits that is not below."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return float(f"{math.ceil(value / unit) * unit:.3g}")
 
@@ -240,14 +230,7 @@ class StepOverhead:
     steps: int = 0  # how many have been learnt from
 
     def learnt(self, overhead: float, sensing: float) -> StepOverhead:
-        """The same with the overhead of the run after one more step; that of a sensing is known and left out.
-
-        >>> found = StepOverhead()
-        >>> for overhead in (2.0, 4.0, 6.0, 90.0):
-        ...     found = found.learnt(overhead, sensing=0.5)
-        >>> found.mean, found.twice
-        (1.5, 1.5)
-        """
+        """The same with the overhead of the run after one more step; that of a sensing is known and left out."""
         taken = max(0.0, overhead - self.noted - sensing)
         twice = max(self.twice, min(taken, self.once))
         mean = self.mean + (min(taken, twice) - self.mean) / max(1, min(self.steps, _MEAN_OVER))
@@ -269,7 +252,6 @@ class Bill:
     steps. They move ahead where T shrinks, since the budget is to be met before the total is spent. If what is left
     does not reach the next decision, the run ends before it. So the total is not exceeded, whatever the cuts come to,
     unless the last step has more overhead than any two steps before it.
-
     """
 
     budget: Budget  # of FLOPs, per run
@@ -290,11 +272,10 @@ class Bill:
         """Refuse a total that does not pay for two steps."""
         left, two_steps = self._left(account), 2 * account.step_flops
         if left < two_steps:
-            values = self.total, account.train_flops, account.step_flops, self.total - left + two_steps
-            asked, spent, step, lowest = (amount(value, "flops") for value in values)
+            values = self.total, account.train_flops, self.total - left + two_steps
+            asked, spent, lowest = (amount(value, "flops") for value in values)
             raise BudgetError(
-                f"the bill of {asked} pays for no run: attaching spent {spent}, and a dense step spends {step}. Two "
-                f"steps are the least: ask for {lowest}"
+                f"the bill of {asked} pays for no run: attaching spent {spent}, so ask for {lowest}, for two steps"
             )
 
     def anew(self) -> Bill:
