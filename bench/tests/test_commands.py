@@ -86,7 +86,7 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
         (("bench", "--task", "digits", "--budgets", "nan"), "got 'nan'"),
         (("bench", "--task", "digits", "--budgets", "50% params"), "got '50% params', a budget of another kind"),
         (("bench", "--task", "digits", "--epochs", "0"), "at least 1"),
-        (("report", "/nowhere"), "results.jsonl"),
+        (("report", "/nowhere"), "run.jsonl"),
         (("coverage", "plain", "--models", "unett"), "did you mean unet"),
     ],
 )

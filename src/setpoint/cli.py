@@ -1,7 +1,7 @@
 """The command line: inspect, compress and report, and what setpoint-bench adds to it.
 
 A command prints for readers, or with --json one object for machines. What a user can put right is one line on stderr
-and exit code 2.
+and exit code 2; options are read by Typer, which says itself what it does not take.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from setpoint.errors import SetpointError, UsageError
 
@@ -166,11 +165,6 @@ def report(
         from setpoint.report.record import facts, read_ledger, state
 
         file = path if path.is_file() or path.suffix == ".jsonl" else path / LEDGER
-        if file != path and not file.is_file():
-            raise UsageError(
-                f"neither results of the benchmark ({RESULT_FILES[0]}) nor a ledger ({LEDGER}) are in {path}: give a "
-                f'ledger\'s file; a run writes it by setpoint.integrations.log_to(loop, "{LEDGER}")'
-            )
         page = page_of(file, out)
         record = read_ledger(file)
         check_folder(page.parent)
@@ -185,10 +179,10 @@ def make_app() -> typer.Typer:
     """The command line, with the commands of the packages that are installed."""
     made = typer.Typer(
         name="setpoint",
-        cls=OneLine,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback(epilog=examples("setpoint inspect resnet18", "setpoint report run.jsonl"))(_setpoint)
@@ -260,36 +254,6 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-
-
-class OneLine(TyperGroup):
-    """Commands that report a misuse in one line, too."""
-
-    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
-        """Run a command; standing alone, end the process with its exit code."""
-        try:
-            code = super().main(args, standalone_mode=False, **extra)
-            if not standalone_mode:
-                return code
-        except typer.Abort:
-            code = FAILED
-        except Exception as error:
-            # Not by its class: some versions of Typer raise click's errors, others those of a copy of click.
-            if not hasattr(error, "format_message") or not standalone_mode:
-                raise
-            if type(error).__name__ == "NoArgsIsHelpError":
-                error.show()  # type: ignore[attr-defined]
-            else:
-                print(f"error: {_misuse(error)}", file=sys.stderr)
-            code = MISUSE
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _misuse(error: Any) -> str:
-    """What Typer says of wrong options, in one line, and where examples are."""
-    message = " ".join(error.format_message().split()).removesuffix(".")
-    dot = "" if message.endswith("?") else "."
-    return message + (f"{dot} {error.ctx.command_path} -h shows examples" if getattr(error, "ctx", None) else "")
 
 
 def check_folder(out: Path | None) -> None:
