@@ -19,7 +19,7 @@ from setpoint.actuator.in_state_dict import check_not_attached
 from setpoint.actuator.model_shapes import ModelShapes, by_module
 from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.checkpoint.fit import fit
-from setpoint.checkpoint.plain import to_host
+from setpoint.checkpoint.plain import json_object, to_host
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.messages import a_type
@@ -221,11 +221,7 @@ def write_file(path: Path, key: str, header: Mapping[str, Any], tensors: dict[st
 
 
 def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors that `write_file` wrote, with a right digest; CheckpointError for any other file.
-
-    Args:
-        foreign: who did not write a safetensors file without the key, or a folder, and what to do with it.
-    """
+    """Header and tensors that `write_file` wrote, with a right digest; `foreign` says what to do with other files."""
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r} is a folder, and {foreign}")
     try:
@@ -247,17 +243,12 @@ def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[
         raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
     if key not in metadata:
         raise CheckpointError(f"{str(path)!r} is a safetensors file, but {foreign}")
-    damaged = CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
-    try:
-        header = json.loads(metadata[key])
-        version, expected = header.pop("format"), header.pop("sha256")
-        newer = version > FORMAT
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged from error
-    if newer:
+    header = json_object(metadata[key]) or {}
+    version, expected = header.pop("format", None), header.pop("sha256", None)
+    if type(version) is int and version > FORMAT:
         raise CheckpointError(
             f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
         )
     if version != FORMAT or _digest(header, tensors) != expected:
-        raise damaged
+        raise CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
     return header, tensors

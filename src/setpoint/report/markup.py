@@ -71,23 +71,15 @@ def html_table(titles: Iterable[str], lines: Iterable[Sequence[str]], classes: s
 
 @dataclass(frozen=True)
 class Trace:
-    """A line through points, or dots at them.
-
-    Args:
-        points: (x, y); a y of None is a gap in the line.
-        texts: what the pointer reads at each point; without them it reads nothing.
-        width: of the line in pixels; 0 for none.
-        stairs: whether the line keeps its height up to the next point.
-        dot: diameter of the dots in pixels; 0 for none.
-    """
+    """A line through points, or dots at them; sizes are in pixels, 0 for none."""
 
     name: str
-    points: Sequence[tuple[float, float | None]]
+    points: Sequence[tuple[float, float | None]]  # a y of None is a gap in the line
     color: str
-    texts: Sequence[str] = ()
+    texts: Sequence[str] = ()  # what the pointer reads at each point
     width: float = 0.0
     dash: str = "solid"
-    stairs: bool = False
+    stairs: bool = False  # whether the line keeps its height up to the next point
     dot: float = 0.0
     square: bool = False
     opacity: float = 1.0
@@ -117,11 +109,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Figure:
-    """What is drawn on one pair of axes.
-
-    Args:
-        rows: labels of the y axis in place of numbers, each for a row of height 1, the first on top at 0.5.
-    """
+    """What is drawn on one pair of axes."""
 
     traces: Sequence[Trace] = ()
     y_title: str = ""
@@ -130,7 +118,7 @@ class Figure:
     x_range: tuple[float, float] | None = None
     x_from_zero: bool = False
     y_from_zero: bool = False
-    rows: Sequence[str] = ()
+    rows: Sequence[str] = ()  # labels of the y axis in place of numbers, each for a row of height 1, from the top
     rules: Sequence[Rule] = ()
     cells: Sequence[Cell] = ()
 
@@ -278,22 +266,18 @@ def _stroke(path: str, color: str, width: float, dash: str, opacity: float = 1, 
 def _path(trace: Trace, x: _Axis, y: _Axis) -> str:
     path, pen_down = "", False
     for step, height in trace.points:
-        if height is None:
-            pen_down = False
-            continue
-        left, top = x.at(step), y.at(height)
-        if pen_down and trace.stairs:
-            path += f"H{left:g}V{top:g}"
-        else:
-            path += f"{'L' if pen_down else 'M'}{left:g} {top:g}"
-        pen_down = True
+        if height is not None:
+            left, top = x.at(step), y.at(height)
+            across = f"H{left:g}V{top:g}" if trace.stairs else f"L{left:g} {top:g}"
+            path += across if pen_down else f"M{left:g} {top:g}"
+        pen_down = height is not None
     return path
 
 
 def _points(trace: Trace, x: _Axis, y: _Axis, labelled: bool) -> str:
     """Dots, or places where the pointer reads a line; of many, small ones without a text. Equal ones are one."""
     texts = trace.texts if labelled and trace.texts else [""] * len(trace.points)
-    form = "g" if labelled else ".0f"
+    form, size = ("g", trace.dot or 9) if labelled else (".0f", max(2, (trace.dot or 9) / 2))
     # A line of almost no length with round ends is a dot that keeps its shape when the SVG is stretched.
     dots = {
         f"M{x.at(step):{form}} {y.at(height):{form}}h.1": text
@@ -303,7 +287,6 @@ def _points(trace: Trace, x: _Axis, y: _Axis, labelled: bool) -> str:
     made = f'<path d="{"".join(dots)}"/>'
     if any(texts):
         made = "".join(f'<path d="{where}">{_title(text)}</path>' for where, text in dots.items())
-    size = trace.dot or 9
-    look = f'style="stroke:{_ink(trace.color)}" stroke-width="{size if labelled else max(2, size / 2)}"'
+    look = f'style="stroke:{_ink(trace.color)}" stroke-width="{size}"'
     cap = "square" if trace.square else "round"
     return f'<g class="{"point" if trace.dot else "read"}" {look} stroke-linecap="{cap}">{made}</g>'

@@ -48,11 +48,7 @@ def page_of(file: Path, folder: Path | None = None) -> Path:
 
 
 def write_ledger_page(file: Path, out: Path | None = None, first: str = "") -> Path:
-    """Write the report of one ledger, by default to `page_of(file)`; `first` is HTML that stands above the run.
-
-    Raises:
-        ReportError: if the ledger cannot be read.
-    """
+    """Write the report of one ledger, by default to `page_of(file)`; `first` is HTML that stands above the run."""
     head = f"<header><h1>Setpoint <span>report</span></h1><p>{escape(file.name)}</p></header>\n<section>\n"
     body = head + first + run(read_ledger(file)) + "</section>\n"
     return markup.save(markup.document(file.stem, body), page_of(file) if out is None else out)
@@ -138,14 +134,11 @@ def spending(record: Record, resource: str) -> Figure:
 
 
 def bill(record: Record, resource: str) -> Figure | None:
-    """What the run has spent so far against its bill; None where it has none.
-
-    After the last decision each step counts what that decision left; of a run that has not ended this is to come.
-    """
+    """What the run has spent so far against its bill, and what is to come; None where it has none."""
     limit = record.limit_run.get(resource)
-    entries = [entry for entry in record.entries if resource in entry.spent_run]
     if limit is None:
         return None
+    entries = [entry for entry in record.entries if resource in entry.spent_run]
     spent, ahead = [(0, 0.0), *((entry.step, entry.spent_run[resource]) for entry in entries)], []
     if entries and (steps_left := record.last_step - entries[-1].step) > 0 and resource in entries[-1].spent:
         ahead = [spent[-1], (record.last_step, spent[-1][1] + steps_left * entries[-1].spent[resource])]
@@ -190,13 +183,11 @@ def price(record: Record, resource: str) -> Figure | None:
 
 
 def units(record: Record) -> Figure | None:
-    """The width of each group over steps, and when each unit was dropped or came back; None without groups.
-
-    Single weights under masks, and more than `MOST_EVENTS` units, have no markers.
-    """
+    """The width of each group over steps, and when each unit was dropped or came back; None without groups."""
     if not record.units:
         return None
     names, final = list(record.units), record.final_widths
+    # Single weights under masks have no markers.
     events = [own for entry in record.entries for own in (*entry.dropped.values(), *entry.grown.values())]
     marked = not record.pattern and sum(map(len, events)) <= MOST_EVENTS
     return Figure(

@@ -65,11 +65,7 @@ class Record:
 
 
 def read_ledger(file: Path) -> Record:
-    """The record in a file that `loop.ledger.save(file)` wrote.
-
-    Raises:
-        ReportError: if it cannot be read, or is no ledger.
-    """
+    """The record in a file that `loop.ledger.save(file)` wrote; a ReportError for any other."""
     try:
         return record_of(Ledger.load(file))
     except FileNotFoundError as error:

@@ -23,17 +23,7 @@ from setpoint.messages import a_type, counted, did_you_mean
 
 
 def load_target(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Example]:
-    """The model and example that `module.py:function` returns.
-
-    Args:
-        target: a file and a function of no arguments that returns a model and its inputs (a tuple, or a dict of
-            keyword inputs), or a model alone if `shape` says what it takes.
-        shape: of the example, filled with noise.
-
-    Raises:
-        UsageError: there is no such file, function or model, it raises, it returns no inputs and no shape is given,
-            or the shape does not fit it.
-    """
+    """The model and example that `module.py:function` returns: a tuple or a dict of inputs, or noise of this shape."""
     check_shape(shape)
     made = call_own(target)
     if isinstance(made, tuple) and len(made) != 2:
@@ -66,11 +56,7 @@ def noise(shape: tuple[int, ...]) -> Tensor:
 
 
 def is_own_function(target: str) -> bool:
-    """Whether the name is that of a function in a file.
-
-    >>> is_own_function("folder/task.py:make"), is_own_function("cifar10")
-    (True, False)
-    """
+    """Whether the name is that of a function in a file, such as "folder/task.py:make"."""
     return ".py:" in target
 
 
@@ -88,11 +74,7 @@ def _file_meant(target: str) -> str:
 
 
 def call_own(target: str) -> Any:
-    """What a function without arguments of a Python file returns; the file may import modules of its folder.
-
-    Raises:
-        UsageError: there is no such file or function, or in place of whatever it raises.
-    """
+    """What a function without arguments of a Python file returns; the file may import modules of its folder."""
     path, name = check_own_function(target)
     with _named_errors(target, path.resolve()):
         module = _module(path.resolve(), path.read_bytes())
@@ -108,11 +90,7 @@ def call_own(target: str) -> Any:
 
 
 def check_own_function(target: str) -> tuple[Path, str]:
-    """The file and the name of a function; the file is read, and not run.
-
-    Raises:
-        UsageError: there is no such file, or the name stands nowhere in it.
-    """
+    """The file and the name of a function that stands in it; the file is read, and not run."""
     if not is_own_function(target):
         raise UsageError(
             _file_meant(target)
