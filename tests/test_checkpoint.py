@@ -204,41 +204,6 @@ def test_a_folder_of_save_pretrained_says_who_reads_it(tmp_path: Path) -> None:
             load(path, mlp_model())
 
 
-class Mixed(nn.Module):
-    """Layers of every kind that has sizes, a tied weight, a complex one, and sizes in the forward's own calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8)
-        self.depthwise, self.group = nn.Conv1d(8, 8, 3, groups=8, padding=1), nn.GroupNorm(4, 8)
-        self.flat, self.layer = nn.Linear(8 * 4, 16), nn.LayerNorm(16)
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.attention, self.rnn = nn.MultiheadAttention(16, 4, batch_first=True), nn.LSTM(16, 12, batch_first=True)
-        self.head, self.table, self.tied = nn.Linear(12, 5), nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
-        self.tied.weight = self.table.weight
-        self.phase = nn.Parameter(torch.ones(7, dtype=torch.complex64))
-        self.register_buffer("gain", torch.ones(16), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.group(self.depthwise(self.norm(self.conv(x)).relu()))
-        x = self.layer(self.flat(x.flatten(1))).unsqueeze(1).expand(-1, 3, -1)
-        q, k, v = (part.view(len(x), 3, 4, 4).transpose(1, 2) for part in self.qkv(x).split(16, 2))
-        mixed = ((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).reshape(len(x), 3, 16)
-        x = x + self.out(mixed * self.gain)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.tied(self.head(self.rnn(x)[0][:, -1])) * self.phase.abs()
-
-
-def test_layers_of_every_kind_come_back(tmp_path: Path) -> None:
-    """Claim: a model that has lost some units of every group is loaded with its bits and all its sizes."""
-    model, x = Mixed(), torch.randn(2, 3, 4)
-    groups = tuple(group for group in find_groups(model, (x,)) if group.lossless)
-    shrink(model, None, groups, random_keep(groups, seed=1))
-    save(model, tmp_path / "small.safetensors")
-    again = load(tmp_path / "small.safetensors", into=Mixed())
-    assert torch.equal(again(x), model(x)) and str(again) == str(model)
-
-
 @pytest.mark.parametrize(
     ("other", "words"),
     [

@@ -215,47 +215,35 @@ def test_help_is_light() -> None:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [("inspect", "resnet18"), ("report", ".")], ids=" ".join)
-def test_without_the_benchmark(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where setpoint-bench is not installed, what it does for a command says in one line which package to install."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results.jsonl").touch()
-    monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
-    result = CliRunner().invoke(make_app(), arguments)
-    assert result.exit_code == 2 and result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: `setpoint ") and line.endswith(": pip install setpoint-bench")
-
-
-def test_a_model_is_inspected_without_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`inspect MODEL` needs nothing but the wheel, and neither does the help, which says what another package adds."""
+def test_without_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where setpoint-bench is not installed, own models are inspected, and what it adds is said in the help and in one
+    line which package to install; a folder or a file that holds no run is named.
+    """
     monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
     for name in [each for each in sys.modules if each.partition(".")[0] == "setpoint_bench"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "setpoint_bench", None)
-    file = tmp_path / "model.py"
+    file, results = tmp_path / "model.py", tmp_path / "results"
     file.write_text(OWN_MODEL, encoding="utf-8")
-    result = CliRunner().invoke(make_app(), ["inspect", f"{file}:build", "--no-verify"])
-    assert result.exit_code == 0 and result.stdout.startswith(f"{file}:build on 2x8: ")
-    assert "pip install setpoint-bench" in " ".join(CliRunner().invoke(make_app(), ["--help"]).stdout.split())
-
-
-@pytest.mark.parametrize("benchmark", [False, True])
-def test_a_folder_without_a_ledger_says_how_one_is_written(
-    benchmark: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`report` of a folder or a file that holds no run names it; no package is asked for."""
-    if not benchmark:
-        monkeypatch.setattr("setpoint.cli.entry_points", lambda **_: EntryPoints(()))
+    results.mkdir()
+    (results / "results.jsonl").touch()
     (tmp_path / "results.jsonl.txt").write_text("{}\n", encoding="utf-8")
-    for path, words in (
-        (tmp_path / "results.jsonl.txt", "is not a Setpoint ledger of format 1: give a file that"),
-        (tmp_path, "run.jsonl cannot be read: there is no such file"),
-        (tmp_path / "run.jsonl", "run.jsonl cannot be read: there is no such file"),
+
+    def invoke_alone(*arguments: str) -> Result:
+        return CliRunner().invoke(make_app(), arguments)
+
+    shown = invoke_alone("inspect", f"{file}:build", "--no-verify")
+    assert shown.exit_code == 0 and shown.stdout.startswith(f"{file}:build on 2x8: ")
+    assert "pip install setpoint-bench" in " ".join(invoke_alone("--help").stdout.split())
+    for arguments, words in (
+        (("inspect", "resnet18"), "is part of the benchmark, a package of its own: pip install setpoint-bench"),
+        (("report", str(results)), "is part of the benchmark, a package of its own: pip install setpoint-bench"),
+        (("report", str(tmp_path / "results.jsonl.txt")), "is not a Setpoint ledger of format 1: give a file that"),
+        (("report", str(tmp_path)), "run.jsonl cannot be read: there is no such file"),
     ):
-        result = CliRunner().invoke(make_app(), ["report", str(path)])
+        result = invoke_alone(*arguments)
         (line,) = result.stderr.splitlines()
-        assert result.exit_code == 2 and words in line and "setpoint-bench" not in line
+        assert result.exit_code == 2 and result.stdout == "" and line.startswith("error: ") and words in line
 
 
 def test_a_model_is_compressed(tmp_path: Path) -> None:

@@ -189,38 +189,29 @@ def damages(content: bytes, count: int) -> list[bytes]:
     return found
 
 
-def test_200_damaged_run_files_are_each_refused(tmp_path: Path) -> None:
-    """Claim: each of 200 damaged files is a CheckpointError, and nothing of it is loaded."""
-    whole = run()
+def test_400_damaged_files_are_each_refused(tmp_path: Path) -> None:
+    """Claim: each of 200 damaged run files and 200 damaged models is a CheckpointError, and nothing of it is loaded."""
+    whole, again, net = run(), run(), Net()
     whole.train(0, 12)
-    path = tmp_path / "run"
-    setpoint.save_run(path, **parts(whole))
-    again = run()
-    before = snapshot(again)
-    content = path.read_bytes()
-    for changed in damages(content, 200):
-        path.write_bytes(changed)
-        with pytest.raises(CheckpointError):
-            setpoint.load_run(path, **parts(again))
+    file, model = tmp_path / "run", tmp_path / "small.safetensors"
+    setpoint.save_run(file, **parts(whole))
+    setpoint.save(whole.model, model)
+    before, tensors_before = snapshot(again), {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    content = file.read_bytes()
+    for path, load in (
+        (file, lambda: setpoint.load_run(file, **parts(again))),
+        (model, lambda: setpoint.load(model, into=net)),
+    ):
+        for changed in damages(path.read_bytes(), 200):
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError):
+                load()
+    assert all(torch.equal(tensor, tensors_before[name]) for name, tensor in net.state_dict().items())
     assert_untouched(again, before)
     assert not again.optimizers[0].state and again.schedulers[0].last_epoch == 0
-    path.write_bytes(content)
-    setpoint.load_run(path, **parts(again))
+    file.write_bytes(content)
+    setpoint.load_run(file, **parts(again))
     assert again.loop.step == 12
-
-
-def test_200_damaged_models_are_each_refused(tmp_path: Path) -> None:
-    """Claim: the same for a model's file."""
-    whole, path = run(), tmp_path / "small.safetensors"
-    whole.train(0, 12)
-    setpoint.save(whole.model, path)
-    again = Net()
-    before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
-    for changed in damages(path.read_bytes(), 200):
-        path.write_bytes(changed)
-        with pytest.raises(CheckpointError):
-            setpoint.load(path, into=again)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
 
 
 class Bomb:

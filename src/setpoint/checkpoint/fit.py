@@ -32,8 +32,8 @@ def fit(
     sizes: Mapping[SizePlace, int],
     values: Mapping[str, Tensor],
     dense: Shapes | None = None,
-) -> ExitStack:
-    """Give a model other shapes, all or nothing; what is returned puts everything back when it is closed.
+) -> None:
+    """Give a model other shapes, all or nothing.
 
     Tensors keep their identity, device and memory format. What is not named gets its dense shape and size. A
     CheckpointError names what this model does not have, or what had another shape when it was built.
@@ -45,7 +45,8 @@ def fit(
         dense: shapes before the first cut, by name, where they are known.
     """
     known, tensors = ModelShapes.of(model), named_tensors(model)
-    full, before = known.full(model), by_every_name(dense or {}, tensors)
+    full = known.full(model)
+    before = {name: shape for name, shape in by_every_name(dense or {}, tensors).items() if name in tensors}
     for name, shape in shapes.items():
         built, said = full.get(name), f"the state was made for another model: {name!r} has shape {shape} there"
         if built is None:
@@ -66,7 +67,7 @@ def fit(
     after = {name: shapes.get(name, full[name]) for name in {**known.dense, **shapes}}
     every_size = {**known.dense_sizes, **sizes}  # what the state does not set is dense again
     with ExitStack() as undo:
-        note_cut(model, after, every_size, undo, dense)
+        note_cut(model, after, every_size, undo, before)
         carry_sizes(model)
         for name in dict.fromkeys([*after, *values]):
             tensor = tensors.get(name)
@@ -78,7 +79,7 @@ def fit(
                 swap(tensor, in_format(tensor.new_zeros(after[name]), tensor), undo)
         apply_sizes(model, every_size, undo)
         torch.clear_autocast_cache()  # which holds weights of the old shapes by identity
-        return undo.pop_all()
+        undo.pop_all()  # nothing failed, so nothing is put back
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from operator import is_
 from pathlib import Path
@@ -124,7 +124,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
         for loop in loops:  # it puts the others back as well: DDP must be made for the old shapes meanwhile
             stack.enter_context(loop.restored_on_error(f"loading {str(path)!r}", *others))
         if not loops:
-            stack.enter_context(_put_back_on_error(others))
+            stack.push(_on_error(snapshot(*others)))
         # Any other order would load narrow tensors into a model that is still dense.
         for name in sorted(states, key=lambda name: not isinstance(parts[name], Resizing)):
             try:
@@ -139,14 +139,8 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     return dict(values)
 
 
-@contextmanager
-def _put_back_on_error(parts: Sequence[Any]) -> Iterator[None]:
-    put_back = snapshot(*parts)
-    try:
-        yield
-    except BaseException:
-        put_back()
-        raise
+def _on_error(put_back: Callable[[], None]) -> Callable[..., None]:
+    return lambda error, *_: None if error is None else put_back()
 
 
 def snapshot(*parts: Any) -> Callable[[], None]:
