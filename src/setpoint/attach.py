@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ from setpoint.messages import a_type, plain_number, progress
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
-from setpoint.spending.checks import check_budgets, check_reachable, split_bill
+from setpoint.spending.checks import check_budgets, check_reachable, check_run, split_bill
 from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter, Stopwatch
 from setpoint.spending.spending import Spending
@@ -114,20 +114,8 @@ def attach(
     """
     host = host_of(model, optimizer, copies)
     # Everything that can be refused without a look inside the model is refused here, before a hook is set.
-    spec = _run_spec(
-        host,
-        budget,
-        total_steps=total_steps,
-        controller=controller,
-        sensor=sensor,
-        actuator=actuator,
-        groups=groups,
-        even=even,
-        method=method,
-        allow_lossy=allow_lossy,
-        verify=verify,
-        resume=resume,
-    )
+    flags = {"allow_lossy": allow_lossy, "verify": verify, "resume": resume}
+    spec = _run_spec(host, budget, total_steps, controller, sensor, actuator, groups, even, method, **flags)
     if example is not None:
         check_example(example)
         if PENDING in host.model.__dict__:  # a state without sizes was loaded, and the example tells them
@@ -176,7 +164,6 @@ class RunSpec:
 def _run_spec(
     host: Host,
     budget: Any,
-    *,
     total_steps: Any,
     controller: Controller[Any] | None,
     sensor: Sensor[Any] | None,
@@ -186,7 +173,7 @@ def _run_spec(
     method: str,
     **flags: bool,
 ) -> RunSpec:
-    """Check the arguments of `attach`, and whether host and optimizers can give what they ask for."""
+    """The arguments of `attach`, checked, and whether host and optimizers can give what they ask for."""
     _check_part("controller", controller, Controller, "PricedController")
     _check_part("sensor", sensor, Sensor, "TaylorSensor")
     steps = plain_number(total_steps)
@@ -195,7 +182,6 @@ def _run_spec(
             f"total_steps must be a positive integer, got {total_steps!r}: give the optimizer steps of the whole run, "
             "such as epochs * len(loader)"
         )
-    some = _as_groups(groups)
     check_method(host.model, method)
     wanted = parse_budget(budget)
     if isinstance(wanted, Price) and sensor is not None and not sensor.traits.in_loss:
@@ -240,7 +226,8 @@ def _run_spec(
             f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
             "another cost: use a budget of 'flops' or 'params'"
         )
-    return RunSpec(goal, budgets, bill, steps, controller, sensor, masking, regrowing, some, method, **flags)
+    chosen = _as_groups(groups)
+    return RunSpec(goal, budgets, bill, steps, controller, sensor, masking, regrowing, chosen, method, **flags)
 
 
 def _check_part(name: str, part: object, kind: type, example: str) -> None:
@@ -292,8 +279,8 @@ def _as_groups(groups: object) -> tuple[Group, ...] | None:
     """The groups as a tuple, or None; GroupError for what holds anything else, such as their names."""
     if groups is None:
         return None
-    chosen = tuple(groups) if isinstance(groups, Iterable) else ()
-    if not isinstance(groups, Iterable) or not all(isinstance(group, Group) for group in chosen):
+    chosen = tuple(groups) if isinstance(groups, Iterable) else (None,)
+    if not all(isinstance(group, Group) for group in chosen):
         raise GroupError(
             "groups must be a sequence of groups out of find_groups(model, example), or None for all; got "
             f"{repr(groups):.200}"
@@ -306,9 +293,7 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
     """Let states of model and copies carry sizes; with `resume` also take them."""
     carry: Callable[[nn.Module], object] = carry_sizes
     if spec.resume:
-        from setpoint.checkpoint.resumable import resumable
-
-        carry = resumable
+        from setpoint.checkpoint.resumable import resumable as carry
     for module in (host.model, *host.copies):
         carry(module)
 
@@ -379,14 +364,8 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     sensor = check_run(spec.goal, budgets, spec.controller, inner).in_pattern(pattern)
     found, masking = weight_candidates(host, inputs.example, pattern, spec.groups, inputs.passes)
     spending = _spending(host, spec, found, spec.controller, sensor, inputs, Meter(), clock, check_resources)
-    return Parts(
-        sensor,
-        Guarded(spec.controller),
-        masking,
-        spending,
-        _header(host, found, spending),
-        {"pattern": str(pattern), **_facts(host, found, sensor, spec.controller)},
-    )
+    parts = _assembled(host, found, sensor, spec.controller, masking, spending)
+    return replace(parts, facts={"pattern": str(pattern), **parts.facts})
 
 
 def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
@@ -435,16 +414,9 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         return Regrowth(cutting, controller, spending, reserve_bytes, lasting=lasting)
 
     able = (conduct.regrow or conduct.yields) and sensor.traits.returns
-    at_once = able and conduct.regrow
-    return Parts(
-        sensor,
-        Guarded(controller),
-        revocable() if at_once else cutting,
-        spending,
-        _header(host, found, spending),
-        _facts(host, found, sensor, controller),
-        revocable if able and not at_once else None,
-    )
+    actuator = revocable() if able and conduct.regrow else cutting
+    parts = _assembled(host, found, sensor, controller, actuator, spending)
+    return replace(parts, revocable=revocable) if able and not conduct.regrow else parts
 
 
 def _usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:
@@ -501,16 +473,29 @@ def _spending(
         check_kind=check_kind,
         bill=spec.bill,
     )
-    spending.check_run(0, spec.total_steps, found.groups)
+    check_run(spending, 0, spec.total_steps, found.groups)
     return spending
 
 
-def _header(host: Host, found: Candidates, spending: Spending) -> Mapping[str, Any]:
-    """The head of the ledger."""
-    return {
+def _assembled(
+    host: Host,
+    found: Candidates,
+    sensor: Sensor[Any],
+    controller: Controller[Any],
+    actuator: Actuator,
+    spending: Spending,
+) -> Parts:
+    """The parts, with the head of the ledger, and what all ranks and a run that goes on with this one must share."""
+    dense = {name: spending.limits.dense_cost(name) for name in spending.costs}
+    header = {
         "groups": {group.name: {"num_units": group.num_units, "what": group.what} for group in found.groups},
         "frozen": dict(found.frozen),
-        **spending.header,
+        "dense": dense,
+        "limit": {b.resource: b.absolute(dense[b.resource]) for b in spending.budgets if b.per == "step"},
+        "limit_run": spending.limit_run,
+        "total_steps": spending.planned_steps,
+        "modelled": dict(found.sources),
+        "measured": dict(spending.meter.sources),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -520,14 +505,11 @@ def _header(host: Host, found: Candidates, spending: Spending) -> Mapping[str, A
         },
         **found.header,
     }
-
-
-def _facts(host: Host, found: Candidates, sensor: Sensor[Any], controller: Controller[Any]) -> Mapping[str, Any]:
-    """What must be the same on all ranks, and in a run that goes on with the state of another one."""
-    return {
+    facts = {
         "groups": widths_of(found.groups),
         "optimizers": [type(optimizer).__name__ for optimizer in host.optimizers],
         "copies": len(host.named_copies),
         "sensor": type(sensor).__name__,
         "controller": type(controller).__name__,
     }
+    return Parts(sensor, Guarded(controller), actuator, spending, header, facts)

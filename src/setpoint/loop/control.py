@@ -10,11 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from setpoint.actuator.actuator import Actuator, Origins
-from setpoint.checkpoint.plain import restored
 from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.errors import LoopError, RankError
 from setpoint.groups.follow import ByUnit, Change, check_follows, follow, fresh
@@ -25,10 +23,9 @@ from setpoint.loop.hooks import StepHooks, uninterrupted
 from setpoint.loop.losses import Losses
 from setpoint.messages import counted, warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
-from setpoint.spending.metrics import leading, metrics
+from setpoint.spending.metrics import LOG, log_decision, metrics
 from setpoint.spending.spending import Spending
 
-_LOG = logging.getLogger("setpoint")
 _FRESH_STEPS = 50  # that are sensed before a last decision is made again
 
 
@@ -70,14 +67,6 @@ class RunState:
             again=plan.again or self.again,
             gave_way=plan.gave_way or self.gave_way,
         )
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any], widths: Mapping[str, int]) -> RunState:
-        """The one that was saved as plain data, at these widths."""
-        by_unit = {name: np.zeros(width) for name, width in widths.items()}
-        like = cls(plan=None if state["plan"] is None else Plan(0, {}), saliency=by_unit, worth=by_unit)
-        found: RunState = restored(state, like, "the run's progress", torch.device("cpu"))
-        return found
 
 
 @final
@@ -164,7 +153,7 @@ class Control:
             self.sensor.forget(self.sensor_state)
 
     def release(self) -> None:
-        """Take off the model what the sensor reads through; what others change matters no more."""
+        """Take off the model what the sensor reads through."""
         self._hooks.unseen.stop()
         self.sensor.release(self.sensor_state)
 
@@ -194,17 +183,15 @@ class Control:
                 self.spending.read_joules(self.widths)
             self._begin_step()
         decided = len(self.ledger) > 0 and self.ledger[-1].step == self.step
-        if decided and self.host.ranks.own == 0 and _LOG.isEnabledFor(logging.INFO):
-            _log_decision(self.ledger[-1], self.metrics())
+        if decided and self.host.ranks.own == 0 and LOG.isEnabledFor(logging.INFO):
+            log_decision(self.ledger[-1], self.metrics())
         self.notify(self.ledger[-1] if decided else None)
 
     def notify(self, event: Any) -> None:
-        """Call the user's functions."""
         for callback in tuple(self._callbacks.values()):  # one may take another off
             callback(event)
 
     def _begin_step(self) -> None:
-        """The next step begins."""
         step, planned_steps = self.step, self.spending.planned_steps
         due = self.state.overdue or (step + 1 <= planned_steps and self.controller.due(step + 1, planned_steps))
         open_still = step <= planned_steps and not (self.state.budget_met or self.finished)
@@ -225,7 +212,7 @@ class Control:
         self._follow(self.actuator.before_decision())
 
     def _decide(self, due: bool) -> None:
-        """Read, decide, act, and record; after a bad reading, try again at the next step."""
+        """After a bad reading, try again at the next step."""
         # Set first: after an exception below the decision is still due at the next step.
         self.state = now = replace(self.state, overdue=True)
         self.end_visit()
@@ -301,7 +288,6 @@ class Control:
         return replace(reading, skipped_steps=reading.skipped_steps - before)
 
     def stop(self) -> None:
-        """Leave the model as it is; may be called again."""
         if self.host.ranks.count == 1:  # a rank that stops by itself must not wait for others to resize with it
             self.end_visit()
         self.release()
@@ -390,20 +376,3 @@ def _recorded(entry: Entry, plan: Plan, change: Change, seen: Observation, origi
         gain=gain,
         grown_worth={name: values.tolist() for name, values in plan.grow_worth.items() if name in grown},
     )
-
-
-def _log_decision(entry: Entry, known: Mapping[str, float]) -> None:
-    """Log a decision that changed the model or was the last one; `known` are the loop's metrics."""
-    resource = leading(known)
-    ratio = 100 * known.get(f"cost_ratio/{resource}", 1.0)
-    if entry.changed:
-        dropped = sum(map(len, entry.dropped.values())) + sum(entry.num_dropped.values())
-        grown = sum(map(len, entry.grown.values())) + sum(entry.num_grown.values())
-        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
-        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
-        price = known.get(f"price/{resource}", 0.0)
-        _LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", entry.step, moved, ratio, resource, price)
-    if known["budget_met"]:
-        what = "budget met" if f"limit/{resource}" in known else "done"
-        units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"
-        _LOG.info("step %d: %s at %.1f %% of dense %s, %s units are left", entry.step, what, ratio, resource, units)

@@ -29,10 +29,8 @@ lost, to come back with it.
 """
 
 
-def same_coordinates(
-    host: Host, groups: tuple[Group, ...], plan: Plan, reading: Reading, *, rest: bool
-) -> AbstractContextManager[None]:
-    """Units stay where they are: so it is with channels, heads and neurons."""
+def same_coordinates(*cut: object, rest: bool) -> AbstractContextManager[None]:
+    """Channels, heads and neurons stay where they are."""
     return nullcontext()
 
 
@@ -45,10 +43,7 @@ def changing(plan: Plan, groups: Iterable[Group]) -> list[Group]:
 
 @final
 class Cutting(Actuator):
-    """Removes units for good: weights, buffers, sizes and optimizer state. It changes with each cut.
-
-    It begins with groups at dense widths; `coordinates` are those in which a cut is made.
-    """
+    """Removes units for good: weights, buffers, sizes and optimizer state. It begins with groups at dense widths."""
 
     kind = "cutting"
     groups: tuple[Group, ...] = ()
@@ -82,8 +77,6 @@ class Cutting(Actuator):
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
         """Record groups and origins after units were cut, or were regrown elsewhere."""
         self.groups, self.origin = groups, dict(origin)
-
-    # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
         """Which units are active, and the sizes of all tensors; LoopError if these are not what the groups say."""

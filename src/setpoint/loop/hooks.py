@@ -24,9 +24,9 @@ Mark = tuple["weakref.ref[Tensor]", int] | None
 class StepHooks:
     """Watches optimizers through their own hooks; a step is done when each of them has stepped.
 
-    `before` is called ahead of the first optimizer's update, behind its closure if it has one, when all gradients are
-    expected to be ready, with what they are still multiplied by, or None; `after` when the last one has moved its
-    weights; `loading` with an optimizer and the state dict that it is about to load.
+    `before` is called ahead of the first optimizer's update, behind its closure if it has one, with what gradients are
+    still multiplied by, or None; `after` when the last one has moved its weights; `loading` with an optimizer and the
+    state dict that it is about to load.
 
     Under a GradScaler with several optimizers, call `scaler.unscale_` for all of them before the first steps: the scale
     of the others' gradients cannot be seen from there. A step in which the scaler skips any optimizer is not counted.
@@ -56,9 +56,8 @@ class StepHooks:
     @property
     def within_step(self) -> bool:
         """Whether some of the optimizers have stepped and others have yet to, with gradients that they can take."""
-        return bool(self._stepped) and any(
-            _gradients(optimizer) and not _overflowed(optimizer) for optimizer in self._left()
-        )
+        left = self._left() if self._stepped else []
+        return any(_gradients(optimizer) and not _overflowed(optimizer) for optimizer in left)
 
     def _left(self) -> list[Optimizer]:
         return [optimizer for number, optimizer in self._optimizers.items() if number not in self._stepped]
@@ -124,8 +123,8 @@ class StepHooks:
 
 
 def _not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, left out of what `torch.compile(optimizer.step)` traces; Dynamo is not imported for it."""
-    if "torch._dynamo" not in sys.modules:
+    """The hook, left out of what `torch.compile(optimizer.step)` traces."""
+    if "torch._dynamo" not in sys.modules:  # not imported for it
         return hook
     left_out: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return left_out
@@ -157,10 +156,7 @@ def _grad_scale(optimizer: Optimizer) -> Tensor | None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, the first SIGINT is kept until the end; a second one comes through at once, whatever it leaves behind.
-
-    Outside of the main thread, and where SIGINT is ignored or ends the process, nothing is changed.
-    """
+    """Inside, the first SIGINT is kept until the end; a second one comes through at once, whatever it leaves behind."""
     usual = signal.getsignal(signal.SIGINT)
     if not callable(usual) or threading.current_thread() is not threading.main_thread():
         yield

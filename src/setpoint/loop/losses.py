@@ -18,10 +18,7 @@ _MAX_FRESH = 4096  # losses that wait on their device before they are brought to
 
 
 class Losses:
-    """The losses that the user has reported, and the steps of the last two changes of the model.
-
-    Losses stay on their device until a decision is made; what lies before the change before last is forgotten.
-    """
+    """What the user has reported, and the steps of the last two changes of the model; what lies before is forgotten."""
 
     def __init__(self) -> None:
         self._last: dict[str, Tensor | float | None] = {"loss": None, "val": None}
@@ -70,7 +67,6 @@ class Losses:
         return self._last_change > 0 and (last <= self._last_change or step == last == self._last_change + 1)
 
     def _gather(self) -> None:
-        """Bring fresh losses to the host."""
         if not self._fresh:
             return
         steps, losses = zip(*self._fresh, strict=True)
@@ -91,7 +87,7 @@ class Losses:
         self._steps, self._losses = self._steps[recent], self._losses[recent]
 
     def known(self, step: int) -> dict[str, Any]:
-        """What a controller sees of it, by name of the observation's fields."""
+        """Fields of a controller's observation, by name."""
         self._gather()
         excess = None
         if self._cut is not None and self.watching:
@@ -100,7 +96,7 @@ class Losses:
         return {"loss": self.loss if self.watching else None, "val": self.val, "excess": excess}
 
     def complete(self, ledger: Ledger) -> None:
-        """Note in the ledger what the last change of the model did to the loss, once that has been observed."""
+        """Note what the last change of the model did to the loss, once that has been observed."""
         self._gather()
         after = self._steps > self._last_change
         if self._last_change and after.any():
@@ -132,8 +128,6 @@ class Losses:
         steps = [self._steps[before], self._shared + 1.0 + observed, self._steps[later]]
         losses = [self._losses[before], sums[observed] / counts[observed], self._losses[later]]
         self._steps, self._losses, self._shared = np.concatenate(steps), np.concatenate(losses), step
-
-    # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
         self._gather()

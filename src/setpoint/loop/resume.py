@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
+
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state
+from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError
 from setpoint.groups.group import widths_of
 from setpoint.ledger import Ledger
@@ -16,13 +20,11 @@ from setpoint.loop.losses import Losses
 from setpoint.spending.spending import Spending
 
 FORMAT = 2
-"""Version of the state's form, its entry "format"."""
-
+"""Version of the state's form."""
 AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
 
 
 def check_format(state: Mapping[str, Any]) -> None:
-    """Raise a CheckpointError for a state of another version."""
     if state["format"] != FORMAT:
         # Version 0.1 wrote format 1; models that it saved still load.
         then = "finish that run with setpoint==0.1.0" if state["format"] == 1 else "upgrade Setpoint"
@@ -65,12 +67,10 @@ def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Actuator | L
 
 
 def _facts(control: Control) -> dict[str, Any]:
-    """What must be the same in two runs of which one goes on with the other."""
     return {**control.facts, **control.spending.facts()}
 
 
 def state_of(control: Control) -> dict[str, Any]:
-    """All that a run remembers, in plain tensors, numbers and strings."""
     return {
         "format": FORMAT,
         "run": _facts(control),
@@ -110,7 +110,6 @@ def load_state(control: Control, state: Mapping[str, Any]) -> None:
 
 
 def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunState, Any]:
-    """What a state leads to; nothing is changed yet."""
     check_format(state)
     check_same_run(state["run"], _facts(control))
     for optimizer in control.host.optimizers:
@@ -126,4 +125,8 @@ def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunS
     controller_state = restored(state["controller"], fresh, "the controller's state", device)
     if state["rng_state"] is not None:
         restored(state["rng_state"], rng_state(), "the state of the random generators", device)
-    return actuator, RunState.of(state["now"], widths_of(groups)), controller_state
+    by_unit = {name: np.zeros(width) for name, width in widths_of(groups).items()}
+    plan = None if state["now"]["plan"] is None else Plan(0, {})
+    like = RunState(plan=plan, saliency=by_unit, worth=by_unit)
+    now = restored(state["now"], like, "the run's progress", torch.device("cpu"))
+    return actuator, now, controller_state

@@ -159,9 +159,8 @@ class Regrowth(Actuator):
     def _begin_visit(self, step: int) -> Change:
         """Let units visit, if there are any and a share of the FLOPs pays for them."""
         origins = self._affordable()
-        if not origins or _PROBES * self._extra_flops(origins) > self._spending.spare_flops(
-            step, widths_of(self.groups)
-        ):
+        run = self._spending.runs(step, widths_of(self.groups)).get("flops")
+        if not origins or (run is not None and _PROBES * self._extra_flops(origins) > run.spare()):
             return Change()
         visits = list[Visit]()
 

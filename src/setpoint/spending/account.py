@@ -30,28 +30,17 @@ class Watches:
     probing: Stopwatch = field(default_factory=Stopwatch)
 
     def seconds(self) -> dict[str, float]:
-        """By name, in this order."""
         return {name: watch.seconds for name, watch in vars(self).items()}
 
 
 class Account:
     """Counts every FLOP and second of a run, from the first ones, which went into attaching and verification.
 
-    Attributes:
-        running: seconds from the first step on.
-        step_flops: FLOPs of a step at the present widths.
-        run_j: joules of the run, as last read and as expected from there on.
-        step_j: joules that a step is expected to take.
+    `run_j` are the joules of the run, as last read and as expected from there on: `step_j` for each step.
     """
 
     def __init__(
-        self,
-        attach: Stopwatch,
-        steps: StepMeter,
-        *,
-        step_flops: float,
-        verification_flops: float,
-        sensing_flops: float = 0.0,
+        self, attach: Stopwatch, steps: StepMeter, *, step_flops: float, verification_flops: float, sensing_flops: float
     ) -> None:
         self.watch, self.steps, self.running = Watches(attach), steps, Stopwatch()
         self.train_flops = self.overhead_flops = verification_flops
@@ -68,12 +57,11 @@ class Account:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds since attach began."""
         return time.perf_counter() - self._began + self.watch.attach.seconds
 
     @property
     def run_seconds(self) -> float:
-        """Wall-clock seconds since attach began, up to the end of the last optimizer step."""
+        """From the beginning of attach up to the end of the last optimizer step."""
         return self.watch.attach.seconds_so_far + self.running.seconds
 
     @property
@@ -110,7 +98,6 @@ class Account:
         self._probed = True
 
     def stepped(self) -> None:
-        """Count one optimizer step at the present widths."""
         if self._probed:  # resting units made it longer than the model's own steps are
             self.watch.probing.seconds += self.steps.extra()
             self._probed = False
@@ -127,7 +114,6 @@ class Account:
         self._users_seconds = users
 
     def resized(self, step_flops: float) -> None:
-        """Begin a new segment: from here on a step has these FLOPs."""
         self._segments = self.segments()
         self.steps.clear()  # steps at the old widths say nothing of those to come
         self.step_flops = step_flops
@@ -139,7 +125,6 @@ class Account:
         return [*self._segments, Segment(num_steps, self.steps.seconds_per_step, self.overhead_seconds)]
 
     def seconds_since_entry(self) -> dict[str, float]:
-        """Setpoint's own seconds since the last call, by name."""
         seconds = self.watch.seconds()
         since = {name: value - self._noted.get(name, 0.0) for name, value in seconds.items() if name != "attach"}
         self._noted = seconds
@@ -157,10 +142,7 @@ class Account:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what was counted before.
-
-        The seconds of attaching again are added. Its FLOPs are not, so that no decision depends on an interruption.
-        """
+        """Add the seconds of attaching again, but not its FLOPs: no decision may depend on an interruption."""
         # A moment means nothing to another process: the clock is set back by what the run has taken.
         self._began = time.perf_counter() - float(state["seconds"])
         for name, watch in {**vars(self.watch), "running": self.running}.items():
@@ -175,13 +157,8 @@ class Account:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the run between two cuts.
-
-    Args:
-        seconds_per_step: median duration of a step, None if no step was timed.
-        overhead_seconds: Setpoint's own seconds from attach to the end of the segment.
-    """
+    """A stretch of the run between two cuts."""
 
     num_steps: int
-    seconds_per_step: float | None
-    overhead_seconds: float
+    seconds_per_step: float | None  # the median; None if no step was timed
+    overhead_seconds: float  # Setpoint's own from attach to the end of the segment

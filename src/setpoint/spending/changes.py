@@ -18,7 +18,7 @@ from setpoint.groups.example import Example
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import repeated, trace
 from setpoint.messages import counted, plain_number, warn
-from setpoint.spending.checks import check_budgets, check_reachable, split_bill
+from setpoint.spending.checks import check_budgets, check_reachable, check_run, split_bill
 from setpoint.spending.spending import Spending
 
 
@@ -49,7 +49,7 @@ def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], st
         lowest = cheapest(spending.costs[name], groups) * changed.limits.factor(name)
         present = changed.limits.expected(name, spending.dense_widths)
         check_reachable(budget, changed.limits.original.get(name, present), lowest)
-    changed.check_run(step, changed.planned_steps, groups)
+    check_run(changed, step, changed.planned_steps, groups)
     spending.hold(budgets, groups)
 
 
@@ -63,8 +63,8 @@ def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group
     total_steps = plain_number(total_steps)
     if type(total_steps) is not int or total_steps <= step:
         raise ValueError(f"total_steps must be an integer above the {counted(step, 'step')} done, got {total_steps!r}")
-    spending.check_run(step, total_steps, groups)
-    spending.set_length(total_steps)
+    check_run(spending, step, total_steps, groups)
+    spending.total_steps = total_steps
 
 
 def original_costs(

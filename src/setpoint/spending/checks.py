@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import IN_SECONDS, MILLISECONDS, Budget, Price, Tolerance, amount
 from setpoint.errors import BudgetError
+from setpoint.groups.group import Group, widths_of
 from setpoint.messages import warn
+from setpoint.spending.spending import Spending
 
 
 def check_budgets(goals: Any) -> tuple[Budget, ...]:
@@ -51,7 +54,7 @@ def check_reachable(budget: Budget, dense: float, lowest: float) -> None:
     """Refuse a budget that cannot be met or is in a wrong unit, given costs of the dense and of the narrowest model."""
     limit, resource = budget.absolute(dense), budget.resource
     if budget.per == "run":
-        return  # RunBudget.check knows what a run spends
+        return  # `check_run` knows what a run spends
     if limit < lowest:
         advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {resource}'"
         if lowest >= 0.99 * dense:
@@ -73,6 +76,17 @@ def check_reachable(budget: Budget, dense: float, lowest: float) -> None:
             f"the budget of {amount(limit, resource)} is above the {amount(dense, resource)} of the dense model, so "
             "nothing will be cut: ask for less than the dense model takes"
         )
+
+
+def check_run(spending: Spending, step: int, total_steps: int, groups: tuple[Group, ...]) -> None:
+    """Refuse budgets of the run that cannot be met from here, with these groups at their present widths."""
+    if spending.bill is not None:
+        spending.bill.check(spending.account)
+    widths = widths_of(groups)
+    spending.read_joules(widths)
+    for name, run in spending.runs(step, widths, total_steps).items():
+        cost = spending.costs[name]
+        run.check(run.present * cheapest(cost, groups) / cost.total(widths))
 
 
 def _percent(share: float, rounded: Callable[[float], float] = round) -> str:

@@ -14,19 +14,12 @@ from setpoint.groups.group import Group, widths_of
 
 @dataclass(frozen=True)
 class Correction:
-    """What is known of one resource by its readings.
+    """What is known of one resource by its readings."""
 
-    Args:
-        factor: cost as metered / as predicted.
-        dense: cost of the dense model, by the last reading of it.
-        doubts: readings in a row by which no cut can meet the budget.
-        asked: the limit that was asked for, where another is held since that one is out of reach.
-    """
-
-    factor: float
-    dense: float
-    doubts: int = 0
-    asked: float | None = None
+    factor: float  # cost as metered / as predicted
+    dense: float  # cost of the dense model, by the last reading of it
+    doubts: int = 0  # readings in a row by which no cut can meet the budget
+    asked: float | None = None  # the limit that was asked for, where another is held since that one is out of reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,23 +30,16 @@ class Limits:
     it sees that budget's cost; with several, the largest share of a limit that is spent (`JointCost`), held to 1.
 
     A fraction is one of the predicted dense cost until a meter has read the dense model, then of its last reading.
-
-    Args:
-        costs: by resource; always "flops" and "params".
-        groups: at dense widths.
-        resource: what is saved where there is no budget.
-        original: by resource, the cost of a step before an earlier run cut the model: a fraction is one of that.
-        per_step: limit of a step by resource of each budget, as it is held.
-        corrections: by resource that a meter has read.
     """
 
     budgets: tuple[Budget, ...]
-    costs: Mapping[str, Cost]
-    groups: tuple[Group, ...]
-    resource: str = "flops"
+    costs: Mapping[str, Cost]  # by resource; always "flops" and "params"
+    groups: tuple[Group, ...]  # at dense widths
+    resource: str = "flops"  # what is saved where there is no budget
+    # By resource, the cost of a step before an earlier run cut the model: a fraction is one of that.
     original: Mapping[str, float] = field(default_factory=dict)
-    per_step: Mapping[str, float] = field(default_factory=dict)
-    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    per_step: Mapping[str, float] = field(default_factory=dict)  # by resource of each budget, as it is held
+    corrections: Mapping[str, Correction] = field(default_factory=dict)  # by resource that a meter has read
 
     def held_to(self, budgets: Sequence[Budget]) -> Limits:
         """The limits of other budgets, by what meters have read so far; one per run has no limit of a step yet."""
@@ -71,14 +57,12 @@ class Limits:
 
     @property
     def narrowest(self) -> dict[str, int]:
-        """The fewest units by group."""
         return {group.name: lowest_width(group) for group in self.groups}
 
     # What the controller is given, and what its answers are for each budget.
 
     @property
     def cost(self) -> Cost:
-        """What the controller is to hold."""
         if len(self.budgets) > 1:
             return JointCost([Share(self.costs[name], m, self.factor(name)) for name, m in self.per_step.items()])
         return self.costs[self.budgets[0].resource if self.budgets else self.resource]
@@ -101,7 +85,6 @@ class Limits:
         return {name: values["joint"] * limit for name, limit in self.per_step.items()}
 
     def prices(self, values: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, float]:
-        """A plan's price by resource of each budget."""
         cost = self.cost
         if isinstance(cost, JointCost) and "joint" in values:
             return cost.prices(values["joint"], widths)
@@ -125,19 +108,16 @@ class Limits:
         return {**self.per_step, **replaced}
 
     def predicted(self, name: str) -> float:
-        """Dense cost of a resource without any reading."""
         return self.original[name] if name in self.original else self.costs[name].total(self.dense_widths)
 
     def dense_cost(self, name: str) -> float:
-        """Dense cost of a resource, by the last reading of the dense model where a meter has read it."""
+        """By the last reading of the dense model where a meter has read it."""
         return self.corrections[name].dense if name in self.corrections else self.predicted(name)
 
     def factor(self, name: str) -> float:
-        """Cost of a resource as metered / as predicted."""
         return self.corrections[name].factor if name in self.corrections else 1.0
 
     def expected(self, name: str, widths: Mapping[str, int]) -> float:
-        """Cost of a step at these widths, by all that is known."""
         return self.factor(name) * self.costs[name].total(widths)
 
     @property

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import torch
 
@@ -19,12 +18,6 @@ class Stopwatch:
 
     Without `synchronize` only the host's time is seen. With it each block first waits for work that a GPU was given
     earlier, which is not counted, and ends when its own is done.
-
-    >>> watch = Stopwatch()
-    >>> with watch:
-    ...     pass
-    >>> watch.seconds >= watch.last_seconds >= 0.0
-    True
     """
 
     def __init__(self, synchronize: bool = False) -> None:
@@ -33,13 +26,10 @@ class Stopwatch:
         self._started: float | None = None
 
     def __enter__(self) -> Stopwatch:
-        assert self._started is None, "a stopwatch measures one block at a time"
         self._started = _now(self._synchronize)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.lap()
         self._started = None
 
@@ -76,7 +66,6 @@ class StepMeter:
         self._synchronize = synchronize
 
     def begin(self) -> None:
-        """Mark the moment from which the next step counts."""
         self._began = _now(self._synchronize)
 
     def end(self) -> None:
@@ -92,13 +81,11 @@ class StepMeter:
         return 0.0 if began is None or usual is None else max(0.0, _now(self._synchronize) - began - usual)
 
     def clear(self) -> None:
-        """Forget everything: the steps from here on are of another kind."""
         self._intervals.clear()
         self._began = None
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median of the recent intervals in seconds, or None before the first."""
         return statistics.median_low(self._intervals) if self._intervals else None
 
     @property
@@ -128,17 +115,12 @@ class Readings:
     run_j: float | None = None
 
 
-_NOTHING = Readings()
-
-
 class Meter:
     """What is read of the user's steps between two cuts; it changes at every step.
 
     This one reads nothing: FLOPs and parameters are counted. `Metering` reads bytes, seconds and joules.
 
-    Attributes:
-        steps: seconds of a step.
-        watts: the power that the user has stated, where joules are this times seconds; else 0.
+    `watts` is the power that the user has stated, where joules are this times seconds; else 0.
     """
 
     def __init__(self, steps: StepMeter | None = None, watts: float = 0.0) -> None:
@@ -168,26 +150,22 @@ class Meter:
         """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
         return False
 
-    def stepped(self) -> None:
-        """An optimizer step is done."""
+    def stepped(self) -> None: ...
 
     def time_inference(self, widths: Mapping[str, int]) -> float:
         """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
         return 0.0
 
     def read(self) -> Readings:
-        """What has been read since the last cut."""
-        return _NOTHING
+        return Readings()
 
     def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
         """The limits by what is read at these widths, and the costs of a step that the controller learns of."""
         return limits, {}
 
-    def cut(self) -> None:
-        """The model has changed: forget."""
+    def cut(self) -> None: ...
 
-    def stop(self) -> None:
-        """End the watch of a step, if there is one."""
+    def stop(self) -> None: ...
 
     def state_dict(self) -> dict[str, float | None]:
         return {}

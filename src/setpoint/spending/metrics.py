@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from setpoint.controller.plan import Plan
 from setpoint.cost.budget import METERED, amount, of_dense
+from setpoint.ledger import Entry
 from setpoint.messages import counted
 from setpoint.spending.account import Segment
 from setpoint.spending.spending import Spending
+
+LOG = logging.getLogger("setpoint")
 
 
 def metrics(
@@ -66,6 +70,23 @@ def line(known: Mapping[str, float], *, finished: bool) -> str:
         *(["finished"] if finished else []),
     ]
     return f"<Loop: {', '.join(parts)}>"
+
+
+def log_decision(entry: Entry, known: Mapping[str, float]) -> None:
+    """Log a decision that changed the model or was the last one; `known` are the loop's metrics."""
+    resource = leading(known)
+    ratio = 100 * known.get(f"cost_ratio/{resource}", 1.0)
+    if entry.changed:
+        dropped = sum(map(len, entry.dropped.values())) + sum(entry.num_dropped.values())
+        grown = sum(map(len, entry.grown.values())) + sum(entry.num_grown.values())
+        parts = [f"{counted(dropped, 'unit')} dropped"] if dropped or not grown else []
+        moved = ", ".join(parts + ([f"{counted(grown, 'unit')} brought back"] if grown else []))
+        price = known.get(f"price/{resource}", 0.0)
+        LOG.info("step %d: %s, %.1f %% of dense %s, price %.3g", entry.step, moved, ratio, resource, price)
+    if known["budget_met"]:
+        what = "budget met" if f"limit/{resource}" in known else "done"
+        units = f"{known['units']:,.0f} of {known['dense_units']:,.0f}"
+        LOG.info("step %d: %s at %.1f %% of dense %s, %s units are left", entry.step, what, ratio, resource, units)
 
 
 def leading(known: Mapping[str, float]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from setpoint.controller.plan import Controller, Observation, Plan
-from setpoint.controller.selection import cheapest
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
@@ -28,15 +26,12 @@ class Spending:
     """What a run is held to, what it has spent, and what meters read of it. It changes at every step.
 
     Args:
-        limits: of a step; the groups are at dense widths.
         total_steps: as the user said it; a bill that is a fraction is one of a dense run of so many steps.
-        controller: it says when decisions are made, and what it spends on learning.
         modelled: by resource, what the cost was modelled by.
         check_kind: refuses budgets that a run of this kind cannot meet.
         bill: FLOPs of the whole run where there are budgets per step, too; it fixes the run's length.
 
     Attributes:
-        bill: with the length that follows from it.
         readings: of meters at the last decision, by resource.
     """
 
@@ -56,7 +51,7 @@ class Spending:
         self.limits, self.costs, self.dense_widths = limits, limits.costs, limits.dense_widths
         self.account, self.meter, self.schedule = account, meter, controller.conduct.schedule
         self.modelled, self.check_kind = modelled or {}, check_kind
-        self._controller, self._single_process, self._total_steps = controller, single_process, total_steps
+        self.total_steps, self._controller, self._single_process = total_steps, controller, single_process
         self.readings, self._warned = dict[str, float](), set[str]()
         self._known: Mapping[str, float] = {}  # what meters have told the controller of a step
         self.bill = None
@@ -69,12 +64,12 @@ class Spending:
     @property
     def planned_steps(self) -> int:
         """Decisions fall as in a run of so many steps."""
-        return self._total_steps if self.bill is None else self.bill.decisions_as
+        return self.total_steps if self.bill is None else self.bill.decisions_as
 
     @property
     def run_steps(self) -> int:
         """How many optimizer steps the run has: `planned_steps`, but with a bill what that pays for."""
-        return self._total_steps if self.bill is None else self.bill.length
+        return self.total_steps if self.bill is None else self.bill.length
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -86,25 +81,10 @@ class Spending:
         """What the controller is to hold."""
         return self.limits.cost
 
-    # What the run is held to; `changes` has it checked before it changes.
-
     def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
         self.limits = self.limits.held_to(budgets)
         if self.bill is not None:
             self.bill = self.bill.anew().decided(self.limits, self.account, groups, met=False)
-
-    def set_length(self, total_steps: int) -> None:
-        self._total_steps = total_steps
-
-    def check_run(self, step: int, total_steps: int, groups: tuple[Group, ...]) -> None:
-        """Refuse budgets of the run that cannot be met from here, with these groups at their present widths."""
-        if self.bill is not None:
-            self.bill.check(self.account)
-        widths = widths_of(groups)
-        self.read_joules(widths)
-        for name, run in self._runs(step, widths, total_steps).items():
-            cost = self.costs[name]
-            run.check(run.present * cheapest(cost, groups) / cost.total(widths))
 
     # What happens.
 
@@ -132,7 +112,7 @@ class Spending:
         self.meter.cut()
 
     def decided(self, groups: tuple[Group, ...], met: bool) -> None:
-        """A decision is made; none follows once the budgets per step are met."""
+        """After a decision; none follows once the budgets per step are met."""
         self.read_joules(widths_of(groups))
         if self.bill is not None:
             self.bill = self.bill.decided(self.limits, self.account, groups, met=met)
@@ -152,24 +132,11 @@ class Spending:
         return {
             "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
             "budgets": [(b.resource, float(b.limit), b.per, b.relative) for b in (*self.budgets, *bills)],
-            "total_steps": self._total_steps,
-        }
-
-    @property
-    def header(self) -> dict[str, Any]:
-        """The part of a ledger's header that is on spending."""
-        dense = {name: self.limits.dense_cost(name) for name in self.costs}
-        return {
-            "dense": dense,
-            "limit": {b.resource: b.absolute(dense[b.resource]) for b in self.budgets if b.per == "step"},
-            "limit_run": self.limit_run,
-            "total_steps": self.planned_steps,
-            "modelled": dict(self.modelled),
-            "measured": dict(self.meter.sources),
+            "total_steps": self.total_steps,
         }
 
     def observation(self, step: int, groups: tuple[Group, ...], reading: Reading | None, **others: Any) -> Observation:
-        """Everything that a controller sees at a decision; `others` are more of its fields, such as the loss."""
+        """What a controller sees at a decision; `others` are more of its fields, such as the loss."""
         widths = widths_of(groups)
         runs = self.replan(step, widths)
         return Observation(
@@ -232,7 +199,7 @@ class Spending:
     def replan(self, step: int, widths: Mapping[str, int]) -> dict[str, RunBudget]:
         """Find what budgets of the run leave for each step now; warn once of one that cannot be met."""
         self.read_joules(widths)
-        runs = self._runs(step, widths)
+        runs = self.runs(step, widths)
         for name, run in runs.items():
             if name not in self._warned and (missed := run.missed()):
                 self._warned.add(name)
@@ -251,12 +218,7 @@ class Spending:
             runs = self.replan(step, widths)
             return any(run.forecast(run.present) > run.limit for run in runs.values())
 
-    def spare_flops(self, step: int, widths: Mapping[str, int]) -> float:
-        """FLOPs that a budget of the run leaves for other things than steps, until the next decision."""
-        runs = self._runs(step, widths)
-        return runs["flops"].spare() if "flops" in runs else math.inf
-
-    def _runs(self, step: int, widths: Mapping[str, int], num_steps: int | None = None) -> dict[str, RunBudget]:
+    def runs(self, step: int, widths: Mapping[str, int], num_steps: int | None = None) -> dict[str, RunBudget]:
         """By resource of a run budget, that budget as it stands at this step of a run of `num_steps`."""
         if all(budget.per == "step" for budget in self.budgets):
             return {}
