@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -29,8 +28,7 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.integrations.session import Session
 
-_MODELS, _TRAINER = "transformers.modeling_utils", "transformers.trainer"
-_DIFFUSERS = "diffusers.models.modeling_utils"
+_TRANSFORMERS = "transformers"  # which integrations/transformers.py imports; here it is looked for when it is asked for
 
 
 def enable_checkpointing() -> None:
@@ -59,8 +57,8 @@ def enable_checkpointing() -> None:
 
 def enable_transformers() -> None:
     """Let folders and checkpoints of transformers carry the sizes of cut models; a second call changes nothing."""
-    model_class = import_module(_MODELS).PreTrainedModel
-    trainer_class = import_module(_TRAINER).Trainer
+    model_class = import_module(f"{_TRANSFORMERS}.modeling_utils").PreTrainedModel
+    trainer_class = import_module(f"{_TRANSFORMERS}.trainer").Trainer
     _replace_once(model_class, "save_pretrained", _save_with_sizes)
     _replace_once(model_class, "_load_pretrained_model", _load_for_transformers)
     _replace_once(trainer_class, "_load_from_checkpoint", _load_for_trainer)
@@ -69,7 +67,7 @@ def enable_transformers() -> None:
 
 def enable_diffusers() -> None:
     """The same for folders of diffusers' models."""
-    model_class = import_module(_DIFFUSERS).ModelMixin
+    model_class = import_module("diffusers.models.modeling_utils").ModelMixin
     _replace_once(model_class, "save_pretrained", _save_with_sizes)
     _replace_once(model_class, "_load_pretrained_model", _load_for_diffusers)
 
@@ -135,25 +133,22 @@ def _train(train: Callable[..., Any], self: Any, *args: Any, **settings: Any) ->
     callbacks = self.callback_handler.callbacks
     # First of all, so that what it adds to the logs is there when the others report them.
     callbacks.sort(key=lambda callback: not isinstance(callback, Session))
-    for session in callbacks:
-        if isinstance(session, Session):
-            session.prepare(callbacks=callbacks)
-            session.trainer = self
+    for session in (callback for callback in callbacks if isinstance(callback, Session)):
+        session.prepare(callbacks=callbacks)
+        session.trainer = self
     return train(self, *args, **settings)
 
 
-def _sizes_file(checkpoint_files: Any, load_config: Any) -> Path | None:
+def _sizes_file(files: Any, load_config: Any) -> Path | None:
     """`setpoint.json` of a folder, or of a model on the Hub; None if there is none."""
-    if checkpoint_files and (local := Path(checkpoint_files[0]).parent / SIZES_FILE).is_file():
-        return local
+    if not files or (local := Path(files[0]).parent / SIZES_FILE).is_file():
+        return local if files else None
     name = load_config.pretrained_model_name_or_path
-    if name is None or not checkpoint_files or Path(str(name)).exists():
+    if name is None or Path(str(name)).exists():
         return None
     # On the Hub only the files that transformers knows of are downloaded with the weights.
-    cached_file = sys.modules["transformers.utils"].cached_file
-    found = cached_file(
-        name, SIZES_FILE, _raise_exceptions_for_missing_entries=False, **(load_config.download_kwargs or {})
-    )
+    options = {"_raise_exceptions_for_missing_entries": False, **(load_config.download_kwargs or {})}
+    found = import_module(f"{_TRANSFORMERS}.utils").cached_file(name, SIZES_FILE, **options)
     return None if found is None else Path(found)
 
 

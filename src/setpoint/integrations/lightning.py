@@ -1,9 +1,4 @@
-"""Lightning: a callback that prunes what a Trainer trains. Fabric needs none: `attach` takes what it has set up.
-
->>> callback = SetpointCallback(0.5)  # lightning.Trainer(max_epochs=10, callbacks=[callback])
->>> callback.budget, callback.summary
-(0.5, None)
-"""
+"""Lightning: a callback that prunes what a Trainer trains. Fabric needs none: `attach` takes what it has set up."""
 
 from __future__ import annotations
 
@@ -19,13 +14,8 @@ from setpoint.integrations.session import Session
 
 try:
     from lightning.pytorch.callbacks import Callback
-except ImportError:  # the same package under its older name
-    try:
-        from pytorch_lightning.callbacks import Callback
-    except ImportError as error:
-        raise ImportError(
-            "setpoint.integrations.lightning needs Lightning: pip install 'setpoint[lightning]'"
-        ) from error
+except ImportError:
+    from pytorch_lightning.callbacks import Callback  # the same package under its older name
 
 
 class SetpointCallback(Session, Callback):  # type: ignore[misc]
@@ -47,6 +37,8 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
     Raises:
         LoopError: when training begins, if the callback was given twice or the number of steps is not known; and what
             `attach` raises.
+
+    >>> callback = SetpointCallback(0.5)  # lightning.Trainer(max_epochs=10, callbacks=[callback])
     """
 
     def __init__(self, budget: Any, *, module: str = "", monitor: str | None = None, **settings: Any) -> None:
@@ -94,8 +86,7 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if "current_model_state" in checkpoint:  # `WeightAveraging` has left the sizes out of the averaged weights
-            for average in _averages(trainer):
-                state = average.state_dict()
+            for state in (average.state_dict() for average in _averages(trainer)):
                 if state.keys() == checkpoint["state_dict"].keys():
                     checkpoint["state_dict"] = state
 
@@ -103,17 +94,16 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
         self.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        savers = trainer.checkpoint_callbacks
-        saves = (getattr(one, "save_on_exception", type(one).__name__ == "OnExceptionCheckpoint") for one in savers)
-        if not any(saves):  # a checkpoint that is yet to be saved needs the loop's state
-            self.stop()
+        for saver in trainer.checkpoint_callbacks:  # a checkpoint that is yet to be saved needs the loop's state
+            if getattr(saver, "save_on_exception", type(saver).__name__ == "OnExceptionCheckpoint"):
+                return
+        self.stop()
 
 
 def _averages(trainer: Any) -> list[nn.Module]:
     """Averaged copies of the model that callbacks keep."""
     kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
-    found = [average for average in kept if average is not None]
-    return [average.module if isinstance(average, AveragedModel) else average for average in found]
+    return [each.module if isinstance(each, AveragedModel) else each for each in kept if each is not None]
 
 
 def _epochs(trainer: Any) -> int:

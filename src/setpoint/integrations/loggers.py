@@ -13,7 +13,7 @@ from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Event, Summary
 from setpoint.messages import a_type
 
-LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
+_LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
 """What they are called, by the name of the package."""
 
 
@@ -44,7 +44,7 @@ def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") ->
         raise LoopError("the run is finished, so that nothing is to come: call log_to before loop.finish()")
     if isinstance(to, os.PathLike) or isinstance(to, str) and to.endswith(".jsonl"):
         return loop.on_step(_ledger_writer(loop, Path(to), begun=begun))
-    return loop.on_step(_Logging(loop, to, every, prefix))
+    return loop.on_step(_metrics_writer(loop, to, every, prefix))
 
 
 def _ledger_writer(loop: Loop, path: Path, *, begun: bool) -> Callable[[Event], None]:
@@ -59,6 +59,37 @@ def _ledger_writer(loop: Loop, path: Path, *, begun: bool) -> Callable[[Event], 
 
     if begun and loop.host.ranks.own == 0:
         loop.ledger.save(path)
+    return write
+
+
+def _metrics_writer(loop: Loop, to: Any, every: int, prefix: str) -> Callable[[Event], None]:
+    """What writes a loop's metrics to a logger, which is made when there is something to write, on the first rank."""
+    named = isinstance(to, str)
+    if not (to in _LOGGERS if named else any(_has(to, name) for name in ("add_scalar", "log", "log_metrics"))):
+        what = repr(to) if isinstance(to, (str, int, float, type(None))) else a_type(to)
+        raise UsageError(
+            f"log_to cannot log to {what}: give a SummaryWriter, a wandb or trackio run, the module mlflow, one of the "
+            f"names {', '.join(map(repr, _LOGGERS))}, or the path of a file that ends in .jsonl"
+        )
+    open_logger: Callable[[], Any] = _opener(to) if named else lambda: to
+    logger: Any = None
+    logged: int | None = None
+
+    def write(event: Event) -> None:
+        nonlocal logger, logged
+        if loop.host.ranks.own:
+            return
+        if loop.step != logged and (event is not None or loop.step % every == 0):
+            if logged is None:
+                logger = open_logger()
+                if _is_wandb(logger):  # an axis of its own, as W&B's steps are not the loop's
+                    logger.define_metric(f"{prefix}step")
+                    logger.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
+            _write(logger, {f"{prefix}{name}": value for name, value in loop.metrics().items()}, loop.step)
+            logged = loop.step
+        if isinstance(event, Summary) and named and _has(logger, "add_scalar"):
+            logger.close()  # nobody else has it at hand
+
     return write
 
 
@@ -82,7 +113,7 @@ def _opener(name: str) -> Callable[[], Any]:
 
         return lambda: mlflow
     except ImportError as error:
-        raise ModuleNotFoundError(f"{LOGGERS[name]} is not installed: pip install {name}", name=name) from error
+        raise ModuleNotFoundError(f"{_LOGGERS[name]} is not installed: pip install {name}", name=name) from error
 
 
 def _has(to: Any, method: str) -> bool:
@@ -105,36 +136,3 @@ def _write(to: Any, metrics: Mapping[str, float], step: int) -> None:
         to.log(dict(metrics))  # without step=: W&B drops rows that lie behind, and the script counts its own
     else:
         to.log(dict(metrics), step=step)
-
-
-class _Logging:
-    """Writes a loop's metrics to a logger, which is made when there is something to write, on the rank that does."""
-
-    def __init__(self, loop: Loop, to: Any, every: int, prefix: str) -> None:
-        self._named = isinstance(to, str)
-        known = to in LOGGERS if self._named else any(_has(to, name) for name in ("add_scalar", "log", "log_metrics"))
-        if not known:
-            what = repr(to) if isinstance(to, (str, int, float, type(None))) else a_type(to)
-            raise UsageError(
-                f"log_to cannot log to {what}: give a SummaryWriter, a wandb or trackio run, the module mlflow, one of "
-                f"the names {', '.join(map(repr, LOGGERS))}, or the path of a file that ends in .jsonl"
-            )
-        self._loop, self._every, self._prefix = loop, every, prefix
-        self._open: Callable[[], Any] = _opener(to) if self._named else lambda: to
-        self._to: Any = None
-        self._logged: int | None = None
-
-    def __call__(self, event: Event) -> None:
-        loop, prefix = self._loop, self._prefix
-        if loop.host.ranks.own:
-            return
-        if loop.step != self._logged and (event is not None or loop.step % self._every == 0):
-            if self._logged is None:
-                self._to = self._open()
-                if _is_wandb(self._to):  # an axis of its own, as W&B's steps are not the loop's
-                    self._to.define_metric(f"{prefix}step")
-                    self._to.define_metric(f"{prefix}*", step_metric=f"{prefix}step")
-            _write(self._to, {f"{prefix}{name}": value for name, value in loop.metrics().items()}, loop.step)
-            self._logged = loop.step
-        if isinstance(event, Summary) and self._named and _has(self._to, "add_scalar"):
-            self._to.close()  # nobody else has it at hand

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+from timm.models import adapt_model_from_string
 from torch import nn
 
 from setpoint.actuator.model_shapes import ModelShapes
@@ -14,11 +15,6 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.sizes_in_code.place import is_call
 from setpoint.messages import a_type
-
-try:
-    from timm.models import adapt_model_from_string
-except ImportError as error:
-    raise ImportError("setpoint.integrations.timm needs timm: pip install timm") from error
 
 
 def shape_string(model: nn.Module) -> str:
@@ -48,10 +44,10 @@ def shape_string(model: nn.Module) -> str:
             shapes[f"{name}.weight"][1] //= times
     string = "***".join(f"{name}:[{', '.join(map(str, shape))}]" for name, shape in shapes.items())
     for name, why in _unlike(model, string):
-        kind = type(model.get_submodule(name)).__name__
+        what = f"{name or 'the model'!r}, {a_type(model.get_submodule(name))}"
         raise CheckpointError(
-            f"timm's string of shapes cannot describe {name or 'the model'!r}, a {kind}: {why}. Use "
-            "setpoint.save, or setpoint.bake for a pickle that needs no Setpoint"
+            f"timm's string of shapes cannot describe {what}: {why}. Use setpoint.save, or setpoint.bake for a pickle "
+            "that needs no Setpoint"
         )
     return string
 

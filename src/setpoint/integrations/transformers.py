@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Trainer, TrainerCallback
+
 from setpoint.cost.budget import Tolerance
 from setpoint.integrations.checkpointing import enable_transformers
 from setpoint.integrations.session import Session
 from setpoint.integrations.taught import Taught
 from setpoint.messages import warn
-
-try:
-    from transformers import Trainer, TrainerCallback
-except ImportError as error:
-    raise ImportError("setpoint.integrations.transformers needs transformers: pip install transformers") from error
 
 _LOGGED = ("setpoint/budget_met", "setpoint/units", "setpoint/overhead_flops_ratio", "setpoint/cost_ratio/")
 
@@ -34,9 +31,7 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
             is the length of the dense run that a share of the bill is one of, by default `max_steps`: the Trainer stops
             when the bill is spent, so give it more.
 
-    >>> callback = SetpointCallback(0.5)
-    >>> callback.loop is None, callback.summary is None
-    (True, True)
+    >>> callback = SetpointCallback(0.5)  # Trainer(model, args, train_dataset=data, callbacks=[callback])
     """
 
     def __init__(self, budget: Any = 0.5, *, best_within_budget: bool = False, **settings: Any) -> None:

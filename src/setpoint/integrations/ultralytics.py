@@ -17,8 +17,6 @@ from setpoint.integrations.session import Session
 from setpoint.ledger import Entry
 from setpoint.loop.summary import Event
 
-_EVENTS = ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown")
-
 
 class Pruning(Session):
     """Prunes a model of ultralytics while its trainer trains it; the object changes with each run."""
@@ -80,10 +78,9 @@ def add(model: Any, budget: Any, **settings: Any) -> Pruning:
         LoopError: if pruning was added to the model before.
     """
     pruning = Pruning(budget, **settings)
-    for event in _EVENTS:
-        if any(isinstance(getattr(callback, "__self__", None), Pruning) for callback in model.callbacks[event]):
-            raise LoopError("this model is pruned already: give one budget, or several in one, to one call of add")
-    for event in _EVENTS:
+    if any(isinstance(getattr(callback, "__self__", None), Pruning) for callback in model.callbacks["on_train_start"]):
+        raise LoopError("this model is pruned already: give one budget, or several in one, to one call of add")
+    for event in ("on_pretrain_routine_start", "on_train_start", "on_train_end", "teardown"):
         model.add_callback(event, getattr(pruning, event))
     return pruning
 
@@ -105,14 +102,7 @@ def _renew(trainer: Any, event: Event = None) -> None:
 
 
 def _total_steps(trainer: Any) -> int | None:
-    """Optimizer steps of a run, None where the clock ends it; warming up, the trainer gathers fewer batches for each.
-
-    >>> from types import SimpleNamespace
-    >>> args = SimpleNamespace(time=None, warmup_epochs=1.0)
-    >>> trainer = SimpleNamespace(args=args, epochs=4, train_loader=range(8), accumulate=4)
-    >>> _total_steps(trainer)  # after batches 0, 1, 3, 6, 10, 14, 18, 22, 26 and 30
-    10
-    """
+    """Optimizer steps of a run, None where the clock ends it; while it warms up, fewer batches make a step."""
     if trainer.args.time:
         return None
     batches, epochs, accumulate = len(trainer.train_loader), trainer.epochs, trainer.accumulate
