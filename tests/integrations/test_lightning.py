@@ -107,10 +107,10 @@ def data() -> DataLoader[Any]:
     return DataLoader(Points(BATCHES * 8), batch_size=8)
 
 
-def trainer(tmp_path: Path, *callbacks: Any, **settings: Any) -> Trainer:
+def trainer(tmp_path: Path, *callbacks: Any, kind: Any = Trainer, **settings: Any) -> Any:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     settings = {"max_epochs": EPOCHS, "enable_checkpointing": False, "default_root_dir": tmp_path, **quiet, **settings}
-    return Trainer(callbacks=list(callbacks), **settings)
+    return kind(callbacks=list(callbacks), **settings)
 
 
 def fitted(tmp_path: Path, model: LightningModule, *callbacks: Any, **settings: Any) -> SetpointCallback:
@@ -271,15 +271,21 @@ def test_the_moving_average_is_right(tmp_path: Path, first: bool) -> None:
         torch.testing.assert_close(row, average)
 
 
-def test_stochastic_weight_averaging_is_right(tmp_path: Path) -> None:
-    """Claim: the same for its mean over epochs; its epoch for batch norm, without any step, is not counted."""
+def test_stochastic_weight_averaging_is_right_and_goes_on(tmp_path: Path) -> None:
+    """Claim: the same for its mean over epochs; its epoch for batch norm, without any step, is not counted; and though
+    it loads its average with its own state, a run goes on bit for bit.
+    """
     model, callback = Classifier(norm=True), SetpointCallback(0.5)
     watch, averaging = Watch(callback), StochasticWeightAveraging(1e-2, swa_epoch_start=3)
-    fitted(tmp_path, model, callback, averaging, watch)
+    fitted(tmp_path, model, callback, averaging, watch, Save(tmp_path))
     assert callback.loop is not None and callback.loop.total_steps == callback.loop.step == STEPS
     for unit, row in watch.rows(model).items():
         history = [rows[unit] for rows in watch.epochs[2:EPOCHS]]
         torch.testing.assert_close(row, torch.stack(history).mean(0))
+    again, other = Classifier(norm=True), SetpointCallback(0.5)
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=3)
+    fitted(tmp_path, again, other, averaging, ckpt_path=tmp_path / "3.ckpt")
+    assert same(list(outcome(again, other)), list(outcome(model, callback)))
 
 
 @pytest.mark.parametrize("averaged", [False, True], ids=["plain", "averaged"])
@@ -297,16 +303,6 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, averaged: bool) -> None:
         fitted(tmp_path, again, other, *([EMAWeightAveraging(decay=0.9)] if averaged else []), ckpt_path=path)
         assert same(list(outcome(again, other)), list(outcome(model, callback)))
     assert sum(each.numel() for each in mlp().parameters()) == sizes[0] > sizes[1] > sizes[2]
-
-
-def test_averages_over_epochs_go_on(tmp_path: Path) -> None:
-    """Claim: `StochasticWeightAveraging`, which loads its average with its own state, goes on bit for bit, too."""
-    model, callback = Classifier(), SetpointCallback(0.5)
-    fitted(tmp_path, model, callback, Save(tmp_path), StochasticWeightAveraging(1e-2, swa_epoch_start=3))
-    again, other = Classifier(), SetpointCallback(0.5)
-    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=3)
-    fitted(tmp_path, again, other, swa, ckpt_path=tmp_path / "3.ckpt")
-    assert same(list(outcome(again, other)), list(outcome(model, callback)))
 
 
 @pytest.mark.filterwarnings("ignore:.*loading a checkpoint outside the 'fit' stage")
@@ -340,12 +336,9 @@ def test_the_best_model_is_found_again(tmp_path: Path, averaged: bool, monkeypat
 
 def test_on_several_devices_the_wrapper_is_given(tmp_path: Path) -> None:
     """Claim: with DDP, where `training_step` comes through the wrapper's forward, what it calls is pruned."""
-    model, callback = Coder(), SetpointCallback(0.5)
-    fitted(tmp_path, model, callback, strategy="ddp", devices=1)
-    assert callback.loop is not None and "encoder.0" in callback.loop.widths
-    other, callback = Classifier(), SetpointCallback(0.5)
-    fitted(tmp_path, other, callback, strategy="ddp", devices=1)
-    assert set(callback.loop.widths) == {"net.0", "net.2"}
+    for model, widths in ((Coder(), {"encoder.0", "decoder.0", "decoder.2"}), (Classifier(), {"net.0", "net.2"})):
+        callback = fitted(tmp_path, model, SetpointCallback(0.5), strategy="ddp", devices=1)
+        assert callback.loop is not None and set(callback.loop.widths) == widths
 
 
 @pytest.mark.slow
@@ -433,17 +426,13 @@ def test_the_other_name_of_the_package(tmp_path: Path) -> None:
             super().__init__()
             self.net = mlp()
 
-        training_step, configure_optimizers = Coder.training_step, Coder.configure_optimizers
-        criterion, encoder = nn.CrossEntropyLoss(), nn.Identity()
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-        @property
-        def decoder(self) -> nn.Module:
-            return self.net
+        configure_optimizers = Coder.configure_optimizers
 
     callback = SetpointCallback(0.5)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    run = other.Trainer(callbacks=[callback], max_epochs=EPOCHS, enable_checkpointing=False, **quiet)
-    run.fit(Model(), data())
+    trainer(tmp_path, callback, kind=other.Trainer).fit(Model(), data())
     assert callback.summary is not None and callback.summary.budget_met
 
 

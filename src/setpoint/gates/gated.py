@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -44,16 +44,13 @@ class GateNet:
         """A network that adds nothing yet to the first feature; it draws from a generator of its own."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         weights: list[Tensor] = []
+        plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the user's defaults are
         for fan_in in (num_features, hidden):
-            matrix = torch.randn(hidden, fan_in, generator=generator, dtype=torch.float32, device="cpu")
-            weights += [matrix / fan_in**0.5, torch.zeros(hidden, dtype=torch.float32, device="cpu")]
-        weights += [torch.zeros(size, dtype=torch.float32, device="cpu") for size in ((1, hidden), (1,))]
+            matrix = torch.randn(hidden, fan_in, generator=generator, **plain)
+            weights += [matrix / fan_in**0.5, torch.zeros(hidden, **plain)]
+        weights += [torch.zeros(1, hidden, **plain), torch.zeros(1, **plain)]
         zeros = tuple(torch.zeros_like(weight) for weight in weights)
         return cls(tuple(weights), zeros, zeros)
-
-    @property
-    def num_weights(self) -> int:
-        return sum(weight.numel() for weight in self.weights)
 
     def logits(self, features: Float[Tensor, "units features"]) -> Float[Tensor, " units"]:
         """Logit of each unit's gate, within +-30, in float32 whatever mode the user's training is in."""
@@ -166,7 +163,7 @@ class GatedController(Controller[GatedState]):
 
     @property
     def num_weights(self) -> int:
-        return GateNet.fresh(_FEATURES, self.hidden, self.seed).num_weights
+        return self.hidden * (_FEATURES + self.hidden + 3) + 1
 
     @property
     def conduct(self) -> Conduct:
@@ -241,10 +238,11 @@ def _units(
         saving = max(cost.saving(observation.widths, group.name, block) / block, _TINY * dense)
         saliency, earns = reading.saliency[group.name], price * saving
         slope = reading.slope.get(group.name, np.zeros(width))
+        norms = np.log(reading.norm.get(group.name, np.ones(width)) + _TINY)
         columns = (
             np.log((saliency + _TINY * earns) / earns),
             slope / np.sqrt(2.0 * saliency + _TINY),
-            _standard(np.log(reading.norm.get(group.name, np.ones(width)) + _TINY)),
+            (norms - norms.mean()) / max(float(norms.std()), 1e-6),
             np.log(saving * width / dense + _TINY),
             place / max(1, len(groups) - 1),
             float(group.what == "channel"),
@@ -261,12 +259,6 @@ def _units(
     features = np.clip(np.concatenate(rows), -_FARTHEST, _FARTHEST)
     slope, curvature = np.concatenate(slopes), np.concatenate(curvatures)
     return _tensor(features), _tensor(slope), _tensor(curvature), np.concatenate(costs)
-
-
-def _standard(values: Float64[np.ndarray, " units"]) -> Float64[np.ndarray, " units"]:
-    """Values less their mean, in standard deviations; 0 where all are alike."""
-    standard: Float64[np.ndarray, " units"] = (values - values.mean()) / max(float(values.std()), 1e-6)
-    return standard
 
 
 def _tensor(values: Float64[np.ndarray, " ..."]) -> Tensor:

@@ -172,9 +172,6 @@ class WeightFlops:
         terms = (Term(flops / self.sizes[name], (_active(name),)) for name, flops in self.step.items())
         return ProductCost("flops", (fixed, *terms))
 
-    def at(self, widths: Mapping[str, int]) -> float:
-        return self.cost().total(widths)
-
     def dense_gradients(self, widths: Mapping[str, int]) -> float:
         """FLOPs on top of a step that also computes the gradients of weights that are not active."""
         return sum(flops * (1.0 - widths[name] / self.sizes[name]) for name, flops in self.forward.items())

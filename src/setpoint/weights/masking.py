@@ -257,7 +257,7 @@ class Masks(Actuator):
             mask_weights(own, None, {name: mask.to(own[name].device) for name, mask in held.items()})
         self._resting, self._settled = {}, frozenset()
         groups = self._groups(masks)
-        self._step_flops = self._flops.at(widths_of(groups))
+        self._step_flops = self._flops.cost().total(widths_of(groups))
         return groups
 
     def stop(self) -> None:
@@ -297,7 +297,7 @@ class Masks(Actuator):
         return {
             "dense_flops": self._flops.total,
             "final_flops": self._flops.total,
-            "theoretical_flops": self._flops.at(widths_of(self.groups)),
+            "theoretical_flops": self._flops.cost().total(widths_of(self.groups)),
             "theoretical_train_flops": self.train_flops,
             "dropped_units": sum(int((times > 0).sum()) for times in self._num_dropped.values()),
             # A weight that is masked now has come back once less than it was dropped.
