@@ -403,7 +403,6 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
-    cutting = Cutting(host, found.groups, coordinates)
     spending = _spending(host, spec, found, controller, sensor, inputs, meter, clock)
 
     def revocable() -> Actuator:
@@ -411,10 +410,10 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
 
         reserve_bytes = (spec.regrowing or Regrowing()).reserve_bytes
         lasting = conduct.regrow and not isinstance(spec.goal, Tolerance)
-        return Regrowth(cutting, controller, spending, reserve_bytes, lasting=lasting)
+        return Regrowth(host, found.groups, coordinates, controller, spending, reserve_bytes, lasting=lasting)
 
     able = (conduct.regrow or conduct.yields) and sensor.traits.returns
-    actuator = revocable() if able and conduct.regrow else cutting
+    actuator = revocable() if able and conduct.regrow else Cutting(host, found.groups, coordinates)
     parts = _assembled(host, found, sensor, controller, actuator, spending)
     return replace(parts, revocable=revocable) if able and not conduct.regrow else parts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ def changing(plan: Plan, groups: Iterable[Group]) -> list[Group]:
     return [group for group in groups if group.name in lose | gain]
 
 
-@final
 class Cutting(Actuator):
     """Removes units for good: weights, buffers, sizes and optimizer state. It begins with groups at dense widths."""
 

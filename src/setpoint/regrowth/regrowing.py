@@ -16,16 +16,17 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from setpoint.actuator.actuator import Actuator, Origins
 from setpoint.actuator.cut import cut_groups
 from setpoint.actuator.shrink import shrink_live
 from setpoint.checkpoint.plain import plain, restored
 from setpoint.controller.offer import Probe
 from setpoint.controller.plan import Controller, Plan
+from setpoint.distributed import Ranks
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.loop.cutting import Cutting, changing
+from setpoint.host.host import Host
+from setpoint.loop.cutting import Coordinates, Cutting, changing
 from setpoint.messages import counted, plain_fields, warn
 from setpoint.regrowth.reserve import Key, Reserve, Units, held, regrow
 from setpoint.regrowth.visit import Arrived, Visit, silence
@@ -76,8 +77,8 @@ class Regrowing:
 
 
 @final
-class Regrowth(Actuator):
-    """Cuts like `Cutting`; what goes rests in a reserve, visits and may come back. It changes at every step.
+class Regrowth(Cutting):
+    """Cuts; what goes rests in a reserve, visits and may come back. It changes at every step.
 
     Units rest until they are let go, or, if not `lasting`, those of the last cut only, should the loss ask for them.
     While units visit they are active units like others, for the sensor, for optimizers and for a checkpoint; the
@@ -88,30 +89,23 @@ class Regrowth(Actuator):
 
     def __init__(
         self,
-        cutting: Cutting,
+        host: Host,
+        groups: tuple[Group, ...],
+        coordinates: Coordinates,
         controller: Controller[Any],
         spending: Spending,
         reserve_bytes: int | None,
         *,
         lasting: bool,
     ) -> None:
-        host = cutting.host
-        self.reserve = Reserve.of(host.model, cutting.dense, reserve_bytes, host.mesh)
-        self.lasting, self._brings_back = lasting, controller.conduct.regrow
-        self._cutting, self._controller, self._spending = cutting, controller, spending
-        self._host, self._model, self._optimizers = host, host.model, host.optimizers
+        super().__init__(host, groups, coordinates)
+        sharers = Ranks() if host.mesh is None else host.ranks
+        self.reserve = Reserve.of(host.model, groups, reserve_bytes, sharers)
+        self.lasting, self._controller, self._spending = lasting, controller, spending
         self._decisions = self._last_rest = self._turn = 0
         self._visit: Visit | None = None
         self._gains: list[dict[str, Float64[np.ndarray, " _units"]]] = []  # by visited step, NaN for all who were away
         self._snapshots: dict[str, dict[Key, Tensor]] = {}  # by group, a layer's tensors before the last cut turned it
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return self._cutting.groups
-
-    @property
-    def origin(self) -> Origins:
-        return self._cutting.origin
 
     # Visits.
 
@@ -120,7 +114,7 @@ class Regrowth(Actuator):
         if self._visit is None:
             return
         with self._spending.account.watch.probing:
-            gains = self._visit.gains(self._model, grad_scale)
+            gains = self._visit.gains(self.host.model, grad_scale)
             if gains is not None:
                 seen = {name: np.full(len(self.reserve.active[name]), np.nan) for name in gains}
                 for name, values in gains.items():
@@ -136,7 +130,7 @@ class Regrowth(Actuator):
             change = self.before_decision()
         elif self._visit is None and wanted and not spending.meter.peak_wanted:
             change = self._begin_visit(step)
-        if not self._brings_back:
+        if not self._controller.conduct.regrow:
             return change, due
         # The memory of a step with visitors is not the model's own: the last one before them is watched.
         later = step + 1 <= spending.planned_steps and self._controller.probe_due(step + 1, spending.planned_steps)
@@ -144,33 +138,33 @@ class Regrowth(Actuator):
 
     def before_decision(self) -> Change:
         """Shrink visitors away; they rest as they did before."""
-        visit, host = self._visit, self._host
+        visit, host = self._visit, self.host
         if visit is None:
             return Change()
         keep = {name: ~np.isin(self.origin[name], units) for name, units in visit.origins.items()}
         some = [group for group in self.groups if group.name in keep]
         with self._spending.account.watch.probing:
             with host.resizable("the end of a probe", some) as agreed:
-                groups = shrink_live(self._model, self._optimizers, self.groups, keep, host.copies, agreed=agreed)
+                groups = shrink_live(host.model, host.optimizers, self.groups, keep, host.copies, agreed=agreed)
             self._take_over(groups, self.reserve)
         self._visit = None  # only now: where the resize fails, they are still there
         return Change(keep=keep)
 
     def _begin_visit(self, step: int) -> Change:
         """Let units visit, if there are any and a share of the FLOPs pays for them."""
-        origins = self._affordable()
-        run = self._spending.runs(step, widths_of(self.groups)).get("flops")
+        origins, spending = self._affordable(), self._spending
+        run = spending.runs(step, widths_of(self.groups)).get("flops")
         if not origins or (run is not None and _PROBES * self._extra_flops(origins) > run.spare()):
             return Change()
         visits = list[Visit]()
 
         def begin(larger: tuple[Group, ...], arrived: Arrived) -> None:
             # While visitors still have the outgoing weights that they rested with: gains are read along these.
-            visits.append(Visit.of(self._model, larger, arrived, origins))
+            visits.append(Visit.of(self.host.model, larger, arrived, origins))
             self._silence(larger, arrived)
 
         some = [group for group in self.groups if group.name in origins]
-        with self._spending.account.watch.probing, self._host.resizable("a probe", some) as agreed:
+        with spending.account.watch.probing, self.host.resizable("a probe", some) as agreed:
             # The reserve that comes of it lacks the visitors; it is not kept, since they leave again.
             arrived, _ = self._regrow(origins, begin, agreed)
         self._visit = visits[0]
@@ -178,7 +172,7 @@ class Regrowth(Actuator):
 
     def _affordable(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """Units that can visit for a few steps for what may be spent on probing by now; groups take turns."""
-        account, groups = self._spending.account, self._cutting.dense
+        account, groups = self._spending.account, self.dense
         allowance = account.share_left(_PROBE_SHARE, account.probing_flops)
         found = dict[str, Int[np.ndarray, " _units"]]()
         for _ in groups:
@@ -252,31 +246,32 @@ class Regrowth(Actuator):
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Drop what is to go, then bring back what is to come back; each is undone if other ranks could not."""
+        host, change = self.host, Change()
         # One resize for both: ranks gather and re-wrap once, and undo both if another rank failed.
-        with self._host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
-            change, cutting = Change(), self._cutting
+        with host.resizable(f"the cut after step {plan.step}", changing(plan, self.groups)) as agreed:
             if plan.drops():
                 turned = [g for g in self.groups if g.name in reading.basis and not plan.keep[g.name].all()]
                 # Layers whose states are turned to be cut, as they are: nothing less takes such a cut back.
                 snapshots = {g.name: {key: live.detach().clone() for key, live in self._held(g)} for g in turned}
-                with cutting.coordinates(self._host, self.groups, plan, reading, rest=self.lasting):
+                with self.coordinates(host, self.groups, plan, reading, rest=self.lasting):
                     reserve, note = self._rested(plan.keep)
-                    change = replace(cutting.drop(plan, agreed), note=note)
+                    change = replace(self.drop(plan, agreed), note=note)
                 self.reserve, self._last_rest, self._snapshots = reserve, self._decisions, snapshots
             if plan.grows():
                 arrived, self.reserve = self._regrow(plan.grow, self._undo if plan.undoes else self._silence, agreed)
                 change = replace(change, regrown=arrived)
-            return change
+        return change
 
     def _held(self, group: Group) -> Iterator[tuple[Key, Tensor]]:
         names = frozenset(piece.tensor for piece in group.slices)
-        return held(self._model, self._optimizers, self._host.copies, names)
+        return held(self.host.model, self.host.optimizers, self.host.copies, names)
 
     def _rested(self, keep: Mapping[str, Bool[np.ndarray, " _units"]]) -> tuple[Reserve, str]:
         """The reserve with the units that are dropped, and in words what is let go for them."""
         if not self.lasting:
             self.release()
-        reserve = self.reserve.rest(self._model, self._optimizers, keep, self._host.copies, when=self._decisions)
+        host = self.host
+        reserve = self.reserve.rest(host.model, host.optimizers, keep, host.copies, when=self._decisions)
         if not reserve.let_go:
             return reserve, ""
         gone = counted(sum(len(origins) for origins in reserve.let_go.values()), "unit")
@@ -299,17 +294,19 @@ class Regrowth(Actuator):
             then(larger, arrived)
             agreed()
 
-        model, reserve, copies = self._model, self.reserve, self._host.copies
-        groups, after = regrow(model, self._optimizers, self.groups, reserve, units, copies, agreed=before_ranks_agree)
+        host = self.host
+        groups, after = regrow(
+            host.model, host.optimizers, self.groups, self.reserve, units, host.copies, agreed=before_ranks_agree
+        )
         self._take_over(groups, after)
         return arrived, after
 
     def _take_over(self, groups: tuple[Group, ...], reserve: Reserve) -> None:
-        self._cutting.take_over(groups, {name: np.flatnonzero(units) for name, units in reserve.active.items()})
+        self.take_over(groups, {name: np.flatnonzero(units) for name, units in reserve.active.items()})
 
     def _silence(self, larger: tuple[Group, ...], arrived: Arrived) -> None:
         """Units that come back change no output yet, so that the loss does not jump."""
-        silence(self._model, larger, arrived, self._host.copies)
+        silence(self.host.model, larger, arrived, self.host.copies)
 
     def _undo(self, larger: tuple[Group, ...], arrived: Arrived) -> None:
         """A whole cut is taken back: units have their weights at once, layers that were turned are as before."""
@@ -328,19 +325,17 @@ class Regrowth(Actuator):
     # What is remembered.
 
     def state_dict(self) -> dict[str, Any]:
-        snapshots = {
-            name: [(*key, value) for key, value in tensors.items()] for name, tensors in self._snapshots.items()
-        }
         return {
-            **self._cutting.state_dict(),
-            "kind": self.kind,
+            **super().state_dict(),
             "reserve": self.reserve.state_dict(),
             "decisions": self._decisions,
             "last_rest": self._last_rest,
             "turn": self._turn,
             "gains": plain(self._gains, "gains of visitors"),
             "visit": None if self._visit is None else self._visit.state_dict(),
-            "snapshots": snapshots,
+            "snapshots": {
+                name: [(*key, value) for key, value in tensors.items()] for name, tensors in self._snapshots.items()
+            },
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -349,13 +344,13 @@ class Regrowth(Actuator):
                 "units come back in one of the two runs only: build the model anew, dense, and attach with the "
                 "arguments of the run that is to go on"
             )
-        groups = self._cutting.check(state)
+        groups = super().check(state)
         self.reserve.resumed(state["reserve"])  # its errors belong here, before anything changes
         return groups
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         reserve = self.reserve.resumed(state["reserve"])
-        self._cutting.load_state_dict(state)
+        super().load_state_dict(state)
         self.reserve, self._decisions = reserve, int(state["decisions"])
         self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])
         cpu = torch.device("cpu")

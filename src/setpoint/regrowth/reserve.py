@@ -19,7 +19,7 @@ from setpoint.actuator.shrink import Change, Job, commit, unwrapped
 from setpoint.actuator.tensors import Optimizers, as_sequence, in_format, map_tensors, moments_of, named_tensors, take
 from setpoint.distributed import Ranks
 from setpoint.errors import GroupError
-from setpoint.groups.group import Group, keep_all
+from setpoint.groups.group import Group, keep_all, widths_of
 from setpoint.groups.sizes_in_code.place import call_of, is_call
 from setpoint.groups.sizes_in_code.shim import get_call_sizes
 
@@ -29,6 +29,7 @@ Units = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
 """By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
 
+_ALONE = Ranks()
 _BY_UNIT = ("active", "resting", "dropped_at", "drops")  # fields of a reserve with an entry for each dense unit
 
 
@@ -72,8 +73,8 @@ class Reserve:
 
     Optimizer state that did not exist yet when a unit was dropped is zero when the unit is regrown.
 
-    Over a mesh of ranks the entries are sharded in equal parts, as `fully_shard` does with parameters; all ranks then
-    call every method together.
+    Over several ranks the entries are sharded in equal parts, as parameters by `fully_shard`; all ranks call every
+    method together.
     """
 
     groups: tuple[Group, ...]  # the dense groups, whose unit indices are the origins
@@ -86,12 +87,12 @@ class Reserve:
     dropped_at: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     drops: Mapping[str, Int[np.ndarray, " units"]] = field(default_factory=dict)
     let_go: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by the last `rest`, for want of room
-    mesh: Any = None  # None: not sharded
+    ranks: Ranks = _ALONE  # among which entries are sharded
     own: frozenset[str] = frozenset()  # tensors that differ between ranks, as buffers do: never sharded
 
     @classmethod
     def of(
-        cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, mesh: Any = None
+        cls, model: nn.Module, groups: tuple[Group, ...], limit_bytes: int | None = None, ranks: Ranks = _ALONE
     ) -> Reserve:
         """The empty reserve of a model, before any cut that it is to remember."""
         places = {(size.module, size.place) for group in groups for size in group.sizes if is_call(size.place)}
@@ -100,12 +101,7 @@ class Reserve:
         resting = {group.name: np.zeros(group.num_units, dtype=bool) for group in groups}
         dropped_at = {group.name: np.full(group.num_units, -1) for group in groups}
         drops = {group.name: np.zeros(group.num_units, dtype=np.int64) for group in groups}
-        return cls(groups, keep_all(groups), resting, {}, corrected, limit_bytes, dropped_at, drops, {}, mesh, own)
-
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks among which entries are sharded."""
-        return Ranks() if self.mesh is None else Ranks(self.mesh.get_group(), torch.device(self.mesh.device_type))
+        return cls(groups, keep_all(groups), resting, {}, corrected, limit_bytes, dropped_at, drops, {}, ranks, own)
 
     @property
     def num_bytes(self) -> int:
@@ -129,7 +125,6 @@ class Reserve:
         return found
 
     def present(self) -> tuple[Group, ...]:
-        """The groups at their present widths."""
         return cut_groups(self.groups, self.active)
 
     def origins(self) -> dict[str, Int[np.ndarray, " resting"]]:
@@ -137,7 +132,7 @@ class Reserve:
         return {name: np.flatnonzero(units) for name, units in self.resting.items() if units.any()}
 
     def names(self, units: Units) -> frozenset[str]:
-        """Names of the tensors in which any of these units lie."""
+        """Of the tensors in which any of these units lie."""
         groups = [group for group in self.groups if len(units.get(group.name, ()))]
         return frozenset(part.tensor for group in groups for part in group.slices if part.dim is not None)
 
@@ -146,16 +141,13 @@ class Reserve:
         active = {name: units.copy() for name, units in self.active.items()}
         for name, origins in grow.items():
             if name not in active:
-                known = ", ".join(sorted(active)[:5])
-                raise GroupError(f"grow names an unknown group {name!r}: the reserve knows {known}")
-            rests = np.flatnonzero(self.resting[name])
-            for number in map(int, origins):
-                if number not in rests:
-                    raise GroupError(
-                        f"unit {number} of {name!r} does not rest in the reserve: of this group it holds "
-                        f"{rests.tolist() or 'none'}"
-                    )
-                active[name][number] = True
+                raise GroupError(f"grow names an unknown group {name!r}: the reserve knows {', '.join(active)}")
+            units, rests = np.asarray(origins, dtype=np.int64), np.flatnonzero(self.resting[name])
+            if len(away := np.setdiff1d(units, rests)):
+                raise GroupError(
+                    f"unit {away[0]} of {name!r} does not rest in the reserve: of this group it holds {rests.tolist()}"
+                )
+            active[name][units] = True
         return active
 
     def rest(
@@ -193,7 +185,7 @@ class Reserve:
         return replace(self, tensors={}, resting={name: np.zeros_like(units) for name, units in self.resting.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the groups and the limit, in tensors, numbers and strings; each rank has its own part."""
+        """Everything but the groups and the limit; each rank has its own part."""
         units = {
             name: {part: torch.from_numpy(getattr(self, part)[name].copy()) for part in _BY_UNIT}
             for name in self.active
@@ -209,40 +201,31 @@ class Reserve:
         by_unit: dict[str, Any] = {
             part: {name: state["units"][name][part].numpy().copy() for name in self.active} for part in _BY_UNIT
         }
-        for part, by_group in by_unit.items():
-            if any(len(values) != len(self.active[name]) for name, values in by_group.items()):
-                raise GroupError(f"the reserve's {part} is of another model")
         tensors = {}
         for saved in state["tensors"]:
             key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()
-            mine = self._part(key.tensor, count)
+            mine = self._sharers(key.tensor).part(count)
             if len(values) != mine.stop - mine.start:
                 raise GroupError("the reserve is of another rank, or of a run on another number of ranks")
             form = torch.empty_strided(saved["shape"], saved["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
         return replace(self, tensors=tensors, **by_unit)
 
-    def _is_shared(self, name: str) -> bool:
-        """Whether the resting entries of a tensor are sharded."""
-        return self.mesh is not None and name not in self.own
-
-    def _part(self, name: str, count: int) -> slice:
-        """Which of the resting entries of a tensor are on this rank."""
-        return self.ranks.part(count) if self._is_shared(name) else slice(0, count)
+    def _sharers(self, name: str) -> Ranks:
+        """The ranks that share the resting entries of a tensor."""
+        return _ALONE if name in self.own else self.ranks
 
     def gathered(self, names: Collection[str]) -> Reserve:
         """The reserve with all resting entries of these tensors only, unsharded; every rank calls this.
 
         All communication is here, so that no rank waits for one that fails at what it does with the entries.
         """
-        if self.mesh is None:
-            return self
-        tensors = {}
-        for key, rest in sorted(self.tensors.items()):  # all ranks gather in the same order
-            if key.tensor in names:
-                shared = self._is_shared(key.tensor)
-                tensors[key] = replace(rest, values=self.ranks.joined(rest.values, rest.count)) if shared else rest
-        return replace(self, tensors=tensors, mesh=None)
+        # All ranks gather in the same order.
+        found = [(key, rest) for key, rest in sorted(self.tensors.items()) if key.tensor in names]
+        joined = {
+            key: replace(rest, values=self._sharers(key.tensor).joined(rest.values, rest.count)) for key, rest in found
+        }
+        return replace(self, tensors=joined, ranks=_ALONE)
 
     def elsewhere(self, names: Collection[str]) -> dict[Key, Rest]:
         """What rests of all tensors but those of these names."""
@@ -265,9 +248,9 @@ class Reserve:
         values = dense[self._resting_entries(key.tensor, dense.shape)]
         if not values.numel():
             return {}
+        part = values[self._sharers(key.tensor).part(len(values))]
         # A part is a view, which would keep the entries of all ranks in memory.
-        part = values[self._part(key.tensor, len(values))].clone() if self._is_shared(key.tensor) else values
-        return {key: Rest(part, form, len(values))}
+        return {key: Rest(values if len(part) == len(values) else part.clone(), form, len(values))}
 
     def _resting_entries(self, name: str, shape: Sequence[int]) -> Bool[Tensor, " *shape"]:
         """True at each entry whose units are all known, but not all of them active."""
@@ -291,7 +274,7 @@ class Reserve:
         total = 0
         for key, (shape, itemsize) in shapes.items():
             count = _count(shape, self.known[key.tensor]) - _count(shape, self.live[key.tensor])
-            total += itemsize * (-(-count // self.ranks.count) if self._is_shared(key.tensor) else count)
+            total += itemsize * -(-count // self._sharers(key.tensor).count)
         return total
 
 
@@ -320,46 +303,22 @@ def regrow(
     *,
     agreed: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Group, ...], Reserve]:
-    """Bring units back from the reserve, and return the groups as they are then and the reserve without them.
+    """Bring units back from the reserve: the groups as they are then, and the reserve without these units.
 
-    The inverse of `shrink`: dropping units and regrowing the same ones at once restores every weight, buffer,
-    optimizer moment and size bit for bit. Units always lie in the order of their origins. Later, every
-    entry comes back with its last value and moments. Scalars of an optimizer's state, such as the count of steps,
-    are those of the live parameter. Parameters and buffers keep their identity; gradients of those that change
-    become None. Call it between `optimizer.step()` and the next `backward()`.
+    The inverse of `shrink`: dropping units and regrowing the same ones at once restores everything, bit for bit. Units
+    always lie in the order of their origins. Later, every entry comes back with its last value and moments;
+    scalars of an optimizer's state, such as the count of steps, are those of the live parameter. Gradients of what
+    changes become None, so call it between `optimizer.step()` and the next `backward()`. Optimizer and copies are those
+    that `Reserve.rest` was given, `agreed` is as in `shrink_live`.
 
-    On any exception model, optimizers, copies and reserve are as they were.
-
-    Args:
-        optimizer, copies: the ones that `Reserve.rest` was given.
-        groups: as the last cut or regrowth returned them.
-        agreed: as in `shrink`.
-
-    Raises:
-        GroupError: when a unit does not rest in the reserve, or the reserve does not fit groups, model or a copy.
-
-    >>> from setpoint.actuator.shrink import shrink
-    >>> from setpoint.groups.group import SizeBinding, Slice
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> unit = np.arange(3)
-    >>> places = [("0.weight", 0, "produce"), ("0.bias", 0, "carry"), ("2.weight", 1, "consume")]
-    >>> slices = tuple(Slice(tensor, dim, role, unit) for tensor, dim, role in places)
-    >>> sizes = (SizeBinding("0", "out_features", unit), SizeBinding("2", "in_features", unit))
-    >>> groups = (Group("hidden", "unit", 3, slices, sizes),)
-    >>> weight, keep = model[0].weight.tolist(), {"hidden": np.array([True, False, False])}
-    >>> reserve = Reserve.of(model, groups).rest(model, None, keep)
-    >>> groups = shrink(model, None, groups, keep)
-    >>> groups, reserve = regrow(model, None, groups, reserve, {"hidden": [1, 2]})
-    >>> model[0].weight.tolist() == weight, reserve.num_bytes
-    (True, 0)
+    On any exception, such as a GroupError for what does not rest here, model, optimizers and copies are as they were.
     """
     widths = {name: int(units.sum()) for name, units in reserve.active.items()}
-    for group in groups:
-        if widths.get(group.name) != group.num_units:
-            raise GroupError(
-                f"group {group.name!r} has {group.num_units} units, but by the reserve's account "
-                f"{widths.get(group.name, 'none')}: call Reserve.rest before each shrink, and use the last reserve"
-            )
+    if widths_of(groups) != widths:
+        raise GroupError(
+            f"the groups have {widths_of(groups)} units, but by the reserve's account {widths}: call Reserve.rest "
+            "before each shrink, and use the last reserve"
+        )
     active, names = reserve.with_units(grow), reserve.names(grow)
     resting = {name: units & ~active[name] for name, units in reserve.resting.items()}
     after, tensors = replace(reserve, active=active, resting=resting, let_go={}), reserve.elsewhere(names)
@@ -377,26 +336,25 @@ def regrow(
         kept = {dim: np.flatnonzero(entries) for dim, entries in after.live[key.tensor].items()}
         larger[id(live)] = in_format(take(dense, kept).to(live.device), form)
     sizes = _new_sizes(after, grow)
-    jobs = [Job(module, tuple(_changes(module, held_by, names, larger)), sizes) for module, held_by in modules]
-    commit(jobs, agreed)
+    commit([Job(module, _changes(module, held_by, names, larger), sizes) for module, held_by in modules], agreed)
     return after.present(), replace(after, tensors=tensors)
 
 
 def _changes(
-    module: nn.Module, optimizers: Sequence[Optimizer], names: frozenset[str], larger: Mapping[int, Tensor]
-) -> Iterator[Change]:
+    module: nn.Module, optimizers: Sequence[Optimizer], names: Collection[str], larger: Mapping[int, Tensor]
+) -> tuple[Change, ...]:
     """Each tensor of these names, and its state in optimizers, with what takes its place."""
-    tensors = named_tensors(module)
-    for tensor, name in ((tensors[name], name) for name in sorted(names)):
-        states = []
-        for optimizer in optimizers:
-            if isinstance(tensor, nn.Parameter) and tensor in optimizer.state:
-                kept = optimizer.state[tensor]
-                state = {
-                    part: map_tensors(v, lambda live, _: larger.get(id(live), live), part) for part, v in kept.items()
-                }
-                states.append((optimizer, state))
-        yield Change(name, tensor, larger[id(tensor)], tuple(states))
+
+    def grown(live: Tensor, part: str) -> Tensor:
+        return larger.get(id(live), live)
+
+    found, tensors = list[Change](), named_tensors(module)
+    for name in sorted(names):
+        tensor = tensors[name]
+        holders = [optimizer for optimizer in optimizers if tensor in optimizer.state]
+        states = tuple((holder, map_tensors(holder.state[tensor], grown, name)) for holder in holders)
+        found.append(Change(name, tensor, larger[id(tensor)], states))
+    return tuple(found)
 
 
 def _new_sizes(reserve: Reserve, grow: Units) -> dict[SizePlace, int | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from setpoint.actuator.shrink import unwrapped
 from setpoint.actuator.tensors import named_tensors
-from setpoint.distributed import is_sharded_tensor, local, ranks_of, rows
+from setpoint.distributed import unsharded_tensor
 from setpoint.groups.group import Group
 
 Arrived = Mapping[str, Bool[np.ndarray, " _units"]]
@@ -31,22 +31,12 @@ class Direction:
     visitors: Int[Tensor, " entries"]  # whose each entry is: its place among the visitors of the group
     values: Tensor  # at these entries, of the unsharded weight
 
-    @torch.no_grad()
-    def gain(self, weight: nn.Parameter, num_visitors: int) -> Float64[Tensor, " visitors"]:
-        """By visitor, `-sum(w * dL/dw)` over this rank's entries, with w the values and the gradient that is there."""
-        gain = torch.zeros(num_visitors, dtype=torch.float64, device=local(weight.detach()).device)
-        if weight.grad is None:
-            return gain
-        entries, visitors, values = (part.to(gain.device) for part in (self.entries, self.visitors, self.values))
-        mine = rows(weight)
-        if is_sharded_tensor(weight) and self.dim == 0:
-            here = (entries >= mine.start) & (entries < mine.stop)
-            entries, visitors, values = entries[here] - mine.start, visitors[here], values[here]
-        elif is_sharded_tensor(weight):
-            values = values[mine]
-        gradient = local(weight.grad).index_select(self.dim, entries)
-        product = (values.conj() * gradient).real if values.is_complex() else values * gradient
-        return gain.index_add_(0, visitors, -product.movedim(self.dim, 0).flatten(1).double().sum(1))
+    def gain(self, gradient: Tensor, num_visitors: int) -> Float64[Tensor, " visitors"]:
+        """By visitor, `-sum(w * dL/dw)` with w the values and the whole gradient of the tensor."""
+        here = gradient.index_select(self.dim, self.entries.to(gradient.device)).cpu()
+        product = (self.values.conj() * here).real if here.is_complex() else self.values * here
+        sums = product.movedim(self.dim, 0).flatten(1).double().sum(1)
+        return torch.zeros(num_visitors, dtype=torch.float64).index_add_(0, self.visitors, -sums)
 
 
 def _outgoing(tensors: Mapping[str, Tensor], groups: tuple[Group, ...], arrived: Arrived) -> Iterator[Direction]:
@@ -97,38 +87,36 @@ class Visit:
     ) -> Visit:
         """The visit of units that have just come back as they were, before their outgoing weights are set to zero."""
         tensors = named_tensors(model)
-        found = [
-            place for place in _outgoing(tensors, groups, arrived) if isinstance(tensors[place.tensor], nn.Parameter)
-        ]
-        return cls(dict(origins), tuple(found))
+        found = _outgoing(tensors, groups, arrived)
+        return cls(origins, tuple(place for place in found if isinstance(tensors[place.tensor], nn.Parameter)))
 
+    @torch.no_grad()
     def gains(
         self, model: nn.Module, grad_scale: Tensor | None = None
     ) -> dict[str, Float64[np.ndarray, " _visitors"]] | None:
         """By group, the gain of each visitor in this step; None where a gradient is NaN, or none is there.
 
-        `grad_scale` is what the gradients are still multiplied by, or None.
+        `grad_scale` is what the gradients are still multiplied by, or None. All ranks of a sharded model call it.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {name: torch.zeros(len(units), dtype=torch.float64) for name, units in self.origins.items()}
         seen = False
-        for direction in self.directions:
-            weight = parameters[direction.tensor]
-            seen |= weight.grad is not None
-            found[direction.group] += direction.gain(weight, len(self.origins[direction.group])).cpu()
-        total = ranks_of(parameters.values()).total(torch.cat([torch.zeros(0, dtype=torch.float64), *found.values()]))
-        total = total if grad_scale is None else total / grad_scale.double().cpu()
-        if not seen or not bool(torch.isfinite(total).all()):
+        for place in self.directions:
+            gradient = parameters[place.tensor].grad
+            if gradient is not None:
+                seen = True
+                found[place.group] += place.gain(unsharded_tensor(gradient), len(found[place.group]))
+        if not seen or not all(bool(values.isfinite().all()) for values in found.values()):
             return None
-        parts = torch.split(total, [len(values) for values in found.values()])
-        return {name: values.numpy() for name, values in zip(found, parts, strict=True)}
+        scale = 1.0 if grad_scale is None else grad_scale.double().cpu()
+        return {name: (values / scale).numpy() for name, values in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        origins = {name: torch.from_numpy(np.asarray(units)) for name, units in self.origins.items()}
+        origins = {name: torch.from_numpy(units) for name, units in self.origins.items()}
         return {"origins": origins, "directions": [vars(direction) for direction in self.directions]}
 
     @classmethod
     def resumed(cls, state: Mapping[str, Any]) -> Visit:
         """The visit whose `state_dict` this is."""
-        origins = {str(name): units.cpu().numpy() for name, units in state["origins"].items()}
+        origins = {name: units.cpu().numpy() for name, units in state["origins"].items()}
         return cls(origins, tuple(Direction(**direction) for direction in state["directions"]))
