@@ -23,6 +23,7 @@ SizePlace = tuple[str, str]
 """(qualified module name, place in that module), as in `SizeBinding`."""
 
 Key = TypeVar("Key")
+Table = TypeVar("Table", Slice, SizeBinding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,18 +125,27 @@ def cut_groups(groups: tuple[Group, ...], keep: Keep) -> tuple[Group, ...]:
     full, cut, remaining = check_keep(groups, keep), plan_cut(groups, keep), []
     for group in groups:
         kept = full[group.name]
-        renumbered = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
-        slices, sizes = list[Slice](), list[SizeBinding]()
-        for part in group.slices:
-            stays = cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim]
-            same = stays.all() and kept.all()
-            slices.append(part if same else replace(part, index=renumbered[part.index[stays]]))
-        for size in group.sizes:
-            stays = cut.sizes[size.module, size.place]
-            same = stays.all() and kept.all()
-            sizes.append(size if same else replace(size, index=renumbered[size.index[stays]]))
-        remaining.append(replace(group, num_units=int(kept.sum()), slices=tuple(slices), sizes=tuple(sizes)))
+        slices = [
+            (part, cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim])
+            for part in group.slices
+        ]
+        sizes = [(size, cut.sizes[size.module, size.place]) for size in group.sizes]
+        remaining.append(
+            replace(
+                group,
+                num_units=int(kept.sum()),
+                slices=tuple(_renumbered(part, stays, kept) for part, stays in slices),
+                sizes=tuple(_renumbered(size, stays, kept) for size, stays in sizes),
+            )
+        )
     return tuple(remaining)
+
+
+def _renumbered(table: Table, stays: Bool[np.ndarray, " entries"], kept: Bool[np.ndarray, " units"]) -> Table:
+    if stays.all() and kept.all():
+        return table
+    numbers = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
+    return replace(table, index=numbers[table.index[stays]])
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -108,19 +108,17 @@ class StateSizes:
             f"the state dict has sizes of format {newer}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
         )
 
-    def under(self, path: str) -> StateSizes:
-        """The same for a module that has this one as its submodule `path`."""
-        return StateSizes(
-            {(f"{path}.{module}".rstrip("."), place): size for (module, place), size in self.sizes.items()},
-            {f"{path}.{name}": shape for name, shape in self.dense.items()},
-            {f"{path}.{name}": tensor for name, tensor in self.transient.items()},
-        )
-
-    def joined(self, other: StateSizes) -> StateSizes:
-        """Of two submodules together."""
-        return StateSizes(
-            {**self.sizes, **other.sizes}, {**self.dense, **other.dense}, {**self.transient, **other.transient}
-        )
+    @classmethod
+    def joined(cls, parts: Mapping[str, StateSizes]) -> StateSizes:
+        """Of a module, by what its submodules at these paths carry."""
+        found = cls({}, {}, {})
+        for path, part in parts.items():
+            found = cls(
+                {**found.sizes, **{(f"{path}.{at}".rstrip("."), place): n for (at, place), n in part.sizes.items()}},
+                {**found.dense, **{f"{path}.{name}": shape for name, shape in part.dense.items()}},
+                {**found.transient, **{f"{path}.{name}": tensor for name, tensor in part.transient.items()}},
+            )
+        return found
 
 
 class Hooks(OrderedDict[Any, Any]):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from setpoint.actuator.cut import Cut, Keep, check_keep, plan_cut
+from setpoint.actuator.cut import Cut, Keep, plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors, take
@@ -62,8 +62,7 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     A large model is tried in float32 first, which takes half of the memory and time of float64. If all agree to 1e-4,
     nothing else is tried; otherwise float64 decides. In float32 batch norms normalise by their running statistics.
 
-    Raises:
-        ExampleError: when the model itself does not run on the example.
+    An ExampleError says that the model itself does not run on the example.
     """
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGE and _has_plain_norms(model):
         quick = CutCheck.of(model, example, groups, dtype=torch.float32)
@@ -96,16 +95,17 @@ class CutCheck:
         model: nn.Module,
         example: Example,
         groups: tuple[Group, ...],
-        keep: Keep | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> CutCheck:
         """On a copy in this dtype, or a wider one of its own, if the model runs in it; else in its own dtypes."""
-        keep = random_keep(groups) if keep is None else check_keep(groups, keep)
+        keep = random_keep(groups)
         inputs = mapped(_lively, inputs_of(without_cache(model, example)))
         for widened in (partial(_widened, dtype=dtype), None):
             twin = randomised_copy(model, groups)
-            if dtype != torch.float64:
-                _normalise_by_running_statistics(twin)
+            # In float32 rounding grows to per cents where the statistics are those of a few samples.
+            for module in twin.modules() if dtype != torch.float64 else ():
+                if type(module) in _BATCH_NORMS:
+                    module.forward = partial(_by_running_statistics, module)
             args, kwargs = inputs
             if widened is not None:
                 twin._apply(widened)  # type: ignore[no-untyped-call]
@@ -132,7 +132,6 @@ class CutCheck:
         raise ExampleError(f"the model does not run on the example: {failure}") from failure
 
     def passes(self) -> bool:
-        """Whether all groups can be cut together."""
         return self._fault(self._names()) is None
 
     def failing(self) -> Iterator[tuple[str, str]]:
@@ -151,9 +150,8 @@ class CutCheck:
         if len(suspects) == 1:
             return suspects[0], self._fault(context + suspects) or "it differs"
         left, right = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
-        if self._fault(context + left) is not None:
-            return self._bisect(left, context)
-        return self._bisect(right, context + left)
+        found = self._fault(context + left) is not None
+        return self._bisect(left, context) if found else self._bisect(right, context + left)
 
     def _fault(self, names: list[str]) -> str | None:
         """Why these groups cannot be cut together, or None."""
@@ -182,7 +180,6 @@ class Outcome:
     drew: bool
 
     def is_faint(self) -> bool:
-        """Whether a gradient may be too small to be compared."""
         return any(0 < _largest([gradient]) < _LEAST for gradient in self.gradients.values() if gradient.numel())
 
     def cut(self, cut: Cut) -> Outcome:
@@ -252,14 +249,8 @@ def _differ(want: Tensor, got: Tensor, tolerance: float, scale: float, rounded: 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
     """The largest absolute value in any of these; NaN where there is one."""
-    found: list[Tensor] = []
-    for tensor in tensors:
-        if tensor.is_complex():
-            found.append(tensor.abs().max())
-        else:
-            least, most = tensor.aminmax()
-            found.append(torch.maximum(-least, most))
-    return torch.stack(found).max().item()
+    extremes = [(tensor.abs() if tensor.is_complex() else tensor).aminmax() for tensor in tensors]
+    return torch.stack([torch.maximum(-low, high) for low, high in extremes]).max().item()
 
 
 def _few_rows(example: Example) -> tuple[Example, float]:
@@ -274,53 +265,42 @@ def _few_rows(example: Example) -> tuple[Example, float]:
 
 def _lively(value: Any) -> Any:
     """Noise in place of a constant float input: batch norm of a constant is round-off, and proves nothing."""
-    if not (isinstance(value, Tensor) and _is_float(value) and value.numel() > 1 and is_dense(value)):
-        return value
-    if bool((value != value.flatten()[0]).any()):
+    if not (_is_float(value) and value.numel() > 1 and is_dense(value)) or bool((value != value.flatten()[0]).any()):
         return value
     return _noise(value, torch.Generator().manual_seed(1)).to(value.dtype)
 
 
+@torch.no_grad()
 def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
     """A copy without dropout in which no weight is zero and no two units are alike, at about the model's own scale."""
     try:
         twin = copy_of(model)
     except RuntimeError as error:
         raise VerificationError(f"the model cannot be copied, so no cut of it can be tried out: {error}") from error
-    generator = torch.Generator().manual_seed(0)
+    generator, start = torch.Generator().manual_seed(0), 0
     tensors = named_tensors(twin)
     # Factors near 1, read round and round.
     num_drawn = min(sum(tensor.numel() for tensor in tensors.values()), _DRAWN)
     factors = torch.randn(num_drawn, generator=generator).clamp_(-2, 2).mul_(0.3).add_(1).repeat(2)
-    start = 0
     touched = {part.tensor for group in groups for part in group.slices}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            matters = isinstance(tensor, nn.Parameter) or name in touched
-            if not (matters and _is_float(tensor) and is_dense(tensor)):
-                continue
-            scale = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
-            flat = tensor.reshape(-1)  # a copy where the tensor is not contiguous
-            for piece in torch.split(flat, _DRAWN):  # so that no large tensor is made beside it
-                size = piece.real if piece.is_complex() else piece  # phases stay
-                zero = piece == 0 if int(piece.count_nonzero()) < piece.numel() else None  # to count is quicker
-                size.mul_(factors[start : start + len(piece)].to(size))
-                start = (start + len(piece)) % max(num_drawn, 1)
-                if zero is not None:
-                    piece.copy_(torch.where(zero, _noise(piece, generator) * scale, piece))
-            if not tensor.is_contiguous():
-                tensor.copy_(flat.view(tensor.shape))
+    for name, tensor in tensors.items():
+        if not (isinstance(tensor, nn.Parameter) or name in touched) or not _is_float(tensor) or not is_dense(tensor):
+            continue
+        scale = 0.1 if tensor.dim() < 2 else float(np.sqrt(tensor.shape[0] / max(tensor.numel(), 1)))
+        flat = tensor.reshape(-1)  # a copy where the tensor is not contiguous
+        for piece in torch.split(flat, _DRAWN):  # so that no large tensor is made beside it
+            size = piece.real if piece.is_complex() else piece  # phases stay
+            zero = piece == 0 if int(piece.count_nonzero()) < piece.numel() else None  # to count is quicker
+            size.mul_(factors[start : start + len(piece)].to(size))
+            start = (start + len(piece)) % max(num_drawn, 1)
+            if zero is not None:
+                piece.copy_(torch.where(zero, _noise(piece, generator) * scale, piece))
+        if not tensor.is_contiguous():
+            tensor.copy_(flat.view(tensor.shape))
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     return twin
-
-
-def _normalise_by_running_statistics(model: nn.Module) -> None:
-    """In float32 rounding grows to per cents where the statistics are those of a few samples."""
-    for module in model.modules():
-        if type(module) in _BATCH_NORMS:
-            module.forward = partial(_by_running_statistics, module)
 
 
 def _by_running_statistics(norm: Any, x: Tensor) -> Tensor:
@@ -330,18 +310,14 @@ def _by_running_statistics(norm: Any, x: Tensor) -> Tensor:
 def _has_plain_norms(model: nn.Module) -> bool:
     """Whether all batch norms of a model are PyTorch's own, and have running statistics."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    return all(
-        type(norm) in _BATCH_NORMS and norm.running_mean is not None and "forward" not in vars(norm) for norm in norms
-    )
+    return all(type(n) in _BATCH_NORMS and n.running_mean is not None and "forward" not in vars(n) for n in norms)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     dtype = like.dtype if like.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
     count = like.numel()
     drawn = torch.randn(min(count, _DRAWN), generator=generator, dtype=dtype).to(like.device, like.dtype)
-    if count > _DRAWN:
-        drawn = drawn.repeat(-(-count // _DRAWN))[:count]
-    return drawn.reshape(like.shape)
+    return drawn.repeat(-(-count // _DRAWN))[:count].reshape(like.shape)
 
 
 def _is_float(leaf: Any) -> bool:
@@ -364,18 +340,16 @@ def _widened(leaf: Any, dtype: torch.dtype) -> Any:
 def _private_chance(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]:
     """Inside, the global generators are seeded, and autocast is off; yields whether any of them was used since."""
     devices = {parameter.device for parameter in model.parameters()}
-    cuda = [device for device in devices if device.type == "cuda"]
+    cuda = [torch.cuda.default_generators[device.index] for device in devices if device.type == "cuda"]
+    generators = [torch.default_generator, *cuda]
     kind = min((device.type for device in devices), default="cpu")
 
     def state() -> list[Any]:
-        tensors = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
-        return [[tensor.tolist() for tensor in tensors], random.getstate(), repr(np.random.get_state())]
+        return [*(one.get_state().tolist() for one in generators), random.getstate(), repr(np.random.get_state())]
 
     with preserved_rng_state(model), torch.autocast(kind, enabled=False):
-        torch.default_generator.manual_seed(seed)
-        for device in cuda:  # `torch.manual_seed` would seed other devices, too, whose state is not put back
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        for generator in generators:  # `torch.manual_seed` would seed other devices, too, whose state is not put back
+            generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
         before = state()
@@ -393,9 +367,6 @@ class _Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self.bits = min(self.bits, 8 * leaf.dtype.itemsize)
-            elif isinstance(leaf, Tensor) and leaf.is_complex():
-                self.bits = min(self.bits, 4 * leaf.dtype.itemsize)
+        for leaf in filter(_is_float, tree_leaves(result)):
+            self.bits = min(self.bits, 8 * leaf.dtype.to_real().itemsize)
         return result

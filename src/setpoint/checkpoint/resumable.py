@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -131,7 +130,7 @@ def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateS
         return StateSizes.parse(found[prefix[:-1]])
     paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
     if paths:
-        return reduce(StateSizes.joined, (StateSizes.parse(found[f"{prefix}{path}"]).under(path) for path in paths))
+        return StateSizes.joined({path: StateSizes.parse(found[f"{prefix}{path}"]) for path in paths})
     return StateSizes.parse(*found.values()) if len(found) == 1 else None
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.cut import Keep, SizePlace, check_cuttable, check_keep, check_lengths, cut_groups, plan_cut
+from setpoint.actuator.cut import Keep, SizePlace, check_keep, check_lengths, cut_groups, plan_cut
 from setpoint.actuator.shrink import Change, Job, commit, unwrapped
 from setpoint.actuator.tensors import Optimizers, as_sequence, in_format, map_tensors, moments_of, named_tensors, take
 from setpoint.distributed import Ranks
@@ -326,9 +326,7 @@ def regrow(
     before = reserve.gathered(names)
     modules = [(model, as_sequence(optimizer)), *((copied, ()) for copied in unwrapped(sorted(names), model, copies))]
     for module, _ in modules:
-        found = named_tensors(module)
-        check_lengths(plan_cut(reserve.present(), {}), found, type(module).__name__)
-        check_cuttable({name: found[name] for name in sorted(names)}, found)
+        check_lengths(plan_cut(reserve.present(), {}), named_tensors(module), type(module).__name__)
     larger = dict[int, Tensor]()  # by the id of a live one
     for key, live in held(model, optimizer, copies, names):
         dense, form = before.dense(key, live)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.optim import Muon
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.actuator.actuator import Actuator, Origins
-from setpoint.actuator.optimizer_check import steps_by_matrix
 from setpoint.actuator.tensors import Optimizers, as_sequence, moments_of
 from setpoint.controller.plan import Controller, Plan
 from setpoint.cost.budget import Budget, Price, Tolerance
@@ -111,7 +111,7 @@ def weight_candidates(
     """
     model = host.model
     groups, frozen = in_hand(host, chosen(model, pattern, wanted))
-    by_matrix = [optimizer for optimizer in host.optimizers if steps_by_matrix(type(optimizer))]
+    by_matrix = [optimizer for optimizer in host.optimizers if isinstance(optimizer, Muon)]
     mixed = {id(p) for optimizer in by_matrix for settings in optimizer.param_groups for p in settings["params"]}
     frozen |= {
         group.name: "Muon steps by the whole matrix, in which a single weight that is masked has no twin"
