@@ -23,7 +23,6 @@ SizePlace = tuple[str, str]
 """(qualified module name, place in that module), as in `SizeBinding`."""
 
 Key = TypeVar("Key")
-Table = TypeVar("Table", Slice, SizeBinding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +52,13 @@ class Cut:
 
 def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[str, Bool[np.ndarray, " _units"]]:
     """`keep` completed with all-True vectors for the groups it leaves out; a GroupError for what does not fit."""
-    known = {group.name: group for group in groups}
-    for name in keep:
-        if name not in known:
-            some = ", ".join(map(repr, sorted(known)[:5])) or "none"
-            raise GroupError(f"keep names an unknown group {name!r}: the model's groups are {some}, ...")
+    names = [group.name for group in groups]
+    if unknown := [name for name in keep if name not in names]:
+        some = ", ".join(map(repr, sorted(names)[:5])) or "none"
+        raise GroupError(f"keep names an unknown group {unknown[0]!r}: the model's groups are {some}, ...")
     full = {}
-    for name, group in known.items():
-        kept, what = keep.get(name, np.ones(group.num_units, dtype=bool)), f"keep[{name!r}]"
+    for group in groups:
+        kept, what = keep.get(group.name, np.ones(group.num_units, dtype=bool)), f"keep[{group.name!r}]"
         if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_:
             kind = getattr(kept, "dtype", a_type(kept))
             raise GroupError(f"{what} must be an array of bool, True = stays, got {kind}")
@@ -72,7 +70,7 @@ def check_keep(groups: tuple[Group, ...], keep: Mapping[str, object]) -> dict[st
         # An empty layer would divide by zero in norms and attention.
         if kept.sum() < group.min_units:
             raise GroupError(f"{what} keeps {kept.sum()} units, but min_units is {group.min_units}: keep more of them")
-        full[name] = kept
+        full[group.name] = kept
     return full
 
 
@@ -125,27 +123,18 @@ def cut_groups(groups: tuple[Group, ...], keep: Keep) -> tuple[Group, ...]:
     full, cut, remaining = check_keep(groups, keep), plan_cut(groups, keep), []
     for group in groups:
         kept = full[group.name]
-        slices = [
-            (part, cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim])
-            for part in group.slices
-        ]
-        sizes = [(size, cut.sizes[size.module, size.place]) for size in group.sizes]
-        remaining.append(
-            replace(
-                group,
-                num_units=int(kept.sum()),
-                slices=tuple(_renumbered(part, stays, kept) for part, stays in slices),
-                sizes=tuple(_renumbered(size, stays, kept) for size, stays in sizes),
-            )
-        )
+        renumbered = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
+        slices, sizes = list[Slice](), list[SizeBinding]()
+        for part in group.slices:
+            stays = cut.elements[part.tensor] if part.dim is None else cut.entries[part.tensor, part.dim]
+            same = stays.all() and kept.all()
+            slices.append(part if same else replace(part, index=renumbered[part.index[stays]]))
+        for size in group.sizes:
+            stays = cut.sizes[size.module, size.place]
+            same = stays.all() and kept.all()
+            sizes.append(size if same else replace(size, index=renumbered[size.index[stays]]))
+        remaining.append(replace(group, num_units=int(kept.sum()), slices=tuple(slices), sizes=tuple(sizes)))
     return tuple(remaining)
-
-
-def _renumbered(table: Table, stays: Bool[np.ndarray, " entries"], kept: Bool[np.ndarray, " units"]) -> Table:
-    if stays.all() and kept.all():
-        return table
-    numbers = np.append(np.cumsum(kept) - 1, -1)  # the last entry answers index -1
-    return replace(table, index=numbers[table.index[stays]])
 
 
 def check_lengths(cut: Cut, tensors: Mapping[str, Tensor], what: str) -> None:

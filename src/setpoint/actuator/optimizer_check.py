@@ -15,7 +15,7 @@ from torch.optim import Muon, Optimizer
 from setpoint.actuator.cut import plan_cut
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.tensors import INSTEAD, map_tensors, take
+from setpoint.actuator.tensors import INSTEAD, state_tensors, take
 from setpoint.errors import CheckpointError, OptimizerError
 from setpoint.groups.group import Group, Slice
 
@@ -104,7 +104,8 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
         generator = torch.Generator().manual_seed(0)
         # Five draws: the weights, the gradients of the step that makes state, and those of three compared steps.
         draws = [
-            {n: torch.randn(_SHAPES[n], generator=generator, dtype=dtype).to(device) for n in names} for _ in "12345"
+            {name: torch.randn(_SHAPES[name], generator=generator, dtype=dtype).to(device) for name in names}
+            for _ in range(5)
         ]
         try:
             (twin, masked), (model, small) = _started(kind, settings, draws), _started(kind, settings, draws)
@@ -192,15 +193,10 @@ def check_state(
         states = {p: saved["state"].get(number, {}) for p, number in zip(own, numbers, strict=True)}
     cut = {part.tensor for group in groups for part in group.slices}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-
-        def check(value: Tensor, part: str, name: str = name, parameter: Tensor = parameter) -> Tensor:
+        for part, value in state_tensors(states.get(parameter, {})) if name in cut else ():
             if value.shape != parameter.shape and value.numel() != 1:
                 raise CheckpointError(
                     f"{type(optimizer).__name__} would have state[{part!r}] of shape {tuple(value.shape)} for {name!r} "
                     f"of shape {tuple(parameter.shape)}: build model and optimizer anew, call loop.load_state_dict "
                     "before optimizer.load_state_dict, and give both the same checkpoint"
                 )
-            return value
-
-        for part, value in states.get(parameter, {}).items() if name in cut else ():
-            map_tensors(value, check, part)

@@ -132,8 +132,8 @@ def cut_state(
 ) -> dict[str, Any]:
     """The state of one parameter, cut along the same dims; new tensors, nothing is changed in place.
 
-    Tensors of the parameter's shape are cut; scalars and whatever is not a tensor stay. The parameter still has its old
-    shape. An OptimizerError names a tensor of another shape or class, of which nothing says how it follows the cut.
+    Tensors of the parameter's shape are cut; scalars and whatever is not a tensor stay. An OptimizerError names a
+    tensor of another shape or class, of which nothing says how it follows the cut.
     """
 
     def cut(value: Tensor, key: str) -> Tensor:
@@ -174,9 +174,15 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Any], key: str) ->
     return value
 
 
+def state_tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Every tensor of a parameter's state, with its place in the state."""
+    found: list[tuple[str, Tensor]] = []
+    for key, value in state.items():
+        map_tensors(value, lambda tensor, part: found.append((part, tensor)), key)
+    return found
+
+
 def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, Tensor]]:
     """State tensors that have the parameter's shape, each with its place in the state."""
-    found: list[tuple[str, Tensor]] = []
-    for key, value in optimizer.state.get(parameter, {}).items():
-        map_tensors(value, lambda tensor, part: found.append((part, tensor)), key)
+    found = state_tensors(optimizer.state.get(parameter, {}))
     return [(part, tensor) for part, tensor in found if tensor.shape == parameter.shape]

@@ -235,14 +235,13 @@ class Regrowth(Cutting):
 
     def _last_dropped(self) -> dict[str, Int[np.ndarray, " _units"]]:
         """By group, origins of the units that the last cut dropped; none once some of them were let go."""
-        reserve, found = self.reserve, {}
-        for name, active in reserve.active.items():
-            gone = ~active & (reserve.dropped_at[name] == self._last_rest)
-            if (gone & ~reserve.resting[name]).any():
-                return {}
-            if gone.any():
-                found[name] = np.flatnonzero(gone)
-        return found
+        reserve = self.reserve
+        last = {
+            name: ~active & (reserve.dropped_at[name] == self._last_rest) for name, active in reserve.active.items()
+        }
+        if any((units & ~reserve.resting[name]).any() for name, units in last.items()):
+            return {}
+        return {name: np.flatnonzero(units) for name, units in last.items() if units.any()}
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Drop what is to go, then bring back what is to come back; each is undone if other ranks could not."""

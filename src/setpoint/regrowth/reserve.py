@@ -175,7 +175,7 @@ class Reserve:
             while after._need(shapes) > self.limit_bytes:
                 after = after._without_oldest()
         names = self.names(dropped) | self.names(after.let_go)
-        before, tensors = self.gathered(names), after.elsewhere(names)
+        before, tensors = self.gathered(names), {k: rest for k, rest in self.tensors.items() if k.tensor not in names}
         for key, live in held(model, optimizer, copies, names):
             tensors |= after.resting_of(key, *before.dense(key, live))
         return replace(after, tensors=tensors)
@@ -201,6 +201,8 @@ class Reserve:
         by_unit: dict[str, Any] = {
             part: {name: state["units"][name][part].numpy().copy() for name in self.active} for part in _BY_UNIT
         }
+        if any(len(units[name]) != len(active) for units in by_unit.values() for name, active in self.active.items()):
+            raise GroupError("the reserve is of another model")
         tensors = {}
         for saved in state["tensors"]:
             key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()
@@ -226,10 +228,6 @@ class Reserve:
             key: replace(rest, values=self._sharers(key.tensor).joined(rest.values, rest.count)) for key, rest in found
         }
         return replace(self, tensors=joined, ranks=_ALONE)
-
-    def elsewhere(self, names: Collection[str]) -> dict[Key, Rest]:
-        """What rests of all tensors but those of these names."""
-        return {key: rest for key, rest in self.tensors.items() if key.tensor not in names}
 
     def dense(self, key: Key, live: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor at its dense size in host memory, and its form; zero where nothing is live or rests."""
@@ -321,7 +319,8 @@ def regrow(
         )
     active, names = reserve.with_units(grow), reserve.names(grow)
     resting = {name: units & ~active[name] for name, units in reserve.resting.items()}
-    after, tensors = replace(reserve, active=active, resting=resting, let_go={}), reserve.elsewhere(names)
+    after = replace(reserve, active=active, resting=resting, let_go={})
+    tensors = {key: rest for key, rest in reserve.tensors.items() if key.tensor not in names}
     # All communication comes before the first check that may fail on one rank only.
     before = reserve.gathered(names)
     modules = [(model, as_sequence(optimizer)), *((copied, ()) for copied in unwrapped(sorted(names), model, copies))]
