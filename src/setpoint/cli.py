@@ -165,8 +165,7 @@ def report(
         from setpoint.report.record import facts, read_ledger, state
 
         file = path if path.is_file() or path.suffix == ".jsonl" else path / LEDGER
-        page = page_of(file, out)
-        record = read_ledger(file)
+        page, record = page_of(file, out), read_ledger(file)
         check_folder(page.parent)
         said = facts(record)
         for name, text in said.items():

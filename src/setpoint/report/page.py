@@ -193,7 +193,7 @@ def units(record: Record) -> Figure | None:
     return Figure(
         [trace for verb in ("dropped", "brought back") if marked and (trace := _events(record, verb)).points],
         cells=[cell for row, name in enumerate(names) for cell in _row(record, row, name)],
-        rows=[f"{_short(name)}: {final.get(name, num)} of {num}" for name, num in record.units.items()],
+        rows=[f"{name}: {final.get(name, num)} of {num}" for name, num in record.units.items()],
         height=120 + max(26, min(64, 900 // len(names))) * len(names),
         x_range=(0, record.last_step),
     )
@@ -208,11 +208,6 @@ def _row(record: Record, row: int, name: str) -> Iterator[Cell]:
             yield Cell(row, start, step, width / (dense or 1), text)
             start = step
         width = width if after is None else after
-
-
-def _short(name: str, length: int = 40) -> str:
-    """A group's name for an axis: of a long one the end."""
-    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def _events(record: Record, verb: str) -> Trace:
@@ -231,12 +226,12 @@ def _events(record: Record, verb: str) -> Trace:
                 shift = (1 - BAND) / 2 + BAND * (origin + 0.5) / max(record.units[name], origin + 1)
                 points.append((entry.step, rows.index(name) + shift))
                 texts.append(
-                    f"{_short(name)}, {record.what.get(name, 'unit')} {origin} {verb} at step {entry.step:,}\n"
+                    f"{name}, {record.what.get(name, 'unit')} {origin} {verb} at step {entry.step:,}\n"
                     f"worth {_times(*worth, factor)}, price {price} loss per {unit}\n"
                     f"{name_of_value} {_times(*value, 1.0)} loss\n{entry.reason}"
                 )
-    look = (markup.ORANGE, True) if verb == "dropped" else (INK, False)
-    return Trace(verb, points, look[0], texts, dot=6, square=look[1])
+    dropped = verb == "dropped"
+    return Trace(verb, points, markup.ORANGE if dropped else INK, texts, dot=6, square=dropped)
 
 
 def _times(*numbers: float | None) -> str:
