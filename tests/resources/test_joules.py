@@ -11,14 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from setpoint.resources.joules import (
-    POWERCAP,
-    Counter,
-    EnergyMeter,
-    find_energy_meter,
-    nvml_counters,
-    rapl_counters,
-)
+from setpoint.resources.joules import POWERCAP, Counter, EnergyMeter, find_energy_meter, nvml_counters, rapl_counters
 
 CPU = torch.device("cpu")
 
@@ -39,9 +32,8 @@ def domain(root: Path, folder: str, name: str, energy_uj: int, range_uj: int = 1
     """One powercap folder."""
     made = root / folder
     made.mkdir(parents=True)
-    (made / "name").write_text(f"{name}\n")
-    (made / "max_energy_range_uj").write_text(f"{range_uj}\n")
-    (made / "energy_uj").write_text(f"{energy_uj}\n")
+    for file, text in (("name", name), ("max_energy_range_uj", range_uj), ("energy_uj", energy_uj)):
+        (made / file).write_text(f"{text}\n")
     return made
 
 
@@ -66,10 +58,9 @@ def test_a_counter_wraps_around(tmp_path: Path) -> None:
     folder = domain(tmp_path, "intel-rapl:0", "package-0", 999_000_000)
     meter, _ = find_energy_meter([CPU], tmp_path)
     assert meter is not None
-    (folder / "energy_uj").write_text("500000")
-    assert meter.read_j() == pytest.approx(1.5)
-    (folder / "energy_uj").write_text("700000")
-    assert meter.read_j() == pytest.approx(1.7)
+    for energy_uj, spent_j in (("500000", 1.5), ("700000", 1.7)):
+        (folder / "energy_uj").write_text(energy_uj)
+        assert meter.read_j() == pytest.approx(spent_j)
 
 
 def test_a_meter_that_vanishes_says_so_once(tmp_path: Path) -> None:

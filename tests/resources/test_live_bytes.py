@@ -9,13 +9,8 @@ from setpoint.resources.tape import LiveBytes, taken
 def test_peak_of_a_training_step_in_closed_form() -> None:
     """A linear layer: weight and input, then output, loss and gradients, each alive as long as needed."""
     layer, x = nn.Linear(64, 32, bias=False), torch.randn(16, 64)
-
-    def step() -> None:
+    with LiveBytes([layer.weight, x]) as live:
         layer(x).sum().backward()
-
-    held = [layer.weight, x]
-    with LiveBytes(held) as live:
-        step()
     weight, inputs, output = 4 * 64 * 32, 4 * 16 * 64, 4 * 16 * 32
     # Backward: the incoming gradient is a scalar expanded over the output; the weight's gradient comes last.
     assert live.live_bytes == 2 * weight + inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,8 +25,6 @@ from setpoint.resources.replica import Replica, replica
 from setpoint.resources.tape import MemoryCost, Tape, solved, taken, trial_widths
 from setpoint_bench.networks import CharGPT, PlainNet
 
-Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
-
 
 def cnn() -> tuple[nn.Module, tuple[Any, ...]]:
     """A plain CNN in channels-last layout, whose activations outweigh its weights."""
@@ -41,28 +39,16 @@ def gpt() -> tuple[nn.Module, tuple[Any, ...]]:
     return CharGPT(widths, 65, 16, 64, 16), (torch.randint(65, (2, 16)),)
 
 
-def from_zoo(name: str) -> Build:
-    """A model of the zoo."""
-    return lambda: (MODELS[name][0](), MODELS[name][1]())
-
-
-CASES: dict[str, Build] = {
-    "cnn": cnn,
-    "gpt": gpt,
-    **{name: from_zoo(name) for name in MODELS if name in ("residual cnn", "concat cnn", "separate attention")},
-}
+ZOO = ("residual cnn", "concat cnn", "separate attention")
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("cnn", torch.optim.SGD), ("gpt", torch.optim.AdamW), *((name, torch.optim.Adam) for name in [*CASES][2:])],
+    [("cnn", torch.optim.SGD), ("gpt", torch.optim.AdamW), *((name, torch.optim.Adam) for name in ZOO)],
 )
 def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimizer]) -> None:
-    """At the dense widths and at random ones, the prediction equals the peak of a real step's live tensors.
-
-    That holds of copies with data and without.
-    """
-    model, example = CASES[name]()
+    """At dense widths and random ones, with data and without, the prediction is the peak of a real step's tensors."""
+    model, example = {"cnn": cnn, "gpt": gpt}[name]() if name not in ZOO else (part() for part in MODELS[name][:2])
     optimizer = kind(model.parameters(), lr=1e-3)
     groups = trace(model, example).groups
     make = partial(replica, model, (optimizer,), example, groups, [])
@@ -170,10 +156,7 @@ def test_what_is_no_function_of_widths_is_refused(product: bool, why: str) -> No
 
 
 def test_two_key_value_heads_have_a_cost() -> None:
-    """Claim: a model with two key/value heads, whose step makes fewer copies with one, has a cost near to both.
-
-    Its heads save nothing by prediction, and its other layers do.
-    """
+    """Claim: a model with two key/value heads has a cost; they save nothing by prediction, and its other layers do."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

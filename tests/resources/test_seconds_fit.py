@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -87,10 +88,7 @@ def test_bytes_are_those_of_all_storages() -> None:
     """The bytes of a step follow the widths as products, and hold weights, moments and what the step makes."""
     model, x = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(32, 16)
     optimizer, found = torch.optim.AdamW(model.parameters()), trace(model, (x,))
-
-    def make(widths: dict[str, int], *, data: bool):  # type: ignore[no-untyped-def]
-        return replica(model, (optimizer,), (x,), found.groups, [], widths, data=data)
-
+    make = partial(replica, model, (optimizer,), (x,), found.groups, [])
     moved = ProductCost("bytes", costing.record(make, found.groups).storages)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert moved.total({"0": 64}) > 4 * 4 * weights  # weights, gradients, two moments

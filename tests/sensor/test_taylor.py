@@ -35,25 +35,15 @@ def _mlp() -> Case:
 
 def _conv() -> Case:
     """Convolution, norm, activation; read by a second convolution and, flattened, by a linear layer."""
-    net = nn.ModuleDict(
-        {
-            "a": nn.Conv2d(2, 5, 3, padding=1),
-            "n": nn.BatchNorm2d(5),
-            "b": nn.Conv2d(5, 3, 3, padding=1),
-            "c": nn.Linear(5 * 16, 2),
-        }
-    ).double()
+    convs = {"a": nn.Conv2d(2, 5, 3, padding=1), "b": nn.Conv2d(5, 3, 3, padding=1)}
+    net = nn.ModuleDict({**convs, "n": nn.BatchNorm2d(5), "c": nn.Linear(5 * 16, 2)}).double()
 
     def forward(x: Tensor, gate: Tensor) -> Tensor:
         y = torch.relu(net["n"](net["a"](x))) * gate.view(-1, 1, 1)
         return net["b"](y).mean((1, 2, 3)).unsqueeze(1) + net["c"](y.flatten(1))
 
-    group = _group(
-        5,
-        Slice("a.weight", 0, "produce", np.arange(5)),
-        Slice("b.weight", 1, "consume", np.arange(5)),
-        Slice("c.weight", 1, "consume", np.repeat(np.arange(5), 16)),
-    )
+    read = Slice("b.weight", 1, "consume", np.arange(5)), Slice("c.weight", 1, "consume", np.repeat(np.arange(5), 16))
+    group = _group(5, Slice("a.weight", 0, "produce", np.arange(5)), *read)
     return Case(net, forward, torch.randn(6, 2, 4, 4).double(), group)
 
 
@@ -66,30 +56,17 @@ def _heads() -> Case:
         y = nn.functional.scaled_dot_product_attention(q, k, v) * gate.view(-1, 1, 1)
         return net["out"](y.transpose(1, 2).flatten(2))
 
-    group = _group(
-        4,
-        Slice("qkv.weight", 0, "produce", np.tile(np.repeat(np.arange(4), 3), 3)),
-        Slice("out.weight", 1, "consume", np.repeat(np.arange(4), 3)),
-    )
+    index = np.repeat(np.arange(4), 3)
+    written = Slice("qkv.weight", 0, "produce", np.tile(index, 3))
+    group = _group(4, written, Slice("out.weight", 1, "consume", index))
     return Case(net, forward, torch.randn(2, 5, 12).double(), group)
 
 
-CASES: dict[str, Callable[[], Case]] = {
-    "gelu": _mlp,
-    "conv-norm": _conv,
-    "heads": _heads,
-}
+CASES: dict[str, Callable[[], Case]] = {"gelu": _mlp, "conv-norm": _conv, "heads": _heads}
 
 
 def _loss(output: Tensor) -> Tensor:
     return (output - 0.3).square().mean()
-
-
-def _saliency(num_samples: int, r: Tensor, first_order: bool) -> np.ndarray:
-    """The definition, from the gate gradients of all steps, for an infinite window."""
-    mean = r.mean(0)
-    variance = r.var(0, unbiased=True) if len(r) > 1 else torch.zeros_like(mean)
-    return (-mean * first_order + 0.5 * (num_samples * variance + mean**2)).clamp(min=0).numpy()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,16 +96,16 @@ def test_follows_its_formula_over_steps(first_order: bool) -> None:
         gradients.append(gate.grad)
         state = sensor.update(state, (case.group,), case.model)
     reading = sensor.read(state, (case.group,), step=7)
-    np.testing.assert_allclose(
-        reading.saliency["units"], _saliency(8, torch.stack(gradients), first_order), rtol=1e-5, atol=1e-12
-    )
+    mean, variance = torch.stack(gradients).mean(0), torch.stack(gradients).var(0)
+    want = (-mean * first_order + 0.5 * (8 * variance + mean**2)).clamp(min=0).numpy()
+    np.testing.assert_allclose(reading.saliency["units"], want, rtol=1e-5, atol=1e-12)
     assert (reading.num_steps, reading.skipped_steps, reading.calibrated) == (7, 0, True)
 
 
-def _one_weight(value: float = 1.0) -> tuple[nn.Module, tuple[Group, ...]]:
+def _one_weight() -> tuple[nn.Module, tuple[Group, ...]]:
     """A unit read by one weight of 1, so that r is that weight's gradient."""
     model = nn.Linear(1, 1, bias=False).double()
-    nn.init.constant_(model.weight, value)
+    nn.init.constant_(model.weight, 1.0)
     return model, (_group(1, Slice("weight", 1, "consume", np.arange(1))),)
 
 
@@ -153,11 +130,7 @@ def test_mean_and_variance_forget_without_bias() -> None:
 
 
 def test_predicts_leave_one_out_on_a_quadratic() -> None:
-    """Where the loss is exactly quadratic in each gate and the model fits, saliency is the true loss increase.
-
-    y = w . x + noise of unit variance and half squared error is a Gaussian log-likelihood: at the
-    optimum, dropping weight u costs w_u^2 E[x_u^2] / 2, and the Fisher diagonal says just that.
-    """
+    """Where the loss is exactly quadratic in each gate and the model fits, saliency is the true loss increase."""
     scales, weights = torch.tensor([0.5, 1.0, 1.5, 2.0]).double(), torch.tensor([1.0, -0.8, 0.6, 0.05]).double()
     model = nn.Linear(4, 1, bias=False).double()
     with torch.no_grad():
@@ -170,6 +143,7 @@ def test_predicts_leave_one_out_on_a_quadratic() -> None:
         model.zero_grad()
         (0.5 * (model(x).squeeze() - (x @ weights + torch.randn(64).double())).square()).mean().backward()
         state = sensor.update(state, (group,), model)
+    # Noise of unit variance and half squared error are a Gaussian log-likelihood, whose optimum the weights are.
     true = 0.5 * (weights * scales).square().numpy()
     for each in (sensor, sloped):  # which differ in how they read only
         np.testing.assert_allclose(each.read(state, (group,), 0).saliency["units"], true, rtol=0.15, atol=2e-3)
@@ -198,22 +172,17 @@ def test_keeps_float32_moments_for_narrow_weights() -> None:
 
 
 def test_divides_by_the_gradient_scale() -> None:
-    """Gradients still multiplied by a scaler's factor read as without it, and a NaN factor leaves the step out."""
-    model, groups = _one_weight()
-    sensor = TaylorSensor(1)
+    """Gradients still multiplied by a scaler's factor read as without it, a NaN factor leaves the step out, and one
+    without any gradient counts as r = 0.
+    """
+    (model, groups), sensor = _one_weight(), TaylorSensor(1)
+    state = sensor.update(sensor.init(groups, model), groups, model).folded()
+    assert (state.mean.item(), state.num_steps.item()) == (0.0, 1.0)
     model.weight.grad = torch.full((1, 1), 3.0, dtype=torch.float64) * 1024
     state = sensor.update(sensor.init(groups, model), groups, model, torch.tensor(1024.0)).folded()
     assert state.mean.item() == 3.0
     state = sensor.update(state, groups, model, torch.tensor(torch.nan)).folded()
     assert (state.mean.item(), state.skipped_steps.item()) == (3.0, 1.0)
-
-
-def test_a_weight_that_took_no_part_adds_nothing() -> None:
-    """A step in which an outgoing weight has no gradient counts as r = 0 for its units."""
-    model, groups = _one_weight()
-    sensor = TaylorSensor(1)
-    state = sensor.update(sensor.init(groups, model), groups, model).folded()
-    assert (state.mean.item(), state.num_steps.item()) == (0.0, 1.0)
 
 
 def test_what_was_seen_before_a_group_was_frozen_stands() -> None:
@@ -242,8 +211,7 @@ def test_frozen_outgoing_weights_are_not_readable() -> None:
     """A group is read only if every outgoing weight gets a gradient; init refuses others by name."""
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     both = [Slice(f"{name}.weight", 1, "consume", np.arange(2)) for name in "ab"]
-    partly = _group(2, *both, name="partly")
-    whole = _group(2, both[0], name="whole")
+    partly, whole = _group(2, *both, name="partly"), _group(2, both[0], name="whole")
     none = _group(2, Slice("a.weight", 0, "produce", np.arange(2)), name="none")
     model["b"].weight.requires_grad_(False)
     sensor = TaylorSensor(1)
@@ -254,9 +222,8 @@ def test_frozen_outgoing_weights_are_not_readable() -> None:
 
 def test_counts_its_own_flops() -> None:
     """An update costs 3 per outgoing weight of the group, and 1 per gradient that it does not read whole."""
-    model = nn.Linear(6, 5)
     group = _group(3, Slice("weight", 1, "consume", np.array([-1, -1, 0, 1, 2, -1])))
-    assert TaylorSensor(1).flops((group,), model) == 3 * 3 * 5 + 6 * 5 + 5
+    assert TaylorSensor(1).flops((group,), nn.Linear(6, 5)) == 3 * 3 * 5 + 6 * 5 + 5
 
 
 @pytest.mark.parametrize("arguments", [(0,), (-1,), (True,), (4, 0), (4, -3)])
