@@ -43,21 +43,23 @@ def train(
     budget: Any,
     steps: int,
     each: Callable[[setpoint.Loop], None] = lambda loop: None,
-    after: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> setpoint.Loop:
-    """The user's own loop; `each` is called in every step, `after` behind it."""
+    """The user's own loop; `each` is called in every step."""
     model, optimizer, x = made
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=steps, **settings)
     for _ in range(steps):
-        loss = nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long))
-        loss.backward()
-        each(loop)
-        optimizer.step()
-        optimizer.zero_grad()
-        after()
+        step(model(x), optimizer, lambda: each(loop))
     loop.finish()
     return loop
+
+
+def step(logits: Tensor, optimizer: torch.optim.Optimizer, each: Callable[[], None] = lambda: None) -> None:
+    """The rest of a step whose forward has been made."""
+    nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+    each()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.fixture
@@ -105,14 +107,8 @@ def test_memory_lands_within_the_budget() -> None:
     summary = loop.summary
     assert summary is not None and summary.budget_met, summary
     model, optimizer, x = made
-    held = [*model.parameters(), *model.buffers(), x]
-    held += [value for state in optimizer.state.values() for value in state.values()]
-
-    def step() -> None:
-        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
-        optimizer.step()
-
-    measured = peak_bytes(step, held)
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    measured = peak_bytes(lambda: step(model(x), optimizer), [*model.parameters(), *model.buffers(), x, *held])
     assert 0.85 * summary.limit["memory"] < measured <= 1.01 * summary.limit["memory"]
     assert summary.metered["memory"] == pytest.approx(measured, rel=0.02)
     assert summary.sources["memory"].startswith("measured")
@@ -122,11 +118,9 @@ def test_memory_lands_within_the_budget() -> None:
 
 def test_memory_is_metered_at_a_decision_that_had_to_wait(machine: Machine) -> None:
     """In a run so short that decisions wait for seconds, each that is made knows the bytes of its step, too."""
-    budget = {"latency": "50%", "memory": "60%"}
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        loop = train(mlp(), budget, 60, machine.live)
-    assert not [str(each.message) for each in said if "not measured" in str(each.message)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not measured")
+        loop = train(mlp(), {"latency": "50%", "memory": "60%"}, 60, machine.live)
     made = [entry for entry in loop.ledger if not entry.reason.startswith("no decision")]
     assert len(made) < len(loop.ledger) and len(made) > 1
     assert all("memory" in entry.metered for entry in made)
@@ -150,9 +144,7 @@ def test_a_step_begins_however_the_model_is_called(way: str) -> None:
         half = Budget.fraction(0.5, of="memory")
         loop = setpoint.attach(model, optimizer, half, example=(x,), total_steps=40)
         for _ in range(40):
-            nn.functional.cross_entropy(call(model, x), torch.zeros(8, dtype=torch.long)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step(call(model, x), optimizer)
             if validated:
                 with torch.no_grad():
                     call(model.eval(), x.repeat(500, 1))
@@ -169,18 +161,15 @@ def test_memory_is_metered_where_units_come_back() -> None:
     limit = Budget.total(700_000, of="memory")
     loop = setpoint.attach(model, optimizer, limit, example=(x,), total_steps=200, controller=controller)
 
-    def step() -> None:
-        sum(model(x + shift).square().mean() for shift in range(3)).backward()  # type: ignore[union-attr]
-        optimizer.step()
-        optimizer.zero_grad()
+    def three() -> None:
+        step(sum(model(x + shift) for shift in range(3)), optimizer)  # type: ignore[arg-type]
 
     for _ in range(200):
-        step()
+        three()
     summary = loop.finish()
     held = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
-    assert (
-        summary.budget_met and loop.spending.account.probed_steps > 0 and peak_bytes(step, [*held, x]) <= 1.01 * 700_000
-    )
+    assert summary.budget_met and loop.spending.account.probed_steps > 0
+    assert peak_bytes(three, [*held, x]) <= 1.01 * 700_000
     assert summary.metered["memory"] <= 700_000 and summary.sources["memory"].startswith("measured")
 
 
@@ -192,9 +181,7 @@ def test_a_model_can_be_stored_and_copied_while_a_step_is_awaited() -> None:
         half = Budget.fraction(0.5, of="memory")
         loop = setpoint.attach(model, optimizer, half, example=(x,), total_steps=40)
         for _ in range(40):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step(model(x), optimizer)
             if copied:
                 for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
                     twin(x)
@@ -212,9 +199,7 @@ def test_a_second_loop_that_cannot_be_metered_says_so() -> None:
         loops = [setpoint.attach(*made[:2], half, example=made[2:], total_steps=40) for made in (first, second)]
         for _ in range(40):
             for model, optimizer, x in (first, second):
-                model(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                step(model(x), optimizer)
         summaries = [loop.finish() for loop in loops]
     assert len(caught) == 1 and all(summary.budget_met for summary in summaries)
 
@@ -297,9 +282,7 @@ def test_a_metered_step_leaves_training_alone() -> None:
     train(watched, Budget.fraction(1.0, of="memory"), 20)
     model, optimizer, x = plain
     for _ in range(20):
-        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(model(x), optimizer)
     assert all(map(torch.equal, model.parameters(), watched[0].parameters()))
 
 
@@ -310,9 +293,7 @@ def test_a_step_under_another_mode_is_not_read() -> None:
     with pytest.warns(UserWarning, match="memory is not measured now") as caught:
         for _ in range(30):
             with FlopCounterMode(display=False) as counter:
-                model(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                step(model(x), optimizer)
             assert counter.get_total_flops() > 0
     assert loop.finish().metered == {} and len(caught) == 1
     assert loop.summary is not None and loop.summary.budget_met
@@ -339,12 +320,9 @@ def test_a_model_that_was_not_cut_is_the_whole_of_the_dense_one(machine: Machine
     """A clock that slows down and speeds up says nothing of an uncut model: its share of the dense latency is 100 %."""
     model, optimizer, x = mlp()
     loop = setpoint.attach(model, optimizer, "0.1 s latency", total_steps=60, example=(x,))
-    for step in range(60):
-        machine.factor = 4.0 if step < 20 else 1.0
-        nn.functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
-        machine.live(loop)
-        optimizer.step()
-        optimizer.zero_grad()
+    for number in range(60):
+        machine.factor = 4.0 if number < 20 else 1.0
+        step(model(x), optimizer, lambda: machine.live(loop))
     summary = loop.finish()
     assert summary.budget_met and summary.resizes == 0
     assert summary.reason.endswith(": 100.0 % of the dense latency"), summary.reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -122,35 +123,58 @@ def test_a_most_that_the_guards_would_miss_lifts_them() -> None:
             assert 0.9 * share * dense < cost.total(widths_of(cut)) <= share * dense
 
 
-def net(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
-    """A small net, its optimizer and a batch."""
-    torch.manual_seed(seed)
+Run = tuple[setpoint.Loop, nn.Module, torch.optim.Optimizer, torch.Tensor]
+
+
+def attached(budget: Budget, total_steps: int, *, batch: int = 32, block: int = 0, **settings: Any) -> Run:
+    """A run of a small net on one batch."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    return model, torch.optim.Adam(model.parameters(), lr=3e-3), torch.randn(32, 8)
+    optimizer, x = torch.optim.Adam(model.parameters(), lr=3e-3), torch.randn(batch, 8)
+    if block:
+        settings["groups"] = [replace(group, multiple_of=block) for group in setpoint.find_groups(model, (x,))]
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=total_steps, **settings)
+    return loop, model, optimizer, x
+
+
+def of_run(fraction: float) -> Budget:
+    return Budget.fraction(fraction, of="flops", per="run")
 
 
 def train(loop: setpoint.Loop, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, until: int) -> None:
     """Train up to a step."""
     while loop.step < until:
-        loss = (model(x) - torch.tanh(x[:, :4])).square().mean()
-        loss.backward()
+        (model(x) - torch.tanh(x[:, :4])).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def share_spent(summary: setpoint.Summary) -> float:
+    """The share of its budget that a run has spent, which has met it."""
+    assert summary.budget_met, summary.reason
+    share = summary.spent_run["flops"] / summary.limit_run["flops"]
+    assert share <= 1 + 1e-12
+    return share
+
+
+def advised(low: Callable[[], object]) -> float:
+    """The least that the error advises."""
+    with pytest.raises(BudgetError, match="cannot be met|is spent already") as refused:
+        low()
+    advice = re.search(r"Ask for at least Budget\.fraction\(([\d.]+), of='flops', per='run'\)$", str(refused.value))
+    assert advice is not None
+    return float(advice[1])
 
 
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("fraction", [0.45, 0.7])
 def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
     """On a net, with verification and sensing counted: `spent_run` within 1 % of `limit_run`, never over."""
-    model, optimizer, x = net()
-    groups = [replace(group, multiple_of=block) for group in setpoint.find_groups(model, (x,))]
-    budget = setpoint.Budget.fraction(fraction, of="flops", per="run")
-    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300, groups=groups)
-    train(loop, model, optimizer, x, 300)
-    summary = loop.finish()
-    assert summary.budget_met, summary.reason
+    run = attached(of_run(fraction), 300, block=block)
+    train(*run, 300)
+    summary = run[0].finish()
     assert summary.limit_run["flops"] == pytest.approx(fraction * 300 * summary.dense_flops)
-    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+    assert share_spent(summary) >= 0.99
     assert summary.spent_run["flops"] == summary.train_flops
 
 
@@ -170,55 +194,32 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
 )
 def test_the_least_that_is_advised_is_met(name: str, total_steps: int) -> None:
     """A budget that cannot be met is refused with a least, as rounded, that the run then meets; one below it is not."""
-    settings, batch = CONTROLLERS[name], 512 if "gated" in name else 32
-    model, optimizer, x = net()
-    x = torch.randn(batch, 8)
-    with pytest.raises(BudgetError, match="cannot be met|is spent already") as refused:
-        low = Budget.fraction(0.03, of="flops", per="run")
-        setpoint.attach(model, optimizer, low, example=(x,), total_steps=total_steps, **settings)
-    advice = re.search(r"Ask for at least Budget\.fraction\(([\d.]+), of='flops', per='run'\)$", str(refused.value))
-    assert advice is not None
-    least = float(advice[1])
+    settings = {"total_steps": total_steps, "batch": 512 if "gated" in name else 32, **CONTROLLERS[name]}
+    least = advised(lambda: attached(of_run(0.03), **settings))
     for fraction in (least, 1.1 * least):
-        model, optimizer, x = net()
-        x = torch.randn(batch, 8)
-        budget = Budget.fraction(fraction, of="flops", per="run")
-        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=total_steps, **settings)
-        train(loop, model, optimizer, x, total_steps)
-        summary = loop.finish()
-        assert summary.budget_met, summary.reason
-        assert summary.spent_run["flops"] <= summary.limit_run["flops"] * (1 + 1e-12)
-        assert summary.limit_run["flops"] < 1.3 * summary.spent_run["flops"]
-    model, optimizer, x = net()
+        run = attached(of_run(fraction), **settings)
+        train(*run, total_steps)
+        assert share_spent(run[0].finish()) > 1 / 1.3
     with pytest.raises(BudgetError, match="cannot be met"):
-        low = Budget.fraction(least - 0.002, of="flops", per="run")
-        setpoint.attach(model, optimizer, low, example=(torch.randn(batch, 8),), total_steps=total_steps, **settings)
+        attached(of_run(least - 0.002), **settings)
 
 
 def test_a_longer_run_lands_anew() -> None:
     """A total budget whose run is made longer after the landing is met by one more cut; unreachable lengths are not."""
-    model, optimizer, x = net()
-    flops = 0.6 * 300
-    probe = setpoint.attach(model, optimizer, setpoint.Budget.fraction(1.0, of="flops"), example=(x,), total_steps=300)
-    dense = probe.finish().dense_flops
-    budget = setpoint.Budget.total(flops * dense, of="flops", per="run")
-    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=300)
-    train(loop, model, optimizer, x, 200)
+    dense = attached(Budget.fraction(1.0, of="flops"), 300)[0].finish().dense_flops
+    run = attached(Budget.total(0.6 * 300 * dense, of="flops", per="run"), 300)
+    loop = run[0]
+    train(*run, 200)
     assert loop.budget_met
     with pytest.raises(BudgetError, match="cannot be met"):
         loop.total_steps = 100_000
     assert loop.total_steps == 300
     loop.total_steps = 400
-    train(loop, model, optimizer, x, 400)
-    summary = loop.finish()
-    assert summary.budget_met, summary.reason
-    assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+    train(*run, 400)
+    assert share_spent(loop.finish()) >= 0.99
 
 
-@pytest.mark.parametrize(
-    ("at", "above"),
-    [(155, 0.004), (185, 0.0)],
-)
+@pytest.mark.parametrize(("at", "above"), [(155, 0.004), (185, 0.0)])
 def test_a_budget_that_is_lowered_near_the_least_is_met(at: int, above: float) -> None:
     """Lowered between two decisions to the least that is advised, or just above, the run lands and is never over.
 
@@ -226,22 +227,13 @@ def test_a_budget_that_is_lowered_near_the_least_is_met(at: int, above: float) -
     """
 
     def lowered(fraction: float) -> setpoint.Summary:
-        model, optimizer, _ = net()
-        x = torch.randn(2, 8)
-        dense = Budget.fraction(0.6, of="flops", per="run")
-        loop = setpoint.attach(model, optimizer, dense, example=(x,), total_steps=500)
-        train(loop, model, optimizer, x, at)
-        loop.budget = Budget.fraction(fraction, of="flops", per="run")
-        train(loop, model, optimizer, x, 500)
-        return loop.finish()
+        run = attached(of_run(0.6), 500, batch=2)
+        train(*run, at)
+        run[0].budget = of_run(fraction)
+        train(*run, 500)
+        return run[0].finish()
 
-    with pytest.raises(BudgetError, match="Ask for at least") as refused:
-        lowered(0.01)
-    advice = re.search(r"Ask for at least Budget\.fraction\(([\d.]+),", str(refused.value))
-    assert advice is not None
-    summary = lowered(float(advice[1]) + above)
-    assert summary.budget_met, summary.reason
-    assert 0.97 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
+    assert share_spent(lowered(advised(lambda: lowered(0.01)) + above)) >= 0.97
 
 
 @pytest.mark.parametrize("batch", [2, 32, 512])
@@ -249,11 +241,9 @@ def test_gates_take_their_share_and_no_more(batch: int) -> None:
     """Learning takes at most 1 % of the FLOPs of the steps, however small the model; else the plan is the priced."""
     widths = []
     for controller in (GatedController(), PricedController()):
-        model, optimizer, _ = net()
-        x, budget = torch.randn(batch, 8), Budget.fraction(0.5, of="flops")
-        loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=200, controller=controller)
-        train(loop, model, optimizer, x, 200)
-        summary = loop.finish()
+        run = attached(Budget.fraction(0.5, of="flops"), 200, batch=batch, controller=controller)
+        train(*run, 200)
+        summary = run[0].finish()
         widths.append((summary.widths, summary.overhead_flops, summary.train_flops))
     (gated, with_gates, flops), (priced, without, _) = widths
     assert with_gates - without <= 0.0101 * flops
@@ -264,11 +254,9 @@ def test_gates_take_their_share_and_no_more(batch: int) -> None:
 @pytest.mark.parametrize(("steps", "met"), [(30, True), (20, False)])
 def test_a_bill_that_is_kept_to_the_end_is_met(steps: int, met: bool) -> None:
     """Claim: at the end of the run a bill that was kept is met without a last decision; before the end it is not."""
-    model, optimizer, x = net()
     early = Scripted({3: {"0": list(range(40)), "2": list(range(40))}}, regrow=False, last=100)
-    budget = setpoint.Budget.fraction(0.7, of="flops", per="run")
-    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=30, controller=early)
-    train(loop, model, optimizer, x, steps)
+    run = attached(of_run(0.7), 30, controller=early)
+    train(*run, steps)
     with contextlib.nullcontext() if met else pytest.warns(UserWarning, match="last decision was not made"):
-        summary = loop.finish()
+        summary = run[0].finish()
     assert summary.budget_met is met and summary.spent_run["flops"] < summary.limit_run["flops"]

@@ -331,17 +331,15 @@ class MemoryCost:
             constant = math.prod(size.constant for size in term.sizes if not size.parts)
             weighed.append((monomials.setdefault(variable, len(monomials)), term.coefficient * constant))
         self._alive = _undominated(_moments(tape.events, weighed, len(monomials)))
-        sizes = list(dict.fromkeys(size for monomial in monomials for size in monomial))
+        one = Size(1)  # it fills up short products
+        sizes = list(dict.fromkeys([*(size for monomial in monomials for size in monomial), one]))
         self._groups = tuple(sorted({name for size in sizes for name, _ in size.parts}))
-        self._constant = np.array([*(size.constant for size in sizes), 1], dtype=np.float64)
-        self._per_unit = np.zeros((len(sizes) + 1, len(self._groups)))
-        for number, size in enumerate(sizes):
-            for name, per_unit in size.parts:
-                self._per_unit[number, self._groups.index(name)] += per_unit
-        one, longest = len(sizes), max(map(len, monomials), default=0)  # the last size is 1: it fills up short products
-        place = {size: number for number, size in enumerate(sizes)}
-        rows = [[*map(place.get, monomial), *[one] * (longest - len(monomial))] for monomial in monomials]
-        self._index = np.array(rows, dtype=np.int64)
+        self._constant = np.array([size.constant for size in sizes], dtype=np.float64)
+        per_unit = [[sum(n for part, n in size.parts if part == name) for name in self._groups] for size in sizes]
+        self._per_unit = np.array(per_unit, dtype=np.float64)
+        longest = max(map(len, monomials), default=0)
+        rows = [[*monomial, *[one] * (longest - len(monomial))] for monomial in monomials]
+        self._index = np.array([[sizes.index(size) for size in row] for row in rows], dtype=np.int64)
 
     def total(self, widths: Mapping[str, int]) -> float:
         sizes = self._constant + self._per_unit @ np.array([widths[name] for name in self._groups], dtype=np.float64)
