@@ -216,18 +216,6 @@ def test_two_budgets_are_both_met() -> None:
     assert all(sum(price > 0 for price in entry.price.values()) == 1 for entry in cut)
 
 
-def test_latency_is_held_by_the_meter(machine: Machine) -> None:
-    """Steps take half as long again as copies of them: feedback still lands within the limit, and not far below."""
-    loop = train(mlp(), Budget.fraction(0.6, of="latency"), 120, machine.live)
-    summary = loop.summary
-    assert summary is not None and summary.budget_met, summary
-    dense = machine.factor * machine.step_s({"a": 256, "b": 256})
-    assert summary.limit["latency"] == pytest.approx(0.6 * dense)  # of the dense model as measured
-    final = machine.factor * machine.step_s(loop.widths)
-    assert 0.9 * summary.limit["latency"] < final <= 1.03 * summary.limit["latency"]
-    assert {"modelled", "measured"} <= set(loop.ledger.header)
-
-
 def test_the_loop_says_what_the_summary_says(machine: Machine) -> None:
     """Steps that become slow after the last decision miss the budget: the finished loop, its metrics and line agree."""
 
@@ -249,16 +237,17 @@ def metered(
     monkeypatch.setattr(costing, "find_energy_meter", lambda devices: (EnergyMeter([counter]), ""))
 
 
-def test_energy_on_a_recorded_meter(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joules per step as metered land within 5 % of the budget, and are labelled as measured."""
+@pytest.mark.parametrize(("resource", "margin"), [("latency", 0.03), ("energy", 0.05)])
+def test_feedback_by_meters(machine: Machine, monkeypatch: pytest.MonkeyPatch, resource: str, margin: float) -> None:
+    """Steps take half as long again as copies of them: feedback still lands within the limit, and not far below."""
     metered(machine, monkeypatch, lambda: machine.joules)
-    loop = train(mlp(), Budget.fraction(0.6, of="energy"), 120, machine.live)
-    summary = loop.summary
+    loop = train(mlp(), Budget.fraction(0.6, of=resource), 120, machine.live)
+    summary, unit = loop.summary, machine.factor * (machine.watts if resource == "energy" else 1.0)
     assert summary is not None and summary.budget_met, summary
-    dense = machine.watts * machine.factor * machine.step_s({"a": 256, "b": 256})
-    final = machine.watts * machine.factor * machine.step_s(loop.widths)
-    assert 0.9 * 0.6 * dense < final <= 1.05 * 0.6 * dense
-    assert summary.sources["energy"] == "measured: recorded"
+    limit = 0.6 * unit * machine.step_s({"a": 256, "b": 256})  # of the dense model as measured
+    assert summary.limit[resource] == pytest.approx(limit)
+    assert 0.9 * limit < unit * machine.step_s(loop.widths) <= (1 + margin) * limit
+    assert summary.sources[resource].startswith("measured") and {"modelled", "measured"} <= set(loop.ledger.header)
 
 
 def test_energy_without_a_meter(machine: Machine) -> None:

@@ -46,17 +46,12 @@ _SAY_WATTS = "give the budget the power that a training step draws, as in Budget
 
 @dataclass(frozen=True, eq=False)
 class Costing:
-    """What is known of resources that are measured.
-
-    Args:
-        sources: by resource, what it was modelled by.
-        passes: steps on copies, in steps of the dense model by FLOPs.
-    """
+    """What is known of resources that are measured."""
 
     costs: Mapping[str, Cost]
-    sources: Mapping[str, str]
+    sources: Mapping[str, str]  # by resource, what it was modelled by
     meter: Metering
-    passes: float
+    passes: float  # steps on copies, in steps of the dense model by FLOPs
 
 
 def cost_out(
@@ -69,8 +64,7 @@ def cost_out(
 ) -> Costing:
     """Costs and meter of the resources that goals are on; the model itself is left alone.
 
-    Args:
-        found: of an optimizer step, in which the model is called `calls` times on examples; copies make one call.
+    `found` is of an optimizer step, in which the model is called `calls` times on examples; copies make one call.
     """
     measured = {goal.resource for goal in goals} & set(METERED)
     watts = next((goal.watts for goal in goals if goal.watts is not None), None)
@@ -93,13 +87,11 @@ def cost_out(
                 power_w = watts if power_w is None else power_w
                 if power_w is None:
                     raise CostError(f"the energy meter read nothing while copies were trained: {_SAY_WATTS}")
-                costs["energy"], sources["energy"] = (
-                    combined("energy", ((power_w, latency),)),
-                    f"modelled: {power} x seconds",
-                )
+                costs["energy"] = combined("energy", ((power_w, latency),))
+                sources["energy"] = f"modelled: {power} x seconds"
     if "inference" in measured:
-        asked = next((goal.example for goal in goals if goal.example is not None), example)
-        asked = without_cache(host.model, asked)
+        given = next((goal.example for goal in goals if goal.example is not None), example)
+        asked = without_cache(host.model, given)
         pass_flops = forward_flops(own, num_samples(asked) / num_samples(example) / calls)
         inference = Inference(host.model, asked, pass_flops)
         answer = partial(replica, host.model, (), asked, groups, passes, trains=False)
@@ -138,11 +130,7 @@ def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | No
 
 
 def record(make: Make, groups: tuple[Group, ...]) -> Tape:
-    """The step as a function of widths.
-
-    Copies with data are recorded, and copies without where memory has no room for those.
-    Whatever goes wrong in foreign code becomes one error that says what to do.
-    """
+    """The step as a function of widths, of copies with data, or without where memory has no room for those."""
     vectors = trial_widths(groups)
     try:
         with progress("recording a step"):
@@ -152,9 +140,8 @@ def record(make: Make, groups: tuple[Group, ...]) -> Tape:
     except SetpointError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise CostError(
-            f"a step cannot be recorded on copies of the model ({type(error).__name__}: {first}): "
+            f"a step cannot be recorded on copies of the model ({type(error).__name__}: {error}): "
             "hold the model to a budget of 'flops' or 'params'"
         ) from error
 

@@ -18,17 +18,11 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass(frozen=True, eq=False)
 class Counter:
-    """One energy counter of the hardware.
+    """One energy counter of the hardware."""
 
-    Args:
-        name: what it counts, for people: "RAPL package-0".
-        read_j: its present value in joules; raises OSError when it cannot be read.
-        range_j: value at which it starts again from 0; None for one that does not wrap.
-    """
-
-    name: str
-    read_j: Callable[[], float]
-    range_j: float | None = None
+    name: str  # what it counts, for people: "RAPL package-0"
+    read_j: Callable[[], float]  # its present value in joules; raises OSError when it cannot be read
+    range_j: float | None = None  # value at which it starts again from 0; None for one that does not wrap
 
 
 @final

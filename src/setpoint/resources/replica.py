@@ -164,8 +164,7 @@ class Inference:
     def timed(self) -> tuple[list[float], int]:
         """Seconds of several passes in eval mode, without a first that is not counted; and the number of all.
 
-        Weights, buffers, attributes, modes, gradients and random number generators are as before, and the user's
-        hooks are not called.
+        All of the model and of chance is as before, and the user's hooks are not called.
         """
         watch, times = Stopwatch(synchronize=True), list[float]()
         with ExitStack() as after:

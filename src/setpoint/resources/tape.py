@@ -106,18 +106,14 @@ def _storage_of(value: Any) -> int | None:
 
 
 class Take(LiveBytes):  # type: ignore[no-untyped-call]
-    """A step at one width vector. One mode counts and records, since a mode costs more than what it notes.
-
-    Attributes:
-        calls: each operation, and of a concatenation the lengths of its pieces.
-        storages: bytes of each, and the shape and item size of the tensor that it was made for.
-        events: in order, the number of a storage from 0 on, and whether it is made.
-    """
+    """A step at one width vector. One mode counts and records, since a mode costs more than what it notes."""
 
     def __init__(self, held: Iterable[Tensor]) -> None:
+        # Each operation, and of a concatenation the lengths of its pieces.
         self.calls = list[tuple[Any, tuple[int, ...]]]()
+        # Bytes of each, and the shape and item size of the tensor that it was made for.
         self.storages = list[tuple[int, tuple[int, ...], int]]()
-        self.events = list[tuple[int, bool]]()
+        self.events = list[tuple[int, bool]]()  # in order, the number of a storage, and whether it is made
         self._ended = False
         super().__init__(held)
 

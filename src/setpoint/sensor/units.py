@@ -169,10 +169,7 @@ def find_units(
     scale: GradientScale | None = None,
     averaging: Ranks | None = None,
 ) -> Units:
-    """The weights of each group at its places, with their index tables on the device.
-
-    `tapped` are names of weights that are frozen, and read by taps; `scale` and `averaging` are as in `Units`.
-    """
+    """The weights of each group at its places; taps read those that are named in `tapped`, which are frozen."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
 
