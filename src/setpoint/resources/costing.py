@@ -90,8 +90,8 @@ def cost_out(
                 costs["energy"] = combined("energy", ((power_w, latency),))
                 sources["energy"] = f"modelled: {power} x seconds"
     if "inference" in measured:
-        given = next((goal.example for goal in goals if goal.example is not None), example)
-        asked = without_cache(host.model, given)
+        asked = next((goal.example for goal in goals if goal.example is not None), example)
+        asked = without_cache(host.model, asked)
         pass_flops = forward_flops(own, num_samples(asked) / num_samples(example) / calls)
         inference = Inference(host.model, asked, pass_flops)
         answer = partial(replica, host.model, (), asked, groups, passes, trains=False)
