@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,12 @@ Values = Float64[np.ndarray, " all_units"]
 Measure = Callable[[Units], Float[Tensor, " all_units"]]
 
 
+def the_mean(mean: Values, variance: Values, num_samples: int) -> Values:
+    """Saliency of a measure that is never negative."""
+    saliency: Values = np.maximum(mean, 0.0)
+    return saliency
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A measure by unit, and how its mean and variance over recent steps become a saliency.
@@ -43,9 +50,9 @@ class Criterion:
     """
 
     measure: Measure
-    saliency: Callable[[Values, Values, int], Values]
-    role: str
-    traits: Traits
+    saliency: Callable[[Values, Values, int], Values] = the_mean
+    role: str = "consume"
+    traits: Traits = UNCALIBRATED
     is_slope: bool = False
 
     def places(self, group: Group) -> tuple[Slice, ...]:
@@ -57,23 +64,11 @@ CRITERIA: dict[str, Criterion] = {}
 """Every criterion by name."""
 
 
-def the_mean(mean: Values, variance: Values, num_samples: int) -> Values:
-    """Saliency of a measure that is never negative."""
-    saliency: Values = np.maximum(mean, 0.0)
-    return saliency
-
-
-def criterion(
-    *,
-    saliency: Callable[[Values, Values, int], Values] = the_mean,
-    role: str = "consume",
-    traits: Traits = UNCALIBRATED,
-    is_slope: bool = False,
-) -> Callable[[Measure], Criterion]:
-    """Register a function of `Units` as a criterion, under its own name; the arguments are those of `Criterion`."""
+def criterion(**settings: Any) -> Callable[[Measure], Criterion]:
+    """Register a function of `Units` as a criterion, under its own name; the settings are fields of `Criterion`."""
 
     def register(measure: Measure) -> Criterion:
-        CRITERIA[measure.__name__] = Criterion(measure, saliency, role, traits, is_slope)
+        CRITERIA[measure.__name__] = Criterion(measure, **settings)
         return CRITERIA[measure.__name__]
 
     return register
