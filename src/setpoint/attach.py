@@ -41,7 +41,7 @@ from setpoint.messages import a_type, plain_number, progress
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
-from setpoint.spending.checks import check_budgets, check_reachable, check_run, split_bill
+from setpoint.spending.checks import check_budgets, check_reachable, check_run, run_facts, split_bill
 from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter, Stopwatch
 from setpoint.spending.spending import Spending
@@ -173,7 +173,6 @@ def _run_spec(
     method: str,
     **flags: bool,
 ) -> RunSpec:
-    """The arguments of `attach`, checked, and whether host and optimizers can give what they ask for."""
     _check_part("controller", controller, Controller, "PricedController")
     _check_part("sensor", sensor, Sensor, "TaylorSensor")
     steps = plain_number(total_steps)
@@ -331,7 +330,7 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:
-    """Look at the model and choose the parts, on all ranks alike."""
+    """The parts, the same on all ranks, once the model has been looked at."""
     clock = Stopwatch(synchronize=True)
     with (
         progress("attach"),
@@ -342,7 +341,7 @@ def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:
         host.together("attach") as facts,
     ):
         parts = _weights(host, spec, inputs, clock) if spec.masking else _units(host, spec, inputs, clock)
-        facts.update({**parts.facts, **parts.spending.facts()})
+        facts.update({**parts.facts, **run_facts(parts.spending)})
     return parts
 
 
@@ -369,7 +368,6 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
 
 
 def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
-    """Parts that cut units."""
     controller, some, even = spec.controller, spec.groups, None
     traced = repeated(trace(host.model, inputs.example), inputs.passes)
     if isinstance(controller, EvenController):

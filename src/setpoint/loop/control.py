@@ -118,7 +118,7 @@ class Control:
     # Before the optimizers step.
 
     def before_step(self, grad_scale: Tensor | None) -> None:
-        """The gradients of a step are ready; `grad_scale` is what they are still multiplied by, or None."""
+        """`grad_scale` is what gradients are still multiplied by, or None."""
         with uninterrupted(), self._explained():
             self.host.before_step(first=not self._checked_host)
             self._checked_host = True  # a closer look costs milliseconds, which the first step may take
@@ -160,7 +160,6 @@ class Control:
     # After they have stepped.
 
     def after_step(self) -> None:
-        """The optimizers have moved the weights."""
         with uninterrupted(), self._explained():
             self.state = now = replace(self.state, step=self.step + 1)
             self.spending.stepped()
@@ -256,7 +255,6 @@ class Control:
         return observation, state, plan
 
     def _act(self, plan: Plan, state: Any, reading: Reading) -> Change:
-        """Carry a plan out; sensor and controller follow."""
         change = Change()
         watched = self.losses.watching and not self.spending.account.resizes
         if plan.drops() and watched and self.revocable is not None:  # the loss may ask to take the cut back
@@ -277,8 +275,23 @@ class Control:
 
     def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        entry = self.spending.entry(self.step, plan, self.groups, before, reason)
-        return replace(entry, loss=self.losses.loss, val=self.losses.val)
+        spending, limits, widths = self.spending, self.spending.limits, self.widths
+        return Entry(
+            step=self.step,
+            widths=widths,
+            loss=self.losses.loss,
+            val=self.losses.val,
+            seconds=spending.account.seconds,
+            reason=reason,
+            spent={name: limits.expected(name, widths) for name in spending.costs},
+            metered=dict(spending.readings),
+            predicted={name: spending.costs[name].total(before) for name in spending.readings},
+            reference=limits.references(plan.reference) if plan else {},
+            limit=limits.asked,
+            spent_run=spending.spent_run,
+            price=limits.prices(plan.price, before) if plan else {},
+            own_seconds=spending.account.seconds_since_entry(),
+        )
 
     def _read(self) -> Reading:
         """A reading whose skipped steps count from the last one; LoopError if others have changed the model."""

@@ -17,6 +17,7 @@ from setpoint.groups.group import widths_of
 from setpoint.ledger import Ledger
 from setpoint.loop.control import Control, RunState
 from setpoint.loop.losses import Losses
+from setpoint.spending.checks import run_facts
 from setpoint.spending.spending import Spending
 
 FORMAT = 2
@@ -66,14 +67,10 @@ def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Actuator | L
     return {"actuator": actuator, "losses": control.losses, "ledger": control.ledger, "spending": control.spending}
 
 
-def _facts(control: Control) -> dict[str, Any]:
-    return {**control.facts, **control.spending.facts()}
-
-
 def state_of(control: Control) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "run": _facts(control),
+        "run": {**control.facts, **run_facts(control.spending)},
         "now": plain(control.state, "the run's progress"),
         "sensor": plain(control.sensor_state, "the sensor's state"),
         "controller": plain(control.controller_state, "the controller's state"),
@@ -111,7 +108,7 @@ def load_state(control: Control, state: Mapping[str, Any]) -> None:
 
 def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunState, Any]:
     check_format(state)
-    check_same_run(state["run"], _facts(control))
+    check_same_run(state["run"], {**control.facts, **run_facts(control.spending)})
     for optimizer in control.host.optimizers:
         check_state(optimizer, control.host.model, control.dense)
     actuator, device = control.actuator, control.host.device

@@ -89,6 +89,16 @@ def check_run(spending: Spending, step: int, total_steps: int, groups: tuple[Gro
         run.check(run.present * cheapest(cost, groups) / cost.total(widths))
 
 
+def run_facts(spending: Spending) -> dict[str, Any]:
+    """What a run that is resumed must share with the one before, and all ranks with each other."""
+    dense, bills = spending.limits.dense, () if spending.bill is None else (spending.bill.budget,)
+    return {
+        "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
+        "budgets": [(b.resource, float(b.limit), b.per, b.relative) for b in (*spending.budgets, *bills)],
+        "total_steps": spending.total_steps,
+    }
+
+
 def _percent(share: float, rounded: Callable[[float], float] = round) -> str:
     """A share in percent with at least two significant digits.
 

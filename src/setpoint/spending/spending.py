@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from setpoint.controller.plan import Controller, Observation, Plan
+from setpoint.controller.plan import Controller, Observation
 from setpoint.cost.budget import METERED, Budget
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
-from setpoint.ledger import Entry
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading
 from setpoint.spending.account import Account
@@ -43,14 +42,14 @@ class Spending:
         account: Account,
         meter: Meter,
         controller: Controller[Any],
-        single_process: bool = True,
-        modelled: Mapping[str, str] | None = None,
-        check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
-        bill: Budget | None = None,
+        single_process: bool,
+        modelled: Mapping[str, str],
+        check_kind: Callable[[Sequence[Budget]], None],
+        bill: Budget | None,
     ) -> None:
         self.limits, self.costs, self.dense_widths = limits, limits.costs, limits.dense_widths
         self.account, self.meter, self.schedule = account, meter, controller.conduct.schedule
-        self.modelled, self.check_kind = modelled or {}, check_kind
+        self.modelled, self.check_kind = modelled, check_kind
         self.total_steps, self._controller, self._single_process = total_steps, controller, single_process
         self.readings, self._warned = dict[str, float](), set[str]()
         self._known: Mapping[str, float] = {}  # what meters have told the controller of a step
@@ -85,8 +84,6 @@ class Spending:
         self.limits = self.limits.held_to(budgets)
         if self.bill is not None:
             self.bill = self.bill.anew().decided(self.limits, self.account, groups, met=False)
-
-    # What happens.
 
     def stepped(self) -> None:
         self.account.stepped()
@@ -126,15 +123,6 @@ class Spending:
 
     # What is known.
 
-    def facts(self) -> dict[str, Any]:
-        """What a run that is resumed must share with the one before, and all ranks with each other."""
-        dense, bills = self.limits.dense, () if self.bill is None else (self.bill.budget,)
-        return {
-            "dense": {name: dense[name] for name in ("flops", "params")},  # others are fitted to this machine
-            "budgets": [(b.resource, float(b.limit), b.per, b.relative) for b in (*self.budgets, *bills)],
-            "total_steps": self.total_steps,
-        }
-
     def observation(self, step: int, groups: tuple[Group, ...], reading: Reading | None, **others: Any) -> Observation:
         """What a controller sees at a decision; `others` are more of its fields, such as the loss."""
         widths = widths_of(groups)
@@ -153,26 +141,6 @@ class Spending:
             remaining={name: run.remaining() for name, run in runs.items()},
             learning_flops=self.account.learning_left(),
             **others,
-        )
-
-    def entry(
-        self, step: int, plan: Plan | None, groups: tuple[Group, ...], before: Mapping[str, int], reason: str
-    ) -> Entry:
-        """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
-        widths = widths_of(groups)
-        return Entry(
-            step=step,
-            widths=widths,
-            seconds=self.account.seconds,
-            reason=reason,
-            spent={name: self.limits.expected(name, widths) for name in self.costs},
-            metered=dict(self.readings),
-            predicted={name: self.costs[name].total(before) for name in self.readings},
-            reference=self.limits.references(plan.reference) if plan else {},
-            limit=self.limits.asked,
-            spent_run=self.spent_run,
-            price=self.limits.prices(plan.price, before) if plan else {},
-            own_seconds=self.account.seconds_since_entry(),
         )
 
     # What the whole run may spend. All of it is empty where no budget is one of the run.
