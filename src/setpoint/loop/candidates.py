@@ -34,8 +34,6 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What may be pruned."""
-
     groups: tuple[Group, ...]  # at dense widths
     frozen: Mapping[str, str]  # by name or place, why it is not pruned
     costs: Mapping[str, Cost]  # by resource, over the widths of `groups`
@@ -163,7 +161,6 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
 
 
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
-    """Check that there is anything to prune."""
     if groups:
         return
     if strangers := [why for why in frozen.values() if why.endswith(_UNTRAINED)]:
@@ -188,7 +185,6 @@ def _check_numbers(model: nn.Module, example: Example) -> None:
 
 
 def _listed(items: Sequence[str], limit: int, between: str = ", ") -> str:
-    """The first items of a list, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return between.join(items[:limit]) + more
 

@@ -67,7 +67,6 @@ class Carrying:
         saved["param_groups"][0][KEY] = data
 
     def _take(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
-        """Called before the optimizer loads a state."""
         first, *others = saved["param_groups"] or [{}]
         if not isinstance(first, dict) or KEY not in first:
             return None

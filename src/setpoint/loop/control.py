@@ -229,8 +229,8 @@ class Control:
                 self.ledger.append(self._entry(now.plan, before, problem))
             return
         change = self._act(plan, state, reading)
-        entry = _recorded(self._entry(plan, before, plan.reason), plan, change, observation, origin)
-        self.ledger.append(entry)
+        reason = f"{plan.reason}; {change.note}" if change.note else plan.reason
+        self.ledger.append(self._entry(plan, before, reason, **_moved(plan, change, observation, origin)))
         self.spending.decided(self.groups, plan.budget_met)
         self.state = self.state.decided(plan, reading, change)
         if self.state.budget_met:
@@ -273,7 +273,7 @@ class Control:
         self.controller_state = state
         return change
 
-    def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str) -> Entry:
+    def _entry(self, plan: Plan | None, before: Mapping[str, int], reason: str, **moved: Any) -> Entry:
         """An entry on the present widths; `plan` is the last one, `before` are the widths that the meters read."""
         spending, limits, widths = self.spending, self.spending.limits, self.widths
         return Entry(
@@ -291,6 +291,7 @@ class Control:
             spent_run=spending.spent_run,
             price=limits.prices(plan.price, before) if plan else {},
             own_seconds=spending.account.seconds_since_entry(),
+            **moved,
         )
 
     def _read(self) -> Reading:
@@ -363,15 +364,13 @@ def _decisions(plan: Plan) -> list[Any]:
     return [plan.step, plan.budget_met, keep, grow]
 
 
-def _recorded(entry: Entry, plan: Plan, change: Change, seen: Observation, origin: Origins) -> Entry:
-    """The entry with what was dropped and what came back, by origin; single weights are counted, not listed.
+def _moved(plan: Plan, change: Change, seen: Observation, origin: Origins) -> dict[str, Any]:
+    """An entry's fields on what was dropped and what came back, by origin; single weights are counted, not listed.
 
     `seen` and `origin`, the dense index of each unit, are those from before the plan was carried out.
     """
-    if change.note:
-        entry = replace(entry, reason=f"{entry.reason}; {change.note}")
     if change.counted:
-        return replace(entry, num_dropped=change.num_dropped, num_grown=change.num_grown)
+        return {"num_dropped": change.num_dropped, "num_grown": change.num_grown}
     gone = {name: ~keep for name, keep in plan.keep.items() if not keep.all()}
     grown = {name: units.tolist() for name, units in plan.grow.items() if len(units)}
     gain: dict[str, list[float]] = {}
@@ -380,12 +379,11 @@ def _recorded(entry: Entry, plan: Plan, change: Change, seen: Observation, origi
         if probe is not None and name in probe.gain:
             known = dict(zip(probe.origins[name].tolist(), probe.gain[name].tolist(), strict=True))
             gain[name] = [known.get(unit, math.nan) for unit in units]
-    return replace(
-        entry,
-        dropped={name: origin[name][out].tolist() for name, out in gone.items()},
-        saliency={name: reading.saliency[name][out].tolist() for name, out in gone.items() if reading},
-        worth={name: plan.worth[name][out].tolist() for name, out in gone.items() if name in plan.worth},
-        grown=grown,
-        gain=gain,
-        grown_worth={name: values.tolist() for name, values in plan.grow_worth.items() if name in grown},
-    )
+    return {
+        "dropped": {name: origin[name][out].tolist() for name, out in gone.items()},
+        "saliency": {name: reading.saliency[name][out].tolist() for name, out in gone.items() if reading},
+        "worth": {name: plan.worth[name][out].tolist() for name, out in gone.items() if name in plan.worth},
+        "grown": grown,
+        "gain": gain,
+        "grown_worth": {name: values.tolist() for name, values in plan.grow_worth.items() if name in grown},
+    }

@@ -18,8 +18,7 @@ from setpoint.host.host import Host
 from setpoint.loop.candidates import Inputs
 
 _TARGETS = ("labels", "targets", "target", "y")
-_IGNORED = -100
-"""Class index that PyTorch's and transformers' losses leave out."""
+_IGNORED = -100  # class index that PyTorch's and transformers' losses leave out
 
 
 class _Call(NamedTuple):
@@ -30,9 +29,8 @@ class _Call(NamedTuple):
 class FirstBatch:
     """Records the inputs and the autocast of the first forward in training, and counts forwards until the first step.
 
-    A forward that raises, runs in eval mode or without gradients is not recorded. Where training never calls the model
-    itself but parts of it, `self.decoder(self.encoder(x))` in a `training_step`, each outermost part is recorded.
-    `called` is the model in its wrappers, and `begin` is called when the first optimizer is about to step.
+    Where training never calls the model itself but parts of it, `self.decoder(self.encoder(x))` in a `training_step`,
+    each outermost part is recorded. `called` is the model in its wrappers.
     """
 
     def __init__(self, host: Host, called: nn.Module, method: str, begin: Callable[[Inputs], None]) -> None:
@@ -87,10 +85,9 @@ class FirstBatch:
             self._calls.pop(name, None)  # inputs that the model does not take
 
     def begin(self, backward_passes: int) -> None:
-        """Begin the loop with what was recorded.
+        """Passes whose gradients add up are one of the `backward_passes`.
 
-        Passes whose gradients add up are one of the `backward_passes`. Where a GradScaler has skipped steps there are
-        several, each with its share of the forwards.
+        Where a GradScaler has skipped steps there are several, each with its share of the forwards.
         """
         names = [name for name in self._counts if name in self._calls]
         if not names:
@@ -183,9 +180,6 @@ class _Record:
     def ended(self, *, raised: bool) -> None:
         if self._batch is not None and not torch.compiler.is_dynamo_compiling():
             self._batch.forward_ends(self._name, raised=raised)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
-        return _Record()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Record, ()

@@ -155,7 +155,6 @@ Event = Entry | Summary | None
 
 
 def summarise(control: Control) -> Summary:
-    """The summary of a run that has ended."""
     now, spending, actuator, widths = control.state, control.spending, control.actuator, control.widths
     masked = sum(int((~mask).sum()) for mask in actuator.masks.values())
     num_params = sum(parameter.numel() for parameter in control.host.model.parameters()) - masked
@@ -190,7 +189,6 @@ def summarise(control: Control) -> Summary:
 
 
 def _num_units(moved: Iterable[Mapping[str, list[int]]]) -> int:
-    """How many units moved at least once."""
     return len({(name, unit) for groups in moved for name, units in groups.items() for unit in units})
 
 
@@ -213,8 +211,8 @@ def warn_of_miss(summary: Summary, passes: int) -> None:
             f"{summary.note}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger "
             "max_steps"
         )
-    began = summary.steps or passes  # where nothing was trained nobody can have missed anything
-    if summary.budget_met or not {**summary.limit, **summary.limit_run} or not began:
+    trained = summary.steps or passes
+    if summary.budget_met or not trained or not {**summary.limit, **summary.limit_run}:
         return
     known = {**summary.spent, **summary.metered}
     words = [
