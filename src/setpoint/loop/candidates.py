@@ -34,6 +34,8 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
+    """What may be pruned."""
+
     groups: tuple[Group, ...]  # at dense widths
     frozen: Mapping[str, str]  # by name or place, why it is not pruned
     costs: Mapping[str, Cost]  # by resource, over the widths of `groups`
