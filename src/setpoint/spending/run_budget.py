@@ -170,13 +170,11 @@ class RunBudget:
 def run_budgets(
     limits: Limits,
     account: Account,
+    controller: Controller[Any],
     spent: Mapping[str, float],
-    schedule: Schedule,
     step: int,
     num_steps: int,
     widths: Mapping[str, int],
-    *,
-    controller: Controller[Any],
     watts: float,
 ) -> dict[str, RunBudget]:
     """By resource of a budget per run, that budget at this step of a run of so many.
@@ -194,7 +192,7 @@ def run_budgets(
     runs = {
         budget.resource: RunBudget(
             budget,
-            schedule,
+            controller.conduct.schedule,
             limits.dense_cost(budget.resource),
             step,
             num_steps,

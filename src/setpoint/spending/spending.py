@@ -194,15 +194,7 @@ class Spending:
 
         num_steps = self.planned_steps if num_steps is None else num_steps
         return run_budgets(
-            self.limits,
-            self.account,
-            self.spent_run,
-            self.schedule,
-            step,
-            num_steps,
-            widths,
-            controller=self._controller,
-            watts=self.meter.watts,
+            self.limits, self.account, self._controller, self.spent_run, step, num_steps, widths, self.meter.watts
         )
 
     # What is remembered.
