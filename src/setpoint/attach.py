@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.in_state_dict import PENDING, RESUMING, carry_sizes, check_not_attached
 from setpoint.actuator.model_shapes import was_cut
-from setpoint.actuator.optimizer_check import check_optimizer, check_state, check_trains
+from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.even import EvenController
 from setpoint.controller.guarded import Guarded
@@ -24,7 +25,7 @@ from setpoint.controller.priced import PricedController
 from setpoint.controller.selection import cheapest
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
-from setpoint.errors import BudgetError, CheckpointError, CostError, GroupError, LoopError
+from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import repeated, trace
@@ -32,7 +33,6 @@ from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
-from setpoint.loop.carrying import Carrying, FollowLoads, brought, dense_shapes, forget, form_of, in_form, settle
 from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch
@@ -133,6 +133,8 @@ def attach(
     loop.wait(first)
     RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
     if resume and host.wrapped and model is not host.model:
+        from setpoint.loop.carrying import FollowLoads
+
         loop.at_detach(FollowLoads(host, model).stop)
     return loop
 
@@ -300,33 +302,18 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
 @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
 def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
     """Begin the loop with the parts of the run, and with the state that its optimizer has brought, if there is one."""
-    host, first_optimizer = loop.host, loop.host.optimizers[0]
-    (RESUMING.add if spec.resume else RESUMING.discard)(host.model)
+    (RESUMING.add if spec.resume else RESUMING.discard)(loop.host.model)
+    parts = partial(_parts, loop.host, spec)
     try:
-        state = brought(first_optimizer) if spec.resume else None
-        if state is not None:
-            inputs = in_form(inputs, state["inputs"]) if "inputs" in state else inputs
-            with dense_shapes(host):  # the state may have cut the model already
-                loop.begin(_parts(host, spec, inputs))
-                loop.load_state_dict(state)
-            settle(host, loop.groups)
-        elif spec.resume and was_cut(host.model):
-            raise CheckpointError(
-                "the model was cut, but no state of a loop has come with its optimizer: load the optimizer's state as "
-                "it was saved with resume=True, too, or attach without resume to begin a run with the model as it is "
-                "(in a callback: SetpointCallback(..., resume=False))"
-            )
+        if spec.resume:
+            from setpoint.loop.carrying import begin_resumable
+
+            begin_resumable(loop, inputs, parts)
         else:
-            loop.begin(_parts(host, spec, inputs))
-            # Behind the discovery: only groups say which tensors are cut, and must have moments of their shape.
-            for loaded in host.optimizers:
-                check_state(loaded, host.model, loop.groups)
+            loop.begin(parts(inputs))
     except BaseException:  # nothing stays behind, and what the optimizer has loaded is there for another try
         loop.detach()
         raise
-    if spec.resume:
-        forget(first_optimizer)
-        loop.at_detach(Carrying(loop, form_of(inputs)).stop)
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:

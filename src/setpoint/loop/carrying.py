@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.model_shapes import apply_sizes, note_cut, was_cut
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.actuator.shrink import unwrapped
+from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError
 from setpoint.groups.example import in_shapes, shapes_of
@@ -22,6 +23,7 @@ from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Inputs
+from setpoint.loop.control import Parts
 from setpoint.loop.loop import Loop
 from setpoint.messages import counted, warn
 
@@ -42,9 +44,28 @@ def _unpacked(data: Any) -> Any:
         raise CheckpointError(f"the loop's state in the optimizer's state dict is damaged: {error!r}") from error
 
 
-def forget(optimizer: Optimizer) -> None:
-    """The state that `brought` gives has been taken over."""
-    optimizer.param_groups[0].pop(KEY, None)
+def begin_resumable(loop: Loop, inputs: Inputs, parts: Callable[[Inputs], Parts]) -> None:
+    """Begin with the state that the first optimizer has brought, if there is one, and let it carry states from now."""
+    host, optimizer = loop.host, loop.host.optimizers[0]
+    state = brought(optimizer)
+    if state is not None:
+        inputs = _in_form(inputs, state["inputs"]) if "inputs" in state else inputs
+        with _dense_shapes(host):  # the state may have cut the model already
+            loop.begin(parts(inputs))
+            loop.load_state_dict(state)
+        _settle(host, loop.groups)
+    elif was_cut(host.model):
+        raise CheckpointError(
+            "the model was cut, but no state of a loop has come with its optimizer: load the optimizer's state as "
+            "it was saved with resume=True, too, or attach without resume to begin a run with the model as it is "
+            "(in a callback: SetpointCallback(..., resume=False))"
+        )
+    else:
+        loop.begin(parts(inputs))
+    optimizer.param_groups[0].pop(KEY, None)  # it was taken over
+    # What batches of one run may differ in, where they are padded to their longest row or the last is short.
+    form = {"shapes": shapes_of(inputs.example), "passes": inputs.passes, "samples": inputs.samples}
+    loop.at_detach(Carrying(loop, form).stop)
 
 
 class Carrying:
@@ -73,9 +94,9 @@ class Carrying:
         remaining = {**saved, "param_groups": [{name: value for name, value in first.items() if name != KEY}, *others]}
         state, loop, host = _unpacked(first[KEY]), self._loop, self._loop.host
         with loop.restored_on_error("loading the state of the optimizer"):  # both states are taken, or none
-            with dense_shapes(host):
+            with _dense_shapes(host):
                 loop.load_state_dict(state)
-            settle(host, loop.groups)
+            _settle(host, loop.groups)
             check_state(optimizer, host.model, loop.groups, remaining)
         return remaining
 
@@ -85,12 +106,7 @@ class Carrying:
         self._handles.clear()
 
 
-def form_of(inputs: Inputs) -> dict[str, Any]:
-    """What batches of one run may differ in, where they are padded to their longest row or the last is short."""
-    return {"shapes": shapes_of(inputs.example), "passes": inputs.passes, "samples": inputs.samples}
-
-
-def in_form(inputs: Inputs, form: Mapping[str, Any]) -> Inputs:
+def _in_form(inputs: Inputs, form: Mapping[str, Any]) -> Inputs:
     """Inputs in the form of those with which a run began, as its state has it; an example stays as it is."""
     if not inputs.recorded:
         return inputs
@@ -105,10 +121,8 @@ def in_form(inputs: Inputs, form: Mapping[str, Any]) -> Inputs:
 
 
 @contextmanager
-def dense_shapes(host: Host) -> Iterator[None]:
+def _dense_shapes(host: Host) -> Iterator[None]:
     """Inside, what was cut to a state already has the dense shapes that a fresh loop expects."""
-    from setpoint.checkpoint.fit import at_dense_shapes  # late: only a run that loads something needs it
-
     cut = [module for module in (host.model, *host.copies) if was_cut(module)]
     with ExitStack() as stack:
         for module in cut:
@@ -119,7 +133,7 @@ def dense_shapes(host: Host) -> Iterator[None]:
             pass
 
 
-def settle(host: Host, groups: tuple[Group, ...]) -> None:
+def _settle(host: Host, groups: tuple[Group, ...]) -> None:
     """Write the numbers that only a loop's groups know, such as those of a config: no shape tells them."""
     sizes = [size for group in groups for size in group.sizes if not is_call(size.place)]
     wanted = {(size.module, size.place): size.index.size for size in sizes}

@@ -83,6 +83,9 @@ class Loop:
     def begin(self, parts: Parts) -> None:
         """Begin with these parts, before the first optimizer step or in it."""
         self._control = control = Control(self.host, parts, self.losses, self._hooks, self._callbacks)
+        # Behind the discovery: only groups say which tensors are cut, and must have moments of their shape.
+        for optimizer in self.host.optimizers:
+            check_state(optimizer, self.host.model, control.dense)
         # From here on the hooks call the control itself: one frame less at every step.
         self._hooks.before, self._hooks.after = control.before_step, control.after_step
 
