@@ -120,7 +120,7 @@ def test_lands_within_the_budget(build: Callable[[], nn.Module], of: str) -> Non
     assert summary.final_params == summary.spent["params"] == counted["params"]
     assert summary.limit == {of: 0.5 * dense[of]}
     assert summary.spent[of] <= summary.limit[of]
-    cost = loop.spending.cost
+    cost = loop.spending.limits.cost
     for group in loop.groups:
         wider = {**summary.widths, group.name: group.num_units + group.multiple_of}
         if wider[group.name] <= summary.dense_widths[group.name]:

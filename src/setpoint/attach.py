@@ -157,11 +157,6 @@ class RunSpec:
     verify: bool
     resume: bool
 
-    @property
-    def goals(self) -> tuple[Budget | Price | Tolerance, ...]:
-        """Budgets, or the price or tolerance."""
-        return self.budgets if self.goal is None else (self.goal,)
-
 
 def _run_spec(
     host: Host,
@@ -379,10 +374,11 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
 
         check_regrowth(sensor)
     meter = Meter()
-    if {goal.resource for goal in spec.goals} & set(METERED):
+    goals = spec.budgets if spec.goal is None else (spec.goal,)
+    if {goal.resource for goal in goals} & set(METERED):
         from setpoint.resources.costing import cost_out
 
-        costing = cost_out(host, inputs.example, traced, found.groups, spec.goals, inputs.passes)
+        costing = cost_out(host, inputs.example, traced, found.groups, goals, inputs.passes)
         meter, costs, passes = costing.meter, {**found.costs, **costing.costs}, found.passes + costing.passes
         found = replace(found, costs=costs, sources=costing.sources, passes=passes)
     coordinates: Coordinates = same_coordinates

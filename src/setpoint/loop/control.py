@@ -244,7 +244,8 @@ class Control:
             known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
             observation = self.spending.observation(self.step, self.groups, reading, **known)
             groups, note = _waiting(self.groups, reading)
-            state, plan = self.controller.decide(self.controller_state, observation, self.spending.cost, groups)
+            cost = self.spending.limits.cost
+            state, plan = self.controller.decide(self.controller_state, observation, cost, groups)
             facts["plan"] = _decisions(plan)  # ranks whose plans differ raise here, before anything is cut
         if note:  # the plan holds these groups at their width, which the ledger has to say
             plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
@@ -317,7 +318,7 @@ class Control:
         if self.state.budget_met and spending.limit_run:
             self._reopen()
         spending.replan(self.step, self.widths)
-        cost = spending.cost
+        cost = spending.limits.cost
         if spending.budgets:
             present, limit = cost.total(self.widths), spending.limits.held[cost.resource]
             self.controller_state = self.controller.transferred(

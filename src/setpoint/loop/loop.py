@@ -153,8 +153,8 @@ class Loop:
     @property
     def price(self) -> float:
         """The Lagrange multiplier of the budget that leads, loss per unit of its resource; 0 before a decision."""
-        plan = self.control.state.plan
-        return self.spending.limits.price(plan.price if plan else {}, self.widths)
+        limits, plan, widths = self.spending.limits, self.control.state.plan, self.widths
+        return float(limits.prices(plan.price, widths).get(limits.binding(widths), 0.0)) if plan else 0.0
 
     @property
     def step(self) -> int:

@@ -95,10 +95,6 @@ class Limits:
         cost = self.cost
         return cost.binding(widths).cost.resource if isinstance(cost, JointCost) else cost.resource
 
-    def price(self, values: Mapping[str, float], widths: Mapping[str, int]) -> float:
-        """A plan's price for a unit of the budget of which most is spent; 0 without one."""
-        return float(self.prices(values, widths).get(self.binding(widths), 0.0))
-
     # Costs by resource, as predicted and as read.
 
     @property

@@ -25,7 +25,7 @@ def metrics(
     dense = {name: limits.dense_cost(name) for name in cost}
     limit = limits.asked
     reference = {name: dense[name] for name in limit} | (limits.references(last.reference) if last else {})
-    priced = list(limit) or [spending.cost.resource]
+    priced = list(limit) or [limits.cost.resource]
     price = dict.fromkeys(priced, 0.0) | (limits.prices(last.price, widths) if last else {})
     named = {
         "cost": cost,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from setpoint.controller.plan import Controller, Observation
 from setpoint.cost.budget import METERED, Budget
-from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, widths_of
 from setpoint.messages import warn
 from setpoint.sensor.reading import Reading
@@ -74,11 +73,6 @@ class Spending:
     def budgets(self) -> tuple[Budget, ...]:
         """The budgets but for the bill; none where a price or a tolerance is followed."""
         return self.limits.budgets
-
-    @property
-    def cost(self) -> Cost:
-        """What the controller is to hold."""
-        return self.limits.cost
 
     def hold(self, budgets: Sequence[Budget], groups: tuple[Group, ...]) -> None:
         self.limits = self.limits.held_to(budgets)
