@@ -102,7 +102,14 @@ def _renew(trainer: Any, event: Event = None) -> None:
 
 
 def _total_steps(trainer: Any) -> int | None:
-    """Optimizer steps of a run, None where the clock ends it; while it warms up, fewer batches make a step."""
+    """Optimizer steps of a run, None where the clock ends it; while it warms up, fewer batches make a step.
+
+    >>> from types import SimpleNamespace
+    >>> args = SimpleNamespace(time=None, warmup_epochs=1.0)
+    >>> trainer = SimpleNamespace(args=args, epochs=4, train_loader=range(8), accumulate=4)
+    >>> _total_steps(trainer)  # after batches 0, 1, 3, 6, 10, 14, 18, 22, 26 and 30
+    10
+    """
     if trainer.args.time:
         return None
     batches, epochs, accumulate = len(trainer.train_loader), trainer.epochs, trainer.accumulate
