@@ -333,6 +333,30 @@ def test_a_state_carries_the_sizes_of_exchanged_layers_too(again: bool) -> None:
     assert str(dense) == str(model) and torch.equal(dense(x), model(x))
 
 
+@pytest.mark.parametrize("wrong", ["more", "fewer", "no tensor"])
+def test_a_load_that_raises_leaves_the_model_as_it_was(wrong: str) -> None:
+    """Claim: where PyTorch refuses a cut state for its names or values, the model is as wide as before, with its values
+    and sizes; and what is only left out of a load that is not strict does not matter.
+    """
+    state = through_file(cut(Depthwise).state_dict())
+    if wrong == "more":
+        state["absent"] = torch.zeros(1)
+    elif wrong == "fewer":
+        del state["down.bias"]
+    else:
+        state["depth.bias"] = "x"
+    dense = setpoint.resumable(Depthwise())
+    words, before = str(dense), {name: tensor.clone() for name, tensor in named_tensors(dense).items()}
+    with pytest.raises(RuntimeError, match="absent|down.bias|depth.bias"):
+        dense.load_state_dict(state)
+    assert str(dense) == words
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(dense).items())
+    assert "setpoint" not in str(dense.state_dict()._metadata)
+    if wrong != "no tensor":
+        dense.load_state_dict(state, strict=False)
+        assert dense.depth.groups < 24
+
+
 @pytest.mark.parametrize("load", ["load_state_dict", "shrink_to"])
 def test_a_state_of_other_shapes_is_refused_while_a_loop_is_at_work(load: str) -> None:
     """Claim: a loop that does not go on with what is loaded would die in its next step; with resume=True, before the

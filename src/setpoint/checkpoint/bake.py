@@ -37,7 +37,7 @@ class PathError(RuntimeError):
 
 
 '''
-_HOOKS = ("_state_dict_hooks", "_load_state_dict_pre_hooks")
+_HOOKS = ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
 def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -> nn.Module:

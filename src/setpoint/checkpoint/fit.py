@@ -32,8 +32,8 @@ def fit(
     sizes: Mapping[SizePlace, int],
     values: Mapping[str, Tensor],
     dense: Shapes | None = None,
-) -> None:
-    """Give a model other shapes, all or nothing.
+) -> ExitStack:
+    """Give a model other shapes, all or nothing; what is returned puts everything back when it is closed.
 
     Tensors keep their identity, device and memory format. What is not named gets its dense shape and size. A
     CheckpointError names what this model does not have, or what had another shape when it was built.
@@ -79,7 +79,7 @@ def fit(
                 swap(tensor, in_format(tensor.new_zeros(after[name]), tensor), undo)
         apply_sizes(model, every_size, undo)
         torch.clear_autocast_cache()  # which holds weights of the old shapes by identity
-        undo.pop_all()  # nothing failed, so nothing is put back
+        return undo.pop_all()
 
 
 @contextmanager

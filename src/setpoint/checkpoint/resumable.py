@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from traceback import walk_stack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.in_state_dict import KEY, PENDING, StateSizes, carry_sizes, check_loads
+from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
 from setpoint.actuator.model_shapes import ModelShapes, Shapes
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import cut_to, fit, infer_sizes
@@ -21,6 +24,9 @@ from setpoint.errors import CheckpointError
 from setpoint.groups.example import Example, example_of
 from setpoint.groups.sizes_in_code.place import is_call
 from setpoint.groups.untouched import copy_of
+
+_loading: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
+"""By model that is being loaded: what puts it back, the errors so far, and whether the load is strict."""
 
 
 def resumable(model: nn.Module) -> nn.Module:
@@ -46,15 +52,16 @@ def resumable(model: nn.Module) -> nn.Module:
     module = unwrap_module("resumable", model)
     if not is_resumable(module):
         carry_sizes(module)
-        hooks: dict[Any, Any] = module._load_state_dict_pre_hooks
-        hooks[KEY] = _WrappedHook(_fit_to, module)  # in the place of the one that refuses other sizes
+        ahead: dict[Any, Any] = module._load_state_dict_pre_hooks
+        behind: dict[Any, Any] = module._load_state_dict_post_hooks
+        ahead[KEY] = _WrappedHook(_fit_to, module)  # in the place of the one that refuses other sizes
+        module._load_state_dict_post_hooks = Hooks({**behind, KEY: _after_load})
     return model
 
 
 def is_resumable(model: nn.Module) -> bool:
     """Whether a model's own `load_state_dict` cuts it first."""
-    hook = unwrapped(model)._load_state_dict_pre_hooks.get(KEY)
-    return hook is not None and hook.hook is _fit_to
+    return KEY in unwrapped(model)._load_state_dict_post_hooks
 
 
 def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | None = None) -> nn.Module:
@@ -110,13 +117,34 @@ _WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 
 
 def _fit_to(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
-    """Called by `load_state_dict` before any value is copied."""
+    """Called by `load_state_dict` before any value is copied; the last argument lists the errors so far."""
+    _loading.pop(module, None)
     wanted = _Wanted.of(module, state, prefix)
     if wanted is None:
         return
-    wanted.fit(module)
+    before = {tensor: tensor.shape for tensor in named_tensors(module).values()}
+    undo = wanted.fit(module)
+    for tensor in [tensor for tensor, shape in before.items() if tensor.shape == shape]:
+        undo.callback(tensor.copy_, tensor.detach().clone())
     if wanted.unsure and PENDING not in module.__dict__:
-        module.__dict__[PENDING] = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
+        handle = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
+        module.__dict__[PENDING] = handle
+        undo.callback(module.__dict__.pop, PENDING, None)
+        undo.callback(handle.remove)
+    # PyTorch tells its hooks always that the load is strict. Whether it is decides if missing names are an error, and
+    # stands in the frame of `load_state_dict` only. A framework that loads by itself has none.
+    for frame, _ in walk_stack(None):
+        if (frame.f_code.co_name, frame.f_code.co_filename) == ("load_state_dict", nn.modules.module.__file__):
+            _loading[module] = undo, others[-1], bool(frame.f_locals["strict"])
+            return
+
+
+def _after_load(module: nn.Module, keys: Any) -> None:
+    """Called by `load_state_dict` before it raises what it has found: the model is then as wide as it was before."""
+    undo, errors, strict = _loading.pop(module, (None, (), False))
+    if undo is not None and (errors or (strict and (keys.missing_keys or keys.unexpected_keys))):
+        with torch.no_grad():
+            undo.close()
 
 
 def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateSizes | None:
@@ -198,12 +226,12 @@ class _Wanted:
         sizes = {place: int(kept.sum()) for place, kept in cut.sizes.items() if not kept.all() or is_call(place[1])}
         return _Wanted(narrow, sizes, values)
 
-    def fit(self, module: nn.Module) -> None:
-        """Give the model these shapes and sizes."""
+    def fit(self, module: nn.Module) -> ExitStack:
+        """Give the model these shapes and sizes; what is returned puts everything back when it is closed."""
         check_loads(module)
         tensors = named_tensors(module)
         values = {name: value.to(tensors[name].dtype) for name, value in self.transient.items()}
-        fit(module, self.narrow, self.sizes, values, None if self.carried is None else self.carried.dense)
+        return fit(module, self.narrow, self.sizes, values, None if self.carried is None else self.carried.dense)
 
 
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
