@@ -44,6 +44,7 @@ from setpoint.spending.account import Account
 from setpoint.spending.checks import check_budgets, check_reachable, check_run, run_facts, split_bill
 from setpoint.spending.limits import Limits
 from setpoint.spending.meter import Meter, Stopwatch
+from setpoint.spending.metrics import LOG
 from setpoint.spending.spending import Spending
 
 if TYPE_CHECKING:
@@ -172,6 +173,9 @@ def _run_spec(
 ) -> RunSpec:
     _check_part("controller", controller, Controller, "PricedController")
     _check_part("sensor", sensor, Sensor, "TaylorSensor")
+    for name, flag in {"even": even, **flags}.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} is True or False, got {flag!r}")
     steps = plain_number(total_steps)
     if type(steps) is not int or steps < 1:
         raise ValueError(
@@ -292,6 +296,9 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
         from setpoint.checkpoint.resumable import resumable as carry
     for module in (host.model, *host.copies):
         carry(module)
+    save = getattr(type(host.model), "save_pretrained", None)
+    if getattr(save, "__module__", "").startswith(("transformers.", "diffusers.")) and not hasattr(save, "by_setpoint"):
+        LOG.warning("save_pretrained() writes no sizes of a cut model: call setpoint.enable_checkpointing() before it")
 
 
 @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide

@@ -25,6 +25,10 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def samples(self) -> int:
+        return num_samples((self.args, self.kwargs))
+
 
 class FirstBatch:
     """Records the inputs and the autocast of the first forward in training, and counts forwards until the first step.
@@ -37,9 +41,10 @@ class FirstBatch:
         if any(module._compiled_call_impl is not None for module in host.model.modules()):
             raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
         self._model, self._method, self._begin = host.model, method, begin
-        self._calls: dict[str, _Call] = {}  # the first one of each module, by its name
-        self._counts: dict[str, int] = {}
+        self._calls: dict[str, _Call] = {}  # the first of the largest ones of each module, by its name
+        self._counts: dict[str, int] = {}  # of calls with as many samples
         self._running: list[str] = []
+        self._now: _Call | None = None  # the outermost call that is running
         self._autocast: AbstractContextManager[Any] = nullcontext()
         self._handles: list[Any] = []
         if method != "forward":
@@ -65,24 +70,28 @@ class FirstBatch:
             return
         self._running.append(name)
         # A part that is checkpointed runs again in the backward pass, outside of its model: "" stands for both.
-        if len(self._running) > 1 or name in self._calls or "" in self._calls:
+        if len(self._running) > 1 or (name and "" in self._calls):
             return
         device = next((parameter.device.type for parameter in self._model.parameters()), "cpu")
         if not self._calls and torch.is_autocast_enabled(device):
             dtype, cached = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
             self._autocast = torch.autocast(device, dtype=dtype, cache_enabled=cached)
-        self._calls[name] = mapped(_detached, call)  # a copy: training may change a batch's containers in place
+        self._now = mapped(_detached, call)  # a copy: training may change a batch's containers in place
 
     def forward_ends(self, name: str, *, raised: bool) -> None:
         if not self._running or self._running[-1] != name:
             return
         self._running.pop()
-        if self._running:
+        if self._running or self._now is None:
             return
-        if not raised:
-            self._counts[name] = self._counts.get(name, 0) + 1
-        elif name not in self._counts:
-            self._calls.pop(name, None)  # inputs that the model does not take
+        call, self._now = self._now, None
+        known = self._calls.get(name)
+        if raised:  # inputs that the model does not take
+            return
+        if known is None or call.samples > known.samples:
+            self._calls[name], self._counts[name] = call, 1
+        elif call.samples == known.samples:
+            self._counts[name] += 1
 
     def begin(self, backward_passes: int) -> None:
         """Passes whose gradients add up are one of the `backward_passes`.
