@@ -579,3 +579,11 @@ def test_shrink_refuses_what_is_not_one_boolean_per_unit(kept: Any) -> None:
         setpoint.shrink(model, None, groups, {"0": kept})
     with pytest.raises(GroupError, match="by name of the group, got a list"):
         setpoint.shrink(model, None, groups, [kept])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["allow_lossy", "even", "resume", "verify"])
+def test_a_flag_is_true_or_false(name: str) -> None:
+    """Claim: a text such as "no", which counts as true in Python, is refused."""
+    model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=f"{name} is True or False, got 'no'"):
+        setpoint.attach(model, torch.optim.SGD(model.parameters(), 0.1), 0.5, total_steps=2, **{name: "no"})  # type: ignore[arg-type]
