@@ -1,7 +1,5 @@
 """The ranks that train one model together: mean, sum and messages over them, and the shard that each one has."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """What a user writes and reads: numbers, and sentences that count, hint, warn at the user's line and show progress."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """Actuator: the protocol of all that carry a plan out on a live model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

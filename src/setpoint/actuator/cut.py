@@ -1,7 +1,5 @@
 """A cut: which entries of every tensor dim, and which sizes, remain once units are dropped; whether they can be cut."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """A mask: the entries of dropped units set to zero in place, in weights, gradients and moments."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

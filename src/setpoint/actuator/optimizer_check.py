@@ -1,7 +1,5 @@
 """Optimizer checks: whether a smaller parameter trains as its masked twin would, and whether a state fits a model."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence

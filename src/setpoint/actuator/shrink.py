@@ -1,7 +1,5 @@
 """Shrink: make a live model and its optimizer state physically smaller, all or nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tensors: a model's by name, new contents for one, some entries of one, and the state that optimizers keep for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any

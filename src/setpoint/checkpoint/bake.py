@@ -1,7 +1,5 @@
 """Bake: a cut model whose pickle loads where Setpoint is not installed."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import inspect

@@ -3,8 +3,6 @@
 Sizes that nothing else says follow from the shapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

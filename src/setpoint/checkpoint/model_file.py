@@ -1,7 +1,5 @@
 """A checkpoint: a shrunk model in one file, its sizes beside its tensors, never a pickle."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Those of the random generators are among them, and rows of JSON that become the fields of a dataclass.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

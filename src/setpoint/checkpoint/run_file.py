@@ -3,8 +3,6 @@
 A load changes all parts or none: a snapshot of them is put back when it fails.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence

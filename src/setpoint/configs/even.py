@@ -3,8 +3,6 @@
 A table says which number of a transformers config counts the units of which layers.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Even: another controller decides for whole kinds of groups, so that all layers of a kind have one width."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Guarded: the controller of a run, whose last cut may be taken back, or wait."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, final
 

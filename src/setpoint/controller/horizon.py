@@ -1,7 +1,5 @@
 """The horizon: what a step may cost from now on, so that the whole run stays within its budget."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

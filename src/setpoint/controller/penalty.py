@@ -1,7 +1,5 @@
 """The penalty controller: drops what earns less than the user's price, and lets the size follow."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import final
 

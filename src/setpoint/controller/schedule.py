@@ -1,7 +1,5 @@
 """The schedule: the reference, which falls from the dense cost to the limit, and the steps at which to decide."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Selection: which blocks of units go, so that cost comes down to a target at the least loss; and the even cut."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The tolerant controller: prunes as far as the observed loss stays within a tolerance of its trend."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import final
 

@@ -1,7 +1,5 @@
 """A trend: where the observed loss was heading, how noisy it is, and how far it left that line after a cut."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

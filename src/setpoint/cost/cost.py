@@ -1,7 +1,5 @@
 """A cost: what the model spends, as a pure function of its groups' widths; FLOPs, parameters, several at once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A teacher: a frozen model whose answers another model learns beside its targets."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from contextlib import nullcontext, suppress

@@ -1,7 +1,5 @@
 """Atoms: one integer for every entry of every tensor dim, united where entries must be dropped together."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int
 

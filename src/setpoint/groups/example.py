@@ -1,7 +1,5 @@
 """Examples: the inputs of a model, in whatever objects they come, and the method that training calls with them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect

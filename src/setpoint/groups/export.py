@@ -1,7 +1,5 @@
 """Export: the model's forward as an ATen graph, without touching the model."""
 
-from __future__ import annotations
-
 import io
 import logging
 import warnings

@@ -1,7 +1,5 @@
 """The exported graph, walked once: every node is visited with the rule of its op."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

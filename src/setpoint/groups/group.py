@@ -1,7 +1,5 @@
 """A group: units, the smallest things kept or dropped (channels, neurons, heads), that lie in the same places."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

@@ -3,8 +3,6 @@
 Whatever touches one of them is frozen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

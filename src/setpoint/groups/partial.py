@@ -3,8 +3,6 @@
 A forward of a library that decides by values of tensors is exported on the path that the example takes.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import sysconfig

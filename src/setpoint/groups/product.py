@@ -7,8 +7,6 @@ choice of units, one factor stays prunable and the others are frozen. Preferred 
 that is already the only prunable factor elsewhere, then the one with more units.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 The maths of balancing is in the leaf `states`; groups are found without it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter

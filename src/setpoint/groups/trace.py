@@ -1,7 +1,5 @@
 """Trace: a model's exported graph, reduced to its groups and to the products that cost FLOPs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A model, and all around it, left as it was by a look at it: deep copies, and contexts that put back what changes."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import random

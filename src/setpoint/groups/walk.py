@@ -1,7 +1,5 @@
 """A walk over an exported graph: what a rule knows of a tensor, and what it may record."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Compiled code that follows widths: from the first cut on sizes are symbols, so that code compiles once more only."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Copies of a model that are cut with it, such as averages: those that the user names by `copies=`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

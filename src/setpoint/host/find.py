@@ -1,7 +1,5 @@
 """The host of what a user gives: model and optimizers are taken out of the wrappers of frameworks, copies listed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 

@@ -1,7 +1,5 @@
 """`fully_shard`: a model sharded over ranks in pieces, unsharded for a while, and sharded again at its new shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass

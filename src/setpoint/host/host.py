@@ -3,8 +3,6 @@
 Guards warn when something else than the given optimizers trains the model, and find a model that was changed.
 """
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Ranks that train one model together, as in `DistributedDataParallel`, with one outcome of all they do."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence

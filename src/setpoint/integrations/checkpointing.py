@@ -3,8 +3,6 @@
 Folders of pretrained models hold them in `setpoint.json` beside the weights.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Mapping

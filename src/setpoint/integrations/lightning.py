@@ -1,7 +1,5 @@
 """Lightning: a callback that prunes what a Trainer trains. Fabric needs none: `attach` takes what it has set up."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loggers: a loop's metrics, after each step, go to the logger that the script has; a ledger goes to a growing file."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

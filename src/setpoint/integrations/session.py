@@ -1,7 +1,5 @@
 """A session: what the callback of every framework does with a run - begin, look after each step, finish."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from inspect import signature
 from typing import Any

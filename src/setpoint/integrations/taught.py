@@ -1,7 +1,5 @@
 """A Trainer of transformers whose model also learns from a teacher, which a callback cannot let it do."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

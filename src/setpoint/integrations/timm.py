@@ -1,7 +1,5 @@
 """timm: a cut convolutional network as the string of shapes from which timm itself builds its pruned models."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Hugging Face Trainer: `Trainer(..., callbacks=[SetpointCallback(0.5)])`, and one with a teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import Trainer, TrainerCallback

@@ -1,7 +1,5 @@
 """Ultralytics: `pruning = add(YOLO("yolov8n.yaml"), 0.5)`, and the model's own `train` prunes."""
 
-from __future__ import annotations
-
 from functools import partial, wraps
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Candidates: what of a model may be pruned, on what inputs, and what it costs in FLOPs and parameters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Carrying: a loop's state inside its optimizer's own state dict, so that any framework saves and loads it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any

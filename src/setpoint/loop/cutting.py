@@ -1,7 +1,5 @@
 """Cutting: the actuator that removes units from a live model for good."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

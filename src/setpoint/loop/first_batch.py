@@ -1,7 +1,5 @@
 """The first batch: without an `example`, a loop begins with what training gave the model before its first step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType

@@ -1,7 +1,5 @@
 """Step hooks: what is called before the first and after the last optimizer of a step, and Ctrl-C waits meanwhile."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

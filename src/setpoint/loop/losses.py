@@ -1,7 +1,5 @@
 """Losses: what the user has observed of the loss, and what the last cut did to it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

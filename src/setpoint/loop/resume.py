@@ -1,7 +1,5 @@
 """Resume: all that a run remembers, as plain data, and how a freshly attached loop takes it over."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

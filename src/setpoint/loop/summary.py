@@ -1,7 +1,5 @@
 """What a person asks of a run: what it came to, in FLOPs and seconds, and what became of one unit, and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace

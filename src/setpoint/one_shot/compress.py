@@ -1,7 +1,5 @@
 """Compress: a trained model is cut to a budget at once, without training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Positions that only fill a batch up are found by `Padding`.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Both go by ridge regression of a layer's outputs on its inputs.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections import deque

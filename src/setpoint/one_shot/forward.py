@@ -1,7 +1,5 @@
 """Forwards without training, on the first batches of a data loader: what may be input in them, and what norms do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median

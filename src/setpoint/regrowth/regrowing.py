@@ -5,8 +5,6 @@ weights at zero, take part in a few steps of the user, and are shrunk away again
 and the units that its plan names come back, with outgoing weights at zero too, to learn them afresh.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final

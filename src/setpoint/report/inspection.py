@@ -1,7 +1,5 @@
 """An inspection: the groups, costs and frozen places of a model before any training, and what a person reads of it."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

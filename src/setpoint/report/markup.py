@@ -4,8 +4,6 @@ A figure stretches with the page while its letters and lines keep their size: th
 both ways, and labels stand outside of it at shares of its width and height.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

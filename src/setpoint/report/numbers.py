@@ -1,7 +1,5 @@
 """Numbers for readers: three digits, a prefix and a unit."""
 
-from __future__ import annotations
-
 import math
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))

@@ -1,7 +1,5 @@
 """The page of a run: verdict, spending, price, and what was dropped when and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """A record: a ledger as a report reads it, and what it says of its resources."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A target: the model that a command names as `module.py:function`, and an example."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import re

@@ -9,8 +9,6 @@ copies on this device by least squares of relative errors. Joules are watts time
 reads of these steps or that the user states. What both do not tell, such as the stairs of a kernel, meters correct.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress

@@ -1,7 +1,5 @@
 """Joules: energy counters of GPUs (NVML) and processors (RAPL), added up from the moment a meter is made."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

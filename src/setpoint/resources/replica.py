@@ -1,7 +1,5 @@
 """Trials of the model: steps and passes of a copy at widths of its own, and timed passes of the model itself."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext

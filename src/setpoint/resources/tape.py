@@ -1,7 +1,5 @@
 """Bytes: the live tensors of a piece of code, each storage of a training step, and its peak as a function of widths."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence

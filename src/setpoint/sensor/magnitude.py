@@ -1,7 +1,5 @@
 """The magnitude sensor: saliency from the size of the weights that write a unit."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What few runs need: another budget or length on the way, and budgets of a model that was cut before."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks of budgets: whether they go together, and whether any model meets them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

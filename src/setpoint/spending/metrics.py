@@ -1,7 +1,5 @@
 """Metrics: where a run is, as numbers by name and as one line; and what it came to."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Here are also what a linear system in discrete time must be for that, and its real form.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

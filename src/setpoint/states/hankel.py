@@ -1,7 +1,5 @@
 """The Hankel sensor: states ranked by Hankel singular value, weighed by what their layer is worth to the loss."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 

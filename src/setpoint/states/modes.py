@@ -1,7 +1,5 @@
 """Modes: a balanced truncation brought back to complex diagonal form, with the maps that weights and moments follow."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

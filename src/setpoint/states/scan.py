@@ -4,8 +4,6 @@ It is one op to PyTorch, so exporters and compilers see a node instead of a loop
 are never kept: the forward remembers nothing but its inputs, and the backward runs each block of steps again.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """The selective sensor: states of Mamba and Mamba-2 ranked by the Gramians of their averaged dynamics."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any

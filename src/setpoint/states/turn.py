@@ -1,7 +1,5 @@
 """Balance: state-space layers turned into balanced coordinates, cut there, and brought back to diagonal form."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace

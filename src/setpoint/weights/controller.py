@@ -1,7 +1,5 @@
 """Drop and grow (RigL): another controller says how many weights stay, some of the weakest make room for others."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any, final

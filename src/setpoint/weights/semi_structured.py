@@ -1,7 +1,5 @@
 """Semi-structured weights: linear layers in the 2:4 pattern, handed to the sparse tensor cores of the GPU."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.sparse import to_sparse_semi_structured

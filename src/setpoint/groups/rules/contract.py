@@ -1,7 +1,5 @@
 """Products of matrices: a dim that is summed over reads units, a new one starts some."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Sequence
 from functools import reduce

@@ -1,7 +1,5 @@
 """Ops over positions: convolutions contract channels; pooling, windows and Fourier transforms pass them on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

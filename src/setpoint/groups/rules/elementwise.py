@@ -1,7 +1,5 @@
 """Ops that work entry by entry: they unite the dims of their operands and pass labels on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

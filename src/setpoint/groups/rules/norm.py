@@ -1,7 +1,5 @@
 """Norms, sums, extremes and losses: where one runs over units, a zero is not an absent entry; the other dims pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Layers over sequences: attention, experts, recurrent networks and their single cells, diagonal recurrences."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

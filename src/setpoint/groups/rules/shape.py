@@ -1,7 +1,5 @@
 """Ops that move entries about, look them up or fill new tensors: exact index maps, as array indexing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """A place: where in live Python code a size stands, an attribute of a module or a call in its forward."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -5,8 +5,6 @@ shim runs the same forward and replaces, at the places that need it, the size gi
 ...) by the actual number of units. It is part of the module: it survives deepcopy, pickle and `torch.compile`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any
