@@ -12,8 +12,7 @@ from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
 from setpoint.sensor.reading import Reading
 
-Origins = Mapping[str, Int[np.ndarray, " _units"]]
-"""By group, the index that each active unit has in the dense model."""
+Origins = Mapping[str, Int[np.ndarray, " _units"]]  # by group, the index of each active unit in the dense model
 
 
 class Actuator(Protocol):
@@ -25,15 +24,12 @@ class Actuator(Protocol):
     @property
     def groups(self) -> tuple[Group, ...]:
         """The groups that may be pruned, at their present widths."""
-        ...
 
     @property
     def origin(self) -> Origins: ...
 
-    kind: str
-    """What a state says of who wrote it."""
-    by_unit: bool = True
-    """Whether units are cut and listed one by one; False where single weights are masked and counted."""
+    kind: str  # what a state says of who wrote it
+    by_unit: bool = True  # whether units are cut and listed one by one; False where single weights are masked
 
     @property
     def masks(self) -> Mapping[str, Bool[Tensor, "..."]]:
@@ -65,7 +61,6 @@ class Actuator(Protocol):
 
     def act(self, plan: Plan, reading: Reading) -> Change:
         """Carry a plan out on all ranks, or on none; whatever it raises, everything is as it was."""
-        ...
 
     def broken(self) -> str:
         """The first tensor in which something that was masked is not zero; "" if none."""
@@ -85,11 +80,9 @@ class Actuator(Protocol):
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
         """The groups that a state would lead to; a `CheckpointError` if it does not fit. Nothing is changed."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in plain tensors, numbers and strings."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Bring the dense model to a state that was checked."""

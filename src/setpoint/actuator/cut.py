@@ -14,11 +14,9 @@ from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Place, SizeBinding, Slice
 from setpoint.messages import a_type
 
+# By group name, one boolean per active unit, True = stays. Groups that lose nothing may be absent.
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
-"""By group name, one boolean per active unit, True = stays. Groups that lose nothing may be absent."""
-
-SizePlace = tuple[str, str]
-"""(qualified module name, place in that module), as in `SizeBinding`."""
+SizePlace = tuple[str, str]  # (qualified module name, place in that module), as in `SizeBinding`
 
 Key = TypeVar("Key")
 

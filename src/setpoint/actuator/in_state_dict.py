@@ -24,16 +24,11 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.messages import warn
 
-ATTACHED: WeakSet[nn.Module] = WeakSet()
-"""Models that a loop is at work on; `note_attached` adds one."""
-RESUMING: WeakSet[nn.Module] = WeakSet()
-"""Those whose loop follows what is loaded: it may have other shapes."""
-KEY = "setpoint"
-"""Where in the metadata of a state dict's root the sizes are."""
-FORMAT = 1
-"""Version of their form, described in docs/checkpoint-format.md."""
-PENDING = "_setpoint_pending"
-"""Attribute of a model that was loaded without some sizes of its code: a hook that finds them in the first forward."""
+ATTACHED: WeakSet[nn.Module] = WeakSet()  # models that a loop is at work on; `note_attached` adds one
+RESUMING: WeakSet[nn.Module] = WeakSet()  # those whose loop follows what is loaded: it may have other shapes
+KEY = "setpoint"  # where in the metadata of a state dict's root the sizes are
+FORMAT = 1  # version of their form, described in docs/checkpoint-format.md
+PENDING = "_setpoint_pending"  # attribute of a model loaded without some sizes of its code: a hook that finds them
 
 
 def note_attached(model: nn.Module) -> None:
@@ -151,8 +146,7 @@ def carry_sizes(model: nn.Module) -> None:
 
 def _put(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Called by `state_dict`: put the sizes of a cut model beside its version."""
-    carried = StateSizes.of(module)
-    if carried is not None:
+    if (carried := StateSizes.of(module)) is not None:
         metadata[KEY] = carried.plain()  # `torch.save` keeps metadata, and plain readers ignore it
 
 

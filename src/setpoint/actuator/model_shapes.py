@@ -8,9 +8,8 @@ layers when it merges adapters), and a new module in the place of a cut one find
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,14 +20,12 @@ from setpoint.errors import GroupError
 from setpoint.groups.sizes_in_code.place import is_call, read_size, write_size
 from setpoint.groups.sizes_in_code.shim import get_call_sizes, set_call_sizes
 
-RECORD = "_setpoint_shapes"
-"""Attribute of every module of a cut model: the record, and the module's name in it."""
+RECORD = "_setpoint_shapes"  # attribute of every module of a cut model: the record, and the module's name in it
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-
+# `tensors`: by name (dense shape, shape after the last cut); `sizes`: by module and place the same of a size.
 _Record = Mapping[str, Any]
-"""`tensors`: by name (dense shape, shape after the last cut); `sizes`: by module and place the same of a size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +57,12 @@ class ModelShapes:
                 if key in module._non_persistent_buffers_set:
                     buffers.append(_joined(name, key))
             for place, (first, last) in record["sizes"].get(name_then, {}).items():
-                size = _size_now(module, place, last)
-                if size is not None:
-                    sizes[name, place] = size
-                    dense_sizes[name, place] = None if is_call(place) else first if size == last else size
+                if is_call(place):
+                    sizes[name, place], dense_sizes[name, place] = get_call_sizes(module).get(place, last), None
+                    continue
+                with suppress(GroupError):  # a module that took another's place may have no such size
+                    size = sizes[name, place] = read_size(module, place)
+                    dense_sizes[name, place] = first if size == last else size
         return cls(by_every_name(dense, named_tensors(model)), sizes, dense_sizes, tuple(buffers))
 
     def full(self, model: nn.Module) -> dict[str, Shape]:
@@ -112,11 +111,10 @@ def note_cut(
     }
     # A new record, not a changed one: what submodules and copies hold of an old record stays true.
     for name, module in model.named_modules():
-        own_record = module.__dict__.get(RECORD)
-        if own_record is None:
-            undo.callback(module.__dict__.pop, RECORD, None)
+        if RECORD in module.__dict__:
+            undo.callback(module.__dict__.__setitem__, RECORD, module.__dict__[RECORD])
         else:
-            undo.callback(module.__dict__.__setitem__, RECORD, own_record)
+            undo.callback(module.__dict__.pop, RECORD, None)
         module.__dict__[RECORD] = record, name
 
 
@@ -136,16 +134,6 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Record, str]]:
 
 def _joined(*names: str) -> str:
     return ".".join(name for name in names if name)
-
-
-def _size_now(module: nn.Module, place: str, last: int) -> int | None:
-    """The integer at a place; None where a module that took another's place has no such size."""
-    if is_call(place):
-        return get_call_sizes(module).get(place, last)
-    try:
-        return read_size(module, place)
-    except GroupError:
-        return None
 
 
 def by_module(sizes: Mapping[SizePlace, int]) -> dict[str, dict[str, int]]:
@@ -184,10 +172,10 @@ def apply_sizes(model: nn.Module, sizes: Mapping[SizePlace, int | None], undo: E
         assert size is not None, "an attribute always holds a size"
         present = read_size(module, place)
         write_size(module, place, size)
-        undo.callback(partial(write_size, module, place, present))  # only now: what cannot be set cannot be put back
+        undo.callback(write_size, module, place, present)  # only now: what cannot be set cannot be put back
     # All calls of a module share one corrected forward, so they are set together.
     for module, places in calls.items():
         present_calls = dict(get_call_sizes(module))
-        undo.callback(partial(set_call_sizes, module, present_calls))
+        undo.callback(set_call_sizes, module, present_calls)
         merged = {**present_calls, **places}
         set_call_sizes(module, {place: size for place, size in merged.items() if size is not None})

@@ -116,7 +116,12 @@ def _try_out(kind: type[Optimizer], settings: Mapping[str, Any], device: torch.d
         kept = plan_cut(groups, keep).dims()
         shrink(model, small, groups, keep)
         if by_matrix:
-            _refit(masked, settings)
+            # The masked twin gets the learning-rate factor of the cut shape; its decay, `lr * weight_decay`, stays.
+            cut_shape = [int(entries.sum()) for entries in _KEEP.values()]
+            ratio = shape_factor(settings, cut_shape) / shape_factor(settings, _SHAPES[_MATRIX])
+            for group in masked.param_groups:
+                group["lr"] *= ratio
+                group["weight_decay"] /= ratio
         for gradients in draws[2:]:
             _set_gradients(twin, gradients)
             mask(twin, masked, groups, keep)
@@ -157,16 +162,6 @@ def _step(optimizer: Optimizer) -> None:
         optimizer.step()
     except TypeError:  # L-BFGS insists on a closure
         optimizer.step(lambda: 0.0)
-
-
-def _refit(optimizer: Optimizer, settings: Mapping[str, Any]) -> None:
-    """Give the masked twin of a Muon matrix the learning-rate factor of the cut shape, and keep its decay."""
-    small = [int(kept.sum()) for kept in _KEEP.values()]
-    ratio = shape_factor(settings, small) / shape_factor(settings, _SHAPES[_MATRIX])
-    for group in optimizer.param_groups:
-        group["lr"] *= ratio
-        # Decay is `lr * weight_decay`, which must not follow the factor.
-        group["weight_decay"] /= ratio
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -103,13 +103,11 @@ def _restride(result: Tensor, like: Tensor) -> Tensor:
 
     Kernels choose their path by strides, so a resized tensor should not differ in them from a fresh one.
     """
-    for memory_format in (torch.contiguous_format, *_CHANNELS_LAST.get(like.dim(), ())):
+    channels_last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
+    for memory_format in (torch.contiguous_format, *channels_last.get(like.dim(), ())):
         if like.stride() == _strides(like.shape, memory_format):
             return result.as_strided(result.shape, _strides(result.shape, memory_format))
     return result
-
-
-_CHANNELS_LAST = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
 
 
 def _strides(shape: torch.Size, memory_format: torch.memory_format) -> tuple[int, ...]:

@@ -91,11 +91,7 @@ class CutCheck:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        example: Example,
-        groups: tuple[Group, ...],
-        dtype: torch.dtype = torch.float64,
+        cls, model: nn.Module, example: Example, groups: tuple[Group, ...], dtype: torch.dtype = torch.float64
     ) -> CutCheck:
         """On a copy in this dtype, or a wider one of its own, if the model runs in it; else in its own dtypes."""
         keep = random_keep(groups)
@@ -237,7 +233,7 @@ def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 def _differ(want: Tensor, got: Tensor, tolerance: float, scale: float, rounded: float = 0.0) -> str | None:
     if want.shape != got.shape:
         return f"has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
-    if tolerance == float("inf") or not want.numel():
+    if tolerance == math.inf or not want.numel():
         return None
     # In pieces along the first dim: memory that is new for each large tensor takes longer than the arithmetic.
     pieces = (torch.split(x, max(1, _PIECE * len(x) // x.numel())) if x.dim() else (x,) for x in (want, got))
@@ -308,7 +304,6 @@ def _by_running_statistics(norm: Any, x: Tensor) -> Tensor:
 
 
 def _has_plain_norms(model: nn.Module) -> bool:
-    """Whether all batch norms of a model are PyTorch's own, and have running statistics."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     return all(type(n) in _BATCH_NORMS and n.running_mean is not None and "forward" not in vars(n) for n in norms)
 
@@ -325,8 +320,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _filled(tensor: Tensor) -> Tensor:
-    """With every entry stored: gradients of a sparse embedding are not."""
-    return tensor if is_dense(tensor) else tensor.to_dense()
+    return tensor if is_dense(tensor) else tensor.to_dense()  # gradients of a sparse embedding, say
 
 
 def _widened(leaf: Any, dtype: torch.dtype) -> Any:

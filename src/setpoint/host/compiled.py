@@ -10,12 +10,12 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.groups.group import Group
 
+# Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code.
 _FLAGS = {
     "force_parameter_static_shapes": False,
     "force_nn_module_property_static_shapes": False,
     "allow_unspec_int_on_nn_module": True,
 }
-"""Settings of Dynamo under which a parameter's size, and a number that a module holds, may be a symbol in code."""
 
 _changed: dict[str, tuple[Any, Any]] = {}  # settings as they were, and as they were made; any other is the user's own
 _holders: set[int] = set()  # the settings are the process's, so they hold until the last loop that needs them
@@ -36,10 +36,16 @@ class DynamicWidths:
 
     def follow(self, model: nn.Module) -> None:
         """Mark the widths of all groups; called once some have changed, in a process that has compiled code."""
-        from torch._dynamo import maybe_mark_dynamic
+        from torch._dynamo import config, maybe_mark_dynamic
 
         if self._end is None:
-            _hold(id(self), len(self._groups))
+            # Where a size is a number in code, each group may compile it again.
+            limit = config.recompile_limit + len(self._groups)
+            for name, value in {**_FLAGS, "recompile_limit": limit}.items():
+                now, (before, ours) = getattr(config, name), _changed.get(name, (None, None))
+                _changed[name] = before if _holders and now == ours else now, value
+                setattr(config, name, value)
+            _holders.add(id(self))
             # A loop that is dropped without `stop` gives the settings back, too; at exit nobody needs them.
             self._end = weakref.finalize(self, _release, id(self))
             self._end.atexit = False
@@ -51,17 +57,6 @@ class DynamicWidths:
     def stop(self) -> None:
         if self._end is not None:
             self._end()
-
-
-def _hold(holder: int, num_groups: int) -> None:
-    from torch._dynamo import config
-
-    # Where a size is a number in code, each group may compile it again.
-    for name, value in {**_FLAGS, "recompile_limit": config.recompile_limit + num_groups}.items():
-        now, (before, ours) = getattr(config, name), _changed.get(name, (None, None))
-        _changed[name] = before if _holders and now == ours else now, value
-        setattr(config, name, value)
-    _holders.add(holder)
 
 
 def _release(holder: int) -> None:

@@ -16,11 +16,9 @@ from setpoint.host.host import Host, check_plain
 class Steps(Protocol):
     """What steps an optimizer for its user."""
 
-    def step(self, *args: Any, **settings: Any) -> Any:
-        """Have it step."""
+    def step(self, *args: Any, **settings: Any) -> Any: ...
 
-    def zero_grad(self, *args: Any, **settings: Any) -> None:
-        """Have it clear the gradients."""
+    def zero_grad(self, *args: Any, **settings: Any) -> None: ...
 
 
 def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Any = ()) -> Host:

@@ -16,8 +16,7 @@ from setpoint.groups.group import Group
 from setpoint.host.host import Agreed
 from setpoint.host.several_ranks import SeveralRanks
 
-_States = dict[int, dict[str, Any]]
-"""An optimizer's state of parameters, by their number."""
+_States = dict[int, dict[str, Any]]  # an optimizer's state of parameters, by their number
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,6 @@ def _pieces_of(model: nn.Module) -> list[Piece]:
 
 
 def _check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
-    """Check that a sharded model can follow a change of sizes, or raise LoopError naming what cannot."""
     known = {id(piece.parameter) for piece in pieces}
     # Between a forward and a backward pass modules have the unsharded form of a piece.
     known |= {id(getattr(piece.fsdp, "_unsharded_param", None)) for piece in pieces}
@@ -71,8 +69,7 @@ def _check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
         "an offload_policy": any(fsdp.offload_to_cpu for fsdp in kept),
         "parameters without data": any(piece.parameter.is_meta for piece in pieces),
     }
-    names = [name for name, there in trouble.items() if there]
-    if names:
+    if names := [name for name, there in trouble.items() if there]:
         raise LoopError(f"fully_shard with {'; '.join(names)} cannot follow a cut in this version: leave that out")
 
 
@@ -258,9 +255,8 @@ def _shard(tensor: Tensor, plain: nn.Parameter, fsdp: Any) -> Tensor:
 
     like = fsdp.sharded_param
     shape = {"shape": like.shape, "stride": like.stride()}
-    made: Tensor = DTensor.from_local(
-        tensor[rows(like)].clone(), like.device_mesh, like.placements, run_check=False, **shape
-    )
+    own = tensor[rows(like)].clone()
+    made: Tensor = DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **shape)
     return made
 
 

@@ -25,10 +25,8 @@ from setpoint.sensor.reading import Reading
 
 Agreed = Callable[[], None]
 
-_MOVES = 3
-"""Weight changes between backward passes, not made by this optimizer, before we warn."""
-_PASSES = 64
-"""Backward passes without a step, each with gradients of its own, before we warn."""
+# Before we warn: weight changes between backward passes, not made by this optimizer, and passes without a step.
+_MOVES, _PASSES = 3, 64
 
 
 class Host:
@@ -41,10 +39,8 @@ class Host:
         compiled: whether any of it was compiled when it was given; code may be compiled later, or around it, too.
     """
 
-    wrapped: bool = False
-    """Whether `DistributedDataParallel` is around the model, or `fully_shard` in it."""
-    mesh: Any = None
-    """The ranks that the weights are sharded over; None where each has all of them."""
+    wrapped: bool = False  # whether `DistributedDataParallel` is around the model, or `fully_shard` in it
+    mesh: Any = None  # the ranks that the weights are sharded over; None where each has all of them
 
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[Any], *, compiled: bool = False
@@ -129,7 +125,6 @@ class Host:
         self._widths.follow(self.model)
 
     def begin(self, groups: tuple[Group, ...]) -> None:
-        """A loop begins, with these groups."""
         self._groups, self._widths = groups, None
         self._frozen = [(name, weakref.ref(p)) for name, p in self.model.named_parameters() if not p.requires_grad]
         if not self.wrapped:
@@ -142,7 +137,6 @@ class Host:
         self._warn_of_unfrozen()
 
     def _warn_of_unfrozen(self) -> None:
-        """Warn once when weights are trained that were frozen when the loop began."""
         trained = [name for name, weight in self._frozen if (p := weight()) is not None and p.requires_grad]
         if trained:
             self._frozen = []

@@ -21,10 +21,8 @@ from setpoint.sensor.reading import Reading
 
 _FAILED = "failed "
 _LATER = "the run goes on from its last checkpoint"
-_PARTS = ("saliency", "slope", "norm")
-"""The fields of a reading that hold numbers by group."""
-_BUILT_IN = "BuiltinCommHookType."
-"""How PyTorch begins the names of its own communication hooks, which it remembers only by name."""
+_PARTS = ("saliency", "slope", "norm")  # the fields of a reading that hold numbers by group
+_BUILT_IN = "BuiltinCommHookType."  # how the names of PyTorch's own hooks begin, which it remembers only by name
 
 
 class SeveralRanks(Host):
@@ -203,7 +201,6 @@ class DDP(SeveralRanks):
 
 
 def _check_parallel(parallel: DistributedDataParallel) -> None:
-    """Check that a wrapper can follow a change of sizes, or raise LoopError naming what cannot."""
     trouble = {
         "its own mixed_precision (use torch.autocast)": parallel.mixed_precision is not None,
         "delay_all_reduce_named_params": bool(parallel._delay_all_reduce_params),
@@ -213,6 +210,5 @@ def _check_parallel(parallel: DistributedDataParallel) -> None:
         "the communication hook of PowerSGD": "PowerSGDState"
         in {type(state).__name__ for _, state in parallel._comm_hooks},
     }
-    found = [name for name, there in trouble.items() if there]
-    if found:
+    if found := [name for name, there in trouble.items() if there]:
         raise LoopError(f"DistributedDataParallel with {'; '.join(found)} cannot follow a cut: leave that out")
