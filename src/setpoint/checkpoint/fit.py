@@ -1,7 +1,4 @@
-"""Fit: a model takes the shapes of a state or a file, or for a while its dense ones.
-
-Sizes that nothing else says follow from the shapes.
-"""
+"""Fit: a model takes the shapes of a state or a file, or for a while its dense ones; sizes follow from shapes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -121,14 +118,13 @@ def infer_sizes(model: nn.Module, shapes: Shapes) -> tuple[dict[SizePlace, int],
     return sizes, tuple(unsure)
 
 
-_LAYERS: tuple[tuple[Any, dict[str, int]], ...] = (
+_LAYERS: tuple[tuple[Any, dict[str, int]], ...] = (  # which dim of a layer's weight each of its sizes is
     (nn.Linear, {"out_features": 0, "in_features": 1}),
     (nn.modules.batchnorm._NormBase, {"num_features": 0}),
     ((nn.LayerNorm, nn.RMSNorm), {f"normalized_shape[{dim}]": dim for dim in range(4)}),
     ((nn.Embedding, nn.EmbeddingBag), {"num_embeddings": 0, "embedding_dim": 1}),
     (nn.PReLU, {"num_parameters": 0}),
 )
-"""Which dim of a layer's weight each of its sizes is."""
 
 
 def _layer_sizes(module: nn.Module, shapes: Shapes) -> dict[str, int] | None:

@@ -22,12 +22,8 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.messages import a_type
 
-FORMAT = 1
-"""Version of both file formats, described in docs/checkpoint-format.md and docs/resume.md."""
-
-SIZES_FILE = "setpoint.json"
-"""Beside the weights of a cut model that `save_pretrained` wrote: its sizes."""
-
+FORMAT = 1  # version of both file formats, described in docs/checkpoint-format.md and docs/resume.md
+SIZES_FILE = "setpoint.json"  # beside the weights of a cut model that `save_pretrained` wrote: its sizes
 _KEY = "setpoint"
 
 

@@ -1,7 +1,4 @@
-"""Plain data: states as tensors, numbers and strings that any checkpoint can hold, and as one table of tensors.
-
-Those of the random generators are among them, and rows of JSON that become the fields of a dataclass.
-"""
+"""Plain data: states as what any checkpoint can hold and as a table of tensors, random generators, rows of JSON."""
 
 import json
 import math
@@ -25,8 +22,7 @@ from setpoint.errors import CheckpointError
 from setpoint.messages import a_type
 
 _NUMPY = "numpy"
-TREE = "tree"
-"""Name of the tensor whose bytes are the JSON text of everything that is no tensor."""
+TREE = "tree"  # name of the tensor whose bytes are the JSON text of everything that is no tensor
 _DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 
 
@@ -242,10 +238,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
-    """A copy of a contiguous tensor with these strides, where they cover as many places in memory as it has elements.
-
-    Others would take memory for the gaps of a view that nobody can see any more.
-    """
+    """A copy of a contiguous tensor with these strides, but for those of a view: its gaps would take memory."""
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
     tensor = torch.view_as_complex(tensor.clone()) if is_complex else tensor
     places = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, stride, strict=True))
@@ -305,9 +298,7 @@ def fields_of(kind: type, row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _read(row[name], declared, f"its {name}") for name, declared in _types(kind).items() if name in row}
 
 
-@cache
-def _types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_types = cache(get_type_hints)
 
 
 def _read(value: Any, declared: Any, where: str) -> Any:

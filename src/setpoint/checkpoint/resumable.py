@@ -148,10 +148,7 @@ def _after_load(module: nn.Module, keys: Any) -> None:
 
 
 def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateSizes | None:
-    """The sizes that a state carries for a module: its own, else those of all its submodules.
-
-    Where a wrapper's name was taken off the keys, neither is there, and the only sizes of the state are meant.
-    """
+    """The sizes that a state carries for a module: its own, else those of all its submodules."""
     metadata = getattr(state, "_metadata", None) or {}
     found = {path: entry[KEY] for path, entry in metadata.items() if KEY in entry}
     if prefix[:-1] in found:
@@ -159,6 +156,7 @@ def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateS
     paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
     if paths:
         return StateSizes.joined({path: StateSizes.parse(found[f"{prefix}{path}"]) for path in paths})
+    # Where a wrapper's name was taken off the keys, neither is there, and the only sizes of the state are meant.
     return StateSizes.parse(*found.values()) if len(found) == 1 else None
 
 

@@ -1,7 +1,4 @@
-"""A run file: everything that a training run needs to go on, in one file that is never half written.
-
-A load changes all parts or none: a snapshot of them is put back when it fails.
-"""
+"""A run file: everything that a training run needs to go on, in one file; a load changes all parts or none."""
 
 import os
 from collections import deque

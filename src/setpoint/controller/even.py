@@ -14,14 +14,9 @@ from setpoint.errors import LoopError
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.sensor.reading import Reading
 
-Kind = tuple[str, ...]
-"""Names of the groups that share one width; the first one stands for all."""
-
-Kinds = Mapping[str, tuple[Group, ...]]
-"""By name of the first, the groups of each kind; a group of no kind is alone."""
-
-Orders = Mapping[str, np.ndarray]
-"""By group, its units, the least salient first."""
+Kind = tuple[str, ...]  # names of the groups that share one width; the first one stands for all
+Kinds = Mapping[str, tuple[Group, ...]]  # by name of the first, the groups of each kind; a group of no kind is alone
+Orders = Mapping[str, np.ndarray]  # by group, its units, the least salient first
 
 
 @final
@@ -143,7 +138,6 @@ def _to_members(by_leader: Mapping[str, np.ndarray], kinds: Kinds, orders: Order
 
 
 def _cost_by_kind(cost: Cost, kinds: Kinds) -> Cost:
-    """The cost as a function of the widths of the first groups."""
     if not isinstance(cost, ProductCost):
         return _ByKind(cost, kinds)
     # A sum of products stays one: controllers search its widths without looking for stairs.

@@ -39,8 +39,7 @@ class Probe:
 
     def foretold(self, name: str, num_samples: int) -> Float64[np.ndarray, " _resting"]:
         """Saliency that the sensor will read of the units of a group once they are back; infinite where not known."""
-        gain = self.gain[name]
-        deviation = self.deviation.get(name)
+        gain, deviation = self.gain[name], self.deviation.get(name)
         return np.full(len(gain), np.inf) if deviation is None else 0.5 * (num_samples * deviation**2 + gain**2)
 
 

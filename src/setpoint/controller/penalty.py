@@ -84,16 +84,12 @@ class PenaltyController(Controller[None]):
         budget_met = self.schedule.settled(step, total_steps) and (
             not dropped or self.schedule.final(step, total_steps) or step == total_steps
         )
-        reason = "done: " if budget_met else ""
-        if dropped:
-            reason += f"dropped {these(sum(dropped.values()), len(dropped))}, each earning less"
-        else:
-            reason += "nothing earns less"
+        less = f"dropped {these(sum(dropped.values()), len(dropped))}, each earning" if dropped else "nothing earns"
         return state, Plan(
             step=step,
             keep=selection.keep(),
             worth=selection.unit_worth(),
             price={resource: price},
             budget_met=budget_met,
-            reason=f"{reason} than the price of {price:.3g} {per(resource)}",
+            reason=f"{'done: ' if budget_met else ''}{less} less than the price of {price:.3g} {per(resource)}",
         )

@@ -271,8 +271,7 @@ class PricedController(Controller[PricedState]):
         if metered is None and settled:
             target = min(target, limit)
         ceiling = observation.ceiling.get(resource, math.inf) / ratio
-        landing = limit / feedback.factor()
-        target = min(target, ceiling)
+        target, landing = min(target, ceiling), limit / feedback.factor()
         aim = Aim(start, limit, reference, metered, spent, target, landing, ceiling, settled, feedback)
         return _Decision(self, state, observation, cost, groups, aim)
 
@@ -355,9 +354,8 @@ class _Decision:
 
     def choose(self) -> _Choice | None:
         """What goes, and what comes back for it; None where spending is right and nothing comes back."""
-        offers, best = self.offers(), None
-        if offers is not None:
-            best = offers.most_that_pay(self.select, self.pays)
+        offers = self.offers()
+        best = None if offers is None else offers.most_that_pay(self.select, self.pays)
         if best is None and not self.aim.rests(self.settings.deadband):
             best = self.select(None)
         return best

@@ -192,8 +192,8 @@ def start(
         for group in groups
     }
     blank = {name: np.full(ladder.num_rungs, np.nan) for name, ladder in ladders.items()}
-    rungs = dict.fromkeys(ladders, 0)
     saving = {name: values.copy() for name, values in blank.items()}
+    rungs = dict.fromkeys(ladders, 0)
     return Selection(cost, ladders, allocation, dict(widths), rungs, cost.total(widths), blank, saving)
 
 
@@ -239,8 +239,7 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
     moved = False
     while heap and selection.total > target:
         name = heapq.heappop(heap)[2]
-        key = weigh(selection, name, stride)
-        if key is None:
+        if (key := weigh(selection, name, stride)) is None:
             continue
         if heap and key > heap[0]:
             heapq.heappush(heap, key)
@@ -254,20 +253,17 @@ def _descend(selection: Selection, target: float, stride: int, ceiling: float) -
         selection.move(name, count)
         selection.total -= saving
         moved = True
-        following = weigh(selection, name, stride)
-        if following is not None:
+        if (following := weigh(selection, name, stride)) is not None:
             heapq.heappush(heap, following)
     return moved
 
 
-Weighed = tuple[float, float, str, int, float]
-"""(worth, share of the group gone afterwards, name, blocks, saving)."""
+Weighed = tuple[float, float, str, int, float]  # worth, share of the group gone afterwards, name, blocks, saving
 
 
 def weigh(selection: Selection, name: str, stride: int = 1) -> Weighed | None:
     """The group's next blocks weighed, and noted down."""
-    left = selection.left(name)
-    if left == 0:
+    if not (left := selection.left(name)):
         return None
     count = min(stride, left)
     # On a staircase, which a sum of products is not, one block may save nothing and the next one all.
@@ -362,8 +358,8 @@ def _movable(selection: Selection) -> tuple[list[str], list[str]]:
     return [name for name, rung in selection.rungs.items() if rung], list(filter(selection.left, selection.rungs))
 
 
+# Change of the objective, groups that get a block back, groups that lose one.
 Trade = tuple[float, tuple[str, ...], tuple[str, ...]]
-"""(change of the objective, groups that get a block back, groups that lose one)."""
 
 
 def trade(selection: Selection, target: float, deadband: float) -> None:

@@ -77,8 +77,7 @@ class TolerantController(Controller[TolerantState]):
         if observation.loss is None:
             raise LoopError("a Tolerance needs the loss: call loop.observe(loss=...) before every optimizer.step()")
         stays = Plan(observation.step, keep_all(groups))
-        problem = problem_with(observation.reading, groups)
-        if problem:
+        if problem := problem_with(observation.reading, groups):
             return state, replace(stays, reason=problem)
         step, total_steps = observation.step, observation.planned_steps
         final = self.schedule.final(step, total_steps) or step == total_steps

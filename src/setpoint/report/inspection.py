@@ -27,8 +27,7 @@ from setpoint.messages import counted
 from setpoint.report.markup import document, save
 from setpoint.report.numbers import human, percent, share
 
-ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}
-"""What a tensor does with its units, in words."""
+ROLES = {"produce": "writes", "carry": "passes on", "consume": "reads"}  # what a tensor does with its units
 _MOST_REASONS = 3
 _NUMBER = re.compile(r"\d+")
 _Item = TypeVar("_Item")

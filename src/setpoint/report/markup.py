@@ -17,7 +17,7 @@ from setpoint.report.numbers import digits
 GREY, BLUE, ORANGE = "#667085", "#0b62a8", "#c2570c"
 OTHERS = ("#00795c", "#7b3fb5", "#8a6d00", "#b3306f", "#6b4c35", "#b3261e")
 FAINT, INK = "#c9d1dc", "#1c2430"
-DARK = {
+DARK = {  # the same colours on a dark page
     GREY: "#a3acb9",
     BLUE: "#5eb1f5",
     ORANGE: "#f0944d",
@@ -25,7 +25,6 @@ DARK = {
     FAINT: "#3a4554",
     INK: "#e6eaf0",
 }
-"""The same colours on a dark page."""
 FULL = 1000
 MOST_LABELLED = 240
 """Points or cells of a figure that have a text each, which shows under the pointer; more would make the file large."""
@@ -49,9 +48,8 @@ def document(title: str, body: str) -> str:
 
 
 def save(page: str, target: Path) -> Path:
-    """Write a page completely or not at all."""
+    """Write a page in place of the old one at once: a browser that reloads never sees half of one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In place of the old page at once: a browser that reloads never sees half of one.
     replace_text(target, page)
     return target
 
@@ -190,11 +188,7 @@ class _Axis:
 
 
 def _round_values(low: float, high: float, about: int) -> list[float]:
-    """Multiples of 1, 2 or 5 and a power of ten, about so many of them, from `low` to `high`.
-
-    >>> _round_values(0, 170, 5)
-    [0.0, 50.0, 100.0, 150.0]
-    """
+    """Multiples of 1, 2 or 5 and a power of ten, about so many of them, from `low` to `high`."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))

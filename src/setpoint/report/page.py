@@ -23,12 +23,9 @@ from setpoint.report.record import (
     read_ledger,
 )
 
-MOST_NAMED = 12
-"""Groups that a line of the table of decisions names."""
-MOST_EVENTS = 15_000
-"""How many units that were dropped or regrown have a marker each; of more the figure would be large and unreadable."""
-BAND = 0.84
-"""Share of a group's row over which the markers of its units are spread."""
+MOST_NAMED = 12  # groups that a line of the table of decisions names
+MOST_EVENTS = 15_000  # units that were dropped or regrown with a marker each; more would be large and unreadable
+BAND = 0.84  # share of a group's row over which the markers of its units are spread
 SPENT = "The schedule leads from the dense cost to the budget; a point is a cut, and its text says why."
 BILL = "A point is a cut. After the last decision each step counts what that decision left."
 PRICE = "Loss per unit of resource: a unit stays while its worth is at least the price."
@@ -212,10 +209,10 @@ def _events(record: Record, verb: str) -> Trace:
     """Markers of the units that were dropped, or brought back, over the rows of their groups."""
     resource, rows = record.resources[0] if record.resources else "", list(record.units)
     factor, unit = scale(record.dense.get(resource, 1.0), UNITS.get(resource, resource))
-    points, texts = [], []
+    points, texts, dropped = [], [], verb == "dropped"
     for entry in record.entries:
         chosen, worths, values, name_of_value = entry.dropped, entry.worth, entry.saliency, "saliency"
-        if verb != "dropped":
+        if not dropped:
             chosen, worths, values, name_of_value = entry.grown, entry.grown_worth, entry.gain, "probed gain"
         price = _times(entry.price.get(resource), factor)
         for name, origins in chosen.items():
@@ -228,7 +225,6 @@ def _events(record: Record, verb: str) -> Trace:
                     f"worth {_times(*worth, factor)}, price {price} loss per {unit}\n"
                     f"{name_of_value} {_times(*value, 1.0)} loss\n{entry.reason}"
                 )
-    dropped = verb == "dropped"
     return Trace(verb, points, markup.ORANGE if dropped else INK, texts, dot=6, square=dropped)
 
 

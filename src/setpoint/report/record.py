@@ -20,8 +20,7 @@ NAMES = {
     "energy": "energy",
 }
 UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "B", "latency": "s", "inference": "s", "energy": "J"}
-PER = {"inference": "forward pass", "params": "model"}
-"""Denominator of spending, where it is not a training step."""
+PER = {"inference": "forward pass", "params": "model"}  # denominator of spending, where it is not a training step
 
 
 @dataclass(frozen=True)
@@ -144,10 +143,8 @@ def cuts_of(record: Record) -> int:
 
 def dense_of(record: Record, resource: str) -> float | None:
     """Dense cost per step: the meter's last reading of the dense model, else the prediction scaled by its first one."""
-    dense, pairs = (
-        record.dense.get(resource),
-        ((e.metered.get(resource), e.predicted.get(resource)) for e in record.entries),
-    )
+    dense = record.dense.get(resource)
+    pairs = ((entry.metered.get(resource), entry.predicted.get(resource)) for entry in record.entries)
     read = [(metered, predicted) for metered, predicted in pairs if metered is not None and predicted]
     if dense is None or not read:
         return dense

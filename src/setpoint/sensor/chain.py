@@ -50,7 +50,6 @@ class SensorChain(Sensor[ChainState]):
         return SensorChain(*(sensor.over(ranks) for sensor in self.sensors))
 
     def _shares(self, groups: tuple[Group, ...], model: nn.Module) -> list[tuple[Sensor[Any], tuple[Group, ...]]]:
-        """What each sensor reads, of those that read any group."""
         shares = list[tuple[Sensor[Any], tuple[Group, ...]]]()
         for sensor in self.sensors:
             if found := sensor.readable(groups, model):

@@ -84,8 +84,7 @@ class Traits:
     returns: bool = True
 
 
-UNCALIBRATED = Traits(calibrated=False, in_loss=False, shards=True)
-"""Of a sensor that ranks the units of a group, and adds up shards."""
+UNCALIBRATED = Traits(calibrated=False, in_loss=False, shards=True)  # of a sensor that ranks the units of a group
 
 
 @runtime_checkable

@@ -1,7 +1,4 @@
-"""The Taylor sensor: a criterion from the gradients that an ordinary step leaves, averaged over the recent steps.
-
-A new criterion is a function under `@criterion()`, which `AveragingSensor` makes a sensor of.
-"""
+"""The Taylor sensor, and others that average a `@criterion()` of an ordinary step's gradients over recent steps."""
 
 from __future__ import annotations
 
@@ -60,8 +57,7 @@ class Criterion:
         return tuple(place for place in group.slices if place.role == self.role)
 
 
-CRITERIA: dict[str, Criterion] = {}
-"""Every criterion by name."""
+CRITERIA: dict[str, Criterion] = {}  # by name
 
 
 def criterion(**settings: Any) -> Callable[[Measure], Criterion]:
