@@ -3,8 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
-Labels = Int[np.ndarray, " entries"]
-"""One atom per entry along a dim."""
+Labels = Int[np.ndarray, " entries"]  # one atom per entry along a dim
 
 
 class Atoms:
@@ -23,10 +22,8 @@ class Atoms:
     def __init__(self) -> None:
         self._parent = np.zeros(1024, dtype=np.int64)
         self._count = 1
-        self.frozen: list[tuple[Labels, str, str]] = []
-        """What was frozen: (atoms, place, reason), in order."""
-        self.lossy: list[tuple[Labels, str]] = []
-        """Atoms for which zero is not absent: (atoms, reason)."""
+        self.frozen: list[tuple[Labels, str, str]] = []  # what was frozen: (atoms, place, reason), in order
+        self.lossy: list[tuple[Labels, str]] = []  # atoms for which zero is not absent: (atoms, reason)
         self.marks: dict[str, list[Labels]] = {}
         """Atoms by remark: "produce", "consume", "contract", "batch", "conv", "embedding",
         "alike" (copies and constants), "summed", "squeezed", "unmasked", "aligned"."""
@@ -85,7 +82,4 @@ class Atoms:
     def marked_class(self, remark: str) -> np.ndarray:
         """Boolean per atom: whether the remark was made about any atom of its class."""
         roots = self.roots
-        result = np.zeros(self._count, dtype=bool)
-        result[roots[self.marked(remark)]] = True
-        of_class: np.ndarray = result[roots]
-        return of_class
+        return np.isin(roots, roots[self.marked(remark)])

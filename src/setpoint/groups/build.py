@@ -22,6 +22,7 @@ _NEURONS = 8  # and of this many of anything else
 _TENSOR_CORES = 64
 _ALIGNED = 8  # units in 16 bytes, at two bytes each
 _FLOOR = 16  # a group keeps at least a sixteenth of its units
+_WHAT = {"batch": "head", "embedding": "feature", "conv": "channel"}  # kinds of units by remark
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +66,8 @@ class Units:
         return Size(length - sum(entries.values()), parts)
 
 
-Labels = np.ndarray
-"""Atoms along a dim."""
-
-
-Places = dict[tuple[str, str], Labels]
-"""Atoms along the dim that a place in Python code counts, by (module, place)."""
+Labels = np.ndarray  # atoms along a dim
+Places = dict[tuple[str, str], Labels]  # by (module, place), atoms along the dim that a place in Python code counts
 
 
 def build(atoms: Atoms, dims: Sequence[OwnDim], products: Sequence[np.ndarray] = (), device_type: str = "cpu") -> Units:
@@ -132,9 +129,6 @@ def _signatures(roots: np.ndarray, dims: Sequence[np.ndarray]) -> np.ndarray:
     for labels, draw in zip(dims, draws, strict=True):
         np.add.at(signature, roots[labels], draw)  # not `+=`, which counts a class once a dim
     return signature
-
-
-_WHAT = {"batch": "head", "embedding": "feature", "conv": "channel"}
 
 
 def _group(
@@ -203,8 +197,7 @@ _STANDARD: tuple[tuple[type[nn.Module], str, str, int], ...] = (
     (nn.Embedding, "embedding_dim", "weight", 1),
     (nn.PReLU, "num_parameters", "weight", 0),
 )
-_WITH_SIZES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Unflatten)
-"""Modules of torch whose own forward computes with sizes."""
+_WITH_SIZES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Unflatten)  # whose forward computes with sizes
 
 
 def only_standard_sizes(model: nn.Module, walk: Walk, units: Units) -> bool:

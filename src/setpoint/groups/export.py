@@ -17,6 +17,10 @@ from setpoint.groups.example import Example, check_device, inputs_of
 from setpoint.groups.forward import PartialForward, marked_functions
 from setpoint.groups.untouched import has_users_hooks, preserved_rng_state, untouched_attributes, without_users_hooks
 
+_ATTEMPTS = 24  # exports of a model: one more for each kind of part that cannot be exported
+# PyTorch has no public name for these; 2.10 has the first two. Later releases have the others, and warn of the first.
+_VALUES = ("var_to_val", "unbacked_var_to_val", "backed_var_to_val", "real_tensor_prop_unbacked_vals")
+
 
 class _FlatForward(nn.Module):
     """A forward on tensors that are given one by one, returning a flat list of all output tensors."""
@@ -41,10 +45,6 @@ def check_model(model: nn.Module, example: Example) -> None:
             f'{type(model).__name__} has no forward: name the method that training calls, attach(..., method="name")'
         )
     check_device(model, example)
-
-
-_ATTEMPTS = 24
-"""Exports of a model: one more for each kind of part that cannot be exported."""
 
 
 def export(model: nn.Module, example: Example) -> tuple[Any, PartialForward, ExportError | None]:
@@ -142,7 +142,6 @@ def _without_what_nothing_reads(*, lines: bool) -> Iterator[None]:
 
 
 def _check_outputs(program: Any) -> None:
-    """Check that the forward returns numbers that a loss can be made of: they are what cuts and costs go by."""
     outputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_outputs]
     if not any(map(has_floats, outputs)):
         raise ExportError(
@@ -170,10 +169,6 @@ def _check_sizes(model: nn.Module, program: Any, *, by_data: bool) -> None:
         from setpoint.groups.partial import check_asks_nothing
 
         check_asks_nothing(program.graph)
-
-
-# PyTorch has no public name for these; 2.10 has the first two. Later releases have the others, and warn of the first.
-_VALUES = ("var_to_val", "unbacked_var_to_val", "backed_var_to_val", "real_tensor_prop_unbacked_vals")
 
 
 def known(value: Any) -> Any:

@@ -18,6 +18,7 @@ State = TypeVar("State")
 Values = TypeVar("Values")
 
 _UNITS, _WEIGHTS = "by unit", "by weight"
+_NONE = np.zeros(0, dtype=bool)
 
 ByUnit = Annotated[Values, _UNITS]
 """Of a field: an array or tensor with an entry for each active unit along its first dim.
@@ -141,12 +142,8 @@ def check_follows(state: Any, widths: Mapping[str, int], where: str = "") -> Non
             check_follows(values, widths, where)
 
 
-_NONE = np.zeros(0, dtype=bool)
-
-
 @lru_cache(maxsize=256)
 def _fields_that_follow(kind: type) -> tuple[tuple[Field[Any], str], ...]:
-    """The fields of a dataclass that may have to follow, and how."""
     try:
         hints = get_type_hints(kind, include_extras=True)
     except NameError as error:  # what is imported for type checkers only is of no use here

@@ -30,25 +30,16 @@ class RecordedCall:
 
 @dataclass(frozen=True, eq=False)
 class PartialForward:
-    """What of a model is exported: by default one call of the whole, on the example.
+    """What of a model is exported: by default one call of the whole, on the example."""
 
-    Args:
-        calls: the model's, and those that opaque modules make of their parts.
-        results: by name of an opaque module, what its calls return.
-        reasons: by name of an opaque module, why it is opaque.
-        draw: the answer to every draw of a single random number, which may decide whether a layer is skipped.
-        by_data: whether values of tensors may decide on the path, as they do at the example.
-    """
-
-    calls: tuple[RecordedCall, ...]
-    results: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    draw: float | None = None
-    by_data: bool = False
+    calls: tuple[RecordedCall, ...]  # the model's, and those that opaque modules make of their parts
+    results: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # by opaque module, what its calls return
+    reasons: Mapping[str, str] = field(default_factory=dict)  # by opaque module, why it is opaque
+    draw: float | None = None  # the answer to draws of a single random number, which may decide whether to skip a layer
+    by_data: bool = False  # whether values of tensors may decide on the path, as they do at the example
 
     @classmethod
     def whole(cls, example: Example) -> PartialForward:
-        """One call of the whole model."""
         return cls((RecordedCall("", *inputs_of(example)),))
 
     @property

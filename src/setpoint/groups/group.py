@@ -9,13 +9,10 @@ from jaxtyping import Bool, Int
 
 from setpoint.errors import GroupError
 
+# What a slice does with its unit: writes it, passes it on elementwise, or reads it out of the group.
 Role = Literal["produce", "carry", "consume"]
-"""What a slice does with its unit: writes it, passes it on elementwise, or reads it out of the group."""
-
 Kind = Literal["unit", "weight", "state"]
-
-Place = tuple[str, int]
-"""One dim of one tensor: (qualified tensor name, dim)."""
+Place = tuple[str, int]  # one dim of one tensor: (qualified tensor name, dim)
 
 
 @dataclass(frozen=True, eq=False)

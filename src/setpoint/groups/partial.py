@@ -99,12 +99,7 @@ def following_data() -> Iterator[None]:
 
 
 class Fault:
-    """Why an export has failed.
-
-    Args:
-        error: what was raised.
-        module: name of the innermost module that was running.
-    """
+    """Why an export has failed: what was raised, and the name of the innermost module that was running."""
 
     def __init__(self, error: Exception, module: str) -> None:
         self.error, self.module = error, module
@@ -161,8 +156,7 @@ def without(
 ) -> PartialForward:
     """The forward without this fault: libraries may decide by data, and what else cannot be exported is opaque.
 
-    Raises:
-        ExportError: the forward of the model itself decides by data, which the user can change.
+    ExportError where the forward of the model itself decides by data, which the user can change.
     """
     if fault.by_data and fault.library and not forward.by_data:
         return replace(forward, by_data=True, draw=_draw_for(model, example))
@@ -270,6 +264,5 @@ def _user_line(error: BaseException) -> str:
 
 
 def _innermost(error: BaseException, fits: Callable[[str], bool]) -> traceback.FrameSummary | None:
-    """The innermost line in a file that fits."""
     frames = (frame for link in _chain(error) for frame in reversed(traceback.extract_tb(link.__traceback__)))
     return next((frame for frame in frames if fits(frame.filename)), None)

@@ -14,8 +14,7 @@ import numpy as np
 from setpoint.groups.atoms import Atoms
 from setpoint.groups.walk import Product
 
-Ratings = list[dict[int, tuple[bool, ...]]]
-"""For each product, what speaks for each of its free factors, the best reason first."""
+Ratings = list[dict[int, tuple[bool, ...]]]  # by product, what speaks for each of its free factors, best reason first
 
 
 def solve(atoms: Atoms, products: Sequence[Product]) -> None:

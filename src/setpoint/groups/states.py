@@ -129,7 +129,6 @@ def _marked(group: Group, layers: Mapping[str, StateSpaceLayer]) -> Group:
 
 
 def _check_weights(name: str, layer: StateSpaceLayer) -> None:
-    """Check that B and C are where the layer says, with an entry for each state along the right dim."""
     weights, system = layer.state_weights(), layer.state_space()
     batch = system.eigenvalues.dim() - 1
     matrices = [("inputs", batch, 2, weights.inputs), ("outputs", batch + 1, 2, weights.outputs)]
@@ -210,7 +209,6 @@ def selective_layer(model: nn.Module, group: Group) -> tuple[str, Selective] | N
 
 
 def _selective_kinds(model: nn.Module) -> dict[str, Selective]:
-    """Which modules are selective layers, by name."""
     return {name: kind for name, module in model.named_modules() if (kind := selective_kind(module)) is not None}
 
 

@@ -24,8 +24,7 @@ _LOCK = threading.RLock()
 def copy_of(model: nn.Module, memo: Mapping[int, Any] | None = None, *, users_hooks: bool = True) -> nn.Module:
     """A deep copy of a model; torch's own hooks, which compute weights (weight norm), come along always.
 
-    Args:
-        memo: by id of an object of the model, what the copy has in its place; by default `computed(model)`.
+    `memo` says by id of an object of the model what the copy has in its place; by default it is `computed(model)`.
     """
     # By the memo, not removed from the copy: a hook that holds a file or a socket cannot even be copied.
     tables = [] if users_hooks else _hook_tables(model)

@@ -11,8 +11,7 @@ from torch import fx
 
 from setpoint.groups.atoms import Atoms
 
-DimLabels = np.ndarray | None
-"""Atoms along one dim, or None for data (batch, positions, constants), along which no unit lies."""
+DimLabels = np.ndarray | None  # atoms along one dim; None for data (batch, positions, constants), without any unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,13 +169,9 @@ def write_sizes(model: nn.Module, folder: Path) -> None:
 def read_sizes(file: Path, model: nn.Module, base: str) -> None:
     """Give a model, on the meta device or not, the shapes and sizes of a folder, whose weights are to be loaded next.
 
-    Args:
-        file: that `write_sizes` wrote.
-        model: as its code builds it: of the class that was saved, or its base model, or one with a head on that.
-        base: name of the base model in models with a head, such as "bert".
-
-    Raises:
-        CheckpointError: for a damaged file, or one of another model; the model is then as before.
+    The model is as its code builds it: of the class that was saved, or its base model, or one with a head on that;
+    `base` is the name of the base model in models with a head, such as "bert". CheckpointError for a damaged file, or
+    one of another model; the model is then as before.
     """
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))

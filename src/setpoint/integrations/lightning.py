@@ -99,7 +99,6 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
 
 
 def _averages(trainer: Any) -> list[nn.Module]:
-    """Averaged copies of the model that callbacks keep."""
     kept = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
     return [each.module if isinstance(each, AveragedModel) else each for each in kept if each is not None]
 

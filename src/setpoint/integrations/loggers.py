@@ -12,7 +12,6 @@ from setpoint.loop.summary import Event, Summary
 from setpoint.messages import a_type
 
 _LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
-"""What they are called, by the name of the package."""
 
 
 def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") -> Callable[[], object]:
@@ -123,7 +122,6 @@ def _is_wandb(to: Any) -> bool:
 
 
 def _write(to: Any, metrics: Mapping[str, float], step: int) -> None:
-    """Write metrics to a logger, which is known by its methods."""
     if _has(to, "add_scalar"):  # a `SummaryWriter`, of PyTorch, tensorboardX or the like
         for name, value in metrics.items():
             to.add_scalar(name, value, step)

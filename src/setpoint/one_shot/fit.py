@@ -80,7 +80,6 @@ def unit_scores(
 
 
 def _scores_of(consumers: Sequence[Consumer], model: nn.Module, batches: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Scores by group of what these layers read, from one pass over the data."""
     maps: dict[str, list[Map]] = {}
     for consumer, rows, norm in _rows_given(consumers, model, batches):
         maps.setdefault(consumer.group, []).append((rows, consumer.weight(model) * _norm_scale(norm)))
@@ -96,10 +95,7 @@ def _scores_of(consumers: Sequence[Consumer], model: nn.Module, batches: Sequenc
 def _rows_given(
     consumers: Sequence[Consumer], model: nn.Module, batches: Sequence[Example]
 ) -> list[tuple[Consumer, Tensor, nn.Module | None]]:
-    """A sample of the rows that each consumer is given, and the BatchNorm that is given just what it makes, if any.
-
-    A consumer that the data do not come to is left out.
-    """
+    """A sample of the rows that each consumer is given, and the BatchNorm that is given just what it makes, if any."""
     rows_of_batch = -(-_SCORED_ROWS // len(batches))
     # A layer that is called several times in a batch keeps its last rows only.
     noted: list[deque[Tensor]] = [deque(maxlen=len(batches)) for _ in consumers]
@@ -131,7 +127,7 @@ def _rows_given(
     return [
         (consumer, torch.cat(tuple(rows), 2), norms.get(consumer.layer))
         for consumer, rows in zip(consumers, noted, strict=True)
-        if rows
+        if rows  # a consumer that the data do not come to is left out
     ]
 
 
@@ -338,7 +334,6 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
     are returned: all that the data come to.
     """
     thin: dict[str, tuple[float, str]] = {}
-    # In the order of the forward, so that each fit sees what the fits before it have left.
     readers = _in_order(model, readers, batches)
     for reader in readers:
         layer: Any = model.get_submodule(reader.layers[0])

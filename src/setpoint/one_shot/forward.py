@@ -165,11 +165,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
 
 
 def _inputs_in(batch: Any) -> list[Example]:
-    """What may be the model's input in a batch, in the order in which it is tried.
-
-    >>> _inputs_in({"input_ids": 1, "labels": 2}), _inputs_in((3, 4))
-    ([{'input_ids': 1}, {'input_ids': 1, 'labels': 2}], [(3,), (3, 4)])
-    """
+    """What may be the model's input in a batch, in the order in which it is tried."""
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else ()
     named = parts[0] if parts else batch
     forms: list[Example] = []

@@ -200,7 +200,6 @@ class Regrowth(Cutting):
         return np.flatnonzero(resting)[np.argsort(-dropped_at[resting], kind="stable")]
 
     def _extra_flops(self, units: Units) -> float:
-        """FLOPs that these units add to a step."""
         wide = {name: int(active.sum()) for name, active in self.reserve.with_units(units).items()}
         flops = self._spending.costs["flops"]
         return flops.total(wide) - flops.total(widths_of(self.reserve.present()))

@@ -23,11 +23,9 @@ from setpoint.groups.group import Group, keep_all, widths_of
 from setpoint.groups.sizes_in_code.place import call_of, is_call
 from setpoint.groups.sizes_in_code.shim import get_call_sizes
 
-Units = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]
-"""By group name, origins of units."""
-
+Units = Mapping[str, Sequence[int] | Int[np.ndarray, " _units"]]  # by group name, origins of units
+# By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here.
 Box = Mapping[int, Bool[np.ndarray, " _entries"]]
-"""By dim of the dense tensor, which entries are in the box; all of them along a dim that is absent here."""
 
 _ALONE = Ranks()
 _BY_UNIT = ("active", "resting", "dropped_at", "drops")  # fields of a reserve with an entry for each dense unit
@@ -214,7 +212,6 @@ class Reserve:
         return replace(self, tensors=tensors, **by_unit)
 
     def _sharers(self, name: str) -> Ranks:
-        """The ranks that share the resting entries of a tensor."""
         return _ALONE if name in self.own else self.ranks
 
     def gathered(self, names: Collection[str]) -> Reserve:

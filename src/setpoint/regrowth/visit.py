@@ -16,8 +16,7 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unsharded_tensor
 from setpoint.groups.group import Group
 
-Arrived = Mapping[str, Bool[np.ndarray, " _units"]]
-"""By group, which active units have just come back: one boolean for each."""
+Arrived = Mapping[str, Bool[np.ndarray, " _units"]]  # by group, which active units have just come back
 
 
 @dataclass(frozen=True, eq=False)
