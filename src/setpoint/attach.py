@@ -231,7 +231,6 @@ def _run_spec(
 
 
 def _check_part(name: str, part: object, kind: type, example: str) -> None:
-    """Check that a controller or sensor is an object with the methods of one, or None."""
     if isinstance(part, type):
         raise LoopError(f"{name}={part.__name__} is a class: give an object, {part.__name__}(...)")
     # By hasattr: from Python 3.12 on isinstance does not see what a wrapper passes on by __getattr__.
@@ -256,7 +255,6 @@ def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
 
 
 def _controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool) -> Controller[Any]:
-    """The default controller of a goal; `regrow` says whether dropped units are to come back."""
     if isinstance(goal, Price):
         return PenaltyController(goal)
     if isinstance(goal, Tolerance):
@@ -276,7 +274,6 @@ def _check_goal(goal: Price | Tolerance | None, controller: Controller[Any]) -> 
 
 
 def _as_groups(groups: object) -> tuple[Group, ...] | None:
-    """The groups as a tuple, or None; GroupError for what holds anything else, such as their names."""
     if groups is None:
         return None
     chosen = tuple(groups) if isinstance(groups, Iterable) else (None,)
@@ -351,19 +348,20 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
     budgets = (*spec.budgets, *([spec.bill] if spec.bill else []))
     sensor = check_run(spec.goal, budgets, spec.controller, inner).in_pattern(pattern)
     found, masking = weight_candidates(host, inputs.example, pattern, spec.groups, inputs.passes)
-    spending = _spending(host, spec, found, spec.controller, sensor, inputs, Meter(), clock, check_resources)
-    parts = _assembled(host, found, sensor, spec.controller, masking, spending)
+    spending = _spending(host, spec, found, sensor, inputs, Meter(), clock, check_resources)
+    parts = _assembled(host, spec, found, sensor, masking, spending)
     return replace(parts, facts={"pattern": str(pattern), **parts.facts})
 
 
 def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
-    controller, some, even = spec.controller, spec.groups, None
+    some, even = spec.groups, None
     traced = repeated(trace(host.model, inputs.example), inputs.passes)
-    if isinstance(controller, EvenController):
+    if isinstance(spec.controller, EvenController):
         from setpoint.configs.even import evened
 
         even = evened(host.model, traced, some, allow_lossy=spec.allow_lossy)
-        traced, some, controller = even.traced, even.groups, replace(controller, kinds=even.kinds)
+        traced, some = even.traced, even.groups
+        spec = replace(spec, controller=replace(spec.controller, kinds=even.kinds))
     sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
     if host.mesh is not None and not sensor.traits.shards:
         raise LoopError(
@@ -375,7 +373,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         host, traced, inputs.example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify
     )
     found = even.complete(found, host.model) if even else found
-    conduct = controller.conduct
+    conduct = spec.controller.conduct
     if conduct.regrow:
         from setpoint.regrowth.regrowing import check_regrowth
 
@@ -391,18 +389,18 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
-    spending = _spending(host, spec, found, controller, sensor, inputs, meter, clock)
+    spending = _spending(host, spec, found, sensor, inputs, meter, clock)
 
     def revocable() -> Actuator:
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
 
         reserve_bytes = (spec.regrowing or Regrowing()).reserve_bytes
         lasting = conduct.regrow and not isinstance(spec.goal, Tolerance)
-        return Regrowth(host, found.groups, coordinates, controller, spending, reserve_bytes, lasting=lasting)
+        return Regrowth(host, found.groups, coordinates, spec.controller, spending, reserve_bytes, lasting=lasting)
 
     able = (conduct.regrow or conduct.yields) and sensor.traits.returns
     actuator = revocable() if able and conduct.regrow else Cutting(host, found.groups, coordinates)
-    parts = _assembled(host, found, sensor, controller, actuator, spending)
+    parts = _assembled(host, spec, found, sensor, actuator, spending)
     return replace(parts, revocable=revocable) if able and not conduct.regrow else parts
 
 
@@ -424,7 +422,6 @@ def _spending(
     host: Host,
     spec: RunSpec,
     found: Candidates,
-    controller: Controller[Any],
     sensor: Sensor[Any],
     inputs: Inputs,
     meter: Meter,
@@ -454,7 +451,7 @@ def _spending(
         total_steps=spec.total_steps,
         account=account,
         meter=meter,
-        controller=controller,
+        controller=spec.controller,
         single_process=host.ranks.count == 1,
         modelled=found.sources,
         check_kind=check_kind,
@@ -465,12 +462,7 @@ def _spending(
 
 
 def _assembled(
-    host: Host,
-    found: Candidates,
-    sensor: Sensor[Any],
-    controller: Controller[Any],
-    actuator: Actuator,
-    spending: Spending,
+    host: Host, spec: RunSpec, found: Candidates, sensor: Sensor[Any], actuator: Actuator, spending: Spending
 ) -> Parts:
     """The parts, with the head of the ledger, and what all ranks and a run that goes on with this one must share."""
     dense = {name: spending.limits.dense_cost(name) for name in spending.costs}
@@ -497,6 +489,6 @@ def _assembled(
         "optimizers": [type(optimizer).__name__ for optimizer in host.optimizers],
         "copies": len(host.named_copies),
         "sensor": type(sensor).__name__,
-        "controller": type(controller).__name__,
+        "controller": type(spec.controller).__name__,
     }
-    return Parts(sensor, Guarded(controller), actuator, spending, header, facts)
+    return Parts(sensor, Guarded(spec.controller), actuator, spending, header, facts)

@@ -26,16 +26,10 @@ class Ranks:
 
     All methods are collective: every rank calls them, in the same order. A rank that is lost makes them raise a
     `RuntimeError` on the others, at once or when the time-out of the group is over.
-
-    Args:
-        group: the process group, or None.
-        device: where what is sent must lie: the CPU for gloo, the model's GPU for NCCL.
-
-    >>> Ranks().count, Ranks().mean(np.array([1.0, 2.0])), Ranks().all_gather_text("here")
-    (1, array([1., 2.]), ['here'])
     """
 
-    group: Any = None
+    group: Any = None  # the process group
+    # Where what is sent must lie: the CPU for gloo, the model's GPU for NCCL.
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -104,7 +98,6 @@ def _let_go(sent: list[Tensor]) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called on this module."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
@@ -112,13 +105,11 @@ def plain_kind(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before `fully_shard`."""
     kinds = list(type(module).__mro__)
     behind = [kind.__name__ for kind in kinds].index("FSDPModule") + 1 if is_sharded(module) else 0
-    plain: type[nn.Module] = kinds[behind]
-    return plain
+    return kinds[behind]
 
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
-    return hasattr(tensor, "device_mesh")
+    return hasattr(tensor, "device_mesh")  # as DTensors have
 
 
 def local(tensor: Tensor) -> Tensor:

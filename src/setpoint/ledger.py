@@ -12,10 +12,8 @@ from typing import Any, overload
 from setpoint.checkpoint.plain import fields_of, json_object, plain, replace_text, without_nan
 from setpoint.errors import CheckpointError
 
-OWN_SECONDS = ("sensing", "deciding", "resizing", "probing")
-"""What Setpoint's own time goes into."""
-FORMAT = 1
-"""Version of the file format, the value of "ledger" in its first line."""
+OWN_SECONDS = ("sensing", "deciding", "resizing", "probing")  # what Setpoint's own time goes into
+FORMAT = 1  # version of the file format, the value of "ledger" in its first line
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,6 @@ class Ledger:
             _entry(entry)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Append the entries of a state."""
         for entry in state["entries"]:
             self.append(Entry(**entry))
 

@@ -21,11 +21,7 @@ _RUNNING: list[str] = []  # what is being done now, the outermost first
 
 
 def plain_number(value: Any) -> Any:
-    """A number of NumPy's, or an array that is one, as Python's own; anything else as it is.
-
-    >>> plain_number(np.int32(3)), plain_number(np.float16(0.5)), plain_number("half")
-    (3, 0.5, 'half')
-    """
+    """A number of NumPy's, or an array that is one, as Python's own; anything else as it is."""
     single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if single else value
 
@@ -57,11 +53,7 @@ def a_type(value: object) -> str:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The hint of an error message that names the known names nearest to an unknown one; "" where none is near.
-
-    >>> did_you_mean("FLOP", ["flops", "params"]), did_you_mean("joule", ["flops"])
-    ('did you mean flops? ', '')
-    """
+    """The hint of an error message that names the known names nearest to an unknown one; "" where none is near."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(str(name).lower(), by_lower, 3)
     return f"did you mean {' or '.join(by_lower[lower] for lower in close)}? " if close else ""
@@ -78,10 +70,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[None]:
-    """While inside, a line on stderr shows what is being done, or, where that is no terminal, the log says so once.
-
-    Of several processes of `torchrun` only the first does.
-    """
+    """While inside, a line on the first rank's stderr shows what is done; if that is no terminal, the log says so."""
     first_rank = os.environ.get("RANK", "0") == "0"
     # A program may have closed stderr, or have none.
     if not first_rank or getattr(sys.stderr, "closed", True) or not sys.stderr.isatty():

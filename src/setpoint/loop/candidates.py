@@ -127,9 +127,8 @@ def _readable(
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for group in groups:
         if group.name not in names:
-            outgoing = {place.tensor for place in group.slices if place.role == "consume"}
             why = "the group's weights get no gradient"
-            if outgoing & trained or group.kind == "state":
+            if group.kind == "state" or any(p.tensor in trained for p in group.slices if p.role == "consume"):
                 why = f"the sensor ranks no {group.kind}s like these"
             frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
     return readable

@@ -25,8 +25,7 @@ from setpoint.loop.control import Parts
 from setpoint.loop.loop import Loop
 from setpoint.messages import counted, warn
 
-KEY = "setpoint"
-"""Entry of the first parameter group: PyTorch keeps such entries through its optimizers' states as they are."""
+KEY = "setpoint"  # entry of the first parameter group: PyTorch keeps such entries in its optimizers' states
 
 
 def brought(optimizer: Optimizer) -> Any | None:
@@ -82,8 +81,7 @@ class Carrying:
         # Frameworks keep the random generators themselves, and restore them when it suits them.
         state = {**self._loop.state_dict(), "rng_state": None, "inputs": self._form}
         # One tensor of bytes: optimizers copy unknown entries of a parameter group, and every format keeps tensors.
-        data = torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
-        saved["param_groups"][0][KEY] = data
+        saved["param_groups"][0][KEY] = torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
 
     def _take(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
         first, *others = saved["param_groups"] or [{}]
@@ -146,10 +144,7 @@ def _settle(host: Host, groups: tuple[Group, ...]) -> None:
 
 
 class FollowLoads:
-    """Re-wraps a model before its next forward when a state that was loaded has cut it inside a wrapper such as DDP.
-
-    The loop has not begun; `called` is the model in its wrapper.
-    """
+    """Re-wraps a model that a loaded state has cut inside `called`, such as DDP, before the next forward."""
 
     def __init__(self, host: Host, called: nn.Module) -> None:
         self._host, self._handle = host, called.register_forward_pre_hook(self._ahead)

@@ -71,18 +71,10 @@ class RunState:
 
 @final
 class Control:
-    """The control of one run, which changes at every step. `Loop` is what the user has of it.
-
-    A decision is a reading, a plan, a change and a ledger entry, on all ranks or on none.
-    """
+    """The control of one run, which changes at every step; it decides on all ranks or on none."""
 
     def __init__(
-        self,
-        host: Host,
-        parts: Parts,
-        losses: Losses,
-        hooks: StepHooks,
-        callbacks: Mapping[object, Callable[[Any], None]],
+        self, host: Host, parts: Parts, losses: Losses, hooks: StepHooks, callbacks: dict[object, Callable[[Any], None]]
     ) -> None:
         self.host, self.losses, self._hooks, self._callbacks = host, losses, hooks, callbacks
         self.sensor, self.controller, self.actuator = parts.sensor, parts.controller, parts.actuator
@@ -345,11 +337,8 @@ def _refusal(reading: Reading) -> str:
 
 
 def _waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, ...], str]:
-    """The groups as a controller may cut them, those not at all of which nothing was seen yet; and a note about these.
-
-    No gradient seen does not mean a saliency of zero: weights that are frozen at first, or not reached by the loss,
-    would be dropped before all others.
-    """
+    """The groups as a controller may cut them, those of which nothing was seen yet not at all; a note about these."""
+    # No gradient is not a saliency of zero: weights that are frozen at first would be dropped before all others.
     unseen = sorted(reading.unseen() & {group.name for group in groups})
     if not unseen:
         return groups, ""

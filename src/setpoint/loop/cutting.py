@@ -19,12 +19,9 @@ from setpoint.groups.group import Group
 from setpoint.host.host import Host
 from setpoint.sensor.reading import Reading
 
+# Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about. Called with
+# host, groups, plan and reading, it is entered for the cut; with `rest=True`, units that go hold what is lost.
 Coordinates = Callable[..., AbstractContextManager[None]]
-"""Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about.
-
-Called with host, groups, plan and reading, it is entered for the cut; with `rest=True`, units that go hold what is
-lost, to come back with it.
-"""
 
 
 def same_coordinates(*cut: object, rest: bool) -> AbstractContextManager[None]:
@@ -72,7 +69,6 @@ class Cutting(Actuator):
         return Change(keep=plan.keep)
 
     def take_over(self, groups: tuple[Group, ...], origin: Origins) -> None:
-        """Record groups and origins after units were cut, or were regrown elsewhere."""
         self.groups, self.origin = groups, dict(origin)
 
     def state_dict(self) -> dict[str, Any]:

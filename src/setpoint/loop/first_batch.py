@@ -92,10 +92,6 @@ class FirstBatch:
             self._counts[name] += 1
 
     def begin(self, backward_passes: int) -> None:
-        """Passes whose gradients add up are one of the `backward_passes`.
-
-        Where a GradScaler has skipped steps there are several, each with its share of the forwards.
-        """
         names = [name for name in self._counts if name in self._calls]
         if not names:
             raise LoopError(
@@ -107,6 +103,7 @@ class FirstBatch:
         # The model stands for its parts, and a part for those inside of it.
         parts = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
         calls = min(self._counts[name] for name in parts) if by_parts else self._counts[""]
+        # Where a GradScaler has skipped steps, there are several backward passes, each with its share of the forwards.
         # Rounded, as a look at an output in between is a forward without a share.
         passes = max(1, round(calls / max(1, backward_passes)))
         if by_parts:

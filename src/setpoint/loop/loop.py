@@ -77,7 +77,6 @@ class Loop:
         self.at_detach(first.stop)
 
     def at_detach(self, stop: Callable[[], None]) -> None:
-        """Call this, too, when the loop is detached."""
         self._at_detach.callback(stop)
 
     def begin(self, parts: Parts) -> None:

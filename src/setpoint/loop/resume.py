@@ -18,8 +18,7 @@ from setpoint.loop.losses import Losses
 from setpoint.spending.checks import run_facts
 from setpoint.spending.spending import Spending
 
-FORMAT = 2
-"""Version of the state's form."""
+FORMAT = 2  # version of the state's form
 AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
 
 
@@ -116,8 +115,7 @@ def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunS
     for name in ("losses", "ledger", "spending"):
         parts[name].check(state[name])
     restored(state["sensor"], control.sensor.init(groups, control.host.model), "the sensor's state", device)
-    fresh = control.controller.init(groups)
-    controller_state = restored(state["controller"], fresh, "the controller's state", device)
+    controller_state = restored(state["controller"], control.controller.init(groups), "the controller's state", device)
     if state["rng_state"] is not None:
         restored(state["rng_state"], rng_state(), "the state of the random generators", device)
     by_unit = {name: np.zeros(width) for name, width in widths_of(groups).items()}

@@ -169,8 +169,6 @@ def summarise(control: Control) -> Summary:
             f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "
             "it was changed by something other than this loop"
         )
-    entries = tuple(control.ledger)
-    outcome = "the budget was met" if budget_met else "the budget was missed"
     summary = Summary(
         **spent,
         budget_met=budget_met,
@@ -178,9 +176,9 @@ def summarise(control: Control) -> Summary:
         widths=widths,
         dense_widths=dict(spending.dense_widths),
         final_params=num_params,
-        dropped_units=_num_units(entry.dropped for entry in entries),
-        regrown_units=_num_units(entry.grown for entry in entries),
-        gave_way=f"{now.gave_way}; {outcome}" if now.gave_way else "",
+        dropped_units=_num_units(entry.dropped for entry in control.ledger),
+        regrown_units=_num_units(entry.grown for entry in control.ledger),
+        gave_way=f"{now.gave_way}; the budget was {'met' if budget_met else 'missed'}" if now.gave_way else "",
         final_loss=control.losses.loss,
     )
     return replace(summary, note=_unspent(summary), **actuator.totals())
@@ -209,8 +207,7 @@ def warn_of_miss(summary: Summary, passes: int) -> None:
             f"{summary.note}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger "
             "max_steps"
         )
-    trained = summary.steps or passes
-    if summary.budget_met or not trained or not {**summary.limit, **summary.limit_run}:
+    if summary.budget_met or not (summary.steps or passes) or not {**summary.limit, **summary.limit_run}:
         return
     known = {**summary.spent, **summary.metered}
     words = [
