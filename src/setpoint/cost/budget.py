@@ -16,19 +16,16 @@ from setpoint.messages import did_you_mean, plain_fields
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)
-METERED = ("memory", "latency", "inference", "energy")
-"""Resources that are measured where there is a meter."""
+METERED = ("memory", "latency", "inference", "energy")  # resources that are measured where there is a meter
 
 
 def check_resource(name: object) -> None:
-    """Refuse a resource that no cost knows, with the nearest name."""
     if name not in RESOURCES:
         hint = did_you_mean(name, RESOURCES)
         raise BudgetError(f"unknown resource {name!r}: {hint}use one of {', '.join(map(repr, RESOURCES))}")
 
 
 def _check_means(resource: str, watts: float | None, example: Any) -> None:
-    """Refuse watts that are no power, and watts or an example that a goal on this resource does not use."""
     if watts is not None and not (_is_finite(watts) and watts > 0):
         raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
     for name, value, used_by in (("watts", watts, "energy"), ("example", example, "inference")):
@@ -223,21 +220,16 @@ class Tolerance:
 # Resources and amounts in words.
 
 UNITS = {"flops": "FLOPs", "params": "params", "memory": "bytes", "latency": "s", "inference": "s", "energy": "J"}
-"""Unit of each resource."""
-UNIT = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}
-"""One of it, in words."""
-DENSE = {
+UNIT = {**UNITS, "flops": "FLOP", "params": "parameter", "memory": "byte"}  # one of it, in words
+DENSE = {  # what a share of it is a share of, in words
     **{name: f"dense {name}" for name in METERED},
     "flops": "dense FLOPs",
     "params": "dense parameters",
     "inference": "dense inference time",
     "joint": "dense cost under the leading budget",
 }
-"""What a share of it is a share of, in words."""
-IN_SECONDS = ("latency", "inference")
-"""Resources that the clock measures."""
-MILLISECONDS = 50
-"""A budget of seconds this many times the dense cost is taken for one in milliseconds."""
+IN_SECONDS = ("latency", "inference")  # resources that the clock measures
+MILLISECONDS = 50  # a budget of seconds this many times the dense cost is taken for one in milliseconds
 
 
 def amount(value: float, resource: str) -> str:
@@ -269,24 +261,21 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0, "h": 360
 _BYTES = {"b": 1.0, **{f"{prefix}b": value for prefix, value in _TIMES.items() if prefix}} | {
     f"{prefix}ib": 1024.0**power for power, prefix in enumerate("kmgt", start=1)
 }
-_COUNTS = {**_TIMES, "b": 1e9}
 _FLOPS = {f"{prefix}{unit}": value for prefix, value in _TIMES.items() for unit in ("flop", "flops", "")}
 _JOULES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "MJ": 1e6, "wh": 3600.0, "kwh": 3.6e6}
-_UNITS: dict[str, dict[str, float]] = {
+_UNITS: dict[str, dict[str, float]] = {  # in the unit of the resource; letters of any case, but mJ and MJ
     "flops": _FLOPS,
-    "params": {**_COUNTS, "params": 1.0, "parameters": 1.0},
+    "params": {**_TIMES, "b": 1e9, "params": 1.0, "parameters": 1.0},
     "memory": _BYTES,
     "latency": _SECONDS,
     "inference": _SECONDS,
     "energy": _JOULES,
 }
-"""By resource, what a unit is worth in the resource's own; letters of any case, but mJ and MJ."""
-_SAYS = {
+_SAYS = {  # resource of a unit that no other has: "b" may be bytes or billions, "flops" is the resource itself
     **{unit: "flops" for unit in _FLOPS if "flop" in unit and unit != "flops"},
     **{unit: "memory" for unit in _BYTES if len(unit) > 1},
     **dict.fromkeys(_JOULES, "energy"),
 }
-"""Resource of a unit that no other resource has. "b" may be bytes or billions, "flops" is the resource itself."""
 
 _AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
 _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNORECASE)

@@ -121,7 +121,6 @@ class Share:
     factor: float = 1.0
 
     def total(self, widths: Mapping[str, int]) -> float:
-        """Share of the limit that is spent."""
         return self.factor * self.cost.total(widths) / self.limit
 
 
@@ -144,7 +143,6 @@ class JointCost:
         return self.total(widths) - self.total({**widths, group: widths[group] - num_units})
 
     def binding(self, widths: Mapping[str, int]) -> Share:
-        """The budget with the largest share."""
         return max(self.shares, key=lambda share: share.total(widths))
 
     def prices(self, price: float, widths: Mapping[str, int]) -> dict[str, float]:

@@ -35,8 +35,7 @@ from setpoint.resources.replica import Inference, Replica, held_tensors, replica
 from setpoint.resources.tape import MemoryCost, Tape, falling_widths, solved, taken, trial_widths
 from setpoint.spending.meter import Stopwatch
 
-Make = Callable[..., AbstractContextManager[Replica]]
-"""Called with widths by group and `data`, False for a copy whose tensors have no memory; gives that copy."""
+Make = Callable[..., AbstractContextManager[Replica]]  # a copy at widths; by data=False its tensors have no memory
 
 _MOST_STEPS, _ENOUGH_S = 50, 0.4
 _SAY_WATTS = "give the budget the power that a training step draws, as in Budget.fraction(0.5, of='energy', watts=W)"
@@ -88,8 +87,7 @@ def cost_out(
                 costs["energy"] = combined("energy", ((power_w, latency),))
                 sources["energy"] = f"modelled: {power} x seconds"
     if "inference" in measured:
-        asked = next((goal.example for goal in goals if goal.example is not None), example)
-        asked = without_cache(host.model, asked)
+        asked = without_cache(host.model, next((goal.example for goal in goals if goal.example is not None), example))
         pass_flops = forward_flops(own, num_samples(asked) / num_samples(example) / calls)
         inference = Inference(host.model, asked, pass_flops)
         answer = partial(replica, host.model, (), asked, groups, passes, trains=False)
@@ -167,9 +165,8 @@ def _fitted(
     if not steps:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     powers = [spent_j / taken_s for _, taken_s, spent_j in steps if spent_j is not None]
-    cost = fit_seconds(
-        resource, flops, ProductCost("bytes", tape.storages), [(widths, taken_s) for widths, taken_s, _ in steps]
-    )
+    seconds = [(widths, taken_s) for widths, taken_s, _ in steps]
+    cost = fit_seconds(resource, flops, ProductCost("bytes", tape.storages), seconds)
     return cost, statistics.mean(powers) if powers else None
 
 
@@ -226,7 +223,6 @@ def fit_seconds(
 
 
 def combined(resource: str, parts: Sequence[tuple[float, ProductCost]], constant: float = 0.0) -> ProductCost:
-    """A weighted sum of costs."""
     terms = [Term(factor * term.coefficient, term.sizes) for factor, part in parts for term in part.terms]
     return ProductCost(resource, (*terms, Term(constant, ())))
 

@@ -24,18 +24,12 @@ from setpoint.resources.tape import LiveBytes
 from setpoint.spending.limits import Correction, Limits
 from setpoint.spending.meter import Meter, Readings, StepMeter
 
-# A clock and an allocator do not repeat themselves any better than this.
-_MARGIN = 0.03
-# First steps after a cut, which are skipped: caches and the allocator meet new sizes, and such a step is slow.
-_COLD = 2
-# Steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back.
-_FEW = 4
-# Seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap.
-_LOOK_S = 10.0
-# How far the factor of a joint cost follows a new reading, as far as the controller's PI part does.
-_TRUST = 0.6
-# How far a reading may rise above what is held in place of a limit out of reach, before anything is cut for it.
-_SLACK = 0.03
+_MARGIN = 0.03  # a clock and an allocator do not repeat themselves any better than this
+_COLD = 2  # first steps after a cut, which are skipped: they are slow, as caches and the allocator meet new sizes
+_FEW = 4  # steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back
+_LOOK_S = 10.0  # seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap
+_TRUST = 0.6  # how far the factor of a joint cost follows a new reading, as far as the controller's PI part does
+_SLACK = 0.03  # how far a reading may rise above what is held for a limit out of reach, before anything is cut for it
 
 
 @final

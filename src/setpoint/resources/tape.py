@@ -45,26 +45,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):  # also of an operation in place, which may have grown its storage
-            if isinstance(leaf, Tensor):
-                self._see(leaf, (args, kwargs))
+            key = _storage_of(leaf)
+            if key is None:
+                continue
+            if key in self._storages:
+                hidden = self._storages[key][3]
+                self._count(key, max(0, leaf.untyped_storage().nbytes() - hidden), hidden)
+            elif any(_storage_of(argument) == key for argument in tree_leaves((args, kwargs))):
+                self._cover(leaf)
+            else:
+                self._add(leaf, key)
+                self._count(key, leaf.untyped_storage().nbytes(), 0)
         return result
 
     def made(self, number: int, tensor: Tensor) -> None:
         """Called when a storage is made for a tensor; storages are numbered in order."""
 
     def gone(self, number: int) -> None: ...
-
-    def _see(self, tensor: Tensor, arguments: Any) -> None:
-        """Count the storage of a tensor that an operation returned; of one of its arguments, what the tensor covers."""
-        key = _storage_of(tensor)
-        if key in self._storages:
-            hidden = self._storages[key][3]
-            self._count(key, max(0, tensor.untyped_storage().nbytes() - hidden), hidden)
-        elif key is not None and any(_storage_of(leaf) == key for leaf in tree_leaves(arguments)):
-            self._cover(tensor)
-        elif key is not None:
-            self._add(tensor, key)
-            self._count(key, tensor.untyped_storage().nbytes(), 0)
 
     def _cover(self, tensor: Tensor) -> None:
         """Count only what a tensor covers of its storage."""
@@ -100,17 +97,12 @@ def _storage_of(value: Any) -> int | None:
     return value.untyped_storage()._cdata if strided else None
 
 
-# A step as it is recorded.
-
-
 class Take(LiveBytes):  # type: ignore[no-untyped-call]
     """A step at one width vector. One mode counts and records, since a mode costs more than what it notes."""
 
     def __init__(self, held: Iterable[Tensor]) -> None:
-        # Each operation, and of a concatenation the lengths of its pieces.
-        self.calls = list[tuple[Any, tuple[int, ...]]]()
-        # Bytes of each, and the shape and item size of the tensor that it was made for.
-        self.storages = list[tuple[int, tuple[int, ...], int]]()
+        self.calls = list[tuple[Any, tuple[int, ...]]]()  # operations; of a concatenation the lengths of its pieces
+        self.storages = list[tuple[int, tuple[int, ...], int]]()  # bytes; shape and item size of its first tensor
         self.events = list[tuple[int, bool]]()  # in order, the number of a storage, and whether it is made
         self._ended = False
         super().__init__(held)
@@ -139,7 +131,6 @@ class Take(LiveBytes):  # type: ignore[no-untyped-call]
 
 
 def _pieces(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Lengths that a concatenation adds up."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     num_dims = max(tensor.dim() for tensor in args[0])
     # PyTorch also takes an empty tensor of one dim, whatever the others have: an empty cache of keys is one.
@@ -252,9 +243,6 @@ class Lengths:
         if not name or left or per_unit <= 0:
             return None
         return Size(values[0] - per_unit * width, ((name, per_unit),))
-
-
-# A step as a function of widths.
 
 
 @dataclass(frozen=True, eq=False)

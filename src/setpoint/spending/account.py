@@ -10,10 +10,8 @@ from typing import Any
 from setpoint.checkpoint.plain import fields_of
 from setpoint.spending.meter import StepMeter, Stopwatch
 
-# A controller that learns never takes more than this share of the FLOPs of the steps so far.
-_LEARNING_SHARE = 0.01
-# What is saved. What a sensing takes is not: it is asked of the sensor again.
-_COUNTED = (
+_LEARNING_SHARE = 0.01  # of the FLOPs of the steps so far, the most that a controller that learns takes
+_COUNTED = (  # what is saved; what a sensing takes is not: it is asked of the sensor again
     *("train_flops", "overhead_flops", "probing_flops", "learning_flops", "step_flops"),
     *("probed_steps", "resizes", "num_steps", "run_j", "step_j"),
 )
@@ -34,10 +32,7 @@ class Watches:
 
 
 class Account:
-    """Counts every FLOP and second of a run, from the first ones, which went into attaching and verification.
-
-    `run_j` are the joules of the run, as last read and as expected from there on: `step_j` for each step.
-    """
+    """Counts every FLOP and second of a run, from the first ones, which went into attaching and verification."""
 
     def __init__(
         self, attach: Stopwatch, steps: StepMeter, *, step_flops: float, verification_flops: float, sensing_flops: float
@@ -45,7 +40,8 @@ class Account:
         self.watch, self.steps, self.running = Watches(attach), steps, Stopwatch()
         self.train_flops = self.overhead_flops = verification_flops
         self.step_flops, self.sensing_flops = step_flops, sensing_flops
-        self.probing_flops = self.learning_flops = self.run_j = self.step_j = 0.0
+        self.probing_flops = self.learning_flops = 0.0
+        self.run_j = self.step_j = 0.0  # joules of the run, as last read, then as expected: `step_j` for each step
         self.probed_steps = self.resizes = self.num_steps = 0
         self._began, self._probed, self._segments = time.perf_counter(), False, list[Segment]()
         self._users_seconds = self._extra_seconds = 0.0

@@ -98,10 +98,6 @@ def run_facts(spending: Spending) -> dict[str, Any]:
 
 
 def _percent(share: float, rounded: Callable[[float], float] = round) -> str:
-    """A share in percent with at least two significant digits.
-
-    >>> _percent(0.3641), _percent(0.000135, math.ceil)
-    ('36.4 %', '0.014 %')
-    """
+    """A share in percent with at least two significant digits: 0.000135 is "0.014 %"."""
     decimals = max(1, 1 - math.floor(math.log10(100 * share)))
     return f"{rounded(100 * share * 10**decimals) / 10**decimals:.{decimals}f} %"

@@ -102,24 +102,17 @@ class StepMeter:
 
 @dataclass(frozen=True)
 class Readings:
-    """What meters have read since the last cut, by resource; what was not read is not there.
+    """What meters have read since the last cut, by resource; what was not read is not there."""
 
-    Args:
-        values: cost of a step, or of a forward pass.
-        margins: how far spending may lie over a limit, relatively, before the meter can tell.
-        run_j: joules of the run so far; None if they are not known.
-    """
-
-    values: Mapping[str, float] = field(default_factory=dict)
-    margins: Mapping[str, float] = field(default_factory=dict)
-    run_j: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)  # cost of a step, or of a forward pass
+    margins: Mapping[str, float] = field(default_factory=dict)  # relative excess over a limit that it cannot tell
+    run_j: float | None = None  # joules of the run so far; None if they are not known
 
 
 class Meter:
     """What is read of the user's steps between two cuts; it changes at every step.
 
     This one reads nothing: FLOPs and parameters are counted. `Metering` reads bytes, seconds and joules.
-
     `watts` is the power that the user has stated, where joules are this times seconds; else 0.
     """
 

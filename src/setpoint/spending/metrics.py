@@ -154,7 +154,6 @@ def break_even_step(segments: Iterable[Segment]) -> int | None:
 def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan | None) -> tuple[bool, str]:
     """Whether the budget is met after so many steps, with these widths and this last plan, and why or why not."""
     run_steps, limits, readings = spending.run_steps, spending.limits, spending.meter.read()
-    per_run = {budget.resource for budget in spending.budgets if budget.per == "run"}
     to_come = 0 if spending.bill else max(0, run_steps - step)  # a bill pays for no fixed number
     after = f"after {step:,} of {counted(run_steps, 'step')}"
     met_at = f" met at step {last.step:,}" if last is not None and last.budget_met else ""
@@ -166,7 +165,7 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
             return False, f"{amount(spent, name)} spent {after}{to_go}, {amount(limit, name)} asked for the run"
         spent_words.append(f"{amount(spent, name)} of {amount(limit, name)} spent over {counted(step, 'step')}")
     for name, limit in limits.asked.items():
-        if name in per_run:
+        if limits.is_per_run(name):
             continue
         read = readings.values if name in limits.corrections else {}
         seen, dense = read.get(name, limits.expected(name, widths)), limits.dense_cost(name)

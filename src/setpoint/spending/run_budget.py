@@ -23,14 +23,10 @@ from setpoint.sensor.reading import sensed_every
 from setpoint.spending.account import Account
 from setpoint.spending.limits import Limits
 
-# The lowest limit per step, as a share of dense: where nothing is left every block goes, and the summary says so.
-_FLOOR = 1e-3
-# Share of a run budget that is left where a meter tells what is spent.
-_WAVER = 0.003
-# Steps over which the mean overhead of a step is taken.
-_MEAN_OVER = 50
-# Share of a step by which that mean has moved when the run is planned again.
-_MOVED = 0.01
+_FLOOR = 1e-3  # lowest limit per step / dense: where nothing is left every block goes, and the summary says so
+_WAVER = 0.003  # share of a run budget that is left where a meter tells what is spent
+_MEAN_OVER = 50  # steps over which the mean overhead of a step is taken
+_MOVED = 0.01  # share of a step by which that mean has moved when the run is planned again
 # What is read again at each decision. FLOPs may fall much faster, so a reading that wavers would multiply the length:
 # the forecast lets them fall no faster, and the run becomes longer once cuts have come.
 _WAVERING = ("latency", "energy")

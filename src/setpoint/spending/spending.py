@@ -21,36 +21,27 @@ if TYPE_CHECKING:  # most runs have no budget of the whole run, and never load i
 
 
 class Spending:
-    """What a run is held to, what it has spent, and what meters read of it. It changes at every step.
-
-    Args:
-        total_steps: as the user said it; a bill that is a fraction is one of a dense run of so many steps.
-        modelled: by resource, what the cost was modelled by.
-        check_kind: refuses budgets that a run of this kind cannot meet.
-        bill: FLOPs of the whole run where there are budgets per step, too; it fixes the run's length.
-
-    Attributes:
-        readings: of meters at the last decision, by resource.
-    """
+    """What a run is held to, what it has spent, and what meters read of it. It changes at every step."""
 
     def __init__(
         self,
         limits: Limits,
         *,
-        total_steps: int,
+        total_steps: int,  # as the user said it; a bill that is a fraction is one of a dense run of so many steps
         account: Account,
         meter: Meter,
         controller: Controller[Any],
         single_process: bool,
-        modelled: Mapping[str, str],
-        check_kind: Callable[[Sequence[Budget]], None],
-        bill: Budget | None,
+        modelled: Mapping[str, str],  # by resource, what the cost was modelled by
+        check_kind: Callable[[Sequence[Budget]], None],  # refuses budgets that a run of this kind cannot meet
+        bill: Budget | None,  # FLOPs of the whole run where there are budgets per step, too; it fixes its length
     ) -> None:
         self.limits, self.costs, self.dense_widths = limits, limits.costs, limits.dense_widths
         self.account, self.meter, self.schedule = account, meter, controller.conduct.schedule
         self.modelled, self.check_kind = modelled, check_kind
         self.total_steps, self._controller, self._single_process = total_steps, controller, single_process
-        self.readings, self._warned = dict[str, float](), set[str]()
+        self.readings: dict[str, float] = {}  # of meters at the last decision, by resource
+        self._warned = set[str]()
         self._known: Mapping[str, float] = {}  # what meters have told the controller of a step
         self.bill = None
         if bill is not None:
