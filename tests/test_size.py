@@ -21,22 +21,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 31_030,
-    "wheel: files": 183,
-    "wheel: files under 60 lines": 3,
-    "wheel: imports, share of lines in %": 7.13,
-    "bench: lines": 14_800,
-    "tests: lines": 30_318,
-    "attach to first cut: files": 64,
-    "attach to first cut: lines": 12_293,
-    "training steps: files": 37,
-    "training steps: lines": 6_746,
-    "import setpoint: files": 89,
-    "import setpoint: lines": 14_546,
-    "looks at foreign code": 3,
+    "wheel: lines": 25_884,
+    "wheel: files": 151,
+    "wheel: files under 60 lines": 2,
+    "wheel: imports, share of lines in %": 6.64,
+    "bench: lines": 14_793,
+    "tests: lines": 27_708,
+    "attach to first cut: files": 50,
+    "attach to first cut: lines": 9_996,
+    "training steps: files": 28,
+    "training steps: lines": 5_699,
+    "import setpoint: files": 70,
+    "import setpoint: lines": 11_940,
+    "looks at foreign code": 2,
     "hooks at import": 0,
 }
-AT_LEAST = {"wheel: comments, share of lines in %": 3.4}
+AT_LEAST = {"wheel: comments, share of lines in %": 4.9}
 
 FOREIGN = ("_getframe", "currentframe", "f_locals", "get_objects", "get_referrers", "get_referents", "meta_path")
 """Names by which code looks at frames, at the heap, or into the import system; `dis` counts as an import."""

@@ -76,10 +76,6 @@ def plan_cut(groups: tuple[Group, ...], keep: Keep) -> Cut:
     An entry stays if every group that has a unit there keeps that unit:
     `stays[i] = AND over groups g of (index_g[i] == -1 or keep[g][index_g[i]])`.
     Several groups share a dim after a concatenation.
-
-    >>> a = Group("a", "unit", 2, (Slice("fc.weight", 0, "produce", np.array([0, 1, 0, 1])),))
-    >>> plan_cut((a,), {"a": np.array([True, False])}).dims()["fc.weight"][0].tolist()
-    [0, 2]
     """
     full = check_keep(groups, keep)
     entries: dict[Place, Bool[np.ndarray, " _entries"]] = {}

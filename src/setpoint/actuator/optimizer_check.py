@@ -75,7 +75,6 @@ def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
 
 
 def _settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer of the same class has to be built with."""
     names = inspect.signature(type(optimizer).__init__).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
     settings = {**optimizer.defaults, **{key: value for key, value in group.items() if key != "params"}}

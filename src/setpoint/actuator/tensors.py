@@ -58,9 +58,6 @@ def take(tensor: Shaped[Tensor, " *shape"], dims: Mapping[int, Int[np.ndarray, "
 
     The copy owns its memory: a view would keep the old storage alive. The order of dims in memory
     (`channels_last`, `channels_last_3d`, any other permutation) stays as it was.
-
-    >>> take(torch.arange(6).reshape(2, 3), {1: np.array([0, 2])}).tolist()
-    [[0, 2], [3, 5]]
     """
     # `index_select` returns contiguous memory, so the dims are put in memory order first and back after it.
     source = tensor.detach()

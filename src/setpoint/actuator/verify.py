@@ -209,7 +209,6 @@ class Outcome:
 
 
 def _outcome(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int = 0) -> Outcome:
-    """One forward and backward pass of a copy, with seeded generators."""
     with _private_chance(model, seed) as drawn, torch.enable_grad():
         outputs = [_filled(leaf) for leaf in tensors_of(model(*args, **kwargs)) if _is_float(leaf)]
         generator = torch.Generator().manual_seed(0)

@@ -100,7 +100,6 @@ def same_place(groups: Sequence[Group], dense: Mapping[str, int]) -> tuple[Kind,
 
 
 def _leaders(kinds: Kinds) -> tuple[Group, ...]:
-    """The first group of each kind, which keeps to the widths that all of them allow."""
     return tuple(
         replace(
             members[0],

@@ -354,7 +354,6 @@ def _swap_once(selection: Selection, target: float, price: float) -> bool:
 
 
 def _movable(selection: Selection) -> tuple[list[str], list[str]]:
-    """The groups that can get a block back, and those that can lose one more."""
     return [name for name, rung in selection.rungs.items() if rung], list(filter(selection.left, selection.rungs))
 
 

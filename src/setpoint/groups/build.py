@@ -161,11 +161,6 @@ def block_size(num_units: int, what: str, device_type: str) -> int:
     On a CPU it is 16 for channels and 8 for other units; on "cuda" 64 where the group then has 16 blocks, else half of
     that and so on. No block is smaller on "cuda" than on a CPU. A group has at least eight blocks; in a narrow group
     they are smaller.
-
-    >>> [block_size(width, "neuron", "cpu") for width in (3072, 64, 16)]
-    [8, 8, 2]
-    >>> [block_size(width, "neuron", "cuda") for width in (3072, 512, 64, 16)]
-    [64, 32, 8, 2]
     """
     if what == "head":
         return 1

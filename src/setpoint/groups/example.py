@@ -58,12 +58,7 @@ def shapes_of(example: Example) -> list[list[int]]:
 
 
 def in_shapes(example: Example, shapes: Sequence[Sequence[int]]) -> Example:
-    """An example whose tensors have these shapes, if their dims fit: entries are left out at the end, or come again.
-
-    >>> in_shapes((torch.tensor([[1, 2, 3]]),), [[2, 2]]), in_shapes((torch.tensor([1, 2]),), [[3]])
-    ((tensor([[1, 2],
-            [1, 2]]),), (tensor([1, 2, 1]),))
-    """
+    """An example whose tensors have these shapes, if their dims fit: entries are left out at the end, or come again."""
     tensors = list(tensors_of(example))
     if [tensor.dim() for tensor in tensors] != [len(shape) for shape in shapes] or shapes == shapes_of(example):
         return example

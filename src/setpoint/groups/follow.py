@@ -82,15 +82,6 @@ def follow(state: State, change: Change) -> State:
 
     Raises:
         LoopError: for a dict with an array for each unit of a group, which would stay as wide as it was.
-
-    >>> @dataclass(frozen=True)
-    ... class Ages:
-    ...     age: Mapping[str, ByUnit[np.ndarray]]
-    ...     decisions: int = 0
-    >>> ages = Ages({"conv1": np.array([5, 6, 7])}, decisions=9)
-    >>> ages = follow(ages, Change(keep={"conv1": np.array([True, False, True])}))
-    >>> follow(ages, Change(regrown={"conv1": np.array([False, True, False])}))
-    Ages(age={'conv1': array([5, 0, 7])}, decisions=9)
     """
     if isinstance(state, type) or not is_dataclass(state):
         check_follows(state, {name: len(kept) for name, kept in change.keep.items()})

@@ -114,7 +114,6 @@ def _values(argument: Any) -> list[Value]:
 
 
 def _blank(fake: Any) -> Any:
-    """Values without labels that hold the shapes of an output."""
     if isinstance(fake, torch.Tensor):
         return Value(tuple(shape_of(fake)), (None,) * fake.ndim)
     return tuple(map(_blank, fake)) if isinstance(fake, (list, tuple)) else None
@@ -176,7 +175,6 @@ def _ruled(
 
 
 def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:
-    """Pass what is written into a view on to every tensor that it is a view of."""
     view = node.args[0]
     while isinstance(view, fx.Node) and isinstance(env.get(view), Value):
         old = env[view]

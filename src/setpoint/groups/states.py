@@ -147,7 +147,6 @@ def _check_weights(name: str, layer: StateSpaceLayer) -> None:
 
 
 def _places(name: str, layer: StateSpaceLayer) -> set[tuple[str, int]]:
-    """Where the layer's B and C lie: tensor and dim of the states."""
     weights, batch = layer.state_weights(), layer.state_space().eigenvalues.dim() - 1
     prefix = f"{name}." if name else ""
     inputs = {(prefix + tensor, batch) for tensor in weights.inputs}

@@ -112,15 +112,7 @@ def preserved_rng_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; then each module gets its own mode back, also a frozen norm.
-
-    >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
-    >>> with in_eval_mode(model):
-    ...     model.training
-    False
-    >>> [module.training for module in model.modules()]
-    [True, True, False]
-    """
+    """Inside, the model is in eval mode; then each module gets its own mode back, also a frozen norm."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -43,7 +43,6 @@ def _states_of(model: nn.Module) -> list[Any]:
 
 
 def _groups_of(state: Any) -> list[Any]:
-    """What FSDP communicates together, of one state."""
     several = getattr(state, "_fsdp_param_groups", None)  # of newer versions of PyTorch
     return [group for group in (state._fsdp_param_group,) if group] if several is None else list(several)
 

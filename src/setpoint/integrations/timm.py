@@ -51,7 +51,6 @@ def shape_string(model: nn.Module) -> str:
 
 
 def _unlike(model: nn.Module, string: str) -> Iterator[tuple[str, str]]:
-    """Modules that timm would build otherwise, and why."""
     for name, place in ModelShapes.of(model).sizes:
         if is_call(place):
             yield name, "its code writes a size that had to be corrected"

@@ -231,7 +231,6 @@ class Control:
             self.go_on()
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
-        """What the controller sees, its next state, and its plan, on which all ranks agree."""
         with self.host.together(f"the plan after step {self.step}") as facts:
             known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
             observation = self.spending.observation(self.step, self.groups, reading, **known)
@@ -348,7 +347,6 @@ def _waiting(groups: tuple[Group, ...], reading: Reading) -> tuple[tuple[Group, 
 
 
 def _decisions(plan: Plan) -> list[Any]:
-    """All that a plan decides, in plain values that ranks can compare."""
     keep = [(name, np.flatnonzero(~kept).tolist()) for name, kept in sorted(plan.keep.items())]
     grow = [(name, units.tolist()) for name, units in sorted(plan.grow.items()) if len(units)]
     return [plan.step, plan.budget_met, keep, grow]

@@ -60,7 +60,6 @@ class Losses:
                 self._gather()
 
     def _first_after(self, step: int) -> bool:
-        """Whether a step is the first after the last change of which a loss is reported."""
         last = self._fresh[-1][0] if self._fresh else int(self._steps[-1]) if len(self._steps) else 0
         return self._last_change > 0 and (last <= self._last_change or step == last == self._last_change + 1)
 

@@ -192,7 +192,6 @@ def one_budget(budget: Any) -> Budget:
 def _candidates(
     model: nn.Module, traced: Trace, example: Example, groups: Sequence[Group] | None, *, verify: bool
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """The groups that may be cut, and why others are not pruned."""
     frozen = {fixed.place: fixed.reason for fixed in traced.frozen}
     widths = widths_of(traced.groups)
     found: list[Group] = []

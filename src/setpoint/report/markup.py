@@ -212,7 +212,6 @@ def _legend(figure: Figure) -> str:
 
 
 def _labels(figure: Figure, x: _Axis, y: _Axis) -> Iterator[str]:
-    """Numbers and titles at the axes, and the notes on lines across the plot."""
     for value, text in y.ticks:
         yield f'<span class="y" style="top:{y.at(value) / 10}%">&lrm;{escape(text)}&lrm;</span>'
     for value, text in x.ticks:
@@ -223,7 +222,6 @@ def _labels(figure: Figure, x: _Axis, y: _Axis) -> Iterator[str]:
 
 
 def _svg(figure: Figure, x: _Axis, y: _Axis) -> Iterator[str]:
-    """The grid, the lines across the plot, the cells, and all traces."""
     if not figure.rows:
         yield from (f'<path class="grid" d="M0 {y.at(value):g}H{FULL}"/>' for value, _ in y.ticks)
     for rule in figure.rules:

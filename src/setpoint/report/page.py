@@ -150,7 +150,6 @@ def bill(record: Record, resource: str) -> Figure | None:
 
 
 def _cuts(entries: Sequence[Entry], heights: Sequence[float]) -> Trace:
-    """A dot on every decision that dropped units, with the reason."""
     cuts = [(entry, height) for entry, height in zip(entries, heights, strict=True) if num_dropped(entry)]
     texts = [
         f"cut at step {entry.step:,}\ndropped {counted(sum(num_dropped(entry).values()), 'unit')}\n{entry.reason}"
@@ -195,7 +194,6 @@ def units(record: Record) -> Figure | None:
 
 
 def _row(record: Record, row: int, name: str) -> Iterator[Cell]:
-    """A cell for each stretch of steps over which a group kept its width."""
     start, width, dense = 0, record.units[name], record.units[name]
     for step, after in [*((e.step, e.widths.get(name, dense)) for e in record.entries), (record.last_step, None)]:
         if after != width and step > start:

@@ -158,7 +158,6 @@ class Metering(Meter):
             self._watching.peak_bytes = self._watching.live_bytes
 
     def _begun(self) -> None:
-        """Wait for no call any more: the step has begun, or will not."""
         handles, self._beginning = self._beginning, []
         for handle in handles:
             handle.remove()

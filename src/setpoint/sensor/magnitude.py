@@ -52,7 +52,6 @@ class MagnitudeSensor(Sensor[MagnitudeState]):
 
 
 def _places(group: Group, model: nn.Module) -> tuple[Slice, ...]:
-    """The trained weights that write the group, or else those that read it."""
     for role in ("produce", "consume"):
         places = (place for place in group.slices if place.role == role)
         if found := tuple(place for place in places if parameter_named(model, place.tensor) is not None):

@@ -143,9 +143,6 @@ def sensed_every(total_steps: int) -> int:
     """Every how many optimizer steps the sensor is updated: `sqrt(total_steps / 100)`, rounded down to a power of 2.
 
     So a longer run has more readings for each decision, and a smaller share of sensed steps.
-
-    >>> [sensed_every(total_steps) for total_steps in (300, 400, 1500, 10_000)]
-    [1, 2, 2, 4]
     """
     stride = 1
     while stride < _LONGEST_STRIDE and total_steps >= _DENSELY_SENSED * (2 * stride) ** 2:

@@ -274,7 +274,6 @@ class AveragingSensor(Sensor[Moments]):
 
 
 def _taps(state: Moments, *names: str) -> list[Tap]:
-    """The taps on these groups, or on all."""
     by_group = zip(state.names, () if state.units is None else state.units.by_group, strict=False)
     sources = (source for name, found in by_group if not names or name in names for source in found)
     return [source.tap for source in sources if source.tap is not None]

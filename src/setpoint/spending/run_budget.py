@@ -354,7 +354,6 @@ class Bill:
         return self.total - account.train_flops - account.sensing_flops - kept
 
     def _affordable(self, account: Account) -> int:
-        """The steps that are paid for at what one costs now."""
         return account.num_steps + int(self._left(account) / (account.step_flops + self.overhead.mean))
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,7 +366,6 @@ class Bill:
 
 
 def _longest(step: int, paid: Callable[[int], bool]) -> int:
-    """The largest length, from this step on, that is paid for."""
     low, high = step, step + 1
     while paid(high):  # doubling, so that a bill in a wrong unit is planned in no time
         low, high = high, step + 2 * (high - step)

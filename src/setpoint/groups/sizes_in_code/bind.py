@@ -287,7 +287,6 @@ class Watch:
 
 
 def _sizes(calls: Sequence[Call], kept: Kept) -> Sizes:
-    """Right sizes of all these calls."""
     sizes: Sizes = {}
     for call in calls:
         sizes.setdefault(call.module, {})[call.place] = kept.count(call.labels)
@@ -410,7 +409,6 @@ def _heads(candidate: Candidate) -> Places:
 
 
 def _places(candidate: Candidate, calls: Sequence[Call]) -> Places:
-    """Places that a cut has to set: standard attributes, and what probes of the forward show to be needed."""
     places = {**standard_places(candidate.model, candidate.walk, candidate.dims), **_heads(candidate)}
     if not calls:
         return places
@@ -558,7 +556,6 @@ def _failing(candidate: Candidate, places: Places, dense: Outcome) -> dict[str, 
 
 
 def _culprits(suspects: list[str], fault: Callable[[Sequence[str]], str]) -> dict[str, str]:
-    """The failing groups, each with its reason, by bisection."""
     failing: dict[str, str] = {}
     while suspects and fault(suspects):
         context: list[str] = []
@@ -608,7 +605,6 @@ def _even_splits(calls: Sequence[Call]) -> Iterator[tuple[str, list[Labels]]]:
 
 
 def _stating(module: nn.Module, length: int) -> list[str]:
-    """Names of the module's attributes that are this integer."""
     return [name for name, value in vars(module).items() if type(value) is int and value == length > 1]
 
 

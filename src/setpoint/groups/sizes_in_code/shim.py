@@ -27,7 +27,6 @@ Calls = Mapping[tuple[str, int], Sizes]
 
 
 def _num_dims(item: Any) -> int:
-    """Number of dims of a tensor that one item of an index consumes."""
     if item is None or isinstance(item, bool):
         return 0
     return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
