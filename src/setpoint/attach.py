@@ -179,8 +179,8 @@ def _run_spec(
     steps = plain_number(total_steps)
     if type(steps) is not int or steps < 1:
         raise ValueError(
-            f"total_steps must be a positive integer, got {total_steps!r}: give the optimizer steps of the whole run, "
-            "such as epochs * len(loader)"
+            f"total_steps must be a positive integer, got {total_steps!r:.60}: give the optimizer steps of the whole "
+            "run, such as epochs * len(loader)"
         )
     check_method(host.model, method)
     wanted = parse_budget(budget)
