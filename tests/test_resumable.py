@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import pickletools
 import subprocess
@@ -536,6 +537,24 @@ def test_a_wrapper_that_was_not_cut_itself_takes_the_sizes_of_what_it_holds(monk
     dense.load_state_dict(through_file(pair.state_dict()))
     for new, old, make in zip(dense, pair, (Scaled, GPT), strict=True):
         assert torch.equal(new(*EXAMPLES[make]), old(*EXAMPLES[make]))
+
+
+def test_bake_takes_no_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a module that is imported, one that Python would find, and a file of the user's are refused and stay; a
+    file that bake wrote is written again, and the model of the first time can be pickled still.
+    """
+    model, own, found = cut(GPT), tmp_path / "own_code.py", tmp_path / "path" / "found_by_python.py"
+    found.parent.mkdir()
+    for file in (own, found):
+        file.write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(found.parent))
+    for taken in (tmp_path / "json.py", own, tmp_path / found.name, tmp_path / "sys.py", tmp_path / "__main__.py"):
+        with pytest.raises(CheckpointError, match="has the name of a "):
+            setpoint.bake(model, taken)
+    assert callable(json.dumps) and sys.modules["json"] is json and own.read_text() == found.read_text() == "x = 1\n"
+    first = setpoint.bake(model, found.with_name("baked_twice.py"))
+    for again in (first, setpoint.bake(model, found.with_name("baked_twice.py"))):
+        torch.save(again, tmp_path / "small.pt")
 
 
 @pytest.mark.parametrize("make", [mlp, ResNet, GPT], ids=lambda make: make.__name__)

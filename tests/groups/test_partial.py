@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 from typing import Any
 
@@ -136,6 +137,21 @@ def test_following_a_library_does_not_follow_the_user() -> None:
     with pytest.raises(ExportError, match=r"x\.sum\(\) > 0.*replace the Python `if`") as caught:
         trace(Counts(), (torch.randn(2, 4, 8), mask))
     assert "transformer.py" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["text of the line", "file of the line", "all lines"])
+def test_an_if_is_not_followed_where_its_line_is_lost(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: whose `if` it is has to be known before it is followed: code that was typed in, code without its source
+    and a graph without stack traces are refused.
+    """
+    monkeypatch.setattr("linecache.getline", lambda *line: "")
+    if lost == "file of the line":
+        monkeypatch.setattr(Counts.forward, "__code__", Counts.forward.__code__.replace(co_filename="<stdin>"))
+    if lost == "all lines":
+        monkeypatch.setattr("torch.fx.proxy.CapturedTraceback.summary", lambda captured: traceback.StackSummary())
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    with pytest.raises(ExportError, match="asks for the values of a tensor"):
+        trace(Counts(), (torch.randn(2, 4, 8), mask))
 
 
 def test_the_hint_is_for_the_users_own_line() -> None:

@@ -16,7 +16,8 @@ from setpoint.checkpoint.model_file import unwrap_module
 from setpoint.errors import CheckpointError
 from setpoint.groups.sizes_in_code import shim
 
-_HEAD = '''"""Forwards of a pruned model whose code writes sizes of its own: it belongs to the model's pickle."""
+_DOC = '"""Forwards of a pruned model whose code writes sizes of its own: it belongs to the model\'s pickle."""'
+_HEAD = f'''{_DOC}
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
         file: where to write the class: importable by the name of the file wherever the pickle is loaded.
 
     Raises:
-        CheckpointError: for a file whose name is none of a module.
+        CheckpointError: for a file whose name is none of a module, or that of another module or file.
 
     >>> bake(nn.Linear(2, 3))
     Linear(in_features=2, out_features=3, bias=True)
@@ -58,6 +59,7 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     path = Path(file)
     if not (path.suffix == ".py" and path.stem.isidentifier()):
         raise CheckpointError(f"{str(path)!r} is no file that Python can import: name it such as 'small_model.py'")
+    _check_free(path)
     baked: nn.Module = copy.deepcopy(unwrap_module("bake", model))
     written: ModuleType | None = None
     for module in baked.modules():
@@ -74,10 +76,31 @@ def bake(model: nn.Module, file: str | os.PathLike[str] = "setpoint_baked.py") -
     return baked
 
 
+def _check_free(path: Path) -> None:
+    """Check that neither a file nor a module of this name is there, unless `bake` wrote it."""
+    known = sys.modules.get(path.stem)
+    spec = importlib.util.find_spec(path.stem) if known is None else None
+    taken = "" if known is None or _is_baked(known) else "a module that is imported now"
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve() != path.resolve():
+        taken = f"a module that Python finds: {spec.origin}"
+    elif path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_DOC):
+        taken = "a file that bake did not write"
+    if taken:
+        raise CheckpointError(f"{str(path)!r} has the name of {taken}. Give bake another one, such as 'small_model.py'")
+
+
+def _is_baked(module: ModuleType) -> bool:
+    return getattr(module, "__doc__", None) == _DOC.strip('"')
+
+
 def _written(path: Path) -> ModuleType:
     source = inspect.getsource(shim)
-    body = source[source.index("_PIECES = ") :]  # without the imports, some of which are Setpoint's
-    path.write_text(f"{_HEAD}{body}", encoding="utf-8")
+    text = _HEAD + source[source.index("_PIECES = ") :]  # without the imports, some of which are Setpoint's
+    known = sys.modules.get(path.stem)
+    same = known is not None and Path(str(known.__file__)).is_file() and inspect.getsource(known) == text
+    path.write_text(text, encoding="utf-8")
+    if known is not None and same:  # a model that was baked before can be pickled still
+        return known
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

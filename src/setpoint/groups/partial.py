@@ -26,7 +26,7 @@ from setpoint.groups.walk import module_of, op_name
 _TORCH = Path(torch.__file__).parent
 _PACKAGE = Path(__file__).parents[1]
 _STANDARD = Path(sysconfig.get_path("stdlib"))
-_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<number>\d+).*\n\s+(?P<text>.*)')
+_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<number>\d+).*(?:\n\s+(?!File ")(?P<text>.*))?')
 _DEPENDS_ON_DATA = {
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -63,16 +63,18 @@ def dynamic_size(model: nn.Module, node: fx.Node) -> ByDataError:
 
 
 def check_asks_nothing(graph: fx.Graph) -> None:
-    """Check that the user's own code asks for no value, or raise ByDataError with the line.
+    """Check that only libraries ask for values, or raise ByDataError with the line.
 
     The path of a library is that of the example. A user can replace an `if` in code of his own, and is asked to.
     """
     for node in graph.nodes:
         if getattr(node.target, "__name__", "").startswith(("item", "_local_scalar_dense")):
-            lines = [line for line in _LINE.finditer(node.meta.get("stack_trace") or "") if _is_code(line["file"])]
-            if lines and not _is_library(lines[-1]["file"]):
-                file, number, text = lines[-1].group("file", "number", "text")
-                asks = f'it asks for the values of a tensor (at {file}:{number}: "{text}")'
+            found = _LINE.finditer(node.meta.get("stack_trace") or "")
+            lines = [line for line in found if _is_code(line["file"]) or line["file"] in ("<stdin>", "<string>")]
+            # Without a line, or with one that was typed in, it may be the user's. What was typed in has no text.
+            if not lines or not _is_library(lines[-1]["file"]):
+                file, number, text = lines[-1].group("file", "number", "text") if lines else ("a line unknown", "?", "")
+                asks = f'it asks for the values of a tensor (at {file}:{number}: "{text or ""}")'
                 raise ByDataError(module_of(node), False, asks)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from setpoint.errors import LoopError, UsageError
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Event, Summary
-from setpoint.messages import a_type
+from setpoint.messages import a_type, warn
 
 _LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio": "trackio", "mlflow": "MLflow"}
 
@@ -17,7 +17,8 @@ _LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "trackio"
 def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") -> Callable[[], object]:
     """Log where a run is: its metrics to a logger, or its ledger to a file that grows with each decision.
 
-    Of several ranks the first logs. A loop that has not begun is logged from its first step on.
+    Of several ranks the first logs. A loop that has not begun is logged from its first step on. What cannot be written,
+    to a full disk say, is warned of once and does not end the training: each later write is another try.
 
     Args:
         to: a TensorBoard `SummaryWriter`; a W&B run; a trackio run, or anything else with `log(metrics, step=...)`; the
@@ -40,8 +41,28 @@ def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") ->
     if begun and loop.summary is not None:
         raise LoopError("the run is finished, so that nothing is to come: call log_to before loop.finish()")
     if isinstance(to, os.PathLike) or isinstance(to, str) and to.endswith(".jsonl"):
-        return loop.on_step(_ledger_writer(loop, Path(to), begun=begun))
-    return loop.on_step(_metrics_writer(loop, to, every, prefix))
+        return loop.on_step(_forgiving(_ledger_writer(loop, Path(to), begun=begun), to))
+    return loop.on_step(_forgiving(_metrics_writer(loop, to, every, prefix), to))
+
+
+def _forgiving(write: Callable[[Event], None], to: Any) -> Callable[[Event], None]:
+    """`write`, with a warning the first time that the system refuses."""
+    warned = False
+
+    def try_to_write(event: Event) -> None:
+        nonlocal warned
+        try:
+            write(event)
+        except OSError as error:
+            if not warned:
+                warned = True
+                what = str(to) if isinstance(to, (str, os.PathLike)) else a_type(to)
+                warn(
+                    f"log_to cannot write to {what} ({type(error).__name__}: {error}). Training goes on, loop.ledger "
+                    "has all of it, and each later write is another try: make room, or call loop.ledger.save(path)"
+                )
+
+    return try_to_write
 
 
 def _ledger_writer(loop: Loop, path: Path, *, begun: bool) -> Callable[[Event], None]:
