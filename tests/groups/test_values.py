@@ -85,6 +85,51 @@ def test_what_a_custom_function_touches_stays(early: bool) -> None:
     assert any("custom autograd Function Averaging" in frozen.reason for frozen in found.frozen)
 
 
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool]] = {
+    "gradient reversal": (lambda x, n: x.view_as(x), lambda g, x, n: (-g, None), True),
+    "square": (lambda x, n: x * x, lambda g, x, n: (2 * g * x, None), True),
+    "step, passed straight through": (lambda x, n: x.sign(), lambda g, x, n: (g * (x.abs() < 1), None), True),
+    "a learnt step": (lambda x, n: (x / n).round() * n, lambda g, x, n: (g, (g * x).sum()), True),
+    "a learnt step, by the size": (lambda x, n: (x / n).round() * n, lambda g, x, n: (g, (g * x).mean()), False),
+    "halved where one is large": (lambda x, n: x.clone(), lambda g, x, n: (g / (1 + (x > 50).any()), None), False),
+    "by place": (lambda x, n: x * torch.arange(x.shape[-1]), lambda g, x, n: (g, None), False),
+    "gradient by place": (lambda x, n: x.clone(), lambda g, x, n: (g.flip(-1), None), False),
+    "gradient clipped by its norm": (lambda x, n: x.clone(), lambda g, x, n: (g / g.norm(), None), False),
+    "sum of two neighbours": (lambda x, n: x + x.roll(1, -1), lambda g, x, n: (g + g.roll(-1, -1), None), False),
+    "random": (lambda x, n: x * (torch.rand_like(x) < 0.9), lambda g, x, n: (g, None), False),
+    "in place": (lambda x, n: x.mul_(2).clone(), lambda g, x, n: (2 * g, None), False),
+    "without a backward": (lambda x, n: x.clone(), lambda g, x, n: 1 / 0, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_which_custom_functions_are_elementwise(name: str) -> None:
+    """A Function that treats each entry alone, and so does its backward, is followed as plain ops are; no other is."""
+    first, second, elementwise = FUNCTIONS[name]
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, *inputs: Tensor) -> Any:
+            context.save_for_backward(*inputs)
+            return first(*inputs)
+
+        @staticmethod
+        def backward(context: Any, *gradients: Tensor) -> Any:
+            return second(gradients[0], *context.saved_tensors)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.write, self.read, self.step = nn.Linear(5, 16), nn.Linear(16, 2), nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.read(Own.apply(self.write(x), self.step))
+            return out
+
+    found = find_groups(Net(), (torch.randn(6, 5),))
+    assert [group.name for group in found] == (["write"] if elementwise else [])
+
+
 class Checkpointed(nn.Module):
     """Attention that works sizes out inside a checkpoint, and a submodule that is a checkpoint as a whole."""
 

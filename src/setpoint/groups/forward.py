@@ -1,7 +1,7 @@
 """The forward that is exported: calls of a model, in which what no graph can show is a marked call.
 
 A module whose forward cannot be exported returns what it returned at the example. A custom autograd Function is
-exported, but no graph shows its backward.
+exported, but no graph shows its backward: only one that works on each entry alone, as a trial shows, is not marked.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from setpoint.groups.example import Example, inputs_of, tensors_of, with_tensors
 
@@ -83,28 +81,18 @@ class PartialForward:
 
 @contextmanager
 def marked_functions() -> Iterator[None]:
-    """Inside, inputs and outputs of custom autograd Functions are marked; those of torch's own Functions are not."""
+    """Inside, inputs and outputs of custom autograd Functions are marked, unless torch's own or elementwise."""
     kinds = type(torch.autograd.Function)
+    tried: dict[Any, bool | None] = {}
 
     # Every call looks up `forward`, even that of an `apply` which user code stored earlier, and which may be C code.
     def read(kind: type, name: str) -> Any:
         found = type.__getattribute__(kind, name)
         if name != "forward" or kind.__module__.partition(".")[0] == "torch":
             return found
-        from setpoint.groups.opaque import mark_function
+        from setpoint.groups.opaque import marked
 
-        def marked(x: Tensor) -> None:
-            if x.is_floating_point() or x.is_complex():
-                mark_function(x, kind.__qualname__)
-
-        @wraps(found)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            results = found(*args, **kwargs)
-            # The results of the marks are not used: they are there to freeze what the Function reads and writes.
-            pytree.tree_map_only(Tensor, marked, (args, kwargs, results))
-            return results
-
-        return forward
+        return marked(kind, found, tried)
 
     kinds.__getattribute__ = read  # type: ignore[method-assign,assignment]
     try:
