@@ -164,13 +164,13 @@ class MBConv(nn.Module):
         hidden, self.swish, self.skip = 4 * inputs, swish, inputs == outputs
         self.expand, self.norm0 = nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
-        self.norm1, self.reduce, self.raise_ = nn.BatchNorm2d(hidden), nn.Conv2d(hidden, 12, 1), nn.Conv2d(12, hidden, 1)
+        self.norm1, self.reduce, self.widen = nn.BatchNorm2d(hidden), nn.Conv2d(hidden, 12, 1), nn.Conv2d(12, hidden, 1)
         self.project, self.norm2 = nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         x = self.swish(self.norm0(self.expand(inputs)))
         x = self.swish(self.norm1(self.depthwise(x)))
-        x = torch.sigmoid(self.raise_(self.swish(self.reduce(x.mean((2, 3), keepdim=True))))) * x
+        x = torch.sigmoid(self.widen(self.swish(self.reduce(x.mean((2, 3), keepdim=True))))) * x
         x = self.norm2(self.project(x))
         return x + inputs if self.skip else x
 

@@ -68,10 +68,8 @@ def marked(kind: Any, forward: Callable[..., Any], tried: dict[Any, bool | None]
         if None in tried.values():  # called by a trial
             return results
         given = args[1:] if args and isinstance(args[0], FunctionCtx) else args
-        key = (
-            kind,
-            *((str(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), str(x)) for x in given),
-        )
+        inputs = ((str(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), str(x)) for x in given)
+        key = (kind, *inputs)
         if key not in tried:
             tried[key] = None
             tried[key] = not kwargs and _is_elementwise(kind, given, results)
