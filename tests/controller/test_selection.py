@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.plants import chain, lognormal, residual, unit_group
+from setpoint.controller.finer import refined
 from setpoint.controller.selection import (
     Allocation,
     Ladder,
@@ -19,6 +21,7 @@ from setpoint.controller.selection import (
     add_back,
     cheapest,
     descend,
+    reach,
     start,
     swap,
     trade,
@@ -119,6 +122,24 @@ def test_nothing_fits_back_after_exchanges(seed: int, fraction: float, multiple_
         if rung:
             wider = {**selection.widths, name: selection.widths[name] + selection.size(name, rung - 1)}
             assert cost.total(wider) > target
+
+
+@given(st.integers(0, 200), st.floats(0.2, 0.9), st.sampled_from([4, 8, 16]), st.sampled_from(["worth", "uniform"]))
+def test_parts_of_blocks_use_a_budget_up(seed: int, fraction: float, multiple_of: int, allocation: Allocation) -> None:
+    """Claim: broken blocks leave 5 % at most where units allow it, never exceed a budget, and drop nothing more."""
+    groups, cost = chain(40, 64, multiple_of=multiple_of)
+    groups = (replace(groups[0], usual_block=multiple_of), groups[1])  # the other one's block was asked for
+    saliency, limit = lognormal(groups, seed=seed), fraction * cost.total(widths_of(groups))
+    before = _start(groups, cost, saliency, allocation)
+    assert reach(before, limit)
+    after = refined(before, groups, saliency, limit)
+    assert before.total <= after.total == cost.total(after.widths) <= limit
+    assert after.widths["layer1"] == before.widths["layer1"]
+    fits = after.total + cost.saving({**after.widths, "layer0": after.widths["layer0"] + 1}, "layer0", 1) <= limit
+    broken = before.rungs["layer0"] > 0
+    assert after.total >= 0.95 * limit or not (broken and fits)
+    for name, kept in after.keep().items():
+        assert kept.sum() == after.widths[name] and (kept | ~before.keep()[name]).all()
 
 
 def test_swap_inside_the_dead_band_never_drops_more_saliency() -> None:

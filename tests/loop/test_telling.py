@@ -230,13 +230,40 @@ def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
     words = ("verdict", "cost", "size", "training", "overhead", "time saved")
     assert len(lines) == 6 and all(line.startswith(word) for line, word in zip(lines, words, strict=True))
     assert lines[0] == f"verdict     {summary.reason}" and summary.reason.startswith("budget met at step")
-    assert f"{100 * summary.final_flops_ratio:.1f} % of dense" in lines[1]
+    share = f"{100 * summary.final_flops_ratio:.1f} %"
+    assert lines[0].count(share) == 1 and share not in lines[1] and "FLOPs per step; a budget of" in lines[1]
+    assert f"per step, {share} of the dense FLOPs" in str(replace(summary, reason="done"))
     assert f"{summary.final_params:,} parameters" in lines[2] and "20 of 20 steps" in lines[3]
     late, never = (str(replace(summary, break_even_step=step)).splitlines()[-1] for step in (1200, None))
     assert late == "time saved  more than the overhead from step 1,200 on, by the clock of this run"
     assert never == "time saved  less than the overhead"
     assert repr(summary).startswith("Summary(budget_met=True, steps=20,")
     assert str(replace(summary, budget_met=False)).startswith("verdict     budget NOT met: ")
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(28, 64, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("asked", [0, 16])
+def test_a_summary_says_what_rounding_cost(asked: int) -> None:
+    """Claim: the last cut breaks the usual blocks of a recurrent layer; blocks that were asked for leave a note."""
+    model, x = Recurrent(), torch.randn(4, 28, 28)
+    groups = [replace(group, multiple_of=asked or group.multiple_of) for group in setpoint.find_groups(model, (x,))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loop = setpoint.attach(model, optimizer, 0.5, example=(x,), total_steps=STEPS, groups=groups)
+    for _ in range(STEPS):
+        model(x).square().mean().backward()
+        optimizer.step()
+    summary = loop.finish()
+    assert summary.budget_met and summary.widths == {"lstm": 32 if asked else 42}
+    note = "rounding leaves 38.6 % of the budget unused: the smallest block that could return, of lstm, takes 59.6 %"
+    assert summary.note == (note if asked else "") and (note in str(summary)) == bool(asked)
 
 
 def test_a_summary_goes_through_json(whole: Whole) -> None:

@@ -92,7 +92,13 @@ class SharedWidth:
                 sizes += (SizeBinding(self.module, number.place, index),)
         block = int(np.lcm(group.multiple_of, self.block))
         fewest = -(-max(group.min_units, 1) // block) * block
-        return replace(group, sizes=sizes, multiple_of=block, min_units=min(group.num_units, fewest))
+        return replace(
+            group,
+            sizes=sizes,
+            multiple_of=block,
+            min_units=min(group.num_units, fewest),
+            only_blocks=group.only_blocks or self.block > 1,
+        )
 
 
 def configured(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from jaxtyping import Float64, Int64
 
 from setpoint.controller.plan import Conduct, Controller, Observation, Plan, per, problem_with, these
 from setpoint.controller.schedule import Schedule
-from setpoint.controller.selection import Allocation, Selection, even_density, landing_widths, reach, start
+from setpoint.controller.selection import ROUNDING, Allocation, Selection, even_density, landing_widths, reach, start
 from setpoint.cost.budget import DENSE
 from setpoint.cost.cost import Cost
 from setpoint.groups.follow import ByUnit
@@ -413,6 +413,12 @@ class _Decision:
                 unguarded = nothing(1.0, guarded=False)
                 if reach(unguarded, aim.goal, deadband) or aim.ceiling < math.inf:
                     selection, lifted = unguarded, "slew limit, density floor and dwell were lifted"
+        # Clocks like round widths; and what a cut leaves of the budget of a run pays for later steps.
+        counted = self.seen.limit.keys() <= {"flops", "params", "joint"} and not self.seen.remaining
+        if counted and self.final and selection.total < (1 - ROUNDING) * aim.goal:
+            from setpoint.controller.finer import refined  # here, since most last cuts are made in whole blocks
+
+            selection = refined(selection, self.groups, values, aim.goal)
         return _Choice(selection, lifted and f"{lifted} to reach the budget", offers)
 
     def rest(self, price: float) -> Plan:

@@ -16,6 +16,7 @@ from setpoint.groups.group import Group, widths_of
 Allocation = Literal["worth", "uniform"]
 """How a cut is split over groups: by saliency per saving, or so that all groups keep the same density."""
 
+ROUNDING = 0.05  # share of a budget that whole blocks may leave unused: kernels are fast at round widths
 _MAX_PICKS = 2048
 _STAIR = 4  # blocks beyond the next that are looked at for a step down: hardware's steps are at multiples of 16
 _MAX_SWAPS = 8

@@ -150,6 +150,7 @@ def _group(
         slices=slices,
         min_units=min(num_units, -(-fewest // block) * block),
         multiple_of=block,
+        usual_block=block,
         only_blocks=aligned,
         what=what,
     )

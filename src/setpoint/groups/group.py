@@ -70,6 +70,7 @@ class Group:
         sizes: every place in Python code that counts them.
         min_units: the fewest active units.
         multiple_of: block size of cuts, for fast kernels.
+        usual_block: the block size that `find_groups` chose. Where it is `multiple_of`, the last cut may break a block.
         only_blocks: whether any other width fails (grouped matrix products need rows of a multiple of 16 bytes).
         lossless: True if a zeroed unit is exactly an absent one; False where zero is not absent
             (a LayerNorm over the units, a mean, a softmax).
@@ -84,6 +85,7 @@ class Group:
     sizes: tuple[SizeBinding, ...] = ()
     min_units: int = 1
     multiple_of: int = 1
+    usual_block: int = 0
     only_blocks: bool = False
     lossless: bool = True
     what: str = "unit"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from setpoint.checkpoint.plain import without_nan
-from setpoint.cost.budget import amount
+from setpoint.controller.selection import ROUNDING
+from setpoint.cost.budget import amount, of_dense
 from setpoint.errors import GroupError
 from setpoint.ledger import Entry
 from setpoint.loop.control import Control
@@ -119,7 +120,8 @@ class Summary:
 
     def __str__(self) -> str:
         units, dense_units = (sum(widths.values()) for widths in (self.widths, self.dense_widths))
-        cost = [f"{amount(self.final_flops, 'flops')} per step, {100 * self.final_flops_ratio:.1f} % of dense"]
+        share = of_dense(self.final_flops_ratio, "flops")
+        cost = [f"{amount(self.final_flops, 'flops')} per step{'' if share in self.reason else f', {share}'}"]
         if self.theoretical_flops is not None:
             cost.append(f"{amount(self.theoretical_flops, 'flops')} if masked weights cost nothing")
         for name, limit in self.limit.items():
@@ -181,7 +183,7 @@ def summarise(control: Control) -> Summary:
         gave_way=f"{now.gave_way}; the budget was {'met' if budget_met else 'missed'}" if now.gave_way else "",
         final_loss=control.losses.loss,
     )
-    return replace(summary, note=_unspent(summary), **actuator.totals())
+    return replace(summary, note=_unspent(summary) or _rounding(summary, control), **actuator.totals())
 
 
 def _num_units(moved: Iterable[Mapping[str, list[int]]]) -> int:
@@ -200,13 +202,33 @@ def _unspent(summary: Summary) -> str:
     )
 
 
+def _rounding(summary: Summary, control: Control) -> str:
+    """What of a budget per step is unused since no block of units fits into it any more; "" for little."""
+    shares = {name: summary.spent[name] / limit for name, limit in summary.limit.items()}
+    name = max(shares, key=shares.__getitem__, default="")
+    other = summary.limit_run or shares.keys() - {"flops", "params"} or not (summary.budget_met and summary.resizes)
+    if other or not shares or shares[name] >= 1 - ROUNDING:
+        return ""
+    from setpoint.controller.finer import finest
+
+    limit, back = summary.limit[name], dict[str, float]()
+    for group in control.groups:
+        width = group.num_units + (block := finest(group))
+        if width <= summary.dense_widths[group.name]:
+            wider = {**summary.widths, group.name: width}
+            back[group.name] = control.spending.costs[name].saving(wider, group.name, block) / limit
+    least = min(back, key=back.__getitem__, default="")
+    if not least or shares[name] + back[least] <= 1:
+        return ""  # a budget that was raised after the cuts is unused for another reason
+    unused, taken = 100 * (1 - shares[name]), 100 * back[least]
+    block = f"the smallest block that could return, of {least}, takes {taken:.1f} %"
+    return f"rounding leaves {unused:.1f} % of the budget unused: {block}"
+
+
 def warn_of_miss(summary: Summary, passes: int) -> None:
     """Warn if a run has missed its budget; `passes` are the backward passes since the last step."""
-    if summary.budget_met and summary.note:
-        warn(
-            f"{summary.note}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger "
-            "max_steps"
-        )
+    if summary.budget_met and (unspent := _unspent(summary)):
+        warn(f"{unspent}. A Trainer needs SetpointCallback(..., total_steps=N), N dense steps, and a larger max_steps")
     if summary.budget_met or not (summary.steps or passes) or not {**summary.limit, **summary.limit_run}:
         return
     known = {**summary.spent, **summary.metered}

@@ -17,6 +17,7 @@ from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
+from setpoint.controller.finer import refined
 from setpoint.controller.selection import Selection, cheapest, even_density, reach, start
 from setpoint.cost.budget import Budget, amount, parse_budget
 from setpoint.cost.cost import Cost, flops_cost, params_cost
@@ -240,7 +241,7 @@ def _choose(
             f"{lost[:3]}. Give data that run through the whole model, or a larger budget"
         )
     best = max(found, key=lambda selection: selection.total)  # the first of equal ones: of the highest floor
-    return best.keep()
+    return refined(best, groups, saliency, limit).keep()
 
 
 @contextmanager
