@@ -221,8 +221,8 @@ def _rounding(summary: Summary, control: Control) -> str:
     if not least or shares[name] + back[least] <= 1:
         return ""  # a budget that was raised after the cuts is unused for another reason
     unused, taken = 100 * (1 - shares[name]), 100 * back[least]
-    block = f"the smallest block that could return, of {least}, takes {taken:.1f} %"
-    return f"rounding leaves {unused:.1f} % of the budget unused: {block}"
+    why = f"the smallest block that could return, of {least}, takes {taken:.1f} %"
+    return f"rounding leaves {unused:.1f} % of the budget unused: {why}"
 
 
 def warn_of_miss(summary: Summary, passes: int) -> None:
