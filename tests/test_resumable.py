@@ -179,12 +179,22 @@ def test_tensors_with_two_names_are_cut_and_come_back(tmp_path: Path) -> None:
     assert all(map(torch.equal, model.parameters(), again["model"].parameters()))
 
 
+@pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("make", [mlp, ResNet, Depthwise, GPT], ids=lambda make: make.__name__)
-def test_shapes_alone_are_enough_where_a_format_drops_the_sizes(make: Make) -> None:
-    """Claim: through safetensors the first forward finds the sizes that code writes, with the same bits as a result."""
+def test_shapes_alone_are_enough_where_a_format_drops_the_sizes(
+    make: Make, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: through safetensors the first forward finds the sizes that code writes, with the same bits as a result; a
+    model is made resumable by itself, or all are.
+    """
+    monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)
     model = cut(make)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    dense = setpoint.resumable(make()).eval()
+    dense = make().eval()
+    if enabled:
+        setpoint.enable_checkpointing()
+    else:
+        setpoint.resumable(dense)
     dense.load_state_dict(load_safetensors(save_safetensors(tensors)))
     assert torch.equal(dense(*EXAMPLES[make]), model(*EXAMPLES[make]))
 
@@ -313,9 +323,86 @@ def test_states_that_do_not_fit_are_refused_by_name_and_nothing_is_changed() -> 
         dense.load_state_dict(other)
     bare = dict(model.state_dict())
     bare["4.weight"], bare["4.bias"] = bare["4.weight"][:2], bare["4.bias"][:2]  # outputs are no units
-    dense.load_state_dict(bare)
+    with pytest.raises(
+        RuntimeError, match=r"'4\.weight' has 2 entries along dim 0 in the state, 3 in the model, and no layer"
+    ):
+        dense.load_state_dict(bare)
     with pytest.raises(CheckpointError, match=r"'4\.(weight|bias)'.* no cut of its groups leads"):
         setpoint.shrink_to(mlp(), bare, EXAMPLES[mlp])
+
+
+def net(inputs: int = 12, first: int = 48, second: int = 48, classes: int = 10) -> nn.Module:
+    """A network of any widths."""
+    layers = nn.Linear(inputs, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, classes)
+    return nn.Sequential(*layers)
+
+
+OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "classes": (net(classes=5).state_dict(), r"'4\.weight' has 5 entries .*no layer reads fewer"),
+    "inputs": (net(7).state_dict(), r"'0\.weight' has 7 entries .*no layer makes fewer"),
+    "cut, of other classes": (net(12, 24, 20, 5).state_dict(), r"'4\.weight' has 5 entries"),
+    "cut, of other inputs": (net(7, 24, 20, 10).state_dict(), r"'0\.weight' has 7 entries"),
+    "a part": (dict(list(net(12, 24, 20).state_dict().items())[:4]), r"'2\.weight' has 20 entries"),
+    "a part of a layer": (dict(list(net(12, 24).state_dict().items())[:1]), "tensors of '0' do not belong together"),
+    "words": ({**nn.Embedding(9, 4).state_dict()}, "no cut drops these"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("by", ["resumable", "enable_checkpointing", "shrink_to"])
+def test_what_no_cut_changes_is_a_size_mismatch(other: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: other classes, input columns or rows of an embedding, and a part of a cut state, are PyTorch's size
+    mismatch, also without `strict`, and change nothing.
+    """
+    state, words = OTHERS[other]
+    monkeypatch.setattr(nn.Module, "load_state_dict", nn.Module.load_state_dict)
+    model = nn.Embedding(12, 4) if other == "words" else net()
+    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    if by == "shrink_to":
+        with pytest.raises(CheckpointError, match=words):
+            setpoint.shrink_to(model, state)
+    elif by == "enable_checkpointing":
+        setpoint.enable_checkpointing()
+        with pytest.raises(RuntimeError, match="size mismatch for"):
+            model.load_state_dict(state, strict=False)
+        return  # PyTorch has copied what fits, as ever
+    else:
+        with pytest.raises(RuntimeError, match=f"(?s){words}.*size mismatch for"):
+            setpoint.resumable(model).load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(model).items())
+
+
+def test_shapes_that_only_the_groups_refute_are_refused_at_the_first_forward() -> None:
+    """Claim: inputs and classes that are fewer alike could be parts of each other; each forward refuses them by the
+    groups, until another state comes.
+    """
+    state = dict(net(12, 12, 12, 12).state_dict())
+    state |= {"0.weight": state["0.weight"][:, :5], "4.weight": state["4.weight"][:5], "4.bias": state["4.bias"][:5]}
+    model = setpoint.resumable(net(12, 12, 12, 12))
+    model.load_state_dict(state)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no cut of its groups leads from one to the other"):
+            model(torch.randn(3, 12))
+    model.load_state_dict(net(12, 12, 12, 12).state_dict())
+    assert model(torch.randn(3, 12)).shape == (3, 12)
+
+
+@pytest.mark.parametrize("damage", ["sizes", "tensors", "missing"])
+def test_carried_sizes_that_are_not_those_of_the_tensors_are_refused(damage: str) -> None:
+    """Claim: sizes of other tensors, tensors of other sizes, and a part of them, change nothing, strict or not."""
+    state = through_file(cut(mlp).state_dict())
+    if damage == "sizes":
+        state._metadata[""]["setpoint"]["sizes"]["0"]["out_features"] -= 1
+    elif damage == "tensors":
+        state["0.weight"], state["0.bias"] = state["0.weight"][1:], state["0.bias"][1:]
+        state["2.weight"] = state["2.weight"][:, 1:]
+    else:
+        del state["2.weight"], state["2.bias"]
+    model = setpoint.resumable(mlp())
+    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    with pytest.raises(RuntimeError, match="the sizes that the state dict carries are not those of its tensors"):
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(model).items())
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -304,8 +304,8 @@ def test_a_callback_given_twice_is_refused(same: bool, tmp_path: Path) -> None:
     assert callback.loop is None
 
 
-def _accelerated(folder: Path | None, until: int = STEPS) -> tuple[Any, setpoint.Loop, Any]:
-    """A loop of Accelerate's kind, which goes on from a folder."""
+def _accelerated(folder: Path | None, until: int = STEPS, early: bool = False) -> tuple[Any, setpoint.Loop, Any]:
+    """A loop of Accelerate's kind, which goes on from a folder, that is loaded early, before `attach`, or after it."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -313,11 +313,12 @@ def _accelerated(folder: Path | None, until: int = STEPS) -> tuple[Any, setpoint
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     loader = torch.utils.data.DataLoader(Tokens(), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    loop = setpoint.attach(model, optimizer, 0.6, total_steps=STEPS, resume=True)
-    step = 0
-    if folder is not None and folder.exists():
+    step = 6 if folder is not None and folder.exists() else 0
+    if early:
         accelerator.load_state(str(folder))
-        step = 6
+    loop = setpoint.attach(model, optimizer, 0.6, total_steps=STEPS, resume=True)
+    if step and not early:
+        accelerator.load_state(str(folder))
     while step < until:
         for number, batch in enumerate(loader):
             with accelerator.accumulate(model):
@@ -333,11 +334,17 @@ def _accelerated(folder: Path | None, until: int = STEPS) -> tuple[Any, setpoint
     return model, loop, accelerator
 
 
-def test_accelerate_saves_and_loads_its_state(tmp_path: Path) -> None:
-    """Claim: attach to what prepare returns; load_state goes on with the loop, and FLOPs are per optimizer step."""
+@pytest.mark.parametrize("early", [False, True])
+def test_accelerate_saves_and_loads_its_state(tmp_path: Path, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: attach to what prepare returns; load_state goes on with the loop, and FLOPs are per optimizer step. After
+    enable_checkpointing the state, safetensors without sizes, may also come before attach.
+    """
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", torch.nn.Module.load_state_dict)
     model, loop, _ = _accelerated(tmp_path / "state")
     assert loop.step == STEPS and loop.finish().budget_met
-    again, resumed, _ = _accelerated(tmp_path / "state")
+    if early:
+        setpoint.enable_checkpointing()
+    again, resumed, _ = _accelerated(tmp_path / "state", early=early)
     assert resumed.step == STEPS and resumed.widths == loop.widths and resumed.finish().budget_met
     assert [each.widths for each in resumed.ledger][:3] == [each.widths for each in loop.ledger][:3]
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}

@@ -74,6 +74,7 @@ class StateSizes:
     sizes: Mapping[SizePlace, int]  # the integers that cuts have set
     dense: Shapes  # by name of each tensor that was cut, the shape that it had before
     transient: Mapping[str, Tensor]  # by name, non-persistent buffers that were cut: no state dict holds them
+    shapes: Shapes  # those that go with the sizes, by name of each tensor in `dense`
 
     @classmethod
     def of(cls, model: nn.Module) -> StateSizes | None:
@@ -81,12 +82,14 @@ class StateSizes:
         known, tensors = ModelShapes.of(model), named_tensors(model)
         if not known.dense:
             return None
-        return cls(known.sizes, known.dense, {name: tensors[name].detach() for name in known.buffers})
+        shapes = {name: tuple(tensors[name].shape) for name in known.dense}
+        return cls(known.sizes, known.dense, {name: tensors[name].detach() for name in known.buffers}, shapes)
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists, strings, integers and tensors, which `torch.load(..., weights_only=True)` reads."""
-        dense = {name: list(shape) for name, shape in self.dense.items()}
-        return {"format": FORMAT, "sizes": by_module(self.sizes), "dense": dense, "transient": dict(self.transient)}
+        dense, shapes = ({name: list(shape) for name, shape in of.items()} for of in (self.dense, self.shapes))
+        sizes, transient = by_module(self.sizes), dict(self.transient)
+        return {"format": FORMAT, "sizes": sizes, "dense": dense, "transient": transient, "shapes": shapes}
 
     @classmethod
     def parse(cls, value: Any) -> StateSizes:
@@ -95,25 +98,14 @@ class StateSizes:
             if (newer := int(value["format"])) <= FORMAT:
                 nested = value["sizes"].items()
                 sizes = {(str(module), str(at)): int(size) for module, of in nested for at, size in of.items()}
-                dense = {str(name): tuple(map(int, shape)) for name, shape in value["dense"].items()}
-                return cls(sizes, dense, dict(value["transient"]))
+                both = value["dense"], value.get("shapes", {})  # states of 0.2 have no `shapes`
+                dense, shapes = ({str(name): tuple(map(int, shape)) for name, shape in of.items()} for of in both)
+                return cls(sizes, dense, dict(value["transient"]), shapes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the sizes that the state dict carries are damaged: {error!r}") from error
         raise CheckpointError(
             f"the state dict has sizes of format {newer}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
         )
-
-    @classmethod
-    def joined(cls, parts: Mapping[str, StateSizes]) -> StateSizes:
-        """Of a module, by what its submodules at these paths carry."""
-        found = cls({}, {}, {})
-        for path, part in parts.items():
-            found = cls(
-                {**found.sizes, **{(f"{path}.{at}".rstrip("."), place): n for (at, place), n in part.sizes.items()}},
-                {**found.dense, **{f"{path}.{name}": shape for name, shape in part.dense.items()}},
-                {**found.transient, **{f"{path}.{name}": tensor for name, tensor in part.transient.items()}},
-            )
-        return found
 
 
 class Hooks(OrderedDict[Any, Any]):

@@ -15,10 +15,11 @@ from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
-from setpoint.actuator.model_shapes import ModelShapes, Shapes
+from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import cut_to, fit, infer_sizes
 from setpoint.checkpoint.model_file import some_of, unwrap_module
+from setpoint.checkpoint.plausible import misfit
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.groups.example import Example, example_of
@@ -34,9 +35,10 @@ def resumable(model: nn.Module) -> nn.Module:
 
     Any framework's own checkpoints can then be read back into the dense model as its code builds it, before or after
     `attach`, and into a model that was cut otherwise. The sizes stand in the state dict's metadata, which `torch.save`
-    keeps and plain readers ignore. Where a format drops it (safetensors), the shapes say how narrow each layer is, and
-    sizes in the model's code follow at its first forward. A state of the model's own shapes loads as ever. A narrower
-    state that carries no sizes may be of another model; its shapes are taken all the same.
+    keeps and plain readers ignore. Where a format drops it (safetensors), the shapes say how narrow each layer is; the
+    first forward finds sizes in the model's code, and refuses shapes to which no cut leads. A state of the model's own
+    shapes loads as ever. One that differs in what no cut changes, such as the number of classes or of input columns, is
+    PyTorch's size mismatch.
 
     Returns:
         The model itself. A second call changes nothing.
@@ -62,6 +64,16 @@ def resumable(model: nn.Module) -> nn.Module:
 def is_resumable(model: nn.Module) -> bool:
     """Whether a model's own `load_state_dict` cuts it first."""
     return KEY in unwrapped(model)._load_state_dict_post_hooks
+
+
+def may_be_cut(model: nn.Module, state: object) -> bool:
+    """Whether a state without sizes may be of a model that was cut out of this one: narrower, as cuts are."""
+    if not isinstance(state, Mapping):
+        return False
+    dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    saved = {name: tuple(state[name].shape) for name in dense if isinstance(state.get(name), Tensor)}
+    narrower = any(shape < dense[name] for name, shape in saved.items())
+    return narrower and misfit(model, dense, {**dense, **saved}) is None
 
 
 def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | None = None) -> nn.Module:
@@ -103,6 +115,8 @@ def shrink_to(model: nn.Module, state: Mapping[str, Any], example: Example | Non
         return model
     if wanted.carried is None and example is not None:
         wanted = wanted.completed(module, example)
+    if wanted.misfit is not None:
+        raise CheckpointError(wanted.misfit)
     if wanted.unsure:
         unsure = some_of(name or "the model" for name in wanted.unsure)
         raise CheckpointError(
@@ -123,14 +137,14 @@ def _fit_to(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: A
     if wanted is None:
         return
     before = {tensor: tensor.shape for tensor in named_tensors(module).values()}
-    undo = wanted.fit(module)
+    undo = ExitStack()
+    if wanted.misfit is None:
+        undo = wanted.fit(module)
+        (_await_forward if wanted.narrow and wanted.carried is None else _await_nothing)(module, undo)
+    else:  # and PyTorch lists the mismatches
+        others[-1].append(wanted.misfit)
     for tensor in [tensor for tensor, shape in before.items() if tensor.shape == shape]:
         undo.callback(tensor.copy_, tensor.detach().clone())
-    if wanted.unsure and PENDING not in module.__dict__:
-        handle = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
-        module.__dict__[PENDING] = handle
-        undo.callback(module.__dict__.pop, PENDING, None)
-        undo.callback(handle.remove)
     # PyTorch tells its hooks always that the load is strict. Whether it is decides if missing names are an error, and
     # stands in the frame of `load_state_dict` only. A framework that loads by itself has none.
     for frame, _ in walk_stack(None):
@@ -153,11 +167,23 @@ def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateS
     found = {path: entry[KEY] for path, entry in metadata.items() if KEY in entry}
     if prefix[:-1] in found:
         return StateSizes.parse(found[prefix[:-1]])
-    paths = [path for path, _ in module.named_modules() if f"{prefix}{path}" in found]
-    if paths:
-        return StateSizes.joined({path: StateSizes.parse(found[f"{prefix}{path}"]) for path in paths})
+    parts = {path: found[prefix + path] for path, _ in module.named_modules() if prefix + path in found}
+    if parts:
+        return _joined({path: StateSizes.parse(part) for path, part in parts.items()})
     # Where a wrapper's name was taken off the keys, neither is there, and the only sizes of the state are meant.
     return StateSizes.parse(*found.values()) if len(found) == 1 else None
+
+
+def _joined(parts: Mapping[str, StateSizes]) -> StateSizes:
+    """Of a module, by what its submodules at these paths carry."""
+
+    def named(field: str) -> dict[str, Any]:
+        return {f"{path}.{name}": value for path, part in parts.items() for name, value in getattr(part, field).items()}
+
+    sizes = {
+        (f"{path}.{at}".rstrip("."), place): n for path, part in parts.items() for (at, place), n in part.sizes.items()
+    }
+    return StateSizes(sizes, named("dense"), named("transient"), named("shapes"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +195,7 @@ class _Wanted:
     transient: Mapping[str, Tensor]  # values of buffers that no state dict holds
     carried: StateSizes | None = None  # None where the sizes were inferred from shapes
     unsure: tuple[str, ...] = ()  # modules of which some sizes are not known
+    misfit: str | None = None  # why no cut can have led to these shapes
 
     @classmethod
     def of(cls, module: nn.Module, state: Mapping[str, Any], prefix: str) -> _Wanted | None:
@@ -179,7 +206,8 @@ class _Wanted:
         now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         saved = {name: state.get(prefix + name) for name in tensors}
         # What is not there, as in a load that is not strict, stays as it is.
-        shapes = now | {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
+        present = {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
+        shapes = now | by_every_name(present, tensors)
         if carried is not None:
             if unknown := carried.transient.keys() - tensors.keys():
                 raise CheckpointError(
@@ -201,8 +229,8 @@ class _Wanted:
                     f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
                 )
             sizes, unsure = infer_sizes(module, narrow)
-            return cls(narrow, sizes, {}, unsure=unsure)
-        return cls(narrow, carried.sizes, carried.transient, carried)
+            return cls(narrow, sizes, {}, unsure=unsure, misfit=misfit(module, dense, shapes))
+        return cls(narrow, carried.sizes, carried.transient, carried, misfit=_contradiction(carried, shapes, module))
 
     def completed(self, module: nn.Module, example: Example) -> _Wanted:
         """With all sizes, by the groups of the dense model."""
@@ -232,13 +260,37 @@ class _Wanted:
         return fit(module, self.narrow, self.sizes, values, None if self.carried is None else self.carried.dense)
 
 
+def _contradiction(carried: StateSizes, shapes: Shapes, module: nn.Module) -> str | None:
+    """What is wrong with a state that has not all tensors that its cut changed, as they were with these sizes."""
+    sizes, _ = infer_sizes(module, {name: shape for name, shape in shapes.items() if name in carried.dense})
+    wrong = [f"{at}.{place}" for (at, place), size in sizes.items() if carried.sizes.get((at, place), size) != size]
+    wrong += [name for name, shape in carried.shapes.items() if shapes.get(name, shape) != shape]
+    said = "the sizes that the state dict carries are not those of its tensors"
+    return f"{said}: {some_of(wrong)}: load the state_dict() of the cut model as it is" if wrong else None
+
+
 def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    complete(module, example_of(module, args, kwargs))
+    # In a compiled model all of tracing and cutting would be compiled, too.
+    left_out: Any = torch.compiler.disable(complete)  # type: ignore[no-untyped-call]
+    left_out(module, example_of(module, args, kwargs))
+
+
+def _await_forward(module: nn.Module, undo: ExitStack) -> None:
+    """Complete what is loaded at the next forward."""
+    if PENDING not in module.__dict__:
+        handle = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
+        module.__dict__[PENDING] = handle
+        undo.callback(_await_nothing, module, ExitStack())
+
+
+def _await_nothing(module: nn.Module, undo: ExitStack) -> None:
+    if (handle := module.__dict__.pop(PENDING, None)) is not None:
+        handle.remove()
+        undo.callback(_await_forward, module, ExitStack())
 
 
 def complete(module: nn.Module, example: Example) -> None:
-    """Find out the sizes that a load has left open, by inputs of the module."""
-    module.__dict__.pop(PENDING).remove()
+    """Find out the sizes that a load has left open, by inputs of the module, and whether a cut leads to its shapes."""
     dense = ModelShapes.of(module).full(module)
     now = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     wanted = _Wanted({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {})
@@ -246,3 +298,4 @@ def complete(module: nn.Module, example: Example) -> None:
     # average it over the ranks no more.
     twin = copy_of(module, users_hooks=False)
     wanted.completed(twin, example).fit(module)
+    _await_nothing(module, ExitStack())  # only now: what was refused stays so

@@ -7,7 +7,6 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +17,9 @@ from torch import nn
 
 from setpoint.actuator.in_state_dict import KEY, StateSizes
 from setpoint.actuator.model_shapes import ModelShapes, was_cut
-from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.model_file import SIZES_FILE
-from setpoint.checkpoint.resumable import is_resumable, resumable
+from setpoint.checkpoint.resumable import is_resumable, may_be_cut, resumable
 from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError
 from setpoint.integrations.session import Session
@@ -30,12 +28,12 @@ _TRANSFORMERS = "transformers"  # which integrations/transformers.py imports; he
 
 
 def enable_checkpointing() -> None:
-    """Make each model of this process resumable that was cut, or that loads a state dict with sizes.
+    """Make each model of this process resumable that was cut, or that loads the state dict of a cut model.
 
     The function wraps `torch.nn.Module.load_state_dict` and makes models resumable as they load. A state without sizes
-    loads as usual into a model that was never cut. `save_pretrained` and `from_pretrained` of transformers and
-    diffusers are wrapped, too: both are imported where they are installed, which takes some seconds. So do pipelines,
-    sentence-transformers and all else that calls these methods. A second call changes nothing.
+    whose shapes no cut can have loads as usual into a model that was never cut. `save_pretrained` and `from_pretrained`
+    of transformers and diffusers are wrapped, too: both are imported where they are installed, which takes seconds.
+    So do pipelines, sentence-transformers and all else that calls these methods. A second call changes nothing.
 
     >>> from setpoint import shrink_to
     >>> enable_checkpointing()
@@ -87,7 +85,9 @@ def _replace_once(owner: Any, name: str, replacement: Callable[..., Any]) -> Non
 
 def _load_with_sizes(load: Callable[..., Any], self: nn.Module, state_dict: Any, *args: Any, **settings: Any) -> Any:
     metadata = getattr(state_dict, "_metadata", None) or {}
-    if not is_resumable(self) and (was_cut(self) or any(KEY in entry for entry in metadata.values())):
+    if not is_resumable(self) and (
+        was_cut(self) or any(KEY in entry for entry in metadata.values()) or may_be_cut(self, state_dict)
+    ):
         resumable(self)
     return load(self, state_dict, *args, **settings)
 
@@ -157,8 +157,7 @@ def write_sizes(model: nn.Module, folder: Path) -> None:
     if carried is None:
         file.unlink(missing_ok=True)
         return
-    tensors, plain = named_tensors(model), carried.plain()
-    plain["shapes"] = {name: list(tensors[name].shape) for name in carried.dense if name in tensors}
+    plain = carried.plain()
     plain["transient"] = {
         name: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
         for name, value in carried.transient.items()
@@ -175,7 +174,6 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
     """
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
-        shapes = {str(name): tuple(map(int, shape)) for name, shape in plain["shapes"].items()}
         plain["transient"] = {
             name: torch.tensor(buffer["values"], dtype=getattr(torch, buffer["dtype"]))
             for name, buffer in plain["transient"].items()
@@ -188,18 +186,16 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
     if not names <= modules.keys():
         inside = {name.removeprefix(f"{base}.") for name in names if name.startswith(f"{base}.")}
         if inside and inside <= modules.keys():
-            carried, shapes = _renamed(carried, shapes, f"{base}.", "")
+            carried = _renamed(carried, f"{base}.", "")
         elif {f"{base}.{name}" for name in names} <= modules.keys():
-            carried, shapes = _renamed(carried, shapes, "", f"{base}.")
+            carried = _renamed(carried, "", f"{base}.")
     own = ModelShapes.of(model).full(model)
-    if shapes and all(own.get(name) == shape for name, shape in shapes.items()):
+    if carried.shapes and all(own.get(name) == shape for name, shape in carried.shapes.items()):
         return  # the model's config says its widths already
-    fit(model, shapes, carried.sizes, carried.transient)
+    fit(model, carried.shapes, carried.sizes, carried.transient)
 
 
-def _renamed(
-    carried: StateSizes, shapes: Mapping[str, tuple[int, ...]], old: str, new: str
-) -> tuple[StateSizes, dict[str, tuple[int, ...]]]:
+def _renamed(carried: StateSizes, old: str, new: str) -> StateSizes:
     """With names that begin otherwise; what does not begin so belongs to a head that is not there."""
 
     def of(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,4 +206,4 @@ def _renamed(
         for (module, place), size in carried.sizes.items()
         if f"{module}.".startswith(old)
     }
-    return replace(carried, sizes=sizes, dense=of(carried.dense), transient=of(carried.transient)), of(shapes)
+    return StateSizes(sizes, of(carried.dense), of(carried.transient), of(carried.shapes))
