@@ -28,7 +28,7 @@ from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
 from setpoint.groups.group import Group, check_blocks, widths_of
-from setpoint.groups.trace import repeated, trace
+from setpoint.groups.trace import trace_step
 from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
@@ -355,7 +355,8 @@ def _weights(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Par
 
 def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts:
     some, even = spec.groups, None
-    traced = repeated(trace(host.model, inputs.example), inputs.passes)
+    traced = trace_step(host.model, inputs.example, inputs.passes)
+    host.no_backward = traced.no_backward
     if isinstance(spec.controller, EvenController):
         from setpoint.configs.even import evened
 

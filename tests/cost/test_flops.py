@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from groups.zoo import MODELS, DepthwiseCNN, images
@@ -158,3 +161,77 @@ def test_what_no_gradient_goes_through_is_not_charged_for_one(mode: str) -> None
     model, x = Two(), (torch.randn(5, 8),)
     traced = trace(model, x)
     assert flops_cost(traced).total(widths_of(traced.groups)) == count(model, x)
+
+
+class Checkpointed(nn.Module):
+    """Two blocks behind a layer, of which the second is a checkpoint: it may hold others, or be a function."""
+
+    def __init__(self, kind: str, reentrant: bool) -> None:
+        super().__init__()
+        self.kind, self.go = kind, partial(checkpoint, use_reentrant=reentrant)
+        self.front, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        parts = (nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 16))
+        self.blocks = nn.ModuleList(nn.Sequential(*copy.deepcopy(parts)) for _ in range(2))
+
+    def product(self, block: int, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """A layer of a block as a product of the model's own forward."""
+        return nn.functional.linear(x, self.blocks[block][layer].weight)  # type: ignore[index]
+
+    def function(self, block: int, x: torch.Tensor) -> torch.Tensor:
+        """A block without calls of modules."""
+        return self.product(block, 4, self.product(block, 2, self.product(block, 0, x).tanh()).tanh())
+
+    def nested(self, x: torch.Tensor) -> torch.Tensor:
+        """The second block, whose checkpoint holds a checkpoint in which there is one more."""
+        inner, outer = self.blocks[1][:2], self.blocks[1][3:]  # type: ignore[index]
+        middle = self.blocks[1][2]  # type: ignore[index]
+        hidden: torch.Tensor = self.go(lambda y: middle(self.go(inner, y)), x)
+        return outer(hidden).sigmoid()  # type: ignore[no-any-return]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The head of both blocks."""
+        x, first, second = self.front(x), self.blocks[0], self.blocks[1]
+        settings: dict[str, Any] = {}
+        if self.kind == "selective":
+            saved = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+            settings = {"context_fn": saved}
+        if self.kind == "function":
+            first, second = partial(self.function, 0), partial(self.function, 1)  # type: ignore[assignment]
+        x = first(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kind != "no gradient"):
+            y = self.go(self.nested if self.kind == "nested" else second, x, **settings)
+        return self.head(nn.functional.dropout(x + y if self.kind != "last" else y, 0.1))  # type: ignore[no-any-return]
+
+
+KINDS = ("plain", "last", "nested", "function", "no gradient")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reentrant"), [("selective", False), *((kind, how) for kind in KINDS for how in (True, False))]
+)
+def test_what_backward_computes_again_is_counted(kind: str, reentrant: bool) -> None:
+    """Checkpoints of both kinds, one inside another too, cost their backward pass and what it computes again.
+
+    PyTorch ends a recomputation as soon as it has what the backward pass reads: mostly before a last product.
+    """
+    model, x = Checkpointed(kind, reentrant), (torch.randn(5, 8),)
+    traced = trace(model, x)
+    assert len(traced.groups) >= 6 and bool(traced.no_backward) is (kind == "no gradient")
+    for seed in range(3):
+        cut = copy.deepcopy(model)
+        groups = shrink(cut, None, traced.groups, random_keep(traced.groups, seed))
+        assert flops_cost(traced).total(widths_of(groups)) == count(cut, x)
+
+
+def test_a_recomputation_that_cannot_be_counted_is_warned_of() -> None:
+    """A step that fails on a copy leaves the backward pass counted, and says by how much a step may take more."""
+
+    class Once(Checkpointed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.training:
+                raise RuntimeError("no second look")
+            return super().forward(x)
+
+    model, x = Once("plain", True), (torch.randn(5, 8),)
+    with pytest.warns(UserWarning, match="could not be counted .*no second look.*by one forward pass at most"):
+        trace(model, x)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import setpoint
 
@@ -280,3 +281,45 @@ def test_weights_that_are_trained_later_are_warned_of(later: str, waits: bool) -
         train(model, optimizer, 1)
     train(model, optimizer, 3)
     loop.detach()
+
+
+class InMode(nn.Module):
+    """A forward that has gradients in train mode only, or only once `learns` is set."""
+
+    def __init__(self, by_mode: bool) -> None:
+        super().__init__()
+        self.by_mode, self.learns, self.net = by_mode, False, build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.training if self.by_mode else self.learns):
+            hidden = self.net[:2](x)  # type: ignore[index]
+        out: Tensor = self.net[2](hidden)  # type: ignore[index]
+        return out
+
+
+def test_a_model_in_eval_mode_is_traced_as_it_trains() -> None:
+    """Claim: a model that is attached in eval mode keeps it, and its FLOPs are those of its training."""
+    model = InMode(by_mode=True).eval()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loop = attached(model, optimizer)
+    assert not any(module.training for module in model.modules())
+    model.train()
+    train(model, optimizer, 40)
+    with FlopCounterMode(display=False) as counter:
+        backward(model, 0)
+    summary = loop.finish()
+    assert summary.budget_met and summary.spent["flops"] == counter.get_total_flops()
+
+
+def test_a_backward_pass_that_was_not_seen_is_warned_of() -> None:
+    """Claim: weights that get gradients, and had none in the forward that was traced, are warned of, once."""
+    model = InMode(by_mode=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with attached(model, optimizer, budget=setpoint.Price(1e-9, of="flops")):
+        train(model, optimizer, 3)
+        model.learns = True
+        with pytest.warns(
+            UserWarning, match=r"net\.0\.weight, net\.0\.bias are trained now, and had no gradient when"
+        ) as told:
+            train(model, optimizer, 3)
+        assert len(told) == 1

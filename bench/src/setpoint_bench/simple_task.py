@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from setpoint.groups.untouched import in_eval_mode
+from setpoint.groups.untouched import in_mode
 from setpoint_bench.family import Family
 from setpoint_bench.recipe import Recipe, autocast, best_device, product_dtype
 from setpoint_bench.task import PLAIN, BenchError, Dimension, Metric, Score, Split, fits_a_folder
@@ -209,7 +209,7 @@ class SimpleTask:
         if self.metric == "accuracy" and targets.is_floating_point():
             raise BenchError(f'{self.name} has targets that are no classes: give it metric="loss"')
         loss, right = 0.0, 0
-        with in_eval_mode(model):
+        with in_mode(model, training=False):
             for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
                 x, y = x.to(self.device), y.to(self.device)
                 scores = torch.stack([self.scores(model, view) for view in self.views(x)]).mean(0)

@@ -74,13 +74,12 @@ def flops_cost(trace: Trace) -> ProductCost:
     """FLOPs of one optimizer step, forward and backward, of the traced model at the example's batch shape.
 
     Matrix products and convolutions only, 2 FLOPs a multiply-add: the convention of `torch.utils.flop_counter`. The
-    backward pass costs one more such product for each operand that needs a gradient. Attention is counted as its two
-    products (a kernel that recomputes the scores does more); the weight gradient of a grouped convolution is counted as
-    what it does (the counter of PyTorch 2.13 charges it `groups` times).
+    backward pass costs one more such product for each operand that needs a gradient, and for each time that activation
+    checkpoints compute it again. Attention is counted as its two products (a kernel that recomputes the scores does
+    more); the weight gradient of a grouped convolution is counted as what it does (the counter of PyTorch 2.13 charges
+    it `groups` times).
     """
-    terms = tuple(
-        Term(product.coefficient * (1 + product.num_gradients), product.sizes) for product in trace.contractions
-    )
+    terms = tuple(Term(product.coefficient * product.times, product.sizes) for product in trace.contractions)
     return ProductCost("flops", terms)
 
 

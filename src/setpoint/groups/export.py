@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError
 from setpoint.groups.example import Example, check_device, inputs_of
-from setpoint.groups.forward import PartialForward, marked_functions
+from setpoint.groups.forward import PartialForward, marked_functions, plain_checkpoints
 from setpoint.groups.untouched import has_users_hooks, preserved_rng_state, untouched_attributes, without_users_hooks
 
 _ATTEMPTS = 24  # exports of a model: one more for each kind of part that cannot be exported
@@ -87,6 +87,7 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
         untouched_attributes(model),
         _without_what_nothing_reads(lines=forward.by_data),
         marked_functions(),
+        plain_checkpoints() as checkpoints,
         _noting_calls(model, running),
         warnings.catch_warnings(action="ignore"),
         ExitStack() as stack,
@@ -97,6 +98,7 @@ def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> 
             stack.enter_context(following_data())
         # Not strict: TorchDynamo refuses much Python that is harmless, and rewrites what the shims have to number.
         program = torch.export.export(_FlatForward(model, forward), tuple(forward.tensors), strict=False)
+    program.graph_module.meta["checkpointed"] = bool(checkpoints)
     _check_sizes(model, program, by_data=forward.by_data)
     return program
 

@@ -6,13 +6,14 @@ exported, but no graph shows its backward: only one that works on each entry alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
 
 from setpoint.groups.example import Example, inputs_of, tensors_of, with_tensors
 
@@ -99,3 +100,35 @@ def marked_functions() -> Iterator[None]:
         yield
     finally:
         del kinds.__getattribute__
+
+
+@contextmanager
+def checkpoints_by(apply: Callable[..., Any], hook: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, torch's activation checkpoints call `apply` if they are reentrant, else `hook` with their frame."""
+    parts: Any = checkpointing
+    before = parts.CheckpointFunction, parts._checkpoint_hook
+    parts.CheckpointFunction, parts._checkpoint_hook = type("Apply", (), {"apply": staticmethod(apply)}), hook
+    try:
+        yield
+    finally:
+        parts.CheckpointFunction, parts._checkpoint_hook = before
+
+
+@contextmanager
+def plain_checkpoints() -> Iterator[list[Any]]:
+    """Inside, checkpoints are plain calls, whose backward pass a graph shows; yields what is called so."""
+    called: list[Any] = []
+
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        called.append(function)
+        # A reentrant checkpoint trains nothing if no input of it needs a gradient.
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in args if isinstance(x, Tensor))
+        with torch.set_grad_enabled(trains):
+            return function(*args)
+
+    def hook(frame: Any) -> Any:
+        called.append(frame)
+        return nullcontext()  # with torch's own, the exporter takes all that follows a tanh for being under no_grad
+
+    with checkpoints_by(apply, hook):
+        yield called

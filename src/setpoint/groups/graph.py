@@ -36,8 +36,8 @@ def walk_graph(model: nn.Module, program: Any, opaque_calls: Mapping[str, str]) 
 
 def run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], *, backward: bool = True) -> Any:
     """Visit every node of a graph whose inputs are known, and return its outputs; nodes that nothing reads run too."""
-    read = _read(graph.graph)
-    reached = _read(graph.graph, but=_detaches) if backward else set()
+    read = read_by_outputs(graph.graph)
+    reached = read_by_outputs(graph.graph, but=detaches) if backward else set()
     for node in graph.graph.nodes:
         walk.node, walk.module = node, module_of(node)
         if node.op == "get_attr":
@@ -49,18 +49,18 @@ def run(walk: Walk, graph: fx.GraphModule, env: dict[fx.Node, Any], *, backward:
             _count_call(walk, node)
             walk.unread, walk.backward = node not in read, node in reached
             env[node] = _visit(walk, node, env)
-            if _detaches(node):
+            if detaches(node):
                 env[node] = pytree.tree_map_only(Value, lambda value: replace(value, grad=False), env[node])
     return None
 
 
-def _detaches(node: fx.Node) -> bool:
+def detaches(node: fx.Node) -> bool:
     """Whether no gradient goes through a node: `x.detach()`, or a block under `torch.no_grad()`."""
     name = op_name(node.target)
     return name in ("detach", "detach_") or (name == "wrap_with_set_grad_enabled" and not node.args[0])
 
 
-def _read(graph: fx.Graph, but: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
+def read_by_outputs(graph: fx.Graph, but: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
     """Nodes that the outputs depend on, and all nodes that write into a tensor; not through those that are left out."""
     read: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -133,7 +133,7 @@ def _visit(walk: Walk, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     if walk.op.startswith("wrap") and len(graphs) == 1:  # a block that only changes the mode (autocast, no gradients)
         graph, inputs = args[graphs[0]], args[graphs[0] + 1 :]
         places = [inner for inner in graph.graph.nodes if inner.op == "placeholder"]
-        backward = walk.backward and not _detaches(node)
+        backward = walk.backward and not detaches(node)
         return run(walk, graph, dict(zip(places, inputs, strict=True)), backward=backward)
     inputs, out = _values((args, kwargs)), _blank(fake)
     if out is None and (walk.unread or not inputs):

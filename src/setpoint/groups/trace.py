@@ -1,19 +1,20 @@
 """Trace: a model's exported graph, reduced to its groups and to the products that cost FLOPs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
 from setpoint.distributed import is_sharded
-from setpoint.errors import LoopError
+from setpoint.errors import ExampleError, ExportError, LoopError
 from setpoint.groups import build
 from setpoint.groups.example import Example, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.states import StateSpaceLayer, find_states
-from setpoint.groups.untouched import gc_paused, one_at_a_time, preserved_rng_state
+from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserved_rng_state
 from setpoint.groups.walk import Walk
 from setpoint.messages import progress
 
@@ -22,13 +23,23 @@ from setpoint.messages import progress
 class Contraction:
     """One matrix product or convolution: `coefficient * prod(sizes)` FLOPs forward (2 per multiply-add).
 
-    The backward pass costs as much again for each operand that needs a gradient.
+    The backward pass costs as much again for each operand that needs a gradient, and each time it is recomputed.
     """
 
     module: str  # qualified name of the module whose forward holds it
     coefficient: float  # 2 x the lengths that do not depend on widths (batch, positions, kernel)
     sizes: tuple[Size, ...]  # the lengths that do
     num_gradients: int  # number of operands that need a gradient: 0, 1 or 2
+    recomputed: float = 0.0  # how often the backward pass computes it again, as for activation checkpoints
+
+    @property
+    def times(self) -> float:
+        """FLOPs of a step over those of its forward pass."""
+        return 1 + self.num_gradients + self.recomputed
+
+    def at(self, widths: Mapping[str, int]) -> float:
+        """FLOPs of the forward pass."""
+        return self.coefficient * math.prod(size.at(widths) for size in self.sizes)
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,19 @@ class Trace:
     contractions: tuple[Contraction, ...]
     frozen: tuple[Frozen, ...]
     unreached: tuple[str, ...] = ()  # names of parameters that the example does not use
+    no_backward: tuple[str, ...] = ()  # and of those that it uses where no backward pass comes
 
 
-def repeated(traced: Trace, passes: int) -> Trace:
-    """The trace of an optimizer step for which the model is called so many times, as where gradients accumulate."""
+def trace_step(model: nn.Module, example: Example, passes: int) -> Trace:
+    """The trace of an optimizer step for which the model is called so many times, as where gradients accumulate.
+
+    A model in eval mode is traced in train mode, if it runs there: only then it may have gradients or checkpoints.
+    """
+    traced = None
+    if not any(module.training for module in model.modules()):
+        with suppress(ExampleError, ExportError), in_mode(model, training=True):
+            traced = trace(model, example)
+    traced = traced or trace(model, example)
     contractions = (replace(product, coefficient=passes * product.coefficient) for product in traced.contractions)
     return replace(traced, contractions=tuple(contractions))
 
@@ -69,7 +89,7 @@ def trace(model: nn.Module, example: Example) -> Trace:
 def _trace(model: nn.Module, example: Example) -> Trace:
     # Imported here: an exporter, rules that look up hundreds of ops; `import setpoint` need not wait for them.
     from setpoint.groups.export import check_model, export, shape_of
-    from setpoint.groups.graph import walk_graph
+    from setpoint.groups.graph import detaches, read_by_outputs, walk_graph
 
     example = without_cache(model, example)
     check_model(model, example)
@@ -103,28 +123,32 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         Contraction(module, coefficient, tuple(units.size(*dim) for dim in dims_of), num_gradients)
         for module, coefficient, dims_of, num_gradients in walk.contracts
     ]
+    dense = widths_of(groups)
     if walk.unknown or opaque:
-        contractions += _uncounted(model, example, groups, contractions)
+        contractions += _uncounted(model, example, sum(product.at(dense) for product in contractions))
+    if program.graph_module.meta["checkpointed"]:
+        from setpoint.groups.recomputed import recomputations
+
+        again = recomputations(model, example, [(product.module, product.at(dense)) for product in contractions])
+        contractions = [replace(product, recomputed=n) for product, n in zip(contractions, again, strict=True)]
     unbalanced: dict[str, str] = {}
     if any(isinstance(module, StateSpaceLayer) or hasattr(module, "A_log") for module in model.modules()):
         groups, unbalanced = find_states(model, groups)
     targets = program.graph_signature.inputs_to_parameters
-    unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users]
-    unreached = tuple(targets[name].removeprefix("model.") for name in unread if name in targets)
-    return Trace(groups, tuple(contractions), _frozen(walk, opaque, unbalanced), unreached)
+    own = {node: targets[node.name].removeprefix("model.") for node in program.graph.nodes if node.name in targets}
+    unreached = tuple(name for node, name in own.items() if not node.users)
+    reached = own if opaque else read_by_outputs(program.graph, but=detaches)
+    no_backward = tuple(name for node, name in own.items() if node.users and node not in reached)
+    return Trace(groups, tuple(contractions), _frozen(walk, opaque, unbalanced), unreached, no_backward)
 
 
-def _uncounted(
-    model: nn.Module, example: Example, groups: tuple[Group, ...], contractions: Sequence[Contraction]
-) -> list[Contraction]:
+def _uncounted(model: nn.Module, example: Example, known: float) -> list[Contraction]:
     """FLOPs of ops without a rule by PyTorch's own counter, as a constant cost; backward counts as two forwards."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from setpoint.groups.sizes_in_code.bind import FakeForward
 
-    widths = widths_of(groups)
-    known = sum(c.coefficient * math.prod(size.at(widths) for size in c.sizes) for c in contractions)
     # The counter knows no fused attention: in its mathematical form it consists of products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         try:

@@ -111,15 +111,16 @@ def preserved_rng_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; then each module gets its own mode back, also a frozen norm."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside, all modules are in this mode; then each gets its own mode back, also a frozen norm."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        module.training = training  # not by `train`, which a model may override to fold weights together
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 @contextmanager

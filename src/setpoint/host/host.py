@@ -53,7 +53,8 @@ class Host:
 
             self._copies = find_copies(model, copies)
         self._groups: tuple[Group, ...] = ()  # until a loop begins
-        self._frozen: list[tuple[str, weakref.ref[Tensor]]] = []
+        self.no_backward: Sequence[str] = ()  # names of weights to which no backward pass of the traced forward comes
+        self._untrained: list[tuple[str, weakref.ref[Tensor]]] = []
         self._widths: Any = None  # a `DynamicWidths`, once anything was compiled
         self._stop_watching: Callable[[], None] = lambda: None
 
@@ -126,7 +127,8 @@ class Host:
 
     def begin(self, groups: tuple[Group, ...]) -> None:
         self._groups, self._widths = groups, None
-        self._frozen = [(name, weakref.ref(p)) for name, p in self.model.named_parameters() if not p.requires_grad]
+        named, hidden = self.model.named_parameters(), set(self.no_backward)
+        self._untrained = [(name, weakref.ref(p)) for name, p in named if not p.requires_grad or name in hidden]
         if not self.wrapped:
             self._stop_watching = _watch_for_wrapper(self.model)
 
@@ -137,14 +139,17 @@ class Host:
         self._warn_of_unfrozen()
 
     def _warn_of_unfrozen(self) -> None:
-        trained = [name for name, weight in self._frozen if (p := weight()) is not None and p.requires_grad]
+        weights = [(name, p) for name, weight in self._untrained if (p := weight()) is not None and p.requires_grad]
+        trained = [name for name, p in weights if p.grad is not None or name not in self.no_backward]
         if trained:
-            self._frozen = []
+            self._untrained, were, hint = [], "were frozen", ""
+            if any(name in self.no_backward for name in trained):
+                were, hint = "had no gradient", ". In another library's checkpoint, use torch.utils.checkpoint instead"
             more = f" and {len(trained) - 3} more" if len(trained) > 3 else ""
             warn(
-                f"{', '.join(trained[:3])}{more} are trained now, and were frozen when the loop began: FLOPs are "
-                "counted as they were then, so a step takes more than the loop reports. Call loop.detach(), and attach "
-                "again"
+                f"{', '.join(trained[:3])}{more} are trained now, and {were} when the loop began: FLOPs are counted as "
+                "they were then, so a step takes more than the loop reports. Call loop.detach(), and attach again"
+                f"{hint}"
             )
 
     def stop(self) -> None:

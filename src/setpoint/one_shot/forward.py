@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from setpoint.errors import ExampleError, SetpointError
 from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
-from setpoint.groups.untouched import in_eval_mode
+from setpoint.groups.untouched import in_mode
 from setpoint.messages import a_type
 
 Norms = Literal["running", "batch", "renewed"]
@@ -76,7 +76,7 @@ def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
     before = [(norm.momentum, norm.num_batches_tracked) for norm in batch_norms]
     handles: list[Any] = []
     try:
-        with in_eval_mode(model):
+        with in_mode(model, training=False):
             for norm in batch_norms if norms != "running" else ():
                 # In train mode with momentum 0 a norm divides by the batch's statistics and keeps its own.
                 norm.train()

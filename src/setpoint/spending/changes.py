@@ -14,7 +14,7 @@ from setpoint.cost.cost import Cost, flops_cost
 from setpoint.errors import BudgetError, LoopError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.trace import repeated, trace
+from setpoint.groups.trace import trace_step
 from setpoint.messages import counted, plain_number, warn
 from setpoint.spending.checks import check_budgets, check_reachable, check_run, split_bill
 from setpoint.spending.spending import Spending
@@ -87,7 +87,7 @@ def original_costs(
                 f"of {budget.limit:g} has no meaning: give Budget.total(..., of={budget.resource!r})"
             )
     with at_dense_shapes(model):
-        found = repeated(trace(model, example), passes)
+        found = trace_step(model, example, passes)
         flops = flops_cost(found).total(widths_of(found.groups))
         original = {"flops": flops, "params": float(sum(parameter.numel() for parameter in model.parameters()))}
     per_step = [budget for budget in budgets if budget.per == "step" and budget.resource in original]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from setpoint.groups.example import Example, inputs_of
 from setpoint.groups.group import Group
 from setpoint.groups.states import selective_kind, selective_layer
-from setpoint.groups.untouched import in_eval_mode
+from setpoint.groups.untouched import in_mode
 from setpoint.sensor.reading import Reading, Sensor, Traits
 
 
@@ -77,7 +77,7 @@ class SelectiveSensor(Sensor[SelectiveState]):
             inputs[module] = args[0] if args else kwargs["hidden_states"]
 
         args, kwargs = inputs_of(self.example)
-        with in_eval_mode(state.model), ExitStack() as afterwards:
+        with in_mode(state.model, training=False), ExitStack() as afterwards:
             for layer in layers.values():
                 afterwards.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
             state.model(*args, **kwargs)

@@ -188,11 +188,11 @@ def weight_flops(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> W
     }
     total, step, forward = 0.0, dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
     for product in found.contractions:
-        flops = product.coefficient * math.prod(size.at(dense) for size in product.sizes)
-        total += flops * (1 + product.num_gradients)
+        flops = product.at(dense)
+        total += flops * product.times
         if (name := owner.get(product.module)) in sizes:
             forward[name] += flops
-            step[name] += flops * (1 + product.num_gradients)
+            step[name] += flops * product.times
     return WeightFlops(total, step, forward, sizes)
 
 

@@ -23,7 +23,7 @@ from setpoint.errors import BudgetError, CheckpointError, GroupError, LoopError
 from setpoint.groups.example import Example
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.trace import repeated, trace
+from setpoint.groups.trace import trace_step
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, check_copies, check_some, in_hand
 from setpoint.sensor.reading import Reading, Sensor
@@ -121,7 +121,9 @@ def weight_candidates(
     groups = tuple(group for group in groups if group.name not in frozen)
     check_copies(host, groups)
     check_some(groups, frozen or {"weights": "no linear layer or convolution is trained"})
-    flops = weight_flops(model, repeated(trace(model, example), passes), groups)
+    traced = trace_step(model, example, passes)
+    host.no_backward = traced.no_backward
+    flops = weight_flops(model, traced, groups)
     costs = {"flops": flops.cost(), "params": active_params(model, groups)}
     found = Candidates(groups, frozen, costs, sources=_SOURCES, header={"pattern": str(pattern)})
     return found, Masks(host, groups, pattern, flops)

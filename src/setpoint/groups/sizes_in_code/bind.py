@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,7 @@ class FakeForward:
     """Forwards of copies of a model on tensors without data, or on real ones where it needs data."""
 
     def __init__(self, model: nn.Module, example: Example, forward: PartialForward | None = None) -> None:
-        self.model = model
+        self.model, self.users_hooks = model, False
         self._forward = forward or PartialForward.whole(example)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._needs_data: dict[bool, bool] = {}  # by whether the copy was in the other mode
@@ -85,12 +86,14 @@ class FakeForward:
 
     def _run(self, prepare: Callable[[nn.Module], None], other_mode: bool, *, fake: bool) -> tuple[torch.Size, ...]:
         # The memo makes deepcopy take the stand-ins for the tensors, so no data is copied.
-        twin = copy_of(self.model, self._without_data() if fake else None, users_hooks=False)
+        twin = copy_of(self.model, self._without_data() if fake else None, users_hooks=self.users_hooks)
         # A forward may write into its inputs: real ones are cloned.
         inputs = {
-            id(x): self._fake.from_tensor(x.detach()) if fake else x.detach().clone() for x in self._forward.tensors
+            id(x): (self._fake.from_tensor(x.detach()) if fake else x.detach().clone()).requires_grad_(x.requires_grad)
+            for x in self._forward.tensors
         }
-        with self._fake if fake else nullcontext(), preserved_rng_state(self.model):
+        hush = warnings.catch_warnings(action="ignore")  # the user's own forward says it, too
+        with self._fake if fake else nullcontext(), preserved_rng_state(self.model), hush:
             if other_mode:
                 twin.train(not self.model.training)
             prepare(twin)
