@@ -82,12 +82,13 @@ def export(model: nn.Module, example: Example) -> tuple[Any, PartialForward, Exp
 
 
 def _exported(model: nn.Module, forward: PartialForward, running: list[str]) -> Any:
+    checkpoints: list[Any] = []
     with (
         preserved_rng_state(model),
         untouched_attributes(model),
         _without_what_nothing_reads(lines=forward.by_data),
         marked_functions(),
-        plain_checkpoints() as checkpoints,
+        plain_checkpoints(checkpoints),
         _noting_calls(model, running),
         warnings.catch_warnings(action="ignore"),
         ExitStack() as stack,

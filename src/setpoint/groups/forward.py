@@ -7,7 +7,7 @@ exported, but no graph shows its backward: only one that works on each entry alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,10 +114,8 @@ def checkpoints_by(apply: Callable[..., Any], hook: Callable[[Any], Any]) -> Ite
         parts.CheckpointFunction, parts._checkpoint_hook = before
 
 
-@contextmanager
-def plain_checkpoints() -> Iterator[list[Any]]:
-    """Inside, checkpoints are plain calls, whose backward pass a graph shows; yields what is called so."""
-    called: list[Any] = []
+def plain_checkpoints(called: list[Any]) -> AbstractContextManager[None]:
+    """Inside, checkpoints are plain calls, whose backward pass a graph shows; each is added to the list."""
 
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         called.append(function)
@@ -130,5 +128,4 @@ def plain_checkpoints() -> Iterator[list[Any]]:
         called.append(frame)
         return nullcontext()  # with torch's own, the exporter takes all that follows a tanh for being under no_grad
 
-    with checkpoints_by(apply, hook):
-        yield called
+    return checkpoints_by(apply, hook)
