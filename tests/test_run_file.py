@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 import pickle
 import random
 import sys
+import traceback
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import setpoint
 from loop.test_regrowth import BACK, DROP, Net, Scripted, dear
 from loop.test_state import Run, assert_untouched, snapshot, tensors
-from setpoint.checkpoint.plain import from_tensors, to_tensors
-from setpoint.errors import CheckpointError
+from setpoint.checkpoint.model_file import read_file, write_file
+from setpoint.checkpoint.plain import TREE, from_tensors, to_tensors
+from setpoint.cli import report as report_of
+from setpoint.errors import CheckpointError, ReportError, SetpointError
+from setpoint.report.record import read_ledger
 
 __all__ = ["dear"]
 
@@ -212,6 +219,92 @@ def test_400_damaged_files_are_each_refused(tmp_path: Path) -> None:
     file.write_bytes(content)
     setpoint.load_run(file, **parts(again))
     assert again.loop.step == 12
+
+
+# Forged files: with a right digest and wrong contents.
+
+ESCAPE = "\x1b]0;x\x07"  # gives a terminal's window another title
+ODD = (None, True, -1, 2**70, float("inf"), ESCAPE, [], {}, [[ESCAPE]], {ESCAPE: ESCAPE}, {"tensor": ESCAPE})
+ODD += ({"tuple": 3}, {"array": 3}, {"dict": [[[1], 2]]})  # what is decoded in run files
+
+
+def forged(text: str, count: int) -> Iterator[Any]:
+    """What a text of JSON holds with one key or value in it exchanged, in `count` ways."""
+    chance = random.Random(0)
+    for _ in range(count):
+        value = json.loads(text)
+        places = [(value, key) for key in (value if isinstance(value, dict) else range(len(value)))]
+        for holder, key in places:  # it grows meanwhile
+            inner = holder[key]
+            if isinstance(inner, (dict, list)):  # not all of 625 numbers of a random generator
+                places += [(inner, each) for each in (inner if isinstance(inner, dict) else range(min(len(inner), 9)))]
+        holder, key = chance.choice(places)
+        odd = ESCAPE if isinstance(holder, dict) and chance.random() < 0.2 else key
+        holder[odd] = holder.pop(key) if odd != key else copy.deepcopy(chance.choice(ODD))
+        yield value
+
+
+@pytest.mark.parametrize("kind", ["a ledger", "a model", "a run", "a state"])
+def test_what_is_forged_is_refused_in_words(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: with one value exchanged, or one name, a ledger, a model's file, a run's and a state dict with sizes are
+    taken or a SetpointError, and no control character reaches the terminal: by a report, an error or its causes.
+    """
+    ways, file = (25 if kind == "a run" else 60), tmp_path / "run.jsonl"
+    whole, again = run(), run()
+    whole.train(0, 22)
+    whole.loop.ledger.end(22, 40, budget_met=True, reason="met", note="")
+    whole.loop.ledger.save(file)
+    setpoint.save(whole.model, tmp_path / "model")
+    setpoint.save_run(tmp_path / "run", **parts(whole))
+    header, stored = read_file(tmp_path / "model", "setpoint", "")
+    tensors, state = read_file(tmp_path / "run", "setpoint_run", "")[1], whole.model.state_dict()
+
+    def report(rows: Any) -> None:
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        with suppress(typer.Exit):
+            report_of(file)
+
+    def load(changed: Any) -> None:
+        write_file(tmp_path / "forged", "setpoint", changed, stored)
+        setpoint.load(tmp_path / "forged", into=Net())
+
+    def load_run(changed: Any) -> None:
+        tree = torch.frombuffer(bytearray(json.dumps(changed).encode()), dtype=torch.uint8)
+        write_file(tmp_path / "forged", "setpoint_run", {}, {**tensors, TREE: tree})
+        setpoint.load_run(tmp_path / "forged", **parts(again if again.loop.step == 0 else run()))
+
+    def shrink(changed: Any) -> None:
+        other = OrderedDict(state)
+        other._metadata = changed  # type: ignore[attr-defined]
+        setpoint.shrink_to(Net(), other)
+
+    text, read = {
+        "a ledger": (f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]", report),
+        "a model": (json.dumps(header), load),
+        "a run": (tensors[TREE].numpy().tobytes().decode(), load_run),
+        "a state": (json.dumps(state._metadata), shrink),  # type: ignore[attr-defined]
+    }[kind]
+    refused = 0
+    for changed in forged(text, ways):
+        seen = ""
+        try:
+            read(changed)
+        except SetpointError as error:
+            seen, refused = "".join(traceback.format_exception(error)), refused + 1
+        said = capsys.readouterr()
+        assert not {each for each in seen + said.out + said.err if each < " "} - {"\n"}, changed
+        refused += "error:" in said.err
+    assert refused > ways / 5
+
+
+def test_a_named_pipe_is_not_opened(tmp_path: Path) -> None:
+    """Claim: a pipe in the place of a file, which to read would wait for ever, is refused."""
+    for name in ("small.safetensors", "run.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="is no plain file"):
+        setpoint.load(tmp_path / "small.safetensors", into=nn.Linear(2, 2))
+    with pytest.raises(ReportError, match="is no plain file"):
+        read_ledger(tmp_path / "run.jsonl")
 
 
 class Bomb:

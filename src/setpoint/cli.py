@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from setpoint.errors import SetpointError, UsageError
+from setpoint.errors import SetpointError, UsageError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -248,7 +248,7 @@ def errors_as_messages() -> Iterator[None]:
         message = str(error)
         if isinstance(error, OSError) and error.filename:
             message = f"{error.filename} cannot be read or written: {error.strerror}"
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
@@ -273,7 +273,10 @@ def console() -> Console:
     if _as_json.get():
         return Console(quiet=True)
     # Rich would wrap at 80 columns in a pipe.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    screen = Console() if sys.stdout.isatty() else Console(width=200)
+    made = screen.render_str  # through which every text goes, also those of a table
+    screen.render_str = lambda text, **look: made(printable(text), **look)  # type: ignore[method-assign]
+    return screen
 
 
 def _print(line: str) -> None:

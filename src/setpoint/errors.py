@@ -4,6 +4,18 @@ Each message says what is wrong, what was given, and what to do about it. After 
 user's model and optimizer are as they were before the call.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def printable(text: str) -> str:
+    r"""A text with its control characters written out, but for line breaks and tabs: a terminal would obey them.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+
 
 class SetpointError(Exception):
     """Root of all errors that Setpoint raises on purpose.
@@ -15,6 +27,9 @@ class SetpointError(Exception):
     ...     print(type(error).__name__)
     BudgetError
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names in it may come from a file that somebody else wrote
 
 
 class BudgetError(SetpointError, ValueError):
@@ -59,6 +74,24 @@ class NotBegunError(LoopError, AttributeError):
 
 class CheckpointError(SetpointError, ValueError):
     """A file that is damaged, not a Setpoint file, or made for another model."""
+
+
+@contextmanager
+def as_written(what: str) -> Iterator[None]:
+    """Inside, the contents of a file or a state are taken apart: those of another form are a CheckpointError.
+
+    >>> with as_written("the file"):
+    ...     {}["weight"]
+    Traceback (most recent call last):
+    setpoint.errors.CheckpointError: the file is damaged: KeyError('weight')
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # Python prints the text of a cause as it is.
+        raise CheckpointError(f"{what} is damaged: {error!r}") from (error if str(error).isprintable() else None)
 
 
 class UsageError(SetpointError, ValueError):

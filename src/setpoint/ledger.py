@@ -128,6 +128,7 @@ class Ledger:
         return {"entries": [plain(asdict(entry), "the ledger") for entry in self._entries]}
 
     def check(self, state: Mapping[str, Any]) -> None:
+        Ledger().load_state_dict(state)
         for entry in state["entries"]:
             _entry(entry)
 

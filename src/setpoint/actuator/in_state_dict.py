@@ -21,7 +21,7 @@ from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_module
 from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError, LoopError
+from setpoint.errors import CheckpointError, LoopError, as_written
 from setpoint.messages import warn
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()  # models that a loop is at work on; `note_attached` adds one
@@ -94,15 +94,14 @@ class StateSizes:
     @classmethod
     def parse(cls, value: Any) -> StateSizes:
         """From `plain`'s form; a CheckpointError for a newer form, or for anything else."""
-        try:
+        with as_written("what the state dict carries of sizes"):
             if (newer := int(value["format"])) <= FORMAT:
                 nested = value["sizes"].items()
                 sizes = {(str(module), str(at)): int(size) for module, of in nested for at, size in of.items()}
                 both = value["dense"], value.get("shapes", {})  # states of 0.2 have no `shapes`
                 dense, shapes = ({str(name): tuple(map(int, shape)) for name, shape in of.items()} for of in both)
-                return cls(sizes, dense, dict(value["transient"]), shapes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the sizes that the state dict carries are damaged: {error!r}") from error
+                values = {str(name): tensor.detach() for name, tensor in value["transient"].items()}
+                return cls(sizes, dense, values, shapes)
         raise CheckpointError(
             f"the state dict has sizes of format {newer}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
         )

@@ -156,7 +156,7 @@ def check_sizes(model: nn.Module, sizes: Iterable[SizePlace]) -> None:
         try:
             module = model.get_submodule(name)
         except AttributeError as error:
-            raise GroupError(f"the model has no module {name!r}, which should hold a size: {error}") from error
+            raise GroupError(f"the model has no module {name!r}, which should hold a size: {error}") from None
         if not is_call(place):
             read_size(module, place)
 

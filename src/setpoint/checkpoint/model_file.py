@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from setpoint.actuator.in_state_dict import check_not_attached
+from setpoint.actuator.in_state_dict import StateSizes, check_not_attached
 from setpoint.actuator.model_shapes import ModelShapes, by_module
 from setpoint.actuator.tensors import is_persistent, named_tensors
 from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.plain import json_object, to_host
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, as_written
 from setpoint.messages import a_type
 
 FORMAT = 1  # version of both file formats, described in docs/checkpoint-format.md and docs/resume.md
@@ -94,9 +94,11 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         then = f"save_pretrained did: setpoint.enable_checkpointing(), then from_pretrained({str(folder)!r})"
     header, stored = read_file(path, _KEY, f"setpoint.save did not write it: {then}")
     # The file's data may be aligned for single reals only; a copy is aligned for pairs of them too.
-    tensors = stored | {name: torch.view_as_complex(stored[name].clone()) for name in header["complex"]}
-    own, aliases = _stored(into, header["transient"])
-    _check_same_names(set(own), aliases, tensors, header["aliases"])
+    with as_written(repr(str(path))):
+        tensors = stored | {name: torch.view_as_complex(stored[name].clone()) for name in header["complex"]}
+        own, aliases = _stored(into, header["transient"])
+        _check_same_names(set(own), aliases, tensors, header["aliases"])
+        carried = StateSizes.parse({**header, "format": 1, "transient": {}})
     for name, tensor in own.items():
         saved = tensors[name]
         # `load` takes the file's dtype: complex or integer numbers must not take the place of real ones.
@@ -106,9 +108,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
                 "model"
             )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dense = {name: tuple(shape) for name, shape in header["dense"].items()}
-    sizes = {(module, place): size for module, places in header["sizes"].items() for place, size in places.items()}
-    fit(into, shapes, sizes, tensors, dense)
+    fit(into, shapes, carried.sizes, tensors, carried.dense)
     return into
 
 
@@ -216,8 +216,8 @@ def write_file(path: Path, key: str, header: Mapping[str, Any], tensors: dict[st
 
 def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors that `write_file` wrote, with a right digest; `foreign` says what to do with other files."""
-    if path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a folder, and {foreign}")
+    if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
+        raise CheckpointError(f"{str(path)!r} is {'a folder' if path.is_dir() else 'no plain file'}, and {foreign}")
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -234,7 +234,8 @@ def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[
                 f"{str(path)!r} is a pickle, as torch.save writes it, and is not opened, since a pickle can run any "
                 "code: load it with torch.load(..., weights_only=True) and write it again with setpoint.save"
             ) from error
-        raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from error
+        # Not `from error`: Python would print its text, which may be the file's, as it is.
+        raise CheckpointError(f"{str(path)!r} is damaged or not a safetensors file: {error}") from None
     if key not in metadata:
         raise CheckpointError(f"{str(path)!r} is a safetensors file, but {foreign}")
     header = json_object(metadata[key]) or {}

@@ -218,7 +218,7 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
-    """The data that `to_tensors` was given; other tensors are a KeyError, TypeError, ValueError or RuntimeError."""
+    """The data that `to_tensors` was given; for other tensors any error, which `as_written` is to name."""
 
     def decode(value: Any) -> Any:
         if isinstance(value, list):

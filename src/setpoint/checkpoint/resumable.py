@@ -21,7 +21,7 @@ from setpoint.checkpoint.fit import cut_to, fit, infer_sizes
 from setpoint.checkpoint.model_file import some_of, unwrap_module
 from setpoint.checkpoint.plausible import misfit
 from setpoint.distributed import is_sharded, unwrapped
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.example import Example, example_of
 from setpoint.groups.sizes_in_code.place import is_call
 from setpoint.groups.untouched import copy_of
@@ -164,7 +164,8 @@ def _after_load(module: nn.Module, keys: Any) -> None:
 def _carried(module: nn.Module, state: Mapping[str, Any], prefix: str) -> StateSizes | None:
     """The sizes that a state carries for a module: its own, else those of all its submodules."""
     metadata = getattr(state, "_metadata", None) or {}
-    found = {path: entry[KEY] for path, entry in metadata.items() if KEY in entry}
+    with as_written("the metadata of the state dict"):
+        found = {path: entry[KEY] for path, entry in metadata.items() if KEY in entry}
     if prefix[:-1] in found:
         return StateSizes.parse(found[prefix[:-1]])
     parts = {path: found[prefix + path] for path, _ in module.named_modules() if prefix + path in found}

@@ -19,7 +19,7 @@ from setpoint.actuator.tensors import swap
 from setpoint.checkpoint.model_file import read_file, some_of, write_file
 from setpoint.checkpoint.plain import from_tensors, rng_state, set_rng_state, to_tensors
 from setpoint.distributed import is_sharded_tensor
-from setpoint.errors import CheckpointError, LoopError, RankError
+from setpoint.errors import CheckpointError, LoopError, RankError, as_written
 
 _KEY = "setpoint_run"
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -107,12 +107,13 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     """
     path = Path(path)
     _, tensors = read_file(path, _KEY, "setpoint.save_run did not write it: read a model's file by setpoint.load")
-    states, values = from_tensors(tensors).values()
-    if set(states) != set(parts):
-        raise CheckpointError(
-            f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the same "
-            "parts"
-        )
+    with as_written(repr(str(path))):
+        states, values = map(dict, from_tensors(tensors).values())
+        if set(states) != set(parts):
+            raise CheckpointError(
+                f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the "
+                "same parts"
+            )
     loops = [part for part in parts.values() if isinstance(part, Resizing)]
     others = [part for part in parts.values() if not isinstance(part, Resizing)]
     with ExitStack() as stack:
@@ -130,8 +131,8 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{str(path)!r}: {name} does not take the state that was saved under its name, and nothing was "
                     f"changed ({type(error).__name__}: {' '.join(str(error).split())})"
-                ) from error
-    return dict(values)
+                ) from (error if str(error).isprintable() else None)  # Python prints a cause's text as it is
+    return values
 
 
 def _on_error(put_back: Callable[[], None]) -> Callable[..., None]:

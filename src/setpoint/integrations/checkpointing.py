@@ -21,7 +21,7 @@ from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.model_file import SIZES_FILE
 from setpoint.checkpoint.resumable import is_resumable, may_be_cut, resumable
 from setpoint.distributed import unwrapped
-from setpoint.errors import CheckpointError
+from setpoint.errors import as_written
 from setpoint.integrations.session import Session
 
 _TRANSFORMERS = "transformers"  # which integrations/transformers.py imports; here it is looked for when it is asked for
@@ -172,15 +172,13 @@ def read_sizes(file: Path, model: nn.Module, base: str) -> None:
     `base` is the name of the base model in models with a head, such as "bert". CheckpointError for a damaged file, or
     one of another model; the model is then as before.
     """
-    try:
+    with as_written(repr(str(file))):
         plain = json.loads(file.read_text(encoding="utf-8"))
         plain["transient"] = {
             name: torch.tensor(buffer["values"], dtype=getattr(torch, buffer["dtype"]))
             for name, buffer in plain["transient"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{str(file)!r} is damaged: {error!r}. Save the model again") from error
-    carried = StateSizes.parse(plain)
+        carried = StateSizes.parse(plain)
     modules = dict(model.named_modules())
     names = {name for name, _ in carried.sizes if name}
     if not names <= modules.keys():

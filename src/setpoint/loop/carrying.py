@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +14,7 @@ from setpoint.actuator.optimizer_check import check_state
 from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.checkpoint.plain import from_tensors, to_tensors
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.example import in_shapes, shapes_of
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
@@ -35,10 +34,8 @@ def brought(optimizer: Optimizer) -> Any | None:
 
 
 def _unpacked(data: Any) -> Any:
-    try:
+    with as_written("the loop's state in the optimizer's state dict"):
         return from_tensors(load(data.cpu().numpy().tobytes()))
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the loop's state in the optimizer's state dict is damaged: {error!r}") from error
 
 
 def begin_resumable(loop: Loop, inputs: Inputs, parts: Callable[[Inputs], Parts]) -> None:

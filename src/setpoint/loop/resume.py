@@ -10,7 +10,7 @@ from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state
 from setpoint.controller.plan import Plan
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.group import widths_of
 from setpoint.ledger import Ledger
 from setpoint.loop.control import Control, RunState
@@ -78,14 +78,8 @@ def state_of(control: Control) -> dict[str, Any]:
 
 def load_state(control: Control, state: Mapping[str, Any]) -> None:
     """Take over the state of another run; the control changes only once all of it was checked."""
-    try:
+    with as_written("this is no state that loop.state_dict() returned, or it"):
         actuator, now, controller_state = _checked(control, state)
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise CheckpointError(
-            f"this is not a state that loop.state_dict() returned, or a damaged one: {error!r}"
-        ) from error
     control.actuator, control.state, control.controller_state = actuator, now, controller_state
     for name, part in _saved_parts(control, actuator).items():
         part.load_state_dict(state[name])

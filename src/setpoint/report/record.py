@@ -64,6 +64,8 @@ class Record:
 def read_ledger(file: Path) -> Record:
     """The record in a file that `loop.ledger.save(file)` wrote; a ReportError for any other."""
     try:
+        if file.exists() and not file.is_file():
+            raise CheckpointError("it is no plain file")  # and a named pipe would wait for ever
         return record_of(Ledger.load(file))
     except FileNotFoundError as error:
         raise ReportError(
@@ -76,18 +78,19 @@ def read_ledger(file: Path) -> Record:
 
 def record_of(ledger: Ledger) -> Record:
     """A ledger as a report reads it, whatever its header lacks."""
-    header, ended, groups = ledger.header, ledger.ended or {}, ledger.header.get("groups", {})
+    header, ended, groups = ledger.header, ledger.ended or {}, mapping(ledger.header.get("groups"))
+    units = {name: integer(mapping(group).get("num_units")) for name, group in groups.items()}
     sources: dict[str, list[str]] = {}
     for kind in ("modelled", "measured"):
-        for resource, text in header.get(kind, {}).items():
-            sources.setdefault(resource, []).append(text)
+        for resource, text in mapping(header.get(kind)).items():
+            sources.setdefault(resource, []).append(str(text))
     return Record(
-        units={name: group["num_units"] for name, group in groups.items() if "num_units" in group},
-        what={name: group.get("what", "unit") for name, group in groups.items()},
+        units={name: count for name, count in units.items() if count is not None},
+        what={name: str(mapping(group).get("what", "unit")) for name, group in groups.items()},
         total_steps=integer(ended.get("total_steps", header.get("total_steps"))),
         entries=tuple(_finite(entry) for entry in ledger),
         sources=sources,
-        pattern=header.get("pattern", ""),
+        pattern=str(header.get("pattern", "")),
         **{name: quantities(header.get(name)) for name in ("dense", "limit", "limit_run")},
         ended=ended,
     )
