@@ -294,3 +294,65 @@ def test_what_a_users_file_prints_is_no_json(tmp_path: Path) -> None:
     result = invoke("inspect", f"{tmp_path / 'net.py'}:build", "--input", "2,4", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["groups"]
     assert "loading" in result.stderr and "building" in result.stderr
+
+
+PROGRAM = """
+import sys, torch
+from torch import nn
+import beside
+model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+model.load_state_dict(torch.load(sys.argv[1]))
+print("widths", model[0].out_features, __name__, sys.argv[1:])
+
+def main():
+    return 7
+
+if "--fail" in sys.argv:
+    sys.exit(main())
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a program that knows nothing of Setpoint, and the state of a cut model."""
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    (tmp_path / "beside.py").write_text("", encoding="utf-8")
+    for heavy in ("transformers", "diffusers"):
+        (tmp_path / f"{heavy}.py").write_text("raise ImportError", encoding="utf-8")
+    (tmp_path / "shell").write_text("#!/bin/sh\n", encoding="utf-8")
+    model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4))
+    (group,) = setpoint.find_groups(model, (torch.zeros(2, 8),))
+    setpoint.shrink(model, None, (group,), {group.name: [n < 12 for n in range(20)]})
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    package = tmp_path / "tool-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: tool\nVersion: 1\n", encoding="utf-8")
+    (package / "entry_points.txt").write_text("[console_scripts]\ntool = program:main\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(Path(setpoint.__file__).parents[1]))
+    return tmp_path
+
+
+def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "setpoint", "run", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("words", [["program.py"], ["--", "python", "program.py"], ["python", "-m", "program"]])
+def test_run_lets_a_program_load_a_cut_model(words: list[str], program: Path) -> None:
+    """A program that builds the dense model loads a cut state, with its own arguments, neighbours and exit code."""
+    done = run_in(program, *words, "small.pt", "--fail")
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == "widths 12 __main__ ['small.pt', '--fail']\n"
+
+
+def test_run_starts_a_command_of_a_package_and_names_what_it_cannot_run(program: Path) -> None:
+    """A console script's return value is the exit code; what is missing or no Python is one line and exit code 2."""
+    assert run_in(program, "tool", "small.pt").returncode == 7
+    for words, message in (
+        (["nothing"], "'nothing' is no file, and no command of a Python package"),
+        (["./shell"], "is no Python program"),
+        (["python", "-m", "no_such_module"], "there is no module 'no_such_module'"),
+        (["python"], "is no file, and no command"),
+    ):
+        done = run_in(program, *words)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""The command line: inspect, compress and report, and what setpoint-bench adds to it.
+"""The command line: inspect, compress, report and run, and what setpoint-bench adds to it.
 
 A command prints for readers, or with --json one object for machines. What a user can put right is one line on stderr
 and exit code 2; options are read by Typer, which says itself what it does not take.
@@ -11,11 +11,14 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_module, run_path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -174,6 +177,50 @@ def report(
         finish({"report": str(page), **state(record)}, f"open {page} in a browser")
 
 
+def run(
+    program: Annotated[
+        list[str],
+        typer.Argument(help="As in a shell: python FILE.py, python -m MODULE, or a command.", metavar="PROGRAM"),
+    ],
+) -> None:
+    """Run a Python program in this process, in which every model reads and writes cut models' checkpoints.
+
+    It is `setpoint.enable_checkpointing()` ahead of a program that cannot be changed. Processes that the program starts
+    know nothing of it.
+    """
+    with errors_as_messages():
+        start = _started(program)
+        from setpoint.integrations.checkpointing import enable_checkpointing
+
+        enable_checkpointing()
+    sys.exit(start())  # outside, since the errors of a program are its own
+
+
+def _started(program: list[str]) -> Callable[[], Any]:
+    """What runs a program, whose words `sys.argv` then has, and returns its exit code."""
+    by_python = Path(program[0]).name.startswith("python")
+    name, *arguments = program[by_python:] or [""]
+    if by_python and name == "-m" and arguments:
+        name, *arguments = arguments
+        if find_spec(name) is None:
+            raise UsageError(f"there is no module {name!r}: install its package, or go to the folder that has it")
+        sys.path[:0] = [os.getcwd()]
+        run: Callable[..., Any] = partial(run_module, alter_sys=True)
+    elif not by_python and (scripts := entry_points(group="console_scripts", name=name)):
+        sys.argv = [name, *arguments]
+        return lambda: next(iter(scripts)).load()()
+    else:
+        if not Path(name).is_file():
+            raise UsageError(f"{name!r} is no file, and no command of a Python package that is installed here")
+        with open(name, "rb") as file:
+            if not (name.endswith(".py") or b"python" in file.readline()):
+                raise UsageError(f"{name!r} is no Python program: only one of those can run in this process")
+        sys.path[:0] = [str(Path(name).resolve().parent)]
+        run = run_path
+    sys.argv = [name, *arguments]
+    return lambda: run(name, run_name="__main__") and None  # it returns the program's variables
+
+
 def make_app() -> typer.Typer:
     """The command line, with the commands of the packages that are installed."""
     made = typer.Typer(
@@ -190,6 +237,8 @@ def make_app() -> typer.Typer:
     cut = "setpoint compress net.py:build --data net.py:batches --budget 50% --out small"
     made.command(epilog=examples(cut))(compress)
     made.command(epilog=examples("setpoint report run.jsonl", "setpoint report runs/digits --out pages"))(report)
+    ways = "setpoint run validate.py --checkpoint small.pt", "setpoint run python -m package.validate small.pt"
+    made.command(epilog=examples(*ways), context_settings={"allow_interspersed_args": False})(run)
     for benchmark in entry_points(group=GROUP, name="commands"):
         benchmark.load().add_commands(made)
     return made

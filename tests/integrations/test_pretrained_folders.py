@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,22 @@ def test_sentence_transformers_reads_its_folder(tmp_path: Path) -> None:
     dense, small = (sum(each.numel() for each in model.parameters()) for model in (BertModel(config), again))
     assert small < dense
     assert torch.equal(again.encode(texts, convert_to_tensor=True), encoder.encode(texts, convert_to_tensor=True))
+
+
+def test_the_config_of_a_cut_folder_says_how_to_read_it(tmp_path: Path) -> None:
+    """Claim: it names the call in one key, which does no harm, and goes when the model is whole again."""
+    from transformers import BertConfig, BertModel
+
+    enable_transformers()
+    config = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model, tokens = BertModel(config).eval(), torch.ones(1, 4, dtype=torch.long)
+    group = max(setpoint.find_groups(model, (tokens,)), key=lambda group: group.num_units)
+    setpoint.shrink(model, None, (group,), {group.name: [unit % 2 == 0 for unit in range(group.num_units)]})
+    model.save_pretrained(tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    assert "setpoint.enable_checkpointing() before from_pretrained" in before.pop("setpoint")
+    again = BertModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens).last_hidden_state, model(tokens).last_hidden_state)
+    dense = BertModel(again.config)
+    dense.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == before

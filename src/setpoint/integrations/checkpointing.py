@@ -24,6 +24,10 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import as_written
 from setpoint.integrations.session import Session
 
+_HINT = (
+    f"cut by Setpoint: {SIZES_FILE} has the true widths, and this config may say those of the dense model; call "
+    "setpoint.enable_checkpointing() before from_pretrained"
+)
 _TRANSFORMERS = "transformers"  # which integrations/transformers.py imports; here it is looked for when it is asked for
 
 
@@ -154,6 +158,7 @@ def write_sizes(model: nn.Module, folder: Path) -> None:
     """Write the sizes of a cut model into its folder; for a model that was never cut, remove the file."""
     file, model = folder / SIZES_FILE, unwrapped(model)
     carried = StateSizes.of(model) if was_cut(model) else None
+    _write_hint(folder / "config.json", None if carried is None else _HINT)
     if carried is None:
         file.unlink(missing_ok=True)
         return
@@ -163,6 +168,14 @@ def write_sizes(model: nn.Module, folder: Path) -> None:
         for name, value in carried.transient.items()
     }
     file.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+
+
+def _write_hint(config: Path, hint: str | None) -> None:
+    """For who reads a folder of transformers without Setpoint; diffusers would warn of the key at each load."""
+    found = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if "model_type" in found and found.get(KEY) != hint:
+        found = {name: value for name, value in {**found, KEY: hint}.items() if name != KEY or hint}
+        config.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_sizes(file: Path, model: nn.Module, base: str) -> None:
