@@ -32,11 +32,13 @@ from setpoint.groups.trace import trace_step
 from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
+from setpoint.loop.calls import FirstSteps, Record
 from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
 from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
-from setpoint.loop.first_batch import FirstBatch
+from setpoint.loop.first_batch import FirstBatch, RecordedMethod
 from setpoint.loop.loop import Loop
+from setpoint.loop.summary import warn_of_others
 from setpoint.messages import a_type, plain_number, progress
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
@@ -124,7 +126,13 @@ def attach(
 
             complete(host.model, example)
         loop = Loop(host)
-        _begin(loop, spec, Inputs(example, samples=num_samples(example)))
+        inputs = Inputs(example, samples=num_samples(example))
+        _begin(loop, spec, inputs)
+        listen: Callable[..., object] = partial(Record.listen, module=model if host.compiled else host.model)
+        if method != "forward":
+            listen = partial(RecordedMethod, model=host.model, method=method)
+        outside = host.compiled and model._compiled_call_impl is None
+        loop.watch(FirstSteps(host.model, listen, inputs, warn_of_others, outside))
         _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         return loop
 

@@ -203,7 +203,8 @@ def test_watching_changes_nothing_and_holds_nothing() -> None:
         ),
         (
             setpoint.Budget.fraction(0.5, of="params"),
-            r"50\.0 % asked for \(a step takes 223 params, the limit is 122 params",
+            r"50\.0 % asked for \(a step takes 223 params, the limit is 122 params\)\. "
+            "total_steps counts optimizer steps, not batches, and this run had 3$",
         ),
         (
             setpoint.Budget.fraction(0.5, of="flops", per="run"),

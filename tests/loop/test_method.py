@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,3 +110,56 @@ def test_bad_methods() -> None:
     model.training_step(batch()).backward()
     with pytest.raises(GroupError, match=r'its parts one by one: .*method="loss"'):
         optimizer.step()
+
+
+class Autoencoder(nn.Module):
+    """Its loss leaves out a branch of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.big = nn.Sequential(nn.Linear(8, 200), nn.ReLU(), nn.Linear(200, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + self.big(x)
+        return out
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.net(x) - x).square().mean()
+
+
+@pytest.mark.parametrize(("options", "accumulate"), [({}, 1), ({"method": "loss"}, 1), ({"method": "loss"}, 3)])
+def test_a_forward_that_is_never_called_is_warned_of(options: Any, accumulate: int, monkeypatch: Any) -> None:
+    """Claim: before the second step, when nothing is cut, a warning names `method=`; with that only several calls of
+    the method in a step are warned of; a method of the object's own is there again.
+    """
+    monkeypatch.setattr("setpoint.loop.calls.anything_compiled", lambda: False)
+    torch.manual_seed(0)
+    model = Autoencoder()
+    own = vars(model)["loss"] = partial(Autoencoder.loss, model)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    loop = setpoint.attach(model, optimizer, 0.5, example=(torch.randn(16, 8),), total_steps=100, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for _ in range(accumulate):
+                model.loss(torch.randn(16, 8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    words = "gives the model 3 times" if options else 'without a call of model(x).*attach(..., method="loss")'
+    assert len(caught) == (not options or accumulate > 1) and loop.widths == loop.dense_widths
+    assert all(re.search(re.escape(words).replace(r"\.\*", ".*"), str(each.message)) for each in caught)
+    assert vars(model)["loss"] is own and not model._forward_hooks
+    loop.detach()
+
+
+def test_gradients_that_are_set_by_hand_need_no_forward() -> None:
+    """Claim: without a backward pass nothing is said of the forward: warnings are errors."""
+    model = Autoencoder()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = setpoint.attach(model, optimizer, 0.5, example=(torch.randn(16, 8),), total_steps=100)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    loop.detach()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -499,3 +501,91 @@ def test_an_optimizers_state_is_taken_with_the_loops_or_not_at_all(forge: Callab
     again.train(STEPS)
     whole.train(STEPS)
     assert same(again.everything(), whole.everything())
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests compile, after which first steps are not looked at."""
+    monkeypatch.setattr("setpoint.loop.calls.anything_compiled", lambda: False)
+
+
+Sizes = Sequence[tuple[int, ...]]  # of the batches of a step
+
+
+def _beside(example: tuple[int, ...], steps: Sequence[Sizes], budget: Any = 0.5) -> tuple[list[str], nn.Module, Any]:
+    """What is warned of in a run of these steps with an example of this shape, the model and the summary."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    given = {"example": (torch.randn(example),)} if example else {}
+    loop = setpoint.attach(model, optimizer, budget, total_steps=20, **given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(20):
+            for size in steps[min(step, len(steps) - 1)]:
+                model(torch.randn(size)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            copy.deepcopy(model), pickle.dumps(model)
+    return [str(each.message) for each in caught], model, loop.finish()
+
+
+@pytest.mark.parametrize("budget", [0.5, "50% flops per run"])
+@pytest.mark.parametrize(
+    ("example", "step", "times"), [((8, 6), 4 * [(8, 6)], 4), ((1, 6), [(32, 6)], 32), ((8, 6), 2 * [(8, 6)], 2)]
+)
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_micro_batch_as_example_is_warned_of(example: Any, step: Sizes, times: int, budget: Any) -> None:
+    """Claim: once, where a step gives the model at least twice the example, with the factor; without an example, which
+    is the remedy, and with a step's rows as example FLOPs are right, and nothing is said; hooks go.
+    """
+    said, model, few = _beside(example, [step], budget)
+    assert len([each for each in said if f"gives the model {times} times what the example has" in each]) == 1
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    for remedy in ((), (sum(size[0] for size in step), 6)):
+        said, _, whole = _beside(remedy, [step], budget)
+        assert not said and whole.dense_flops == times * few.dense_flops
+
+
+@pytest.mark.parametrize(
+    ("example", "steps"),
+    [
+        ((8, 6), [[(8, 6)], [(12, 6)]]),
+        ((8, 6), [[(8, 6)], [(3, 6)]]),
+        ((8, 6), [[(8, 6)], [(8, 6), (5, 6)], [(8, 6)]]),
+        ((8, 6), [[(8, 6)], [(40, 6)], [(8, 6)]]),
+        ((4, 5, 6), [[(4, 50, 6)]]),
+    ],
+    ids=["larger", "last", "half", "one outlier", "lengths"],
+)
+@pytest.mark.usefixtures("nothing_compiled")
+def test_batches_that_vary_are_not_warned_of(example: Any, steps: Any) -> None:
+    """Claim: less than twice the rows, one larger step, smaller ones and longer texts give no warning."""
+    assert not _beside(example, steps)[0]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_skipped_steps_nested_calls_and_evaluations_are_no_larger_steps() -> None:
+    """Claim: what a GradScaler skips between two steps, calls from inside of a call, and those without gradients or in
+    eval mode do not count: warnings are errors.
+    """
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(6, 24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if len(x) <= 4 else torch.cat([self(x[:4]), self(x[4:])])
+
+    torch.manual_seed(0)
+    model, x = Halves(), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=20, example=(x,))
+    for _ in range(5):
+        for _ in range(3):  # the last one steps
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            _evaluated(model, x)
+        optimizer.step()
+    loop.detach()

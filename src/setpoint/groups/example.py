@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -55,24 +55,6 @@ def with_tensors(value: Any, tensors: Mapping[int, Any]) -> Any:
 def shapes_of(example: Example) -> list[list[int]]:
     """The shape of every tensor in an example, in order."""
     return [list(tensor.shape) for tensor in tensors_of(example)]
-
-
-def in_shapes(example: Example, shapes: Sequence[Sequence[int]]) -> Example:
-    """An example whose tensors have these shapes, if their dims fit: entries are left out at the end, or come again."""
-    tensors = list(tensors_of(example))
-    if [tensor.dim() for tensor in tensors] != [len(shape) for shape in shapes] or shapes == shapes_of(example):
-        return example
-    return with_tensors(
-        example, {id(tensor): _sized(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)}
-    )
-
-
-def _sized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    found = tensor.detach()
-    for dim, size in enumerate(shape):
-        if 0 < found.shape[dim] != size:
-            found = found.index_select(dim, torch.arange(size, device=found.device) % found.shape[dim])
-    return found.requires_grad_(tensor.requires_grad)
 
 
 def num_samples(example: Example) -> int:

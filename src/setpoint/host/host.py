@@ -116,9 +116,8 @@ class Host:
         return nullcontext(agree)
 
     def _follow_in_compiled_code(self) -> None:
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        if dynamo is None or not dynamo.counters["stats"]["unique_graphs"]:
-            return  # nothing was compiled in this process, so that its settings stay untouched
+        if not anything_compiled():
+            return  # the settings of this process stay untouched
         if self._widths is None:
             from setpoint.host.compiled import DynamicWidths
 
@@ -157,6 +156,12 @@ class Host:
         self._stop_watching()
         if self._widths is not None:
             self._widths.stop()
+
+
+def anything_compiled() -> bool:
+    """Whether code was compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["stats"]["unique_graphs"])
 
 
 def check_plain(model: nn.Module) -> bool:

@@ -1,12 +1,12 @@
 """Carrying: a loop's state inside its optimizer's own state dict, so that any framework saves and loads it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.model_shapes import apply_sizes, note_cut, was_cut
@@ -15,7 +15,7 @@ from setpoint.actuator.shrink import unwrapped
 from setpoint.checkpoint.fit import at_dense_shapes
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError, as_written
-from setpoint.groups.example import in_shapes, shapes_of
+from setpoint.groups.example import Example, shapes_of, tensors_of, with_tensors
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import implied, is_call, read_size
 from setpoint.host.host import Host
@@ -110,7 +110,25 @@ def _in_form(inputs: Inputs, form: Mapping[str, Any]) -> Inputs:
             f"{counted(passes, 'time')}: FLOPs are counted as in the first; where the accumulation was changed, attach "
             "without resume"
         )
-    return Inputs(in_shapes(inputs.example, form["shapes"]), passes, form["samples"], recorded=True)
+    return Inputs(_in_shapes(inputs.example, form["shapes"]), passes, form["samples"], recorded=True)
+
+
+def _in_shapes(example: Example, shapes: Sequence[Sequence[int]]) -> Example:
+    """An example whose tensors have these shapes, if their dims fit: entries are left out at the end, or come again."""
+    tensors = list(tensors_of(example))
+    if [tensor.dim() for tensor in tensors] != [len(shape) for shape in shapes] or shapes == shapes_of(example):
+        return example
+    return with_tensors(
+        example, {id(tensor): _sized(tensor, shape) for tensor, shape in zip(tensors, shapes, strict=True)}
+    )
+
+
+def _sized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    found = tensor.detach()
+    for dim, size in enumerate(shape):
+        if 0 < found.shape[dim] != size:
+            found = found.index_select(dim, torch.arange(size, device=found.device) % found.shape[dim])
+    return found.requires_grad_(tensor.requires_grad)
 
 
 @contextmanager

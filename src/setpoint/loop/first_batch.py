@@ -1,9 +1,10 @@
 """The first batch: without an `example`, a loop begins with what training gave the model before its first step."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,11 @@ from torch.jit import ScriptModule
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.example import Example, example_of, mapped, num_samples
 from setpoint.host.host import Host
+from setpoint.loop.calls import Call, Record
 from setpoint.loop.candidates import Inputs
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100  # class index that PyTorch's and transformers' losses leave out
-
-
-class _Call(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def samples(self) -> int:
-        return num_samples((self.args, self.kwargs))
 
 
 class FirstBatch:
@@ -39,27 +32,26 @@ class FirstBatch:
         if any(module._compiled_call_impl is not None for module in host.model.modules()):
             raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
         self._model, self._method, self._begin = host.model, method, begin
-        self._calls: dict[str, _Call] = {}  # the first of the largest ones of each module, by its name
+        self._calls: dict[str, Call] = {}  # the first of the largest ones of each module, by its name
         self._counts: dict[str, int] = {}  # of calls with as many samples
         self._running: list[str] = []
-        self._now: _Call | None = None  # the outermost call that is running
+        self._now: Call | None = None  # the outermost call that is running
         self._autocast: AbstractContextManager[Any] = nullcontext()
-        self._handles: list[Any] = []
+        self._until = ExitStack()
         if method != "forward":
-            self._model.__dict__[method] = _RecordedMethod(self._model, method, _Record("", self))
+            RecordedMethod(self._record(""), self._until, host.model, method)
             return
         # Hooks inside of compiled code would have it compiled again, so only the outside is looked at.
         modules = (("", called),) if host.compiled else self._model.named_modules()
         for name, module in modules:
             # A loss or a metric has no parameters, and compiled scripts take no hooks.
             if not name or (next(module.parameters(), None) is not None and not isinstance(module, ScriptModule)):
-                record = _Record(name, self)
-                self._handles += [
-                    module.register_forward_pre_hook(record.ahead, with_kwargs=True),
-                    module.register_forward_hook(record.behind, always_call=True),
-                ]
+                self._record(name).listen(self._until, module)
 
-    def forward_begins(self, name: str, module: nn.Module, call: _Call) -> None:
+    def _record(self, name: str) -> Record:
+        return Record(partial(self.forward_begins, name), partial(self.forward_ends, name))
+
+    def forward_begins(self, name: str, module: nn.Module, call: Call) -> None:
         if not name:
             self._running.clear()  # what an interrupt has left there
         trains = torch.is_grad_enabled() and self._model.training
@@ -76,7 +68,7 @@ class FirstBatch:
             self._autocast = torch.autocast(device, dtype=dtype, cache_enabled=cached)
         self._now = mapped(_detached, call)  # a copy: training may change a batch's containers in place
 
-    def forward_ends(self, name: str, *, raised: bool) -> None:
+    def forward_ends(self, name: str, raised: bool) -> None:
         if not self._running or self._running[-1] != name:
             return
         self._running.pop()
@@ -86,9 +78,9 @@ class FirstBatch:
         known = self._calls.get(name)
         if raised:  # inputs that the model does not take
             return
-        if known is None or call.samples > known.samples:
+        if known is None or num_samples(call) > num_samples(known):
             self._calls[name], self._counts[name] = call, 1
-        elif call.samples == known.samples:
+        elif num_samples(call) == num_samples(known):
             self._counts[name] += 1
 
     def begin(self, backward_passes: int) -> None:
@@ -117,11 +109,7 @@ class FirstBatch:
             self._begin(Inputs(example, passes, passes * samples, recorded=True))
 
     def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._method != "forward":
-            self._model.__dict__.pop(self._method, None)
+        self._until.close()
 
 
 @contextmanager
@@ -142,7 +130,7 @@ def _calling_parts(model: nn.Module) -> Iterator[None]:
             model.forward = before
 
 
-def _forward_by_parts(self: nn.Module, parts: Mapping[str, list[_Call]]) -> list[Any]:
+def _forward_by_parts(self: nn.Module, parts: Mapping[str, list[Call]]) -> list[Any]:
     return [self.get_submodule(name)(*args, **kwargs) for name, calls in parts.items() for args, kwargs in calls]
 
 
@@ -167,40 +155,26 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-class _Record:
-    """The hooks of one module; on a copy of the model, and after unpickling, they do nothing."""
-
-    def __init__(self, name: str = "", batch: FirstBatch | None = None) -> None:
-        self._name, self._batch = name, batch
-
-    def ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Dynamo's own flag: that of the exporter is set for all threads.
-        if self._batch is not None and not torch.compiler.is_dynamo_compiling():
-            self._batch.forward_begins(self._name, module, _Call(args, dict(kwargs)))
-
-    def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.ended(raised=output is None)  # None is what PyTorch gives after an exception
-
-    def ended(self, *, raised: bool) -> None:
-        if self._batch is not None and not torch.compiler.is_dynamo_compiling():
-            self._batch.forward_ends(self._name, raised=raised)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Record, ()
-
-
-class _RecordedMethod:
+class RecordedMethod:
     """Replaces a model's method while its first calls are recorded; on a copy it is the plain method."""
 
-    def __init__(self, model: nn.Module, method: str, record: _Record) -> None:
-        self._model, self._method, self._record = model, method, record
+    def __init__(self, record: Record, until: ExitStack, model: nn.Module, method: str) -> None:
+        self._record, self._model, self._method = record, model, method
+        self._own = vars(model).get(method)  # such as a compiled one
+        vars(model)[method] = self
+        until.callback(self._stop)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raised = True
         self._record.ahead(self._model, args, kwargs)
         try:
-            output = getattr(type(self._model), self._method)(self._model, *args, **kwargs)
+            output = (self._own or getattr(type(self._model), self._method).__get__(self._model))(*args, **kwargs)
             raised = False  # it may well return None
             return output
         finally:
             self._record.ended(raised=raised)
+
+    def _stop(self) -> None:
+        del vars(self._model)[self._method]
+        if self._own:
+            vars(self._model)[self._method] = self._own

@@ -21,6 +21,7 @@ from setpoint.groups.group import Group
 from setpoint.host.find import real_optimizer
 from setpoint.host.host import Host
 from setpoint.ledger import Ledger
+from setpoint.loop.calls import FirstSteps
 from setpoint.loop.control import Control, Parts
 from setpoint.loop.first_batch import FirstBatch
 from setpoint.loop.hooks import StepHooks
@@ -75,6 +76,18 @@ class Loop:
         """Begin at the first optimizer step, with the batch that this has recorded until then."""
         self._first = first
         self.at_detach(first.stop)
+
+    def watch(self, first: FirstSteps) -> None:
+        """Have this look at the first steps."""
+        before = self._hooks.before
+
+        def before_step(grad_scale: Tensor | None) -> None:
+            if first.step_begins(self._hooks.unseen.passes):
+                self._hooks.before = before
+            before(grad_scale)
+
+        self._hooks.before = before_step
+        self.at_detach(first.until.close)
 
     def at_detach(self, stop: Callable[[], None]) -> None:
         self._at_detach.callback(stop)

@@ -1,0 +1,94 @@
+"""Calls: what training calls a model with, as hooks see it; those of the first steps are compared with the example."""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import nn
+
+from setpoint.groups.example import Example, num_samples, tensors_of
+from setpoint.host.host import anything_compiled
+from setpoint.loop.candidates import Inputs
+
+
+class Call(NamedTuple):
+    """Inputs of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Record:
+    """Tells of calls of a module as they begin and end; on a copy of it, and after unpickling, of none."""
+
+    def __init__(self, begins: Callable[..., None] | None = None, ends: Callable[..., None] | None = None) -> None:
+        self._begins, self._ends = begins, ends
+
+    def listen(self, until: ExitStack, module: nn.Module) -> None:
+        until.callback(module.register_forward_pre_hook(self.ahead, with_kwargs=True).remove)
+        until.callback(module.register_forward_hook(self._behind, always_call=True).remove)
+
+    def ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Dynamo's own flag: that of the exporter is set for all threads.
+        if self._begins is not None and not torch.compiler.is_dynamo_compiling():
+            self._begins(module, Call(args, dict(kwargs)))
+
+    def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.ended(raised=output is None)  # None is what PyTorch gives after an exception
+
+    def ended(self, *, raised: bool) -> None:
+        if self._ends is not None and not torch.compiler.is_dynamo_compiling():
+            self._ends(raised)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Record, ()
+
+
+class FirstSteps:
+    """Counts what the second step gives the model. Where that is at least twice the example, in rows and in elements,
+    the third is counted too, and the lesser taken. `warn` gets the number of calls, and that of examples in a step;
+    `outside` says that hooks stay outside of compiled code.
+    """
+
+    def __init__(
+        self, model: nn.Module, listen: Callable[..., object], inputs: Inputs, warn: Callable[..., None], outside: bool
+    ) -> None:
+        self._model, self._listen, self._warn, self._outside = model, listen, warn, outside
+        self._known, self._given = inputs.passes * _size(inputs.example), np.zeros(2)
+        self._steps = self._calls = self._depth = 0
+        self._times, self.until = math.inf, ExitStack()
+
+    def _begins(self, module: nn.Module, call: Call) -> None:
+        self._calls += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and self._model.training and not self._depth:  # not from inside of another call
+            self._given += _size(call)
+        self._depth += 1
+
+    def _ends(self, raised: bool) -> None:
+        self._depth -= 1
+
+    def step_begins(self, passes: int) -> bool:
+        """After so many backward passes with gradients apart, as a GradScaler skips steps; whether all is known."""
+        self._steps, hidden = self._steps + 1, anything_compiled() and not self._outside
+        if self._steps == 1 and not hidden:  # not before: code compiled with hooks in it is compiled again without them
+            self._listen(Record(self._begins, self._ends), self.until)
+        if self._steps == 1:
+            return hidden
+        self._times = min(self._times, *(self._given / self._known / max(1, passes)))
+        self._given = np.zeros(2)
+        if self._steps == 2 and self._times >= 2:  # once, a graph may be as large
+            return False
+        self.until.close()
+        # Compiled code runs no hooks, and a gradient that was set by hand needs no forward.
+        if self._calls or (passes and not hidden):
+            self._warn(self._calls, self._times)
+        return True
+
+
+def _size(example: Example) -> Float64[np.ndarray, "2"]:
+    """Rows and elements: lengths of texts vary, and the first input may have other rows than the example's first."""
+    return np.array([num_samples(example), max(1, sum(tensor.numel() for tensor in tensors_of(example)))], np.float64)
