@@ -7,6 +7,7 @@ and exit code 2; options are read by Typer, which says itself what it does not t
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
@@ -120,7 +121,7 @@ def compress(
         from torch import nn
 
         from setpoint.checkpoint.model_file import save
-        from setpoint.messages import a_type
+        from setpoint.messages import a_type, progress
         from setpoint.one_shot.compress import compress as cut
         from setpoint.one_shot.compress import one_budget
         from setpoint.report.target import call_own, check_own_function
@@ -131,11 +132,13 @@ def compress(
             check_own_function(function)  # both, before the first one is run
         if out is None:
             print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
-        made, batches = call_own(target), call_own(data)
+        with _progress_told(), progress("loading model and data"):
+            made, batches = call_own(target), call_own(data)
         model = made[0] if isinstance(made, tuple) and made else made  # `inspect` takes a model and its inputs, too
         if not isinstance(model, nn.Module):
             raise UsageError(f"{target} returned {a_type(model)}: return a torch.nn.Module")
-        found = cut(model, batches, budget, even=even, num_samples=samples)
+        with _progress_told():
+            found = cut(model, batches, budget, even=even, num_samples=samples)
         _print(str(found))
         written, then = None, "--out DIR keeps the model"
         if out is not None:
@@ -302,6 +305,20 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _progress_told() -> Iterator[None]:
+    """Inside, standard error says what is being done also where it is no terminal."""
+    log, handler = logging.getLogger("setpoint"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def check_folder(out: Path | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from setpoint.cost.budget import parse_budget
+from setpoint.cost.budget import Budget, parse_budget
 from setpoint.errors import BudgetError
 
 
@@ -68,3 +70,22 @@ def test_a_share_above_the_dense_model_is_refused_as_it_was_written(budget: obje
     with pytest.raises(BudgetError, match=r"^the budget '1[.25].*' is more than the dense .* '50%'") as raised:
         parse_budget(budget)
     assert "Budget" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "forms"),
+    [
+        ("10 M", ["10 M params", "10 MFLOPs"]),
+        ("3 billion", ["3 G params", "3 GFLOPs"]),
+        ("2x faster", ["50% latency", "50% inference"]),
+        ("50% of the time", ["50% latency", "50% inference"]),
+        ("4x", ["25%", "25% latency", "25% params"]),
+        ("30% smaller", ["70% params"]),
+    ],
+)
+def test_an_unclear_budget_is_answered_by_the_nearest_ones(text: str, forms: list[str]) -> None:
+    """Claim: the error says how the text was read, and every form that it shows is a budget."""
+    with pytest.raises(BudgetError) as caught:
+        parse_budget(text)
+    shown = re.findall(r"'([^']*)'", str(caught.value))
+    assert shown == [text, *forms] and all(isinstance(parse_budget(form), Budget) for form in forms)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import setpoint
 from groups.zoo import GPT, MODELS, ConcatCNN, DepthwiseCNN, PlainCNN, ResidualCNN, SeparateAttention, images
-from setpoint.errors import ExampleError, ExportError
+from setpoint.errors import ExampleError, ExportError, LoopError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups, trace
 
@@ -176,3 +177,25 @@ def test_a_script_module_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(6, 6), scripted)
     with pytest.raises(ExportError, match=r"'1' is a ScriptModule, which takes no hooks"):
         find_groups(model, (torch.randn(4, 6),))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("made", ["script", "trace", "export", "export.module"])
+def test_a_model_without_code_is_refused_in_words(made: str) -> None:
+    """Claim: find_groups, attach and compress say to give the model as it was before torch.jit or torch.export."""
+    plain, x = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)), torch.randn(4, 6)
+    model: Any = {
+        "script": lambda: torch.jit.script(plain),
+        "trace": lambda: torch.jit.trace(plain, x),
+        "export": lambda: torch.export.export(plain, (x,)),
+        "export.module": lambda: torch.export.export(plain, (x,)).module(),
+    }[made]()
+    words = "before torch|model must be a torch.nn.Module, got"
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with pytest.raises((ExportError, ValueError), match=words):
+        setpoint.compress(model, [x], 0.5)
+    if made != "export.module":  # whose graph can be followed
+        with pytest.raises(ExportError, match=words):
+            find_groups(model, (x,))
+        with pytest.raises((ExportError, LoopError), match=words):
+            setpoint.attach(model, optimizer, 0.5, total_steps=10)

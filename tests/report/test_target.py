@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,28 @@ def test_a_shape_that_is_none_is_refused(tmp_path: Path) -> None:
     """Claim: before the file is run."""
     with pytest.raises(UsageError, match="at least 1"):
         load_target(f"{tmp_path}/nowhere.py:f", (0, 3))
+
+
+def test_a_file_finds_its_neighbours_whenever_it_imports_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: neighbours are found by a function, by a forward, in a package by a dot, and from the working folder."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "own_layers.py").write_text("WIDTH = 32\n")
+    (tmp_path / "own_ops.py").write_text("from torch import relu\n")
+    (package / "net.py").write_text(
+        "from torch import nn, randn\n"
+        "from .own_layers import WIDTH\n"
+        "from own_package.own_layers import WIDTH as SAME\n"
+        "class Net(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        from own_ops import relu\n"
+        "        return relu(super().forward(x))\n"
+        "def build():\n"
+        "    import own_layers\n"
+        "    return Net(8, own_layers.WIDTH), (randn(2, 8),)\n"
+    )
+    model, example = load_target("own_package/net.py:build")
+    assert model(*example).shape == (2, 32)

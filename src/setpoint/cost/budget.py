@@ -325,18 +325,11 @@ def _by_words(text: str) -> Budget:
         return _share(text, value / 100 if unit else value, "flops", per)
     if value is not None and unit in _SAYS:
         return Budget.total(value * _UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
-    if value is not None and unit in _SECONDS:
-        time = words.strip()
-        form = f"'{time} latency' for a training step, or '{time} inference' for a forward pass"
-        form = f"'{time} latency per run'" if per == "run" else form
-        raise BudgetError(f"the budget {text!r} does not say what takes so long: write {form}")
     match = _WORDS.fullmatch(words)
     if match is None or _resource(match["of"]) not in RESOURCES:
-        hint = did_you_mean(match["of"], RESOURCES) if match else ""
-        raise BudgetError(
-            f"the budget {text!r} is not understood: {hint}write a fraction of the dense FLOPs, such as '50%', or an "
-            f"amount and a resource, such as '8 ms latency' or '4 GiB memory'; resources are {', '.join(RESOURCES)}"
-        )
+        from setpoint.cost.unclear import unclear
+
+        raise BudgetError(unclear(text))
     return _amount(_resource(match["of"]), per, match["amount"])
 
 

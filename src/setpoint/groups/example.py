@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from setpoint.errors import ExampleError, LoopError
+from setpoint.errors import ExampleError, ExportError, LoopError
+from setpoint.messages import a_type
 
 Example = Any
 """A tuple of positional inputs, or a mapping of keyword inputs; `inputs_of` refuses anything else."""
@@ -163,8 +164,18 @@ class MethodForward:
             self.running = False
 
 
+def check_python(model: Any) -> None:
+    """Check that the model is a module whose forward is Python code, or raise ExportError."""
+    if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
+        raise ExportError(
+            f"{a_type(model)} has no Python code that can be followed: give the torch.nn.Module that it was made of, "
+            "before torch.jit.script, torch.jit.trace or torch.export"
+        )
+
+
 def check_method(model: nn.Module, method: str) -> None:
     """Check that the model has this method."""
+    check_python(model)
     if not isinstance(method, str) or not callable(getattr(type(model), method, None)):
         raise LoopError(f"{type(model).__name__} has no method {method!r}: give the one that the training loop calls")
 

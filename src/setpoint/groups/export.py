@@ -38,8 +38,6 @@ class _FlatForward(nn.Module):
 def check_model(model: nn.Module, example: Example) -> None:
     """Check what can be seen of a model and an example before a forward, or raise ExampleError or ExportError."""
     inputs_of(example)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ExportError("a scripted model has no Python code that can be followed: give it before torch.jit.script")
     if type(model).forward is nn.Module.forward and "forward" not in vars(model):
         raise ExampleError(
             f'{type(model).__name__} has no forward: name the method that training calls, attach(..., method="name")'

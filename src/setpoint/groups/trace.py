@@ -10,7 +10,7 @@ from torch import fx, nn
 from setpoint.distributed import is_sharded
 from setpoint.errors import ExampleError, ExportError, LoopError
 from setpoint.groups import build
-from setpoint.groups.example import Example, without_cache
+from setpoint.groups.example import Example, check_python, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.states import StateSpaceLayer, find_states
@@ -77,6 +77,7 @@ def trace_step(model: nn.Module, example: Example, passes: int) -> Trace:
 
 def trace(model: nn.Module, example: Example) -> Trace:
     """Export `model` on `example`: the groups of `find_groups`, with contractions and frozen places."""
+    check_python(model)
     if any(map(is_sharded, model.modules())):
         raise LoopError(
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "

@@ -22,15 +22,15 @@ from setpoint.controller.selection import Selection, cheapest, even_density, rea
 from setpoint.cost.budget import Budget, amount, parse_budget
 from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.distributed import unwrapped
-from setpoint.errors import BudgetError, GroupError
-from setpoint.groups.example import Example
+from setpoint.errors import BudgetError, ExportError, GroupError
+from setpoint.groups.example import Example, check_python
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.groups.untouched import preserved_rng_state
 from setpoint.host.find import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
-from setpoint.messages import a_type, counted, counts, warn
+from setpoint.messages import a_type, counted, counts, progress, warn
 from setpoint.one_shot.consumer import find_consumers, layers_by_weight
 from setpoint.one_shot.fit import Keep, Reader, find_readers, refit, unit_scores
 from setpoint.one_shot.forward import first_batches, norms_were_constant, run
@@ -97,7 +97,8 @@ def compress(
        then they were constants in the training, and stay.
 
     The model can then be saved (`setpoint.save`), used, or trained on as any other, with a new optimizer or the one
-    given. A budget that the model meets already changes nothing. An exception leaves the model as it was.
+    given. A budget that the model meets already changes nothing. An exception leaves the model as it was. What is being
+    done is shown on a terminal's stderr, or else logged at INFO to the logger "setpoint".
 
     Args:
         model: trained; in one process, not in a wrapper.
@@ -115,6 +116,7 @@ def compress(
 
     Raises:
         BudgetError: for another resource, a budget per run, or one out of reach.
+        ExportError: for a model that torch.jit or torch.export has made.
         ExampleError: for data that the model does not take, or that holds NaN.
         GroupError: where nothing can be cut, or weights hold NaN or infinity.
         OptimizerError: for an optimizer that is none, or not of this model.
@@ -134,6 +136,9 @@ def compress(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {a_type(model)}: write compress(model, data, budget)")
     model = unwrapped(model)
+    check_python(model)
+    if "eval" in vars(model):  # torch.export has put a method there that raises
+        raise ExportError("a model of torch.export has no eval mode: give the one before torch.export")
     check_not_attached(model)
     optimizers = () if optimizer is None else real_optimizers(optimizer)
     check_trains(optimizers, model)
@@ -146,7 +151,7 @@ def compress(
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
     # Read before anything is found out about the model: a loader may draw random numbers, which are the user's.
     batches = first_batches(data, num_samples, model)
-    with preserved_rng_state(model):
+    with preserved_rng_state(model), progress("compress"):
         traced = trace(model, batches[0])
         active, frozen = _candidates(model, traced, batches[0], groups, verify=verify)
         costs: dict[str, Cost] = {"flops": flops_cost(restricted(traced, active)), "params": params_cost(model, active)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from setpoint.errors import ExampleError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group
-from setpoint.messages import counted, warn
+from setpoint.messages import counted, progress, warn
 from setpoint.one_shot.consumer import (
     Consumer,
     Padding,
@@ -47,6 +47,7 @@ Map = tuple[Float[Tensor, "_units _columns _rows"], Float[Tensor, "_all_columns 
 """A linear map that units feed: what they gave it in some rows, and its weights, unit by unit."""
 
 
+@progress("scoring units")
 def unit_scores(
     model: nn.Module, groups: tuple[Group, ...], batches: Sequence[Example]
 ) -> dict[str, Float64[np.ndarray, " _units"]]:
@@ -335,41 +336,41 @@ def refit(model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example
     """
     thin: dict[str, tuple[float, str]] = {}
     readers = _in_order(model, readers, batches)
-    for reader in readers:
-        layer: Any = model.get_submodule(reader.layers[0])
-        weight = layer.weight
-        channels = by_column(layer, weight.detach())
-        found = torch.zeros_like(channels)
-        # Layers that share a weight may have biases of their own, which then stay as they are.
-        bias = layer.bias if len(reader.layers) == 1 else None
-        shift = torch.zeros(channels.shape[-1], dtype=torch.float64)
-        for block in _even_blocks(len(channels), channels.shape[1]):
-            moment = _moment(model, reader, batches, block, norms)
-            if not torch.isfinite(moment).all():
-                raise ExampleError(
-                    f"{reader.layers[0]} is given NaN or infinity on the data: look for it in the data and the weights"
-                )
-            rows, inputs = float(moment[-1, -1]), len(moment) - 1  # the last column is of ones
-            if rows < _THIN * inputs:
-                name = reader.layers[0]
-                thin[name] = rows / inputs, f"{name} is given {rows:.0f} rows for {inputs} inputs"
-            stays = torch.from_numpy(np.repeat(reader.stays[block], channels.shape[1])).to(moment.device)
-            columns = channels[block].flatten(0, 1).to(moment)
-            if bias is None:
-                moment = moment[:-1, :-1]
-            else:  # a last column of ones, whose weight is what the bias changes by
-                columns = torch.cat([columns, torch.zeros_like(columns[:1])])
-                stays = torch.cat([stays, stays.new_ones(1)])
-            if stays.any():
-                fitted = torch.zeros_like(columns)
-                fitted[stays] = refitted(moment, columns, stays)
+    for number, reader in enumerate(readers, 1):
+        with progress(f"fitting layer {number} of {len(readers)}"):
+            layer: Any = model.get_submodule(reader.layers[0])
+            weight = layer.weight
+            channels = by_column(layer, weight.detach())
+            found = torch.zeros_like(channels)
+            # Layers that share a weight may have biases of their own, which then stay as they are.
+            bias = layer.bias if len(reader.layers) == 1 else None
+            shift = torch.zeros(channels.shape[-1], dtype=torch.float64)
+            for block in _even_blocks(len(channels), channels.shape[1]):
+                moment = _moment(model, reader, batches, block, norms)
+                if not torch.isfinite(moment).all():
+                    what = f"{reader.layers[0]} is given NaN or infinity on the data"
+                    raise ExampleError(f"{what}: look for it in the data and the weights")
+                rows, inputs = float(moment[-1, -1]), len(moment) - 1  # the last column is of ones
+                if rows < _THIN * inputs:
+                    name = reader.layers[0]
+                    thin[name] = rows / inputs, f"{name} is given {rows:.0f} rows for {inputs} inputs"
+                stays = torch.from_numpy(np.repeat(reader.stays[block], channels.shape[1])).to(moment.device)
+                columns = channels[block].flatten(0, 1).to(moment)
+                if bias is None:
+                    moment = moment[:-1, :-1]
+                else:  # a last column of ones, whose weight is what the bias changes by
+                    columns = torch.cat([columns, torch.zeros_like(columns[:1])])
+                    stays = torch.cat([stays, stays.new_ones(1)])
+                if stays.any():
+                    fitted = torch.zeros_like(columns)
+                    fitted[stays] = refitted(moment, columns, stays)
+                    if bias is not None:
+                        shift += fitted[-1].cpu()
+                    found[block] = fitted[: stays.numel() - (bias is not None)].view(found[block].shape).to(found)
+            with torch.no_grad():
+                weight.copy_(from_columns(layer, found))
                 if bias is not None:
-                    shift += fitted[-1].cpu()
-                found[block] = fitted[: stays.numel() - (bias is not None)].view(found[block].shape).to(found)
-        with torch.no_grad():
-            weight.copy_(from_columns(layer, found))
-            if bias is not None:
-                bias.copy_(bias.cpu().double() + shift)
+                    bias.copy_(bias.cpu().double() + shift)
     if thin:
         warn(
             f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from setpoint.errors import ExampleError, SetpointError
 from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
 from setpoint.groups.untouched import in_mode
-from setpoint.messages import a_type
+from setpoint.messages import a_type, progress
 
 Norms = Literal["running", "batch", "renewed"]
 """What a BatchNorm divides by: its running statistics, those of the batch, or these, which also become its new ones."""
@@ -132,6 +132,7 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, handles: Ite
                 ) from error
 
 
+@progress("reading data")
 def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Example, ...]:
     """The first batches that have as many samples together, on the model's device; the last one is taken whole.
 

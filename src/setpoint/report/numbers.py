@@ -70,13 +70,15 @@ def duration(seconds: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share in percent.
 
-    >>> percent(0.4983), percent(0.09999), percent(0.0049), percent(None)
-    ('49.8 %', '10.0 %', '0.49 %', '–')
+    >>> percent(0.4983), percent(0.09999), percent(0.0049), percent(1e-6), percent(None)
+    ('49.8 %', '10.0 %', '0.49 %', '< 0.01 %', '–')
     """
     if share is None or not math.isfinite(share):
         return NOTHING
     # Three digits: 99.95 would be rounded to 100.0, and 9.995 to 10.00.
     value = share * 100
+    if 0 < value < 0.005:  # a cost is never nothing
+        return "< 0.01 %"
     return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f} %".replace("-", MINUS)
 
 

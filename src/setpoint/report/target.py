@@ -72,7 +72,7 @@ def _file_meant(target: str) -> str:
 
 
 def call_own(target: str) -> Any:
-    """What a function without arguments of a Python file returns; the file may import modules of its folder."""
+    """What a function without arguments of a Python file returns; which may import from its folder."""
     path, name = check_own_function(target)
     with _named_errors(target, path.resolve()):
         module = _module(path.resolve(), path.read_bytes())
@@ -113,20 +113,21 @@ def _absent(path: Path, name: str, own: list[str]) -> UsageError:
 # Once for each text: a user who edits the file in a notebook gets the new one.
 @cache
 def _module(path: Path, source: bytes) -> ModuleType:
-    # Two files may have one name: the second one's module has another.
-    name = f"own_{path.stem}"
+    root = next(folder for folder in path.parents if not (folder / "__init__.py").is_file())
+    # In its package, if it has one: `from .layers import Block`. Two files may have one name: the second one's module
+    # has another.
+    name = ".".join((*path.parent.relative_to(root).parts, f"own_{path.stem}"))
     while name in sys.modules and sys.modules[name].__file__ != str(path):
         name += "_"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    # As `python file.py` has it, so that the file finds its neighbours.
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
+    # As `python file.py` and `python -m` have them, and for good: functions and forwards may import neighbours late.
+    for folder in (Path.cwd(), root, path.parent):
+        if str(folder) not in sys.path[:3]:
+            sys.path.insert(0, str(folder))
+    spec.loader.exec_module(module)
     return module
 
 
