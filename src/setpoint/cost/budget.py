@@ -329,7 +329,7 @@ def _by_words(text: str) -> Budget:
     if match is None or _resource(match["of"]) not in RESOURCES:
         from setpoint.cost.unclear import unclear
 
-        raise BudgetError(unclear(text))
+        raise BudgetError(unclear(text, RESOURCES))
     return _amount(_resource(match["of"]), per, match["amount"])
 
 

@@ -1,8 +1,8 @@
 """Unclear: what a text that is no budget is read as, and the budgets that are nearest to it."""
 
 import re
+from collections.abc import Sequence
 
-from setpoint.cost.budget import RESOURCES
 from setpoint.messages import did_you_mean
 
 _PARTS = re.compile(
@@ -24,12 +24,12 @@ _OF = {
 }
 
 
-def unclear(text: str) -> str:
+def unclear(text: str, resources: Sequence[str]) -> str:
     """The message of the error for a text that is no budget.
 
-    >>> unclear("10 M")
+    >>> unclear("10 M", ("flops",))
     "the budget '10 M' does not say of what: write '10 M params' or '10 MFLOPs'"
-    >>> unclear("2x smaller")
+    >>> unclear("2x smaller", ("flops",))
     "the budget '2x smaller' is not understood. Read as 50% of the size it is '50% params'"
     """
     parts = _PARTS.fullmatch(text.strip())
@@ -38,9 +38,9 @@ def unclear(text: str) -> str:
         return f"the budget {text!r} {nearest}"
     last = re.search(r"[a-z]+$", re.sub(r"\s+per\s+(run|step)\s*$", "", text.strip().lower()))
     return (
-        f"the budget {text!r} is not understood: {did_you_mean(last[0], RESOURCES) if last else ''}write a fraction of "
+        f"the budget {text!r} is not understood: {did_you_mean(last[0], resources) if last else ''}write a fraction of "
         "the dense FLOPs, such as '50%', or an amount and a resource, such as '8 ms latency' or '4 GiB memory'; "
-        f"resources are {', '.join(RESOURCES)}"
+        f"resources are {', '.join(resources)}"
     )
 
 
