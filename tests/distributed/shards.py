@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -269,6 +277,38 @@ def sharded_resume() -> None:
         for name in ("model", "ema"):
             for a, b in zip(again[name].parameters(), run[name].parameters(), strict=True):
                 assert torch.equal(a.to_local(), b.to_local())
+
+
+def sharded_own_states() -> None:
+    """`torch.distributed.checkpoint.state_dict` reads and writes a cut model and its optimizer, sharded and whole, in
+    the middle of a run; a dense model that is sharded refuses a cut state by name, and takes it if it is cut before.
+    """
+    model = sharded(build())
+    optimizer, loop = attached(model, Scripted(DROP, regrow=False), share(0)[0])
+    train(model, optimizer, loop, range(5), share)
+    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)):
+        # Copies, since shards are the model's own.
+        weights = {name: each.clone() for name, each in get_model_state_dict(model, options=options).items()}
+        moments = get_optimizer_state_dict(model, optimizer, options=options)
+        assert (
+            weights["up.weight"].shape[0] == moments["state"]["up.weight"]["exp_avg"].shape[0] == loop.widths["up"] < 24
+        )
+        before = contents(model, optimizer)
+        with torch.no_grad():
+            for each in model.parameters():
+                each.mul_(2.0)
+        set_model_state_dict(model, weights, options=options)
+        set_optimizer_state_dict(model, optimizer, moments, options=options)
+        assert all(map(torch.equal, before, contents(model, optimizer)))
+    assert loop.step == 5
+    train(model, optimizer, loop, range(5, 8), share)
+    weights = get_model_state_dict(model)
+    dense = setpoint.resumable(sharded(build()))
+    caught(CheckpointError, "a sharded model cannot be cut to a state", lambda: set_model_state_dict(dense, weights))
+    caught(RuntimeError, "size mismatch for", lambda: set_model_state_dict(sharded(build()), weights))
+    small = sharded(setpoint.shrink_to(build(), weights, example=(share(0)[0],)))
+    set_model_state_dict(small, weights)
+    torch.testing.assert_close(small(share(0)[0]), model(share(0)[0]))
 
 
 def sharded_copies() -> None:

@@ -10,7 +10,7 @@ from distributed.test_ranks import chosen, told_by
 
 CHECKS = (
     "sharded_twin:2", "sharded_options:2", "sharded_invisible:2", "sharded_failures:2", "sharded_resume:2",
-    "sharded_copies:2", "sharded_adapters:2", "sharded_buffers:2", "sharded_refusals:2",
+    "sharded_copies:2", "sharded_adapters:2", "sharded_buffers:2", "sharded_refusals:2", "sharded_own_states:2",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork and no gloo")
