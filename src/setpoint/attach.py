@@ -301,6 +301,8 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
         from setpoint.checkpoint.resumable import resumable as carry
     for module in (host.model, *host.copies):
         carry(module)
+    if not host.named_copies:
+        LOG.info("averages and target networks must be named in copies=")
     save = getattr(type(host.model), "save_pretrained", None)
     if getattr(save, "__module__", "").startswith(("transformers.", "diffusers.")) and not hasattr(save, "by_setpoint"):
         LOG.warning("save_pretrained() writes no sizes of a cut model: call setpoint.enable_checkpointing() before it")

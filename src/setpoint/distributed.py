@@ -140,7 +140,8 @@ def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
 def unwrapped(part: Any) -> Any:
     """A model out of `torch.compile`, `DistributedDataParallel` and Fabric's wrapper; anything else as it is."""
     while True:
-        inside = part.module if isinstance(part, DistributedDataParallel) else getattr(part, "_orig_mod", None)
+        wrapped = getattr(part, "_modules", {}).get("_orig_mod")  # DeepSpeed's engine answers for what is in it
+        inside = part.module if isinstance(part, DistributedDataParallel) else wrapped
         if type(part).__name__ == "_FabricModule":  # its `module` would be the one in DistributedDataParallel
             inside = part._forward_module
         if not isinstance(inside, nn.Module):

@@ -258,3 +258,20 @@ def test_masked_weights_are_masked_in_copies() -> None:
     for part in (emas[0].module, emas[1].ema):
         gone = [(weight == 0)[~loop.masks[name]] for name, weight in part.named_parameters() if name in loop.masks]
         assert sum(each.numel() for each in gone) > 100 and all(bool(each.all()) for each in gone)
+
+
+def test_averages_that_are_not_named_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Claim: attach says at INFO that copies are to be named, unless some are; an average in the model is warned of."""
+    caplog.set_level("INFO", "setpoint")
+    model = made()
+    model.ema = type("ModelEMA", (Plain,), {})(model)
+    optimizer, loop = attached(model)
+    with pytest.warns(UserWarning, match=r"ema is an average \(ModelEMA\) that is not cut along.*copies="):
+        train(model, optimizer, range(2))
+    loop.detach()
+    assert "must be named in copies=" in caplog.text
+    caplog.clear()
+    optimizer, loop = attached(model, copies=(model.ema,))
+    train(model, optimizer, range(2))
+    loop.detach()
+    assert "must be named in copies=" not in caplog.text

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_regrowth import Scripted
-from setpoint.errors import OptimizerError
+from setpoint.errors import LoopError, OptimizerError
 from setpoint.host.find import real_optimizers
 
 
@@ -201,3 +201,25 @@ def test_what_would_not_follow_is_refused(wrap: Callable[[torch.optim.Optimizer]
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
     with pytest.raises(OptimizerError, match=words):
         real_optimizers(wrap(torch.optim.SGD(model.parameters(), lr=0.01)))
+
+
+def test_deepspeed_is_refused_by_name() -> None:
+    """Claim: an engine, a model in ZeRO 3 and an optimizer of DeepSpeed, in a wrapper or not, are refused by name, with
+    what to use; by classes that look like theirs.
+    """
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    adam = torch.optim.Adam(model.parameters())
+    engine: Any = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    engine.module, example = model, (torch.ones(2, 4),)
+    kind: Any = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    kind.step, kind.zero_grad = Accelerated.step, Accelerated.zero_grad
+    inner = kind()
+    inner.optimizer = adam
+    for given in (inner, Accelerated(inner)):
+        with pytest.raises(OptimizerError, match=r"DeepSpeedZeroOptimizer keeps its state.*fully_shard"):
+            setpoint.attach(model, given, 0.5, total_steps=9, example=example)
+    with pytest.raises(LoopError, match=r"DeepSpeedEngine is not supported.*fully_shard"):
+        setpoint.attach(engine, adam, 0.5, total_steps=9, example=example)
+    model[0].weight.ds_id = 0  # as ZeRO 3 marks weights
+    with pytest.raises(LoopError, match="DeepSpeedEngine is not supported"):
+        setpoint.attach(model, adam, 0.5, total_steps=9, example=example)

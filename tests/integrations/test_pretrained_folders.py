@@ -33,6 +33,7 @@ def denoiser() -> Any:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*It is deprecated to pass a pretrained model name:FutureWarning")
 def test_diffusers_reads_its_folder_and_its_average_is_cut(tmp_path: Path) -> None:
     """Claim: a U-Net is cut with the list of an `EMAModel`, which stays alive; `from_pretrained` reads both back."""
     diffusers = pytest.importorskip("diffusers")
@@ -59,6 +60,10 @@ def test_diffusers_reads_its_folder_and_its_average_is_cut(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "small")
     loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "small")
     assert torch.equal(loaded(noise, times).sample, model.eval()(noise, times).sample)
+    average.save_pretrained(tmp_path / "ema")  # as scripts with --use_ema save it, and read it back
+    read = EMAModel.from_pretrained(tmp_path / "ema", type(model))
+    assert all(map(torch.equal, read.shadow_params, average.shadow_params))
+    assert read.optimization_step == average.optimization_step == STEPS
     average.copy_to(model.parameters())
     model.save_pretrained(tmp_path / "average")
     averaged = diffusers.UNet2DModel.from_pretrained(tmp_path / "average")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.distributed import is_sharded_tensor, plain_kind
 from setpoint.errors import GroupError
 from setpoint.groups.untouched import computed, copy_of
+
+LISTED: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
+"""By object with `shadow_params`, the module that holds them, which knows the sizes of a cut."""
 
 
 def find_copies(model: nn.Module, named: Sequence[Any]) -> list[Callable[[], nn.Module]]:
@@ -62,6 +66,7 @@ def _listed(holder: Any, model: nn.Module, what: str) -> Callable[[], nn.Module]
     # A deep copy whose memo has the list's tensors in the place of the parameters holds these very objects.
     stand_ins = {id(own): shadow for own, shadow in zip(matching[0], listed, strict=True)}
     twin = copy_of(model, {**computed(model), **stand_ins}, users_hooks=False)
+    LISTED[holder] = twin
     tables: list[dict[str, Any]] = [module._parameters for module in twin.modules()]
     owners = [[(table, name) for table in tables for name in table if table[name] is shadow] for shadow in listed]
 

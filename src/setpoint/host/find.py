@@ -69,11 +69,6 @@ def real_optimizers(given: Any) -> tuple[Optimizer, ...]:
             "optimizer must be a torch.optim.Optimizer or a sequence of them, and at least one (the one inside, where "
             f"a class of your own wraps it); got {given!r:.200}"
         )
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for optimizer in found for kind in type(optimizer).__mro__):
-        raise OptimizerError(
-            "ZeroRedundancyOptimizer keeps its state in parts on several ranks, which this version cannot cut: use the "
-            "optimizer itself"
-        )
     return found
 
 
@@ -86,6 +81,12 @@ def real_optimizer(part: Any) -> Any:
     while isinstance(part, Steps):  # a scheduler, which clears no gradients, wraps nothing
         held = [value for value in vars(part).values() if value is not part]
         held += [inner for value in held if isinstance(value, (list, tuple)) for inner in value]
+        for kind in (kind for each in (part, *held) if isinstance(each, Steps) for kind in type(each).__mro__):
+            if kind.__name__ == "ZeroRedundancyOptimizer" or kind.__module__.startswith("deepspeed.runtime."):
+                raise OptimizerError(
+                    f"{kind.__name__} keeps its state in parts on several ranks, or weights of its own, which this "
+                    "version cannot cut: use the optimizer itself, in DistributedDataParallel or with fully_shard"
+                )
         inside = list({id(inner): inner for inner in held if isinstance(inner, Optimizer)}.values())
         if not inside:
             break

@@ -27,6 +27,7 @@ Agreed = Callable[[], None]
 
 # Before we warn: weight changes between backward passes, not made by this optimizer, and passes without a step.
 _MOVES, _PASSES = 3, 64
+_AVERAGES = ("AveragedModel", "EMAModel", "ModelEMA", "ModelEma", "ModelEmaV2", "ModelEmaV3")
 
 
 class Host:
@@ -135,7 +136,19 @@ class Host:
         """Check that the set-up is the one that was given, more closely at the first step, or raise LoopError."""
         if first and check_plain(self.model):  # a look at all modules, too slow for every step
             raise LoopError("fully_shard (FSDP2) was called on the model after attach: call it first, and attach then")
+        if first:
+            self._warn_of_unnamed()
         self._warn_of_unfrozen()
+
+    def _warn_of_unnamed(self) -> None:
+        for path, module in self.model.named_modules():
+            for name, held in (*vars(module).items(), *module.named_children()):
+                if type(held).__name__ in _AVERAGES and not any(held is copy for copy in self.named_copies):
+                    warn(
+                        f"{f'{path}.{name}'.lstrip('.')} is an average ({type(held).__name__}) that is not cut along: "
+                        "name it, attach(..., copies=[it]); of one that is a module in the model, attach to the part "
+                        "that it averages"
+                    )
 
     def _warn_of_unfrozen(self) -> None:
         weights = [(name, p) for name, weight in self._untrained if (p := weight()) is not None and p.requires_grad]
@@ -172,7 +185,9 @@ def check_plain(model: nn.Module) -> bool:
                 "a part of the model is wrapped by DistributedDataParallel: wrap the whole model, and attach to that"
             )
         kinds = {kind.__name__ for kind in type(module).__mro__}
-        for refused in kinds & {"FullyShardedDataParallel", "DataParallel"}:
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+            kinds.add("DeepSpeedEngine")  # ZeRO 3 leaves the model's class, and marks the weights that it has taken
+        for refused in kinds & {"FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine"}:
             raise LoopError(
                 f"{refused} is not supported by this version of Setpoint: train on one device (CUDA_VISIBLE_DEVICES=0),"
                 " wrap the whole model in DistributedDataParallel (torchrun, in a Trainer), or call fully_shard on it"

@@ -19,9 +19,10 @@ from setpoint.actuator.in_state_dict import KEY, StateSizes
 from setpoint.actuator.model_shapes import ModelShapes, was_cut
 from setpoint.checkpoint.fit import fit
 from setpoint.checkpoint.model_file import SIZES_FILE
-from setpoint.checkpoint.resumable import is_resumable, may_be_cut, resumable
+from setpoint.checkpoint.resumable import is_resumable, may_be_cut, resumable, shrink_to
 from setpoint.distributed import unwrapped
 from setpoint.errors import as_written
+from setpoint.host.copies import LISTED
 from setpoint.integrations.session import Session
 
 _HINT = (
@@ -70,6 +71,7 @@ def enable_diffusers() -> None:
     model_class = import_module("diffusers.models.modeling_utils").ModelMixin
     _replace_once(model_class, "save_pretrained", _save_with_sizes)
     _replace_once(model_class, "_load_pretrained_model", _load_for_diffusers)
+    _replace_once(import_module("diffusers.training_utils").EMAModel, "save_pretrained", _save_average)
 
 
 def _replace_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -102,6 +104,17 @@ def _save_with_sizes(save: Callable[..., Any], self: Any, save_directory: Any, *
     if settings.get("is_main_process", True) and Path(save_directory).is_dir():
         write_sizes(self, Path(save_directory))
     return result
+
+
+def _save_average(save: Callable[..., Any], self: Any, path: Any) -> Any:
+    """Save an average of a cut model: diffusers would load it into a model that its config makes, which is dense."""
+    cut = LISTED.get(self)
+    if cut is None or not was_cut(cut) or None in (self.model_cls, self.model_config):
+        return save(self, path)
+    model: Any = shrink_to(self.model_cls.from_config(self.model_config), cut.state_dict())
+    model.register_to_config(**{name: value for name, value in self.state_dict().items() if name != "shadow_params"})
+    self.copy_to(model.parameters())
+    return model.save_pretrained(path)
 
 
 def _load_for_transformers(
