@@ -203,6 +203,19 @@ def test_what_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not own._optimizer_step_pre_hooks and not any(m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_default_device_without_data_is_refused() -> None:
+    """Claim: a default device meta at `attach`, in a first step and in `compress`, and a loss there, are named."""
+    model, x = _mlp(), torch.zeros(4, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    waiting = setpoint.attach(model, optimizer, 0.5, total_steps=20)
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match="loss is on the meta device"):
+        waiting.observe(loss=torch.zeros((), device="meta"))
+    for call in (optimizer.step, lambda: _attach(model, optimizer), lambda: setpoint.compress(model, [x], 0.5)):
+        with torch.device("meta"), pytest.raises(LoopError, match=r"default device is meta.*set_default_device.'cpu'"):
+            call()
+
+
 def test_the_cheapest_reachable_budget_is_reached() -> None:
     """What the error names as the least to ask for is accepted and met."""
     model = _mlp()

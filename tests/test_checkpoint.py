@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -21,9 +22,10 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.checkpoint import fit
 from setpoint.checkpoint.model_file import load, save
-from setpoint.errors import CheckpointError
+from setpoint.errors import CheckpointError, SetpointError
 from setpoint.groups.group import Group, random_keep
 from setpoint.groups.trace import find_groups
+from setpoint.integrations import log_to
 
 
 def shrunk(name: str, tmp_path: Path) -> tuple[nn.Module, nn.Module, tuple[Tensor, ...], tuple[Group, ...], Path]:
@@ -68,6 +70,25 @@ def test_what_is_no_model_is_refused_in_a_sentence(given: Any, name: str, tmp_pa
         with pytest.raises(CheckpointError, match=f"takes a torch.nn.Module, got {name}: give the model itself"):
             call()
     assert not file.exists()
+
+
+def test_a_class_in_the_place_of_an_object_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: whatever takes a model or a loop says that it was given a class."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    file, kind, loop, x = tmp_path / "run", cast(Any, nn.Linear), cast(Any, setpoint.Loop), torch.zeros(1, 2)
+    calls: list[Callable[[], Any]] = [
+        lambda: setpoint.save_run(file, model=kind),
+        lambda: setpoint.load_run(file, model=kind),
+        lambda: setpoint.find_groups(kind, (x,)),
+        lambda: setpoint.find_weights(kind),
+        lambda: setpoint.shrink(nn.Linear(2, 3), None, (), {}, copies=[kind]),
+        lambda: setpoint.unsharded(kind).__enter__(),
+        lambda: setpoint.attach(kind, [], 0.5, total_steps=2),
+        lambda: log_to(loop, file),
+    ]
+    for call in calls:
+        with pytest.raises(SetpointError, match="the class L(inear|oop)"):
+            call()
 
 
 def test_loading_keeps_memory_format_and_frozen_parameters(tmp_path: Path) -> None:

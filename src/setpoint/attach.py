@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.in_state_dict import PENDING, RESUMING, carry_sizes, check_not_attached
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import check_data
 from setpoint.controller.even import EvenController
 from setpoint.controller.guarded import Guarded
 from setpoint.controller.penalty import PenaltyController
@@ -29,7 +29,7 @@ from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import trace_step
-from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
+from setpoint.groups.untouched import one_at_a_time, preserved_rng_state, uninterrupted
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
 from setpoint.loop.calls import FirstSteps, Record
@@ -118,33 +118,36 @@ def attach(
     host = host_of(model, optimizer, copies)
     # Everything that can be refused without a look inside the model is refused here, before a hook is set.
     flags = {"allow_lossy": allow_lossy, "verify": verify, "resume": resume}
-    spec = _run_spec(host, budget, total_steps, controller, sensor, actuator, groups, even, method, **flags)
+    with uninterrupted():
+        spec = _run_spec(host, budget, total_steps, controller, sensor, actuator, groups, even, method, **flags)
     if example is not None:
         check_example(example)
         if PENDING in host.model.__dict__:  # a state without sizes was loaded, and the example tells them
             from setpoint.checkpoint.resumable import complete
 
             complete(host.model, example)
-        loop = Loop(host)
-        inputs = Inputs(example, samples=num_samples(example))
-        _begin(loop, spec, inputs)
-        listen: Callable[..., object] = partial(Record.listen, module=model if host.compiled else host.model)
-        if method != "forward":
-            listen = partial(RecordedMethod, model=host.model, method=method)
-        outside = host.compiled and model._compiled_call_impl is None
-        loop.watch(FirstSteps(host.model, listen, inputs, warn_of_others, outside))
-        _carry_sizes(host, spec)  # last, since it leaves hooks on the model
-        return loop
+    with ExitStack() as undo:
+        with uninterrupted():  # nobody could detach a loop that is not returned
+            loop = Loop(host)
+            undo.callback(loop.detach)
+            if example is None:
+                loop.wait(FirstBatch(host, model, method, lambda inputs: _begin(loop, spec, inputs)))
+                RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
+                if resume and host.wrapped and model is not host.model:
+                    from setpoint.loop.carrying import FollowLoads
 
-    first = FirstBatch(host, model, method, lambda inputs: _begin(loop, spec, inputs))
-    _carry_sizes(host, spec)  # a state may be loaded before the first step
-    loop = Loop(host)
-    loop.wait(first)
-    RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
-    if resume and host.wrapped and model is not host.model:
-        from setpoint.loop.carrying import FollowLoads
-
-        loop.at_detach(FollowLoads(host, model).stop)
+                    loop.at_detach(FollowLoads(host, model).stop)
+            else:
+                inputs = Inputs(example, samples=num_samples(example))
+                _begin(loop, spec, inputs)
+                listen: Callable[..., object] = partial(Record.listen, module=model if host.compiled else host.model)
+                if method != "forward":
+                    listen = partial(RecordedMethod, model=host.model, method=method)
+                outside = host.compiled and model._compiled_call_impl is None
+                loop.watch(FirstSteps(host.model, listen, inputs, warn_of_others, outside))
+        with uninterrupted():
+            _carry_sizes(host, spec)  # last, since it leaves hooks on the model
+        undo.pop_all()
     return loop
 
 
@@ -198,12 +201,7 @@ def _run_spec(
             'budget, such as "50% flops", or leave the sensor to attach'
         )
     check_not_attached(host.model)
-    for name, tensor in named_tensors(host.model).items():
-        if tensor.is_meta and not is_lazy(tensor):  # discovery says what to do about a lazy one
-            raise LoopError(
-                f"{name!r} is on the meta device and has no data: give the model data first, "
-                "model.to_empty(device=...) and its values, and attach then"
-            )
+    check_data(host.model)
     goal = wanted if isinstance(wanted, (Price, Tolerance)) else None
     budgets, bill = ((), None) if isinstance(wanted, (Price, Tolerance)) else split_bill(check_budgets(wanted))
     masking, regrowing = _kinds(actuator)
@@ -311,23 +309,22 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
 @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
 def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
     """Begin the loop with the parts of the run, and with the state that its optimizer has brought, if there is one."""
-    (RESUMING.add if spec.resume else RESUMING.discard)(loop.host.model)
     parts = partial(_parts, loop.host, spec)
-    try:
+    with uninterrupted():  # tries of the model take any exception for its own, that of a time limit too
         if spec.resume:
             from setpoint.loop.carrying import begin_resumable
 
+            RESUMING.add(loop.host.model)
             begin_resumable(loop, inputs, parts)
         else:
             loop.begin(parts(inputs))
-    except BaseException:  # nothing stays behind, and what the optimizer has loaded is there for another try
-        loop.detach()
-        raise
+            RESUMING.discard(loop.host.model)
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:
     """The parts, the same on all ranks, once the model has been looked at."""
     clock = Stopwatch(synchronize=True)
+    check_data(host.model)  # again, since it may wait for its first step
     with (
         progress("attach"),
         called_by(host.model, spec.method),

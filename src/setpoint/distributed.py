@@ -13,6 +13,9 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from setpoint.errors import GroupError
+from setpoint.messages import a_type
+
 # Each rank sends as much, so that nobody has to know how long the messages of the others are.
 _MESSAGE_BYTES = 1024
 # How long we wait at most until the threads of gloo have dropped what was sent.
@@ -135,6 +138,12 @@ def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
         if is_sharded_tensor(tensor):
             return Ranks(tensor.device_mesh.get_group(), local(tensor.detach()).device)  # type: ignore[attr-defined]
     return Ranks()
+
+
+def check_module(model: Any) -> None:
+    """Check that this is a model, or raise GroupError."""
+    if not isinstance(model, nn.Module):
+        raise GroupError(f"model must be a torch.nn.Module, got {a_type(model)}: give the model itself")
 
 
 def unwrapped(part: Any) -> Any:

@@ -47,7 +47,9 @@ def counted(number: float, what: str) -> str:
 
 
 def a_type(value: object) -> str:
-    """The type of a value with its article, such as "an int"."""
+    """The type of a value with its article, such as "an int"; of a class its name."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 

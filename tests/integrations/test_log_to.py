@@ -193,34 +193,17 @@ def test_the_ledger_grows_in_its_file(tmp_path: Path) -> None:
     assert any(entry.loss_after is not None for entry in setpoint.Ledger.load(path))
 
 
-class Full(Calls):
-    """A logger whose disk is full until there is room."""
-
-    full = True
-
-    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self.full:
-            raise OSError(28, "No space left on device")
-        self.rows.append((metrics, step))
-
-
 def test_what_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
-    """Claim: a folder that vanished and a full disk are warned of once each; the run ends with its whole ledger, and
-    what is written once there is room is all of it.
-    """
-    run, to = Run(begun=True), Full()
-    path = tmp_path / "logs" / "run.jsonl"
+    """Claim: a folder that vanished is warned of once; later the file has the whole ledger."""
+    run, path = Run(begun=True), tmp_path / "logs" / "run.jsonl"
     path.parent.mkdir()
     log_to(run.loop, path)
-    log_to(run.loop, to)
     shutil.rmtree(path.parent)
-    with pytest.warns(UserWarning, match="log_to cannot write to") as caught:
+    with pytest.warns(UserWarning, match="log_to cannot write to .*FileNotFoundError") as caught:
         run.train(STEPS - 2)
-    assert sorted("FileNotFoundError" in str(each.message) for each in caught) == [False, True]
+    assert len(caught) == 1
     path.parent.mkdir()
-    to.full = False
     run.train(2).finish()
-    assert [step for _, step in to.rows] == [STEPS - 1, STEPS]
     assert list(setpoint.Ledger.load(path)) == list(run.loop.ledger) and len(run.loop.ledger) > 1
 
 

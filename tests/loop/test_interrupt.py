@@ -16,7 +16,8 @@ from torch import nn
 import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.errors import LoopError
-from setpoint.loop.hooks import uninterrupted
+from setpoint.groups.untouched import uninterrupted
+from setpoint.loop.cutting import Cutting
 
 DROPS, BACK = {3: {"0": [1, 4]}, 6: {"0": [0], "2": [3]}}, {6: {"0": [1]}}
 PLACES = 16
@@ -47,7 +48,7 @@ class Interrupting:
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         file = frame.f_code.co_filename
         ours = f"{'setpoint'}/" in file.replace("\\", "/") and "/src/" in file.replace("\\", "/")
-        return self._line if ours and not file.endswith(("hooks.py", "interrupt.py")) else None
+        return self._line if ours and not file.endswith(("untouched.py", "interrupt.py")) else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
         if event == "line":
@@ -92,7 +93,7 @@ def test_an_interrupt_at_any_line_leaves_a_whole_run(back: bool) -> None:
     train(model, optimizer, range(6, 10))
     want, widths = [p.detach().clone() for p in model.parameters()], loop.widths
     loop.detach()
-    for at in range(1, lines, lines // PLACES):
+    for at in range(1, lines - lines // PLACES, lines // PLACES):  # the first time, more lines run than later
         model, optimizer, loop = run(back)
         with pytest.raises(KeyboardInterrupt):
             train(model, optimizer, range(5, 6), at)
@@ -103,6 +104,83 @@ def test_an_interrupt_at_any_line_leaves_a_whole_run(back: bool) -> None:
         assert loop.widths == widths, at
         assert not stepped or all(map(torch.equal, want, model.parameters())), at
         loop.detach()
+
+
+class Late(Exception):
+    """What a user's handler of a time limit raises."""
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def raises(*args: Any, **named: Any) -> None:
+        raise error
+
+    return raises
+
+
+def test_a_time_limit_within_a_cut_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the exception of any signal's handler, raised when the model is cut and the loop has yet to know, comes
+    behind the step, and the run goes on.
+    """
+    model, optimizer, loop = run(back=False)
+    before = signal.signal(signal.SIGTERM, raising(Late()))
+    cut_to = Cutting._cut_to
+    monkeypatch.setattr(Cutting, "_cut_to", lambda *args: signal.raise_signal(signal.SIGTERM) or cut_to(*args))
+    try:
+        with pytest.raises(Late):
+            train(model, optimizer, range(5, 6))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    optimizer.zero_grad()
+    train(model, optimizer, range(6, 40))
+    assert loop.step == 40 and loop.widths == {"0": 13, "2": 11} and loop.finish().steps == 40
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Late()], ids=["Ctrl-C", "a time limit"])
+def test_a_first_step_that_is_interrupted(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: after Ctrl-C in the discovery `finish` says so, and the next step begins the loop with what was counted
+    until then; after an error the loop is off, and `finish` says that.
+    """
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    loop = setpoint.attach(model, optimizer, "50% params", total_steps=20)
+
+    def step() -> None:
+        for _ in range(3):  # gradients add up
+            model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(sys.modules["setpoint.attach"], "unit_candidates", raising(error))
+        step()
+    again = isinstance(error, KeyboardInterrupt)
+    with pytest.raises(LoopError, match="begins at the next optimizer step" if again else "Late: .*was detached"):
+        loop.finish()
+    for _ in range(20):
+        step()
+    if again:
+        done = loop.finish()
+        assert done.budget_met and done.dense_flops == 3 * 3 * 2 * 8 * (6 * 16 + 16 * 3) - 3 * 2 * 8 * 6 * 16
+
+
+class Pressed(nn.Sequential):
+    """Ctrl-C is pressed when it is exported."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            signal.raise_signal(signal.SIGINT)
+        out: torch.Tensor = super().forward(x)
+        return out
+
+
+def test_an_interrupt_waits_for_the_end_of_an_export() -> None:
+    """Claim: Ctrl-C within PyTorch's exporter, which could end the process, comes behind it and leaves no hooks."""
+    model = Pressed(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=1e-2), torch.randn(8, 6)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            setpoint.attach(model, optimizer, 0.5, total_steps=20, example=(x,))
+    assert not optimizer._optimizer_step_pre_hooks and not model._state_dict_hooks
 
 
 def test_a_second_interrupt_comes_through_at_once() -> None:

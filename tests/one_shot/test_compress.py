@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,8 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": (X, X)}, ExampleError, "write .*for one batch of inputs and labels"),
     ({"data": [X.double()]}, ExampleError, "the model takes the first batch neither .*dtype"),
     ({"model": [X]}, ValueError, r"write compress\(model, data, budget\)"),
+    ({"model": _mlp(4, 8, 2).to("meta")}, LoopError, "'0.weight' is on the meta device"),
+    ({"data": [X.to("meta")]}, ExampleError, "batch 0 of the data is on the meta device"),
     ({"num_samples": 0}, ValueError, "num_samples"),
     ({"groups": [Group("other", "unit", 3, ())]}, GroupError, "is not one of this model's"),
 ]
@@ -490,6 +492,57 @@ def test_a_model_of_one_batch_size_is_cut() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     controller = setpoint.PricedController(regrow=True)
     setpoint.attach(model, optimizer, 0.5, example=data[0], total_steps=9, controller=controller).detach()
+
+
+def test_an_interrupt_leaves_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: wherever Ctrl-C comes, ahead of or behind any call that `compress` makes from its scores on, model,
+    optimizer, gradients and hooks are as before; `compress` returns only what is whole.
+    """
+    calls = at = 0
+
+    def counting(function: Any) -> Any:
+        def counted(*given: Any, **named: Any) -> Any:
+            nonlocal calls
+            for take in (lambda: None, lambda: function(*given, **named)):
+                result, calls = take(), calls + 1
+                if calls == at:
+                    raise KeyboardInterrupt
+            return result
+
+        return counted
+
+    for name in (
+        "unit_scores",
+        "refit",
+        "mask",
+        "run",
+        "shrink",
+        "carry_sizes",
+        "widths_of",
+        "samples_in",
+        "Compressed",
+    ):
+        monkeypatch.setattr(compressing, name, counting(getattr(compressing, name)))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(64, 6)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+
+    def held() -> str:
+        tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+        state = optimizer.state_dict(), model, model.training, len(model._state_dict_hooks), vars(model).keys()
+        return str(([None if tensor is None else tensor.tolist() for tensor in tensors], state))
+
+    before = held()
+    with suppress(StopIteration):
+        while True:
+            at, calls = at + 1, 0
+            with suppress(KeyboardInterrupt):
+                compressing.compress(model, [x], 0.5, optimizer=optimizer, verify=False)
+                raise StopIteration
+            assert held() == before, at
+    assert at > 18 and model[0].out_features < 16
 
 
 def test_an_error_on_the_way_leaves_gradients_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

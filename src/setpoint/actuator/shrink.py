@@ -15,6 +15,7 @@ from setpoint.actuator.cut import Cut, Keep, SizePlace, check_cuttable, check_le
 from setpoint.actuator.in_state_dict import carry_sizes, check_not_attached
 from setpoint.actuator.model_shapes import apply_sizes, check_sizes, note_cut
 from setpoint.actuator.tensors import Optimizers, as_sequence, cut_state, named_tensors, swap, take, taken_gradient
+from setpoint.distributed import check_module
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.sizes_in_code.place import call_of, implied, is_call, read_size
@@ -89,6 +90,8 @@ def shrink(
       (2): Linear(in_features=2, out_features=1, bias=True)
     )
     """
+    for module in (model, *copies):
+        check_module(module)
     check_not_attached(model)
     if not isinstance(keep, Mapping):
         raise GroupError(f"keep holds booleans by name of the group, got {a_type(keep)}")

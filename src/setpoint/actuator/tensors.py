@@ -9,9 +9,23 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from setpoint.errors import OptimizerError
+from setpoint.errors import LoopError, OptimizerError
+from setpoint.messages import a_type
+
+
+def check_data(model: nn.Module) -> None:
+    """Check that tensors have data, those of the model and new ones, or raise LoopError."""
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta and not is_lazy(tensor):  # discovery says what to do about a lazy one
+            raise LoopError(
+                f"{name!r} is on the meta device and has no data: give the model data first, "
+                "model.to_empty(device=...) and its values, and call this then"
+            )
+    if torch.get_default_device().type == "meta":
+        raise LoopError("the default device is meta, where nothing has a value: call torch.set_default_device('cpu')")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -117,6 +131,8 @@ Optimizers = Optimizer | Sequence[Optimizer] | None
 def as_sequence(optimizers: Optimizers) -> tuple[Optimizer, ...]:
     if optimizers is None:
         return ()
+    if isinstance(optimizers, type):
+        raise OptimizerError(f"optimizer is {a_type(optimizers)}: give the optimizer itself")
     return (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
 
 

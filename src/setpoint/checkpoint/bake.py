@@ -80,17 +80,14 @@ def _check_free(path: Path) -> None:
     """Check that neither a file nor a module of this name is there, unless `bake` wrote it."""
     known = sys.modules.get(path.stem)
     spec = importlib.util.find_spec(path.stem) if known is None else None
-    taken = "" if known is None or _is_baked(known) else "a module that is imported now"
+    foreign = known is not None and getattr(known, "__doc__", None) != _DOC.strip('"')
+    taken = "a module that is imported now" if foreign else ""
     if spec is not None and spec.origin is not None and Path(spec.origin).resolve() != path.resolve():
         taken = f"a module that Python finds: {spec.origin}"
     elif path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_DOC):
         taken = "a file that bake did not write"
     if taken:
         raise CheckpointError(f"{str(path)!r} has the name of {taken}. Give bake another one, such as 'small_model.py'")
-
-
-def _is_baked(module: ModuleType) -> bool:
-    return getattr(module, "__doc__", None) == _DOC.strip('"')
 
 
 def _written(path: Path) -> ModuleType:

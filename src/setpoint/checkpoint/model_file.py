@@ -115,8 +115,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
 def unwrap_module(what: str, value: Any) -> nn.Module:
     """The module, out of its wrappers."""
     if not isinstance(value, nn.Module):
-        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise CheckpointError(f"{what} takes a torch.nn.Module, got {found}: give the model itself")
+        raise CheckpointError(f"{what} takes a torch.nn.Module, got {a_type(value)}: give the model itself")
     module: nn.Module = unwrapped(value)
     return module
 

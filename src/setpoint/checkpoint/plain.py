@@ -243,7 +243,7 @@ def _laid_out(tensor: Tensor, stride: list[int], is_complex: bool) -> Tensor:
     tensor = torch.view_as_complex(tensor.clone()) if is_complex else tensor
     places = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, stride, strict=True))
     if places == tensor.numel() and 0 not in stride:
-        return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+        return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.clone()
 
 

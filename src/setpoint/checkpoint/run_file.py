@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from operator import is_
@@ -20,6 +20,7 @@ from setpoint.checkpoint.model_file import read_file, some_of, write_file
 from setpoint.checkpoint.plain import from_tensors, rng_state, set_rng_state, to_tensors
 from setpoint.distributed import is_sharded_tensor
 from setpoint.errors import CheckpointError, LoopError, RankError, as_written
+from setpoint.messages import a_type
 
 _KEY = "setpoint_run"
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -60,6 +61,7 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
     ...     load_run(f"{folder}/run", model=nn.Linear(2, 3))
     {'epoch': 4}
     """
+    _check_instances("save_run", parts)
     for name, part in parts.items():
         if isinstance(part, Resizing):
             part.check_saved_with(name, list(parts.values()))
@@ -105,6 +107,7 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
     >>> first["loop"].detach()
     >>> again["loop"].detach()
     """
+    _check_instances("load_run", parts)
     path = Path(path)
     _, tensors = read_file(path, _KEY, "setpoint.save_run did not write it: read a model's file by setpoint.load")
     with as_written(repr(str(path))):
@@ -133,6 +136,11 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
                     f"changed ({type(error).__name__}: {' '.join(str(error).split())})"
                 ) from (error if str(error).isprintable() else None)  # Python prints a cause's text as it is
     return values
+
+
+def _check_instances(what: str, parts: Mapping[str, Any]) -> None:
+    for name in [name for name, part in parts.items() if isinstance(part, type)]:
+        raise CheckpointError(f"{what}({name}=...) was given {a_type(parts[name])}: give the object itself")
 
 
 def _on_error(put_back: Callable[[], None]) -> Callable[..., None]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from setpoint.distributed import is_sharded
+from setpoint.distributed import check_module, is_sharded
 from setpoint.errors import ExampleError, ExportError, LoopError
 from setpoint.groups import build
 from setpoint.groups.example import Example, check_python, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.states import StateSpaceLayer, find_states
-from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserved_rng_state
+from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserved_rng_state, uninterrupted
 from setpoint.groups.walk import Walk
 from setpoint.messages import progress
 
@@ -77,13 +77,15 @@ def trace_step(model: nn.Module, example: Example, passes: int) -> Trace:
 
 def trace(model: nn.Module, example: Example) -> Trace:
     """Export `model` on `example`: the groups of `find_groups`, with contractions and frozen places."""
+    check_module(model)
     check_python(model)
     if any(map(is_sharded, model.modules())):
         raise LoopError(
             "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
             "setpoint.unsharded(model):` on every rank"
         )
-    with preserved_rng_state(model), progress("finding what can be cut"), gc_paused():
+    # The exception of a signal's handler may end the process in PyTorch's C++.
+    with uninterrupted(), preserved_rng_state(model), progress("finding what can be cut"), gc_paused():
         return _trace(model, example)
 
 

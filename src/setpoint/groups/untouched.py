@@ -3,12 +3,13 @@
 import copy
 import gc
 import random
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _LOCK = threading.RLock()
+_SIGNALS = [s for s in signal.Signals if s.name[3:] in ("ALRM", "HUP", "INT", "TERM", "USR1", "USR2")]
 
 
 def copy_of(model: nn.Module, memo: Mapping[int, Any] | None = None, *, users_hooks: bool = True) -> nn.Module:
@@ -114,9 +116,9 @@ def preserved_rng_state(model: nn.Module) -> Iterator[None]:
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Inside, all modules are in this mode; then each gets its own mode back, also a frozen norm."""
     modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = training  # not by `train`, which a model may override to fold weights together
     try:
+        for module, _ in modes:
+            module.training = training  # not by `train`, which a model may override to fold weights together
         yield
     finally:
         for module, before in modes:
@@ -134,6 +136,35 @@ def gc_paused() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, the first signal of a kind is kept until the end; a second one comes through at once, whatever it leaves.
+
+    These are the signals whose handlers are Python's, and may raise: Ctrl-C, time limits, those of a scheduler.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    handlers = ((int(each), signal.getsignal(each)) for each in _SIGNALS if here)
+    usual = {number: handler for number, handler in handlers if callable(handler)}
+    kept: dict[int, FrameType | None] = {}
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        if number in kept:
+            signal.signal(number, usual[number])
+            usual[number](number, frame)
+        kept[number] = frame
+
+    # A KeyboardInterrupt between two tensors of a cut would leave the model half cut.
+    for number in usual:
+        signal.signal(number, keep)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        for number, frame in kept.items():
+            usual[number](number, frame)
 
 
 def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:

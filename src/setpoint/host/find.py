@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from setpoint.distributed import unwrapped
 from setpoint.errors import GroupError, LoopError, OptimizerError
 from setpoint.host.host import Host, check_plain
+from setpoint.messages import a_type
 
 
 @runtime_checkable
@@ -30,7 +31,7 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Any = 
         OptimizerError: for what is no optimizer, and for one that cannot follow a cut.
     """
     if not isinstance(model, nn.Module):
-        raise LoopError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise LoopError(f"model must be a torch.nn.Module, got {a_type(model)}")
     outer, model = model, unwrapped(model)
     parallel = next((module for module in outer.modules() if isinstance(module, DistributedDataParallel)), None)
     sharded = check_plain(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.tensors import map_tensors
-from setpoint.distributed import Ranks, is_sharded, local, plain_kind, rows, unsharded_tensor
+from setpoint.distributed import Ranks, check_module, is_sharded, local, plain_kind, rows, unsharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.host.host import Agreed
@@ -206,6 +206,7 @@ def unsharded(model: nn.Module) -> Iterator[nn.Module]:
     ...     plain
     Linear(in_features=2, out_features=3, bias=True)
     """
+    check_module(model)
     if not any(is_sharded(module) for module in model.modules()):
         yield model
         return

@@ -35,6 +35,8 @@ def log_to(loop: Loop, to: Any, *, every: int = 1, prefix: str = "setpoint/") ->
         UsageError: for what is no logger.
         LoopError: after `finish`.
     """
+    if not isinstance(loop, Loop):
+        raise UsageError(f"log_to logs a loop, which attach returns, got {a_type(loop)}")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every is a number of steps, at least 1, got {every!r}")
     begun = bool(loop.metrics())

@@ -38,6 +38,7 @@ class FirstBatch:
         self._now: Call | None = None  # the outermost call that is running
         self._autocast: AbstractContextManager[Any] = nullcontext()
         self._until = ExitStack()
+        self._passes = 0  # backward passes at the first try to begin
         if method != "forward":
             RecordedMethod(self._record(""), self._until, host.model, method)
             return
@@ -97,7 +98,8 @@ class FirstBatch:
         calls = min(self._counts[name] for name in parts) if by_parts else self._counts[""]
         # Where a GradScaler has skipped steps, there are several backward passes, each with its share of the forwards.
         # Rounded, as a look at an output in between is a forward without a share.
-        passes = max(1, round(calls / max(1, backward_passes)))
+        self._passes = self._passes or max(1, backward_passes)  # a try that was interrupted has stopped the counts
+        passes = max(1, round(calls / self._passes))
         if by_parts:
             example: Example = ({name: [self._calls[name]] * round(self._counts[name] / calls) for name in parts},)
             samples = num_samples(self._calls[parts[0]].args)

@@ -1,12 +1,8 @@
-"""Step hooks: what is called before the first and after the last optimizer of a step, and Ctrl-C waits meanwhile."""
+"""Step hooks: what is called before the first and after the last optimizer of a step."""
 
-import signal
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,28 +146,3 @@ def _grad_scale(optimizer: Optimizer) -> Tensor | None:
     if found_inf is None:
         return scale
     return torch.where(found_inf > 0, torch.nan, torch.ones_like(found_inf) if scale is None else scale)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside, the first SIGINT is kept until the end; a second one comes through at once, whatever it leaves behind."""
-    usual = signal.getsignal(signal.SIGINT)
-    if not callable(usual) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept: list[FrameType | None] = []
-
-    def keep(number: int, frame: FrameType | None) -> None:
-        if kept:
-            signal.signal(signal.SIGINT, usual)
-            usual(number, frame)
-        kept.append(frame)
-
-    # A KeyboardInterrupt between two tensors of a cut would leave the model half cut.
-    signal.signal(signal.SIGINT, keep)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        if kept:
-            usual(signal.SIGINT, kept[0])

@@ -62,6 +62,7 @@ class Loop:
         """What `finish` returned, or None before."""
         self._control: Control | None = None
         self._first: FirstBatch | None = None
+        self._failed = ""  # why it could not begin
         self._callbacks: dict[object, Callable[[Any], None]] = {}
         self._at_detach = ExitStack()
         self._hooks = StepHooks(host.optimizers, self._before_first_step, lambda: None, self._loading)
@@ -105,8 +106,14 @@ class Loop:
         assert self._first is not None, "without an example the first batch is recorded"
         try:
             self._first.begin(self._hooks.unseen.passes)
-        except BaseException:
-            self.detach()
+        except BaseException as error:
+            # After Ctrl-C the next step goes on, or is another try. Of several ranks, the others have failed by now.
+            ends = isinstance(error, Exception) or self.host.ranks.count > 1
+            if ends:
+                self.detach()
+                self._control = None
+            then = "was detached" if ends else "begins at the next optimizer step"
+            self._failed = f"the loop could not begin ({type(error).__name__}: {error}), and {then}"
             raise
         self.control.before_step(grad_scale)
 
@@ -313,8 +320,9 @@ class Loop:
         """
         if self._control is None:
             raise NotBegunError(
-                "no optimizer step was made since attach, so that nothing was found and nothing pruned: check that the "
-                "loader has batches, and that the attached optimizer is the one that steps"
+                self._failed
+                or "no optimizer step was made since attach, so that nothing was found and nothing pruned: check that "
+                "the loader has batches, and that the attached optimizer is the one that steps"
             )
         control = self._control
         if control.finished:

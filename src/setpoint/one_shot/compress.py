@@ -15,8 +15,9 @@ from setpoint.actuator.in_state_dict import carry_sizes, check_not_attached
 from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import check_data
 from setpoint.actuator.verify import failing_on_few_rows
+from setpoint.checkpoint.run_file import snapshot
 from setpoint.controller.finer import refined
 from setpoint.controller.selection import Selection, cheapest, even_density, reach, start
 from setpoint.cost.budget import Budget, amount, parse_budget
@@ -27,7 +28,7 @@ from setpoint.groups.example import Example, check_python
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace
-from setpoint.groups.untouched import preserved_rng_state
+from setpoint.groups.untouched import preserved_rng_state, uninterrupted
 from setpoint.host.find import real_optimizers
 from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
 from setpoint.messages import a_type, counted, counts, progress, warn
@@ -140,6 +141,7 @@ def compress(
     if "eval" in vars(model):  # torch.export has put a method there that raises
         raise ExportError("a model of torch.export has no eval mode: give the one before torch.export")
     check_not_attached(model)
+    check_data(model)
     optimizers = () if optimizer is None else real_optimizers(optimizer)
     check_trains(optimizers, model)
     for one in optimizers:
@@ -151,37 +153,37 @@ def compress(
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
     # Read before anything is found out about the model: a loader may draw random numbers, which are the user's.
     batches = first_batches(data, num_samples, model)
-    with preserved_rng_state(model), progress("compress"):
-        traced = trace(model, batches[0])
-        active, frozen = _candidates(model, traced, batches[0], groups, verify=verify)
+    with _unchanged_on_error(model, optimizers), preserved_rng_state(model), progress("compress"):
+        with uninterrupted():
+            traced = trace(model, batches[0])
+            active, frozen = _candidates(model, traced, batches[0], groups, verify=verify)
         costs: dict[str, Cost] = {"flops": flops_cost(restricted(traced, active)), "params": params_cost(model, active)}
         widths, cost = widths_of(active), costs[goal.resource]
         before = {name: known.total(widths) for name, known in costs.items()}
         dense = original_costs(model, batches[0], (goal,), costs, widths).get(goal.resource, before[goal.resource])
         limit = goal.absolute(dense)
         check_reachable(goal, dense, cheapest(cost, active))
-        with _unchanged_on_error(model):
-            # Scores before any weight changes: all of them are of the model that was given.
-            keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
-            fitted: tuple[Reader, ...] = ()
-            if not all(kept.all() for kept in keep.values()):
-                constant = norms_were_constant(model, batches)
-                fitted = refit(model, find_readers(model, active, keep), batches, "running" if constant else "batch")
-                # Masked before the norms' statistics are renewed: these are of the cut model then.
-                mask(model, None, active, keep)
-                if constant:
-                    warn(
-                        "most BatchNorms have running statistics far from those of the data. They count as constants "
-                        "of the training, and stay. If they are none, give data that are prepared as in training"
-                    )
-                else:
-                    run(model, batches, "renewed")
-            cut = shrink(model, optimizers, active, keep)
+        # Scores before any weight changes: all of them are of the model that was given.
+        keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
+        fitted: tuple[Reader, ...] = ()
+        if not all(kept.all() for kept in keep.values()):
+            constant = norms_were_constant(model, batches)
+            fitted = refit(model, find_readers(model, active, keep), batches, "running" if constant else "batch")
+            # Masked before the norms' statistics are renewed: these are of the cut model then.
+            mask(model, None, active, keep)
+            if constant:
+                warn(
+                    "most BatchNorms have running statistics far from those of the data. They count as constants "
+                    "of the training, and stay. If they are none, give data that are prepared as in training"
+                )
+            else:
+                run(model, batches, "renewed")
+        cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)
-    after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
-    refitted = tuple(name for reader in fitted for name in reader.layers)
-    seen = sum(map(samples_in, batches))
-    return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
+        after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
+        refitted = tuple(name for reader in fitted for name in reader.layers)
+        seen = sum(map(samples_in, batches))
+        return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
 
 
 def one_budget(budget: Any) -> Budget:
@@ -250,16 +252,13 @@ def _choose(
 
 
 @contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Inside, whatever is raised leaves tensors and gradients as they were; no shape may have changed by then."""
-    held = list(named_tensors(model).values())
-    held += [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
-    before = [tensor.detach().clone() for tensor in held]
+def _unchanged_on_error(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Inside, whatever is raised leaves everything as it was, shapes, gradients and optimizer state too."""
+    put_back = snapshot(model, optimizers, [tensor.grad for tensor in model.parameters()])
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for tensor, values in zip(held, before, strict=True):
-                tensor.copy_(values)
-        torch.clear_autocast_cache()
+        with uninterrupted():
+            put_back()
+            torch.clear_autocast_cache()
         raise

@@ -146,6 +146,8 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
     found: list[Example] = []
     form, seen = -1, 0
     for number, batch in enumerate(data):
+        if any(tensor.is_meta for tensor in tensors_of(batch)):
+            raise ExampleError(f"batch {number} of the data is on the meta device and holds no values: give real data")
         forms = _inputs_in(mapped(lambda tensor: tensor.detach().to(device), batch))
         if not number:  # once: to try it on each batch would cost a forward of each
             form = _form_of(model, forms)

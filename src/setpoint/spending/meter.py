@@ -35,9 +35,8 @@ class Stopwatch:
 
     def lap(self) -> None:
         """Stop, add, and start again at the same moment."""
-        assert self._started is not None
         now = _now(self._synchronize)
-        self.last_seconds = now - self._started
+        self.last_seconds = 0.0 if self._started is None else now - self._started
         self.seconds += self.last_seconds
         self._started = now
 

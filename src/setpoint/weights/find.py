@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from setpoint.cost.cost import ProductCost, Term
+from setpoint.distributed import check_module
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, Size, Slice, widths_of
 from setpoint.groups.trace import Trace
@@ -91,6 +92,7 @@ def find_weights(model: nn.Module, pattern: str = "unstructured") -> tuple[Group
 
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name, the trained weights of linear layers and convolutions that no layer of another kind shares."""
+    check_module(model)
     kinds = [module for module in model.modules() if not isinstance(module, LAYERS)]
     # A tied embedding looks rows up: a mask for its linear layer would hit those, too.
     others = {id(parameter) for module in kinds for parameter in module.parameters(recurse=False)}
