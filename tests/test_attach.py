@@ -271,6 +271,65 @@ def test_frozen_outgoing_weights_keep_their_group_whole() -> None:
     loop.detach()
 
 
+def test_a_budget_out_of_reach_names_what_is_not_pruned() -> None:
+    """Layers that are not pruned are named by reason, with their share of the FLOPs and the remedy."""
+    model = _mlp()
+    for frozen in (model[0].weight, model[0].bias, model[2].weight):
+        frozen.requires_grad_(False)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.1)
+    wanted = r"needs .*Not pruned are [\d.]+ % of the FLOPs, 0: their weights are frozen \(train them: requires_grad_"
+    with pytest.raises(BudgetError, match=wanted):
+        _attach(model, optimizer, setpoint.Budget.fraction(0.2, of="flops"))
+    model[:4].requires_grad_(False)
+    model[4].weight.requires_grad_(False)
+    with pytest.raises(GroupError, match=r"nothing in this model can be pruned: .*Train the frozen weights"):
+        _attach(model, torch.optim.SGD([model[4].bias], 0.1))
+
+
+def test_a_budget_that_needs_less_than_a_tenth_of_layers_is_warned_of() -> None:
+    """A budget in reach only with groups below a tenth of their width names them and what is needed at a tenth."""
+    model = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wanted = (
+        r"a budget of 1.0 % narrows layers below a tenth of their width: with 0, 2 at a tenth the model needs 1.3 %"
+    )
+    with pytest.warns(UserWarning, match=wanted):
+        _attach(model, optimizer, setpoint.Budget.fraction(0.01, of="flops")).detach()
+
+
+class UnitGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by its norm."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient / gradient.norm()
+
+
+class WithUnitGradients(nn.Module):
+    def __init__(self, widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.layers, (first, second) = _mlp(), widths
+        self.a, self.b, self.c = nn.Linear(3, first), nn.Linear(first, second), nn.Linear(second, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(UnitGradient.apply(self.b(UnitGradient.apply(self.a(self.layers(x))))))
+        return y
+
+
+def test_a_function_that_freezes_much_of_a_net_is_warned_of() -> None:
+    """What cannot be followed and keeps a large share of the FLOPs is named with that share; of a small one no word."""
+    large, small = WithUnitGradients((24, 24)), WithUnitGradients((3, 3))
+    with pytest.warns(
+        UserWarning, match=r"layers with 66 % of the FLOPs cannot .*Function UnitGradient has a .*own-ops"
+    ):
+        _attach(large, torch.optim.SGD(large.parameters(), 0.1), setpoint.Budget.fraction(0.9, of="flops")).detach()
+    _attach(small, torch.optim.SGD(small.parameters(), 0.1), setpoint.Budget.fraction(0.9, of="flops")).detach()
+
+
 def test_groups_that_fail_verification_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are named in one warning and in the ledger's header; `verify=False` asks no question."""
     model = _mlp()

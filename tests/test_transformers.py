@@ -13,7 +13,7 @@ from torch import nn
 import setpoint
 from setpoint.actuator.mask import mask
 from setpoint.actuator.shrink import shrink
-from setpoint.errors import GroupError
+from setpoint.errors import BudgetError, GroupError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups
 
@@ -78,6 +78,22 @@ def test_a_cut_decoder_generates_with_a_cache_what_its_masked_twin_generates(kin
     for use_cache in (True, False):
         got = model.eval().generate(prompt, use_cache=use_cache, **options)
         assert got.tolist() == want.tolist()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_adapters_on_attention_alone_leave_the_rest_whole() -> None:
+    """PEFT's default: the error of a budget out of reach names the frozen layers and what reaches them, which helps."""
+    peft = pytest.importorskip("peft")
+
+    def attached(**settings: Any) -> setpoint.Loop:
+        base, example, _ = decoder("llama")
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return setpoint.attach(model, torch.optim.AdamW(trained), 0.7, total_steps=9, example=example)
+
+    with pytest.raises(BudgetError, match=r'mlp\.gate_proj, .*weights are frozen .*target_modules="all-linear"'):
+        attached()
+    attached(target_modules="all-linear").detach()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name

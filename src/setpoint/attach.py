@@ -22,13 +22,12 @@ from setpoint.controller.guarded import Guarded
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
-from setpoint.controller.selection import cheapest
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
 from setpoint.groups.group import Group, check_blocks, widths_of
-from setpoint.groups.trace import trace_step
+from setpoint.groups.trace import Trace, trace_step
 from setpoint.groups.untouched import one_at_a_time, preserved_rng_state, uninterrupted
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
@@ -397,7 +396,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
-    spending = _spending(host, spec, found, sensor, inputs, meter, clock)
+    spending = _spending(host, spec, found, sensor, inputs, meter, clock, traced=traced)
 
     def revocable() -> Actuator:
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
@@ -435,6 +434,7 @@ def _spending(
     meter: Meter,
     clock: Stopwatch,
     check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
+    traced: Trace | None = None,
 ) -> Spending:
     """What the run may spend; a budget that cannot be met is refused, and a fraction is one of the uncut model."""
     dense, original = widths_of(found.groups), dict[str, float]()
@@ -443,9 +443,23 @@ def _spending(
 
         original = original_costs(host.model, inputs.example, spec.budgets, found.costs, dense, inputs.passes)
     limits = Limits(spec.budgets, found.costs, found.groups, spec.goal.resource if spec.goal else "flops", original)
+
+    def unpruned() -> str:
+        from setpoint.groups.unpruned import unpruned
+
+        return unpruned(host.model, traced, narrowest, found.frozen) if traced else ""
+
+    narrowest = limits.narrowest
+    tenth = {name: max(narrowest[name], -(-width // 10)) for name, width in dense.items()}
+    narrow = [name for name, width in tenth.items() if narrowest[name] < width]
     for budget in spec.budgets:
-        cost = found.costs[budget.resource]
-        check_reachable(budget, limits.dense_cost(budget.resource), cheapest(cost, found.groups))
+        cost, whole = found.costs[budget.resource], limits.dense_cost(budget.resource)
+        check_reachable(budget, whole, cost.total(narrowest), unpruned)
+        if traced and budget.per == "step" and budget.absolute(whole) < (needed := cost.total(tenth)):
+            from setpoint.groups.unpruned import warn_of_narrow
+
+            why = "" if traced.unfollowed else unpruned()  # else it is warned of already
+            warn_of_narrow(budget.absolute(whole) / whole, needed / whole, narrow, why)
     step_flops = found.costs["flops"].total(dense)
     account = Account(
         clock,

@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -52,6 +52,11 @@ def a_type(value: object) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
+
+
+def listed(items: Sequence[str], limit: int, between: str = ", ") -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return between.join(items[:limit]) + more
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

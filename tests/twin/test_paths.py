@@ -142,6 +142,23 @@ class SkipsLayers(nn.Module):
         return x
 
 
+class Storage(dict):
+    pass
+
+
+class Data:
+    """A graph, as torch_geometric's: tensors in the storage of an object."""
+
+    def __init__(self, **tensors):
+        self.__dict__["_store"] = Storage(tensors)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.__dict__["_store"][name]
+'''
+
+
 class Swish(torch.autograd.Function):
     """x * sigmoid(x) that keeps its input alone, as EfficientNets outside of torchvision have it."""
 
@@ -194,23 +211,6 @@ def test_an_activation_with_a_backward_of_its_own() -> None:
 
     assert places(found.groups) == places(plain.groups)
     assert found.contractions == plain.contractions
-
-
-class Storage(dict):
-    pass
-
-
-class Data:
-    """A graph, as torch_geometric's: tensors in the storage of an object."""
-
-    def __init__(self, **tensors):
-        self.__dict__["_store"] = Storage(tensors)
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.__dict__["_store"][name]
-'''
 
 
 @contextmanager

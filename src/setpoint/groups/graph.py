@@ -10,17 +10,20 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 import setpoint.groups.rules  # noqa: F401 - registers the rules
+from setpoint.groups.atoms import Atoms
 from setpoint.groups.build import OwnDim
 from setpoint.groups.export import has_floats, known, shape_of
 from setpoint.groups.walk import Value, Walk, finish, module_of, op_name, plain_path, rule_for
 
 
-def walk_graph(model: nn.Module, program: Any, opaque_calls: Mapping[str, str]) -> tuple[Walk, list[OwnDim]]:
+def walk_graph(
+    model: nn.Module, program: Any, opaque_calls: Mapping[str, str], atoms: Atoms | None = None
+) -> tuple[Walk, list[OwnDim]]:
     """Visit every node of the graph once; what the rules record, and the dims of all parameters and buffers."""
     attention = nn.MultiheadAttention  # or what stands in for its forward
     modules = {name for name, module in model.named_modules() if isinstance(module, attention)}
     opaque = {name for name in modules if type(model.get_submodule(name)).forward is attention.forward}
-    walk = Walk(opaque=frozenset(opaque), opaque_calls=opaque_calls)
+    walk = Walk(atoms or Atoms(), opaque=frozenset(opaque), opaque_calls=opaque_calls)
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}

@@ -18,6 +18,10 @@ from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserv
 from setpoint.groups.walk import Walk
 from setpoint.messages import progress
 
+# Reasons why something is frozen: how those begin by which Setpoint cannot follow it, and how others end.
+UNFOLLOWED = ("no rule knows this op", "the op's rule does not cover", "the custom autograd", "it cannot be exported")
+UNTRAINED = "trained by no optimizer that attach was given"
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -59,6 +63,7 @@ class Trace:
     frozen: tuple[Frozen, ...]
     unreached: tuple[str, ...] = ()  # names of parameters that the example does not use
     no_backward: tuple[str, ...] = ()  # and of those that it uses where no backward pass comes
+    unfollowed: str = ""  # what is said where a large share of the FLOPs has no units since it cannot be followed
 
 
 def trace_step(model: nn.Module, example: Example, passes: int) -> Trace:
@@ -111,6 +116,11 @@ def _trace(model: nn.Module, example: Example) -> Trace:
             walk.atoms.mark("produce", written)
     products = [labels for _, _, dims_of, _ in walk.contracts for _, labels in dims_of if labels is not None]
     units = build.build(walk.atoms, dims, products, build.device_type_of(model))
+    unfollowed = ""
+    if any(why.startswith(UNFOLLOWED) for _, _, why in walk.atoms.frozen):
+        from setpoint.groups.unpruned import share_of_unfollowed
+
+        unfollowed = share_of_unfollowed(model, program, opaque, walk, units)
     if build.only_standard_sizes(model, walk, units):
         places = build.standard_places(model, walk, dims)
     else:
@@ -142,7 +152,8 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     unreached = tuple(name for node, name in own.items() if not node.users)
     reached = own if opaque else read_by_outputs(program.graph, but=detaches)
     no_backward = tuple(name for node, name in own.items() if node.users and node not in reached)
-    return Trace(groups, tuple(contractions), _frozen(walk, opaque, unbalanced), unreached, no_backward)
+    frozen = _frozen(walk, opaque, unbalanced)
+    return Trace(groups, tuple(contractions), frozen, unreached, no_backward, unfollowed)
 
 
 def _uncounted(model: nn.Module, example: Example, known: float) -> list[Contraction]:

@@ -13,9 +13,9 @@ from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.errors import GroupError, LoopError
 from setpoint.groups.example import Example, tensors_of
 from setpoint.groups.group import Group, Size, widths_of
-from setpoint.groups.trace import Trace
+from setpoint.groups.trace import UNTRAINED, Trace
 from setpoint.host.host import Host
-from setpoint.messages import warn
+from setpoint.messages import listed, warn
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.tap import tappable
 
@@ -42,7 +42,6 @@ class Candidates:
     header: Mapping[str, Any] = field(default_factory=dict)  # more entries of the ledger's header
 
 
-_UNTRAINED = "trained by no optimizer that attach was given"
 _LOSSY = " (allow_lossy=True prunes it all the same)"
 
 
@@ -84,7 +83,10 @@ def unit_candidates(
         frozen |= dict.fromkeys(failed, "cutting it on a copy did not behave like masking it")
     check_some(active, frozen)
     costs = {"flops": flops_cost(restricted(found, active)), "params": params_cost(model, active)}
-    warn_of_unreached(model, found, active)
+    if found.unreached or found.unfollowed:
+        from setpoint.groups.unpruned import warn_of_unseen
+
+        warn_of_unseen(model, found, active)
     return Candidates(active, frozen, costs, passes)
 
 
@@ -142,7 +144,7 @@ def in_hand(host: Host, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], d
     for group in groups:
         missing = list(dict.fromkeys(place.tensor for place in group.slices if place.tensor in trained))
         if missing:
-            strangers[group.name] = f"{_listed(missing, 3)}: {_UNTRAINED}"
+            strangers[group.name] = f"{listed(missing, 3)}: {UNTRAINED}"
     return tuple(group for group in groups if group.name not in strangers), strangers
 
 
@@ -160,18 +162,10 @@ def check_copies(host: Host, groups: tuple[Group, ...]) -> None:
 
 
 def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
-    if groups:
-        return
-    if strangers := [why for why in frozen.values() if why.endswith(_UNTRAINED)]:
-        raise GroupError(
-            f"{_listed(strangers, 2, '; ')}: give all optimizers, and all tensors of a layer to one. Nothing else "
-            "can be pruned"
-        )
-    reasons = _listed([f"{place}: {reason}" for place, reason in frozen.items()], 8, "; ") or "no dim at all"
-    advice = "docs/own-ops.md says how to teach an op; a layer needs another one behind it to be narrowed"
-    if lossy := [name for name, why in frozen.items() if why.endswith(_LOSSY)]:
-        advice = f"attach(..., allow_lossy=True) prunes {', '.join(lossy[:4])} all the same"
-    raise GroupError(f"nothing in this model can be pruned: {reasons}. {advice}")
+    if not groups:
+        from setpoint.groups.unpruned import nothing_to_prune
+
+        raise nothing_to_prune(frozen)
 
 
 def _check_numbers(model: nn.Module, example: Example) -> None:
@@ -181,11 +175,6 @@ def _check_numbers(model: nn.Module, example: Example) -> None:
     for what, tensor in held:
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise LoopError(f"{what} holds NaN, so that no cut can be tried out: begin without")
-
-
-def _listed(items: Sequence[str], limit: int, between: str = ", ") -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return between.join(items[:limit]) + more
 
 
 def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
@@ -201,17 +190,3 @@ def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:
         replace(contraction, sizes=tuple(map(restrict, contraction.sizes))) for contraction in found.contractions
     )
     return replace(found, groups=groups, contractions=contractions)
-
-
-def warn_of_unreached(model: nn.Module, found: Trace, groups: tuple[Group, ...]) -> None:
-    """Tell of weights that the example leaves out and that may read units, which would go while they stay."""
-    lengths = {len(part.index) for group in groups for part in group.slices}
-    # A tied weight has several names, and is reached by any of them.
-    reached = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name not in found.unreached}
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
-    stray = [name for name in found.unreached if len(shapes.get(name, ())) > 1 and lengths & set(shapes[name][1:])]
-    if stray:
-        warn(
-            f"the example does not reach {_listed(stray, 5)}: if training "
-            "does, give an example that does, too. Otherwise units that these weights read may be cut without them"
-        )

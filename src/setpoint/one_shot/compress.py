@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from setpoint.actuator.tensors import check_data
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.checkpoint.run_file import snapshot
 from setpoint.controller.finer import refined
-from setpoint.controller.selection import Selection, cheapest, even_density, reach, start
+from setpoint.controller.selection import Selection, even_density, lowest_width, reach, start
 from setpoint.cost.budget import Budget, amount, parse_budget
 from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.distributed import unwrapped
@@ -30,7 +31,7 @@ from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.groups.untouched import preserved_rng_state, uninterrupted
 from setpoint.host.find import real_optimizers
-from setpoint.loop.candidates import check_some, restricted, warn_of_unreached
+from setpoint.loop.candidates import check_some, restricted
 from setpoint.messages import a_type, counted, counts, progress, warn
 from setpoint.one_shot.consumer import find_consumers, layers_by_weight
 from setpoint.one_shot.fit import Keep, Reader, find_readers, refit, unit_scores
@@ -153,6 +154,8 @@ def compress(
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
     # Read before anything is found out about the model: a loader may draw random numbers, which are the user's.
     batches = first_batches(data, num_samples, model)
+    from setpoint.groups.unpruned import unpruned
+
     with _unchanged_on_error(model, optimizers), preserved_rng_state(model), progress("compress"):
         with uninterrupted():
             traced = trace(model, batches[0])
@@ -162,7 +165,8 @@ def compress(
         before = {name: known.total(widths) for name, known in costs.items()}
         dense = original_costs(model, batches[0], (goal,), costs, widths).get(goal.resource, before[goal.resource])
         limit = goal.absolute(dense)
-        check_reachable(goal, dense, cheapest(cost, active))
+        narrowest = {group.name: lowest_width(group) for group in active}
+        check_reachable(goal, dense, cost.total(narrowest), partial(unpruned, model, traced, narrowest, frozen))
         # Scores before any weight changes: all of them are of the model that was given.
         keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
         fitted: tuple[Reader, ...] = ()
@@ -222,7 +226,10 @@ def _candidates(
     active = tuple(group for group in found if group.name not in frozen)
     check_blocks(active)
     check_some(active, frozen)
-    warn_of_unreached(model, traced, active)
+    if traced.unreached or traced.unfollowed:
+        from setpoint.groups.unpruned import warn_of_unseen
+
+        warn_of_unseen(model, traced, active)
     return active, frozen
 
 

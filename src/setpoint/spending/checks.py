@@ -48,19 +48,21 @@ def split_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget 
     return per_step, next(budget for budget in budgets if budget.per == "run")
 
 
-def check_reachable(budget: Budget, dense: float, lowest: float) -> None:
-    """Refuse a budget that cannot be met or is in a wrong unit, given costs of the dense and of the narrowest model."""
+def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Callable[[], str] = str) -> None:
+    """Refuse a budget that cannot be met or is in a wrong unit; `unpruned` says what makes the lowest cost so high."""
     limit, resource = budget.absolute(dense), budget.resource
     if budget.per == "run":
         return  # `check_run` knows what a run spends
     if limit < lowest:
         advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {resource}'"
         if lowest >= 0.99 * dense:
-            advice = "Narrower layers save next to nothing of it: hold the model to a budget of 'flops' or 'params'"
+            advice = "Narrower layers save next to nothing of it"
+            if resource not in ("flops", "params"):
+                advice += ": hold the model to a budget of 'flops' or 'params'"
         raise BudgetError(
             f"a budget of {amount(limit, resource)} ({_percent(limit / dense)} of dense) cannot be reached: with every "
-            f"layer at its narrowest the model still needs {amount(lowest, resource)} ({_percent(lowest / dense)}). "
-            f"{advice}"
+            f"layer at its narrowest the model still needs {amount(lowest, resource)} ({_percent(lowest / dense)})"
+            f"{unpruned()}. {advice}"
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
