@@ -16,7 +16,7 @@ from setpoint.groups.trace import UNFOLLOWED, UNTRAINED, Contraction, Trace
 from setpoint.groups.walk import Walk
 from setpoint.messages import listed, warn
 
-_MANY = 0.25  # share of the FLOPs from which on it is warned of
+_MANY = 0.25  # share of the FLOPs above which it is warned of
 
 
 class _AsIfFollowed(Atoms):
@@ -46,7 +46,7 @@ def share_of_unfollowed(model: nn.Module, program: Any, opaque: Mapping[str, str
         flops = product.at({}) * product.times
         dims = [(a, b) for (_, a), (_, b) in zip(now, then, strict=False) if a is not None and b is not None]
         total, blocked = total + flops, blocked + flops * any(free.among(b) and not units.among(a) for a, b in dims)
-    if blocked < _MANY * total:
+    if blocked <= _MANY * total:
         return ""
     same = len(other.atoms.roots) == len(walk.atoms.roots)  # else an atom of one walk is not that of the other
     places: dict[str, list[str]] = {}
@@ -77,10 +77,12 @@ def unpruned(model: nn.Module, found: Trace, narrowest: Mapping[str, int], froze
             reasons = [frozen[name] for name in sorted(names & frozen.keys())]
             # Of a layer that is not trained this says more than what runs over the features that it reads.
             reasons.sort(key=lambda why: ("get no gradient" not in why, "allow_lossy" in why))
-            why = _with_remedy(model, next(iter(reasons), "no units that could be dropped lie in them"))
+            inside = f"{product.module}."
+            reasons += [f.reason for f in found.frozen if inside.startswith(f"{f.place.partition(': ')[0]}.")]
+            why = _with_remedy(model, [*reasons, "no units that could be dropped lie in them"][0])
             shares[why] = shares.get(why, 0.0) + product.at(widths) * product.times
             layers.setdefault(why, []).append(product.module or "the model itself")
-    most = [why for why in sorted(shares, key=lambda why: -shares[why]) if shares[why] >= 0.01 * total]
+    most = [why for why in sorted(shares, key=lambda why: -shares[why]) if shares[why] > 0.01 * total]
     text = "; ".join(
         f"{100 * shares[why] / total:.1f} % of the FLOPs, {_layers(layers[why])}: {why}" for why in most[:3]
     )
@@ -101,7 +103,7 @@ def warn_of_narrow(limit: float, needed: float, groups: Iterable[str], why: str)
 
 
 def _with_remedy(model: nn.Module, why: str) -> str:
-    short, remedy = why.partition(" (")[0], ""
+    short, remedy = why.partition(" (")[0].partition(":")[0], ""
     if "get no gradient" in why:
         short, remedy = "their weights are frozen", "train them: requires_grad_(True)"
         if any(type(module).__module__.startswith("peft.tuners.lora") for module in model.modules()):
