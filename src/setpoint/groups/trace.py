@@ -15,11 +15,10 @@ from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.states import StateSpaceLayer, find_states
 from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserved_rng_state, uninterrupted
-from setpoint.groups.walk import Walk
+from setpoint.groups.walk import UNFOLLOWED, Walk
 from setpoint.messages import progress
 
-# Reasons why something is frozen: how those begin by which Setpoint cannot follow it, and how others end.
-UNFOLLOWED = ("no rule knows this op", "the op's rule does not cover", "the custom autograd", "it cannot be exported")
+# How a reason ends why a group is not pruned of which no optimizer has the weights.
 UNTRAINED = "trained by no optimizer that attach was given"
 
 
@@ -118,7 +117,7 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     units = build.build(walk.atoms, dims, products, build.device_type_of(model))
     unfollowed = ""
     if any(why.startswith(UNFOLLOWED) for _, _, why in walk.atoms.frozen):
-        from setpoint.groups.unpruned import share_of_unfollowed
+        from setpoint.groups.unfollowed import share_of_unfollowed
 
         unfollowed = share_of_unfollowed(model, program, opaque, walk, units)
     if build.only_standard_sizes(model, walk, units):

@@ -11,6 +11,9 @@ from torch import fx
 
 from setpoint.groups.atoms import Atoms
 
+# How the reasons begin why something is frozen that Setpoint cannot follow, and that the model may let be cut.
+UNFOLLOWED = ("no rule knows this op", "the op's rule does not cover", "the custom autograd", "it cannot be exported")
+
 DimLabels = np.ndarray | None  # atoms along one dim; None for data (batch, positions, constants), without any unit
 
 
