@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import setpoint
 import setpoint.cost.budget
@@ -566,8 +567,8 @@ def test_batches_that_vary_are_not_warned_of(example: Any, steps: Any) -> None:
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_skipped_steps_nested_calls_and_evaluations_are_no_larger_steps() -> None:
-    """Claim: what a GradScaler skips between two steps, calls from inside of a call, and those without gradients or in
-    eval mode do not count: warnings are errors.
+    """Claim: what a GradScaler skips between two steps, calls from inside of a call, what a checkpoint computes again, and
+    calls without gradients or in eval mode do not count: warnings are errors.
     """
 
     class Halves(nn.Module):
@@ -585,7 +586,7 @@ def test_skipped_steps_nested_calls_and_evaluations_are_no_larger_steps() -> Non
     for _ in range(5):
         for _ in range(3):  # the last one steps
             optimizer.zero_grad()
-            model(x).square().mean().backward()
+            checkpoint(model, x, use_reentrant=False).square().mean().backward()
             _evaluated(model, x)
         optimizer.step()
     loop.detach()

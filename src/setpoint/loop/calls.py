@@ -64,7 +64,8 @@ class FirstSteps:
 
     def _begins(self, module: nn.Module, call: Call) -> None:
         self._calls += torch.is_grad_enabled()
-        if torch.is_grad_enabled() and self._model.training and not self._depth:  # not from inside of another call
+        again = torch._C._current_graph_task_id() != -1  # within a backward pass: a checkpoint computes it again
+        if torch.is_grad_enabled() and self._model.training and not (self._depth or again):  # not inside of another
             self._given += _size(call)
         self._depth += 1
 
