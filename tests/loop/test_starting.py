@@ -567,8 +567,8 @@ def test_batches_that_vary_are_not_warned_of(example: Any, steps: Any) -> None:
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_skipped_steps_nested_calls_and_evaluations_are_no_larger_steps() -> None:
-    """Claim: what a GradScaler skips between two steps, calls from inside of a call, what a checkpoint computes again, and
-    calls without gradients or in eval mode do not count: warnings are errors.
+    """Claim: what a GradScaler skips between two steps, calls from inside of a call, what a checkpoint computes again,
+    and calls without gradients or in eval mode do not count: warnings are errors.
     """
 
     class Halves(nn.Module):
