@@ -669,3 +669,117 @@ def test_a_baked_model_loads_where_setpoint_is_not_installed(make: Make, tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+class Half:
+    """A run whose states are loaded one by one."""
+
+    def __init__(self, seed: int = 0, kinds: Any = (torch.optim.AdamW,), **options: Any) -> None:
+        torch.manual_seed(seed)
+        self.model = mlp()
+        parameters = list(self.model.parameters())
+        self.optimizers = [kind(parameters[n :: len(kinds)], lr=1e-2) for n, kind in enumerate(kinds)]
+        settings = {"total_steps": 30, "example": EXAMPLES[mlp], "resume": True, "verify": False, **options}
+        self.loop = setpoint.attach(self.model, self.optimizers, 0.4, **settings)
+
+    def train(self, first: int, last: int, *, save: bool = False) -> dict[int, Any]:
+        """The states ahead of each step, where they are to be saved."""
+        saved = {}
+        for step in range(first, last):
+            if save:
+                saved[step] = copy.deepcopy([part.state_dict() for part in (self.model, *self.optimizers)])
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            nn.functional.cross_entropy(self.model(x), x[:, :3].argmax(1)).backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        return saved
+
+    def load(self, states: Any, *numbers: int) -> Half:
+        for number in numbers:
+            [self.model, *self.optimizers][number].load_state_dict(copy.deepcopy(states[number]))
+        return self
+
+
+PAIR = (torch.optim.AdamW, torch.optim.SGD)
+
+
+@pytest.mark.parametrize("example", [None, EXAMPLES[mlp]])
+def test_a_half_of_a_state_is_named_before_the_next_step(example: Any) -> None:
+    """Claim: only the optimizer's state, only the model's, one optimizer of two, states of different steps of which
+    the widths differ: each is an error ahead of the step, and once the rest is loaded too, the run goes on to the bit.
+    """
+    whole = Half(kinds=PAIR, example=example)
+    saved = whole.train(0, 30, save=True)
+    for numbers, other, words in (
+        ((1, 2), {}, "optimizer's state of step 20 was loaded, the model's was not, or is of another step: load both"),
+        ((0,), {}, "the model was cut, but no state of a loop has come with its optimizer"),
+        ((0, 1), {}, r"optimizers\[0\] has loaded a state of step 20, optimizers\[1\] no state"),
+        ((0, 2), {}, r"optimizers\[0\] has loaded no state, optimizers\[1\] a state of step 20"),
+        ((0, 1, 2), {2: 25}, r"a state of step 20, optimizers\[1\] a state of step 25: load all"),
+        ((0, 1, 2), {0: 1}, "optimizer's state of step 20 was loaded, the model's was not, or is of another step"),
+    ):
+        again = Half(seed=1, kinds=PAIR, example=example)
+        again.load({number: saved[other.get(number, 20)][number] for number in numbers}, *numbers)
+        before = [tensor.clone() for tensor in again.model.parameters()]
+        with pytest.raises(CheckpointError, match=words):
+            again.train(20, 21)
+        assert all(map(torch.equal, before, again.model.parameters()))
+        if example is not None:
+            again.model.zero_grad()
+            again.load(saved[20], 1, 2, 0).train(20, 30)
+            assert all(map(torch.equal, whole.model.parameters(), again.model.parameters())), words
+            assert again.loop.widths == whole.loop.widths
+        again.loop.detach()
+
+
+def test_weights_of_another_step_are_warned_of() -> None:
+    """Claim: where all widths fit, the next step warns once that the weights are not those beside the optimizer's
+    state; not where they were only rounded to half precision.
+    """
+    saved = Half().train(0, 30, save=True)
+    for step in (25, 28):
+        again = Half().load(saved[25], 1)
+        again.load(saved[step], 0)
+        if step == 25:
+            again.train(25, 27)
+            continue
+        with pytest.warns(UserWarning, match=r"6 weights of 6, the first '0\.weight', differ from those of step 25"):
+            again.train(25, 26)
+    again = Half().load([{name: tensor.half() for name, tensor in saved[25][0].items()}, saved[25][1]], 1, 0)
+    again.train(25, 26)
+
+
+@pytest.mark.parametrize(("kinds", "now", "back"), [(PAIR, 28, 3), (PAIR, 12, 25), (PAIR, 26, 25), (PAIR[:1], 9, 9)])
+def test_an_older_state_takes_a_run_back(kinds: Any, now: int, back: int) -> None:
+    """Claim: in the middle of a run, loop, model and optimizers go to a wider or narrower state, the optimizer's first,
+    and train on as that run did; a wider model's state without it is refused, with nothing changed.
+    """
+    whole, run = Half(kinds=kinds), Half(kinds=kinds)
+    saved = whole.train(0, 30, save=True)
+    run.train(0, now)
+    if now == 28:
+        before = copy.deepcopy(run.model.state_dict())
+        with pytest.raises(LoopError, match=r"with resume=True load the optimizer's state first: it takes loop and"):
+            run.load(saved[back], 0)
+        assert all(map(torch.equal, before.values(), run.model.state_dict().values()))
+    run.load(saved[back], *range(1, len(kinds) + 1), 0)
+    assert run.loop.step == back
+    run.train(back, 30)
+    assert all(map(torch.equal, whole.model.parameters(), run.model.parameters()))
+    rows = [[{k: v for k, v in row.items() if "sec" not in k} for row in r.loop.ledger.to_rows()] for r in (whole, run)]
+    assert rows[0] == rows[1]
+    assert run.loop.finish().train_flops == whole.loop.finish().train_flops
+
+
+@pytest.mark.parametrize("example", [None, EXAMPLES[mlp]])
+def test_a_state_of_another_kind_of_optimizer_is_refused_by_name(example: Any) -> None:
+    """Claim: SGD's state under AdamW, or two that are exchanged, say whose the state is, and nothing is changed."""
+    saved = Half(kinds=PAIR).train(0, 20, save=True)[19]
+    again = Half(kinds=PAIR, example=example)
+    before = [tensor.clone() for tensor in again.model.parameters()]
+    with pytest.raises(CheckpointError, match=r"of optimizers\[1\] \(SGD\), and optimizers\[0\] \(AdamW\) is to load"):
+        again.load([*saved[:1], *saved[:0:-1]], 1)
+    assert all(map(torch.equal, before, again.model.parameters())) and not again.optimizers[0].state
+    again.loop.detach()

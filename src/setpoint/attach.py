@@ -132,7 +132,7 @@ def attach(
             if example is None:
                 loop.wait(FirstBatch(host, model, method, lambda inputs: _begin(loop, spec, inputs)))
                 RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
-                if resume and host.wrapped and model is not host.model:
+                if resume:
                     from setpoint.loop.carrying import FollowLoads
 
                     loop.at_detach(FollowLoads(host, model).stop)

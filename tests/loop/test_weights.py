@@ -266,6 +266,46 @@ def test_resumes_bit_for_bit() -> None:
         start("unstructured").load(file)
 
 
+def test_masks_go_on_inside_an_optimizers_state_bit_for_bit() -> None:
+    """Claim: with resume=True a run with an example goes on to the bit, whatever is loaded first; without an example
+    masks would be there only after the first backward pass, which is refused before anything is changed.
+    """
+
+    def start(example: Any) -> tuple[nn.Module, torch.optim.Optimizer, setpoint.Loop]:
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        settings = {"example": example, "resume": True, "actuator": Masking()}
+        return model, optimizer, setpoint.attach(model, optimizer, 0.5, total_steps=STEPS, **settings)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            x, y = data(step)
+            nn.functional.cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, its_optimizer, loop = start((data(0)[0],))
+    saved = {}
+    for step in range(STEPS):
+        saved[step] = copy.deepcopy((whole.state_dict(), its_optimizer.state_dict()))
+        steps(whole, its_optimizer, step, step + 1)
+    assert loop.finish().regrown_units > 0
+    for step in (1, 6, 7, 11, 23):
+        parts = start((data(0)[0],))
+        for number in (0, 1) if step % 2 else (1, 0):
+            parts[number].load_state_dict(copy.deepcopy(saved[step][number]))
+        steps(*parts[:2], step, STEPS)
+        assert all(map(torch.equal, whole.state_dict().values(), parts[0].state_dict().values())), step
+    late, optimizer, _ = start(None)
+    late.load_state_dict(saved[11][0])
+    optimizer.load_state_dict(saved[11][1])
+    with pytest.raises(CheckpointError, match=r"gradients of this step are not: give attach an example=\(x,\)"):
+        steps(late, optimizer, 11, 12)
+    assert all(torch.equal(saved[11][0][name], weight) for name, weight in late.named_parameters())
+
+
 def test_everybody_is_told_that_hardware_gets_no_faster(tmp_path: Path) -> None:
     """Claim: Summary, ledger and report say so; FLOPs that were computed stay dense, theoretical ones stand beside."""
     model, optimizer, loop = started()

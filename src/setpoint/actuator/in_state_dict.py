@@ -58,7 +58,8 @@ def check_loads(model: nn.Module) -> None:
     if not _attached_with(model) <= set(RESUMING):
         raise LoopError(
             "this model has a loop already, and the state has other shapes: load the loop's own state first, or attach "
-            "with resume=True; loop.detach() lets the model be loaded by itself. Nothing was changed"
+            "with resume=True. In the middle of a run with resume=True load the optimizer's state first: it takes loop "
+            "and model back; loop.detach() lets the model be loaded by itself. Nothing was changed"
         )
 
 
