@@ -783,3 +783,15 @@ def test_a_state_of_another_kind_of_optimizer_is_refused_by_name(example: Any) -
         again.load([*saved[:1], *saved[:0:-1]], 1)
     assert all(map(torch.equal, before, again.model.parameters())) and not again.optimizers[0].state
     again.loop.detach()
+
+
+@pytest.mark.parametrize("example", [None, EXAMPLES[mlp]])
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_is_not_asked_to_go_on_says_so(example: Any) -> None:
+    """Claim: without resume=True a state that carries a loop's warns, and names the flag, also before any cut."""
+    saved = Half().train(0, 2, save=True)[1]
+    again = Half(resume=False, example=example)
+    with pytest.warns(UserWarning, match=r"begins anew: attach\(\.\.\., resume=True\) goes on with it"):
+        again.load(saved, 0, 1).train(1, 2)
+    assert again.loop.step == 1
+    again.loop.detach()

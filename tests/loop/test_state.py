@@ -21,6 +21,7 @@ from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.priced import PricedController
 from setpoint.cost.budget import Price
 from setpoint.errors import CheckpointError, LoopError
+from setpoint.loop.resume import sealed
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.scheduled import ScheduledController
 
@@ -275,15 +276,28 @@ def test_a_damaged_state_is_refused_and_nothing_is_changed(state: dict[str, Any]
         if not (isinstance(value, torch.Tensor) and value.dim()) or path[:2] == ("sensor", "recent"):
             continue
         with pytest.raises(CheckpointError):
-            run.loop.load_state_dict(damaged(state, path, torch.zeros(value.numel() + 1, dtype=value.dtype)))
+            run.loop.load_state_dict(sealed(damaged(state, path, torch.zeros(value.numel() + 1, dtype=value.dtype))))
         tried += 1
     for name in state:
         with pytest.raises(CheckpointError):
-            run.loop.load_state_dict({key: value for key, value in state.items() if key != name})
+            left_out = {key: value for key, value in state.items() if key != name}
+            run.loop.load_state_dict(left_out if name == "sha256" else sealed(left_out))
     assert tried > 20
     assert_untouched(run, before)
     run.loop.load_state_dict(state)
     assert run.loop.step == 12
+
+
+def test_a_damaged_value_is_refused_wherever_it_stands(state: dict[str, Any]) -> None:
+    """Claim: a value of another type, sign or size is refused in words, and nothing is changed."""
+    run = Run(lambda: Scripted(DROP, BACK), budget=0.9, verify=False)
+    before = snapshot(run)
+    for number, path in enumerate(paths(state)):
+        if path[0] != "rng_state":
+            bad: Any = ["x", None, -7, {}, [], float("nan"), 3.5, torch.ones(2, 2)][number % 8]
+            with pytest.raises(CheckpointError, match="digest|is of another run|not a state|format"):
+                run.loop.load_state_dict(damaged(state, path, (bad,)))
+    assert_untouched(run, before)
 
 
 def test_a_state_needs_a_fresh_loop(state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import INSTEAD, state_tensors, take
 from setpoint.errors import CheckpointError, OptimizerError
 from setpoint.groups.group import Group, Slice
+from setpoint.messages import warn
 
 
 def check_trains(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
@@ -176,6 +177,11 @@ def check_state(
     the first tensor that does not fit, or says that the state is of other parameters.
     """
     states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
+    if any("setpoint" in settings for settings in (optimizer.param_groups if saved is None else saved["param_groups"])):
+        warn(
+            "the optimizer's state carries that of a run, which is not taken over, so that the run begins anew: "
+            "attach(..., resume=True) goes on with it"
+        )
     if saved is not None:  # PyTorch matches parameters by their order
         own, numbers = _parameters(optimizer), [n for settings in saved["param_groups"] for n in settings["params"]]
         if len(own) != len(numbers):

@@ -170,7 +170,7 @@ def some_of(names: Iterable[str]) -> str:
 # Files with a digest: a model's, and a run's.
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the header, then name, dtype, shape and bytes of every tensor in order of names."""
     # A run's file has nothing in its header but the version, which its digest covers.
     total = hashlib.sha256((json.dumps(header, sort_keys=True) if header else str(FORMAT)).encode())
@@ -189,7 +189,7 @@ def write_file(path: Path, key: str, header: Mapping[str, Any], tensors: dict[st
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     if not path.parent.is_dir():
         raise CheckpointError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
-    text = json.dumps({"format": FORMAT, **header, "sha256": _digest(header, tensors)})
+    text = json.dumps({"format": FORMAT, **header, "sha256": digest(header, tensors)})
     try:
         partial.touch()  # with the rights of the user's other new files, which `save_file` does not give
         mode = partial.stat().st_mode
@@ -243,6 +243,6 @@ def read_file(path: Path, key: str, foreign: str) -> tuple[dict[str, Any], dict[
         raise CheckpointError(
             f"{str(path)!r} has format {version}, this Setpoint reads up to {FORMAT}: upgrade Setpoint"
         )
-    if version != FORMAT or _digest(header, tensors) != expected:
+    if version != FORMAT or digest(header, tensors) != expected:
         raise CheckpointError(f"{str(path)!r} is damaged: its digest does not match its contents; get it again")
     return header, tensors

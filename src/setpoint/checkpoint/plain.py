@@ -194,7 +194,8 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
         if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
             if value.is_meta:
                 raise CheckpointError(f"{where} is on the meta device and has no data")
-            return {"tensor": store(value), "stride": value.stride(), "complex": value.is_complex()}
+            stride = value.stride() if value.numel() else torch.empty(value.shape).stride()  # any will do
+            return {"tensor": store(value), "stride": stride, "complex": value.is_complex()}
         if type(value) is list:
             return [encode(item, f"{where}[{number}]") for number, item in enumerate(value)]
         if type(value) is tuple:

@@ -10,7 +10,8 @@ from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.budget import Budget, parse_budget
 from setpoint.errors import LoopError, NotBegunError
-from setpoint.loop.carrying import brought
+from setpoint.host.find import real_optimizers
+from setpoint.loop.carrying import KEY, brought
 from setpoint.loop.loop import Loop
 from setpoint.loop.summary import Summary
 
@@ -82,6 +83,9 @@ class Session:
                 "the trainer does not know how many optimizer steps it will make (its data has no length, or it stops "
                 f"by the clock): give {type(self).__name__}(..., total_steps=N), or the trainer a number of steps"
             )
+        if not settings["resume"]:  # as the user has asked for: nothing to warn of
+            for optimizer in real_optimizers(optimizers):
+                optimizer.param_groups[0].pop(KEY, None)
         self.loop = attach(model, optimizers, self.budget, **settings)
         if not (self.has_run_budget and settings["resume"]):
             return

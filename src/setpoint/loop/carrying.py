@@ -27,7 +27,7 @@ from setpoint.ledger import Ledger
 from setpoint.loop.candidates import Inputs
 from setpoint.loop.control import Parts
 from setpoint.loop.loop import Loop
-from setpoint.loop.resume import AGAIN, load_state
+from setpoint.loop.resume import AGAIN, load_state, sealed
 from setpoint.messages import counted, warn
 
 KEY = "setpoint"  # entry of the first parameter group: PyTorch keeps such entries in its optimizers' states
@@ -120,7 +120,7 @@ class Carrying:
             # Frameworks keep the random generators themselves, and restore them when it suits them.
             state = {**self._loop.state_dict(), "rng_state": None, "inputs": self._form}
             state["weights"] = _marks(self._loop.host)
-        state["owner"] = [number, type(optimizer).__name__]
+        state = sealed({**state, "owner": [number, type(optimizer).__name__]})
         # One tensor of bytes: optimizers copy unknown entries of a parameter group, and every format keeps tensors.
         saved["param_groups"][0][KEY] = torch.frombuffer(bytearray(save(to_tensors(state))), dtype=torch.uint8)
 

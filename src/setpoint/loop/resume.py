@@ -8,7 +8,8 @@ import torch
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_check import check_state
-from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state
+from setpoint.checkpoint.model_file import digest
+from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state, to_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.group import widths_of
@@ -64,8 +65,14 @@ def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Actuator | L
     return {"actuator": actuator, "losses": control.losses, "ledger": control.ledger, "spending": control.spending}
 
 
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """With a digest of all the rest, by which a value that was damaged is found wherever it stands."""
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    return {**content, "sha256": digest({}, to_tensors(content))}
+
+
 def state_of(control: Control) -> dict[str, Any]:
-    return {
+    state = {
         "format": FORMAT,
         "run": {**control.facts, **run_facts(control.spending)},
         "now": plain(control.state, "the run's progress"),
@@ -74,6 +81,7 @@ def state_of(control: Control) -> dict[str, Any]:
         **{name: part.state_dict() for name, part in _saved_parts(control, control.actuator).items()},
         "rng_state": {"rank": control.host.ranks.own, **rng_state()},
     }
+    return sealed(state)
 
 
 def load_state(control: Control, state: Mapping[str, Any]) -> None:
@@ -100,6 +108,10 @@ def load_state(control: Control, state: Mapping[str, Any]) -> None:
 def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunState, Any]:
     check_format(state)
     check_same_run(state["run"], {**control.facts, **run_facts(control.spending)})
+    if sealed(state)["sha256"] != state["sha256"]:
+        raise CheckpointError(
+            "the loop's state is damaged, or was changed by hand: its digest does not match its contents; get it again"
+        )
     for optimizer in control.host.optimizers:
         check_state(optimizer, control.host.model, control.dense)
     actuator, device = control.actuator, control.host.device
