@@ -28,16 +28,16 @@ from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace_step
-from setpoint.groups.untouched import one_at_a_time, preserved_rng_state, uninterrupted
+from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
-from setpoint.loop.calls import FirstSteps, Record
+from setpoint.interrupts import uninterrupted
+from setpoint.loop.calls import Record
 from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
 from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, RecordedMethod
 from setpoint.loop.loop import Loop
-from setpoint.loop.summary import warn_of_others
 from setpoint.messages import a_type, plain_number, progress
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
@@ -143,7 +143,7 @@ def attach(
                 if method != "forward":
                     listen = partial(RecordedMethod, model=host.model, method=method)
                 outside = host.compiled and model._compiled_call_impl is None
-                loop.watch(FirstSteps(host.model, listen, inputs, warn_of_others, outside))
+                loop.watch(inputs, listen, outside=outside)
         with uninterrupted():
             _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         undo.pop_all()

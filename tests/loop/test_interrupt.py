@@ -16,7 +16,7 @@ from torch import nn
 import setpoint
 from loop.test_regrowth import Scripted
 from setpoint.errors import LoopError
-from setpoint.groups.untouched import uninterrupted
+from setpoint.interrupts import uninterrupted
 from setpoint.loop.cutting import Cutting
 
 DROPS, BACK = {3: {"0": [1, 4]}, 6: {"0": [0], "2": [3]}}, {6: {"0": [1]}}

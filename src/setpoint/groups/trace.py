@@ -14,8 +14,9 @@ from setpoint.groups.example import Example, check_python, without_cache
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.product import solve
 from setpoint.groups.states import StateSpaceLayer, find_states
-from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserved_rng_state, uninterrupted
+from setpoint.groups.untouched import gc_paused, in_mode, one_at_a_time, preserved_rng_state
 from setpoint.groups.walk import UNFOLLOWED, Walk
+from setpoint.interrupts import uninterrupted
 from setpoint.messages import progress
 
 # How a reason ends why a group is not pruned of which no optimizer has the weights.

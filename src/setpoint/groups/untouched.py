@@ -3,13 +3,12 @@
 import copy
 import gc
 import random
-import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch.utils import _pytree as pytree
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _LOCK = threading.RLock()
-_SIGNALS = [s for s in signal.Signals if s.name[3:] in ("ALRM", "HUP", "INT", "TERM", "USR1", "USR2")]
 
 
 def copy_of(model: nn.Module, memo: Mapping[int, Any] | None = None, *, users_hooks: bool = True) -> nn.Module:
@@ -136,35 +134,6 @@ def gc_paused() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside, the first signal of a kind is kept until the end; a second one comes through at once, whatever it leaves.
-
-    These are the signals whose handlers are Python's, and may raise: Ctrl-C, time limits, those of a scheduler.
-    """
-    here = threading.current_thread() is threading.main_thread()
-    handlers = ((int(each), signal.getsignal(each)) for each in _SIGNALS if here)
-    usual = {number: handler for number, handler in handlers if callable(handler)}
-    kept: dict[int, FrameType | None] = {}
-
-    def keep(number: int, frame: FrameType | None) -> None:
-        if number in kept:
-            signal.signal(number, usual[number])
-            usual[number](number, frame)
-        kept[number] = frame
-
-    # A KeyboardInterrupt between two tensors of a cut would leave the model half cut.
-    for number in usual:
-        signal.signal(number, keep)
-    try:
-        yield
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-        for number, frame in kept.items():
-            usual[number](number, frame)
 
 
 def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:

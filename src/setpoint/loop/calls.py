@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float64
-from torch import nn
+from torch import Tensor, nn
 
 from setpoint.groups.example import Example, num_samples, tensors_of
 from setpoint.host.host import anything_compiled
 from setpoint.loop.candidates import Inputs
+from setpoint.loop.hooks import StepHooks
+from setpoint.messages import warn
 
 
 class Call(NamedTuple):
@@ -49,18 +51,23 @@ class Record:
 
 
 class FirstSteps:
-    """Counts what the second step gives the model. Where that is at least twice the example, in rows and in elements,
-    the third is counted too, and the lesser taken. `warn` gets the number of calls, and that of examples in a step;
-    `outside` says that hooks stay outside of compiled code.
+    """Warns where training does not do in a step what the example says, and changes until it knows.
+
+    It counts what the second step gives the model. Where that is at least twice the example, in rows and in elements,
+    the third is counted too, and the lesser taken. `outside` says that hooks stay outside of compiled code.
     """
 
     def __init__(
-        self, model: nn.Module, listen: Callable[..., object], inputs: Inputs, warn: Callable[..., None], outside: bool
+        self, model: nn.Module, listen: Callable[..., object], inputs: Inputs, hooks: StepHooks, outside: bool
     ) -> None:
-        self._model, self._listen, self._warn, self._outside = model, listen, warn, outside
+        self._model, self._listen, self._hooks, self._outside = model, listen, hooks, outside
         self._known, self._given = inputs.passes * _size(inputs.example), np.zeros(2)
         self._steps = self._calls = self._depth = 0
-        self._times, self.until = math.inf, ExitStack()
+        self._times, self._until, self._then = math.inf, ExitStack(), hooks.before
+        hooks.before = self._before_step
+
+    def stop(self) -> None:
+        self._until.close()
 
     def _begins(self, module: nn.Module, call: Call) -> None:
         self._calls += torch.is_grad_enabled()
@@ -72,22 +79,43 @@ class FirstSteps:
     def _ends(self, raised: bool) -> None:
         self._depth -= 1
 
-    def step_begins(self, passes: int) -> bool:
+    def _before_step(self, grad_scale: Tensor | None) -> None:
+        if self._known_after(self._hooks.unseen.passes):
+            self._hooks.before = self._then
+        self._then(grad_scale)
+
+    def _known_after(self, passes: int) -> bool:
         """After so many backward passes with gradients apart, as a GradScaler skips steps; whether all is known."""
         self._steps, hidden = self._steps + 1, anything_compiled() and not self._outside
         if self._steps == 1 and not hidden:  # not before: code compiled with hooks in it is compiled again without them
-            self._listen(Record(self._begins, self._ends), self.until)
+            self._listen(Record(self._begins, self._ends), self._until)
         if self._steps == 1:
             return hidden
         self._times = min(self._times, *(self._given / self._known / max(1, passes)))
         self._given = np.zeros(2)
         if self._steps == 2 and self._times >= 2:  # once, a graph may be as large
             return False
-        self.until.close()
+        self.stop()
         # Compiled code runs no hooks, and a gradient that was set by hand needs no forward.
         if self._calls or (passes and not hidden):
-            self._warn(self._calls, self._times)
+            _warn_of_others(self._calls, self._times)
         return True
+
+
+def _warn_of_others(calls: int, times: float) -> None:
+    """Warn where a step did not call the model, or gave it at least twice what the example has."""
+    if not calls:
+        warn(
+            "training made a step without a call of model(x), which is what was traced: layers that only the traced "
+            "forward uses look useless, or stay while the others are cut. If training calls another method, name it: "
+            'attach(..., method="loss"). If it calls parts of the model, leave example out'
+        )
+    elif times >= 2:
+        warn(
+            f"a step gives the model {times:.3g} times what the example has, by a larger batch or by several calls, as "
+            "where gradients accumulate: FLOPs are counted for the example, so a step and the run take about "
+            f"{times:.3g} times what is reported. Leave example out, and all calls of the first step are counted"
+        )
 
 
 def _size(example: Example) -> Float64[np.ndarray, "2"]:

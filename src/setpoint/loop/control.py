@@ -17,8 +17,8 @@ from setpoint.controller.plan import Controller, Observation, Plan
 from setpoint.errors import LoopError, RankError
 from setpoint.groups.follow import ByUnit, Change, check_follows, follow, fresh
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.untouched import uninterrupted
 from setpoint.host.host import Host, Unchanged
+from setpoint.interrupts import uninterrupted
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.losses import Losses

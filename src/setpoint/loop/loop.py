@@ -22,6 +22,7 @@ from setpoint.host.find import real_optimizer
 from setpoint.host.host import Host
 from setpoint.ledger import Ledger
 from setpoint.loop.calls import FirstSteps
+from setpoint.loop.candidates import Inputs
 from setpoint.loop.control import Control, Parts
 from setpoint.loop.first_batch import FirstBatch
 from setpoint.loop.hooks import StepHooks
@@ -78,17 +79,9 @@ class Loop:
         self._first = first
         self.at_detach(first.stop)
 
-    def watch(self, first: FirstSteps) -> None:
-        """Have this look at the first steps."""
-        before = self._hooks.before
-
-        def before_step(grad_scale: Tensor | None) -> None:
-            if first.step_begins(self._hooks.unseen.passes):
-                self._hooks.before = before
-            before(grad_scale)
-
-        self._hooks.before = before_step
-        self.at_detach(first.until.close)
+    def watch(self, inputs: Inputs, listen: Callable[..., object], *, outside: bool) -> None:
+        """Compare the first steps with the example."""
+        self.at_detach(FirstSteps(self.host.model, listen, inputs, self._hooks, outside).stop)
 
     def at_detach(self, stop: Callable[[], None]) -> None:
         self._at_detach.callback(stop)

@@ -8,7 +8,6 @@ import torch
 
 from setpoint.actuator.actuator import Actuator
 from setpoint.actuator.optimizer_check import check_state
-from setpoint.checkpoint.model_file import digest
 from setpoint.checkpoint.plain import plain, restored, rng_state, set_rng_state, to_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, as_written
@@ -67,6 +66,8 @@ def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Actuator | L
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     """With a digest of all the rest, by which a value that was damaged is found wherever it stands."""
+    from setpoint.checkpoint.model_file import digest  # late: only a run that is saved needs it
+
     content = {name: value for name, value in state.items() if name != "sha256"}
     return {**content, "sha256": digest({}, to_tensors(content))}
 
@@ -108,7 +109,7 @@ def load_state(control: Control, state: Mapping[str, Any]) -> None:
 def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunState, Any]:
     check_format(state)
     check_same_run(state["run"], {**control.facts, **run_facts(control.spending)})
-    if sealed(state)["sha256"] != state["sha256"]:
+    if (own := sealed(state)["sha256"]) != state.get("sha256", own):  # states of earlier versions have none
         raise CheckpointError(
             "the loop's state is damaged, or was changed by hand: its digest does not match its contents; get it again"
         )

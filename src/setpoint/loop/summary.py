@@ -247,22 +247,6 @@ def warn_of_miss(summary: Summary, passes: int) -> None:
     warn(f"the budget is not met: {summary.reason} ({'; '.join(words)}){unseen}{length}")
 
 
-def warn_of_others(calls: int, times: float) -> None:
-    """Warn where a step did not call the model, or gave it at least twice what the example has."""
-    if not calls:
-        warn(
-            "training made a step without a call of model(x), which is what was traced: layers that only the traced "
-            "forward uses look useless, or stay while the others are cut. If training calls another method, name it: "
-            'attach(..., method="loss"). If it calls parts of the model, leave example out'
-        )
-    elif times >= 2:
-        warn(
-            f"a step gives the model {times:.3g} times what the example has, by a larger batch or by several calls, as "
-            "where gradients accumulate: FLOPs are counted for the example, so a step and the run take about "
-            f"{times:.3g} times what is reported. Leave example out, and all calls of the first step are counted"
-        )
-
-
 @dataclass(frozen=True)
 class Explanation:
     """What became of one unit.

@@ -29,8 +29,9 @@ from setpoint.groups.example import Example, check_python
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace
-from setpoint.groups.untouched import preserved_rng_state, uninterrupted
+from setpoint.groups.untouched import preserved_rng_state
 from setpoint.host.find import real_optimizers
+from setpoint.interrupts import uninterrupted
 from setpoint.loop.candidates import check_some, restricted
 from setpoint.messages import a_type, counted, counts, progress, warn
 from setpoint.one_shot.consumer import find_consumers, layers_by_weight
