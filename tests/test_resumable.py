@@ -795,3 +795,21 @@ def test_a_run_that_is_not_asked_to_go_on_says_so(example: Any) -> None:
         again.load(saved, 0, 1).train(1, 2)
     assert again.loop.step == 1
     again.loop.detach()
+
+
+def test_a_state_that_widens_a_finished_model_is_warned_of() -> None:
+    """Claim: a best state from before the last cut loads after `finish` with a warning, a later one without."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(8, 6)
+    optimizer, states = torch.optim.SGD(model.parameters(), 0.1), []
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=20, example=(x,), resume=True)
+    for _ in range(20):
+        states.append(copy.deepcopy(model.state_dict()))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.finish().budget_met
+    model.load_state_dict(states[-1])
+    with pytest.warns(UserWarning, match="makes the model wider again, .* loop.budget_met"):
+        model.load_state_dict(states[0])
+    assert model[0].out_features == 32

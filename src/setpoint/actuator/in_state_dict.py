@@ -26,6 +26,7 @@ from setpoint.messages import warn
 
 ATTACHED: WeakSet[nn.Module] = WeakSet()  # models that a loop is at work on; `note_attached` adds one
 RESUMING: WeakSet[nn.Module] = WeakSet()  # those whose loop follows what is loaded: it may have other shapes
+WITHIN_BUDGET: WeakSet[nn.Module] = WeakSet()  # those whose run has ended within its budget
 KEY = "setpoint"  # where in the metadata of a state dict's root the sizes are
 FORMAT = 1  # version of their form, described in docs/checkpoint-format.md
 PENDING = "_setpoint_pending"  # attribute of a model loaded without some sizes of its code: a hook that finds them
@@ -34,6 +35,7 @@ PENDING = "_setpoint_pending"  # attribute of a model loaded without some sizes 
 def note_attached(model: nn.Module) -> None:
     """Note that a loop is at work on a model, and warn at the end of the process if it still is."""
     ATTACHED.add(model)
+    WITHIN_BUDGET.discard(model)
     atexit.unregister(_warn_of_unfinished)  # once, however many models there are
     atexit.register(_warn_of_unfinished)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.in_state_dict import KEY, PENDING, Hooks, StateSizes, carry_sizes, check_loads
+from setpoint.actuator.in_state_dict import KEY, PENDING, WITHIN_BUDGET, Hooks, StateSizes, carry_sizes, check_loads
 from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
 from setpoint.checkpoint.fit import cut_to, fit, infer_sizes
@@ -25,6 +26,7 @@ from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.example import Example, example_of
 from setpoint.groups.sizes_in_code.place import is_call
 from setpoint.groups.untouched import copy_of
+from setpoint.messages import warn
 
 _loading: WeakKeyDictionary[nn.Module, tuple[ExitStack, list[str], bool]] = WeakKeyDictionary()
 """By model that is being loaded: what puts it back, the errors so far, and whether the load is strict."""
@@ -140,6 +142,7 @@ def _fit_to(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: A
     undo = ExitStack()
     if wanted.misfit is None:
         undo = wanted.fit(module)
+        _warn_of_wider(module, before)
         (_await_forward if wanted.narrow and wanted.carried is None else _await_nothing)(module, undo)
     else:  # and PyTorch lists the mismatches
         others[-1].append(wanted.misfit)
@@ -151,6 +154,16 @@ def _fit_to(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: A
         if (frame.f_code.co_name, frame.f_code.co_filename) == ("load_state_dict", nn.modules.module.__file__):
             _loading[module] = undo, others[-1], bool(frame.f_locals["strict"])
             return
+
+
+def _warn_of_wider(module: nn.Module, before: Mapping[Tensor, torch.Size]) -> None:
+    """Warn where a state makes a model wider whose run has ended within its budget."""
+    had, has = sum(map(math.prod, before.values())), sum(tensor.numel() for tensor in before)
+    if module in WITHIN_BUDGET and has > had:
+        warn(
+            f"the state makes the model wider again, {has:,} numbers in place of {had:,}, after its run met the "
+            "budget: it was saved before the last cut. Keep the best state of those for which loop.budget_met is True"
+        )
 
 
 def _after_load(module: nn.Module, keys: Any) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.in_state_dict import ATTACHED, RESUMING, note_attached
+from setpoint.actuator.in_state_dict import ATTACHED, RESUMING, WITHIN_BUDGET, note_attached
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.cost.budget import Budget
 from setpoint.distributed import unwrapped
@@ -326,6 +326,8 @@ class Loop:
         self.summary = done = summarise(control)
         self.ledger.end(done.steps, done.total_steps, budget_met=done.budget_met, reason=done.reason, note=done.note)
         warn_of_miss(done, self._hooks.unseen.passes)
+        if done.budget_met:
+            WITHIN_BUDGET.add(self.host.model)
         control.notify(done)
         return done
 
