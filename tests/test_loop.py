@@ -379,6 +379,7 @@ def test_two_optimizers_make_one_step() -> None:
     loop.detach()
 
 
+@pytest.mark.filterwarnings("ignore:a step gives the model")  # a critic is called three times in a step
 def test_two_loops_live_side_by_side() -> None:
     """A generator and a discriminator are pruned in one process by a loop each, and keep training each other."""
     generator, critic = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 6)), _mlp()

@@ -149,7 +149,9 @@ def check_module(model: Any) -> None:
 def unwrapped(part: Any) -> Any:
     """A model out of `torch.compile`, `DistributedDataParallel` and Fabric's wrapper; anything else as it is."""
     while True:
-        wrapped = getattr(part, "_modules", {}).get("_orig_mod")  # DeepSpeed's engine answers for what is in it
+        # DeepSpeed's engine answers for what is in it, and a script has a table of its own.
+        parts = getattr(part, "_modules", None)
+        wrapped = parts.get("_orig_mod") if isinstance(parts, dict) else None
         inside = part.module if isinstance(part, DistributedDataParallel) else wrapped
         if type(part).__name__ == "_FabricModule":  # its `module` would be the one in DistributedDataParallel
             inside = part._forward_module

@@ -189,6 +189,7 @@ def test_a_pattern_holds_in_every_block(pattern: str, fraction: float) -> None:
     assert 0 < came == went - sum(int((~mask).sum()) for mask in loop.masks.values())
 
 
+@pytest.mark.filterwarnings("ignore:a step gives the model")
 def test_an_exchange_brings_back_what_the_gradient_asks_for() -> None:
     """Claim: at a decision, `share` of a tensor's active weights go and as many come in, with the value zero: those
     masked so far whose gradients, over both backward passes of the step, are largest; the ledger counts both.
@@ -230,6 +231,7 @@ def overflow(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) ->
     optimizer.zero_grad()
 
 
+@pytest.mark.filterwarnings("ignore:a step gives the model")
 @pytest.mark.parametrize("others", [foreign, overflow])
 def test_gradients_that_were_thrown_away_exchange_nothing(others: Any) -> None:
     """Claim: with a backward pass ahead of each step whose gradients are thrown away, or a step that a GradScaler

@@ -167,9 +167,11 @@ def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:
         cut = plan_cut(groups, _kept_units(groups, {**known, **shapes}))
     except GroupError as error:
         raise CheckpointError(f"the state dict is of another model, or was not cut by units: {error}") from error
+    # By identity: a tied tensor has several names, of which the cut has one.
+    tensors = named_tensors(model)
+    left = {(id(tensors[name]), dim): int(kept.sum()) for (name, dim), kept in cut.entries.items()}
     for name, shape in shapes.items():
-        dims = {dim: int(cut.entries[name, dim].sum()) for dim in range(len(shape)) if (name, dim) in cut.entries}
-        if tuple(dims.get(dim, length) for dim, length in enumerate(dense[name])) != shape:
+        if tuple(left.get((id(tensors[name]), dim), length) for dim, length in enumerate(dense[name])) != shape:
             raise CheckpointError(
                 f"the state dict is of another model, or was not cut by units: {name!r} has shape {shape} there and "
                 f"{dense[name]} in the dense model, and no cut of its groups leads from one to the other"

@@ -108,7 +108,8 @@ def _warn_of_others(calls: int, times: float) -> None:
         warn(
             "training made a step without a call of model(x), which is what was traced: layers that only the traced "
             "forward uses look useless, or stay while the others are cut. If training calls another method, name it: "
-            'attach(..., method="loss"). If it calls parts of the model, leave example out'
+            'attach(..., method="loss"). If it calls parts of the model, leave example out; a call of model.forward(x) '
+            "itself is not seen, and does no harm"
         )
     elif times >= 2:
         warn(
