@@ -333,15 +333,16 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "setpoint", "run", *words]
+def run_in(folder: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-m", "setpoint", "run", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("words", [["program.py"], ["--", "python", "program.py"], ["python", "-m", "program"]])
 def test_run_lets_a_program_load_a_cut_model(words: list[str], program: Path) -> None:
     """A program that builds the dense model loads a cut state, with its own arguments, neighbours and exit code."""
-    done = run_in(program, *words, "small.pt", "--fail")
+    # As the console script starts, without the working folder on the path.
+    done = run_in(program, *words, "small.pt", "--fail", options=("-P",))
     assert done.returncode == 7, done.stderr
     assert done.stdout == "widths 12 __main__ ['small.pt', '--fail']\n"
 
@@ -353,7 +354,9 @@ def test_run_starts_a_command_of_a_package_and_names_what_it_cannot_run(program:
         (["nothing"], "'nothing' is no file, and no command of a Python package"),
         (["./shell"], "is no Python program"),
         (["python", "-m", "no_such_module"], "there is no module 'no_such_module'"),
-        (["python"], "is no file, and no command"),
+        (["python", "-m", "no_such.module"], "there is no module 'no_such.module'"),
+        (["python"], "got 'python': leave out options"),
+        (["python", "-u", "program.py"], "such as PYTHONUNBUFFERED=1"),
     ):
         done = run_in(program, *words)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

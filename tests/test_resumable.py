@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
@@ -795,6 +796,42 @@ def test_a_run_that_is_not_asked_to_go_on_says_so(example: Any) -> None:
         again.load(saved, 0, 1).train(1, 2)
     assert again.loop.step == 1
     again.loop.detach()
+
+
+class Heads(nn.Module):
+    """Writes the number of its heads in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(12, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.q(x).view(len(x), 4, -1)
+        return self.out(heads.softmax(2).flatten(1))
+
+
+class Tied(nn.Module):
+    """One weight embeds and reads out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(11, 24), nn.Linear(24, 24), nn.Linear(24, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(x)).relu())
+
+
+@pytest.mark.parametrize(("build", "x"), [(Heads, torch.randn(4, 12)), (Tied, torch.randint(11, (4, 5)))])
+def test_the_first_call_after_a_load_without_sizes_is_exact(build: Callable[[], nn.Module], x: Tensor) -> None:
+    """Claim: sizes in the root's own forward are right in the very first call, and tied weights load."""
+    cut = build()
+    groups = setpoint.find_groups(cut, (x,))
+    half = {group.name: np.arange(group.num_units) < group.num_units // 2 for group in groups}
+    setpoint.shrink(cut, None, groups, half)
+    loaded = setpoint.resumable(build())
+    loaded.load_state_dict({name: value.clone() for name, value in cut.state_dict().items()})
+    assert torch.equal(loaded(x), cut(x))
 
 
 def test_a_state_that_widens_a_finished_model_is_warned_of() -> None:

@@ -205,10 +205,16 @@ def _started(program: list[str]) -> Callable[[], Any]:
     name, *arguments = program[by_python:] or [""]
     if by_python and name == "-m" and arguments:
         name, *arguments = arguments
-        if find_spec(name) is None:
-            raise UsageError(f"there is no module {name!r}: install its package, or go to the folder that has it")
         sys.path[:0] = [os.getcwd()]
+        package = name.partition(".")[0]  # `find_spec` imports it, and raises where there is none
+        if find_spec(package) is None or find_spec(name) is None:
+            raise UsageError(f"there is no module {name!r}: install its package, or go to the folder that has it")
         run: Callable[..., Any] = partial(run_module, alter_sys=True)
+    elif by_python and (not name or name.startswith("-")):
+        raise UsageError(
+            f"run takes 'python FILE' and 'python -m MODULE', got {' '.join(program)!r}: leave out options of the "
+            "interpreter, some of which are variables, such as PYTHONUNBUFFERED=1"
+        )
     elif not by_python and (scripts := entry_points(group="console_scripts", name=name)):
         sys.argv = [name, *arguments]
         return lambda: next(iter(scripts)).load()()

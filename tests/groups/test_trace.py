@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import setpoint
 from groups.zoo import GPT, MODELS, ConcatCNN, DepthwiseCNN, PlainCNN, ResidualCNN, SeparateAttention, images
-from setpoint.errors import ExampleError, ExportError, LoopError
+from setpoint.errors import ExampleError, ExportError, GroupError, LoopError
 from setpoint.groups.group import Group
 from setpoint.groups.trace import find_groups, trace
 
