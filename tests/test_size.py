@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 27_261,
+    "wheel: lines": 27_269,
     "wheel: files": 159,
     "wheel: files under 60 lines": 4,
     "wheel: imports, share of lines in %": 6.73,
     "bench: lines": 14_793,
-    "tests: lines": 29_079,
+    "tests: lines": 29_083,
     "attach to first cut: files": 52,
-    "attach to first cut: lines": 10_283,
+    "attach to first cut: lines": 10_286,
     "training steps: files": 31,
-    "training steps: lines": 6_107,
+    "training steps: lines": 6_110,
     "import setpoint: files": 72,
-    "import setpoint: lines": 12_246,
+    "import setpoint: lines": 12_249,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

@@ -216,6 +216,8 @@ def test_a_copy_that_shares_tensors_with_the_model_is_refused_at_attach() -> Non
     viewing[3].bias.data = model[3].bias.data
     lists = EMAModel(model.parameters())
     lists.shadow_params[2] = model[1].weight
+    with pytest.raises(GroupError, match=r"copies\[0\] .* is a part of the model: attach the part that trains"):
+        attached(model, copies=(model[0],))
     for wrong in (model, shallow, viewing, lists):
         with pytest.raises(GroupError, match=r"copies\[1\] .*shares the tensor '.*' with the model"):
             attached(model, copies=(copy.deepcopy(model), wrong))

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -183,10 +184,11 @@ def test_an_interrupt_waits_for_the_end_of_an_export() -> None:
     assert not optimizer._optimizer_step_pre_hooks and not model._state_dict_hooks
 
 
-def test_a_second_interrupt_comes_through_at_once() -> None:
-    """Claim: who insists gets through."""
+@pytest.mark.parametrize("inner", [nullcontext, uninterrupted])
+def test_a_second_interrupt_comes_through_at_once(inner: Callable[[], AbstractContextManager[None]]) -> None:
+    """Claim: who insists gets through, also in a block inside of another."""
     reached = False
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
+    with pytest.raises(KeyboardInterrupt), uninterrupted(), inner():
         signal.raise_signal(signal.SIGINT)
         reached = True
         signal.raise_signal(signal.SIGINT)

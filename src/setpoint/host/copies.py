@@ -41,6 +41,11 @@ def _copy(model: nn.Module, what: str, given: Any) -> Callable[[], nn.Module]:
             f"{what} must be a torch.nn.Module, or have a list of tensors named shadow_params, got {kind}: keep an "
             "average in torch.optim.swa_utils.AveragedModel or in a deepcopy"
         )
+    if module() is not model and any(part is module() for part in model.modules()):
+        raise GroupError(
+            f"{what} ({kind}) is a part of the model: attach the part that trains, as in "
+            "attach(model.encoder, ..., copies=[model.average])"
+        )
     own = {key for tensor in named_tensors(model).values() for key in _at(tensor)}
     shared = next((name for name, tensor in named_tensors(module()).items() if own & set(_at(tensor))), "")
     if shared:
