@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 27_269,
+    "wheel: lines": 27_252,
     "wheel: files": 159,
     "wheel: files under 60 lines": 4,
     "wheel: imports, share of lines in %": 6.73,
     "bench: lines": 14_793,
-    "tests: lines": 29_083,
+    "tests: lines": 29_071,
     "attach to first cut: files": 52,
-    "attach to first cut: lines": 10_286,
+    "attach to first cut: lines": 10_274,
     "training steps: files": 31,
-    "training steps: lines": 6_110,
+    "training steps: lines": 6_098,
     "import setpoint: files": 72,
-    "import setpoint: lines": 12_249,
+    "import setpoint: lines": 12_237,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

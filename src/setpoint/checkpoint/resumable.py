@@ -25,7 +25,6 @@ from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.example import Example, example_of
 from setpoint.groups.sizes_in_code.place import is_call
-from setpoint.groups.sizes_in_code.shim import SizedForward
 from setpoint.groups.untouched import copy_of
 from setpoint.messages import warn
 
@@ -295,16 +294,12 @@ def _await_forward(module: nn.Module, undo: ExitStack) -> None:
     if PENDING not in module.__dict__:
         handle = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
         module.__dict__[PENDING] = handle
-        # Torch looks the forward up before it calls hooks: sizes that these find reach the same call only in place.
-        module.__dict__.setdefault("forward", SizedForward(module, {}))
         undo.callback(_await_nothing, module, ExitStack())
 
 
 def _await_nothing(module: nn.Module, undo: ExitStack) -> None:
     if (handle := module.__dict__.pop(PENDING, None)) is not None:
         handle.remove()
-        if isinstance(forward := module.__dict__.get("forward"), SizedForward) and not forward.sizes:
-            del module.__dict__["forward"]
         undo.callback(_await_forward, module, ExitStack())
 
 

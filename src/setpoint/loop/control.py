@@ -22,7 +22,7 @@ from setpoint.interrupts import uninterrupted
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.losses import Losses
-from setpoint.messages import counted, listed, warn
+from setpoint.messages import counted, warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
 from setpoint.spending.metrics import LOG, log_decision, metrics
 from setpoint.spending.spending import Spending
@@ -226,22 +226,10 @@ class Control:
         self.ledger.append(self._entry(plan, before, reason, **_moved(plan, change, observation, origin)))
         self.spending.decided(self.groups, plan.budget_met)
         self.state = self.state.decided(plan, reading, change)
-        self._warn_of_narrow(before)
         if self.state.budget_met:
             self.actuator.release()
         elif self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
             self.go_on()
-
-    def _warn_of_narrow(self, before: Mapping[str, int]) -> None:
-        """Warn of groups that have come below a tenth of their dense width by this decision."""
-        tenth = {name: width / 10 for name, width in widths_of(self.dense).items()}
-        narrow = [name for name, width in self.widths.items() if width < tenth[name] <= before[name]]
-        if narrow and self.actuator.by_unit:
-            warn(
-                f"{listed(narrow, 3)} keep less than a tenth of their units after step {self.step}: if the others are "
-                "not pruned, loop.ledger.header['frozen'] says why. A larger budget, or min_units of a group, "
-                "keeps more"
-            )
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
         with self.host.together(f"the plan after step {self.step}") as facts:
