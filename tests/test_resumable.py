@@ -792,7 +792,7 @@ def test_a_run_that_is_not_asked_to_go_on_says_so(example: Any) -> None:
     """Claim: without resume=True a state that carries a loop's warns, and names the flag, also before any cut."""
     saved = Half().train(0, 2, save=True)[1]
     again = Half(resume=False, example=example)
-    with pytest.warns(UserWarning, match=r"begins anew: attach\(\.\.\., resume=True\) goes on with it"):
+    with pytest.warns(UserWarning, match=r"a new run begins: attach\(\.\.\., resume=True\) continues it"):
         again.load(saved, 0, 1).train(1, 2)
     assert again.loop.step == 1
     again.loop.detach()

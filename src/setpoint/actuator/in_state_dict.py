@@ -157,5 +157,5 @@ def _refuse(module: nn.Module, state: Mapping[str, Any], prefix: str, *others: A
             raise CheckpointError(
                 f"size mismatch: {name!r} has shape {tuple(saved.shape)} in the state dict{cut if theirs else ''}, and "
                 f"{tuple(tensor.shape)} in the model{cut if mine else ''}: call setpoint.resumable(model) first, and "
-                "it takes the sizes of the state; attach(..., resume=True) goes on with its run"
+                "it takes the sizes of the state; attach(..., resume=True) continues its run"
             )

@@ -179,8 +179,8 @@ def check_state(
     states: Mapping[Tensor, Mapping[str, Any]] = optimizer.state
     if any("setpoint" in settings for settings in (optimizer.param_groups if saved is None else saved["param_groups"])):
         warn(
-            "the optimizer's state carries that of a run, which is not taken over, so that the run begins anew: "
-            "attach(..., resume=True) goes on with it"
+            "the optimizer's state carries that of a run, which is not taken over, so that a new run begins: "
+            "attach(..., resume=True) continues it"
         )
     if saved is not None:  # PyTorch matches parameters by their order
         own, numbers = _parameters(optimizer), [n for settings in saved["param_groups"] for n in settings["params"]]

@@ -106,7 +106,7 @@ def _role(module: nn.Module, key: str, dim: int) -> str:
 
 
 def _is_part(width: _Width, reader: _Width, makers: Iterable[_Width]) -> bool:
-    """Whether a layer may read it beside others."""
+    """Whether a layer may read it together with others."""
     sums = 1  # its bit n: whether some of the others have lost n entries together
     for other in makers:
         if other is not width and reader.may_hold(other):
@@ -115,7 +115,7 @@ def _is_part(width: _Width, reader: _Width, makers: Iterable[_Width]) -> bool:
 
 
 def _is_sum(width: _Width, makers: Iterable[_Width]) -> bool:
-    """Whether a layer may read several widths beside each other, each once or at several positions."""
+    """Whether a layer may read several widths next to each other, each once or at several positions."""
     pairs = {(part.dense, part.lost) for part in makers if part.owner != width.owner}
     least = [0]  # by number of entries that are lost, the least dense width of parts that have lost as many
     for lost in range(1, width.lost + 1):

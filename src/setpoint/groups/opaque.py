@@ -108,7 +108,7 @@ def _entries_stand_alone(kind: Any, given: Sequence[Any], shape: Sequence[int], 
     device, draw = next(x.device for x in given if isinstance(x, Tensor)), torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        # Of many magnitudes, since small numbers alone may be treated as those beside large ones are not.
+        # Of many magnitudes, since small numbers alone may be treated as those next to large ones are not.
         normal, scale = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
         return (normal * 10**scale).to(device, dtype)
 

@@ -1,6 +1,6 @@
 """Recomputed: FLOPs of a backward pass beyond those of its gradients, as activation checkpoints make it compute again.
 
-A training step of a copy without data tells. It depends on much: on checkpoints inside others, on their policies, and
+A training step of a copy without data shows it. It depends on checkpoints inside others, on their policies, and
 on PyTorch, which ends a recomputation as soon as it has what the backward pass reads.
 """
 

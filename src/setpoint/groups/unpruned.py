@@ -65,7 +65,7 @@ def _with_remedy(model: nn.Module, why: str) -> str:
 
 
 def _layers(names: Iterable[str]) -> str:
-    # Layers that are alike in all blocks are one.
+    # Layers of the same name in all blocks are one.
     return listed(list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)), 3)
 
 

@@ -60,7 +60,7 @@ def _forgiving(write: Callable[[Event], None], to: Any) -> Callable[[Event], Non
                 warned = True
                 what = str(to) if isinstance(to, (str, os.PathLike)) else a_type(to)
                 warn(
-                    f"log_to cannot write to {what} ({type(error).__name__}: {error}). Training goes on, loop.ledger "
+                    f"log_to cannot write to {what} ({type(error).__name__}: {error}). Training continues, loop.ledger "
                     "has all of it, and each later write is another try: make room, or call loop.ledger.save(path)"
                 )
 

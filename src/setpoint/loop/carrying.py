@@ -239,7 +239,7 @@ def _check_halves(host: Host, steps: Sequence[int | None], state: Any, cut: Mapp
             warn(
                 f"{counted(len(other), 'weight')} of {len(now)}, the first {other[0]!r}, differ from those of step "
                 f"{steps[0]}, of which the optimizer's state is: where the model's state was not loaded, or is of "
-                "another step, load both, of one checkpoint. Training goes on with the weights as they are"
+                "another step, load both, of one checkpoint. Training continues with the weights as they are"
             )
 
 

@@ -100,7 +100,7 @@ class Loop:
         try:
             self._first.begin(self._hooks.unseen.passes)
         except BaseException as error:
-            # After Ctrl-C the next step goes on, or is another try. Of several ranks, the others have failed by now.
+            # After Ctrl-C the next step is another try. Of several ranks, the others have failed by now.
             ends = isinstance(error, Exception) or self.host.ranks.count > 1
             if ends:
                 self.detach()
