@@ -8,7 +8,6 @@ from setpoint.cost.budget import Tolerance
 from setpoint.integrations.checkpointing import enable_transformers
 from setpoint.integrations.session import Session
 from setpoint.integrations.taught import Taught
-from setpoint.messages import warn
 
 _LOGGED = ("setpoint/budget_met", "setpoint/units", "setpoint/overhead_flops_ratio", "setpoint/cost_ratio/")
 
@@ -74,16 +73,6 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
-        if not args.load_best_model_at_end or self.loop is None or self.summary is None:
-            return
-        masked = sum(int((~mask).sum()) for mask in self.loop.masks.values())
-        loaded = sum(parameter.numel() for parameter in kwargs["model"].parameters())
-        if loaded > self.summary.final_params + masked:
-            warn(
-                f"the best checkpoint that the Trainer has loaded, {state.best_model_checkpoint}, has {loaded:,} "
-                "parameters: it was saved before the last cut, and the model at the end of training was smaller. "
-                "SetpointCallback(..., best_within_budget=True) counts only checkpoints within the budget"
-            )
 
 
 class SetpointTrainer(Taught, Trainer):  # type: ignore[misc]
