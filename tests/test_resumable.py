@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -62,12 +64,13 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
+SEEDED = torch.Generator().manual_seed(0)
 EXAMPLES: dict[Make, Any] = {
-    mlp: (torch.randn(8, 6),),
-    ResNet: (torch.randn(4, 3, 8, 8),),
-    Depthwise: (torch.randn(4, 3, 6, 6),),
-    GPT: (torch.randint(0, 16, (4, 8)),),
-    Scaled: (torch.randn(8, 6),),
+    mlp: (torch.randn(8, 6, generator=SEEDED),),
+    ResNet: (torch.randn(4, 3, 8, 8, generator=SEEDED),),
+    Depthwise: (torch.randn(4, 3, 6, 6, generator=SEEDED),),
+    GPT: (torch.randint(0, 16, (4, 8), generator=SEEDED),),
+    Scaled: (torch.randn(8, 6, generator=SEEDED),),
 }
 MODELS = pytest.mark.parametrize("make", EXAMPLES, ids=lambda make: make.__name__)
 
@@ -735,6 +738,19 @@ def test_a_half_of_a_state_is_named_before_the_next_step(example: Any) -> None:
         again.loop.detach()
 
 
+def test_an_optimizers_state_from_before_attach_names_the_way_that_works() -> None:
+    """Claim: a cut run's optimizer state under a dense model is refused, and what the error advises works."""
+    saved = Half().train(0, 26, save=True)[25]
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer.load_state_dict(saved[1])
+    with pytest.raises(CheckpointError, match=r"load both states.* after attach\(\.\.\., resume=True\)"):
+        setpoint.attach(model, optimizer, 0.4, total_steps=30, example=EXAMPLES[mlp], resume=True)
+    again = Half().load(saved, 1, 0)
+    again.train(25, 30)
+    assert again.loop.finish().budget_met
+
+
 def test_weights_of_another_step_are_warned_of() -> None:
     """Claim: where all widths fit, the next step warns once that the weights are not those beside the optimizer's
     state; not where they were only rounded to half precision.
@@ -798,6 +814,18 @@ def test_a_run_that_is_not_asked_to_go_on_says_so(example: Any) -> None:
     again.loop.detach()
 
 
+class Heads(nn.Module):
+    """Writes the number of its heads in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(12, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        heads = self.q(x).view(len(x), 4, -1)
+        return self.out(heads.softmax(2).flatten(1)) * scale
+
+
 class Tied(nn.Module):
     """One weight embeds and reads out."""
 
@@ -810,16 +838,46 @@ class Tied(nn.Module):
         return self.head(self.mix(self.embed(x)).relu())
 
 
-def test_tied_weights_load_without_sizes() -> None:
-    """Claim: a cut tensor with two names is no misfit at the first forward."""
-    build, x = Tied, torch.randint(11, (4, 5))
-    cut = build()
-    groups = setpoint.find_groups(cut, (x,))
+def halved(build: Make, x: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model cut to a half of its units, and its state without metadata."""
+    torch.manual_seed(0)
+    model = build()
+    groups = setpoint.find_groups(model, (x,))
     half = {group.name: np.arange(group.num_units) < group.num_units // 2 for group in groups}
-    setpoint.shrink(cut, None, groups, half)
-    loaded = setpoint.resumable(build())
-    loaded.load_state_dict({name: value.clone() for name, value in cut.state_dict().items()})
-    assert torch.equal(loaded(x), cut(x))
+    setpoint.shrink(model, None, groups, half)
+    return model, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("build", "x"), [(Heads, torch.ones(4, 12)), (Tied, torch.arange(8).view(2, 4))])
+@pytest.mark.parametrize("way", ["called", "compiled", "copied", "pickled", "wrapped"])
+def test_the_first_call_after_a_load_without_sizes_is_exact(build: Make, x: Tensor, way: str) -> None:
+    """Claim: sizes in the root's own forward are right in the very first call, also compiled, in a copy and in a
+    wrapper that binds its function, as Accelerate's; tied weights load. The signature of the forward is the class's
+    own at any time, and without sizes nothing of Setpoint is left. A pickle loads, and its second call is exact.
+    """
+    small, state = halved(build, x)
+    loaded, own = setpoint.resumable(build()), inspect.signature(build().forward)
+    loaded.load_state_dict(state)
+    assert inspect.signature(loaded.forward) == own
+    model = loaded
+    if way == "copied":
+        model = copy.deepcopy(loaded)
+    elif way == "compiled":
+        model = torch.compile(loaded, backend="eager")
+    elif way == "pickled":
+        model = pickle.loads(pickle.dumps(loaded))
+        model(x)
+    elif way == "wrapped":
+        inner = loaded.forward.__func__
+        loaded.forward = MethodType(wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs)), loaded)
+    for _ in range(2):
+        assert torch.equal(model(x), small(x))
+    called = loaded if way == "compiled" else model
+    assert inspect.signature(called.forward) == own
+    if way not in ("pickled", "wrapped"):
+        assert ("forward" in vars(called)) == (build is Heads)
+        loaded.load_state_dict(build().state_dict())
+        assert "forward" not in vars(loaded) and inspect.signature(loaded.forward) == own
 
 
 def test_a_state_that_widens_a_finished_model_is_warned_of() -> None:

@@ -21,6 +21,7 @@ _HEAD = f'''{_DOC}
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

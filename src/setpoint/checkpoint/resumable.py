@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import wraps
 from traceback import walk_stack
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.example import Example, example_of
 from setpoint.groups.sizes_in_code.place import is_call
+from setpoint.groups.sizes_in_code.shim import get_call_sizes
 from setpoint.groups.untouched import copy_of
 from setpoint.messages import warn
 
@@ -162,7 +165,8 @@ def _warn_of_wider(module: nn.Module, before: Mapping[Tensor, torch.Size]) -> No
     if module in WITHIN_BUDGET and has > had:
         warn(
             f"the state makes the model wider again, {has:,} numbers in place of {had:,}, after its run met the "
-            "budget: it was saved before the last cut. Keep the best state of those for which loop.budget_met is True"
+            "budget: it was saved before the last cut. Keep the best state of those for which loop.budget_met is True "
+            "(in a Trainer: SetpointCallback(..., best_within_budget=True))"
         )
 
 
@@ -291,15 +295,27 @@ def _ahead_of_first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _await_forward(module: nn.Module, undo: ExitStack) -> None:
     """Complete what is loaded at the next forward."""
-    if PENDING not in module.__dict__:
-        handle = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
-        module.__dict__[PENDING] = handle
-        undo.callback(_await_nothing, module, ExitStack())
+    if PENDING in module.__dict__:
+        return
+
+    @wraps(type(module).forward)
+    def late(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs) if get_call_sizes(self) else type(self).forward(self, *args, **kwargs)
+
+    # Torch looks the forward up before it calls hooks. A method, since Accelerate binds what it wraps to each copy.
+    forward = MethodType(late, module)
+    module.__dict__.setdefault("forward", forward)
+    handle = module.register_forward_pre_hook(_ahead_of_first, with_kwargs=True, prepend=True)
+    module.__dict__[PENDING] = handle, forward
+    undo.callback(_await_nothing, module, ExitStack())
 
 
 def _await_nothing(module: nn.Module, undo: ExitStack) -> None:
-    if (handle := module.__dict__.pop(PENDING, None)) is not None:
+    handle, forward = module.__dict__.pop(PENDING, (None, None))
+    if handle is not None:
         handle.remove()
+        if module.__dict__.get("forward") == forward:
+            del module.__dict__["forward"]
         undo.callback(_await_forward, module, ExitStack())
 
 

@@ -5,6 +5,7 @@ shim runs the same forward and replaces, at the places that need it, the size gi
 ...) by the actual number of units. It is part of the module: it survives deepcopy, pickle and `torch.compile`.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -216,6 +217,10 @@ class SizedForward:
         """Correct these places from now on, also in a call that has begun and not reached its forward yet."""
         self.sizes = sizes
         self.calls, self.written = parse(sizes)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # frameworks look at the names of a model's inputs
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with CallSizes(self.calls, self.written):
