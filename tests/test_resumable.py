@@ -376,6 +376,36 @@ def test_what_no_cut_changes_is_a_size_mismatch(other: str, by: str, monkeypatch
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(model).items())
 
 
+class Gram(nn.Module):
+    """No layer reads the outputs of the last one: they meet themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(6, 20), nn.Linear(20, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.out(self.up(x).relu())
+        return z @ z.mT
+
+
+def test_a_cut_that_shapes_alone_do_not_show_is_taken_by_an_example() -> None:
+    """Claim: a cut of units that no layer reads is refused without metadata, and what the error advises is exact."""
+    torch.manual_seed(0)
+    model, x = Gram(), torch.randn(5, 6, generator=SEEDED)
+    group = next(
+        g for g in setpoint.find_groups(model, (x,)) if {part.tensor for part in g.slices} == {"out.weight", "out.bias"}
+    )
+    setpoint.shrink(model, None, (group,), {group.name: np.arange(16) < 7})
+    state, fresh = dict(model.state_dict()), setpoint.resumable(Gram())
+    with pytest.raises(
+        RuntimeError, match=r"no layer reads fewer.* if not, shrink_to\(model, state, example=\(x,\)\) first"
+    ):
+        fresh.load_state_dict(state)
+    setpoint.shrink_to(fresh, state, example=(x,)).load_state_dict(state)
+    assert torch.equal(fresh(x), model(x))
+    fresh.load_state_dict(model.state_dict())  # with metadata
+
+
 def test_shapes_that_only_the_groups_refute_are_refused_at_the_first_forward() -> None:
     """Claim: inputs and classes that are fewer alike could be parts of each other; each forward refuses them by the
     groups, until another state comes.

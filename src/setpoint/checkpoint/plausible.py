@@ -89,7 +89,7 @@ def misfit(model: nn.Module, dense: Shapes, shapes: Shapes) -> str | None:
     first = [*fixed, *wrong][0]
     why = {"made": "no layer reads fewer", "fixed": "no cut drops these"}.get(first.role, "no layer makes fewer")
     there = f"{first.tensor!r} has {first.now} entries along dim {first.dim} in the state, {first.dense} in the model"
-    whose = "the state is of another model, or a part of one; shrink_to(model, state, example=(x,)) can tell"
+    whose = "the state is of another model, or a part of one; if not, shrink_to(model, state, example=(x,)) first"
     return f"{there}, and {why}: {whose}"
 
 
