@@ -59,9 +59,11 @@ def _forgiving(write: Callable[[Event], None], to: Any) -> Callable[[Event], Non
             if not warned:
                 warned = True
                 what = str(to) if isinstance(to, (str, os.PathLike)) else a_type(to)
+                fixes = {FileNotFoundError: "make its folder", PermissionError: "allow writing there"}
+                fix = fixes.get(type(error), "make room if the disk is full")
                 warn(
                     f"log_to cannot write to {what} ({type(error).__name__}: {error}). Training continues, loop.ledger "
-                    "has all of it, and each later write is another try: make room, or call loop.ledger.save(path)"
+                    f"has all of it, and each later write is another try: {fix}, or call loop.ledger.save(path)"
                 )
 
     return try_to_write

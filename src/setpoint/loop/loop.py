@@ -105,7 +105,7 @@ class Loop:
             if ends:
                 self.detach()
                 self._control = None
-            then = "was detached" if ends else "begins at the next optimizer step"
+            then = "was detached: correct this, and call attach again" if ends else "begins at the next optimizer step"
             self._failed = f"the loop could not begin ({type(error).__name__}: {error}), and {then}"
             raise
         self.control.before_step(grad_scale)

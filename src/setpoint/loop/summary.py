@@ -171,6 +171,8 @@ def summarise(control: Control) -> Summary:
             f"the model has {num_params:,} parameters, but its widths account for {accounted:,.0f}: "
             "it was changed by something other than this loop"
         )
+    elif not budget_met and (last := [entry.reason for entry in control.ledger][-1:]) and "NaN or infinite" in last[0]:
+        reason = f"{reason}; {last[0]}"
     summary = Summary(
         **spent,
         budget_met=budget_met,

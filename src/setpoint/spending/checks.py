@@ -54,15 +54,16 @@ def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Calla
     if budget.per == "run":
         return  # `check_run` knows what a run spends
     if limit < lowest:
+        why = unpruned()
         advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {resource}'"
         if lowest >= 0.99 * dense:
             advice = "Narrower layers save next to nothing of it"
-            if resource not in ("flops", "params"):
+            if resource not in ("flops", "params") and not why:  # layers that stay cost FLOPs as well
                 advice += ": hold the model to a budget of 'flops' or 'params'"
         raise BudgetError(
             f"a budget of {amount(limit, resource)} ({_percent(limit / dense)} of dense) cannot be reached: with every "
             f"layer at its narrowest the model still needs {amount(lowest, resource)} ({_percent(lowest / dense)})"
-            f"{unpruned()}. {advice}"
+            f"{why}. {advice}"
         )
     if resource in IN_SECONDS and limit > MILLISECONDS * dense:
         raise BudgetError(
