@@ -198,6 +198,8 @@ def test_a_name_that_is_unknown_says_what_it_is_like(tmp_path: Path, monkeypatch
     refused = invoke("compress", "my_model:build", "--data", "my_model.py:build", "--budget", "50%")
     for result in (invoke("inspect", "my_model:build"), refused):
         assert result.exit_code == 2 and "did you mean my_model.py:build?" in result.stderr
+    (tmp_path / "bert_small" / "net.py").write_text(OWN_MODEL, encoding="utf-8")
+    assert "did you mean bert_small/net.py:build?" in invoke("inspect", "bert_small.net:build").stderr
 
 
 def test_help_is_light() -> None:
@@ -345,6 +347,16 @@ def test_run_lets_a_program_load_a_cut_model(words: list[str], program: Path) ->
     done = run_in(program, *words, "small.pt", "--fail", options=("-P",))
     assert done.returncode == 7, done.stderr
     assert done.stdout == "widths 12 __main__ ['small.pt', '--fail']\n"
+
+
+@pytest.mark.parametrize("words", [["fails.py"], ["python", "-m", "fails"]])
+def test_errors_of_a_program_look_as_without_run(words: list[str], program: Path) -> None:
+    """An exception and Ctrl-C end a program with its own traceback, without frames of Typer and Setpoint."""
+    (program / "fails.py").write_text("import sys\ndef f():\n    raise eval(sys.argv[1])\nf()\n")
+    for error, code in (("ValueError", 1), ("KeyboardInterrupt", 130)):
+        done = run_in(program, *words, error)
+        assert done.returncode == code and done.stderr.startswith("Traceback") and done.stderr.endswith(f"{error}\n")
+        assert done.stderr.count("File ") == 2 and done.stderr.count("fails.py") == 2, done.stderr
 
 
 def test_run_starts_a_command_of_a_package_and_names_what_it_cannot_run(program: Path) -> None:

@@ -196,7 +196,17 @@ def run(
         from setpoint.integrations.checkpointing import enable_checkpointing
 
         enable_checkpointing()
-    sys.exit(start())  # outside, since the errors of a program are its own
+    try:
+        code = start()
+    except SystemExit:
+        raise
+    except BaseException as error:  # shown as without this command, whose frames and Typer's stand above the program's
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
+            trace = trace.tb_next
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    sys.exit(code)  # outside, since the errors of a program are its own
 
 
 def _started(program: list[str]) -> Callable[[], Any]:

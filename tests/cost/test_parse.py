@@ -56,11 +56,11 @@ def test_a_period_may_be_named_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "form"), [("5 ms per step", "'5 ms latency' for a training"), ("2 h per run", "'2 h latency per")]
+    ("text", "form"), [("5 ms per step", "'5 ms latency' .of a training"), ("2 h per run", "'2 h latency per")]
 )
 def test_seconds_alone_are_asked_about(text: str, form: str) -> None:
     """Claim: seconds may be those of a step or of a forward pass, so the error shows how to write both."""
-    with pytest.raises(BudgetError, match=f"does not say what takes so long: write {form}"):
+    with pytest.raises(BudgetError, match=f"does not say of what: write {form}"):
         parse_budget(text)
 
 
@@ -75,17 +75,32 @@ def test_a_share_above_the_dense_model_is_refused_as_it_was_written(budget: obje
 @pytest.mark.parametrize(
     ("text", "forms"),
     [
-        ("10 M", ["10 M params", "10 MFLOPs"]),
-        ("3 billion", ["3 G params", "3 GFLOPs"]),
+        ("10 M", ["10 M params", "10 M flops"]),
+        ("3 billion", ["3 G params", "3 G flops"]),
+        ("5 seconds", ["5 s latency", "5 s inference"]),
+        ("2 hours", ["2 h latency per run"]),
+        ("50% vram", ["50% memory"]),
+        ("4 GB of gpu memory", ["4 gb memory"]),
+        ("8 ms inference latency", ["8 ms inference"]),
+        ("50% flops, 40% params", ["50% flops", "40% params"]),
+        ("50% flops and 8 ms latency", ["50% flops", "8 ms latency"]),
         ("2x faster", ["50% latency", "50% inference"]),
         ("50% of the time", ["50% latency", "50% inference"]),
-        ("4x", ["25%", "25% latency", "25% params"]),
+        ("50% of the time per run", ["50% latency per run"]),
+        ("4x", ["25% flops", "25% latency", "25% params"]),
         ("30% smaller", ["70% params"]),
     ],
 )
 def test_an_unclear_budget_is_answered_by_the_nearest_ones(text: str, forms: list[str]) -> None:
-    """Claim: the error says how the text was read, and every form that it shows is a budget."""
+    """Claim: the error shows what the text may mean, and every form that it shows is a budget."""
     with pytest.raises(BudgetError) as caught:
         parse_budget(text)
     shown = re.findall(r"'([^']*)'", str(caught.value))
     assert shown == [text, *forms] and all(isinstance(parse_budget(form), Budget) for form in forms)
+
+
+@pytest.mark.parametrize(("word", "names"), [("time", "latency or inference"), ("vram", "memory"), ("size", "params")])
+def test_a_word_of_users_is_answered_by_the_resource_it_means(word: str, names: str) -> None:
+    """Claim: a mapping with a word that is no resource gets the resources that the word may mean."""
+    with pytest.raises(BudgetError, match=f"unknown resource '{word}': did you mean {names}"):
+        parse_budget({word: "50%"})

@@ -35,12 +35,15 @@ def _probe_then_tune(frozen_until: int, detach: bool = False) -> tuple[Loop, lis
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_group_waits_until_a_gradient_is_seen(detach: bool) -> None:
-    """Claim: what was frozen or detached at first is not taken for worthless; ledger and warning say that it waits."""
+    """Claim: what was frozen or detached at first is not worthless; the ledger says so, and a warning with a remedy."""
     loop, warned = _probe_then_tune(24, detach)
     early = [entry for entry in loop.ledger if entry.step < 24]
     assert early and all(entry.widths["0"] == 48 for entry in early)
     assert any("0 waits: none of the steps so far has shown a gradient there" in entry.reason for entry in early)
-    assert any("0 waits" in each for each in warned) and loop.reading().steps_seen["2"] > loop.reading().steps_seen["0"]
+    assert (
+        any("0 waits" in each and "Unfreeze them before" in each for each in warned)
+        and loop.reading().steps_seen["2"] > loop.reading().steps_seen["0"]
+    )
     assert loop.budget_met
 
 

@@ -77,7 +77,7 @@ def named_model(target: str, shape: tuple[int, ...] | None = None) -> tuple[nn.M
     if not separator and target.partition("/")[0] in LIBRARIES:
         prefix, separator, name = target.partition("/")
     if separator and prefix not in LIBRARIES:
-        hint = f"{did_you_mean(prefix, LIBRARIES)}use one of {', '.join(LIBRARIES)}"
+        hint = f"{did_you_mean(prefix, LIBRARIES)}use one of {', '.join(LIBRARIES)}, or FILE.py:function"
         raise UsageError(f"unknown library {prefix!r} in {target!r}: {hint}")
     missing, known = list[str](), list[str]()
     for library_name in [prefix] if separator else LIBRARIES:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from setpoint.errors import BudgetError
-from setpoint.messages import did_you_mean, plain_fields
+from setpoint.messages import plain_fields
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)
@@ -21,8 +21,11 @@ METERED = ("memory", "latency", "inference", "energy")  # resources that are mea
 
 def check_resource(name: object) -> None:
     if name not in RESOURCES:
-        hint = did_you_mean(name, RESOURCES)
-        raise BudgetError(f"unknown resource {name!r}: {hint}use one of {', '.join(map(repr, RESOURCES))}")
+        from setpoint.cost.unclear import meant
+
+        raise BudgetError(
+            f"unknown resource {name!r}: {meant(name, RESOURCES)}use one of {', '.join(map(repr, RESOURCES))}"
+        )
 
 
 def _check_means(resource: str, watts: float | None, example: Any) -> None:
@@ -282,7 +285,7 @@ _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNO
 _PER = re.compile(r"\s+per\s+(?P<per>run|step)\s*$", re.IGNORECASE)
 
 
-def parse_budget(budget: Any) -> Any:
+def parse_budget(budget: Any, resources: Sequence[str] = RESOURCES) -> Any:
     """A budget, or several, from what a user writes; `Budget`, `Price` and `Tolerance` objects are taken as they are.
 
     A number, or a number or a percentage alone in a text, is a fraction of the dense model's FLOPs per optimizer step.
@@ -304,7 +307,7 @@ def parse_budget(budget: Any) -> Any:
     if _number(budget):
         return Budget.fraction(float(budget), of="flops")
     if isinstance(budget, str):
-        return _by_words(budget)
+        return _by_words(budget, resources)
     if isinstance(budget, Mapping):
         found = [_amount(*_per(str(resource)), amount) for resource, amount in budget.items()]
         return found[0] if len(found) == 1 else found
@@ -317,7 +320,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
 
 
-def _by_words(text: str) -> Budget:
+def _by_words(text: str, resources: Sequence[str]) -> Budget:
     period = _PER.search(text)
     words, per = _PER.sub("", text), period["per"].lower() if period else "step"
     value, unit = _parsed(words)
@@ -326,10 +329,10 @@ def _by_words(text: str) -> Budget:
     if value is not None and unit in _SAYS:
         return Budget.total(value * _UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
     match = _WORDS.fullmatch(words)
-    if match is None or _resource(match["of"]) not in RESOURCES:
+    if match is None or _resource(match["of"]) not in RESOURCES or not _AMOUNT.fullmatch(match["amount"]):
         from setpoint.cost.unclear import unclear
 
-        raise BudgetError(unclear(text, RESOURCES))
+        raise BudgetError(unclear(text, resources))
     return _amount(_resource(match["of"]), per, match["amount"])
 
 

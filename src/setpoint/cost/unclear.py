@@ -1,4 +1,4 @@
-"""Unclear: what a text that is no budget is read as, and the budgets that are nearest to it."""
+"""Unclear: what a text that is no budget may mean, and the budgets that are nearest to it."""
 
 import re
 from collections.abc import Sequence
@@ -6,58 +6,58 @@ from collections.abc import Sequence
 from setpoint.messages import did_you_mean
 
 _PARTS = re.compile(
-    r"(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>%|percent|x|times|thousand|million|billion|min|ms|us|µs|[kmgsh])"
-    r"(?:\s+of)?(?:\s+the)?\s*(?P<word>[a-z]*)\s*(?P<per>(?:per\s+(?:run|step))?)",
-    re.IGNORECASE,
+    r"([0-9]*\.?[0-9]+)\s*(%|(?:percent|x|times|thousand|million|billion|(?:milli)?seconds?|minutes?|hours?|min|[mu]s"
+    r"|µs|[kmgt]i?b|[kmgsh])(?![a-z]))(?:\s+of)?(?:\s+the)?\s*([a-z ]*?)\s*(?:per\s+(run|step))?"
 )
-_LARGE = {"thousand": "k", "million": "M", "billion": "G", "k": "k", "m": "M", "g": "G"}
-_SECONDS = ("s", "ms", "us", "µs", "min", "h")
-_NEAREST = {  # by what a share is of
-    "the time": "'{0} latency' (of a training step) or '{0} inference' (of a forward pass)",
-    "the size": "'{0} params'",
-    "the dense model": "'{0}' (of the FLOPs), '{0} latency' or '{0} params'",
+_UNIT = {"x": "%", "times": "%", "percent": "%", "thousand": "k", "million": "M", "billion": "G", "m": "M", "g": "G"}
+_UNIT |= {"milliseconds": "ms", "second": "s", "seconds": "s", "minutes": "min", "hour": "h", "hours": "h"}
+_BY_UNIT = {  # what an amount may be of, the likely ones first; bytes are of memory
+    "%": ("flops", "latency", "params", "inference", "memory", "energy"),
+    **dict.fromkeys(("k", "M", "G"), ("params", "flops")),
+    **dict.fromkeys(("us", "µs", "ms", "s", "min", "h"), ("latency", "inference")),
 }
-_OF = {
-    **dict.fromkeys(("time", "seconds", "runtime", "duration", "speed", "faster"), "the time"),
-    **dict.fromkeys(("size", "smaller", "weights", "compression"), "the size"),
-    "": "the dense model",
+_BY_WORD = {  # what users call a resource
+    **dict.fromkeys(("time", "seconds", "runtime", "duration", "speed", "faster"), ("latency", "inference")),
+    **dict.fromkeys(("inference time", "inference latency"), ("inference",)),
+    **dict.fromkeys(("size", "model size", "smaller", "weights", "compression"), ("params",)),
+    **dict.fromkeys(("vram", "ram", "gpu", "gpu memory", "peak memory"), ("memory",)),
+    **dict.fromkeys(("compute", "less", "cheaper"), ("flops",)),
 }
+_GLOSS = {"latency": " (of a training step)", "inference": " (of a forward pass)"}
+
+
+def meant(word: object, resources: Sequence[str]) -> str:
+    """The hint of an error message that names the resources which a word may mean; "" where none is near."""
+    known = [name for name in _BY_WORD.get(str(word).lower(), ()) if name in resources]
+    return f"did you mean {' or '.join(known)}? " if known else did_you_mean(word, resources)
 
 
 def unclear(text: str, resources: Sequence[str]) -> str:
-    """The message of the error for a text that is no budget.
-
-    >>> unclear("10 M", ("flops",))
-    "the budget '10 M' does not say of what: write '10 M params' or '10 MFLOPs'"
-    >>> unclear("2x smaller", ("flops",))
-    "the budget '2x smaller' is not understood. Read as 50% of the size it is '50% params'"
-    """
-    parts = _PARTS.fullmatch(text.strip())
-    nearest = _nearest(**parts.groupdict()) if parts else ""
-    if nearest:
-        return f"the budget {text!r} {nearest}"
-    last = re.search(r"[a-z]+$", re.sub(r"\s+per\s+(run|step)\s*$", "", text.strip().lower()))
+    """The message of the error for a text that is no budget of these resources: how to write what it may mean."""
+    several = [part.strip() for part in re.split(r",|;|\s(?:and|\+|&)\s", text)]
+    if len(several) > 1 and all(any(name in part.lower() for name in resources) for part in several):
+        return f"the budget {text!r} is several: give attach a list, {several}, and compress one of them"
+    parts = _PARTS.fullmatch(text.strip().lower())
+    if parts and (forms := _forms(resources, *parts.groups())):
+        return f"the budget {text!r} {'is not understood' if parts[3] else 'does not say of what'}: write {forms}"
+    hint = meant("".join(re.sub(r"\s+per\s.*|[^a-z]", " ", text.lower()).split()[-1:]), resources)
     return (
-        f"the budget {text!r} is not understood: {did_you_mean(last[0], resources) if last else ''}write a fraction of "
-        "the dense FLOPs, such as '50%', or an amount and a resource, such as '8 ms latency' or '4 GiB memory'; "
-        f"resources are {', '.join(resources)}"
+        f"the budget {text!r} is not understood: {hint}write a fraction of the dense FLOPs, such as '50%', or an "
+        f"amount and a resource, such as '3 GFLOPs' or '4 M params'; resources are {', '.join(resources)}"
     )
 
 
-def _nearest(number: str, unit: str, word: str, per: str) -> str:
-    unit, word = unit.lower(), word.lower()
-    if unit in _SECONDS and not word:
-        said = f"'{number} {unit}"
-        step = f"{said} latency' for a training step, or {said} inference' for a forward pass"
-        return "does not say what takes so long: write " + (f"{said} latency per run'" if per.endswith("run") else step)
-    if unit in _LARGE and not word:
-        large = _LARGE[unit]
-        return f"does not say of what: write '{number} {large} params' or '{number} {large}FLOPs'"
-    share = float(number)
+def _forms(resources: Sequence[str], number: str, unit: str, word: str, per: str | None) -> str:
+    known, share = _UNIT.get(unit, unit), float(number)
     if unit in ("x", "times"):
         share = 100 / share if share > 1 else 100 * share
-    elif word in ("faster", "smaller"):
+    elif word in ("faster", "smaller", "less", "cheaper"):
         share = 100 - share
-    if unit in _LARGE or unit in _SECONDS or word not in _OF or not 0 < share <= 100:
-        return ""
-    return f"is not understood. Read as {share:.3g}% of {_OF[word]} it is {_NEAREST[_OF[word]].format(f'{share:.3g}%')}"
+    said = f"{share:.3g}%" if known == "%" else f"{number} {known}"
+    after = " per run" if per == "run" or known in ("min", "h") else ""
+    able = [name for name in resources if not after or name in ("flops", "latency", "energy")]
+    named = _BY_WORD.get(word, (word,)) if word else able
+    fits = [name for name in _BY_UNIT.get(known, ("memory",)) if name in able and name in named]
+    if known == "%":
+        fits = (fits or ["flops"] * (word in _BY_WORD)) if 0 < share <= 100 else []
+    return " or ".join(f"'{said} {name}{after}'{'' if after else _GLOSS.get(name, '')}" for name in fits[:3])

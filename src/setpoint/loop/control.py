@@ -241,7 +241,8 @@ class Control:
             facts["plan"] = _decisions(plan)  # ranks whose plans differ raise here, before anything is cut
         if note:  # the plan holds these groups at their width, which the ledger has to say
             plan = replace(plan, reason=f"{plan.reason}; {note}", drop_and_grow=0.0)
-            warn(f"{note}, so that the other groups carry the cut")
+            remedy = "Unfreeze them before the first cut, or leave them out: attach(..., groups=...)"
+            warn(f"{note}, so that the other groups carry the cut. {remedy}")
         self.spending.account.learned(plan.flops)
         if plan.gave_way:
             warn(f"{plan.gave_way}, and the reference pauses until the next decision")

@@ -193,7 +193,7 @@ def compress(
 
 def one_budget(budget: Any) -> Budget:
     """The budget that `compress` is given, of FLOPs or parameters; BudgetError for any other."""
-    goal = parse_budget(budget)
+    goal = parse_budget(budget, ("flops", "params"))
     if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
         raise BudgetError(
             f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "

@@ -66,9 +66,8 @@ def names_a_file(target: str) -> bool:
 def _file_meant(target: str) -> str:
     """What to write for `module:function`, where there is such a file; empty for anything else."""
     file, colon, function = target.partition(":")
-    if not colon or not Path(f"{file}.py").is_file():
-        return ""
-    return f"{target!r} names no file: did you mean {file}.py:{function}?"
+    found = [f"{name}.py" for name in (file, file.replace(".", "/")) if colon and Path(f"{name}.py").is_file()]
+    return f"{target!r} names no file: did you mean {found[0]}:{function}?" if found else ""
 
 
 def call_own(target: str) -> Any:
