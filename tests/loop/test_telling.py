@@ -225,7 +225,8 @@ def test_a_loop_is_one_line_at_every_stage(whole: Whole) -> None:
 
 
 def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
-    """Claim: `print` shows six lines: verdict, cost, size, steps, overhead, and when it pays; `repr` is whole."""
+    """Claim: `print` shows six lines: verdict, cost, size, steps, overhead, and when it pays; `repr` is whole. Layers
+    below a tenth of their width are named in another."""
     summary = whole.summary
     lines = str(summary).splitlines()
     words = ("verdict", "cost", "size", "training", "overhead", "time saved")
@@ -240,6 +241,10 @@ def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
     assert never == "time saved  less than the overhead"
     assert repr(summary).startswith("Summary(budget_met=True, steps=20,")
     assert str(replace(summary, budget_met=False)).startswith("verdict     budget NOT met: ")
+    layers = {"conv1": 24, "conv2": 20}
+    narrow = replace(summary, dense_widths=layers, widths={"conv1": 2, "conv2": 2})
+    assert str(narrow).splitlines()[3] == "narrow      conv1 24 -> 2: below a tenth of the width"
+    assert "narrow" not in str(replace(narrow, theoretical_flops=1.0))  # single weights, not units
 
 
 class Recurrent(nn.Module):

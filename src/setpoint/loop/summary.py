@@ -13,7 +13,7 @@ from setpoint.cost.budget import amount, of_dense
 from setpoint.errors import GroupError
 from setpoint.ledger import Entry
 from setpoint.loop.control import Control
-from setpoint.messages import counted, warn
+from setpoint.messages import counted, listed, warn
 from setpoint.spending.metrics import totals, verdict
 
 
@@ -136,12 +136,18 @@ class Summary:
             saved = f"more than the overhead from step {self.break_even_step:,} on, by the clock of this run"
         loss = "" if self.final_loss is None else f", loss {self.final_loss:.4g} at the end"
         parts = [f"{name} {value:.1f}" for name, value in self.overhead.items() if value >= 0.05 or name == "attach"]
+        shares = {name: self.widths[name] / width for name, width in self.dense_widths.items()}
+        least = [name for name in sorted(shares, key=shares.__getitem__) if shares[name] < 0.1]
+        narrow = [f"{name} {self.dense_widths[name]} -> {self.widths[name]}" for name in least]
         lines = {
             "verdict": f"{'' if self.budget_met else 'budget NOT met: '}{self.reason}",
             "note": self.note,
             "cost": "; ".join(cost),
             "size": f"{self.final_params:,} parameters; {units:,} of {dense_units:,} units in "
             f"{counted(len(self.dense_widths), 'group')}, {counted(self.resizes, 'cut')}",
+            "narrow": f"{listed(narrow, 3)}: below a tenth of the width"
+            if narrow and self.theoretical_flops is None  # else single weights are counted
+            else "",
             "training": f"{self.steps:,} of {self.total_steps:,} steps in {self.seconds:.1f} s{loss}",
             "overhead": f"{100 * self.overhead_flops_ratio:.1f} % of the FLOPs, {self.overhead_seconds:.1f} s "
             f"({', '.join(parts)})",
