@@ -286,6 +286,44 @@ def test_a_budget_out_of_reach_names_what_is_not_pruned() -> None:
         _attach(model, torch.optim.SGD([model[4].bias], 0.1))
 
 
+class Blocked(nn.Module):
+    """Layers whose units stay, since `op` stands between them, and others that can be cut."""
+
+    def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.others, self.op = nn.Linear(6, 24), nn.Linear(24, 3), _mlp(), op
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.op(self.a(x))) + self.others(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be followed, so they stay")
+@pytest.mark.parametrize(
+    ("op", "words"),
+    [
+        (lambda x: x.cumsum(-1), "a, b: a softmax, a running sum or a sort runs over this dim, at cumsum. Ask for"),
+        (torch.special.bessel_j0, "a: no rule knows this op, at special_bessel_j0 .docs/own-ops.md says how"),
+    ],
+)
+def test_a_budget_out_of_reach_names_the_op_that_stands_in_the_way(op: Callable[[Tensor], Tensor], words: str) -> None:
+    """Where an op freezes the units of layers, the error has its reason and its name."""
+    model = Blocked(op)
+    with pytest.raises(BudgetError, match=f"Not pruned are .*{words}"):
+        _attach(model, torch.optim.SGD(model.parameters(), 0.1), setpoint.Budget.fraction(0.1, of="flops"))
+
+
+def test_allow_lossy_is_advised_only_where_it_helps() -> None:
+    """A group that cannot be read either is named by that: `allow_lossy=True` would not prune it."""
+    model = nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
+    model[:3].requires_grad_(False)
+    for allow_lossy in (False, True):
+        optimizer = torch.optim.SGD(model[4].parameters(), 0.1)
+        with pytest.raises(BudgetError, match=r"0: their weights are frozen \(train them") as caught:
+            _attach(model, optimizer, setpoint.Budget.fraction(0.1, of="flops"), allow_lossy=allow_lossy)
+        assert "allow_lossy" not in str(caught.value)
+
+
 def test_a_budget_that_needs_less_than_a_tenth_of_layers_is_warned_of() -> None:
     """A budget in reach only with groups below a tenth of their width names them and what is needed at a tenth."""
     model = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))

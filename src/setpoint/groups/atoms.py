@@ -72,6 +72,13 @@ class Atoms:
             if not reason.startswith(self._spared):
                 self.unite(labels, np.zeros(1, dtype=np.int64))
 
+    def first_frozen(self) -> np.ndarray:
+        """Per atom: the number of the first record in `frozen` of it; or -1, also where it was only united with one."""
+        first = np.full(self._count, -1)
+        for number, (labels, _, _) in reversed(list(enumerate(self.frozen))):
+            first[labels] = number
+        return first
+
     def mark(self, remark: str, labels: np.ndarray | None) -> None:
         """Record a remark about these atoms, not about their class."""
         if labels is not None:

@@ -35,6 +35,7 @@ class Contraction:
     sizes: tuple[Size, ...]  # the lengths that do
     num_gradients: int  # number of operands that need a gradient: 0, 1 or 2
     recomputed: float = 0.0  # how often the backward pass computes it again, as for activation checkpoints
+    blocked: tuple[tuple[str, str], ...] = ()  # places, and reasons, of what freezes its dims
 
     @property
     def times(self) -> float:
@@ -132,10 +133,13 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     groups = build.with_sizes(walk, units, places)
     if refused is not None and opaque and not groups:
         raise refused
-    contractions = [
-        Contraction(module, coefficient, tuple(units.size(*dim) for dim in dims_of), num_gradients)
-        for module, coefficient, dims_of, num_gradients in walk.contracts
-    ]
+    first = walk.atoms.first_frozen()
+    contractions = []
+    for module, coefficient, dims_of, num_gradients in walk.contracts:
+        sizes = tuple(units.size(*dim) for dim in dims_of)
+        numbers = {int(first[labels].max(initial=-1)) for _, labels in dims_of if labels is not None} - {-1}
+        blocked = tuple(walk.atoms.frozen[number][1:] for number in sorted(numbers))
+        contractions.append(Contraction(module, coefficient, sizes, num_gradients, blocked=blocked))
     dense = widths_of(groups)
     if walk.unknown or opaque:
         contractions += _uncounted(model, example, sum(product.at(dense) for product in contractions))

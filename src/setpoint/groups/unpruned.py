@@ -8,7 +8,10 @@ from torch import nn
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import UNTRAINED, Trace
+from setpoint.groups.walk import UNFOLLOWED
 from setpoint.messages import listed, warn
+
+_AT_THE_EDGE = "of the network"  # a reason with it says nothing of what stands in the way inside
 
 
 def unpruned(model: nn.Module, found: Trace, narrowest: Mapping[str, int], frozen: Mapping[str, str]) -> str:
@@ -22,14 +25,17 @@ def unpruned(model: nn.Module, found: Trace, narrowest: Mapping[str, int], froze
     total = sum(product.at(widths) * product.times for product in found.contractions)
     shares: dict[str, float] = {}
     layers: dict[str, list[str]] = {}
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and weight.ndim > 1}
     for product in found.contractions:
         names = {name for size in product.sizes for name, _ in size.parts}
         if names.isdisjoint(narrowest):
             reasons = [frozen[name] for name in sorted(names & frozen.keys())]
             # Of a layer that is not trained this says more than what runs over the features that it reads.
-            reasons.sort(key=lambda why: ("get no gradient" not in why, "allow_lossy" in why))
-            inside = f"{product.module}."
-            reasons += [f.reason for f in found.frozen if inside.startswith(f"{f.place.partition(': ')[0]}.")]
+            learns = any(name.startswith(f"{product.module}.") for name in trained)
+            by_use = {why: (("get no gradient" in why) == learns, "allow_lossy" in why) for why in reasons}
+            reasons.sort(key=by_use.__getitem__)
+            for place, reason in sorted(product.blocked, key=lambda record: _AT_THE_EDGE in record[1]):
+                reasons.append(reason if _AT_THE_EDGE in reason else f"{reason}, at {place.rpartition(': ')[2]}")
             why = _with_remedy(model, [*reasons, "no units that could be dropped lie in them"][0])
             shares[why] = shares.get(why, 0.0) + product.at(widths) * product.times
             layers.setdefault(why, []).append(product.module or "the model itself")
@@ -37,7 +43,6 @@ def unpruned(model: nn.Module, found: Trace, narrowest: Mapping[str, int], froze
     text = "; ".join(
         f"{100 * shares[why] / total:.1f} % of the FLOPs, {_layers(layers[why])}: {why}" for why in most[:3]
     )
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and weight.ndim > 1}
     unread = [name for name in found.unreached if name in trained]
     sentences = [f"not pruned are {text}" if text else "", found.unfollowed]
     if unread:
@@ -61,6 +66,8 @@ def _with_remedy(model: nn.Module, why: str) -> str:
             remedy = 'put adapters on all layers: LoraConfig(target_modules="all-linear")'
     elif "allow_lossy" in why:
         remedy = "attach(..., allow_lossy=True) prunes them all the same"
+    elif why.startswith(UNFOLLOWED):
+        remedy = "docs/own-ops.md says how to make it known"
     return f"{short} ({remedy})" if remedy else short
 
 

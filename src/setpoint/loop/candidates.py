@@ -63,7 +63,7 @@ def unit_candidates(
         if group.kind == "state" and not host.single_process:
             why = "states are not cut on several ranks in this version: each would balance them by itself"
             frozen[group.name] = why
-        elif not group.lossless and not allow_lossy:
+        elif not group.lossless and not allow_lossy and sensor.readable((group,), model):  # else that would not help
             notes = "; ".join(group.notes) or "a zeroed unit is not the same as an absent one"
             frozen[group.name] = notes + _LOSSY
         elif host.compiled and sensor.traits.hooks and tappable(group, model):
@@ -130,7 +130,7 @@ def _readable(
     for group in groups:
         if group.name not in names:
             why = "the group's weights get no gradient"
-            if group.kind == "state" or any(p.tensor in trained for p in group.slices if p.role == "consume"):
+            if group.kind == "state" or all(p.tensor in trained for p in group.slices if p.role == "consume"):
                 why = f"the sensor ranks no {group.kind}s like these"
             frozen[group.name] = f"{type(sensor).__name__} cannot read it ({why})"
     return readable
