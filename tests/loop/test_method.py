@@ -130,8 +130,9 @@ class Autoencoder(nn.Module):
 
 @pytest.mark.parametrize(("options", "accumulate"), [({}, 1), ({"method": "loss"}, 1), ({"method": "loss"}, 3)])
 def test_a_forward_that_is_never_called_is_warned_of(options: Any, accumulate: int, monkeypatch: Any) -> None:
-    """Claim: before the second step, when nothing is cut, a warning names `method=`; with that only several calls of
-    the method in a step are warned of; a method of the object's own is there again.
+    """Claim: before the second step, when nothing is cut, a warning names `method=`, also where a metric calls the
+    model without gradients; with that only several calls of the method in a step are warned of; a method of the
+    object's own is there again.
     """
     monkeypatch.setattr("setpoint.loop.calls.anything_compiled", lambda: False)
     torch.manual_seed(0)
@@ -144,6 +145,8 @@ def test_a_forward_that_is_never_called_is_warned_of(options: Any, accumulate: i
         for _ in range(3):
             for _ in range(accumulate):
                 model.loss(torch.randn(16, 8)).backward()
+            with torch.no_grad():
+                model(torch.randn(16, 8))
             optimizer.step()
             optimizer.zero_grad()
     words = "gives the model 3 times" if options else 'without a call of model(x).*attach(..., method="loss")'

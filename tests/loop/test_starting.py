@@ -504,19 +504,15 @@ def test_an_optimizers_state_is_taken_with_the_loops_or_not_at_all(forge: Callab
     assert same(again.everything(), whole.everything())
 
 
-@pytest.fixture
-def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests compile, after which first steps are not looked at."""
-    monkeypatch.setattr("setpoint.loop.calls.anything_compiled", lambda: False)
-
-
 Sizes = Sequence[tuple[int, ...]]  # of the batches of a step
 
 
-def _beside(example: tuple[int, ...], steps: Sequence[Sizes], budget: Any = 0.5) -> tuple[list[str], nn.Module, Any]:
+def _beside(
+    example: tuple[int, ...], steps: Sequence[Sizes], budget: Any = 0.5, training: bool = True
+) -> tuple[list[str], nn.Module, Any]:
     """What is warned of in a run of these steps with an example of this shape, the model and the summary."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).train(training)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     given = {"example": (torch.randn(example),)} if example else {}
     loop = setpoint.attach(model, optimizer, budget, total_steps=20, **given)
@@ -535,7 +531,6 @@ def _beside(example: tuple[int, ...], steps: Sequence[Sizes], budget: Any = 0.5)
 @pytest.mark.parametrize(
     ("example", "step", "times"), [((8, 6), 4 * [(8, 6)], 4), ((1, 6), [(32, 6)], 32), ((8, 6), 2 * [(8, 6)], 2)]
 )
-@pytest.mark.usefixtures("nothing_compiled")
 def test_a_micro_batch_as_example_is_warned_of(example: Any, step: Sizes, times: int, budget: Any) -> None:
     """Claim: once, where a step gives the model at least twice the example, with the factor; without an example, which
     is the remedy, and with a step's rows as example FLOPs are right, and nothing is said; hooks go.
@@ -546,6 +541,34 @@ def test_a_micro_batch_as_example_is_warned_of(example: Any, step: Sizes, times:
     for remedy in ((), (sum(size[0] for size in step), 6)):
         said, _, whole = _beside(remedy, [step], budget)
         assert not said and whole.dense_flops == times * few.dense_flops
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training mode", "eval mode"])
+@pytest.mark.parametrize("third", [4 * [(8, 6)], [(8, 6)]], ids=["whole", "short"])
+def test_eval_mode_a_short_step_and_other_compiled_code_hide_no_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, training: bool, third: Sizes
+) -> None:
+    """Claim: a model that trains in eval mode, an epoch's short last step as the third, and code that was compiled
+    elsewhere in the process leave the warning as it is, and given once.
+    """
+    monkeypatch.setattr("setpoint.loop.calls.anything_compiled", lambda: True)
+    whole = 4 * [(8, 6)]
+    said, model, _ = _beside((8, 6), [whole, whole, third, whole], training=training)
+    assert len([each for each in said if "gives the model 4 times what the example has" in each]) == 1
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_a_model_that_is_compiled_in_place_is_not_looked_at() -> None:
+    """Claim: its hooks are not called, also where Dynamo has made no graph of it: warnings are errors."""
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3))
+    model.compile(backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(torch.randn(8, 6),))
+    for _ in range(3):
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loop.detach()
 
 
 @pytest.mark.parametrize(
@@ -559,13 +582,11 @@ def test_a_micro_batch_as_example_is_warned_of(example: Any, step: Sizes, times:
     ],
     ids=["larger", "last", "half", "one outlier", "lengths"],
 )
-@pytest.mark.usefixtures("nothing_compiled")
 def test_batches_that_vary_are_not_warned_of(example: Any, steps: Any) -> None:
     """Claim: less than twice the rows, one larger step, smaller ones and longer texts give no warning."""
     assert not _beside(example, steps)[0]
 
 
-@pytest.mark.usefixtures("nothing_compiled")
 def test_skipped_steps_nested_calls_and_evaluations_are_no_larger_steps() -> None:
     """Claim: what a GradScaler skips between two steps, calls from inside of a call, what a checkpoint computes again,
     and calls without gradients or in eval mode do not count: warnings are errors.

@@ -1,6 +1,5 @@
 """Calls: what training calls a model with, as hooks see it; those of the first steps are compared with the example."""
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -54,16 +53,24 @@ class FirstSteps:
     """Warns where training does not do in a step what the example says, and changes until it knows.
 
     It counts what the second step gives the model. Where that is at least twice the example, in rows and in elements,
-    the third is counted too, and the lesser taken. `outside` says that hooks stay outside of compiled code.
+    the third is counted too, and the fourth where the third is less: the second largest is taken. `outside` says that
+    hooks stay outside of compiled code.
     """
 
     def __init__(
-        self, model: nn.Module, listen: Callable[..., object], inputs: Inputs, hooks: StepHooks, outside: bool
+        self,
+        model: nn.Module,
+        listen: Callable[..., object],
+        inputs: Inputs,
+        hooks: StepHooks,
+        outside: bool,
+        method: str,
     ) -> None:
-        self._model, self._listen, self._hooks, self._outside = model, listen, hooks, outside
-        self._known, self._given = inputs.passes * _size(inputs.example), np.zeros(2)
+        self._model, self._listen, self._hooks, self._outside, self._method = model, listen, hooks, outside, method
+        self._known = inputs.passes * _size(inputs.example)
+        self._given = np.zeros((2, 2))  # in eval mode, and in training mode
         self._steps = self._calls = self._depth = 0
-        self._times, self._until, self._then = math.inf, ExitStack(), hooks.before
+        self._times, self._until, self._then = list[float](), ExitStack(), hooks.before
         hooks.before = self._before_step
 
     def stop(self) -> None:
@@ -72,8 +79,8 @@ class FirstSteps:
     def _begins(self, module: nn.Module, call: Call) -> None:
         self._calls += torch.is_grad_enabled()
         again = torch._C._current_graph_task_id() != -1  # within a backward pass: a checkpoint computes it again
-        if torch.is_grad_enabled() and self._model.training and not (self._depth or again):  # not inside of another
-            self._given += _size(call)
+        if torch.is_grad_enabled() and not (self._depth or again):  # not inside of another
+            self._given[int(self._model.training)] += _size(call)
         self._depth += 1
 
     def _ends(self, raised: bool) -> None:
@@ -86,19 +93,24 @@ class FirstSteps:
 
     def _known_after(self, passes: int) -> bool:
         """After so many backward passes with gradients apart, as a GradScaler skips steps; whether all is known."""
-        self._steps, hidden = self._steps + 1, anything_compiled() and not self._outside
-        if self._steps == 1 and not hidden:  # not before: code compiled with hooks in it is compiled again without them
-            self._listen(Record(self._begins, self._ends), self._until)
+        self._steps += 1
         if self._steps == 1:
+            compiled = any(module._compiled_call_impl for module in self._model.modules())
+            # A method that is exchanged, unlike a hook, has code around it compiled again, whatever that is.
+            hidden = not self._outside and (compiled or (self._method != "forward" and anything_compiled()))
+            if not hidden:  # not before: code compiled with hooks in it is compiled again without them
+                self._listen(Record(self._begins, self._ends), self._until)
             return hidden
-        self._times = min(self._times, *(self._given / self._known / max(1, passes)))
-        self._given = np.zeros(2)
-        if self._steps == 2 and self._times >= 2:  # once, a graph may be as large
+        # In the mode that the step is made in: an evaluation between steps is no part of one.
+        self._times.append(min(self._given[int(self._model.training)] / self._known / max(1, passes)))
+        self._given[:] = 0
+        times = sorted([0.0, *self._times])[-2]  # once, a graph may be as large, and a last batch be short
+        if self._times[0] >= 2 > times and self._steps < 4:
             return False
         self.stop()
         # Compiled code runs no hooks, and a gradient that was set by hand needs no forward.
-        if self._calls or (passes and not hidden):
-            _warn_of_others(self._calls, self._times)
+        if self._calls or (passes and (self._outside or not anything_compiled())):
+            _warn_of_others(self._calls, times)
         return True
 
 

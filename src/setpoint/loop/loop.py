@@ -79,9 +79,9 @@ class Loop:
         self._first = first
         self.at_detach(first.stop)
 
-    def watch(self, inputs: Inputs, listen: Callable[..., object], *, outside: bool) -> None:
+    def watch(self, inputs: Inputs, listen: Callable[..., object], *, outside: bool, method: str) -> None:
         """Compare the first steps with the example."""
-        self.at_detach(FirstSteps(self.host.model, listen, inputs, self._hooks, outside).stop)
+        self.at_detach(FirstSteps(self.host.model, listen, inputs, self._hooks, outside, method).stop)
 
     def at_detach(self, stop: Callable[[], None]) -> None:
         self._at_detach.callback(stop)
