@@ -133,6 +133,7 @@ def by_parts(model: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.filterwarnings("ignore:training made a step without a call")
 @pytest.mark.parametrize("way", ["by parts", "forward", "eval mode"])
 def test_a_step_begins_however_the_model_is_called(way: str) -> None:
     """By its parts, by `forward`, or in eval mode: an evaluation between steps is no part of the step."""
@@ -154,6 +155,7 @@ def test_a_step_begins_however_the_model_is_called(way: str) -> None:
     assert found[0] == found[1] and any(found[0])
 
 
+@pytest.mark.filterwarnings("ignore:a step gives the model 3 times")  # it does, and bytes are measured
 def test_memory_is_metered_where_units_come_back() -> None:
     """A step of three passes holds more than the example's one: with a reserve too, steps between probes tell."""
     model, optimizer, x = mlp()
