@@ -226,7 +226,8 @@ def test_a_loop_is_one_line_at_every_stage(whole: Whole) -> None:
 
 def test_a_summary_is_read_in_six_lines(whole: Whole) -> None:
     """Claim: `print` shows six lines: verdict, cost, size, steps, overhead, and when it pays; `repr` is whole. Layers
-    below a tenth of their width are named in another."""
+    below a tenth of their width are named in another.
+    """
     summary = whole.summary
     lines = str(summary).splitlines()
     words = ("verdict", "cost", "size", "training", "overhead", "time saved")

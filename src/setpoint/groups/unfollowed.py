@@ -51,6 +51,6 @@ def share_of_unfollowed(model: nn.Module, program: Any, opaque: Mapping[str, str
             places.setdefault(reason, []).append(place)
     reasons = "; ".join(f"{why} ({listed(list(dict.fromkeys(where)), 3)})" for why, where in places.items())
     return (
-        f"units with {100 * blocked / total:.0f} % of the FLOPs cannot be followed, so they stay, and a budget cuts the "
-        f"others: {reasons}. docs/own-ops.md says how to make an operation known"
+        f"units with {100 * blocked / total:.0f} % of the FLOPs cannot be followed, so they stay, and a budget cuts "
+        f"the others: {reasons}. docs/own-ops.md says how to make an operation known"
     )
