@@ -22,6 +22,7 @@ from setpoint.controller.guarded import Guarded
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import PricedController
+from setpoint.controller.schedule import Schedule
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CostError, GroupError, LoopError
@@ -39,6 +40,7 @@ from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, RecordedMethod
 from setpoint.loop.loop import Loop
 from setpoint.messages import a_type, plain_number, progress
+from setpoint.sensor.calibrating import Calibrating
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
 from setpoint.spending.account import Account
@@ -51,6 +53,9 @@ from setpoint.spending.spending import Spending
 if TYPE_CHECKING:
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.weights.masking import Masking
+
+
+_CALIBRATION = 1024  # samples that are seen before the first cut, at most
 
 
 @one_at_a_time
@@ -164,6 +169,7 @@ class RunSpec:
     regrowing: Regrowing | None  # how units rest that may come back; None for the usual way
     groups: tuple[Group, ...] | None  # that may be pruned; None for all
     method: str
+    by_default: bool  # whether the controller is the usual one
     allow_lossy: bool
     verify: bool
     resume: bool
@@ -204,6 +210,7 @@ def _run_spec(
     goal = wanted if isinstance(wanted, (Price, Tolerance)) else None
     budgets, bill = ((), None) if isinstance(wanted, (Price, Tolerance)) else split_bill(check_budgets(wanted))
     masking, regrowing = _kinds(actuator)
+    by_default = controller is None
     if controller is None:
         # A regrowing controller is chosen by the actuator: nobody should have to say it twice.
         controller = _controller_for(goal or budgets, regrow=regrowing is not None)
@@ -232,7 +239,9 @@ def _run_spec(
             "another cost: use a budget of 'flops' or 'params'"
         )
     chosen = _as_groups(groups)
-    return RunSpec(goal, budgets, bill, steps, controller, sensor, masking, regrowing, chosen, method, **flags)
+    return RunSpec(
+        goal, budgets, bill, steps, controller, sensor, masking, regrowing, chosen, method, by_default, **flags
+    )
 
 
 def _check_part(name: str, part: object, kind: type, example: str) -> None:
@@ -369,7 +378,10 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         even = evened(host.model, traced, some, allow_lossy=spec.allow_lossy)
         traced, some = even.traced, even.groups
         spec = replace(spec, controller=replace(spec.controller, kinds=even.kinds))
+    spec, calibration = _beginning(host, spec, traced.groups, inputs)
     sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
+    if calibration and not host.compiled:
+        sensor = Calibrating(sensor, calibration, scores=spec.sensor is None and host.mesh is None)
     if host.mesh is not None and not sensor.traits.shards:
         raise LoopError(
             f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
@@ -409,6 +421,25 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     actuator = revocable() if able and conduct.regrow else Cutting(host, found.groups, coordinates)
     parts = _assembled(host, spec, found, sensor, actuator, spending)
     return replace(parts, revocable=revocable) if able and not conduct.regrow else parts
+
+
+def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Inputs) -> tuple[RunSpec, int]:
+    """The run with a controller that begins with the cut, where it is the usual one, and the steps of calibration."""
+    controller, resources = spec.controller, {budget.resource for budget in spec.budgets}
+    counted = spec.goal is None and not resources & set(METERED) and all(group.kind == "unit" for group in groups)
+    if spec.by_default and counted and not (spec.regrowing or spec.masking):
+        samples = num_samples(inputs.example) * inputs.passes * host.ranks.count
+        # The forward of a batch that was recorded is over.
+        steps = max(
+            1 + inputs.recorded, min(round(Schedule.at_once().warmup * spec.total_steps), -(-_CALIBRATION // samples))
+        )
+        first = Schedule.at_once(min(steps / spec.total_steps, 0.29))
+        usual: Any = controller.inner if isinstance(controller, EvenController) else controller
+        usual = replace(usual, schedule=first)
+        controller = replace(controller, inner=usual) if isinstance(controller, EvenController) else usual
+    schedule = controller.conduct.schedule
+    calibration = schedule.decisions(spec.total_steps)[0] if schedule.first else 0
+    return replace(spec, controller=controller), calibration
 
 
 def _usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:

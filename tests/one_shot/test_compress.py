@@ -19,9 +19,11 @@ from torch.utils.data import TensorDataset
 
 import setpoint
 import setpoint.one_shot.compress as compressing
+from setpoint.actuator.refit import fit_map, refit
 from setpoint.errors import BudgetError, ExampleError, GroupError, LoopError, OptimizerError
-from setpoint.groups.group import Group
-from setpoint.one_shot import fit
+from setpoint.groups.group import Group, Slice
+from setpoint.one_shot.forward import moments_on
+from setpoint.sensor import moments as gathered
 
 
 class Block(nn.Module):
@@ -156,8 +158,8 @@ def test_weights_are_those_of_ridge_regression() -> None:
     rows = torch.cat([x[:, stays], ridge.sqrt() * torch.eye(4).double()])
     target = torch.cat([x @ weight, ridge.sqrt() * weight[stays]])
     expected = torch.linalg.lstsq(rows, target).solution
-    torch.testing.assert_close(fit.refitted(x.mT @ x, weight, stays), expected)
-    torch.testing.assert_close(fit.refitted(x.mT @ x, weight, torch.ones(6, dtype=torch.bool)), weight)
+    torch.testing.assert_close(fit_map(x.mT @ x, stays) @ weight, expected)
+    torch.testing.assert_close(fit_map(x.mT @ x, torch.ones(6, dtype=torch.bool)) @ weight, weight)
 
 
 def test_units_that_repeat_others_are_all_that_goes() -> None:
@@ -289,7 +291,7 @@ def test_infinity_inside_the_model_is_named() -> None:
     with torch.no_grad():
         model[0].bias.fill_(3e38)
         model[2].weight.fill_(3e38)
-    with _unchanged(model, ExampleError, "what reads 0 is given NaN or infinity on the data"):
+    with _unchanged(model, ExampleError, "2 is given NaN or infinity on the data"):
         setpoint.compress(model, [torch.randn(20, 4)], 0.5, verify=False)
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
@@ -384,8 +386,11 @@ def test_wide_inputs_are_fitted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     stays = np.array([True, False, True, True, False, True, True, False])
     layer = nn.Linear(8, 3).double()
     weight, bias = layer.weight.detach().T.clone(), layer.bias.detach().clone()
-    monkeypatch.setattr(fit, "_FITTED_AT_ONCE", 4)
-    fit.refit(nn.Sequential(layer), [fit.Reader(("0",), stays)], [(x,)], "batch")
+    monkeypatch.setattr(gathered, "_AT_ONCE", 4)
+    model = nn.Sequential(layer)
+    group = Group("in", "unit", 8, (Slice("0.weight", 1, "consume", np.arange(8)),))
+    moments = moments_on(model, gathered.find_readers(model, (group,)), [(x,)], "batch")
+    assert refit((model,), (group,), {"in": stays}, moments) == ("0",)
     shift = torch.zeros(3).double()
     for block in slice(0, 4), slice(4, 8):
         rows = torch.cat([x[:, block], torch.ones(512, 1)], 1)
@@ -513,6 +518,7 @@ def test_an_interrupt_leaves_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         return counted
 
     for name in (
+        "moments_on",
         "unit_scores",
         "refit",
         "mask",
@@ -647,18 +653,3 @@ def test_what_the_data_do_not_reach_is_told_and_left_alone() -> None:
     with pytest.warns(UserWarning, match="the example does not reach aux.weight"):
         compressed = setpoint.compress(model, [(2 + torch.randn(32, 3, 8, 8),) for _ in range(4)], "60% flops")
     assert torch.equal(model.aux_norm.running_mean, kept) and set(compressed.refitted) == {"main", "head"}
-
-
-def test_scores_do_not_depend_on_how_many_layers_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: where what layers are given does not fit at once, further passes over the data give the same cut."""
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
-    data, cut, passes = [(torch.randn(64, 16),) for _ in range(4)], [], []
-    run = fit.run
-    monkeypatch.setattr(fit, "run", lambda *args: (passes.append(len(cut)), run(*args))[1])
-    for numbers in (1 << 26, 1):
-        monkeypatch.setattr(fit, "_NUMBERS_AT_ONCE", numbers)
-        cut.append(copy.deepcopy(dense))
-        setpoint.compress(cut[-1], data, "50% flops")
-    assert all(map(torch.equal, cut[0].state_dict().values(), cut[1].state_dict().values()))
-    assert passes.count(2) == passes.count(1) + 1

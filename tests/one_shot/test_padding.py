@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.one_shot.consumer import Padding, input_rows
+from setpoint.sensor.consumer import Padding, input_rows
 
 REAL = torch.tensor([[True, True, False], [True, False, False]])
 

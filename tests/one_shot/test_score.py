@@ -10,15 +10,29 @@ from torch import Tensor, nn
 
 import setpoint
 from setpoint.groups.group import Group
-from setpoint.one_shot.consumer import find_consumers, input_rows
-from setpoint.one_shot.fit import Elimination, energy_shares, unit_scores
+from setpoint.one_shot.forward import moments_on
+from setpoint.sensor.consumer import find_consumers, input_rows
+from setpoint.sensor.moments import find_readers, moment_of
+from setpoint.sensor.reconstruction import Elimination, Map, energy_shares, unit_scores
 
 
 def _scores(model: nn.Module, *batches: Tensor) -> dict[str, np.ndarray]:
     """The scores of all groups that can be fitted again, on these batches."""
     groups = setpoint.find_groups(model, (batches[0],))
     groups = tuple(group for group in groups if find_consumers(group, model))
-    return unit_scores(model, groups, [(batch,) for batch in batches])
+    return _scores_of(model, groups, *batches)
+
+
+def _scores_of(model: nn.Module, groups: tuple[Group, ...], *batches: Tensor) -> dict[str, np.ndarray]:
+    readers = find_readers(model, groups)
+    moments = moments_on(model, readers, [(batch,) for batch in batches], "running")
+    return unit_scores(model, groups, readers, moments)
+
+
+def _map(x: Tensor, weight: Tensor) -> Map:
+    """A map of what units give by column and row, `(units, columns, rows)`."""
+    rows = x.flatten(0, 1).mT
+    return moment_of(rows)[:-1, :-1].double(), weight, len(x)
 
 
 def _mixed(rows: int, columns: int) -> Tensor:
@@ -89,8 +103,8 @@ def test_rows_times_columns_are_the_outputs(layer: nn.Module) -> None:
     x = torch.randn(4, 3, *spatial)
     group = Group("in", "unit", 3, (setpoint.groups.group.Slice("weight", 1, "consume", np.array([2, 0, 1])),))
     (consumer,) = find_consumers(group, layer)
-    rows = consumer.rows(layer, x, 10_000)
-    made = rows.flatten(0, 1).mT @ consumer.weight(layer) + layer.bias
+    rows = input_rows(layer, x, 10_000).flatten(1)
+    made = rows[:, consumer.columns] @ consumer.weight(layer) + layer.bias
     expected = layer(x)
     expected = expected if layer.bias is None or not spatial else expected.movedim(1, -1)
     torch.testing.assert_close(made, expected.reshape(-1, expected.shape[-1]))
@@ -116,7 +130,7 @@ def test_a_norm_behind_the_layer_weighs_its_outputs() -> None:
     (found,) = [scores for scores in _scores(model, x).values() if len(scores) == 6]
     hidden = model[:3](x).detach()
     patches = F.unfold(hidden, 3).movedim(1, 2).reshape(-1, 6, 9)
-    alone = energy_shares([(patches.permute(1, 2, 0), model[3].weight[1].detach().reshape(54, 1))])
+    alone = energy_shares([_map(patches.permute(1, 2, 0), model[3].weight[1].detach().reshape(54, 1))])
     np.testing.assert_allclose(found, alone, rtol=1e-3)
 
 
@@ -138,7 +152,7 @@ def test_several_consumers_and_flattened_channels() -> None:
     hidden = torch.relu(model.up(x)).detach()
     flat = hidden.flatten(2).permute(1, 2, 0), model.one.weight.detach().mT
     pointwise = hidden.permute(1, 0, 2, 3).reshape(5, 1, -1), model.two.weight.detach()[:, :, 0, 0].mT
-    np.testing.assert_allclose(found["up"], energy_shares([flat, pointwise]), rtol=1e-4)
+    np.testing.assert_allclose(found["up"], energy_shares([_map(*flat), _map(*pointwise)]), rtol=1e-4)
 
 
 def test_heads_are_read_where_the_values_leave() -> None:
@@ -161,7 +175,7 @@ def test_heads_are_read_where_the_values_leave() -> None:
     (heads,) = [group for group in groups if group.what == "head"]
     read = [group for group in groups if find_consumers(group, model)]
     assert heads in read and all("out.weight" in {place.tensor for place in group.slices} for group in read)
-    scores = unit_scores(model, (heads,), [(torch.randn(8, 5, 12),)])[heads.name]
+    scores = _scores_of(model, (heads,), torch.randn(8, 5, 12))[heads.name]
     assert scores.argmin() == 1 and scores[1] == 0.0
     closed = nn.MultiheadAttention(12, 3, batch_first=True)
     x = torch.randn(2, 5, 12)

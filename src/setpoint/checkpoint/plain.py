@@ -86,7 +86,7 @@ def restored(value: Any, like: Any, where: str, device: torch.device) -> Any:
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
             refuse(f"a tensor of {like.dtype} of shape {tuple(like.shape)}")
         return value.to(like.device, copy=True)
-    if isinstance(like, Mapping):
+    if isinstance(like, Mapping) and not (value is None and not like):
         # An empty one is of before there was anything.
         if not isinstance(value, dict) or (value and like.keys() - value.keys()):
             refuse(f"a dict with the keys {list(like)!r:.200}")

@@ -189,7 +189,7 @@ class PricedController(Controller[PricedState]):
 
     @property
     def conduct(self) -> Conduct:
-        return Conduct(self.schedule, regrow=self.regrow)
+        return Conduct(self.schedule, regrow=self.regrow, yields=not self.schedule.first)
 
     def init(self, groups: tuple[Group, ...]) -> PricedState:
         return PricedState(age={group.name: np.full(group.num_units, self.dwell, np.int64) for group in groups})
@@ -399,14 +399,16 @@ class _Decision:
             where = widths, self.seen.dense_widths, self.allocation
             return start(self.cost, self.groups, values, *where, floor=floor, slew=slew, free=free)
 
+        # The first cut is most of the way: a limit for each cut would make it even.
+        slew = 1.0 if self.state.start is None and settings.schedule.first else settings.slew
         if not aim.settled:
-            selection = nothing(settings.slew)
+            selection = nothing(slew)
             target = max(aim.target, aim.landing + _BLOCKS_TO_LAND * _mean_block(selection))
             reach(selection, min(target, aim.ceiling), deadband, trades=False)
             if selection.total <= aim.ceiling:
                 note = "the last blocks are left for the last cut" if target > aim.target else ""
                 return _Choice(selection, note, offers)
-        selection, lifted = nothing(settings.slew), ""
+        selection, lifted = nothing(slew), ""
         if not reach(selection, aim.goal, deadband):
             selection, lifted = nothing(1.0), "the slew limit (units per cut) was lifted"
             if not reach(selection, aim.goal, deadband):
@@ -466,7 +468,7 @@ class _Decision:
             return f"nothing dropped: {left}, {near}"
         what = f"dropped {these(sum(dropped.values()), len(dropped))}"
         words = f"budget met: {left}; {what}" if budget_met and off <= 0 else f"{what}, {left} are left"
-        words += f"; {near}; the price is {price:.3g} of loss {per(resource)}"
+        words += f"; {near}; the price is {price:.3g}{' of loss' * self.reading.in_loss} {per(resource)}"
         if -off > self.settings.deadband:
             finest = 100 * min(selection.regained(name) for name in dropped) / aim.target
             words += (

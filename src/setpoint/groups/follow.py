@@ -148,8 +148,10 @@ def _fields_that_follow(kind: type) -> tuple[tuple[Field[Any], str], ...]:
 
 
 def _how(part: Field[Any], hint: Any) -> str:
+    if part.metadata.get("anew"):
+        return "anew"
     if part.metadata.get("live"):
-        return "anew" if part.metadata.get("anew") else ""
+        return ""
     if _UNITS in getattr(hint, "__metadata__", ()):
         return "in a row"
     marks = getattr((get_args(hint) or (None,))[-1], "__metadata__", ())

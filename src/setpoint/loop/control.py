@@ -138,12 +138,17 @@ class Control:
         if self.state.budget_met or self.step >= planned_steps:
             self.release()
         # While a decision waits for a reading without NaN every step is read.
-        elif self.state.overdue or self.step % sensed_every(planned_steps) == 0:
+        # So is every one before a first cut.
+        elif self.state.overdue or self.step % sensed_every(planned_steps) == 0 or self._calibrates:
             with spending.account.watch.sensing:
                 self.sensor_state = self.sensor.update(self.sensor_state, self.groups, self.host.model, grad_scale)
             spending.account.sensed(spending.account.sensing_flops)
         else:
             self.sensor.forget(self.sensor_state)
+
+    @property
+    def _calibrates(self) -> bool:
+        return bool(self.controller.conduct.schedule.first) and not len(self.ledger)
 
     def release(self) -> None:
         """Take off the model what the sensor reads through."""
@@ -233,6 +238,8 @@ class Control:
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
         with self.host.together(f"the plan after step {self.step}") as facts:
+            account = self.spending.account
+            account.learned(max(0.0, reading.flops - account.learning_flops))  # a reading counts them from the start
             known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
             observation = self.spending.observation(self.step, self.groups, reading, **known)
             groups, note = _waiting(self.groups, reading)

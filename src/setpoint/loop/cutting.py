@@ -1,7 +1,8 @@
 """Cutting: the actuator that removes units from a live model for good."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Int
 
 from setpoint.actuator.actuator import Actuator, Origins
 from setpoint.actuator.cut import cut_groups, plan_cut
+from setpoint.actuator.refit import refit
 from setpoint.actuator.shrink import shrink_live
 from setpoint.actuator.tensors import named_tensors
 from setpoint.controller.plan import Plan
@@ -17,6 +19,7 @@ from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
 from setpoint.host.host import Host
+from setpoint.messages import counted
 from setpoint.sensor.reading import Reading
 
 # Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about. Called with
@@ -53,9 +56,13 @@ class Cutting(Actuator):
         with (
             host.resizable(f"the cut after step {plan.step}", resized) as agreed,
             self.coordinates(host, self.groups, plan, reading, rest=False),
+            ExitStack() as undo,
         ):
+            fitted = refit((host.model, *host.copies), self.groups, plan.keep, reading.moments, undo.callback)
             groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
-        return self._cut_to(groups, plan)  # only now: at its end another rank may have failed
+            undo.pop_all()
+        note = f"{counted(len(fitted), 'layer')} fitted anew" if reading.moments else ""
+        return replace(self._cut_to(groups, plan), note=note)  # only now: at its end another rank may have failed
 
     def drop(self, plan: Plan, agreed: Callable[[], None]) -> Change:
         """Cut what the plan drops, where the host lets tensors change their shape; `agreed` makes it last."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.in_state_dict import carry_sizes, check_not_attached
 from setpoint.actuator.mask import mask
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
+from setpoint.actuator.refit import Keep, refit
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import check_data
 from setpoint.actuator.verify import failing_on_few_rows
@@ -34,9 +35,10 @@ from setpoint.host.find import real_optimizers
 from setpoint.interrupts import uninterrupted
 from setpoint.loop.candidates import check_some, restricted
 from setpoint.messages import a_type, counted, counts, progress, warn
-from setpoint.one_shot.consumer import find_consumers, layers_by_weight
-from setpoint.one_shot.fit import Keep, Reader, find_readers, refit, unit_scores
-from setpoint.one_shot.forward import first_batches, norms_were_constant, run
+from setpoint.one_shot.forward import first_batches, moments_on, norms_were_constant, run
+from setpoint.sensor.consumer import find_consumers, layers_by_weight
+from setpoint.sensor.moments import find_readers
+from setpoint.sensor.reconstruction import unit_scores
 from setpoint.spending.changes import original_costs
 from setpoint.spending.checks import check_reachable
 
@@ -168,12 +170,13 @@ def compress(
         limit = goal.absolute(dense)
         narrowest = {group.name: lowest_width(group) for group in active}
         check_reachable(goal, dense, cost.total(narrowest), partial(unpruned, model, traced, narrowest, frozen))
-        # Scores before any weight changes: all of them are of the model that was given.
-        keep = _choose(cost, active, unit_scores(model, active, batches), limit, even=even)
-        fitted: tuple[Reader, ...] = ()
+        constant = norms_were_constant(model, batches)
+        readers = find_readers(model, active)
+        moments = moments_on(model, readers, batches, "running" if constant else "batch")
+        keep = _choose(cost, active, unit_scores(model, active, readers, moments), limit, even=even)
+        refitted = tuple[str, ...]()
         if not all(kept.all() for kept in keep.values()):
-            constant = norms_were_constant(model, batches)
-            fitted = refit(model, find_readers(model, active, keep), batches, "running" if constant else "batch")
+            refitted = refit((model,), active, keep, moments)
             # Masked before the norms' statistics are renewed: these are of the cut model then.
             mask(model, None, active, keep)
             if constant:
@@ -186,7 +189,6 @@ def compress(
         cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)
         after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
-        refitted = tuple(name for reader in fitted for name in reader.layers)
         seen = sum(map(samples_in, batches))
         return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
 

@@ -13,6 +13,7 @@ from setpoint.errors import ExampleError, SetpointError
 from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
 from setpoint.groups.untouched import in_mode
 from setpoint.messages import a_type, progress
+from setpoint.sensor.moments import Gathering, Moment, Reader
 
 Norms = Literal["running", "batch", "renewed"]
 """What a BatchNorm divides by: its running statistics, those of the batch, or these, which also become its new ones."""
@@ -130,6 +131,21 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, handles: Ite
                     f"the model fails on batch {number} of the data ({type(error).__name__}: {error}): give batches as "
                     "in training"
                 ) from error
+
+
+@progress("gathering moments")
+def moments_on(
+    model: nn.Module, readers: Sequence[Reader], batches: Sequence[Example], norms: Norms
+) -> dict[str, Moment]:
+    """Second moments of what readers are given on all batches; ExampleError for NaN or infinity in it."""
+    gathering = Gathering(model, readers, len(batches), always=True)
+    run(model, batches, norms, [gathering])
+    sums, _ = gathering.taken({})
+    moments = {name: Moment(blocks, gathering.norms.get(name, "")) for name, blocks in sums.items()}
+    for name, moment in moments.items():
+        if not moment.num_rows:
+            raise ExampleError(f"{name} is given NaN or infinity on the data: look for it in the data and the weights")
+    return moments
 
 
 @progress("reading data")

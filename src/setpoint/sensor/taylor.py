@@ -350,7 +350,7 @@ class TaylorSensor(AveragingSensor):
     >>> import setpoint
     >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
     >>> optimizer, sensor = torch.optim.SGD(model.parameters(), lr=0.1), TaylorSensor(num_samples=16, window=20)
-    >>> loop = setpoint.attach(model, optimizer, 0.5, total_steps=30, example=(x,), sensor=sensor)
+    >>> loop = setpoint.attach(model, optimizer, 0.5, total_steps=300, example=(x,), sensor=sensor)
     >>> model(x).square().mean().backward()
     >>> optimizer.step()
     >>> loop.reading().saliency["0"].shape

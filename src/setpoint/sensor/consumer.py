@@ -21,6 +21,20 @@ from setpoint.groups.group import Group, Slice
 from setpoint.sensor.tap import parameter_named
 
 
+class Hook:
+    """Calls a function from a module's hook: on a copy of the module, after unpickling and in compiled code, none."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self._call is not None and not torch.compiler.is_dynamo_compiling():
+            self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()
+
+
 class Padding:
     """Hooks that note the positions which are data, `real`, of each forward until `remove`.
 
@@ -30,11 +44,11 @@ class Padding:
 
     def __init__(self, model: nn.Module) -> None:
         self.real: Bool[Tensor, "batch positions"] | None = None
-        self._handles = [model.register_forward_pre_hook(lambda *_: self._note(None))]
+        self._handles = [model.register_forward_pre_hook(Hook(lambda *_: self._note(None)))]
         for module in model.modules():
             names = _mask_arguments(getattr(type(module), "forward", None))
             if names:
-                look = partial(self._look, names)
+                look = Hook(partial(self._look, names))
                 self._handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
 
     def _look(
@@ -91,20 +105,16 @@ class Consumer:
         """Columns that one unit owns."""
         return int(self.channels.shape[1]) * self.num_offsets
 
+    @property
+    def columns(self) -> Int[np.ndarray, " all_columns"]:
+        """The columns of all units, one unit's after the other's."""
+        return (self.channels[..., None] * self.num_offsets + np.arange(self.num_offsets)).ravel()
+
     def weight(self, model: nn.Module) -> Float[Tensor, "columns outputs"]:
         """The layer's weights for the units, one unit's columns after the other's."""
         layer = model.get_submodule(self.layer)
         columns = by_column(layer, layer.weight.detach())  # type: ignore[operator]
         return columns[self._channels(columns)].flatten(0, 1)
-
-    def rows(
-        self, layer: nn.Module, x: Tensor, count: int, real: Bool[Tensor, "batch positions"] | None = None
-    ) -> Float[Tensor, "units columns rows"]:
-        """What the units give the layer at up to `count` positions of its input x, picked evenly among the real."""
-        seen = input_rows(layer, x, count, real)
-        wide = torch.promote_types(seen.dtype, torch.float32)
-        own = seen.to(wide).permute(1, 2, 0)[self._channels(seen)]
-        return own.reshape(self.num_units, self.num_columns, -1)
 
     def _channels(self, like: Tensor) -> Tensor:
         return torch.from_numpy(self.channels.ravel()).to(like.device)

@@ -1,0 +1,157 @@
+"""Refit: the weights that read dropped units, fitted in closed form to what the units that stay can make up for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor, nn
+
+from setpoint.distributed import local, rows
+from setpoint.groups.group import Group
+from setpoint.messages import counted, warn
+from setpoint.sensor.consumer import by_column, from_columns
+from setpoint.sensor.moments import Moment, Reader, find_readers
+from setpoint.sensor.reconstruction import regular
+
+_THIN = 0.25  # rows for each column below which a fit is warned of
+
+Keep = Mapping[str, Bool[np.ndarray, " _units"]]
+
+
+def fit_map(
+    moment: Float64[Tensor, "columns columns"], stays: Bool[Tensor, " columns"]
+) -> Float64[Tensor, "kept columns"]:
+    """`R = (G_kk + r I)^-1 (G + r I)_k:`, with which `W' = R W` are the weights on the columns that stay.
+
+    They minimise `E|W'^T x_k - W^T x|^2 + r |W' - W|^2` with W' = 0 on the other columns, r = .01 of the mean of the
+    diagonal of G: where nothing goes, nothing changes. R does not depend on W: the refit of an average of models is the
+    average of their refits.
+    """
+    ridge = regular(moment)
+    kept = stays.nonzero().flatten()
+    return torch.cholesky_solve(ridge[kept], torch.linalg.cholesky(ridge[kept][:, kept]))
+
+
+@torch.no_grad()
+def refit(
+    models: Sequence[nn.Module],
+    groups: tuple[Group, ...],
+    keep: Keep,
+    moments: Mapping[str, Moment],
+    undo: Callable[..., Any] = lambda *call: None,
+) -> tuple[str, ...]:
+    """Fit all weights that lose inputs anew, of a model and of its copies; what goes becomes 0. Names of the layers.
+
+    A bias is fitted with the weights, unless it is one of several; a weight that is also used otherwise, as a tied
+    embedding is, stays as it is. The running statistics of a BatchNorm behind follow. `undo` is called with each way
+    back.
+    """
+    fitted, thin = list[str](), dict[str, tuple[float, str]]()
+    model = models[0]
+    # A weight that is held once more than it reads, as a tied embedding is, would be refitted for its other use, too.
+    holders = [id(weight) for module in model.modules() for weight in module.parameters(recurse=False)]
+    for reader in find_readers(model, [group for group in groups if not keep[group.name].all()]):
+        layer: Any = model.get_submodule(reader.name)
+        moment = moments.get(reader.name)
+        if moment is None or holders.count(id(layer.weight)) != len(reader.layers):
+            continue
+        stays, rows = _stays(reader, keep), moment.num_rows
+        widest = max(map(len, moment.blocks)) - 1
+        if rows < _THIN * widest:
+            thin[reader.name] = rows / widest, f"{reader.name} is given {rows:.0f} rows for {widest} inputs"
+        ones = None if layer.bias is not None and len(reader.layers) == 1 else -1  # where the bias stays, without them
+        parts = [(block[:ones, :ones].double(), own[:ones]) for block, own in _parts(reader, moment, stays)]
+        maps = [fit_map(part, torch.from_numpy(own).to(part.device)) for part, own in parts]
+        for copy in models:
+            _apply(_inside(copy, reader.name), reader, moment, stays, maps, undo)
+        fitted += reader.layers
+    if thin:
+        warn(
+            f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "
+            "may be far from the dense one: give more batches, or larger ones"
+        )
+    return tuple(fitted)
+
+
+def _inside(copy: nn.Module, name: str) -> nn.Module:
+    """The module that has this one by name: an `AveragedModel` keeps the model's under "module"."""
+    try:
+        copy.get_submodule(name)
+    except AttributeError:
+        return copy.get_submodule("module")
+    return copy
+
+
+def _stays(reader: Reader, keep: Keep) -> Bool[np.ndarray, " columns"]:
+    stays = np.ones(reader.num_columns, dtype=bool)
+    for consumer in reader.consumers:
+        gone = np.repeat(~keep[consumer.group], consumer.num_columns)
+        stays[consumer.columns[gone]] = False
+    return stays
+
+
+def _parts(reader: Reader, moment: Moment, stays: Bool[np.ndarray, " columns"]) -> list[tuple[Tensor, np.ndarray]]:
+    """Each block of the moment, and which of its columns stay; the last one, of ones, does."""
+    bounds = np.cumsum([len(block) - 1 for block in moment.blocks])
+    parts = np.split(stays, bounds[:-1])
+    return [(block, np.append(part, True)) for block, part in zip(moment.blocks, parts, strict=True)]
+
+
+def _apply(
+    model: nn.Module,
+    reader: Reader,
+    moment: Moment,
+    stays: Bool[np.ndarray, " columns"],
+    maps: Sequence[Tensor],
+    undo: Callable[..., Any],
+) -> None:
+    layer: Any = model.get_submodule(reader.name)
+    weight, bias = layer.weight, layer.bias if len(reader.layers) == 1 else None
+    channels = by_column(layer, weight.detach())
+    old = channels.flatten(0, 1).to(maps[0])
+    new, shift, first = torch.zeros_like(old), old.new_zeros(old.shape[1]), 0
+    norm: Any = model.get_submodule(moment.norm) if moment.norm else None
+    follows = norm is not None and norm.training and norm.running_var is not None
+    spread = [old.new_zeros(old.shape[1]) for _ in range(4)]  # mean and variance of the outputs, before and after
+    for (part, own), through in zip(_parts(reader, moment, stays), maps, strict=True):
+        columns = slice(first, first + len(part) - 1)
+        kept = torch.from_numpy(own[:-1]).to(old.device)
+        fitted = through[:, : len(part) - 1] @ old[columns]
+        if bias is not None:
+            shift += fitted[-1]
+            fitted = fitted[:-1]
+        placed = torch.zeros_like(old[columns])
+        placed[kept] = fitted
+        new[columns] = placed
+        first += len(part) - 1
+        if not follows:
+            continue
+        mean_square = part.double() / part[-1, -1].double()
+        mean, second = mean_square[-1, :-1], mean_square[:-1, :-1]
+        for number, weights in enumerate((old[columns], placed)):
+            spread[2 * number] += mean @ weights
+            spread[2 * number + 1] += ((second - torch.outer(mean, mean)) @ weights * weights).sum(0)
+    new = new.view(channels.shape)
+    _write(weight, from_columns(layer, new.to(weight)), undo)
+    if bias is not None:
+        held = local(bias)  # of a bias that is sharded over ranks, which a cut of the inputs leaves alone
+        _write(held, held + shift[rows(bias)].to(held), undo)
+    if follows:
+        before, var_before, after, var_after = (value.to(norm.running_var) for value in spread)
+        _write(norm.running_mean, norm.running_mean + (after - before + shift.to(before)), undo)
+        share = torch.where(var_before > 0, var_after / var_before, 1.0)
+        _write(norm.running_var, norm.running_var * share, undo)
+
+
+def _write(tensor: Tensor, new: Tensor, undo: Callable[..., Any]) -> None:
+    undo(_put_back, tensor, tensor.detach().clone())
+    tensor.copy_(new)
+
+
+@torch.no_grad()
+def _put_back(tensor: Tensor, old: Tensor) -> None:
+    tensor.copy_(old)

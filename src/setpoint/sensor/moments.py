@@ -1,0 +1,177 @@
+"""Moments: second moments of what layers are given that read units, gathered in forwards."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from setpoint.groups.group import Group
+from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
+
+_AT_ONCE = 2048  # columns of one block of a moment: 16 MiB
+_ROWS_PER_COLUMN, _FEWEST_ROWS = 4, 4096  # of which a moment is made: the more of both
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """One weight that reads units, in all layers whose weight it is."""
+
+    layers: tuple[str, ...]
+    consumers: tuple[Consumer, ...]  # of the first of these layers, one for each group
+    blocks: tuple[slice, ...]  # of the channels of its input
+    num_offsets: int  # of a convolution's kernel, else 1
+
+    @property
+    def name(self) -> str:
+        return self.layers[0]
+
+    @property
+    def num_columns(self) -> int:
+        return int(self.blocks[-1].stop) * self.num_offsets
+
+
+def find_readers(model: nn.Module, groups: Sequence[Group]) -> tuple[Reader, ...]:
+    """The weights that read units of these groups, as far as they are linear layers or convolutions."""
+    layers, found = layers_by_weight(model), dict[int, list[Consumer]]()
+    for group in groups:
+        for consumer in find_consumers(group, model, layers):
+            weight: Any = model.get_submodule(consumer.layer).weight
+            found.setdefault(id(weight), []).append(consumer)
+    readers = []
+    for number, consumers in found.items():
+        names = tuple(dict.fromkeys(name for name, _ in layers[number]))
+        first = next(name for name in names if any(consumer.layer == name for consumer in consumers))
+        own = tuple(consumer for consumer in consumers if consumer.layer == first)
+        offsets, layer = own[0].num_offsets, cast(Any, model.get_submodule(first))
+        channels = len(by_column(layer, layer.weight))
+        names = (first, *(name for name in dict.fromkeys(consumer.layer for consumer in consumers) if name != first))
+        readers.append(Reader(names, own, _even_blocks(channels, offsets), offsets))
+    return tuple(readers)
+
+
+def _even_blocks(channels: int, offsets: int) -> tuple[slice, ...]:
+    """The channels in as few even blocks as hold at most `_AT_ONCE` columns each."""
+    number = min(channels, math.ceil(channels * offsets / _AT_ONCE)) or 1
+    bounds = [channels * block // number for block in range(number + 1)]
+    return tuple(slice(start, stop) for start, stop in pairwise(bounds))
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """`G = sum over rows of x x^T`, by column of a layer's input x with a 1 at its end.
+
+    Wide inputs are in blocks of channels, whose cross terms count as 0.
+    """
+
+    blocks: tuple[Float[Tensor, "columns columns"], ...]
+    norm: str = ""  # name of the BatchNorm that is given just what the layer makes, if any
+
+    @property
+    def num_rows(self) -> float:
+        return float(self.blocks[0][-1, -1])
+
+    def of_columns(self, columns: Int[np.ndarray, " columns"]) -> Float[Tensor, "columns columns"]:
+        """The part on some columns."""
+        if len(self.blocks) == 1:
+            index = torch.from_numpy(columns).to(self.blocks[0].device)
+            return self.blocks[0][index][:, index].double()
+        found = self.blocks[0].new_zeros(len(columns), len(columns), dtype=torch.float64)
+        start = 0
+        for block in self.blocks:
+            inside = np.flatnonzero((columns >= start) & (columns < start + len(block) - 1))
+            index, at = torch.from_numpy(columns[inside] - start), torch.from_numpy(inside)
+            found[at[:, None], at] = block[index][:, index].double()
+            start += len(block) - 1
+        return found
+
+
+def moment_of(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_columns all_columns"]:
+    """Sum over rows of `x x^T`, each row with a 1 at its end."""
+    flat = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    flat = torch.cat([flat, flat.new_ones(len(flat), 1)], 1)
+    with torch.autocast(flat.device.type, enabled=False):  # rounded to bfloat16, a moment has negative eigenvalues
+        return flat.mT @ flat
+
+
+class Gathering:
+    """Hooks that add up second moments of what readers are given, until `remove`; `taken` empties them.
+
+    Forwards without gradients are looked at only if `always`.
+    """
+
+    def __init__(self, model: nn.Module, readers: Sequence[Reader], num_forwards: int, *, always: bool = False) -> None:
+        self.model, self.readers, self.norms, self._flops = model, readers, dict[str, str](), 0.0
+        self._sums: dict[str, list[Tensor]] = {}
+        self._made: dict[str, weakref.ref[Tensor]] = {}
+        self._always, self._padding = always, Padding(model)
+        self._handles: list[Any] = []
+        me = weakref.ref(self)  # a model must not keep alive what nobody reads any more
+
+        def look(reader: Reader, name: str, count: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            own = me()
+            if own is not None and (own._always or torch.is_grad_enabled()):
+                own._look(reader, name, count, layer, args[0] if args else next(iter(kwargs.values()), None), output)
+
+        def look_behind(name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
+            own = me()
+            if own is not None and args and args[0] is not None:
+                own.norms |= {layer: name for layer, output in own._made.items() if output() is args[0]}
+
+        for reader in readers:
+            widest = max(block.stop - block.start for block in reader.blocks) * reader.num_offsets
+            count = math.ceil(max(_FEWEST_ROWS, _ROWS_PER_COLUMN * widest) / num_forwards)
+            for name in reader.layers:
+                hook = Hook(partial(look, reader, name, count))
+                self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                self._handles.append(module.register_forward_pre_hook(Hook(partial(look_behind, name))))
+        weakref.finalize(self, _remove, [*self._handles, self._padding])
+
+    @torch.no_grad()
+    def _look(self, reader: Reader, name: str, count: int, layer: nn.Module, x: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._made[name] = weakref.ref(output)
+        if not isinstance(x, Tensor) or not x.numel():
+            return
+        rows = input_rows(layer, x, count, self._padding.real)
+        parts = [moment_of(rows[:, block].flatten(1)) for block in reader.blocks]
+        self._flops += sum(2.0 * len(rows) * len(part) ** 2 for part in parts)
+        known = self._sums.get(reader.name)
+        self._sums[reader.name] = parts if known is None else [a + b for a, b in zip(known, parts, strict=True)]
+
+    def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> tuple[dict[str, tuple[Tensor, ...]], float]:
+        """These sums with what was seen since the last time, and what that took in FLOPs.
+
+        What holds NaN or infinity is left out.
+        """
+        found, flops = dict(sums), self._flops
+        for name, new in self._sums.items():
+            parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in new]
+            if name in found:
+                parts = [a + b for a, b in zip(found[name], parts, strict=True)]
+            found[name] = tuple(parts)
+        self.forget()
+        return found, flops
+
+    def forget(self) -> None:
+        self._sums.clear()
+        self._flops = 0.0
+
+    def remove(self) -> None:
+        _remove([*self._handles, self._padding])
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,198 @@
+"""Reconstruction: what the readers of units lose with a unit that the others cannot make up for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from setpoint.groups.group import Group
+from setpoint.sensor.moments import Moment, Reader
+
+_RIDGE = 0.01  # added to the diagonal of a second moment, as a share of its mean
+_SCORED_AT_ONCE = 1024  # columns of one second moment; the units of a wider map are scored in blocks
+_PANEL = 64  # columns whose removal is put off, so that the large matrices change in few products
+_APART = 1e-12  # how much a unit is worth more, in shares of the output's energy, than the one that goes before it
+
+Map = tuple[Float[Tensor, "_all_columns _all_columns"], Float[Tensor, "_all_columns _outputs"], int]
+"""A linear map that units feed: the second moment of what they give it, its weights, both unit by unit, and their
+number."""
+
+
+def unit_scores(
+    model: nn.Module, groups: Sequence[Group], readers: Sequence[Reader], moments: Mapping[str, Moment]
+) -> dict[str, Float64[np.ndarray, " _units"]]:
+    """Score of each unit by group, from the second moments of what its readers are given.
+
+    Let a layer with weights W read units x, `y = W^T x`, with `G = E[x x^T]` and `P = (G + ridge)^-1`. The removal of
+    unit j, all other weights being fitted again, costs an error of `trace(W_j^T (P_jj)^-1 W_j)` in y. The cheapest unit
+    goes first, W and P are updated (optimal brain surgeon), and so on. A unit's score is that error as a share of
+    `trace(W^T G W)`, summed over the layers that read the group; it is infinite where no moment is known.
+    Where y goes into a BatchNorm, each output counts in units of the deviation that the norm divides by, times its
+    scale.
+
+    References:
+        Luo, Wu, Lin: "ThiNet", ICCV 2017, and He, Zhang, Sun: "Channel pruning for accelerating very deep neural
+        networks", ICCV 2017 (channels by what the next layer can reconstruct).
+    """
+    maps: dict[str, list[Map]] = {}
+    for reader in readers:
+        moment = moments.get(reader.name)
+        for consumer in reader.consumers if moment is not None else ():
+            assert moment is not None
+            scale = _norm_scale(model.get_submodule(moment.norm) if moment.norm else None)
+            of_units = moment.of_columns(consumer.columns)
+            maps.setdefault(consumer.group, []).append((of_units, consumer.weight(model) * scale, consumer.num_units))
+    found = {name: energy_shares(of_group) for name, of_group in maps.items()}
+    # What the data does not come to is not known to be worthless: it stays.
+    return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
+
+
+def _norm_scale(norm: Any) -> Tensor | float:
+    """What a BatchNorm multiplies each of its inputs with, without its sign; 1 without a norm or its statistics."""
+    if norm is None or norm.running_var is None:
+        return 1.0
+    deviation = (norm.running_var + norm.eps).sqrt()
+    scale: Tensor = 1.0 / deviation if norm.weight is None else norm.weight.detach().abs() / deviation
+    return scale
+
+
+def regular(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+    """A second moment with a ridge, `G + r mean(diag G) I`; of one that is zero, the identity."""
+    mean = moment.diagonal().mean()
+    return moment + torch.eye(len(moment)).to(moment) * torch.where(mean > 0, _RIDGE * mean, 1.0)
+
+
+def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
+    """By unit, the share of the maps' output energy `trace(W^T G W)` that is lost when the unit goes in its turn.
+
+    The cheapest goes first, the others take over what they can of it, and so on. Shares never fall along this order. Of
+    several maps, they add up; a map that gives nothing loses nothing. They are NaN where a weight is NaN or infinite.
+
+    Of two units that give the same, the first is free, and the second is then worth both:
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> energy_shares([(x @ x.mT, torch.ones(3, 1), 3)]).round(2)
+    array([0.2, 0. , 0.8])
+    """
+    num_units = maps[0][2]
+    by_map = [_blocks(one) for one in maps]
+    # Of a map in blocks, the energy is that of all of them: shares of blocks must be comparable.
+    energies = [sum(part.energy for _, part in blocks) for blocks in by_map for _ in blocks]
+    parts = [part for blocks in by_map for part in blocks]
+    saliency, last = np.full(num_units, np.nan), 0.0
+    if not np.isfinite(energies).all():
+        return saliency
+    for number in range(num_units):
+        losses = np.zeros(num_units)
+        for (units, one), energy in zip(parts, energies, strict=True):
+            losses[units] += one.losses / energy if energy > 0 else np.where(np.isinf(one.losses), np.inf, 0.0)
+        unit = int(losses.argmin())
+        last = max(float(losses[unit]), last + _APART * (number > 0))
+        saliency[unit] = last
+        for units, one in parts:
+            if units.start <= unit < units.stop:
+                one.remove(unit - units.start)
+    return saliency
+
+
+class Elimination:
+    """Optimal brain surgeon on `y = W^T x` in which each unit owns m rows of W; changes with each removal.
+
+    With `G` the second moment of x and `P = (G + ridge)^-1`, the best that the other units can do for unit j leaves the
+    error
+
+        loss_j = trace(W_j^T (P_jj)^-1 W_j)     at     W <- W - P_:j (P_jj)^-1 W_j,
+
+    after which `P <- P - P_:j (P_jj)^-1 P_j:`. Losses of removals one after the other add up to the error of the best
+    fit without all of these units. Of W only `M = W W^T` is needed.
+
+    References:
+        Hassibi, Stork: "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992. Frantar,
+        Alistarh: "Optimal Brain Compression", NeurIPS 2022 (layer by layer, on the layers' inputs).
+    """
+
+    def __init__(
+        self, moment: Float64[Tensor, "columns columns"], weight: Float64[Tensor, "columns outputs"], num_columns: int
+    ) -> None:
+        self._m = num_columns
+        self._units = np.arange(len(moment) // num_columns)  # that the matrices still hold
+        products = weight @ weight.mT
+        self.energy = float((moment * products).sum())
+        self.losses = np.full(len(self._units), np.nan)
+        if math.isfinite(self.energy):
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular(moment)))
+            # NumPy from here on: many small steps, for which a call of it takes a fraction of the time.
+            self._hold(inverse.cpu().numpy(), products.cpu().numpy())
+
+    def _hold(self, inverse: np.ndarray, products: np.ndarray) -> None:
+        """Begin anew with P and M, nothing put off."""
+        self._inverse, self._products = inverse, products
+        self._own = [self._diagonal(matrix) for matrix in (inverse, products)]
+        self._left = np.ones(len(self._units), dtype=bool)
+        self._panel = [np.zeros((len(inverse), max(_PANEL, self._m))) for _ in range(3)]
+        self._used = 0
+        self._rate()
+
+    def remove(self, unit: int) -> None:
+        """Remove a unit; the losses of the others follow."""
+        slot, m = int(np.searchsorted(self._units, unit)), self._m
+        own, new = slice(slot * m, (slot + 1) * m), slice(self._used, self._used + m)
+        # The matrices are as they were when the panel was begun; what was removed since is in the panel:
+        # P - gains columns^T and M - gains changes^T - changes gains^T.
+        gains, columns, changes = (panel[:, : self._used] for panel in self._panel)
+        column = self._inverse[:, own] - gains @ columns[own].T
+        products = self._products[:, own] - gains @ changes[own].T - changes @ gains[own].T
+        gain = np.linalg.solve(column[own].T, column.T).T
+        change = products - 0.5 * gain @ products[own]
+        for kept, values in zip(self._panel, (gain, column, change), strict=True):
+            kept[:, new] = values
+        self._used += m
+        own_gain, own_column, own_change = (values.reshape(-1, m, m) for values in (gain, column, change))
+        self._own[0] -= own_gain @ own_column.swapaxes(1, 2)
+        self._own[1] -= own_gain @ own_change.swapaxes(1, 2) + own_change @ own_gain.swapaxes(1, 2)
+        self._own[0][slot] = np.eye(m)  # what is left there is rounding, and may be singular
+        self.losses[unit], self._left[slot] = np.inf, False
+        if self._used + m > self._panel[0].shape[1] and self._left.any():
+            self._catch_up()
+        else:
+            self._rate()
+
+    def _rate(self) -> None:
+        inverse, products = self._own
+        each = products / inverse if self._m == 1 else np.linalg.solve(inverse, products)
+        rated = np.maximum(np.trace(each, axis1=1, axis2=2), 0.0)
+        self.losses[self._units[self._left]] = rated[self._left]
+
+    def _catch_up(self) -> None:
+        """Make up for what was put off, and leave out what is gone."""
+        gains, columns, changes = (panel[:, : self._used] for panel in self._panel)
+        kept = np.flatnonzero(np.repeat(self._left, self._m))
+        both = gains[kept] @ changes[kept].T
+        inverse = self._inverse[np.ix_(kept, kept)] - gains[kept] @ columns[kept].T
+        products = self._products[np.ix_(kept, kept)] - both - both.T
+        self._units = self._units[self._left]
+        self._hold(inverse, products)
+
+    def _diagonal(self, matrix: np.ndarray) -> Float64[np.ndarray, "units m m"]:
+        num, m = len(matrix) // self._m, self._m
+        return matrix.reshape(num, m, num, m)[np.arange(num), :, np.arange(num)].copy()
+
+
+def _blocks(one: Map) -> list[tuple[slice, Elimination]]:
+    """A map in blocks of units, each as an elimination of its own."""
+    whole, weight, num_units = one
+    m = len(whole) // max(num_units, 1)
+    num_blocks = min(num_units, math.ceil(num_units * m / _SCORED_AT_ONCE)) or 1
+    edges = np.linspace(0, num_units, num_blocks + 1).round().astype(int)
+    found = []
+    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        own = slice(start * m, stop * m)
+        moment = whole[own, own].double()
+        found.append((slice(start, stop), Elimination(moment, weight[own].to(moment), m)))
+    return found

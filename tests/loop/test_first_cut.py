@@ -1,0 +1,284 @@
+"""The first cut: what training's own forwards show before it, the fit in closed form, and what is left afterwards."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.actuator.mask import mask
+from setpoint.actuator.refit import refit
+from setpoint.loop.loop import Loop
+from setpoint.sensor.moments import Gathering, Moment, find_readers
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    convs = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 10, 3), nn.BatchNorm2d(10)
+    head = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 4)
+    return nn.Sequential(*convs, nn.ReLU(), *head).double()
+
+
+def _batches(count: int, rows: int = 48) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(3, 3, generator=generator).double()
+    noise = (torch.randn(rows, 3, 6, 6, generator=generator).double() for _ in range(count))
+    return [torch.einsum("ij,bjhw->bihw", mixing, x) for x in noise]
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_first_cut_is_the_masked_twin_fitted_by_the_same_moments(kind: str, recorded: bool) -> None:
+    """Claim: after it outputs are those of the dense twin, fitted to what the forwards up to it gave and masked."""
+    model = _net()
+    twin = copy.deepcopy(model)
+    optimizer, twins_optimizer = _optimizer(kind, model), _optimizer(kind, twin)
+    batches = _batches(12)
+    loop = setpoint.attach(model, optimizer, 0.4, total_steps=300, **({} if recorded else {"example": (batches[0],)}))
+    groups = setpoint.find_groups(twin, (batches[0],))
+    gathering: Any = None if recorded else Gathering(twin, find_readers(twin, groups), 3)
+    for x in batches[:3]:
+        assert recorded or not loop.ledger
+        _step(model, optimizer, x)
+        _step(twin, twins_optimizer, x)
+        if gathering is None:  # without an example the first forward is over when the loop begins
+            gathering = Gathering(twin, find_readers(twin, groups), 3)
+    assert loop.budget_met and len(loop.ledger) == 1 and "fitted anew" in loop.ledger[0].reason
+    sums, _ = gathering.taken({})
+    gathering.remove()
+    moments = {name: Moment(blocks, gathering.norms.get(name, "")) for name, blocks in sums.items()}
+    keep = {group.name: np.ones(group.num_units, bool) for group in groups}
+    for name, units in loop.ledger[0].dropped.items():
+        keep[name][units] = False
+    refit((twin,), groups, keep, moments)
+    mask(twin, twins_optimizer, groups, keep)
+    for training in (True, False):
+        outputs = (each.train(training)(batches[5]) for each in (model, twin))
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-10)
+
+
+def test_what_goes_is_made_up_for() -> None:
+    """Claim: units that repeat others cost nothing when they go, since the readers take over their weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[0].weight[8:] = model[0].weight[:8]
+        model[0].bias[8:] = model[0].bias[:8]
+    before, x = copy.deepcopy(model), torch.randn(256, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=100, example=(x,))
+    _step(model, optimizer, x)
+    assert loop.widths == {"0": 8}
+    error = (model(x) - before(x)).square().mean() / before(x).square().mean()
+    assert error.item() < 5e-3
+
+
+def test_norms_have_the_statistics_of_the_cut_model() -> None:
+    """Claim: behind a layer that was fitted anew, running statistics are those of the cut model on the batches seen."""
+    model, batches = _net(), _batches(1, rows=200)
+    for norm in (model[1], model[4]):
+        norm.momentum = 1.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = batches[0]
+    (first,) = [group for group in setpoint.find_groups(model, (x,)) if group.name == "0"]
+    setpoint.attach(model, optimizer, "90% params", total_steps=60, example=(x,), groups=(first,))
+    _step(model, optimizer, x)
+    mean, variance = model[4].running_mean.clone(), model[4].running_var.clone()
+    assert model[0].out_channels < 12
+    model(x)
+    torch.testing.assert_close(mean, model[4].running_mean, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(variance, model[4].running_var, rtol=0.15, atol=0.0)
+
+
+def test_the_fit_of_an_average_is_the_average_of_the_fits() -> None:
+    """Claim: an averaged copy is fitted by the same map, so that it stays the average."""
+    model, batches = _net(), _batches(4)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn(p.shape).double())
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, a, b in zip(average.parameters(), model.parameters(), other.parameters(), strict=True):
+            p.copy_((a + b) / 2)
+    groups = setpoint.find_groups(model, (batches[0],))
+    readers = find_readers(model, groups)
+    gathering = Gathering(model, readers, 1)
+    model(batches[0])
+    moments = {name: Moment(blocks) for name, blocks in gathering.taken({})[0].items()}
+    keep = {group.name: np.arange(group.num_units) % 3 > 0 for group in groups}
+    assert len(refit((model, other, average), groups, keep, moments)) == 3
+    for p, a, b in zip(average.parameters(), model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, (a + b) / 2)
+
+
+def test_micro_batches_count_together_and_forwards_without_gradients_not_at_all() -> None:
+    """Claim: halves of a batch, checkpointed and with an evaluation before them, give the moments of the whole."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, (x,) = _net(), _batches(1)
+    for norm in (model[1], model[4]):
+        norm.eval()
+    readers = find_readers(model, setpoint.find_groups(model, (x,)))
+    whole, parts = Gathering(model, readers, 1), Gathering(model, readers, 2)
+    model(x)
+    expected, _ = whole.taken({})
+    parts.forget()
+    with torch.no_grad():
+        model(x + 1)
+    for half in x.chunk(2):
+        checkpoint(model, half.requires_grad_(), use_reentrant=True).sum().backward()
+    found, flops = parts.taken({})
+    assert flops > 0 and found.keys() == expected.keys()
+    for name, blocks in found.items():
+        torch.testing.assert_close(blocks, expected[name])
+
+
+def test_a_copy_of_the_model_and_a_pickled_one_gather_nothing() -> None:
+    """Claim: forwards of a deep copy, such as an average made in training, do not count."""
+    import pickle
+
+    model, (x,) = _net(), _batches(1)
+    gathering = Gathering(model, find_readers(model, setpoint.find_groups(model, (x,))), 1)
+    copy.deepcopy(model)(x)
+    pickle.loads(pickle.dumps(model))(x)
+    assert gathering.taken({}) == ({}, 0.0)
+    model(x)
+    assert gathering.taken({})[0]
+
+
+def test_wide_inputs_are_gathered_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: blocks hold the moment's own blocks, and cross terms count as zero."""
+    from setpoint.sensor import moments as own
+
+    monkeypatch.setattr(own, "_AT_ONCE", 12)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 2)).double(), torch.randn(64, 4).double()
+    gathering = Gathering(model, find_readers(model, setpoint.find_groups(model, (x,))), 1)
+    hidden = torch.tanh(model[0](x))
+    model(x)
+    (blocks,) = gathering.taken({})[0].values()
+    assert [len(block) for block in blocks] == [13, 13]
+    exact = hidden.T @ hidden
+    found = Moment(blocks).of_columns(np.arange(6, 18))
+    torch.testing.assert_close(found[:6, :6], exact[6:12, 6:12])
+    torch.testing.assert_close(found[6:, 6:], exact[12:18, 12:18])
+    assert not found[:6, 6:].any()
+
+
+def _run(steps: int, state: Any = None, stop: int | None = None) -> tuple[Loop, nn.Module, Any]:
+    model = _net()
+    optimizer = _optimizer("adamw", model)
+    batches = _batches(steps)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=steps, example=(batches[0],))
+    if state is not None:
+        loop.load_state_dict(state["loop"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for x in batches[loop.step : stop]:
+        _step(model, optimizer, x)
+    return (
+        loop,
+        model,
+        {"loop": loop.state_dict(), "model": copy.deepcopy(model.state_dict()), "optimizer": optimizer.state_dict()},
+    )
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5])
+def test_a_run_goes_on_within_its_calibration(at: int) -> None:
+    """Claim: interrupted before the first cut, at it and behind it, a run is the same to the last bit."""
+    expected, model, _ = _run(400, stop=8)
+    before, _, state = _run(400, stop=at)
+    before.detach()
+    found, resumed, _ = _run(400, state, stop=8)
+    assert [entry.step for entry in expected.ledger] == [4]
+    assert [entry.dropped for entry in found.ledger] == [entry.dropped for entry in expected.ledger]
+    assert found.ledger[0].spent_run == expected.ledger[0].spent_run
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_gradients_that_are_not_finite_put_the_first_cut_off() -> None:
+    """Claim: with NaN in the batch before it, the first cut waits for good steps, and the ledger says why."""
+    model, batches = _net(), _batches(6)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
+    _step(model, optimizer, batches[0])
+    before = copy.deepcopy(model.state_dict())
+    (model(batches[1]).square().mean() * torch.nan).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.load_state_dict(before)
+    assert not loop.budget_met and "NaN or infinite gradients" in loop.ledger[-1].reason
+    optimizer.state.clear()
+    _step(model, optimizer, batches[2])
+    assert loop.budget_met and loop.step == 3
+
+
+def test_a_run_of_one_step_is_cut_at_its_end() -> None:
+    """Claim: a run as short as its calibration meets its budget all the same."""
+    model, (x,) = _net(), _batches(1)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=1, example=(x,))
+    _step(model, optimizer, x)
+    assert loop.finish().budget_met
+
+
+def test_too_few_rows_are_warned_of() -> None:
+    """Claim: where the first batches hold too few rows for the fit, a warning names a layer and both numbers."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), torch.randn(3, 4)
+    optimizer = _optimizer("sgd", model)
+    setpoint.attach(model, optimizer, 0.5, total_steps=100, example=(x,))
+    with pytest.warns(UserWarning, match="the data are too few to fit 1 layer well: 2 is given 3 rows for 64 inputs"):
+        _step(model, optimizer, x)
+
+
+def test_gradual_is_what_it_was() -> None:
+    """Claim: `Schedule.gradual()` comes down in eight cuts, without a fit."""
+    model, batches = _net(), _batches(60)
+    optimizer = _optimizer("sgd", model)
+    gradual = setpoint.PricedController(setpoint.Schedule.gradual())
+    loop = setpoint.attach(model, optimizer, 0.4, total_steps=60, example=(batches[0],), controller=gradual)
+    for x in batches:
+        _step(model, optimizer, x)
+    assert sum(bool(entry.dropped) for entry in loop.ledger) > 3
+    assert not any("fitted" in entry.reason for entry in loop.ledger)
+    assert loop.finish().budget_met
+
+
+@pytest.mark.parametrize("budget", ["50% flops per run", {"flops": "25%", "flops/run": "60%"}])
+def test_a_budget_of_the_run_is_spent_from_the_first_cut_on(budget: Any) -> None:
+    """Claim: a share of the run is used up, and with one for steps too the length is known from the first cut on."""
+    model, batches = _net(), _batches(200)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, budget, total_steps=200, example=(batches[0],))
+    steps = 0
+    lengths = set()
+    while steps < loop.total_steps:
+        _step(model, optimizer, batches[steps % 200])
+        steps += 1
+        if steps > 4:
+            lengths.add(loop.total_steps)
+    assert len(lengths) == 1
+    summary = loop.finish()
+    assert summary.budget_met
+    spent, limit = summary.spent_run["flops"], summary.limit_run["flops"]
+    assert 0.9 * limit < spent <= limit
