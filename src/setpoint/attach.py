@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
 from setpoint.interrupts import uninterrupted
 from setpoint.loop.calls import Record
-from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
+from setpoint.loop.candidates import Candidates, Inputs, restricted, unit_candidates
 from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, RecordedMethod
@@ -380,8 +381,6 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         spec = replace(spec, controller=replace(spec.controller, kinds=even.kinds))
     spec, calibration = _beginning(host, spec, traced.groups, inputs)
     sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
-    if calibration and not host.compiled:
-        sensor = Calibrating(sensor, calibration, scores=spec.sensor is None and host.mesh is None)
     if host.mesh is not None and not sensor.traits.shards:
         raise LoopError(
             f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
@@ -392,6 +391,12 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         host, traced, inputs.example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify
     )
     found = even.complete(found, host.model) if even else found
+    if calibration and not host.compiled:
+        widths, forward = widths_of(found.groups), defaultdict[str, float](float)
+        for product in restricted(traced, found.groups).contractions:
+            forward[product.module] += product.at(widths)
+        scores = spec.sensor is None and host.mesh is None
+        sensor = Calibrating(sensor, calibration * inputs.passes, inputs.passes, widths, forward, scores=scores)
     conduct = spec.controller.conduct
     if conduct.regrow:
         from setpoint.regrowth.regrowing import check_regrowth

@@ -61,7 +61,7 @@ def test_the_first_cut_is_the_masked_twin_fitted_by_the_same_moments(kind: str, 
         if gathering is None:  # without an example the first forward is over when the loop begins
             gathering = Gathering(twin, find_readers(twin, groups), 3)
     assert loop.budget_met and len(loop.ledger) == 1 and "fitted anew" in loop.ledger[0].reason
-    sums, _ = gathering.taken({})
+    sums = gathering.taken({})
     gathering.remove()
     moments = {name: Moment(blocks, gathering.norms.get(name, "")) for name, blocks in sums.items()}
     keep = {group.name: np.ones(group.num_units, bool) for group in groups}
@@ -122,7 +122,7 @@ def test_the_fit_of_an_average_is_the_average_of_the_fits() -> None:
     readers = find_readers(model, groups)
     gathering = Gathering(model, readers, 1)
     model(batches[0])
-    moments = {name: Moment(blocks) for name, blocks in gathering.taken({})[0].items()}
+    moments = {name: Moment(blocks) for name, blocks in gathering.taken({}).items()}
     keep = {group.name: np.arange(group.num_units) % 3 > 0 for group in groups}
     assert len(refit((model, other, average), groups, keep, moments)) == 3
     for p, a, b in zip(average.parameters(), model.parameters(), other.parameters(), strict=True):
@@ -139,14 +139,14 @@ def test_micro_batches_count_together_and_forwards_without_gradients_not_at_all(
     readers = find_readers(model, setpoint.find_groups(model, (x,)))
     whole, parts = Gathering(model, readers, 1), Gathering(model, readers, 2)
     model(x)
-    expected, _ = whole.taken({})
+    expected = whole.taken({})
     parts.forget()
     with torch.no_grad():
         model(x + 1)
     for half in x.chunk(2):
         checkpoint(model, half.requires_grad_(), use_reentrant=True).sum().backward()
-    found, flops = parts.taken({})
-    assert flops > 0 and found.keys() == expected.keys()
+    found = parts.taken({})
+    assert found.keys() == expected.keys()
     for name, blocks in found.items():
         torch.testing.assert_close(blocks, expected[name])
 
@@ -159,9 +159,9 @@ def test_a_copy_of_the_model_and_a_pickled_one_gather_nothing() -> None:
     gathering = Gathering(model, find_readers(model, setpoint.find_groups(model, (x,))), 1)
     copy.deepcopy(model)(x)
     pickle.loads(pickle.dumps(model))(x)
-    assert gathering.taken({}) == ({}, 0.0)
+    assert not gathering.taken({})
     model(x)
-    assert gathering.taken({})[0]
+    assert gathering.taken({})
 
 
 def test_wide_inputs_are_gathered_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +171,10 @@ def test_wide_inputs_are_gathered_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(own, "_AT_ONCE", 12)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 2)).double(), torch.randn(64, 4).double()
-    gathering = Gathering(model, find_readers(model, setpoint.find_groups(model, (x,))), 1)
+    gathering = Gathering(model, find_readers(model, setpoint.find_groups(model, (x,))), 1, always=True)
     hidden = torch.tanh(model[0](x))
     model(x)
-    (blocks,) = gathering.taken({})[0].values()
+    (blocks,) = gathering.taken({}).values()
     assert [len(block) for block in blocks] == [13, 13]
     exact = hidden.T @ hidden
     found = Moment(blocks).of_columns(np.arange(6, 18))
@@ -244,11 +244,12 @@ def test_a_run_of_one_step_is_cut_at_its_end() -> None:
 def test_too_few_rows_are_warned_of() -> None:
     """Claim: where the first batches hold too few rows for the fit, a warning names a layer and both numbers."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), torch.randn(3, 4)
+    model, x = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 2)), torch.randn(1, 4)
     optimizer = _optimizer("sgd", model)
     setpoint.attach(model, optimizer, 0.5, total_steps=100, example=(x,))
-    with pytest.warns(UserWarning, match="the data are too few to fit 1 layer well: 2 is given 3 rows for 64 inputs"):
-        _step(model, optimizer, x)
+    with pytest.warns(UserWarning, match="too few to fit 1 layer well: 2 is given 2 rows for 256 inputs"):
+        for _ in range(2):
+            _step(model, optimizer, x)
 
 
 def test_gradual_is_what_it_was() -> None:

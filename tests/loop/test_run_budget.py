@@ -174,7 +174,8 @@ def test_a_real_run_lands_on_its_budget(block: int, fraction: float) -> None:
     train(*run, 300)
     summary = run[0].finish()
     assert summary.limit_run["flops"] == pytest.approx(fraction * 300 * summary.dense_flops)
-    assert share_spent(summary) >= 0.99
+    # Coarse blocks leave something unused: the first cut does not wait until it is used up.
+    assert share_spent(summary) >= (0.99 if block == 1 else 0.85)
     assert summary.spent_run["flops"] == summary.train_flops
 
 

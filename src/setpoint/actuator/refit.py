@@ -17,8 +17,6 @@ from setpoint.sensor.consumer import by_column, from_columns
 from setpoint.sensor.moments import Moment, Reader, find_readers
 from setpoint.sensor.reconstruction import regular
 
-_THIN = 0.25  # rows for each column below which a fit is warned of
-
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 
 
@@ -43,14 +41,16 @@ def refit(
     keep: Keep,
     moments: Mapping[str, Moment],
     undo: Callable[..., Any] = lambda *call: None,
+    *,
+    thin: float = 0.02,
 ) -> tuple[str, ...]:
     """Fit all weights that lose inputs anew, of a model and of its copies; what goes becomes 0. Names of the layers.
 
     A bias is fitted with the weights, unless it is one of several; a weight that is also used otherwise, as a tied
     embedding is, stays as it is. The running statistics of a BatchNorm behind follow. `undo` is called with each way
-    back.
+    back. Fewer rows than `thin` for each column are warned of.
     """
-    fitted, thin = list[str](), dict[str, tuple[float, str]]()
+    fitted, few = list[str](), dict[str, tuple[float, str]]()
     model = models[0]
     # A weight that is held once more than it reads, as a tied embedding is, would be refitted for its other use, too.
     holders = [id(weight) for module in model.modules() for weight in module.parameters(recurse=False)]
@@ -61,17 +61,17 @@ def refit(
             continue
         stays, rows = _stays(reader, keep), moment.num_rows
         widest = max(map(len, moment.blocks)) - 1
-        if rows < _THIN * widest:
-            thin[reader.name] = rows / widest, f"{reader.name} is given {rows:.0f} rows for {widest} inputs"
+        if rows < thin * widest:
+            few[reader.name] = rows / widest, f"{reader.name} is given {rows:.0f} rows for {widest} inputs"
         ones = None if layer.bias is not None and len(reader.layers) == 1 else -1  # where the bias stays, without them
         parts = [(block[:ones, :ones].double(), own[:ones]) for block, own in _parts(reader, moment, stays)]
         maps = [fit_map(part, torch.from_numpy(own).to(part.device)) for part, own in parts]
         for copy in models:
             _apply(_inside(copy, reader.name), reader, moment, stays, maps, undo)
         fitted += reader.layers
-    if thin:
+    if few:
         warn(
-            f"the data are too few to fit {counted(len(thin), 'layer')} well: {min(thin.values())[1]}. The cut model "
+            f"the data are too few to fit {counted(len(few), 'layer')} well: {min(few.values())[1]}. The cut model "
             "may be far from the dense one: give more batches, or larger ones"
         )
     return tuple(fitted)

@@ -29,7 +29,8 @@ class Guarded(Wrapper):
     decision. This happens once in a run, and only while decisions are still to come: the budget has the last word.
     Where the last cut's units are not all in the reserve, the reference pauses, and nothing comes back.
 
-    *Using up.* A cut that would leave a good part of the run's budget unused is put off until what is left is used up.
+    *Using up.* A cut that would leave a good part of the run's budget unused is put off until what is left is used up,
+    unless it is a first cut, with which a run begins.
     While it waits, the state is the one from before the decision.
     """
 
@@ -49,7 +50,8 @@ class Guarded(Wrapper):
         if not state.gave_way and (back := self._back(observation, cost, groups)):
             return replace(state, gave_way=True), back
         inner, plan = self.inner.decide(state.inner, observation, cost, groups)
-        wait = _wait(observation, cost, plan) if plan.drops() else 0
+        first = self.conduct.schedule.first and observation.widths == observation.dense_widths
+        wait = _wait(observation, cost, plan) if plan.drops() and not first else 0
         if not wait:
             return replace(state, inner=inner), plan
         again = observation.step + wait

@@ -238,8 +238,6 @@ class Control:
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
         with self.host.together(f"the plan after step {self.step}") as facts:
-            account = self.spending.account
-            account.learned(max(0.0, reading.flops - account.learning_flops))  # a reading counts them from the start
             known = {**self.losses.known(self.step), **self.actuator.extras(self.step)}
             observation = self.spending.observation(self.step, self.groups, reading, **known)
             groups, note = _waiting(self.groups, reading)
@@ -315,7 +313,7 @@ class Control:
     def go_on(self) -> None:
         """Replan after a new budget or length, bumpless; a last decision for the old ones is taken back."""
         spending = self.spending
-        if self.state.budget_met and spending.limit_run:
+        if self.state.budget_met and (spending.limit_run or spending.schedule.first):
             self._reopen()
         spending.replan(self.step, self.widths)
         cost = spending.limits.cost

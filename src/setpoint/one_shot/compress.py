@@ -45,6 +45,7 @@ from setpoint.spending.checks import check_reachable
 # Least shares of an even cut's width that a group keeps, in the order in which they are tried: nothing is trained that
 # could make up for a group that is far narrower than the others.
 _FLOORS = (0.8, 0.25, 0.0)
+_THIN = 0.25  # rows for each column below which a fit is warned of: no training mends it
 _USED_UP = 0.9  # share of a budget below which the next floor is tried
 
 
@@ -176,7 +177,7 @@ def compress(
         keep = _choose(cost, active, unit_scores(model, active, readers, moments), limit, even=even)
         refitted = tuple[str, ...]()
         if not all(kept.all() for kept in keep.values()):
-            refitted = refit((model,), active, keep, moments)
+            refitted = refit((model,), active, keep, moments, thin=_THIN)
             # Masked before the norms' statistics are renewed: these are of the cut model then.
             mask(model, None, active, keep)
             if constant:

@@ -140,8 +140,7 @@ def moments_on(
     """Second moments of what readers are given on all batches; ExampleError for NaN or infinity in it."""
     gathering = Gathering(model, readers, len(batches), always=True)
     run(model, batches, norms, [gathering])
-    sums, _ = gathering.taken({})
-    moments = {name: Moment(blocks, gathering.norms.get(name, "")) for name, blocks in sums.items()}
+    moments = {name: Moment(blocks, gathering.norms.get(name, "")) for name, blocks in gathering.taken({}).items()}
     for name, moment in moments.items():
         if not moment.num_rows:
             raise ExampleError(f"{name} is given NaN or infinity on the data: look for it in the data and the weights")

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from setpoint.distributed import Ranks
-from setpoint.groups.group import Group
+from setpoint.groups.group import Group, widths_of
 from setpoint.sensor.moments import Gathering, Moment, find_readers
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.reconstruction import unit_scores
@@ -26,7 +25,6 @@ class Calibration:
     # By layer, in blocks; None once units have gone.
     moments: Mapping[str, tuple[Tensor, ...]] | None = field(default_factory=dict, metadata={"anew": True})
     norms: Mapping[str, str] = field(default_factory=dict)  # by layer, the BatchNorm that is given just what it makes
-    flops: float = 0.0
 
 
 class Calibrating(Sensor[Calibration]):
@@ -34,19 +32,29 @@ class Calibrating(Sensor[Calibration]):
 
     Args:
         inner: reads the saliencies.
-        num_forwards: in which a full sample of rows is taken.
+        num_forwards: of the model, in which a full sample of rows is taken.
+        passes: forwards in a step.
+        widths: by group, of the dense model.
+        forward_flops: by layer, FLOPs of the dense model's forwards in a step.
         scores: whether saliencies are the geometric means of the inner ones and of `unit_scores`: what the loss loses
             with a unit, and what the next layers cannot make up for.
     """
 
-    def __init__(self, inner: Sensor[Any], num_forwards: int, *, scores: bool = True) -> None:
-        self.inner, self.num_forwards, self.scores, self.traits = inner, num_forwards, scores, inner.traits
+    def __init__(
+        self,
+        inner: Sensor[Any],
+        num_forwards: int,
+        passes: int,
+        widths: Mapping[str, int],
+        forward_flops: Mapping[str, float],
+        *,
+        scores: bool,
+    ) -> None:
+        self.inner, self.num_forwards, self.passes, self.traits = inner, num_forwards, passes, inner.traits
+        self.widths, self.forward_flops, self.scores = widths, forward_flops, scores
 
     def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
         return self.inner.readable(groups, model)
-
-    def over(self, ranks: Ranks) -> Sensor[Calibration]:
-        return Calibrating(self.inner.over(ranks), self.num_forwards, scores=self.scores)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> Calibration:
         gathering = Gathering(model, find_readers(model, groups), self.num_forwards)
@@ -59,8 +67,7 @@ class Calibrating(Sensor[Calibration]):
         if state.moments is None:
             state.gathering.remove()
             return state
-        moments, flops = state.gathering.taken(state.moments)
-        return replace(state, moments=moments, norms=dict(state.gathering.norms), flops=state.flops + flops)
+        return replace(state, moments=state.gathering.taken(state.moments), norms=dict(state.gathering.norms))
 
     def forget(self, state: Calibration) -> None:
         self.inner.forget(state.inner)
@@ -72,10 +79,18 @@ class Calibrating(Sensor[Calibration]):
         if self.scores and found:
             scores = unit_scores(state.gathering.model, groups, state.gathering.readers, found)
             reading = replace(reading, saliency=_geometric_means(reading.saliency, scores), in_loss=False)
-        return replace(reading, moments=found, flops=state.flops)
+        return replace(reading, moments=found)
 
     def flops(self, groups: tuple[Group, ...], model: nn.Module) -> float:
-        return self.inner.flops(groups, model)
+        flops = self.inner.flops(groups, model)
+        if widths_of(groups) != self.widths:  # units have gone, and nothing is gathered any more
+            return flops
+        for reader in find_readers(model, groups):
+            weight: Any = model.get_submodule(reader.name).weight
+            outputs = weight.numel() // reader.num_columns
+            positions = sum(self.forward_flops.get(name, 0.0) for name in reader.layers) / (2 * weight.numel())
+            flops += self.passes * reader.flops(positions / self.passes, outputs, self.num_forwards)
+        return flops
 
     def release(self, state: Calibration) -> None:
         self.inner.release(state.inner)

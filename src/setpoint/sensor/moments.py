@@ -19,6 +19,7 @@ from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
 
 _AT_ONCE = 2048  # columns of one block of a moment: 16 MiB
+_FORWARDS = 3  # of a layer, the most that a look at what it is given takes, in FLOPs: what a step takes of it
 _ROWS_PER_COLUMN, _FEWEST_ROWS = 4, 4096  # of which a moment is made: the more of both
 
 
@@ -38,6 +39,26 @@ class Reader:
     @property
     def num_columns(self) -> int:
         return int(self.blocks[-1].stop) * self.num_offsets
+
+    @property
+    def widest(self) -> int:
+        """Columns of its largest block."""
+        return self.num_offsets * max(int(block.stop) - int(block.start) for block in self.blocks)
+
+    def num_rows(self, positions: int, outputs: int, num_forwards: int, forwards: float = _FORWARDS) -> int:
+        """Rows of one forward that are looked at: a part of a full sample, at the cost of `forwards` of the layer.
+
+        At least a row for each column comes together, as far as there are so many.
+        """
+        part = -(-max(_FEWEST_ROWS, _ROWS_PER_COLUMN * self.widest) // num_forwards)
+        affordable = math.floor(min(1.0, forwards * outputs / self.widest) * positions)
+        return min(positions, part, max(affordable, -(-self.widest // num_forwards)))
+
+    def flops(self, positions: float, outputs: int, num_forwards: int) -> float:
+        """Of a look at one forward, with its part of what scores and fits take once."""
+        sizes = [(block.stop - block.start) * self.num_offsets + 1.0 for block in self.blocks]
+        rows = self.num_rows(round(positions), outputs, num_forwards)
+        return math.fsum(2 * rows * size**2 + 3 * size**3 / num_forwards for size in sizes)
 
 
 def find_readers(model: nn.Module, groups: Sequence[Group]) -> tuple[Reader, ...]:
@@ -110,17 +131,18 @@ class Gathering:
     """
 
     def __init__(self, model: nn.Module, readers: Sequence[Reader], num_forwards: int, *, always: bool = False) -> None:
-        self.model, self.readers, self.norms, self._flops = model, readers, dict[str, str](), 0.0
+        self.model, self.readers, self.norms = model, readers, dict[str, str]()
+        self._num_forwards = num_forwards
         self._sums: dict[str, list[Tensor]] = {}
         self._made: dict[str, weakref.ref[Tensor]] = {}
         self._always, self._padding = always, Padding(model)
         self._handles: list[Any] = []
         me = weakref.ref(self)  # a model must not keep alive what nobody reads any more
 
-        def look(reader: Reader, name: str, count: int, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def look(reader: Reader, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             own = me()
             if own is not None and (own._always or torch.is_grad_enabled()):
-                own._look(reader, name, count, layer, args[0] if args else next(iter(kwargs.values()), None), output)
+                own._look(reader, name, layer, args[0] if args else next(iter(kwargs.values()), None), output)
 
         def look_behind(name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
             own = me()
@@ -128,10 +150,8 @@ class Gathering:
                 own.norms |= {layer: name for layer, output in own._made.items() if output() is args[0]}
 
         for reader in readers:
-            widest = max(block.stop - block.start for block in reader.blocks) * reader.num_offsets
-            count = math.ceil(max(_FEWEST_ROWS, _ROWS_PER_COLUMN * widest) / num_forwards)
             for name in reader.layers:
-                hook = Hook(partial(look, reader, name, count))
+                hook = Hook(partial(look, reader, name))
                 self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -139,34 +159,31 @@ class Gathering:
         weakref.finalize(self, _remove, [*self._handles, self._padding])
 
     @torch.no_grad()
-    def _look(self, reader: Reader, name: str, count: int, layer: nn.Module, x: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            self._made[name] = weakref.ref(output)
-        if not isinstance(x, Tensor) or not x.numel():
+    def _look(self, reader: Reader, name: str, layer: Any, x: Any, output: Any) -> None:
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.numel():
             return
+        self._made[name] = weakref.ref(output)
+        outputs, forwards = by_column(layer, layer.weight).shape[-1], math.inf if self._always else _FORWARDS
+        count = reader.num_rows(output.numel() // outputs, outputs, self._num_forwards, forwards)
         rows = input_rows(layer, x, count, self._padding.real)
         parts = [moment_of(rows[:, block].flatten(1)) for block in reader.blocks]
-        self._flops += sum(2.0 * len(rows) * len(part) ** 2 for part in parts)
-        known = self._sums.get(reader.name)
-        self._sums[reader.name] = parts if known is None else [a + b for a, b in zip(known, parts, strict=True)]
+        known = self._sums.get(reader.name, parts)  # another optimizer's forward may lie between a reading and its cut
+        new = known is parts or any(a.shape != b.shape for a, b in zip(known, parts, strict=True))
+        self._sums[reader.name] = parts if new else [a + b for a, b in zip(known, parts, strict=True)]
 
-    def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> tuple[dict[str, tuple[Tensor, ...]], float]:
-        """These sums with what was seen since the last time, and what that took in FLOPs.
-
-        What holds NaN or infinity is left out.
-        """
-        found, flops = dict(sums), self._flops
+    def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
+        """These sums with what was seen since the last time; what holds NaN or infinity is left out."""
+        found = dict(sums)
         for name, new in self._sums.items():
             parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in new]
             if name in found:
                 parts = [a + b for a, b in zip(found[name], parts, strict=True)]
             found[name] = tuple(parts)
         self.forget()
-        return found, flops
+        return found
 
     def forget(self) -> None:
         self._sums.clear()
-        self._flops = 0.0
 
     def remove(self) -> None:
         _remove([*self._handles, self._padding])

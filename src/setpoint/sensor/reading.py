@@ -35,7 +35,6 @@ class Reading:
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
         basis: by group name, the balanced coordinates of its units (`BalancedPairs`); the actuator turns to them first.
         moments: second moments of what layers are given that read units, by layer; the actuator refits them with these.
-        flops: that the reading took beyond the sensor's updates.
         scores: where units are single weights, gives by tensor name the saliency of every element.
     """
 
@@ -51,7 +50,6 @@ class Reading:
     norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     basis: Mapping[str, Any] = field(default_factory=dict)
     moments: Mapping[str, Any] = field(default_factory=dict)
-    flops: float = 0.0
     scores: Callable[[], Mapping[str, torch.Tensor]] = dict
 
     def finite(self) -> bool:

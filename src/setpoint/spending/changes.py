@@ -23,7 +23,8 @@ from setpoint.spending.spending import Spending
 def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], step: int, *, budget_met: bool) -> None:
     if not spending.budgets:
         raise LoopError("this loop follows a Price or a Tolerance: it has no budget to change, attach with a Budget")
-    if budget_met or spending.schedule.final(step, spending.planned_steps):
+    # What is met by a first cut leaves most of the run for another budget.
+    if (budget_met and not spending.schedule.first) or spending.schedule.final(step, spending.planned_steps):
         raise LoopError(
             f"the budget is frozen at step {step:,}: it may be changed until it is met, and before step "
             f"{max(1, round(spending.schedule.land * spending.planned_steps)):,}. Finish this loop and attach a new one"
