@@ -600,7 +600,7 @@ def test_embeddings_with_sparse_gradients_attach(kind: Callable[..., nn.Module])
     for sparse, make in ((True, sparse_adam), (True, sgd), (False, sgd)):
         model = Words(kind, sparse)
         optimizers = make(model)
-        loop = _hand_in(model, optimizers, example=(ids,))
+        loop = _hand_in(model, optimizers, example=(ids,), controller=setpoint.PricedController())
         assert _train(model, optimizers, loop, ids).budget_met and loop.widths["words"] < 16
         ends.append(([*model.parameters()], loop.widths))
     (_, (weights, widths), (others, same)) = ends

@@ -200,7 +200,8 @@ def test_a_run_ends_with_a_true_config(family: str, number: str, dense_number: i
 def test_a_model_without_a_config_is_even_by_its_names() -> None:
     """Claim: the heads and the neurons of a plain GPT keep one width each, with its default controller or its own."""
     tokens = (torch.randint(0, 16, (4, 8)),)
-    for settings in ({}, {"even": False, "controller": EvenController(setpoint.PricedController())}):
+    gradual = setpoint.PricedController()
+    for settings in ({"controller": gradual}, {"even": False, "controller": EvenController(gradual)}):
         torch.manual_seed(0)
         loop = train(GPT(), tokens, **settings)
         assert len(set(loop.widths)) > len(set(loop.widths.values())) and max(loop.widths.values()) < 64
@@ -220,6 +221,8 @@ class Run:
         """Attach and train on."""
         x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
         settings = {"example": (x,), "total_steps": 40, "even": True, "resume": True, "verify": False}
+        if not isinstance(self.budget, setpoint.Tolerance):
+            settings["controller"] = setpoint.PricedController()
         loop = setpoint.attach(self.model, self.optimizer, self.budget, **settings)
         while self.step < until:
             self.step += 1

@@ -99,9 +99,9 @@ def test_attach_leaves_everything_as_it_is() -> None:
         assert (parameter.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(parameter.grad, gradient)
     assert _equal(chance, (torch.get_rng_state(), np.random.get_state()[1].tolist()))
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
     assert not optimizer.state
     loop.detach()
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
 _PYTHONS_OWN = """

@@ -714,6 +714,7 @@ class Half:
         parameters = list(self.model.parameters())
         self.optimizers = [kind(parameters[n :: len(kinds)], lr=1e-2) for n, kind in enumerate(kinds)]
         settings = {"total_steps": 30, "example": EXAMPLES[mlp], "resume": True, "verify": False, **options}
+        settings = {"controller": setpoint.PricedController(), **settings}
         self.loop = setpoint.attach(self.model, self.optimizers, 0.4, **settings)
 
     def train(self, first: int, last: int, *, save: bool = False) -> dict[int, Any]:

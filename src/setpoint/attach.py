@@ -434,11 +434,10 @@ def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Input
     counted = spec.goal is None and not resources & set(METERED) and all(group.kind == "unit" for group in groups)
     if spec.by_default and counted and not (spec.regrowing or spec.masking):
         samples = num_samples(inputs.example) * inputs.passes * host.ranks.count
-        # The forward of a batch that was recorded is over.
-        steps = max(
-            1 + inputs.recorded, min(round(Schedule.at_once().warmup * spec.total_steps), -(-_CALIBRATION // samples))
-        )
-        first = Schedule.at_once(min(steps / spec.total_steps, 0.29))
+        first = Schedule.at_once()
+        # The second step shows whether training calls what the example does; the first is over where it was recorded.
+        steps = max(2, min(round(first.warmup * spec.total_steps), -(-_CALIBRATION // samples)))
+        first = replace(first, warmup=min(steps / spec.total_steps, 0.99 * first.settle))
         usual: Any = controller.inner if isinstance(controller, EvenController) else controller
         usual = replace(usual, schedule=first)
         controller = replace(controller, inner=usual) if isinstance(controller, EvenController) else usual

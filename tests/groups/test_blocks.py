@@ -51,7 +51,8 @@ def test_a_run_goes_on_where_blocks_are_others(monkeypatch: pytest.MonkeyPatch, 
         model = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 4))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         loop = setpoint.attach(
-            model, optimizer, 0.5, example=(torch.zeros(4, 8),), total_steps=60, verify=False
+            model, optimizer, 0.5, example=(torch.zeros(4, 8),), total_steps=60, verify=False,
+            controller=setpoint.PricedController(),
         )  # fmt: skip
         return loop, model, optimizer
 

@@ -27,6 +27,7 @@ def build() -> nn.Module:
 
 def attached(model: nn.Module, optimizer: Any, total_steps: int = 40, **options: Any) -> setpoint.Loop:
     budget = options.pop("budget", setpoint.Budget.fraction(0.5, of="flops"))
+    options = {"controller": setpoint.PricedController(), **options}
     return setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=total_steps, **options)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import setpoint
+from setpoint.controller.priced import PricedController
 from setpoint.errors import LoopError, NotBegunError
 
 lightning = pytest.importorskip("lightning")
@@ -291,7 +292,7 @@ def test_stochastic_weight_averaging_is_right_and_goes_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize("averaged", [False, True], ids=["plain", "averaged"])
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, averaged: bool) -> None:
     """Claim: `fit(ckpt_path=...)` into a dense model, before the first cut, between cuts and after the last one."""
-    model, callback = Classifier(), SetpointCallback(0.5)
+    model, callback = Classifier(), SetpointCallback(0.5, controller=PricedController())
     fitted(tmp_path, model, callback, Save(tmp_path), *([EMAWeightAveraging(decay=0.9)] if averaged else []))
     sizes = []
     for epoch in (0, 3, 18):
@@ -299,7 +300,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, averaged: bool) -> None:
         saved = torch.load(path, weights_only=True)["state_dict"]
         sizes.append(sum(each.numel() for each in saved.values()))
         torch.manual_seed(epoch + 1)
-        again, other = Classifier(), SetpointCallback(0.5)
+        again, other = Classifier(), SetpointCallback(0.5, controller=PricedController())
         fitted(tmp_path, again, other, *([EMAWeightAveraging(decay=0.9)] if averaged else []), ckpt_path=path)
         assert same(list(outcome(again, other)), list(outcome(model, callback)))
     assert sum(each.numel() for each in mlp().parameters()) == sizes[0] > sizes[1] > sizes[2]

@@ -23,13 +23,13 @@ STEPS = 20
 class Run:
     """A loop on an MLP, which may have begun, and what trains it."""
 
-    def __init__(self, *, begun: bool = False) -> None:
+    def __init__(self, *, begun: bool = False, controller: Any = None) -> None:
         torch.manual_seed(0)
         self.model = mlp(6, 24, 3)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
         self.x, self.y = torch.randn(16, 6), torch.randint(0, 3, (16,))
-        example: dict[str, Any] = {"example": (self.x,)} if begun else {}
-        self.loop = setpoint.attach(self.model, self.optimizer, 0.5, total_steps=STEPS, verify=False, **example)
+        settings: dict[str, Any] = {"controller": controller, **({"example": (self.x,)} if begun else {})}
+        self.loop = setpoint.attach(self.model, self.optimizer, 0.5, total_steps=STEPS, verify=False, **settings)
 
     def train(self, steps: int = STEPS) -> setpoint.Loop:
         """Train, telling the loss."""
@@ -195,7 +195,7 @@ def test_the_ledger_grows_in_its_file(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
     """Claim: a folder that vanished is warned of once, with what to do; later the file has the whole ledger."""
-    run, path = Run(begun=True), tmp_path / "logs" / "run.jsonl"
+    run, path = Run(begun=True, controller=setpoint.PricedController()), tmp_path / "logs" / "run.jsonl"
     path.parent.mkdir()
     log_to(run.loop, path)
     shutil.rmtree(path.parent)
@@ -209,12 +209,12 @@ def test_what_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_has_its_whole_ledger(tmp_path: Path) -> None:
     """Claim: the file of a run that was killed is written anew from the state, and goes on from there."""
-    first, path = Run(begun=True), tmp_path / "run.jsonl"
+    first, path = Run(begun=True, controller=setpoint.PricedController()), tmp_path / "run.jsonl"
     log_to(first.loop, path)
     first.train(4)
     state = first.loop.state_dict()
     first.train(2)
-    again = Run(begun=True)
+    again = Run(begun=True, controller=setpoint.PricedController())
     log_to(again.loop, path)
     again.loop.load_state_dict(state)
     again.train(STEPS - 4)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,7 +108,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
         def attach_and_note(model: nn.Module, *args: Any, **settings: Any) -> setpoint.Loop:
             run.history.append(({}, vectors(model)))
-            attached.append(attach(model, *args, **settings))
+            attached.append(attach(model, *args, **{"controller": setpoint.PricedController(), **settings}))
             return attached[0]
 
         patch.setattr(setpoint, "attach", attach_and_note)
@@ -185,7 +185,9 @@ def test_it_goes_on_bit_for_bit(whole: Whole, point: int, tmp_path: Path) -> Non
     final = sum(each.numel() for each in whole.models[0].parameters())
     assert (sizes > final) == (point < 2)
     torch.manual_seed(1)
-    models, loop = whole.recipe.train(tmp_path, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setpoint, "attach", partial(setpoint.attach, controller=setpoint.PricedController()))
+        models, loop = whole.recipe.train(tmp_path, path)
     for one, two in zip(models, whole.models, strict=True):
         for name, value in one.state_dict().items():
             assert torch.equal(value, two.state_dict()[name]), name

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import setpoint
+from setpoint.controller.priced import PricedController
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.integrations.checkpointing import enable_transformers
 from setpoint.integrations.transformers import SetpointCallback, SetpointTrainer
@@ -96,7 +97,7 @@ def trainer(
     kind: str, folder: Path, *, callback: SetpointCallback | None = None, **settings: Any
 ) -> tuple[Trainer, SetpointCallback]:
     """A Trainer with one line added."""
-    data, callback = Tokens(kind == "bert"), callback or SetpointCallback(0.6)
+    data, callback = Tokens(kind == "bert"), callback or SetpointCallback(0.6, controller=PricedController())
     given = arguments(folder, **settings)
     return Trainer(build(kind), given, train_dataset=data, eval_dataset=data, callbacks=[callback]), callback
 
@@ -174,6 +175,10 @@ def test_the_best_model_is_loaded_at_the_end_whatever_its_widths(tmp_path: Path)
     assert sum(widths) > sum(final)
 
 
+def _best() -> SetpointCallback:
+    return SetpointCallback(0.6, best_within_budget=True, controller=PricedController())
+
+
 class EndsEarly(TrainerCallback):  # type: ignore[misc]
     """Ends the training after an evaluation, as `EarlyStoppingCallback` does."""
 
@@ -186,7 +191,12 @@ def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tm
     """Claim: with best_within_budget=True no larger checkpoint is loaded, and an early end is no change by others."""
     settings: dict[str, Any] = {"load_best_model_at_end": True, "greater_is_better": True, "eval_strategy": "steps"}
     settings |= {"eval_steps": 2, "save_steps": 2}
-    run, callback = trainer("gpt2", tmp_path, callback=SetpointCallback(0.6, best_within_budget=True), **settings)
+    run, callback = trainer(
+        "gpt2",
+        tmp_path,
+        callback=_best(),
+        **settings,
+    )
     run.add_callback(EndsEarly())
     run.train()
     summary = callback.summary
@@ -194,7 +204,12 @@ def test_the_best_model_within_the_budget_is_loaded_where_training_ends_early(tm
     assert summary.steps == 14 and int(str(run.state.best_model_checkpoint).rpartition("-")[2]) > 2
     assert sum(each.numel() for each in run.model.parameters()) == summary.final_params
     best, folder = run.state.best_model_checkpoint, str(tmp_path / "checkpoint-10")
-    again, _ = trainer("gpt2", tmp_path, callback=SetpointCallback(0.6, best_within_budget=True), **settings)
+    again, _ = trainer(
+        "gpt2",
+        tmp_path,
+        callback=_best(),
+        **settings,
+    )
     again.train(resume_from_checkpoint=folder)
     assert again.state.best_model_checkpoint == best
 

@@ -28,6 +28,7 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), 0.01)
         half = setpoint.Budget.fraction(0.5, of="flops")
         options = {"example": (torch.zeros(4, 8),), "copies": [self.ema], "verify": False, **options}
+        options = {"controller": setpoint.PricedController(), **options}
         self.loop = setpoint.attach(self.model, self.optimizer, half, total_steps=30, **options)
 
     def step(self) -> None:

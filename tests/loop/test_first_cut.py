@@ -246,10 +246,11 @@ def test_too_few_rows_are_warned_of() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 2)), torch.randn(1, 4)
     optimizer = _optimizer("sgd", model)
-    setpoint.attach(model, optimizer, 0.5, total_steps=100, example=(x,))
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=100, example=(x,))
     with pytest.warns(UserWarning, match="too few to fit 1 layer well: 2 is given 2 rows for 256 inputs"):
         for _ in range(2):
             _step(model, optimizer, x)
+    loop.detach()
 
 
 def test_gradual_is_what_it_was() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import setpoint
 from loop.test_budgets import Machine, machine, train
+from setpoint.controller.priced import PricedController
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.host.find import host_of
@@ -108,7 +109,8 @@ def test_passes_are_overhead(machine: Machine) -> None:
         machine.live(loop)
 
     budgets = Budget.fraction(1.0, of="inference", example=(torch.randn(2, 16),)), Budget.fraction(1.0, of="flops")
-    loops = [train(answering(machine), budget, 20, live) for budget in budgets]
+    gradual = PricedController()
+    loops = [train(answering(machine), budget, 20, live, controller=gradual) for budget in budgets]
     for loop, before in zip(loops, began, strict=True):
         assert loop.summary is not None
         found.append(loop.summary.overhead_flops - before)

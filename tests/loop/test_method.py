@@ -139,7 +139,7 @@ def test_a_forward_that_is_never_called_is_warned_of(options: Any, accumulate: i
     model = Autoencoder()
     own = vars(model)["loss"] = partial(Autoencoder.loss, model)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    loop = setpoint.attach(model, optimizer, 0.5, example=(torch.randn(16, 8),), total_steps=100, **options)
+    loop = setpoint.attach(model, optimizer, 0.5, example=(torch.randn(16, 8),), total_steps=1000, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):

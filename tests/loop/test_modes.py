@@ -20,6 +20,7 @@ from setpoint.weights.controller import DropAndGrowController
 from setpoint.weights.masking import Masking
 
 Change = Callable[[setpoint.Loop, int], None]
+GRADUAL = setpoint.PricedController()
 
 
 def net(seed: int = 0, width: int = 64) -> nn.Sequential:
@@ -224,7 +225,7 @@ def test_a_change_to_another_resource_and_to_a_run() -> None:
         if step == 50:
             loop.budget = setpoint.Budget.fraction(0.6, of="flops", per="run")
 
-    summary, _, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=to_run)
+    summary, _, _ = train(setpoint.Budget.fraction(0.6, of="flops"), change=to_run, controller=GRADUAL)
     assert summary.budget_met
     assert 0.99 <= summary.spent_run["flops"] / summary.limit_run["flops"] <= 1 + 1e-12
 
@@ -245,7 +246,7 @@ def test_a_budget_is_frozen_after_the_landing() -> None:
                 loop.total_steps = 40
 
     budget = setpoint.Budget.fraction(0.5, of="flops")
-    summary, loop, _ = train(budget, change=late)
+    summary, loop, _ = train(budget, change=late, controller=GRADUAL)
     assert summary.budget_met
     assert loop.budget == budget
 
@@ -266,7 +267,7 @@ def test_another_length_moves_the_decisions() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), change=longer)
+        summary, loop, _ = train(setpoint.Budget.fraction(0.5, of="flops"), change=longer, controller=GRADUAL)
     assert summary.budget_met
     assert summary.total_steps == summary.steps == 600
     assert loop.ledger[-1].step == 180

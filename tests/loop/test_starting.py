@@ -41,7 +41,8 @@ class Run:
         self.model = setpoint.resumable(mlp(6, 24, 3))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
-        self.settings, self.step = {"total_steps": STEPS, "resume": True, **settings}, 0
+        gradual = setpoint.PricedController()
+        self.settings, self.step = {"total_steps": STEPS, "resume": True, "controller": gradual, **settings}, 0
 
     def attach(self) -> setpoint.Loop:
         """Attach as one line in a script does."""
@@ -515,7 +516,7 @@ def _beside(
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).train(training)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     given = {"example": (torch.randn(example),)} if example else {}
-    loop = setpoint.attach(model, optimizer, budget, total_steps=20, **given)
+    loop = setpoint.attach(model, optimizer, budget, total_steps=20, controller=setpoint.PricedController(), **given)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(20):

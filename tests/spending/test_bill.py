@@ -38,9 +38,13 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), 1e-3)
 
 
-def attached(budget: Any, total_steps: int = 200) -> tuple[setpoint.Loop, nn.Module, Any]:
+def attached(budget: Any, total_steps: int = 200, **settings: Any) -> tuple[setpoint.Loop, nn.Module, Any]:
     model, optimizer = build()
-    return setpoint.attach(model, optimizer, budget, example=(X,), total_steps=total_steps), model, optimizer
+    return (
+        setpoint.attach(model, optimizer, budget, example=(X,), total_steps=total_steps, **settings),
+        model,
+        optimizer,
+    )
 
 
 def step(model: nn.Module, optimizer: Any, x: Tensor = X) -> None:
@@ -250,7 +254,7 @@ def test_a_run_that_leaves_its_bill_is_warned_of() -> None:
 
 def test_what_a_stopped_run_says() -> None:
     """Claim: it is not over its bill, and one that goes on after its end says how many steps it made."""
-    loop, model, optimizer = attached(FULL)
+    loop, model, optimizer = attached(FULL, controller=setpoint.PricedController())
     for _ in range(100):
         step(model, optimizer)
     with pytest.warns(UserWarning, match="the budget is not met"):

@@ -54,7 +54,7 @@ class Loop:
     ...     optimizer.step()
     ...     optimizer.zero_grad()
     >>> loop.finish().budget_met, loop.dense_widths, loop.widths, len(loop.ledger)
-    (True, {'0': 32}, {'0': 15}, 7)
+    (True, {'0': 32}, {'0': 15}, 1)
     """
 
     def __init__(self, host: Host) -> None:
