@@ -28,6 +28,7 @@ from setpoint.weights.masking import Masking
 from setpoint_bench.models.lru import SequenceClassifier
 
 HALF = setpoint.Budget.fraction(0.5, of="flops")
+GRADUAL = setpoint.PricedController(setpoint.Schedule.gradual())  # of all but the runs that begin with the cut
 
 
 @dataclass
@@ -113,6 +114,7 @@ def begun(
 ) -> Training:
     """A run that classifies the batch of each step; by AdamW, if nothing else is said."""
     optimizer = optimizer or adamw(model)
+    settings = {"controller": GRADUAL, **settings}
 
     def losses(step: int) -> list[Tensor]:
         x, y = batch(step)
@@ -150,7 +152,7 @@ def resnet() -> Training:
     return begun(model, images, 80, optimizer=optimizer, observed=told)
 
 
-def gpt() -> Training:
+def gpt(controller: Any = GRADUAL) -> Training:
     """Attention heads and feed-forward neurons."""
     torch.manual_seed(0)
     model = GPT().double()
@@ -164,7 +166,8 @@ def gpt() -> Training:
         x = tokens(step)
         return [F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())]
 
-    loop = setpoint.attach(model, optimizer, HALF, example=(tokens(0)[:, :-1],), total_steps=80)
+    settings = {"example": (tokens(0)[:, :-1],), "total_steps": 80}
+    loop = setpoint.attach(model, optimizer, HALF, controller=controller, **settings)
     return Training(model, (optimizer,), loop, losses, 80, told)
 
 
@@ -210,7 +213,7 @@ def two_four() -> Training:
     """Single weights in blocks of four inputs, masked and exchanged."""
     torch.manual_seed(0)
     model = ResNet(8).double()
-    settings = {"groups": setpoint.find_weights(model, "2:4"), "actuator": Masking("2:4")}
+    settings = {"groups": setpoint.find_weights(model, "2:4"), "actuator": Masking("2:4"), "controller": None}
     return begun(model, images, 60, setpoint.Budget.fraction(0.7, of="flops"), **settings)
 
 
@@ -243,7 +246,7 @@ def fitted(goal: Any, steps: int, observed: Callable[[int, float], float] | None
 
 def run_budget() -> Training:
     """A budget for the whole run, for which the last cut waits."""
-    return fitted(setpoint.Budget.fraction(0.545, of="flops", per="run"), 200)
+    return fitted(setpoint.Budget.fraction(0.545, of="flops", per="run"), 200, controller=GRADUAL)
 
 
 def price() -> Training:
@@ -262,7 +265,7 @@ def taken_back() -> Training:
     return fitted(HALF, 400, lambda step, loss: loss + 3.0 * (step >= 105), controller=controller)
 
 
-def two_optimizers() -> Training:
+def two_optimizers(controller: Any = GRADUAL) -> Training:
     """Two optimizers, two backward passes a step, an averaged copy, and budgets on two resources."""
     torch.manual_seed(0)
     model = ResNet(8).double()
@@ -276,8 +279,25 @@ def two_optimizers() -> Training:
             yield F.cross_entropy(model(some), labels) / 2
 
     goals = (setpoint.Budget.fraction(0.6, of="flops"), setpoint.Budget.fraction(0.5, of="params"))
-    loop = setpoint.attach(model, optimizers, goals, example=(images(0)[0],), total_steps=60, copies=(copy,))
+    settings = {"example": (images(0)[0],), "total_steps": 60, "controller": controller}
+    loop = setpoint.attach(model, optimizers, goals, copies=(copy,), **settings)
     return Training(model, optimizers, loop, losses, 60, copies=(copy,))
+
+
+def first_cut() -> Training:
+    """Convolutions and batch norms, of which the first cut is most of the run; it is resumed behind that."""
+    torch.manual_seed(0)
+    return begun(ResNet().double(), images, 60, goal="30% flops", observed=told, controller=None)
+
+
+def first_cut_gpt() -> Training:
+    """Heads and neurons that go at once."""
+    return gpt(None)
+
+
+def first_cut_copies() -> Training:
+    """An averaged copy is fitted along, budgets are two."""
+    return two_optimizers(None)
 
 
 def compiled() -> Training:
@@ -314,6 +334,9 @@ def fsdp() -> Training:
 
 RANKS: dict[str, Callable[[], Training]] = {each.__name__: each for each in (ddp, fsdp)}
 _ALONE = (readme, resnet, gpt, regrowth, gates, two_four, states, run_budget, price, tolerance, taken_back)
-ALONE: dict[str, Callable[[], Training]] = {each.__name__: each for each in (*_ALONE, two_optimizers, compiled)}
-RESUMED = ("readme", "regrowth", "two_four", "tolerance", "two_optimizers")
+_FIRST = (first_cut, first_cut_gpt, first_cut_copies)
+ALONE: dict[str, Callable[[], Training]] = {
+    each.__name__: each for each in (*_ALONE, two_optimizers, compiled, *_FIRST)
+}
+RESUMED = ("readme", "regrowth", "two_four", "tolerance", "two_optimizers", "first_cut_copies")
 """Runs that are also played with a stop in their middle: nothing may differ."""

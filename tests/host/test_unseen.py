@@ -27,7 +27,8 @@ def build() -> nn.Module:
 
 def attached(model: nn.Module, optimizer: Any, total_steps: int = 40, **options: Any) -> setpoint.Loop:
     budget = options.pop("budget", setpoint.Budget.fraction(0.5, of="flops"))
-    options = {"controller": setpoint.PricedController(), **options}
+    if isinstance(budget, setpoint.Budget):
+        options = {"controller": setpoint.PricedController(), **options}
     return setpoint.attach(model, optimizer, budget, example=(torch.zeros(8, 6),), total_steps=total_steps, **options)
 
 
@@ -318,7 +319,7 @@ def test_a_backward_pass_that_was_not_seen_is_warned_of() -> None:
     """Claim: weights that get gradients, and had none in the forward that was traced, are warned of, once."""
     model = InMode(by_mode=False)
     optimizer = torch.optim.AdamW(model.parameters())
-    with attached(model, optimizer, budget=setpoint.Price(1e-9, of="flops")):
+    with attached(model, optimizer, budget=setpoint.Price(1e-9, of="flops"), controller=None):
         train(model, optimizer, 3)
         model.learns = True
         with pytest.warns(

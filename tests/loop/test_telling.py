@@ -29,7 +29,8 @@ def attached(budget: Any = 0.5, **settings: Any) -> tuple[setpoint.Loop, Callabl
     torch.manual_seed(0)
     model = mlp(6, 24, 3)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    settings = {"controller": setpoint.PricedController(), **settings}
+    if not isinstance(budget, setpoint.Price):
+        settings = {"controller": setpoint.PricedController(), **settings}
     loop = setpoint.attach(model, optimizer, budget, total_steps=STEPS, verify=False, **settings)
     x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
 

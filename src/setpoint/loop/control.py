@@ -170,6 +170,8 @@ class Control:
                 )
             elif step <= planned_steps and not now.budget_met:
                 due = step == now.again or self.controller.due(step, planned_steps)
+                # A bill may turn out to pay for fewer steps, of which the first cut is past already.
+                due = due or (self._calibrates and self.controller.conduct.schedule.settled(step, planned_steps))
                 if due or now.overdue:
                     self._decide(due)
             elif step < planned_steps:
