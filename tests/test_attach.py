@@ -362,9 +362,35 @@ def test_a_function_that_freezes_much_of_a_net_is_warned_of() -> None:
     """What cannot be followed and keeps a large share of the FLOPs is named with that share; of a small one no word."""
     large, small = WithUnitGradients((24, 24)), WithUnitGradients((3, 3))
     with pytest.warns(
-        UserWarning, match=r"layers with 66 % of the FLOPs cannot .*Function UnitGradient has a .*own-ops"
+        UserWarning, match=r"units with 63 % of the FLOPs cannot .*Function UnitGradient has a .*own-ops"
     ):
         _attach(large, torch.optim.SGD(large.parameters(), 0.1), setpoint.Budget.fraction(0.9, of="flops")).detach()
+    _attach(small, torch.optim.SGD(small.parameters(), 0.1), setpoint.Budget.fraction(0.9, of="flops")).detach()
+
+
+class Rounded(nn.Module):
+    """Layers with an op after each that no rule knows, also on their weights, and the rest of a net."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(num))
+        self.rest = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            weight, x = (torch.fake_quantize_per_tensor_affine(each, 0.1, 0, -128, 127) for each in (layer.weight, x))
+            x = nn.functional.linear(x, weight).relu()
+        y: Tensor = self.rest(x)
+        return y
+
+
+def test_an_unknown_op_that_freezes_much_of_a_net_is_warned_of() -> None:
+    """What no rule knows is named with the share that it keeps, also of layers behind it; of a small share no word."""
+    large, small = Rounded(20), Rounded(3)
+    wanted = r"units with 53 % of the FLOPs cannot .*no rule knows this op \(model: fake_quantize_per_tensor_affine\)"
+    with pytest.warns(UserWarning, match=wanted) as warned:
+        _attach(large, torch.optim.SGD(large.parameters(), 0.1), setpoint.Budget.fraction(0.9, of="flops")).detach()
+    assert len(warned) == 1
     _attach(small, torch.optim.SGD(small.parameters(), 0.1), setpoint.Budget.fraction(0.9, of="flops")).detach()
 
 

@@ -12,6 +12,9 @@ class Atoms:
     Atom 0 stands for "frozen": whatever is united with it is never dropped. Parents are smaller than their children, so
     0 is the root of everything frozen.
 
+    Args:
+        spared: how reasons begin for which `freeze` only notes the entries, to see what they cost.
+
     >>> atoms = Atoms()
     >>> a, b = atoms.fresh(3), atoms.fresh(3)
     >>> atoms.unite(a, b)
@@ -19,7 +22,8 @@ class Atoms:
     True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spared: tuple[str, ...] = ()) -> None:
+        self._spared = spared
         self._parent = np.zeros(1024, dtype=np.int64)
         self._count = 1
         self.frozen: list[tuple[Labels, str, str]] = []  # what was frozen: (atoms, place, reason), in order
@@ -65,7 +69,8 @@ class Atoms:
         """Never drop these entries, and record why."""
         if labels is not None and self.find(labels).any():
             self.frozen.append((np.asarray(labels).ravel(), place, reason))
-            self.unite(labels, np.zeros(1, dtype=np.int64))
+            if not reason.startswith(self._spared):
+                self.unite(labels, np.zeros(1, dtype=np.int64))
 
     def first_frozen(self) -> np.ndarray:
         """Per atom: the number of the first record in `frozen` of it; or -1, also where it was only united with one."""

@@ -10,20 +10,23 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 import setpoint.groups.rules  # noqa: F401 - registers the rules
-from setpoint.groups.atoms import Atoms
 from setpoint.groups.build import OwnDim
 from setpoint.groups.export import has_floats, known, shape_of
 from setpoint.groups.walk import Value, Walk, finish, module_of, op_name, plain_path, rule_for
 
 
 def walk_graph(
-    model: nn.Module, program: Any, opaque_calls: Mapping[str, str], atoms: Atoms | None = None
+    model: nn.Module, program: Any, opaque_calls: Mapping[str, str], **fields: Any
 ) -> tuple[Walk, list[OwnDim]]:
-    """Visit every node of the graph once; what the rules record, and the dims of all parameters and buffers."""
+    """Visit every node of the graph once; what the rules record, and the dims of all parameters and buffers.
+
+    Args:
+        fields: other fields of the `Walk`.
+    """
     attention = nn.MultiheadAttention  # or what stands in for its forward
     modules = {name for name, module in model.named_modules() if isinstance(module, attention)}
     opaque = {name for name in modules if type(model.get_submodule(name)).forward is attention.forward}
-    walk = Walk(atoms or Atoms(), opaque=frozenset(opaque), opaque_calls=opaque_calls)
+    walk = Walk(**fields, opaque=frozenset(opaque), opaque_calls=opaque_calls)
     dims: list[OwnDim] = []
     env: dict[fx.Node, Any] = {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -161,7 +164,7 @@ def _ruled(
     """What the rule of the node's op gives, else values without labels; and why no rule covers the call, or ""."""
     function = rule_for(node.target)
     if function is None:
-        return finish(walk, None, out, inputs), "no rule knows this op"
+        return finish(walk, walk.guess(out, inputs), out, inputs), "no rule knows this op"
     try:
         result = function(walk, out, *args, **{key: value for key, value in kwargs.items() if key != "out"})
         finished = finish(walk, result, out, inputs)
@@ -174,7 +177,7 @@ def _ruled(
     except (AssertionError, IndexError, TypeError, ValueError, AttributeError) as error:
         # A rule that meets a call which it was not written for guesses nothing: all that the call touches stays.
         why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        return finish(walk, None, out, inputs), f"the op's rule does not cover this call ({why})"
+        return finish(walk, walk.guess(out, inputs), out, inputs), f"the op's rule does not cover this call ({why})"
 
 
 def _hand_up(walk: Walk, node: fx.Node, written: Value, env: dict[fx.Node, Any]) -> None:

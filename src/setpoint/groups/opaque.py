@@ -43,7 +43,7 @@ def _of_opaque_call(walk: Walk, out: Value, reads: Sequence[Value], result: Valu
     for read in reads:
         for labels in read.labels:
             walk.atoms.freeze(labels, name or "model", walk.opaque_calls[name])
-    return Value(out.shape, (None,) * out.ndim, zero=False)
+    return Value(out.shape, walk.guess(out, reads) or (None,) * out.ndim, zero=False)
 
 
 @rule("setpoint::custom_function")

@@ -68,6 +68,8 @@ class Walk:
     # Of each grouped convolution the atoms of its groups, and its weight's dims that read and write.
     grouped: list[tuple[np.ndarray, DimLabels, DimLabels]] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)  # names of the ops without a rule
+    # Labels of what such an op gives, from its inputs: none.
+    guess: Callable[[Any, Sequence[Value]], Any] = lambda out, inputs: None
     flow: list[tuple[str, list[Value], list[Value]]] = field(default_factory=list)  # module, inputs, results of each op
     node: fx.Node | None = None  # the node being visited
     module: str = ""  # qualified name of the module whose own forward holds the node
