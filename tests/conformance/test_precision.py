@@ -21,6 +21,9 @@ import setpoint
 from loop.test_regrowth import Net, Scripted, data
 from matrix.rows import pairwise
 
+# Losses are asked for twice in a step.
+pytestmark = pytest.mark.filterwarnings("ignore:a step gives the model")
+
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("sgd", "adamw", "adamw-foreach", "adamw-fused"),
     "precision": ("float32", "bfloat16", "float16"),

@@ -26,6 +26,26 @@ from tables.renderer import (
     threads_text,
 )
 
+# The first cut.
+
+
+@record_block("first-cut", "first-cut.json")
+def first_cut(data: Record) -> str:
+    """By task and seed, gradual cuts and one cut at once, each with its share of the dense training FLOPs."""
+    by_run = {(row["task"], row["seed"], row["how"]): row for row in data["rows"]}
+
+    def shown(task: str, seed: int, how: str) -> str:
+        row = by_run.get((task, seed, how))
+        return NOTHING if row is None else f"{row['value']:.1%} ({row['train_flops_ratio']:.2f})"
+
+    kinds = {"gradual": "gradual", "at once": "at once, same steps", "at once, longer": "at once, 1.4 x the steps"}
+    rows = (
+        {"task": task, "seed": str(seed), **{words: shown(task, seed, how) for how, words in kinds.items()}}
+        for task, seed in sorted({(row["task"], row["seed"]) for row in data["rows"]})
+    )
+    return table(rows, f"{data['note']} {made_on(data)}")
+
+
 # What Setpoint itself costs.
 
 

@@ -103,6 +103,7 @@ def _random_sensor() -> RandomSensor:
     return RandomSensor(seed=int(torch.randint(2**31, ())))
 
 
+_GRADUAL = PricedController()  # what `setpoint` was measured with, in eight cuts
 _AT_ONCE = ScheduledController(begin=0.0, end=0.0, num_cuts=1)
 _HAN = "Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015"
 _LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
@@ -123,7 +124,8 @@ METHODS: tuple[Method, ...] = (
     Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
     Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
     Sparse("gmp", _ZHU),
-    Setpoint(),
+    Setpoint(controller=_GRADUAL),
+    Setpoint("setpoint-at-once"),
     Fitted(),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),
@@ -132,8 +134,8 @@ METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-gates", GatedController()),
     Setpoint("setpoint-regrow", PricedController(regrow=True)),
     Setpoint("setpoint-weights", granularity="weight", paper=_EVCI, family="sparse"),
-    Setpoint("setpoint-magnitude", sensor=MagnitudeSensor),
-    Setpoint("setpoint-random", sensor=_random_sensor, paper=_MITTAL),
+    Setpoint("setpoint-magnitude", _GRADUAL, sensor=MagnitudeSensor),
+    Setpoint("setpoint-random", _GRADUAL, sensor=_random_sensor, paper=_MITTAL),
 )
 """All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model.
 
@@ -145,14 +147,14 @@ in theory).
 
 
 TAUGHT_METHODS: tuple[Method, ...] = (
-    Taught("setpoint-taught", Setpoint()),
+    Taught("setpoint-taught", Setpoint(controller=_GRADUAL)),
     Taught("dense-taught", Dense()),
     Taught("cubic-taught", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
 )
 """Methods that learn the answers of the finished dense run as well."""
 
 LONG_METHODS: tuple[Method, ...] = (
-    Long("setpoint-long", Setpoint()),
+    Long("setpoint-long", Setpoint(controller=_GRADUAL)),
     Long("cubic-long", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
 )
 """Methods that spend what they save: they train for as many steps as the dense run's training FLOPs pay for."""
@@ -160,7 +162,7 @@ LONG_METHODS: tuple[Method, ...] = (
 
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
-    Setpoint("setpoint-memory", resource="memory"),
+    Setpoint("setpoint-memory", _GRADUAL, resource="memory"),
     Setpoint("setpoint-memory-open", PricedController(gains=Gains(kp=0.0, ki=1e-9)), resource="memory"),
 )
 """Setpoint with a budget on seconds or peak bytes of a step: how many FLOPs are left is another matter.
@@ -289,7 +291,8 @@ ABOUT: Mapping[str, str] = {
     "filter-first": "Cut by norms after the first step, then trained.",
     "cubic": "All groups narrowed evenly along a cubic schedule, by norms.",
     "gmp": "Weights masked by magnitude along a cubic schedule.",
-    "setpoint": "Closed loop, widths free, Taylor readings.",
+    "setpoint": "Closed loop, widths free, Taylor readings; gradual cuts.",
+    "setpoint-at-once": "The default of attach: one cut after the first batches, its readers fitted anew.",
     "fitted-first": "Cut by compress before the first step, then trained.",
     "setpoint-uniform": "Closed loop, all groups at the same density.",
     "setpoint-first": "Closed loop, settled by 2 % of the run: for a pretrained model.",
