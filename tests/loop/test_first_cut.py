@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,72 @@ def test_too_few_rows_are_warned_of() -> None:
         for _ in range(2):
             _step(model, optimizer, x)
     loop.detach()
+
+
+def _loss_of_one(model: nn.Module, weights: Any, one: Tensor) -> Tensor:
+    loss: Tensor = torch.func.functional_call(model, weights, (one[None],)).square().mean()
+    return loss
+
+
+def test_forwards_of_an_export_and_of_single_samples_do_not_count() -> None:
+    """Claim: what a user traces, exports or differentiates sample by sample before the cut leaves the run as it is."""
+    runs = []
+    for disturbed in (False, True):
+        model, batches = _net(), _batches(4)
+        for norm in (model[1], model[4]):
+            norm.eval()
+        optimizer = _optimizer("sgd", model)
+        loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
+        for x in batches:
+            if disturbed and not loop.budget_met:
+                torch.export.export(model, (x,))
+                weights = {name: p.detach() for name, p in model.named_parameters()}
+                of_one = torch.func.grad(partial(_loss_of_one, model))
+                torch.func.vmap(of_one, in_dims=(None, 0))(weights, x)
+            _step(model, optimizer, x)
+        runs.append([p.detach().clone() for p in model.parameters()])
+        assert loop.budget_met and "fitted anew" in loop.ledger[0].reason
+        loop.detach()
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_batch_that_is_not_finite_leaves_the_others_and_the_norms() -> None:
+    """Claim: a forward on infinity before each step is left out of the moments, and no running statistic is NaN."""
+    model, batches = _net(), _batches(3)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
+    for x in batches:
+        model.eval()(x * float("inf"))
+        model.train()
+        _step(model, optimizer, x)
+    assert loop.budget_met and all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
+def test_weights_that_an_optimizer_keeps_another_version_of_are_not_fitted() -> None:
+    """Claim: Lookahead's slow weights would undo a fit, so a cut leaves both as they are."""
+    model, batches = _net(), _batches(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        optimizer.state[p]["slow"] = p.detach().clone()
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
+    for x in batches:
+        _step(model, optimizer, x)
+    assert "0 layers fitted anew" in loop.ledger[0].reason
+
+
+def test_without_a_forward_or_a_gradient_the_first_cut_waits() -> None:
+    """Claim: a layer that is frozen for the first steps is waited for, up to 5 % of the run."""
+    model, batches = _net(), _batches(30)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=1000, example=(batches[0],))
+    model[3].requires_grad_(False)
+    model[8].requires_grad_(False)
+    for step, x in enumerate(batches):
+        if step == 25:
+            model.requires_grad_(True)
+        assert (loop.widths == loop.dense_widths) == (step <= 25)
+        _step(model, optimizer, x)
+    assert "no gradient has been seen of" in loop.ledger[0].reason and loop.ledger[-1].step == 26
 
 
 def test_gradual_is_what_it_was() -> None:

@@ -9,29 +9,32 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from setpoint.distributed import local, rows
 from setpoint.groups.group import Group
 from setpoint.messages import counted, warn
 from setpoint.sensor.consumer import by_column, from_columns
 from setpoint.sensor.moments import Moment, Reader, find_readers
-from setpoint.sensor.reconstruction import regular
+from setpoint.sensor.reconstruction import RIDGE, regular
+
+_ROWS_PER_COLUMN = 16  # below which the ridge grows as the rows get fewer
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 
 
 def fit_map(
-    moment: Float64[Tensor, "columns columns"], stays: Bool[Tensor, " columns"]
+    moment: Float64[Tensor, "columns columns"], stays: Bool[Tensor, " columns"], ridge: float = RIDGE
 ) -> Float64[Tensor, "kept columns"]:
     """`R = (G_kk + r I)^-1 (G + r I)_k:`, with which `W' = R W` are the weights on the columns that stay.
 
-    They minimise `E|W'^T x_k - W^T x|^2 + r |W' - W|^2` with W' = 0 on the other columns, r = .01 of the mean of the
-    diagonal of G: where nothing goes, nothing changes. R does not depend on W: the refit of an average of models is the
-    average of their refits.
+    They minimise `E|W'^T x_k - W^T x|^2 + r |W' - W|^2` with W' = 0 on the other columns, r = `ridge` times the mean of
+    the diagonal of G: where nothing goes, nothing changes. R does not depend on W: the refit of an average of models is
+    the average of their refits.
     """
-    ridge = regular(moment)
+    regularised = regular(moment, ridge)
     kept = stays.nonzero().flatten()
-    return torch.cholesky_solve(ridge[kept], torch.linalg.cholesky(ridge[kept][:, kept]))
+    return torch.cholesky_solve(regularised[kept], torch.linalg.cholesky(regularised[kept][:, kept]))
 
 
 @torch.no_grad()
@@ -42,13 +45,15 @@ def refit(
     moments: Mapping[str, Moment],
     undo: Callable[..., Any] = lambda *call: None,
     *,
+    optimizers: Sequence[Optimizer] = (),
     thin: float = 0.02,
 ) -> tuple[str, ...]:
     """Fit all weights that lose inputs anew, of a model and of its copies; what goes becomes 0. Names of the layers.
 
     A bias is fitted with the weights, unless it is one of several; a weight that is also used otherwise, as a tied
     embedding is, stays as it is. The running statistics of a BatchNorm behind follow. `undo` is called with each way
-    back. Fewer rows than `thin` for each column are warned of.
+    back. Weights of which an optimizer keeps
+    others, as Lookahead does, stay as they are. Fewer rows than `thin` for each column are warned of.
     """
     fitted, few = list[str](), dict[str, tuple[float, str]]()
     model = models[0]
@@ -57,7 +62,10 @@ def refit(
     for reader in find_readers(model, [group for group in groups if not keep[group.name].all()]):
         layer: Any = model.get_submodule(reader.name)
         moment = moments.get(reader.name)
-        if moment is None or holders.count(id(layer.weight)) != len(reader.layers):
+        # Without rows all that it was given was NaN or infinite.
+        if moment is None or not moment.num_rows or holders.count(id(layer.weight)) != len(reader.layers):
+            continue
+        if any(_holds_weights(optimizer, layer.weight) for optimizer in optimizers):
             continue
         stays, rows = _stays(reader, keep), moment.num_rows
         widest = max(map(len, moment.blocks)) - 1
@@ -65,7 +73,9 @@ def refit(
             few[reader.name] = rows / widest, f"{reader.name} is given {rows:.0f} rows for {widest} inputs"
         ones = None if layer.bias is not None and len(reader.layers) == 1 else -1  # where the bias stays, without them
         parts = [(block[:ones, :ones].double(), own[:ones]) for block, own in _parts(reader, moment, stays)]
-        maps = [fit_map(part, torch.from_numpy(own).to(part.device)) for part, own in parts]
+        # Of few rows a fit with a small ridge learns the noise, and is worse than none.
+        ridge = RIDGE * max(1.0, _ROWS_PER_COLUMN * widest / rows)
+        maps = [fit_map(part, torch.from_numpy(own).to(part.device), ridge) for part, own in parts]
         for copy in models:
             _apply(_inside(copy, reader.name), reader, moment, stays, maps, undo)
         fitted += reader.layers
@@ -75,6 +85,12 @@ def refit(
             "may be far from the dense one: give more batches, or larger ones"
         )
     return tuple(fitted)
+
+
+def _holds_weights(optimizer: Optimizer, weight: Tensor) -> bool:
+    """Whether its state has a tensor near the weight, as Lookahead's slow weights, which would undo a fit."""
+    like = (s for s in optimizer.state.get(weight, {}).values() if isinstance(s, Tensor) and s.shape == weight.shape)
+    return any(bool((held - weight).norm() < 0.5 * weight.norm()) for held in like)
 
 
 def _inside(copy: nn.Module, name: str) -> nn.Module:

@@ -100,7 +100,7 @@ def _shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: Any, step
         counts = np.array([reading.skipped_steps, reading.num_steps, *seen], dtype=np.float64)
         own = losses.unshared(step)
         facts["units"] = [(*place, len(value)) for place, value in zip(places, values, strict=True)]
-        facts["step"] = (step, reading.step, reading.calibrated, len(own), sorted(reading.moments))
+        facts["step"] = (step, reading.step, reading.calibrated, len(own), sorted(reading.moments or ()))
     try:
         mean = ranks.mean(np.concatenate([own, counts, *values]))
     except RuntimeError as error:
@@ -115,7 +115,7 @@ def _shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: Any, step
     # A group counts as seen where every rank has seen it: one rank alone may have run its branch.
     seen_by_all = {name for name, share in zip(groups, seen_mean, strict=True) if share == 1.0}
     steps_seen = {name: steps if name in seen_by_all else 0 for name, steps in reading.steps_seen.items()}
-    moments = {
+    moments = reading.moments and {
         name: replace(moment, blocks=tuple(map(ranks.total, moment.blocks)))
         for name, moment in sorted(reading.moments.items())
     }

@@ -22,11 +22,12 @@ from setpoint.interrupts import uninterrupted
 from setpoint.ledger import Entry, Ledger
 from setpoint.loop.hooks import StepHooks
 from setpoint.loop.losses import Losses
-from setpoint.messages import counted, warn
+from setpoint.messages import counted, listed, warn
 from setpoint.sensor.reading import Reading, Sensor, sensed_every
 from setpoint.spending.metrics import LOG, log_decision, metrics
 from setpoint.spending.spending import Spending
 
+_FIRST_WAITS = 0.05  # share of the run
 _FRESH_STEPS = 50  # that are sensed before a last decision is made again
 
 
@@ -222,6 +223,7 @@ class Control:
             self.losses.complete(self.ledger)
             self.spending.read_meters(before)
             problem = _refusal(reading) or (self.spending.meter.waits if now.step < self.spending.planned_steps else "")
+            problem = problem or self._too_early(reading)
             if not problem:
                 observation, state, plan = self._plan(reading)
         if problem:
@@ -237,6 +239,18 @@ class Control:
             self.actuator.release()
         elif self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
             self.go_on()
+
+    def _too_early(self, reading: Reading) -> str:
+        """What a first cut waits for, up to 5 % of the run: what it has not seen by then, it would never see."""
+        schedule, planned_steps = self.controller.conduct.schedule, self.spending.planned_steps
+        latest = max(_FIRST_WAITS * planned_steps, next(iter(schedule.decisions(planned_steps)), 0) + 2)
+        if not schedule.first or self.spending.account.resizes or self.step >= latest:
+            return ""
+        if reading.moments is not None and not reading.moments:
+            return "no decision: no forward has been seen since the loop began"
+        if unseen := sorted(reading.unseen()):
+            return f"no decision: no gradient has been seen of {listed(unseen, 3)} yet"
+        return ""
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
         with self.host.together(f"the plan after step {self.step}") as facts:

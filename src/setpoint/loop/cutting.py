@@ -58,7 +58,8 @@ class Cutting(Actuator):
             self.coordinates(host, self.groups, plan, reading, rest=False),
             ExitStack() as undo,
         ):
-            fitted = refit((host.model, *host.copies), self.groups, plan.keep, reading.moments, undo.callback)
+            models, moments = (host.model, *host.copies), reading.moments or {}
+            fitted = refit(models, self.groups, plan.keep, moments, undo.callback, optimizers=host.optimizers)
             groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
             undo.pop_all()
         note = f"{counted(len(fitted), 'layer')} fitted anew" if reading.moments else ""

@@ -97,7 +97,8 @@ def compress(
        each group, where the budget can be used up so.
     3. *Refit.* Layer by layer, in the order of the forward, the weights W on the inputs that stay (k) become those that
        change the layer's outputs least, `(G_kk + r I)^-1 ((G + r I) W)_k`, G the second moment of what the layer is
-       given by then and r = .01 mean(diag G); a bias with them. Heads are refitted in the output projection. A weight
+       given by then and r = .01 mean(diag G), more where there
+       are fewer than 16 rows for each column; a bias with them. Heads are refitted in the output projection. A weight
        that is also used otherwise, as a tied embedding, stays as it is.
     4. *Renew.* Running statistics of BatchNorms become the means over the data, unless most are far from the data's:
        then they were constants in the training, and stay.

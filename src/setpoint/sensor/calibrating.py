@@ -75,7 +75,9 @@ class Calibrating(Sensor[Calibration]):
 
     def read(self, state: Calibration, groups: tuple[Group, ...], step: int) -> Reading:
         reading = self.inner.read(state.inner, groups, step)
-        found = {name: Moment(blocks, state.norms.get(name, "")) for name, blocks in (state.moments or {}).items()}
+        if state.moments is None:
+            return reading
+        found = {name: Moment(blocks, state.norms.get(name, "")) for name, blocks in state.moments.items()}
         if self.scores and found:
             scores = unit_scores(state.gathering.model, groups, state.gathering.readers, found)
             reading = replace(reading, saliency=_geometric_means(reading.saliency, scores), in_loss=False)

@@ -22,13 +22,13 @@ from setpoint.sensor.tap import parameter_named
 
 
 class Hook:
-    """Calls a function from a module's hook: on a copy of the module, after unpickling and in compiled code, none."""
+    """Calls a function from a module's hook; none on a copy of it, after unpickling, or while code is traced."""
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
         self._call = call
 
     def __call__(self, *args: Any) -> None:
-        if self._call is not None and not torch.compiler.is_dynamo_compiling():
+        if self._call is not None and not (torch.compiler.is_compiling() or torch._C._is_tracing()):
             self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

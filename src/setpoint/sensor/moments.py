@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
@@ -127,7 +129,7 @@ def moment_of(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_columns
 class Gathering:
     """Hooks that add up second moments of what readers are given, until `remove`; `taken` empties them.
 
-    Forwards without gradients are looked at only if `always`.
+    Forwards without gradients are looked at only if `always`; inputs that hold NaN or infinity are left out.
     """
 
     def __init__(self, model: nn.Module, readers: Sequence[Reader], num_forwards: int, *, always: bool = False) -> None:
@@ -162,23 +164,24 @@ class Gathering:
     def _look(self, reader: Reader, name: str, layer: Any, x: Any, output: Any) -> None:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.numel():
             return
+        # A user's export or per-sample gradients call the model with tensors that hold no values of their own.
+        if detect_fake_mode((x,)) is not None or is_functorch_wrapped_tensor(x):
+            return
         self._made[name] = weakref.ref(output)
         outputs, forwards = by_column(layer, layer.weight).shape[-1], math.inf if self._always else _FORWARDS
         count = reader.num_rows(output.numel() // outputs, outputs, self._num_forwards, forwards)
         rows = input_rows(layer, x, count, self._padding.real)
         parts = [moment_of(rows[:, block].flatten(1)) for block in reader.blocks]
+        parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in parts]
         known = self._sums.get(reader.name, parts)  # another optimizer's forward may lie between a reading and its cut
         new = known is parts or any(a.shape != b.shape for a, b in zip(known, parts, strict=True))
         self._sums[reader.name] = parts if new else [a + b for a, b in zip(known, parts, strict=True)]
 
     def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
-        """These sums with what was seen since the last time; what holds NaN or infinity is left out."""
+        """These sums with what was seen since the last time."""
         found = dict(sums)
         for name, new in self._sums.items():
-            parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in new]
-            if name in found:
-                parts = [a + b for a, b in zip(found[name], parts, strict=True)]
-            found[name] = tuple(parts)
+            found[name] = tuple(a + b for a, b in zip(found[name], new, strict=True)) if name in found else tuple(new)
         self.forget()
         return found
 

@@ -34,7 +34,8 @@ class Reading:
         slope: by group name, mean of the gate's gradient r over the steps, where the sensor reads it.
         norm: by group name, L2 norm of the unit's outgoing weights, where the sensor knows it.
         basis: by group name, the balanced coordinates of its units (`BalancedPairs`); the actuator turns to them first.
-        moments: second moments of what layers are given that read units, by layer; the actuator refits them with these.
+        moments: second moments of what layers are given that read units, by layer; None where none are
+            gathered. The actuator refits these layers with them.
         scores: where units are single weights, gives by tensor name the saliency of every element.
     """
 
@@ -49,7 +50,7 @@ class Reading:
     slope: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     norm: Mapping[str, Float64[np.ndarray, " _units"]] = field(default_factory=dict)
     basis: Mapping[str, Any] = field(default_factory=dict)
-    moments: Mapping[str, Any] = field(default_factory=dict)
+    moments: Mapping[str, Any] | None = None
     scores: Callable[[], Mapping[str, torch.Tensor]] = dict
 
     def finite(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from setpoint.groups.group import Group
 from setpoint.sensor.moments import Moment, Reader
 
-_RIDGE = 0.01  # added to the diagonal of a second moment, as a share of its mean
+RIDGE = 0.01  # added to the diagonal of a second moment, as a share of its mean
 _SCORED_AT_ONCE = 1024  # columns of one second moment; the units of a wider map are scored in blocks
 _PANEL = 64  # columns whose removal is put off, so that the large matrices change in few products
 _APART = 1e-12  # how much a unit is worth more, in shares of the output's energy, than the one that goes before it
@@ -62,10 +62,10 @@ def _norm_scale(norm: Any) -> Tensor | float:
     return scale
 
 
-def regular(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
+def regular(moment: Float[Tensor, "columns columns"], ridge: float = RIDGE) -> Float[Tensor, "columns columns"]:
     """A second moment with a ridge, `G + r mean(diag G) I`; of one that is zero, the identity."""
     mean = moment.diagonal().mean()
-    return moment + torch.eye(len(moment)).to(moment) * torch.where(mean > 0, _RIDGE * mean, 1.0)
+    return moment + torch.eye(len(moment)).to(moment) * torch.where(mean > 0, ridge * mean, 1.0)
 
 
 def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
