@@ -35,7 +35,7 @@ from setpoint.host.find import Steps, host_of
 from setpoint.host.host import Host
 from setpoint.interrupts import uninterrupted
 from setpoint.loop.calls import Record
-from setpoint.loop.candidates import Candidates, Inputs, restricted, unit_candidates
+from setpoint.loop.candidates import Candidates, Inputs, unit_candidates
 from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, RecordedMethod
@@ -393,8 +393,8 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     found = even.complete(found, host.model) if even else found
     if calibration and not host.compiled:
         widths, forward = widths_of(found.groups), defaultdict[str, float](float)
-        for product in restricted(traced, found.groups).contractions:
-            forward[product.module] += product.at(widths)
+        for product in traced.contractions:
+            forward[product.module] += product.at(widths_of(traced.groups))
         scores = spec.sensor is None and host.mesh is None
         sensor = Calibrating(sensor, calibration * inputs.passes, inputs.passes, widths, forward, scores=scores)
     conduct = spec.controller.conduct
@@ -438,8 +438,7 @@ def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Input
         # The second step shows whether training calls what the example does; the first is over where it was recorded.
         steps = max(2, min(round(first.warmup * spec.total_steps), -(-_CALIBRATION // samples)))
         first = replace(first, warmup=min(steps / spec.total_steps, 0.99 * first.settle))
-        usual: Any = controller.inner if isinstance(controller, EvenController) else controller
-        usual = replace(usual, schedule=first)
+        usual = PricedController(first, deadband=min(budget.deadband for budget in spec.budgets))
         controller = replace(controller, inner=usual) if isinstance(controller, EvenController) else usual
     schedule = controller.conduct.schedule
     calibration = schedule.decisions(spec.total_steps)[0] if schedule.first else 0

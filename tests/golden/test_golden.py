@@ -60,7 +60,7 @@ def test_the_runs_show_what_they_are_there_for() -> None:
     assert all(
         moved(name, "dropped") + moved(name, "num_dropped") >= 3 for name in RECORDED if not name.startswith("first")
     )
-    assert "fitted anew" in words("first_cut")
+    assert "refitted" in words("first_cut")
     assert moved("regrowth", "grown") >= 3 and RECORDED["regrowth"]["plan"]["probed_steps"] > 30
     assert words("gates").count("of gates below one half") >= 3
     assert moved("two_four", "num_grown") >= 3

@@ -61,7 +61,7 @@ def test_the_first_cut_is_the_masked_twin_fitted_by_the_same_moments(kind: str, 
         _step(twin, twins_optimizer, x)
         if gathering is None:  # without an example the first forward is over when the loop begins
             gathering = Gathering(twin, find_readers(twin, groups), 3)
-    assert loop.budget_met and len(loop.ledger) == 1 and "fitted anew" in loop.ledger[0].reason
+    assert loop.budget_met and len(loop.ledger) == 1 and "refitted" in loop.ledger[0].reason
     sums = gathering.taken({})
     gathering.remove()
     moments = {name: Moment(blocks, gathering.norms.get(name, "")) for name, blocks in sums.items()}
@@ -93,7 +93,7 @@ def test_what_goes_is_made_up_for() -> None:
 
 
 def test_norms_have_the_statistics_of_the_cut_model() -> None:
-    """Claim: behind a layer that was fitted anew, running statistics are those of the cut model on the batches seen."""
+    """Claim: behind a layer that was refitted, running statistics are those of the cut model on the batches seen."""
     model, batches = _net(), _batches(1, rows=200)
     for norm in (model[1], model[4]):
         norm.momentum = 1.0
@@ -282,7 +282,7 @@ def test_forwards_of_an_export_and_of_single_samples_do_not_count() -> None:
                 torch.func.vmap(of_one, in_dims=(None, 0))(weights, x)
             _step(model, optimizer, x)
         runs.append([p.detach().clone() for p in model.parameters()])
-        assert loop.budget_met and "fitted anew" in loop.ledger[0].reason
+        assert loop.budget_met and "refitted" in loop.ledger[0].reason
         loop.detach()
     assert all(map(torch.equal, *runs))
 
@@ -308,7 +308,7 @@ def test_weights_that_an_optimizer_keeps_another_version_of_are_not_fitted() -> 
     loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
     for x in batches:
         _step(model, optimizer, x)
-    assert "0 layers fitted anew" in loop.ledger[0].reason
+    assert "0 layers refitted" in loop.ledger[0].reason
 
 
 def test_without_a_forward_or_a_gradient_the_first_cut_waits() -> None:

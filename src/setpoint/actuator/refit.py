@@ -18,7 +18,7 @@ from setpoint.sensor.consumer import by_column, from_columns
 from setpoint.sensor.moments import Moment, Reader, find_readers
 from setpoint.sensor.reconstruction import RIDGE, regular
 
-_ROWS_PER_COLUMN = 16  # below which the ridge grows as the rows get fewer
+_ENOUGH_ROWS = 16  # for each column, below which the ridge grows
 
 Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 
@@ -48,7 +48,7 @@ def refit(
     optimizers: Sequence[Optimizer] = (),
     thin: float = 0.02,
 ) -> tuple[str, ...]:
-    """Fit all weights that lose inputs anew, of a model and of its copies; what goes becomes 0. Names of the layers.
+    """Refit all weights that lose inputs, of a model and of its copies; what goes becomes 0. Names of the layers.
 
     A bias is fitted with the weights, unless it is one of several; a weight that is also used otherwise, as a tied
     embedding is, stays as it is. The running statistics of a BatchNorm behind follow. `undo` is called with each way
@@ -74,7 +74,7 @@ def refit(
         ones = None if layer.bias is not None and len(reader.layers) == 1 else -1  # where the bias stays, without them
         parts = [(block[:ones, :ones].double(), own[:ones]) for block, own in _parts(reader, moment, stays)]
         # Of few rows a fit with a small ridge learns the noise, and is worse than none.
-        ridge = RIDGE * max(1.0, _ROWS_PER_COLUMN * widest / rows)
+        ridge = RIDGE * max(1.0, _ENOUGH_ROWS * widest / rows)
         maps = [fit_map(part, torch.from_numpy(own).to(part.device), ridge) for part, own in parts]
         for copy in models:
             _apply(_inside(copy, reader.name), reader, moment, stays, maps, undo)

@@ -1,4 +1,4 @@
-"""Calibrating: a sensor that gathers second moments besides, until the first cut."""
+"""Calibrating: a sensor that also gathers second moments, until the first cut."""
 
 from __future__ import annotations
 
@@ -52,9 +52,6 @@ class Calibrating(Sensor[Calibration]):
     ) -> None:
         self.inner, self.num_forwards, self.passes, self.traits = inner, num_forwards, passes, inner.traits
         self.widths, self.forward_flops, self.scores = widths, forward_flops, scores
-
-    def readable(self, groups: tuple[Group, ...], model: nn.Module) -> tuple[Group, ...]:
-        return self.inner.readable(groups, model)
 
     def init(self, groups: tuple[Group, ...], model: nn.Module) -> Calibration:
         gathering = Gathering(model, find_readers(model, groups), self.num_forwards)

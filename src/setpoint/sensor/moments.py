@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -139,43 +139,37 @@ class Gathering:
         self._made: dict[str, weakref.ref[Tensor]] = {}
         self._always, self._padding = always, Padding(model)
         self._handles: list[Any] = []
-        me = weakref.ref(self)  # a model must not keep alive what nobody reads any more
-
-        def look(reader: Reader, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            own = me()
-            if own is not None and (own._always or torch.is_grad_enabled()):
-                own._look(reader, name, layer, args[0] if args else next(iter(kwargs.values()), None), output)
-
-        def look_behind(name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
-            own = me()
-            if own is not None and args and args[0] is not None:
-                own.norms |= {layer: name for layer, output in own._made.items() if output() is args[0]}
-
         for reader in readers:
             for name in reader.layers:
-                hook = Hook(partial(look, reader, name))
+                hook = Hook(partial(_weak(self._look), reader, name))
                 self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                self._handles.append(module.register_forward_pre_hook(Hook(partial(look_behind, name))))
+                self._handles.append(module.register_forward_pre_hook(Hook(partial(_weak(self._look_behind), name))))
         weakref.finalize(self, _remove, [*self._handles, self._padding])
 
-    @torch.no_grad()
-    def _look(self, reader: Reader, name: str, layer: Any, x: Any, output: Any) -> None:
+    def _look(self, reader: Reader, name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.numel():
             return
         # A user's export or per-sample gradients call the model with tensors that hold no values of their own.
         if detect_fake_mode((x,)) is not None or is_functorch_wrapped_tensor(x):
             return
+        if not (self._always or torch.is_grad_enabled()):
+            return
         self._made[name] = weakref.ref(output)
         outputs, forwards = by_column(layer, layer.weight).shape[-1], math.inf if self._always else _FORWARDS
         count = reader.num_rows(output.numel() // outputs, outputs, self._num_forwards, forwards)
-        rows = input_rows(layer, x, count, self._padding.real)
+        rows = input_rows(layer, x, count, self._padding.real).detach()
         parts = [moment_of(rows[:, block].flatten(1)) for block in reader.blocks]
         parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in parts]
         known = self._sums.get(reader.name, parts)  # another optimizer's forward may lie between a reading and its cut
         new = known is parts or any(a.shape != b.shape for a, b in zip(known, parts, strict=True))
         self._sums[reader.name] = parts if new else [a + b for a, b in zip(known, parts, strict=True)]
+
+    def _look_behind(self, name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0] is not None:
+            self.norms |= {layer: name for layer, output in self._made.items() if output() is args[0]}
 
     def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
         """These sums with what was seen since the last time."""
@@ -190,6 +184,17 @@ class Gathering:
 
     def remove(self) -> None:
         _remove([*self._handles, self._padding])
+
+
+def _weak(method: Callable[..., None]) -> Callable[..., None]:
+    """The method as long as its object lives: a model must not keep alive what nobody reads any more."""
+    known = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (own := known()) is not None:
+            own(*args)
+
+    return call
 
 
 def _remove(handles: Sequence[Any]) -> None:
