@@ -72,6 +72,10 @@ class NotBegunError(LoopError, AttributeError):
     """A question about a loop that waits for the first optimizer step."""
 
 
+class RuntimeUnavailable(SetpointError, RuntimeError):
+    """A runtime whose package is missing, or that cannot run the model; the message says what to install or change."""
+
+
 class CheckpointError(SetpointError, ValueError):
     """A file that is damaged, not a Setpoint file, or made for another model."""
 

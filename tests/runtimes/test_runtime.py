@@ -1,0 +1,53 @@
+"""Runtimes: readings in turns, and what counts as a runtime."""
+
+from __future__ import annotations
+
+import time
+from itertools import cycle
+
+import pytest
+import torch
+from torch import nn
+
+from setpoint.errors import BudgetError
+from setpoint.runtimes import Called, Compiled, Eager, Runtime, as_runtime, named
+from setpoint.runtimes.runtime import in_turns, ratios, typical
+
+
+def test_readings_in_turns_cancel_a_machine_that_changes() -> None:
+    """Claim: where the machine is three times as slow in every second turn, the ratio of two models is still theirs."""
+    speed = cycle([1.0, 1.0, 3.0, 3.0])
+    dense, cut = in_turns([lambda: 0.02 * next(speed), lambda: 0.01 * next(speed)])
+    assert len(dense) == len(cut) >= 7
+    assert ratios(cut, dense) == pytest.approx([0.5] * len(cut))
+    assert typical(cut) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("runtime", [Eager(), Compiled()], ids=lambda each: each.name)
+def test_a_runtime_times_the_forward(runtime: Runtime) -> None:
+    """Claim: each call makes one forward in eval mode without autograd; its seconds are within those of the call."""
+    calls = []
+
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_compiling():
+                calls.append(torch.is_grad_enabled())
+            return x.sin()
+
+    forward = runtime.load(Net().eval(), (torch.zeros(4),))
+    forward()
+    before = time.perf_counter()
+    assert 0 < forward() <= time.perf_counter() - before
+    assert calls == ([False, False] if isinstance(runtime, Eager) else [])
+
+
+def test_what_counts_as_a_runtime() -> None:
+    """Claim: a name, a runtime and a function are runtimes; a class and anything else are refused by name."""
+    assert as_runtime("eager") == Eager() == named("eager")
+    assert as_runtime(Eager()) == Eager()
+    mine = as_runtime(lambda model, example: 0.25)
+    assert isinstance(mine, Called)
+    assert mine.load(nn.Identity(), (torch.zeros(1),))() == 0.25
+    for wrong, words in ((Eager, "is a class"), (8, "got 8"), ("onnxruntme", "unknown runtime")):
+        with pytest.raises(BudgetError, match=words):
+            as_runtime(wrong)
