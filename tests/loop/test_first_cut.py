@@ -132,6 +132,44 @@ def test_the_fit_of_an_average_is_the_average_of_the_fits() -> None:
         torch.testing.assert_close(p, (a + b) / 2)
 
 
+def test_an_average_in_eval_mode_has_the_statistics_of_the_cut_model() -> None:
+    """Claim: BatchNorm statistics of a copy follow the fit where those of the model do, in any mode of the copy."""
+    averages = []
+    for training in (True, False):
+        model, batches = _net(), _batches(3)
+        average = torch.optim.swa_utils.AveragedModel(model).train(training)
+        optimizer = _optimizer("sgd", model)
+        loop = setpoint.attach(model, optimizer, 0.4, total_steps=300, example=(batches[0],), copies=[average])
+        for x in batches:
+            _step(model, optimizer, x)
+        assert loop.budget_met
+        averages.append(average.state_dict())
+    for tensors in zip(*(average.values() for average in averages), strict=True):
+        torch.testing.assert_close(*tensors)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_fit_does_not_depend_on_the_unit_of_the_inputs(bias: bool, scale: float) -> None:
+    """Claim: inputs times c and their reader's weights divided by c give the same function after the fit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 9, generator=generator, dtype=torch.float64) + 1
+    keep, outputs = {"0": np.arange(9) % 3 > 0}, []
+    for c in (1.0, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 4, bias=bias)).double()
+        groups = setpoint.find_groups(model, (x,))
+        with torch.no_grad():
+            model[0].weight.copy_(c * torch.eye(9))
+            model[0].bias.zero_()
+            model[1].weight /= c
+        gathering = Gathering(model, find_readers(model, groups), 1)
+        model(x)
+        refit((model,), groups, keep, {name: Moment(blocks) for name, blocks in gathering.taken({}).items()})
+        outputs.append(model(x))
+    torch.testing.assert_close(*outputs)
+
+
 def test_micro_batches_count_together_and_forwards_without_gradients_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

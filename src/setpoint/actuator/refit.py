@@ -24,15 +24,18 @@ Keep = Mapping[str, Bool[np.ndarray, " _units"]]
 
 
 def fit_map(
-    moment: Float64[Tensor, "columns columns"], stays: Bool[Tensor, " columns"], ridge: float = RIDGE
+    moment: Float64[Tensor, "columns columns"],
+    stays: Bool[Tensor, " columns"],
+    ridge: float = RIDGE,
+    inputs: int | None = None,
 ) -> Float64[Tensor, "kept columns"]:
     """`R = (G_kk + r I)^-1 (G + r I)_k:`, with which `W' = R W` are the weights on the columns that stay.
 
     They minimise `E|W'^T x_k - W^T x|^2 + r |W' - W|^2` with W' = 0 on the other columns, r = `ridge` times the mean of
     the diagonal of G: where nothing goes, nothing changes. R does not depend on W: the refit of an average of models is
-    the average of their refits.
+    the average of their refits. The ridge is of the first `inputs` columns, not of a constant behind them.
     """
-    regularised = regular(moment, ridge)
+    regularised = regular(moment, ridge, inputs)
     kept = stays.nonzero().flatten()
     return torch.cholesky_solve(regularised[kept], torch.linalg.cholesky(regularised[kept][:, kept]))
 
@@ -72,12 +75,16 @@ def refit(
         if rows < thin * widest:
             few[reader.name] = rows / widest, f"{reader.name} is given {rows:.0f} rows for {widest} inputs"
         ones = None if layer.bias is not None and len(reader.layers) == 1 else -1  # where the bias stays, without them
-        parts = [(block[:ones, :ones].double(), own[:ones]) for block, own in _parts(reader, moment, stays)]
         # Of few rows a fit with a small ridge learns the noise, and is worse than none.
         ridge = RIDGE * max(1.0, _ENOUGH_ROWS * widest / rows)
-        maps = [fit_map(part, torch.from_numpy(own).to(part.device), ridge) for part, own in parts]
+        maps = [
+            fit_map(part[:ones, :ones].double(), torch.from_numpy(own[:ones]).to(part.device), ridge, len(part) - 1)
+            for part, own in _parts(reader, moment, stays)
+        ]
+        norm: Any = model.get_submodule(moment.norm) if moment.norm else None
+        follows = norm is not None and norm.training and norm.running_var is not None
         for copy in models:
-            _apply(_inside(copy, reader.name), reader, moment, stays, maps, undo)
+            _apply(_inside(copy, reader.name), reader, moment, stays, maps, undo, follows=follows)
         fitted += reader.layers
     if few:
         warn(
@@ -124,14 +131,14 @@ def _apply(
     stays: Bool[np.ndarray, " columns"],
     maps: Sequence[Tensor],
     undo: Callable[..., Any],
+    *,
+    follows: bool,
 ) -> None:
     layer: Any = model.get_submodule(reader.name)
     weight, bias = layer.weight, layer.bias if len(reader.layers) == 1 else None
     channels = by_column(layer, weight.detach())
     old = channels.flatten(0, 1).to(maps[0])
     new, shift, first = torch.zeros_like(old), old.new_zeros(old.shape[1]), 0
-    norm: Any = model.get_submodule(moment.norm) if moment.norm else None
-    follows = norm is not None and norm.training and norm.running_var is not None
     spread = [old.new_zeros(old.shape[1]) for _ in range(4)]  # mean and variance of the outputs, before and after
     for (part, own), through in zip(_parts(reader, moment, stays), maps, strict=True):
         columns = slice(first, first + len(part) - 1)
@@ -157,6 +164,7 @@ def _apply(
         held = local(bias)  # of a bias that is sharded over ranks, which a cut of the inputs leaves alone
         _write(held, held + shift[rows(bias)].to(held), undo)
     if follows:
+        norm: Any = model.get_submodule(moment.norm)
         before, var_before, after, var_after = (value.to(norm.running_var) for value in spread)
         _write(norm.running_mean, norm.running_mean + (after - before + shift.to(before)), undo)
         share = torch.where(var_before > 0, var_after / var_before, 1.0)

@@ -62,10 +62,17 @@ def _norm_scale(norm: Any) -> Tensor | float:
     return scale
 
 
-def regular(moment: Float[Tensor, "columns columns"], ridge: float = RIDGE) -> Float[Tensor, "columns columns"]:
-    """A second moment with a ridge, `G + r mean(diag G) I`; of one that is zero, the identity."""
-    mean = moment.diagonal().mean()
-    return moment + torch.eye(len(moment)).to(moment) * torch.where(mean > 0, ridge * mean, 1.0)
+def regular(
+    moment: Float[Tensor, "columns columns"], ridge: float = RIDGE, inputs: int | None = None
+) -> Float[Tensor, "columns columns"]:
+    """A second moment with a ridge, `G + r mean(diag G) I`, on the first `inputs` columns; of a zero, the identity.
+
+    A constant behind the inputs takes no part, so that a fit does not depend on the unit that these are measured in.
+    """
+    diagonal = moment.diagonal()[:inputs]
+    mean = diagonal.mean()
+    added = torch.where(mean > 0, ridge * mean, 1.0).expand(len(diagonal))
+    return moment + torch.diag(nn.functional.pad(added, (0, len(moment) - len(diagonal))))
 
 
 def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
