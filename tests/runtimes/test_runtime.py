@@ -23,6 +23,7 @@ def test_readings_in_turns_cancel_a_machine_that_changes() -> None:
     assert typical(cut) == pytest.approx(0.01)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, as inductor is imported
 @pytest.mark.parametrize("runtime", [Eager(), Compiled()], ids=lambda each: each.name)
 def test_a_runtime_times_the_forward(runtime: Runtime) -> None:
     """Claim: each call makes one forward in eval mode without autograd; its seconds are within those of the call."""

@@ -3,14 +3,27 @@
 Each of them is a small value: `OnnxRuntime(threads=1)`. A function `(model, example) -> seconds` is a runtime, too.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from setpoint.errors import BudgetError
 from setpoint.messages import did_you_mean
 from setpoint.runtimes.runtime import Called, Compiled, Eager, Forward, Runtime
 
-NAMES = {"eager": "Eager", "compiled": "Compiled"}
+if TYPE_CHECKING:
+    from setpoint.runtimes.onnx import OnnxRuntime
+
+NAMES = {"eager": "Eager", "compiled": "Compiled", "onnxruntime": "OnnxRuntime"}
 """The runtimes that a budget can name, such as "8 ms onnxruntime", and their classes."""
+
+_LEAVES = {"OnnxRuntime": "setpoint.runtimes.onnx"}
+"""Classes and functions that are imported when somebody asks for them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LEAVES:
+        return getattr(import_module(_LEAVES[name]), name)
+    raise AttributeError(f"module 'setpoint.runtimes' has no attribute {name!r}")
 
 
 def named(name: str) -> Runtime:
@@ -24,7 +37,7 @@ def named(name: str) -> Runtime:
     """
     if name not in NAMES:
         raise BudgetError(f"unknown runtime {name!r}: {did_you_mean(name, NAMES)}use one of {', '.join(NAMES)}")
-    made: Runtime = globals()[NAMES[name]]()
+    made: Runtime = (globals().get(NAMES[name]) or __getattr__(NAMES[name]))()
     return made
 
 
@@ -47,4 +60,4 @@ def as_runtime(value: Any) -> Runtime:
     )
 
 
-__all__ = ["NAMES", "Called", "Compiled", "Eager", "Forward", "Runtime", "as_runtime", "named"]
+__all__ = ["NAMES", "Called", "Compiled", "Eager", "Forward", "OnnxRuntime", "Runtime", "as_runtime", "named"]

@@ -100,6 +100,12 @@ def thread_seconds(run: Callable[[], Any]) -> float:
     return time.thread_time() - before
 
 
+def wall_seconds(run: Callable[[], Any]) -> float:
+    before = time.perf_counter()
+    run()
+    return time.perf_counter() - before
+
+
 def in_turns(forwards: Sequence[Forward]) -> list[list[float]]:
     """Seconds of each of several models, forward by forward in turns, so that all see the same machine.
 

@@ -1,0 +1,203 @@
+"""Files that runtimes read: a model is written to one, the file is opened, and one forward after the other is timed."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from setpoint.errors import ExampleError, ExportError, RuntimeUnavailable, SetpointError
+from setpoint.groups.example import Example, inputs_of, mapped, tensors_of, with_tensors, without_cache
+from setpoint.groups.untouched import preserved_rng_state
+from setpoint.runtimes.runtime import Forward, Runtime
+
+
+class ByTensor(nn.Module):
+    """A model on the CPU that takes the tensors of an example one by one, and gives a tuple of its output tensors.
+
+    Files hold no other inputs and outputs. What else is in the example stays as it is.
+
+    Raises:
+        ExampleError: the model does not run on the example.
+        ExportError: it returns no tensor.
+    """
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        super().__init__()
+        args, kwargs = inputs_of(without_cache(model, example))
+        self.model = model.cpu()
+        self.args, self.kwargs = mapped(lambda tensor: tensor.detach().cpu(), (args, kwargs))
+        self.eval()
+        with torch.no_grad(), preserved_rng_state(model):
+            try:
+                self.inputs = named_tensors(self.args, self.kwargs, model)
+                self.outputs = self(*self.inputs.values())
+            except Exception as error:  # anything may go wrong in a foreign forward
+                raise ExampleError(f"the model does not run on the example: {error}") from error
+        if not self.outputs:
+            raise ExportError(f"the forward of {type(model).__name__} returns no tensor: return the outputs")
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        own = {id(tensor): given for tensor, given in zip(self.inputs.values(), tensors, strict=True)}
+        args, kwargs = with_tensors((self.args, self.kwargs), own)
+        return tuple(tensors_of(self.model(*args, **kwargs)))
+
+
+def named_tensors(args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Each tensor of an example by its name in the forward, or by its number; one that is given twice once."""
+    names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments) if model is not None else []
+    names += [str(number) for number in range(len(names), len(args))]
+    named: dict[str, Tensor] = {}
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        tensors = list(tensors_of(value))
+        for number, tensor in enumerate(tensors):
+            if all(tensor is not other for other in named.values()):
+                named[name if len(tensors) == 1 else f"{name}_{number}"] = tensor
+    return named
+
+
+@dataclass(frozen=True)
+class Session:
+    """A file as a runtime has opened it.
+
+    Args:
+        shapes: of the inputs, by name; what is no number fits any size.
+        bind: makes a function that runs the file on these inputs, and returns its outputs.
+    """
+
+    shapes: Mapping[str, Sequence[Any]]
+    bind: Callable[[Mapping[str, Tensor]], Callable[[], Sequence[Any]]]
+
+
+@runtime_checkable
+class FileRuntime(Runtime, Protocol):
+    """A runtime that reads a model from a file, whose name ends with `suffix`; by `int8` the file holds integers."""
+
+    suffix: str
+
+    @property
+    def int8(self) -> bool: ...
+
+    def write(self, model: ByTensor, file: Path) -> None:
+        """Write a model to a file, with the shapes of its example; where it takes several, this is the main one."""
+
+    def open(self, file: Path) -> Session:
+        """Open a file that `write` has written."""
+
+    def clock(self, run: Callable[[], Any]) -> float:
+        """Seconds of a call: of this thread where all the work is done on it, else those of the wall clock."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that a runtime has opened for an example; a call makes one forward and returns its seconds."""
+
+    runtime: FileRuntime
+    run: Callable[[], Sequence[Any]]
+
+    def __call__(self) -> float:
+        return self.runtime.clock(self.run)
+
+    def outputs(self) -> list[Tensor]:
+        return [torch.as_tensor(output) for output in self.run()]
+
+
+def loaded(runtime: FileRuntime, model: nn.Module, example: Example) -> Forward:
+    """The forward of a model in a runtime, by a file that is gone afterwards."""
+    by_tensor = ByTensor(model, example)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"model{runtime.suffix}"
+        written(runtime.write, by_tensor, file, runtime.name)
+        return opened(runtime, file, by_tensor.inputs)
+
+
+def written(write: Callable[[ByTensor, Path], None], model: ByTensor, file: Path, to: str) -> None:
+    """Write a model to a file, without a word of the exporter."""
+    try:
+        # Under autocast the file would hold the casts of training: a runtime has a precision of its own.
+        with preserved_rng_state(model), silent(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            write(model, file)
+    except SetpointError:
+        raise
+    except Exception as error:  # exporters raise anything
+        raise ExportError(
+            f"{type(model.model).__name__} cannot be exported to {to}: {_first_line(error)}; "
+            "change what the message names, or choose another runtime"
+        ) from error
+
+
+def opened(runtime: FileRuntime, file: Path, inputs: Mapping[str, Tensor]) -> Opened:
+    """Open a file for these inputs; it has run once."""
+    try:
+        with silent():
+            session = runtime.open(file)
+        run = session.bind(_fitting(inputs, session.shapes, file.name))
+        run()
+    except SetpointError:
+        raise
+    except Exception as error:  # runtimes raise anything
+        raise RuntimeUnavailable(
+            f"{runtime.name} cannot run {file.name}: {_first_line(error)}; "
+            "replace the operation that the message names, or choose another runtime"
+        ) from error
+    return Opened(runtime, run)
+
+
+def _fitting(inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[Any]], file: str) -> dict[str, Tensor]:
+    """The inputs by the names that the file has for them: by name where it knows the names, else in order."""
+    if not shapes.keys() <= inputs.keys():
+        if len(shapes) != len(inputs):
+            raise ExampleError(
+                f"{file} takes {len(shapes)} inputs ({', '.join(shapes)}), but the example has {len(inputs)}: "
+                "give an example as the model was exported with"
+            )
+        inputs = dict(zip(shapes, inputs.values(), strict=True))
+    for name, shape in shapes.items():
+        given = list(inputs[name].shape)
+        fits = len(given) == len(shape) and all(
+            size == want for size, want in zip(given, shape, strict=True) if isinstance(want, int)
+        )
+        if not fits:
+            raise ExampleError(
+                f"{file} takes {name} of shape {list(shape)}, but the example has {given}: "
+                "give an example of that shape, or export the model again with this one"
+            )
+    return {name: inputs[name].contiguous() for name in shapes}
+
+
+@contextmanager
+def needs(runtime: str, packages: str) -> Iterator[None]:
+    """Inside, optional packages are imported; one that is missing is named together with its `pip install`."""
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or str(error)
+        raise RuntimeUnavailable(
+            f"{runtime} needs {missing}, which cannot be imported: pip install {packages}"
+        ) from error
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside, exporters print, log and warn of nothing."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
