@@ -84,6 +84,16 @@ def test_losses_add_up_over_many_removals(num_units: int, each: int) -> None:
             assert lost / one.energy == pytest.approx(_error_without(gone, x, weight), rel=1e-6)
 
 
+def test_scores_need_no_more_than_the_precision_of_moments() -> None:
+    """Claim: units of float32 moments, made in strips, go in the order of float64 ones."""
+    x, weight = _mixed(2000, 300), _mixed(300, 8)
+    moments = [moment_of(rows)[:-1, :-1] for rows in (x, x.float())]
+    torch.testing.assert_close(moments[0], x.mT @ x)
+    exact, found = (energy_shares([(moment, weight, 300)]) for moment in moments)
+    np.testing.assert_array_equal(exact.argsort(), found.argsort())
+    np.testing.assert_allclose(exact, found, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "layer",
     [

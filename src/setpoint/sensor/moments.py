@@ -21,6 +21,7 @@ from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
 
 _AT_ONCE = 2048  # columns of one block of a moment: 16 MiB
+_STRIP = 256  # columns of a moment that are made at once
 _FORWARDS = 3  # of a layer, the most that a look at what it is given takes, in FLOPs: what a step takes of it
 _ROWS_PER_COLUMN, _FEWEST_ROWS = 4, 4096  # of which a moment is made: the more of both
 
@@ -107,13 +108,13 @@ class Moment:
         """The part on some columns."""
         if len(self.blocks) == 1:
             index = torch.from_numpy(columns).to(self.blocks[0].device)
-            return self.blocks[0][index][:, index].double()
-        found = self.blocks[0].new_zeros(len(columns), len(columns), dtype=torch.float64)
+            return self.blocks[0][index][:, index]
+        found = self.blocks[0].new_zeros(len(columns), len(columns))
         start = 0
         for block in self.blocks:
             inside = np.flatnonzero((columns >= start) & (columns < start + len(block) - 1))
             index, at = torch.from_numpy(columns[inside] - start), torch.from_numpy(inside)
-            found[at[:, None], at] = block[index][:, index].double()
+            found[at[:, None], at] = block[index][:, index]
             start += len(block) - 1
         return found
 
@@ -122,8 +123,14 @@ def moment_of(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_columns
     """Sum over rows of `x x^T`, each row with a 1 at its end."""
     flat = rows.to(torch.promote_types(rows.dtype, torch.float32))
     flat = torch.cat([flat, flat.new_ones(len(flat), 1)], 1)
+    size = flat.shape[1]
+    found = flat.new_empty(size, size)
     with torch.autocast(flat.device.type, enabled=False):  # rounded to bfloat16, a moment has negative eigenvalues
-        return flat.mT @ flat
+        for start in range(0, size, _STRIP):  # of one half: the other one is the same
+            strip = slice(start, start + _STRIP)
+            products = flat[:, strip].mT @ flat[:, start:]
+            found[start:, strip], found[strip, start:] = products.mT, products
+    return found
 
 
 class Gathering:

@@ -48,7 +48,8 @@ def unit_scores(
             scale = _norm_scale(model.get_submodule(moment.norm) if moment.norm else None)
             of_units = moment.of_columns(consumer.columns)
             maps.setdefault(consumer.group, []).append((of_units, consumer.weight(model) * scale, consumer.num_units))
-    found = {name: energy_shares(of_group) for name, of_group in maps.items()}
+    with torch.autocast("cpu", enabled=False):  # an inverse in bfloat16 is none
+        found = {name: energy_shares(of_group) for name, of_group in maps.items()}
     # What the data does not come to is not known to be worthless: it stays.
     return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
 
@@ -69,10 +70,11 @@ def regular(
 
     A constant behind the inputs takes no part, so that a fit does not depend on the unit that these are measured in.
     """
-    diagonal = moment.diagonal()[:inputs]
+    found = moment.clone()
+    diagonal = found.diagonal()[:inputs]
     mean = diagonal.mean()
-    added = torch.where(mean > 0, ridge * mean, 1.0).expand(len(diagonal))
-    return moment + torch.diag(nn.functional.pad(added, (0, len(moment) - len(diagonal))))
+    diagonal += torch.where(mean > 0, ridge * mean, 1.0)
+    return found
 
 
 def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
@@ -83,28 +85,30 @@ def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
 
     Of two units that give the same, the first is free, and the second is then worth both:
 
-    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]).double()
     >>> energy_shares([(x @ x.mT, torch.ones(3, 1), 3)]).round(2)
     array([0.2, 0. , 0.8])
     """
     num_units = maps[0][2]
     by_map = [_blocks(one) for one in maps]
     # Of a map in blocks, the energy is that of all of them: shares of blocks must be comparable.
-    energies = [sum(part.energy for _, part in blocks) for blocks in by_map for _ in blocks]
-    parts = [part for blocks in by_map for part in blocks]
-    saliency, last = np.full(num_units, np.nan), 0.0
+    energies = [sum(part.energy for _, part in blocks) for blocks in by_map]
+    parts = [(row, units, part) for row, blocks in enumerate(by_map) for units, part in blocks]
+    saliency, last, shares = np.full(num_units, np.nan), 0.0, np.zeros((len(maps), num_units))
     if not np.isfinite(energies).all():
         return saliency
+    changed = parts
     for number in range(num_units):
-        losses = np.zeros(num_units)
-        for (units, one), energy in zip(parts, energies, strict=True):
-            losses[units] += one.losses / energy if energy > 0 else np.where(np.isinf(one.losses), np.inf, 0.0)
+        for row, units, part in changed:
+            energy, losses = energies[row], part.losses
+            shares[row, units] = losses / energy if energy > 0 else np.where(np.isinf(losses), np.inf, 0.0)
+        losses = shares.sum(0)
         unit = int(losses.argmin())
         last = max(float(losses[unit]), last + _APART * (number > 0))
         saliency[unit] = last
-        for units, one in parts:
-            if units.start <= unit < units.stop:
-                one.remove(unit - units.start)
+        changed = [(row, units, part) for row, units, part in parts if units.start <= unit < units.stop]
+        for _, units, part in changed:
+            part.remove(unit - units.start)
     return saliency
 
 
@@ -125,9 +129,9 @@ class Elimination:
     """
 
     def __init__(
-        self, moment: Float64[Tensor, "columns columns"], weight: Float64[Tensor, "columns outputs"], num_columns: int
+        self, moment: Float[Tensor, "columns columns"], weight: Float[Tensor, "columns outputs"], num_columns: int
     ) -> None:
-        self._m = num_columns
+        self._m, self._one = num_columns, np.eye(num_columns)
         self._units = np.arange(len(moment) // num_columns)  # that the matrices still hold
         products = weight @ weight.mT
         self.energy = float((moment * products).sum())
@@ -135,14 +139,14 @@ class Elimination:
         if math.isfinite(self.energy):
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular(moment)))
             # NumPy from here on: many small steps, for which a call of it takes a fraction of the time.
-            self._hold(inverse.cpu().numpy(), products.cpu().numpy())
+            self._hold(inverse.numpy(), products.numpy())
 
     def _hold(self, inverse: np.ndarray, products: np.ndarray) -> None:
         """Begin anew with P and M, nothing put off."""
         self._inverse, self._products = inverse, products
         self._own = [self._diagonal(matrix) for matrix in (inverse, products)]
         self._left = np.ones(len(self._units), dtype=bool)
-        self._panel = [np.zeros((len(inverse), max(_PANEL, self._m))) for _ in range(3)]
+        self._panel = np.zeros((3, max(_PANEL, self._m), len(inverse)), dtype=inverse.dtype)
         self._used = 0
         self._rate()
 
@@ -151,44 +155,54 @@ class Elimination:
         slot, m = int(np.searchsorted(self._units, unit)), self._m
         own, new = slice(slot * m, (slot + 1) * m), slice(self._used, self._used + m)
         # The matrices are as they were when the panel was begun; what was removed since is in the panel:
-        # P - gains columns^T and M - gains changes^T - changes gains^T.
-        gains, columns, changes = (panel[:, : self._used] for panel in self._panel)
-        column = self._inverse[:, own] - gains @ columns[own].T
-        products = self._products[:, own] - gains @ changes[own].T - changes @ gains[own].T
-        gain = np.linalg.solve(column[own].T, column.T).T
-        change = products - 0.5 * gain @ products[own]
-        for kept, values in zip(self._panel, (gain, column, change), strict=True):
-            kept[:, new] = values
+        # P - columns^T gains and M - changes^T gains - gains^T changes.
+        gains, columns, changes = self._panel[:, : self._used]
+        column = self._inverse[own] - columns[:, own].T @ gains
+        products = self._products[own] - changes[:, own].T @ gains - gains[:, own].T @ changes
+        gain = column / column[:, own] if m == 1 else np.linalg.solve(column[:, own], column)
+        change = products - 0.5 * products[:, own] @ gain
+        self._panel[:, new] = gain, column, change
         self._used += m
-        own_gain, own_column, own_change = (values.reshape(-1, m, m) for values in (gain, column, change))
-        self._own[0] -= own_gain @ own_column.swapaxes(1, 2)
-        self._own[1] -= own_gain @ own_change.swapaxes(1, 2) + own_change @ own_gain.swapaxes(1, 2)
-        self._own[0][slot] = np.eye(m)  # what is left there is rounding, and may be singular
-        self.losses[unit], self._left[slot] = np.inf, False
-        if self._used + m > self._panel[0].shape[1] and self._left.any():
+        both = _by_unit(gain, change)
+        self._own[0] -= _by_unit(gain, column)
+        self._own[1] -= both + both.swapaxes(1, 2)
+        self._own[0][slot] = self._one  # what is left there is rounding, and may be singular
+        self._left[slot] = False
+        self._rate()
+        if self._used + m > self._panel.shape[1] and self._left.any():
             self._catch_up()
-        else:
-            self._rate()
 
     def _rate(self) -> None:
         inverse, products = self._own
         each = products / inverse if self._m == 1 else np.linalg.solve(inverse, products)
-        rated = np.maximum(np.trace(each, axis1=1, axis2=2), 0.0)
-        self.losses[self._units[self._left]] = rated[self._left]
+        rated = np.maximum(np.einsum("uaa->u", each), 0.0)
+        self.losses[self._units] = np.where(self._left, rated, np.inf)
 
     def _catch_up(self) -> None:
         """Make up for what was put off, and leave out what is gone."""
-        gains, columns, changes = (panel[:, : self._used] for panel in self._panel)
-        kept = np.flatnonzero(np.repeat(self._left, self._m))
-        both = gains[kept] @ changes[kept].T
-        inverse = self._inverse[np.ix_(kept, kept)] - gains[kept] @ columns[kept].T
-        products = self._products[np.ix_(kept, kept)] - both - both.T
+        kept = torch.from_numpy(np.flatnonzero(np.repeat(self._left, self._m)))
+        gains, columns, changes = torch.from_numpy(self._panel[:, : self._used]).index_select(2, kept)
+        inverse, products = (
+            torch.from_numpy(matrix).index_select(0, kept).index_select(1, kept)
+            for matrix in (self._inverse, self._products)
+        )
+        inverse.addmm_(columns.mT, gains, alpha=-1)
+        products.addmm_(torch.cat([gains, changes]).mT, torch.cat([changes, gains]), alpha=-1)
         self._units = self._units[self._left]
-        self._hold(inverse, products)
+        self._hold(inverse.numpy(), products.numpy())
 
-    def _diagonal(self, matrix: np.ndarray) -> Float64[np.ndarray, "units m m"]:
+    def _diagonal(self, matrix: np.ndarray) -> Float[np.ndarray, "units m m"]:
         num, m = len(matrix) // self._m, self._m
         return matrix.reshape(num, m, num, m)[np.arange(num), :, np.arange(num)].copy()
+
+
+def _by_unit(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "units m m"]:
+    """`A^T B` of the columns A and B that each unit owns in two matrices of m rows."""
+    m = len(first)
+    first, second = (values.reshape(m, -1, m).swapaxes(0, 1) for values in (first, second))
+    # With one column each, a matrix product for each unit would take several times as long.
+    found: np.ndarray = first * second if m == 1 else first.swapaxes(1, 2) @ second
+    return found
 
 
 def _blocks(one: Map) -> list[tuple[slice, Elimination]]:
@@ -200,6 +214,6 @@ def _blocks(one: Map) -> list[tuple[slice, Elimination]]:
     found = []
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         own = slice(start * m, stop * m)
-        moment = whole[own, own].double()
+        moment = whole[own, own].cpu()
         found.append((slice(start, stop), Elimination(moment, weight[own].to(moment), m)))
     return found
