@@ -22,13 +22,13 @@ from setpoint.controller.even import EvenController
 from setpoint.controller.guarded import Guarded
 from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller
-from setpoint.controller.priced import PricedController
+from setpoint.controller.priced import Gains, PricedController
 from setpoint.controller.schedule import Schedule
 from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
-from setpoint.groups.group import Group, check_blocks, widths_of
+from setpoint.groups.group import Group, check_blocks, on_grid, widths_of
 from setpoint.groups.trace import Trace, trace_step
 from setpoint.groups.untouched import one_at_a_time, preserved_rng_state
 from setpoint.host.find import Steps, host_of
@@ -40,7 +40,7 @@ from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, RecordedMethod
 from setpoint.loop.loop import Loop
-from setpoint.messages import a_type, plain_number, progress
+from setpoint.messages import a_type, counts, plain_number, progress
 from setpoint.sensor.calibrating import Calibrating
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
@@ -76,6 +76,7 @@ def attach(
     verify: bool = True,
     resume: bool = False,
     even: bool = False,
+    grid: int | None = None,
     method: str = "forward",
 ) -> Loop:
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
@@ -102,6 +103,8 @@ def attach(
         resume: let the states of model and optimizer, as any framework saves them, carry sizes and the loop's state,
             and go on from such states if they have been loaded, or are loaded before the first step.
         even: keep all layers of a kind at one width, and write it into a transformers model's config.
+        grid: widths of channels and neurons keep to multiples of this number, where there are two or more; by default
+            what is fast on the model's device, or in the runtime of a budget.
         method: name of the model's method that training calls, where it is not the forward; `example` is its inputs.
 
     Raises:
@@ -124,7 +127,7 @@ def attach(
     # Everything that can be refused without a look inside the model is refused here, before a hook is set.
     flags = {"allow_lossy": allow_lossy, "verify": verify, "resume": resume}
     with uninterrupted():
-        spec = _run_spec(host, budget, total_steps, controller, sensor, actuator, groups, even, method, **flags)
+        spec = _run_spec(host, budget, total_steps, controller, sensor, actuator, groups, even, grid, method, **flags)
     if example is not None:
         check_example(example)
         if PENDING in host.model.__dict__:  # a state without sizes was loaded, and the example tells them
@@ -169,6 +172,7 @@ class RunSpec:
     masking: Masking | None  # None where whole units are cut
     regrowing: Regrowing | None  # how units rest that may come back; None for the usual way
     groups: tuple[Group, ...] | None  # that may be pruned; None for all
+    grid: int | None  # what widths are multiples of; None for the usual blocks
     method: str
     by_default: bool  # whether the controller is the usual one
     allow_lossy: bool
@@ -185,6 +189,7 @@ def _run_spec(
     actuator: Masking | Regrowing | None,
     groups: Sequence[Group] | None,
     even: bool,
+    grid: int | None,
     method: str,
     **flags: bool,
 ) -> RunSpec:
@@ -193,6 +198,8 @@ def _run_spec(
     for name, flag in {"even": even, **flags}.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is True or False, got {flag!r}")
+    if grid is not None:
+        (grid,) = counts(grid=grid)
     steps = plain_number(total_steps)
     if type(steps) is not int or steps < 1:
         raise ValueError(
@@ -241,7 +248,7 @@ def _run_spec(
         )
     chosen = _as_groups(groups)
     return RunSpec(
-        goal, budgets, bill, steps, controller, sensor, masking, regrowing, chosen, method, by_default, **flags
+        goal, budgets, bill, steps, controller, sensor, masking, regrowing, chosen, grid, method, by_default, **flags
     )
 
 
@@ -391,6 +398,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         host, traced, inputs.example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify
     )
     found = even.complete(found, host.model) if even else found
+    found = replace(found, groups=on_grid(found.groups, spec.grid)) if spec.grid else found
     if calibration and not host.compiled:
         widths, forward = widths_of(found.groups), defaultdict[str, float](float)
         for product in traced.contractions:
@@ -409,7 +417,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
 
         costing = cost_out(host, inputs.example, traced, found.groups, goals, inputs.passes)
         meter, costs, passes = costing.meter, {**found.costs, **costing.costs}, found.passes + costing.passes
-        found = replace(found, costs=costs, sources=costing.sources, passes=passes)
+        found = replace(found, costs=costs, groups=costing.groups, sources=costing.sources, passes=passes)
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
@@ -431,14 +439,15 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
 def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Inputs) -> tuple[RunSpec, int]:
     """The run with a controller that begins with the cut, where it is the usual one, and the steps of calibration."""
     controller, resources = spec.controller, {budget.resource for budget in spec.budgets}
-    counted = spec.goal is None and not resources & set(METERED) and all(group.kind == "unit" for group in groups)
-    if spec.by_default and counted and not (spec.regrowing or spec.masking):
+    known = spec.goal is None and resources <= {"flops", "params", "inference"}
+    if spec.by_default and known and not spec.regrowing and all(group.kind == "unit" for group in groups):
         samples = num_samples(inputs.example) * inputs.passes * host.ranks.count
-        first = Schedule.at_once()
+        clock = "inference" in resources
+        first, gains = (Schedule.measured(), Gains(0.0, 1.0)) if clock else (Schedule.at_once(), Gains())
         # The second step shows whether training calls what the example does; the first is over where it was recorded.
         steps = max(2, min(round(first.warmup * spec.total_steps), -(-_CALIBRATION // samples)))
         first = replace(first, warmup=min(steps / spec.total_steps, 0.99 * first.settle))
-        usual = PricedController(first, deadband=min(budget.deadband for budget in spec.budgets))
+        usual = PricedController(first, gains, deadband=min(budget.deadband for budget in spec.budgets))
         controller = replace(controller, inner=usual) if isinstance(controller, EvenController) else usual
     schedule = controller.conduct.schedule
     calibration = schedule.decisions(spec.total_steps)[0] if schedule.first else 0

@@ -16,7 +16,7 @@ from setpoint.cost.cost import Cost, ProductCost, Term, flops_cost
 from setpoint.groups.group import Size
 from setpoint.groups.trace import trace
 from setpoint.resources import costing
-from setpoint.resources.costing import combined, fit_seconds
+from setpoint.resources.fit import combined, fit_seconds
 from setpoint.resources.replica import replica
 
 A, B = Size(0, (("a", 1),)), Size(0, (("b", 1),))
@@ -30,7 +30,7 @@ POSITIVE = st.floats(0.01, 10.0)
 def test_the_fit_finds_its_coefficients(constant: float, per_flop: float, per_byte: float) -> None:
     """Steps made by three coefficients of very different sizes are foretold at other widths."""
     true = combined("latency", ((1e-9 * per_flop, FLOPS), (1e-10 * per_byte, BYTES)), 1e-4 * constant)
-    fit = fit_seconds("latency", FLOPS, BYTES, [(widths, true.total(widths)) for widths in VECTORS])
+    fit = fit_seconds("latency", (FLOPS, BYTES), [(widths, true.total(widths)) for widths in VECTORS])
     assert isinstance(fit, Cost) and fit.resource == "latency"
     for widths in ({"a": 55, "b": 9}, {"a": 3, "b": 77}):
         assert fit.total(widths) == pytest.approx(true.total(widths), rel=1e-6)
@@ -41,7 +41,7 @@ def test_the_fit_finds_its_coefficients(constant: float, per_flop: float, per_by
 @given(st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=5))
 def test_no_coefficient_is_negative(seconds: list[float]) -> None:
     """Whatever a busy clock says, fewer units never cost more, and the cost is above zero."""
-    fit = fit_seconds("latency", FLOPS, BYTES, list(zip(VECTORS, seconds, strict=False)))
+    fit = fit_seconds("latency", (FLOPS, BYTES), list(zip(VECTORS, seconds, strict=False)))
     assert all(term.coefficient >= 0 for term in fit.terms) and fit.total(VECTORS[0]) > 0
 
 

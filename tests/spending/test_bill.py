@@ -213,8 +213,6 @@ def test_a_state_of_another_bill_is_refused() -> None:
     ("budget", "words"),
     [
         ({"flops": "25%", "flops/run": "1 kflops"}, "pays for no run: attaching spent .*, so ask for"),
-        # Refused before any pass is timed.
-        ({"flops": "25%", "inference": "1%", "flops/run": "100%"}, "a bill cannot be kept beside"),
         ({"flops": "25%", "flops/run": "300%"}, "more than the dense run costs.*or 100% and 3 times the total_steps"),
         ({"flops": "25%", "latency/run": "10 s"}, "beside budgets per step a budget per run is one of 'flops'"),
         ({"flops": "25%", "flops/epoch": "100%"}, "write the resource alone, or flops/run"),

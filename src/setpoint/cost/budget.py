@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -28,10 +28,14 @@ def check_resource(name: object) -> None:
         )
 
 
-def _check_means(resource: str, watts: float | None, example: Any) -> None:
+def _check_means(resource: str, watts: float | None, example: Any, runtime: Any = None) -> None:
     if watts is not None and not (_is_finite(watts) and watts > 0):
         raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
-    for name, value, used_by in (("watts", watts, "energy"), ("example", example, "inference")):
+    for name, value, used_by in (
+        ("watts", watts, "energy"),
+        ("example", example, "inference"),
+        ("runtime", runtime, "inference"),
+    ):
         if value is not None and resource != used_by:
             raise BudgetError(f"{name} is for a budget or a price of {used_by!r}, got one of {resource!r}")
 
@@ -52,8 +56,9 @@ class Budget:
     Args:
         resource: "flops" (of one optimizer step, forward and backward, at the example's batch
             shape), "params" (number of parameters), "memory" (peak bytes of a training step), "latency"
-            (seconds per optimizer step on this device), "inference" (seconds of one forward pass in eval mode, without
-            autograd, on this device) or "energy" (joules per optimizer step).
+            (seconds per optimizer step on this device), "inference" (seconds of one forward in a runtime, by default
+            in PyTorch without autograd, operation by operation, which nobody serves) or "energy" (joules per optimizer
+            step).
         limit: the value not to exceed; a fraction of the dense cost when `relative`.
         per: "step" (the finished model's cost per optimizer step), or "run": what the whole run spends, overhead
             included, for "flops", "latency" (seconds from attach to the last step) and "energy".
@@ -61,7 +66,9 @@ class Budget:
         deadband: relative error below which the controller rests.
         watts: power that a training step draws, for a budget of "energy" where no meter reads it.
         example: inputs of the timed inference, at its batch size, for a budget of "inference"; by default the
-            example that `attach` is given.
+            example that `attach` is given, and of that one sample where a runtime is named.
+        runtime: where "inference" is timed: one of `setpoint.runtimes`, its name, or a function
+            `(model, example) -> seconds`.
 
     Raises:
         BudgetError: for a limit that is not a positive finite number, a fraction over 1, an unknown resource, or
@@ -78,8 +85,13 @@ class Budget:
     deadband: float = 0.01
     watts: float | None = field(default=None, repr=False)
     example: Any = field(default=None, repr=False, compare=False)
+    runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.runtime is not None:
+            from setpoint.runtimes import as_runtime
+
+            object.__setattr__(self, "runtime", as_runtime(self.runtime))
         plain_fields(self)
         check_resource(self.resource)
         if self.per not in ("step", "run"):
@@ -95,7 +107,7 @@ class Budget:
             )
         if not _is_finite(self.deadband) or not 0 <= self.deadband < 1:
             raise BudgetError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
-        _check_means(self.resource, self.watts, self.example)
+        _check_means(self.resource, self.watts, self.example, self.runtime)
 
     @classmethod
     def fraction(
@@ -107,9 +119,10 @@ class Budget:
         deadband: float = 0.01,
         watts: float | None = None,
         example: Any = None,
+        runtime: Any = None,
     ) -> Budget:
         """A fraction of what the dense model spends."""
-        return cls(of, fraction, per, True, deadband, watts, example)
+        return cls(of, fraction, per, True, deadband, watts, example, runtime)
 
     @classmethod
     def total(
@@ -121,13 +134,19 @@ class Budget:
         deadband: float = 0.01,
         watts: float | None = None,
         example: Any = None,
+        runtime: Any = None,
     ) -> Budget:
         """An absolute limit in the resource's own unit: FLOPs, parameters, bytes, seconds, joules.
 
         >>> Budget.total(0.010, of="latency")  # 10 milliseconds per step
         Budget(resource='latency', limit=0.01, per='step', relative=False, deadband=0.01)
         """
-        return cls(of, limit, per, False, deadband, watts, example)
+        return cls(of, limit, per, False, deadband, watts, example, runtime)
+
+    @property
+    def named(self) -> str:
+        """As a user writes what it is of: the resource, or the runtime."""
+        return self.resource if self.runtime is None else str(self.runtime.name)
 
     def absolute(self, dense: float) -> float:
         """The limit in the resource's own unit, given the dense cost."""
@@ -290,8 +309,9 @@ def parse_budget(budget: Any, resources: Sequence[str] = RESOURCES) -> Any:
 
     A number, or a number or a percentage alone in a text, is a fraction of the dense model's FLOPs per optimizer step.
     Other texts have an amount and a resource, `"8 ms latency"`, `"40% of flops per run"`, or an amount whose unit says
-    the resource, `"3 GFLOPs"`. A mapping has an amount by resource, with "flops/run" or "flops per run" for the bill of
-    the whole run. Up to 1, FLOPs and parameters are fractions.
+    the resource, `"3 GFLOPs"`. A runtime stands for the seconds of a forward there, `"8 ms onnxruntime"`. A mapping
+    has an amount by resource, with "flops/run" or "flops per run" for the bill of the whole run. Up to 1, FLOPs and
+    parameters are fractions.
 
     >>> parse_budget(0.5)
     Budget(resource='flops', limit=0.5, per='step', relative=True, deadband=0.01)
@@ -299,6 +319,9 @@ def parse_budget(budget: Any, resources: Sequence[str] = RESOURCES) -> Any:
     True
     >>> [budget.limit for budget in parse_budget({"latency": "8 ms", "memory": "4 GiB"})]
     [0.008, 4294967296.0]
+    >>> budget = parse_budget("8 ms compiled")
+    >>> budget, budget.runtime
+    (Budget(resource='inference', limit=0.008, per='step', relative=False, deadband=0.01), Compiled())
     >>> parse_budget("4 M parameter") == parse_budget("4 M params") == parse_budget({"parameters": "4 M"})
     True
     >>> [(budget.limit, budget.per) for budget in parse_budget({"flops": "25%", "flops/run": "100%"})]
@@ -329,7 +352,7 @@ def _by_words(text: str, resources: Sequence[str]) -> Budget:
     if value is not None and unit in _SAYS:
         return Budget.total(value * _UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
     match = _WORDS.fullmatch(words)
-    if match is None or _resource(match["of"]) not in RESOURCES or not _AMOUNT.fullmatch(match["amount"]):
+    if match is None or not _known(_resource(match["of"])) or not _AMOUNT.fullmatch(match["amount"]):
         from setpoint.cost.unclear import unclear
 
         raise BudgetError(unclear(text, resources))
@@ -350,7 +373,16 @@ def _resource(word: str) -> str:
     return "params" if word.lower() in ("parameters", "parameter", "param") else word.lower()
 
 
+def _known(word: str) -> bool:
+    """Whether a word is a resource, or a runtime, which stands for the seconds of a forward there."""
+    from setpoint.runtimes import NAMES
+
+    return word in RESOURCES or word in NAMES
+
+
 def _amount(resource: str, per: str, amount: Any) -> Budget:
+    if resource not in RESOURCES and _known(resource):
+        return replace(_amount("inference", per, amount), runtime=resource)
     check_resource(resource)
     counted = resource in ("flops", "params")
     if _number(amount) and counted:

@@ -83,12 +83,6 @@ def flops_cost(trace: Trace) -> ProductCost:
     return ProductCost("flops", terms)
 
 
-def forward_flops(trace: Trace, share: float = 1.0) -> ProductCost:
-    """FLOPs of one forward pass of the traced model; `share` is samples of the pass / samples of the example."""
-    terms = tuple(Term(share * contraction.coefficient, contraction.sizes) for contraction in trace.contractions)
-    return ProductCost("flops", terms)
-
-
 def params_cost(model: nn.Module, groups: tuple[Group, ...]) -> ProductCost:
     """Number of parameters, each shared one counted once; the model has the groups' present widths."""
     parts: dict[tuple[str, int], list[tuple[str, int]]] = {}

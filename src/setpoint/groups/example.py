@@ -67,6 +67,13 @@ def num_samples(example: Example) -> int:
     return max(1, _num_rows(example if isinstance(example, Mapping) else tuple(example)) or 1)
 
 
+def one_sample(example: Example) -> Example:
+    """The first sample of a batch: the first row of every tensor that has as many rows as the batch has samples."""
+    rows = num_samples(example)
+    sample: Example = mapped(lambda leaf: leaf[:1] if leaf.dim() and leaf.shape[0] == rows else leaf, example)
+    return sample
+
+
 def _num_rows(value: Any) -> int | None:
     if isinstance(value, Tensor):
         return value.shape[0] if value.dim() else None

@@ -1,7 +1,7 @@
 """A group: units, the smallest things kept or dropped (channels, neurons, heads), that lie in the same places."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -114,6 +114,22 @@ class Size:
 def keep_all(groups: tuple[Group, ...]) -> dict[str, Bool[np.ndarray, " units"]]:
     """The choice that keeps every unit, by group name."""
     return {group.name: np.ones(group.num_units, dtype=bool) for group in groups}
+
+
+def on_grid(groups: Sequence[Group], grid: int) -> tuple[Group, ...]:
+    """The groups, those of two blocks of the grid or more with cuts in whole ones; heads and states stay as they are.
+
+    >>> [group.multiple_of for group in on_grid([Group("a", "unit", 64, ()), Group("b", "unit", 24, ())], 16)]
+    [16, 1]
+    """
+
+    def gridded(group: Group) -> Group:
+        if group.kind != "unit" or group.what == "head" or group.num_units < 2 * grid:
+            return group
+        block = int(np.lcm(group.multiple_of, grid))
+        return replace(group, multiple_of=block, usual_block=0, min_units=-(-group.min_units // block) * block)
+
+    return tuple(map(gridded, groups))
 
 
 def widths_of(groups: tuple[Group, ...]) -> dict[str, int]:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -16,10 +17,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mod
 from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED, amount
-from setpoint.errors import LoopError
+from setpoint.errors import LoopError, SetpointError
 from setpoint.messages import warn
 from setpoint.resources.joules import EnergyMeter
-from setpoint.resources.replica import Inference
+from setpoint.resources.serving import Served, answering
 from setpoint.resources.tape import LiveBytes
 from setpoint.spending.limits import Correction, Limits
 from setpoint.spending.meter import Meter, Readings, StepMeter
@@ -42,7 +43,7 @@ class Metering(Meter):
     code and code under another dispatch mode are not read. Nor is what the user does between two steps, such as an
     evaluation: the peak counts from the first call of the model or a part of it with gradients, in the mode, training
     or not, that the model was in when the last step ended. `held` gives the tensors that live between steps.
-    Seconds of inference are the median over a few forward passes of the model itself, made before each decision.
+    Seconds of inference are the median over forwards of a copy in the runtime, made before each decision.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Metering(Meter):
         model: nn.Module,
         compiled: bool = False,
         energy: EnergyMeter | None = None,
-        inference: Inference | None = None,
+        inference: Served | None = None,
         watts: float = 0.0,
+        dense_widths: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         timed = bool({"latency", "energy"} & set(resources))
         # Without waiting for the GPU a step would end when its kernels are queued.
@@ -65,6 +67,7 @@ class Metering(Meter):
         # Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more.
         self._few = _FEW + len({"memory", "energy"} & self._resources) if timed else 0
         self._passes_s: Sequence[float] = ()
+        self._dense_widths = dict(dense_widths)
         self._watching: LiveBytes | None = None
         self._beginning = list[RemovableHandle]()
         self._mode, self._allocating, self._blocked = True, False, False
@@ -80,7 +83,7 @@ class Metering(Meter):
         on_gpu = self._device.type == "cuda"
         found = {
             "latency": "seconds between optimizer steps",
-            "inference": "seconds of the model's own forward in eval mode",
+            "inference": f"seconds of a forward in {self._inference.runtime.name}" if self._inference else "",
             "memory": f"peak of {'the CUDA allocator' if on_gpu else 'live tensors'} in one step",
             "energy": self._energy.source if self._energy is not None and self._energy.works else "",
         }
@@ -162,11 +165,19 @@ class Metering(Meter):
         for handle in handles:
             handle.remove()
 
-    def time_inference(self, widths: Mapping[str, int]) -> float:
-        if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the passes
-            return 0.0
-        self._passes_s, passes = self._inference.timed()
-        return passes * self._inference.flops.total(widths)
+    def time_inference(self, widths: Mapping[str, int]) -> None:
+        if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the forwards
+            return
+        served, dense = self._inference, widths == self._dense_widths
+        try:
+            found = [1.0] if dense else served.ratios(answering(self._model))
+            self._passes_s = [served.dense_s * ratio for ratio in found]
+            problem = "" if self._passes_s else "the machine is busy: no two readings of the same model agree"
+        except SetpointError as error:
+            self._passes_s, problem = (), str(error)
+        if problem and problem not in self._warned:
+            self._warned |= {problem, "inference"}
+            warn(f"{problem}. The budget of inference is held by the fit, and what was read before")
 
     def cut(self) -> None:
         self._peak, self._passes_s, self._began_j = None, (), None

@@ -1,4 +1,4 @@
-"""Trials of the model: steps and passes of a copy at widths of its own, and timed passes of the model itself."""
+"""Trials of the model: steps and passes of a copy at widths of its own."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,15 +15,11 @@ from torch.utils import _pytree as pytree
 
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
-from setpoint.cost.cost import Cost
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of
 from setpoint.groups.group import Group, widths_of
-from setpoint.groups.untouched import computed, preserved_rng_state, strip, untouched_attributes, without_users_hooks
-from setpoint.spending.meter import Stopwatch
+from setpoint.groups.untouched import computed, strip, untouched_attributes
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
-
-_LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 5, 30, 0.2
 
 
 @dataclass(eq=False)
@@ -43,12 +39,13 @@ class Replica:
         The forward runs under the autocast that is active; the rest does not, as in training.
         """
         self.steps.append(widths_of(self.groups))
-        if not self.trains:
-            _forward_pass(self.model, self.inputs, _active_autocast(self.model))
-            return
         args, kwargs = self.inputs
+        if not self.trains:
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+            return
         outputs = [out for out in tensors_of(self.model(*args, **kwargs)) if out.requires_grad]
-        with torch.autocast(_device_type_of(self.model), enabled=False):
+        with torch.autocast(device_type_of(self.model), enabled=False):
             real = [torch.view_as_real(out) if out.is_complex() else out.float() for out in outputs]
             loss = sum(out.square().mean() for out in real)
             if isinstance(loss, Tensor):
@@ -75,25 +72,11 @@ def held_tensors(model: nn.Module, optimizers: Sequence[Optimizer], inputs: Any)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _device_type_of(model: nn.Module) -> str:
+def device_type_of(model: nn.Module) -> str:
     return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
-def _active_autocast(model: nn.Module) -> torch.dtype | None:
-    """What autocast casts to now; None where it is off."""
-    kind = _device_type_of(model)
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _forward_pass(model: nn.Module, inputs: Inputs, autocast: torch.dtype | None) -> None:
-    args, kwargs = inputs
-    # Without a cache: weights that autocast keeps from here would have no gradient in a step of training.
-    casting = torch.autocast(_device_type_of(model), dtype=autocast, enabled=autocast is not None, cache_enabled=False)
-    with torch.no_grad(), casting:
-        model(*args, **kwargs)
-
-
-def _answering(model: nn.Module) -> None:
+def set_eval(model: nn.Module) -> None:
     """Put modules in eval mode; not by `eval`, which a model may override to fold weights together."""
     for module in model.modules():
         module.training = False
@@ -128,7 +111,7 @@ def replica(
         twin, trainers = copy.deepcopy((model, tuple(optimizers)), memo)
         strip(twin)  # a user's hook would count or log what is only tried
         if not trains:
-            _answering(twin)
+            set_eval(twin)
         elif not model.training:
             twin.train()
         inside.enter_context(torch.enable_grad())
@@ -150,44 +133,3 @@ def _copied(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
             return torch.tensor(number, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
     new = mode.from_tensor(tensor.detach())
     return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
-class Inference:
-    """Forward passes of the model itself on an example, of so many FLOPs, under the autocast that is active now."""
-
-    def __init__(self, model: nn.Module, example: Example, flops: Cost) -> None:
-        self.flops = flops
-        self._model, self._inputs, self._autocast = model, inputs_of(example), _active_autocast(model)
-
-    def timed(self) -> tuple[list[float], int]:
-        """Seconds of several passes in eval mode, without a first that is not counted; and the number of all.
-
-        All of the model and of chance is as before, and the user's hooks are not called.
-        """
-        watch, times = Stopwatch(synchronize=True), list[float]()
-        with ExitStack() as after:
-            for untouched in (preserved_rng_state, _untouched_buffers, untouched_attributes, without_users_hooks):
-                after.enter_context(untouched(self._model))
-            _answering(self._model)
-            _forward_pass(self._model, self._inputs, self._autocast)
-            while len(times) < _MOST_PASSES and (len(times) < _LEAST_PASSES or watch.seconds < _ENOUGH_S):
-                with watch:
-                    _forward_pass(self._model, self._inputs, self._autocast)
-                times.append(watch.last_seconds)
-        return [seconds for seconds in times if seconds > 0], 1 + len(times)  # a coarse clock may stand still
-
-
-@contextmanager
-def _untouched_buffers(model: nn.Module) -> Iterator[None]:
-    named = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    kept = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
-    try:
-        yield
-    finally:
-        for buffers, before in named:
-            buffers.clear()
-            buffers.update(before)
-        with torch.no_grad():
-            for buffer, version, value in kept:
-                if buffer._version != version:
-                    buffer.copy_(value)

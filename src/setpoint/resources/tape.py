@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -16,10 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from setpoint.controller.selection import lowest_width
 from setpoint.cost.cost import Term
-from setpoint.errors import CostError
+from setpoint.errors import CostError, SetpointError
 from setpoint.groups.group import Group, Size
 from setpoint.groups.untouched import gc_paused
 from setpoint.groups.walk import op_name
+from setpoint.messages import progress
+
+Make = Callable[..., AbstractContextManager[Any]]  # a copy at widths; by data=False its tensors have no memory
 
 _MAX_VECTORS = 16  # at which a step is recorded
 
@@ -167,10 +171,31 @@ def trial_widths(groups: Sequence[Group], seed: int = 0) -> list[dict[str, int]]
 def falling_widths(groups: Sequence[Group]) -> list[dict[str, int]]:
     """Width vectors at which steps take very different times: dense, then ever narrower, down to the fewest units."""
     vectors = [
-        {group.name: min(_reach(group), key=lambda width: abs(width - share * group.num_units)) for group in groups}
-        for share in (1.0, 0.75, 0.5, 0.25)
+        {group.name: _nearest(group, share * group.num_units) for group in groups} for share in (1.0, 0.75, 0.5, 0.25)
     ]
     return [*vectors, {group.name: lowest_width(group) for group in groups}]
+
+
+def spread_widths(groups: Sequence[Group], count: int, seed: int = 0) -> list[dict[str, int]]:
+    """As many random width vectors from a tenth of the dense widths up; the first ones lie far from each other."""
+    generator = np.random.default_rng(seed)
+    vectors = []
+    for number in range(count):
+        share = 0.15 + 0.85 * ((number + 1) * 0.618034 % 1)  # multiples of the golden ratio fill the interval evenly
+        own = np.clip(share * generator.uniform(0.6, 1.4, len(groups)), 0.1, 1.0)
+        wanted = zip(groups, own, strict=True)
+        vectors.append({group.name: _nearest(group, part * group.num_units) for group, part in wanted})
+    return vectors
+
+
+def odd_widths(groups: Sequence[Group]) -> dict[str, int]:
+    """About half of each dense width, and odd; that of heads, and of what only goes in blocks, stays."""
+    kept = {group.name for group in groups if group.only_blocks or group.what == "head"}
+    return {group.name: group.num_units if group.name in kept else group.num_units // 2 | 1 for group in groups}
+
+
+def _nearest(group: Group, wanted: float) -> int:
+    return min(_reach(group), key=lambda width: abs(width - wanted))
 
 
 def _reach(group: Group) -> list[int]:
@@ -289,6 +314,31 @@ def _size(lengths: Lengths, values: Sequence[int]) -> Size:
             "hold the model to a budget of 'flops' or 'params'"
         )
     return found
+
+
+def record(make: Make, groups: tuple[Group, ...]) -> Tape:
+    """The step as a function of widths, of copies with data, or without where memory has no room for those."""
+    vectors = trial_widths(groups)
+    try:
+        with progress("recording a step"):
+            with suppress(Exception):  # an error that is kept would keep the copy's memory
+                return _recorded(make, vectors, data=True)
+            return _recorded(make, vectors, data=False)
+    except SetpointError:
+        raise
+    except Exception as error:
+        raise CostError(
+            f"a step cannot be recorded on copies of the model ({type(error).__name__}: {error}): "
+            "hold the model to a budget of 'flops' or 'params'"
+        ) from error
+
+
+def _recorded(make: Make, vectors: Sequence[Mapping[str, int]], *, data: bool) -> Tape:
+    takes = []
+    for widths in vectors:
+        with make(widths, data=data) as copy:
+            takes.append(taken(copy.step, copy.held()))
+    return solved(takes, vectors)
 
 
 class MemoryCost:

@@ -40,11 +40,6 @@ def split_bill(budgets: tuple[Budget, ...]) -> tuple[tuple[Budget, ...], Budget 
     per_step = tuple(budget for budget in budgets if budget.per == "step")
     if not per_step or len(per_step) == len(budgets):
         return budgets, None
-    if any(budget.resource == "inference" for budget in per_step):
-        raise BudgetError(
-            "a bill cannot be kept beside a budget of inference: each decision times forward passes, as many as the "
-            "clock asks for. Leave the bill out, and give the number of steps"
-        )
     return per_step, next(budget for budget in budgets if budget.per == "run")
 
 
@@ -55,7 +50,7 @@ def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Calla
         return  # `check_run` knows what a run spends
     if limit < lowest:
         why = unpruned()
-        advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {resource}'"
+        advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {budget.named}'"
         if lowest >= 0.99 * dense:
             advice = "Narrower layers save next to nothing of it"
             if resource not in ("flops", "params") and not why:  # layers that stay cost FLOPs as well

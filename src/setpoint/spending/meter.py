@@ -144,9 +144,8 @@ class Meter:
 
     def stepped(self) -> None: ...
 
-    def time_inference(self, widths: Mapping[str, int]) -> float:
-        """Time forward passes of the model now, if inference is metered; returns the FLOPs that this took."""
-        return 0.0
+    def time_inference(self, widths: Mapping[str, int]) -> None:
+        """Time forwards of the model now, at these widths, if inference is metered."""
 
     def read(self) -> Readings:
         return Readings()

@@ -12,6 +12,7 @@ from setpoint.spending.account import Segment
 from setpoint.spending.spending import Spending
 
 LOG = logging.getLogger("setpoint")
+_DOUBT = 0.15  # a reading this far from the fit is said to be
 
 
 def metrics(
@@ -100,7 +101,7 @@ def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str
     account, meter, limits = spending.account, spending.meter, spending.limits
     if "inference" not in meter.read().values:  # the last decision has cut
         with account.watch.deciding:
-            account.sensed(meter.time_inference(widths))
+            meter.time_inference(widths)
     if step < spending.run_steps:
         spending.read_joules(widths)
     spent = {name: limits.expected(name, widths) for name in spending.costs}
@@ -169,13 +170,17 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
             continue
         read = readings.values if name in limits.corrections else {}
         seen, dense = read.get(name, limits.expected(name, widths)), limits.dense_cost(name)
+        fitted = limits.costs[name].total(widths)
+        doubt = (
+            f" (read; the fit says {amount(fitted, name)})" if name in read and abs(seen / fitted - 1) > _DOUBT else ""
+        )
         if seen > limit * (1 + max(1e-12, readings.margins.get(name, 0.0))):
             share, asked, was = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %", "; it was"
             if name in METERED:
                 share, asked, was = f"{amount(seen, name)} ({share})", amount(limit, name), "; by its decisions it was"
-            return False, f"{share} {after}, {asked} asked for{was + met_at if met_at else ''}"
+            return False, f"{share}{doubt} {after}, {asked} asked for{was + met_at if met_at else ''}"
         uncut = name in METERED and widths == spending.dense_widths  # it is the dense model, whatever a clock says
-        spent_words.append(of_dense(1.0 if uncut else seen / dense, name))
+        spent_words.append(of_dense(1.0 if uncut else seen / dense, name) + doubt)
     if last is not None and last.budget_met:
         vanished = "energy" in limits.corrections.keys() - spending.meter.sources.keys() and not spending.meter.watts
         gone = "; the energy meter has vanished since: joules are modelled" if vanished else ""
