@@ -170,6 +170,30 @@ def test_a_fit_does_not_depend_on_the_unit_of_the_inputs(bias: bool, scale: floa
     torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dropout_in_the_calibration_does_not_matter(inplace: bool) -> None:
+    """Claim: with dropout active the cut model is as near to the dense one on held-out data as with dropout off."""
+    generator = torch.Generator().manual_seed(0)
+    seen, held_out = (torch.randn(2048, 6, generator=generator) @ torch.randn(6, 20, generator=generator)).chunk(2)
+    torch.manual_seed(0)
+    sizes, dropout = ((20, 48), (48, 32)), partial(nn.Dropout, 0.1, inplace)
+    layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.ReLU(), dropout())]
+    dense = nn.Sequential(*layers, nn.Linear(32, 4))
+    groups = setpoint.find_groups(dense, (seen,))
+    keep = {group.name: np.arange(group.num_units) % 3 > 0 for group in groups}
+    expected, errors = dense.eval()(held_out), []
+    for active in (True, False):
+        model = copy.deepcopy(dense).train()
+        model[2].train(active)
+        model[5].train(active)
+        gathering = Gathering(model, find_readers(model, groups), 1)
+        model(seen)
+        refit((model,), groups, keep, {name: Moment(blocks) for name, blocks in gathering.taken({}).items()})
+        mask(model, _optimizer("sgd", model), groups, keep)
+        errors.append((model.eval()(held_out) - expected).norm().item())
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+
+
 def test_micro_batches_count_together_and_forwards_without_gradients_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -136,7 +136,8 @@ def moment_of(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_columns
 class Gathering:
     """Hooks that add up second moments of what readers are given, until `remove`; `taken` empties them.
 
-    Forwards without gradients are looked at only if `always`; inputs that hold NaN or infinity are left out.
+    Forwards without gradients are looked at only if `always`; inputs that hold NaN or infinity are left out. Right
+    behind a dropout with probability p, the sums would be those of `G + p / (1 - p) diag(G)`: its own input counts.
     """
 
     def __init__(self, model: nn.Module, readers: Sequence[Reader], num_forwards: int, *, always: bool = False) -> None:
@@ -144,6 +145,7 @@ class Gathering:
         self._num_forwards = num_forwards
         self._sums: dict[str, list[Tensor]] = {}
         self._made: dict[str, weakref.ref[Tensor]] = {}
+        self._dropout: list[Any] = []  # input of the last one, and its output
         self._always, self._padding = always, Padding(model)
         self._handles: list[Any] = []
         for reader in readers:
@@ -153,6 +155,9 @@ class Gathering:
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self._handles.append(module.register_forward_pre_hook(Hook(partial(_weak(self._look_behind), name))))
+            elif type(module).__module__ == nn.modules.dropout.__name__:
+                self._handles.append(module.register_forward_pre_hook(Hook(_weak(self._before_dropout))))
+                self._handles.append(module.register_forward_hook(Hook(_weak(self._behind_dropout))))
         weakref.finalize(self, _remove, [*self._handles, self._padding])
 
     def _look(self, reader: Reader, name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -165,6 +170,8 @@ class Gathering:
         if not (self._always or torch.is_grad_enabled()):
             return
         self._made[name] = weakref.ref(output)
+        if self._dropout[1:] and x is self._dropout[1]():
+            x = self._dropout[0]
         outputs, forwards = by_column(layer, layer.weight).shape[-1], math.inf if self._always else _FORWARDS
         count = reader.num_rows(output.numel() // outputs, outputs, self._num_forwards, forwards)
         rows = input_rows(layer, x, count, self._padding.real).detach()
@@ -178,6 +185,12 @@ class Gathering:
         if args and args[0] is not None:
             self.norms |= {layer: name for layer, output in self._made.items() if output() is args[0]}
 
+    def _before_dropout(self, dropout: Any, args: tuple[Any, ...]) -> None:
+        self._dropout = [x.detach().clone() if dropout.inplace else x.detach() for x in args[:1]]
+
+    def _behind_dropout(self, dropout: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._dropout.append(weakref.ref(output))
+
     def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
         """These sums with what was seen since the last time."""
         found = dict(sums)
@@ -188,6 +201,7 @@ class Gathering:
 
     def forget(self) -> None:
         self._sums.clear()
+        self._dropout.clear()
 
     def remove(self) -> None:
         _remove([*self._handles, self._padding])
