@@ -349,6 +349,26 @@ def test_forwards_of_an_export_and_of_single_samples_do_not_count() -> None:
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_forwards_in_another_mode_than_trainings_do_not_count(training: bool) -> None:
+    """Claim: an evaluation with gradients between the first steps leaves the run as it is, in whatever mode it trains."""
+    runs = []
+    for disturbed in (False, True):
+        model, batches = _net().train(training), _batches(3)
+        for norm in (model[1], model[4]):
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+        optimizer = _optimizer("sgd", model)
+        loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
+        for x in batches:
+            if disturbed:
+                model.train(not training)(x + 1)
+                model.train(training)
+            _step(model, optimizer, x)
+        assert loop.budget_met and "refitted" in loop.ledger[0].reason
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *runs))
+
+
 def test_a_batch_that_is_not_finite_leaves_the_others_and_the_norms() -> None:
     """Claim: a forward on infinity before each step is left out of the moments, and no running statistic is NaN."""
     model, batches = _net(), _batches(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,14 +137,14 @@ def moment_of(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_columns
 class Gathering:
     """Hooks that add up second moments of what readers are given, until `remove`; `taken` empties them.
 
-    Forwards without gradients are looked at only if `always`; inputs that hold NaN or infinity are left out. Right
+    Unless `always`, forwards count that have gradients and the mode in which `taken` finds the model; inputs that hold NaN or infinity are left out. Right
     behind a dropout with probability p, the sums would be those of `G + p / (1 - p) diag(G)`: its own input counts.
     """
 
     def __init__(self, model: nn.Module, readers: Sequence[Reader], num_forwards: int, *, always: bool = False) -> None:
         self.model, self.readers, self.norms = model, readers, dict[str, str]()
         self._num_forwards = num_forwards
-        self._sums: dict[str, list[Tensor]] = {}
+        self._sums = defaultdict[bool, dict[str, list[Tensor]]](dict)  # of each mode: an evaluation is no training
         self._made: dict[str, weakref.ref[Tensor]] = {}
         self._dropout: list[Any] = []  # input of the last one, and its output
         self._always, self._padding = always, Padding(model)
@@ -177,9 +178,10 @@ class Gathering:
         rows = input_rows(layer, x, count, self._padding.real).detach()
         parts = [moment_of(rows[:, block].flatten(1)) for block in reader.blocks]
         parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in parts]
-        known = self._sums.get(reader.name, parts)  # another optimizer's forward may lie between a reading and its cut
+        sums = self._sums[self._always or self.model.training]
+        known = sums.get(reader.name, parts)  # another optimizer's forward may lie between a reading and its cut
         new = known is parts or any(a.shape != b.shape for a, b in zip(known, parts, strict=True))
-        self._sums[reader.name] = parts if new else [a + b for a, b in zip(known, parts, strict=True)]
+        sums[reader.name] = parts if new else [a + b for a, b in zip(known, parts, strict=True)]
 
     def _look_behind(self, name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
         if args and args[0] is not None:
@@ -194,7 +196,7 @@ class Gathering:
     def taken(self, sums: Mapping[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]]:
         """These sums with what was seen since the last time."""
         found = dict(sums)
-        for name, new in self._sums.items():
+        for name, new in self._sums[self._always or self.model.training].items():
             found[name] = tuple(a + b for a, b in zip(found[name], new, strict=True)) if name in found else tuple(new)
         self.forget()
         return found
