@@ -152,7 +152,8 @@ def attach(
                 if method != "forward":
                     listen = partial(RecordedMethod, model=host.model, method=method)
                 outside = host.compiled and model._compiled_call_impl is None
-                loop.watch(inputs, listen, outside=outside, method=method)
+                if spec.total_steps > 1:  # the second step is looked at
+                    loop.watch(inputs, listen, outside=outside, method=method)
         with uninterrupted():
             _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         undo.pop_all()

@@ -301,12 +301,16 @@ def test_gradients_that_are_not_finite_put_the_first_cut_off() -> None:
     assert loop.budget_met and loop.step == 3
 
 
-def test_a_run_of_one_step_is_cut_at_its_end() -> None:
-    """Claim: a run as short as its calibration meets its budget all the same."""
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_run_of_one_step_is_cut_at_its_end(recorded: bool) -> None:
+    """Claim: a run as short as its calibration meets its budget all the same; its last step leaves no hook."""
     model, (x,) = _net(), _batches(1)
     optimizer = _optimizer("sgd", model)
-    loop = setpoint.attach(model, optimizer, 0.5, total_steps=1, example=(x,))
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=1, **({} if recorded else {"example": (x,)}))
+    before = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    assert before
     _step(model, optimizer, x)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert loop.finish().budget_met
 
 
@@ -351,7 +355,7 @@ def test_forwards_of_an_export_and_of_single_samples_do_not_count() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_forwards_in_another_mode_than_trainings_do_not_count(training: bool) -> None:
-    """Claim: an evaluation with gradients between the first steps leaves the run as it is, in whatever mode it trains."""
+    """Claim: an evaluation with gradients between the first steps leaves the run as it is, in any mode of training."""
     runs = []
     for disturbed in (False, True):
         model, batches = _net().train(training), _batches(3)

@@ -182,6 +182,8 @@ class Control:
             else:
                 self.spending.read_joules(self.widths)
             self._begin_step()
+            if self.state.budget_met or step >= planned_steps:
+                self.sensor.release(self.sensor_state)  # here as well: no step may follow
         decided = len(self.ledger) > 0 and self.ledger[-1].step == self.step
         if decided and self.host.ranks.own == 0 and LOG.isEnabledFor(logging.INFO):
             log_decision(self.ledger[-1], self.metrics())
@@ -244,7 +246,7 @@ class Control:
         """What a first cut waits for, up to 5 % of the run: what it has not seen by then, it would never see."""
         schedule, planned_steps = self.controller.conduct.schedule, self.spending.planned_steps
         latest = max(_FIRST_WAITS * planned_steps, next(iter(schedule.decisions(planned_steps)), 0) + 2)
-        if not schedule.first or self.spending.account.resizes or self.step >= latest:
+        if not schedule.first or self.spending.account.resizes or self.step >= min(latest, planned_steps):
             return ""
         if reading.moments is not None and not reading.moments:
             return "no decision: no forward has been seen since the loop began"

@@ -137,8 +137,9 @@ def moment_of(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "all_columns
 class Gathering:
     """Hooks that add up second moments of what readers are given, until `remove`; `taken` empties them.
 
-    Unless `always`, forwards count that have gradients and the mode in which `taken` finds the model; inputs that hold NaN or infinity are left out. Right
-    behind a dropout with probability p, the sums would be those of `G + p / (1 - p) diag(G)`: its own input counts.
+    Unless `always`, forwards count that have gradients, in the mode in which `taken` finds the model. Inputs that hold
+    NaN or infinity are left out. Right behind a dropout with probability p, the sums would be those of
+    `G + p / (1 - p) diag(G)`: its own input counts.
     """
 
     def __init__(self, model: nn.Module, readers: Sequence[Reader], num_forwards: int, *, always: bool = False) -> None:
