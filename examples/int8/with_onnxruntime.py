@@ -8,7 +8,7 @@ python examples/int8/with_onnxruntime.py
 import onnxruntime
 import torch
 from cut_model import accuracy, batches, example, model
-from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 
@@ -21,7 +21,7 @@ class Calibration(CalibrationDataReader):
 
 torch.onnx.export(model, (example,), "cut.onnx", dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "batch"}})
 quant_pre_process("cut.onnx", "folded.onnx")
-quantize_static("folded.onnx", "int8.onnx", Calibration(), per_channel=True)
+quantize_static("folded.onnx", "int8.onnx", Calibration(), per_channel=True, activation_type=QuantType.QUInt8)
 session = onnxruntime.InferenceSession("int8.onnx")
 int8 = accuracy(lambda images: session.run(None, {"x": images.numpy()})[0])
 print(f"accuracy: fp32 {accuracy(model):.3f}, int8 {int8:.3f}")

@@ -46,6 +46,41 @@ def first_cut(data: Record) -> str:
     return table(rows, f"{data['note']} {made_on(data)}")
 
 
+# Eight bits.
+
+
+@record_block("int8", "int8.json")
+def int8(data: Record) -> str:
+    """By task, model and way to quantize, accuracy on the test set, and milliseconds in turns with the dense floats."""
+    names = {"dense": "dense", "cut": "cut", "aware": "cut, quantization-aware"}
+    ways = {"fp32": "fp32", "static": "int8, static", "dynamic": "int8, dynamic"}
+    cells, made = [], []
+    for task, found in data["tasks"].items():
+        made.append({**found["environment"], "date": found["date"]})
+        for row in found["rows"]:
+            _, seconds, _ = row["seconds_quartiles"]
+            low, share, high = row["of_dense_quartiles"]
+            cells.append(
+                {
+                    "task": f"`{task}`",
+                    "model": names[row["model"]],
+                    "numbers": ways[row["way"]],
+                    "FLOPs": percent(row["flops"] / found["rows"][0]["flops"]),
+                    "accuracy": f"{row['accuracy']:.1%}",
+                    "milliseconds": f"{1e3 * seconds:.2f}",
+                    "of dense fp32": f"{share:.2f} ({low:.2f} to {high:.2f})",
+                    "MB": f"{row['bytes'] / 1e6:.2f}",
+                }
+            )
+    vnni = " and ".join(sorted({"with VNNI" if each["vnni"] else "without VNNI" for each in made}))
+    note = (
+        "Test data, one seed. ONNX Runtime, batch 1, one thread, the files of a task in turns: median of the thread's "
+        "time, and median and quartiles of its ratio to that of dense fp32 in the same turn. "
+        f"Processor {vnni}. {rows_made_on(made)}"
+    )
+    return table(cells, note, left=3)
+
+
 # What Setpoint itself costs.
 
 
