@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from setpoint.weights.masking import Masking
 
 
+_PATIENCE = 3  # steps on bad batches that are passed over at the beginning, or 5 % of the run
 _CALIBRATION = 1024  # samples that are seen before the first cut, at most
 
 
@@ -139,7 +140,8 @@ def attach(
             loop = Loop(host)
             undo.callback(loop.detach)
             if example is None:
-                loop.wait(FirstBatch(host, model, method, lambda inputs: _begin(loop, spec, inputs)))
+                patience = min(max(_PATIENCE, spec.total_steps // 20), spec.total_steps - 1)
+                loop.wait(FirstBatch(host, model, method, patience, lambda inputs: _begin(loop, spec, inputs)))
                 RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
                 if resume:
                     from setpoint.loop.carrying import FollowLoads

@@ -227,6 +227,25 @@ def averages() -> None:
     loop.detach()
 
 
+def bad_batch() -> None:
+    """Where the first batch of one rank holds NaN, all ranks begin with the next one."""
+    model = build()
+    wrapper, good = Parallel(model), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loop = setpoint.attach(wrapper, optimizer, 0.5, total_steps=STEPS)
+    for step in range(4):
+        x, y = share(step)
+        nn.functional.cross_entropy(wrapper(x * torch.nan if dist.get_rank() > step else x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not step:
+            assert loop.step == 0
+            model.load_state_dict(good)
+    assert loop.step == 3 and loop.budget_met
+    assert_same_everywhere(model, optimizer)
+    loop.detach()
+
+
 def resume() -> None:
     """A run on several ranks goes on bit for bit from one file, in freshly built wrappers.
 

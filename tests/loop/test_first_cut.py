@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import setpoint
 from setpoint.actuator.mask import mask
 from setpoint.actuator.refit import refit
+from setpoint.errors import LoopError
 from setpoint.loop.loop import Loop
 from setpoint.sensor.moments import Gathering, Moment, find_readers
 
@@ -299,6 +300,60 @@ def test_gradients_that_are_not_finite_put_the_first_cut_off() -> None:
     optimizer.state.clear()
     _step(model, optimizer, batches[2])
     assert loop.budget_met and loop.step == 3
+
+
+def _steps_on(batches: list[Tensor], model: nn.Module, total_steps: int) -> Loop:
+    """Steps without an example; those on a bad batch leave the model as it was."""
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=total_steps)
+    for x in batches:
+        good = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        _step(model, optimizer, x)
+        if not x.isfinite().all():
+            model.load_state_dict(good[0])
+            optimizer.load_state_dict(good[1])
+    return loop
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loop_begins_with_the_first_good_batch(bad: float) -> None:
+    """Claim: recorded batches with NaN or infinity are passed over with one warning, and change nothing."""
+    model, same, batches = _net(), _net(), _batches(5)
+    spoilt = [torch.where(torch.arange(48)[:, None, None, None] == 7, bad, x) for x in batches[:2]]
+    with pytest.warns(UserWarning, match="begins at the next good batch, of up to 10 steps") as caught:
+        loop = _steps_on([*spoilt, *batches], model, 200)
+    assert len(caught) == 1 and loop.budget_met and loop.step == 5
+    assert _steps_on(batches, same, 200).ledger[0].dropped == loop.ledger[0].dropped
+    assert all(map(torch.equal, model.parameters(), same.parameters()))
+
+
+def test_bad_batches_are_passed_over_for_three_steps_or_a_twentieth_of_the_run() -> None:
+    """Claim: where no good batch comes, the loop ends with the error that an example with NaN gets."""
+    bad = torch.full_like(_batches(1)[0], torch.nan)
+    with pytest.warns(UserWarning, match="up to 3 steps"):
+        loop = _steps_on([bad] * 3, _net(), 20)
+        assert loop.step == 0
+        loop.detach()
+        with pytest.raises(LoopError, match="the example holds NaN or infinity"):
+            _steps_on([bad] * 4, _net(), 20)
+
+
+def test_a_model_that_takes_nan_begins_at_once() -> None:
+    """Claim: NaN for what is missing is no bad batch where the model's outputs are numbers."""
+
+    class Filling(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            filled: Tensor = super().forward(x.nan_to_num())
+            return filled
+
+    torch.manual_seed(0)
+    model, x = Filling(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(32, 6)
+    x[3, 2] = torch.nan
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=100)
+    _step(model, optimizer, x)
+    assert loop.step == 1
+    loop.detach()
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 from setpoint.errors import ExampleError, ExportError, LoopError
@@ -146,6 +147,19 @@ def check_device(model: nn.Module, example: Example) -> None:
                 f"example holds a tensor on {tensor.device}, but the model is on "
                 f"{', '.join(sorted(map(str, devices)))}: move it with .to({str(min(devices, key=str))!r})"
             )
+
+
+def holds_nan(value: Any) -> bool:
+    """Whether a tensor inside it holds NaN or infinity; minus infinity may be a mask."""
+    return any(
+        # Not known of 8-bit floats; and inside of a vmap, values have no truth.
+        tensor.is_floating_point()
+        and tensor.itemsize > 1
+        and is_dense(tensor)
+        and not is_functorch_wrapped_tensor(tensor)
+        and bool((tensor.isnan() | tensor.isposinf()).any())
+        for tensor in tensors_of(value)
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:

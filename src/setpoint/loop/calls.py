@@ -39,11 +39,11 @@ class Record:
             self._begins(module, Call(args, dict(kwargs)))
 
     def _behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.ended(raised=output is None)  # None is what PyTorch gives after an exception
+        self.ended(output, raised=output is None)  # None is what PyTorch gives after an exception
 
-    def ended(self, *, raised: bool) -> None:
+    def ended(self, output: Any, *, raised: bool) -> None:
         if self._ends is not None and not torch.compiler.is_dynamo_compiling():
-            self._ends(raised)
+            self._ends(output, raised)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Record, ()
@@ -83,7 +83,7 @@ class FirstSteps:
             self._given[int(self._model.training)] += _size(call)
         self._depth += 1
 
-    def _ends(self, raised: bool) -> None:
+    def _ends(self, output: Any, raised: bool) -> None:
         self._depth -= 1
 
     def _before_step(self, grad_scale: Tensor | None) -> None:

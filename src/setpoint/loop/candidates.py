@@ -11,7 +11,7 @@ from setpoint.actuator.tensors import named_tensors
 from setpoint.actuator.verify import failing_on_few_rows
 from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.errors import GroupError, LoopError
-from setpoint.groups.example import Example, tensors_of
+from setpoint.groups.example import Example, holds_nan
 from setpoint.groups.group import Group, Size, widths_of
 from setpoint.groups.trace import UNTRAINED, Trace
 from setpoint.host.host import Host
@@ -169,12 +169,13 @@ def check_some(groups: tuple[Group, ...], frozen: Mapping[str, str]) -> None:
 
 
 def _check_numbers(model: nn.Module, example: Example) -> None:
-    """Check that neither a weight nor an input is NaN, with which no cut behaves like its masked twin."""
-    held = [("the example", tensor) for tensor in tensors_of(example)]
-    held += [(repr(name), weight) for name, weight in model.named_parameters()]
-    for what, tensor in held:
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise LoopError(f"{what} holds NaN, so that no cut can be tried out: begin without")
+    """Check that neither a weight nor an input is NaN or infinite: no cut of them behaves like its masked twin."""
+    for what, values in [
+        ("the example", example),
+        *((repr(name), weight) for name, weight in model.named_parameters()),
+    ]:
+        if holds_nan(values):
+            raise LoopError(f"{what} holds NaN or infinity, so that no cut can be tried out: begin without")
 
 
 def restricted(found: Trace, groups: tuple[Group, ...]) -> Trace:

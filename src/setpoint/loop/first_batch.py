@@ -12,10 +12,11 @@ from torch._guards import detect_fake_mode
 from torch.jit import ScriptModule
 
 from setpoint.errors import GroupError, LoopError
-from setpoint.groups.example import Example, example_of, mapped, num_samples
+from setpoint.groups.example import Example, example_of, holds_nan, mapped, num_samples
 from setpoint.host.host import Host
 from setpoint.loop.calls import Call, Record
 from setpoint.loop.candidates import Inputs
+from setpoint.messages import counted, warn
 
 _TARGETS = ("labels", "targets", "target", "y")
 _IGNORED = -100  # class index that PyTorch's and transformers' losses leave out
@@ -25,13 +26,17 @@ class FirstBatch:
     """Records the inputs and the autocast of the first forward in training, and counts forwards until the first step.
 
     Where training never calls the model itself but parts of it, `self.decoder(self.encoder(x))` in a `training_step`,
-    each outermost part is recorded. `called` is the model in its wrappers.
+    each outermost part is recorded. `called` is the model in its wrappers. Of up to `patience` steps, those are passed
+    over whose calls hold NaN, inputs and outputs.
     """
 
-    def __init__(self, host: Host, called: nn.Module, method: str, begin: Callable[[Inputs], None]) -> None:
+    def __init__(
+        self, host: Host, called: nn.Module, method: str, patience: int, begin: Callable[[Inputs], None]
+    ) -> None:
         if any(module._compiled_call_impl is not None for module in host.model.modules()):
             raise LoopError("model.compile() hides the inputs of a forward: give attach an example=(x,)")
         self._model, self._method, self._begin = host.model, method, begin
+        self._ranks, self._patience, self._bad = host.ranks, patience, False
         self._calls: dict[str, Call] = {}  # the first of the largest ones of each module, by its name
         self._counts: dict[str, int] = {}  # of calls with as many samples
         self._running: list[str] = []
@@ -69,7 +74,7 @@ class FirstBatch:
             self._autocast = torch.autocast(device, dtype=dtype, cache_enabled=cached)
         self._now = mapped(_detached, call)  # a copy: training may change a batch's containers in place
 
-    def forward_ends(self, name: str, raised: bool) -> None:
+    def forward_ends(self, name: str, output: Any, raised: bool) -> None:
         if not self._running or self._running[-1] != name:
             return
         self._running.pop()
@@ -79,13 +84,29 @@ class FirstBatch:
         known = self._calls.get(name)
         if raised:  # inputs that the model does not take
             return
+        if self._patience and holds_nan(call) and holds_nan(output):  # a model may well take NaN for what is missing
+            if not self._bad:
+                warn(
+                    "a batch holds NaN or infinity, and so does what the model makes of it: training goes on, and "
+                    f"Setpoint begins at the next good batch, of up to {counted(self._patience, 'step')}. Look for it "
+                    "in the data"
+                )
+            self._bad = True
+            return
         if known is None or num_samples(call) > num_samples(known):
             self._calls[name], self._counts[name] = call, 1
         elif num_samples(call) == num_samples(known):
             self._counts[name] += 1
 
-    def begin(self, backward_passes: int) -> None:
+    def begin(self, backward_passes: int) -> bool:
+        """Begin the loop, unless a rank has seen bad batches only."""
         names = [name for name in self._counts if name in self._calls]
+        waits = bool(self._patience and self._bad and not names)
+        if self._ranks.total(torch.tensor([float(waits)], device="cpu")).item():
+            self._patience -= 1
+            self._calls.clear()
+            self._counts.clear()
+            return False
         if not names:
             raise LoopError(
                 "an optimizer stepped before the model was called in training, so its inputs are not known: give "
@@ -109,6 +130,7 @@ class FirstBatch:
         self.stop()  # discovery must not find hooks on the model that it copies
         with self._autocast, _calling_parts(self._model) if by_parts else nullcontext():
             self._begin(Inputs(example, passes, passes * samples, recorded=True))
+        return True
 
     def stop(self) -> None:
         self._until.close()
@@ -167,14 +189,14 @@ class RecordedMethod:
         until.callback(self._stop)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raised = True
+        raised, output = True, None
         self._record.ahead(self._model, args, kwargs)
         try:
             output = (self._own or getattr(type(self._model), self._method).__get__(self._model))(*args, **kwargs)
             raised = False  # it may well return None
             return output
         finally:
-            self._record.ended(raised=raised)
+            self._record.ended(output, raised=raised)
 
     def _stop(self) -> None:
         del vars(self._model)[self._method]

@@ -98,7 +98,8 @@ class Loop:
     def _before_first_step(self, grad_scale: Tensor | None) -> None:
         assert self._first is not None, "without an example the first batch is recorded"
         try:
-            self._first.begin(self._hooks.unseen.passes)
+            if not self._first.begin(self._hooks.unseen.passes):
+                return
         except BaseException as error:
             # After Ctrl-C the next step is another try. Of several ranks, the others have failed by now.
             ends = isinstance(error, Exception) or self.host.ranks.count > 1

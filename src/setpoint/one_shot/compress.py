@@ -26,7 +26,7 @@ from setpoint.cost.budget import Budget, amount, parse_budget
 from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, ExportError, GroupError
-from setpoint.groups.example import Example, check_python
+from setpoint.groups.example import Example, check_python, holds_nan
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace
@@ -154,8 +154,7 @@ def compress(
         check_optimizer(one)
     goal = one_budget(budget)
     for name, tensor in model.named_parameters():
-        # Not known of 8-bit floats; minus infinity may be a mask.
-        if tensor.is_floating_point() and tensor.itemsize > 1 and bool((tensor.isnan() | tensor.isposinf()).any()):
+        if holds_nan(tensor):
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
     # Read before anything is found out about the model: a loader may draw random numbers, which are the user's.
     batches = first_batches(data, num_samples, model)

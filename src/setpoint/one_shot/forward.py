@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from setpoint.errors import ExampleError, SetpointError
-from setpoint.groups.example import Example, inputs_of, mapped, num_samples, tensors_of
+from setpoint.groups.example import Example, holds_nan, inputs_of, mapped, num_samples, tensors_of
 from setpoint.groups.untouched import in_mode
 from setpoint.messages import a_type, progress
 from setpoint.sensor.moments import Gathering, Moment, Reader
@@ -169,9 +169,8 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
         if form >= len(forms):
             raise ExampleError(f"batch {number} of the data is of another form than the first: give batches alike")
         found.append(forms[form])
-        for tensor in tensors_of(found[-1]):
-            if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
-                raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
+        if holds_nan(found[-1]):
+            raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
         rows = num_samples(found[-1])
         seen += 0 if normalised and rows == 1 else rows
         if seen >= count or len(found) > count:
