@@ -11,12 +11,30 @@ from setpoint.messages import did_you_mean
 from setpoint.runtimes.runtime import Called, Compiled, Eager, Forward, Runtime
 
 if TYPE_CHECKING:
+    from setpoint.runtimes.command import Command
+    from setpoint.runtimes.executorch import ExecuTorch
+    from setpoint.runtimes.exported import Exported, export, open_file
     from setpoint.runtimes.onnx import OnnxRuntime
+    from setpoint.runtimes.openvino import OpenVINO
 
-NAMES = {"eager": "Eager", "compiled": "Compiled", "onnxruntime": "OnnxRuntime"}
+NAMES = {
+    "eager": "Eager",
+    "compiled": "Compiled",
+    "onnxruntime": "OnnxRuntime",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+}
 """The runtimes that a budget can name, such as "8 ms onnxruntime", and their classes."""
 
-_LEAVES = {"OnnxRuntime": "setpoint.runtimes.onnx"}
+_LEAVES = {
+    "Command": "setpoint.runtimes.command",
+    "ExecuTorch": "setpoint.runtimes.executorch",
+    "Exported": "setpoint.runtimes.exported",
+    "OnnxRuntime": "setpoint.runtimes.onnx",
+    "OpenVINO": "setpoint.runtimes.openvino",
+    "export": "setpoint.runtimes.exported",
+    "open_file": "setpoint.runtimes.exported",
+}
 """Classes and functions that are imported when somebody asks for them."""
 
 
@@ -60,4 +78,7 @@ def as_runtime(value: Any) -> Runtime:
     )
 
 
-__all__ = ["NAMES", "Called", "Compiled", "Eager", "Forward", "OnnxRuntime", "Runtime", "as_runtime", "named"]
+__all__ = [
+    "NAMES", "Called", "Command", "Compiled", "Eager", "ExecuTorch", "Exported", "Forward", "OnnxRuntime", "OpenVINO",
+    "Runtime", "as_runtime", "export", "named", "open_file",
+]  # fmt: skip

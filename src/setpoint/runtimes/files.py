@@ -109,7 +109,8 @@ class Opened:
         return self.runtime.clock(self.run)
 
     def outputs(self) -> list[Tensor]:
-        return [torch.as_tensor(output) for output in self.run()]
+        # Copies: a runtime may write the next outputs to the same place.
+        return [torch.as_tensor(output).clone() for output in self.run()]
 
 
 def loaded(runtime: FileRuntime, model: nn.Module, example: Example) -> Forward:

@@ -1,0 +1,136 @@
+"""Export: a model as the file of a runtime, whose outputs are compared with those of PyTorch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from setpoint.distributed import unwrapped
+from setpoint.errors import ExportError
+from setpoint.groups.example import Example, check_python, inputs_of
+from setpoint.groups.untouched import copy_of, one_at_a_time
+from setpoint.messages import did_you_mean, warn
+from setpoint.runtimes import as_runtime
+from setpoint.runtimes.files import ByTensor, FileRuntime, Opened, named_tensors, opened, written
+
+_FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how far its outputs are from PyTorch's.
+
+    Args:
+        path: of the file.
+        difference: the largest one between an output of the file and PyTorch's, over the largest value of that output.
+        forward: the file, opened in its runtime: each call makes one forward and returns its seconds.
+    """
+
+    path: Path
+    difference: float
+    forward: Opened
+
+
+@one_at_a_time
+def export(
+    model: nn.Module,
+    example: Example,
+    path: str | os.PathLike[str],
+    to: str | FileRuntime = "onnx",
+    *,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write a model as a file of a runtime: in eval mode, without its hooks, with the shapes of the example.
+
+    The file is opened in the runtime, and its outputs on the example are compared with PyTorch's. It takes the place of
+    an older one only where they agree. Integers are never the same: a difference above the tolerance is warned of, and
+    one above 1 is an error. The model stays as it is.
+
+    Args:
+        model: to export.
+        example: a tuple of positional inputs or a mapping of keyword inputs, as they will be served.
+        path: of the file. OpenVINO writes the weights beside it, in a file that ends with `.bin`.
+        to: "onnx", "openvino" or "executorch", or the runtime itself, such as `OnnxRuntime(int8=True)`.
+        tolerance: of the difference, as a part of the largest value of an output; by default 0.001, of integers 0.1.
+
+    Raises:
+        ExampleError: the model does not run on the example.
+        ExportError: the model cannot be exported, the outputs differ, or the file cannot be written.
+        RuntimeUnavailable: a package is missing, or the runtime cannot run the model.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     exported = export(nn.Linear(2, 3), (torch.ones(1, 2),), f"{folder}/small.onnx")
+    >>> exported.difference < 1e-3
+    True
+    """
+    if isinstance(to, str) and to not in _FORMATS:
+        raise ExportError(f"unknown format {to!r}: {did_you_mean(to, _FORMATS)}use one of {', '.join(_FORMATS)}")
+    runtime = as_runtime(_FORMATS[to] if isinstance(to, str) else to)
+    path = Path(path)
+    if not isinstance(runtime, FileRuntime):
+        raise ExportError(f"{runtime.name} reads no files: export to onnx, openvino or executorch")
+    if path.suffix != runtime.suffix:
+        raise ExportError(
+            f"a file of {runtime.name} ends with {runtime.suffix}: name it {str(path.with_suffix(runtime.suffix))!r}"
+        )
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
+    if tolerance is None:
+        tolerance = 0.1 if runtime.int8 else 1e-3
+    model = unwrapped(model)
+    check_python(model)
+    by_tensor = ByTensor(copy_of(model, users_hooks=False), example)
+    try:
+        # In the same folder, so that a rename puts the file into its place at once.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            written(runtime.write, by_tensor, file, runtime.name)
+            forward = opened(runtime, file, by_tensor.inputs)
+            difference = _difference(forward.outputs(), by_tensor.outputs)
+            hint = "calibrate on real inputs" if runtime.int8 else "no forward may draw numbers or depend on values"
+            text = (
+                f"the outputs of {path.name} in {runtime.name} differ from PyTorch's by {difference:.2g} of their "
+                f"largest value, more than tolerance={tolerance:g}: {hint}"
+            )
+            # Integers that are as far away as zeros would be are of no use.
+            if not difference <= (max(tolerance, 1.0) if runtime.int8 else tolerance):
+                raise ExportError(f"{text}; nothing is written")
+            for each in sorted(Path(folder).iterdir(), key=lambda each: each == file):  # the main one last
+                os.replace(each, path.parent / each.name)
+    except OSError as error:
+        raise ExportError(f"cannot write {str(path)!r}: {error}") from error
+    if not difference <= tolerance:
+        warn(f"{text}, the rows of the example")
+    return Exported(path, difference, forward)
+
+
+def open_file(path: str | os.PathLike[str], example: Example, runtime: str | FileRuntime = "onnxruntime") -> Opened:
+    """Open a file that was exported, so that each call makes one forward on the example and returns its seconds.
+
+    Raises:
+        ExampleError: the example is of other shapes than those of the file.
+        RuntimeUnavailable: a package is missing, or the runtime cannot run the file.
+    """
+    opens = as_runtime(runtime)
+    if not isinstance(opens, FileRuntime):
+        raise ExportError(f"{opens.name} reads no files: name onnxruntime, openvino or executorch")
+    args, kwargs = inputs_of(example)
+    return opened(opens, Path(path), named_tensors(args, kwargs))
+
+
+def _difference(got: list[Tensor], want: tuple[Tensor, ...]) -> float:
+    if [one.shape for one in got] != [other.shape for other in want]:
+        return float("inf")
+    return max(_relative(one.double(), other.double()) for one, other in zip(got, want, strict=True))
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    same = (got == want) | (got.isnan() & want.isnan())  # a masked score may be infinite in both
+    largest = want[want.isfinite()].abs().max() if want.isfinite().any() else 0
+    return float(torch.where(same, 0, got - want).abs().max() / max(float(largest), 1e-12)) if want.numel() else 0.0
