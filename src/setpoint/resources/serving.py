@@ -25,7 +25,7 @@ from setpoint.runtimes.runtime import Forward, Runtime, in_turns, ratios, typica
 
 _ROUNDS, _AGREE = 4, 0.05  # rounds of turns at most, and how near two have to be to each other
 _COPIES, _FEWEST, _CALIBRATION_S = 12, 5, 20.0  # copies that are timed: fewer where they take longer
-_GRID, _OFF_GRID = 16, 1.1  # what kernels that work in blocks like; how much slower odd widths are where they do
+_GRID, _OFF_GRID = 16, 1.25  # what kernels that work in blocks like; how much slower odd widths are where they do
 
 
 def answering(model: nn.Module) -> nn.Module:
