@@ -406,6 +406,36 @@ def _with_longer_runs(name: str) -> Iterator[dict[str, Row]]:
             yield here
 
 
+# The first cut.
+
+
+@block("at-once")
+def at_once() -> str:
+    """One cut against gradual cuts, at equal training FLOPs and at equal steps, by seed."""
+    rows = []
+    for path in folders():
+        for budget in (0.5, 0.25):
+            here = {row.method: row for row in rows_of(path.name) if row.budget == budget}
+            if "setpoint-at-once-long" not in here:
+                continue
+            shown = {
+                "gradual": "setpoint",
+                "at once, equal FLOPs": "setpoint-at-once-long",
+                "at once, equal steps": "setpoint-at-once",
+            }
+            runs = {words: _cells(path.name, method, budget) for words, method in shown.items()}
+            start = {"task": here["setpoint"].task, "FLOPs / step": percent(budget)}
+            for words, method in shown.items():
+                start[words] = f"{metric_text(here[method])} ({percent(here[method].train_flops_ratio)})"
+                if words != "gradual":
+                    found = difference(runs[words], runs["gradual"])
+                    start[f"{words.removeprefix('at once, ')} − gradual"] = (
+                        f"{marked(found, here[method].metric)} ({found.num if found else 0})"
+                    )
+            rows.append(start)
+    return table(rows, left=2)
+
+
 # Learning rates.
 
 
