@@ -286,6 +286,30 @@ def test_a_model_is_compressed(tmp_path: Path) -> None:
         assert result.exit_code == 2 and said in result.stderr
 
 
+def test_a_model_is_timed(tmp_path: Path) -> None:
+    """`time` shows what cut copies take in each runtime, in lines of a terminal, and says what it does from the start;
+    --json and --out have the same numbers; a runtime that is none is one line, before the file is run.
+    """
+    own = tmp_path / "own.py"
+    own.write_text(OWN_MODEL.replace("20", "64") + "\nprint('work has begun')\n")
+    shown = invoke("time", f"{own}:build", "--runtime", "eager,onnxruntime")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr.startswith("starting eager ...\nstarting onnxruntime ...\n")
+    assert "onnxruntime, 1 thread, inputs 2x8\n" in shown.stdout and '"50% flops" gives about' in shown.stdout
+    assert max(map(len, shown.stdout.splitlines()[:-1])) <= 80
+    found = answer("time", f"{own}:build", "--threads", "2", "--out", tmp_path / "out")
+    assert found == json.loads((tmp_path / "out" / "time.json").read_text())
+    (timing,) = found["timings"]
+    assert (timing["runtime"], timing["threads"], timing["without_int8"]) == ("onnxruntime", 2, "")
+    for wrong, said in (
+        (["--runtime", "onxruntime"], "did you mean onnxruntime"),
+        (["--runtime", "eager", "--threads", "2"], "set OMP_NUM_THREADS=2 instead of --threads"),
+    ):
+        refused = invoke("time", f"{own}:build", *wrong)
+        assert refused.exit_code == 2 and said in refused.stderr
+        assert "work has begun" not in refused.output
+
+
 def test_what_a_users_file_prints_is_no_json(tmp_path: Path) -> None:
     """With --json all of stdout is the answer, whatever the file that makes the model prints."""
     (tmp_path / "net.py").write_text(

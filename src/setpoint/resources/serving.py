@@ -35,6 +35,16 @@ def answering(model: nn.Module) -> nn.Module:
     return copied
 
 
+def check_runtime(runtime: Runtime) -> None:
+    """Refuse a runtime that does not work here, before any work: it loads the smallest model.
+
+    Raises:
+        RuntimeUnavailable: such as for a missing package; the message says what to install.
+    """
+    with progress(f"starting {runtime.name}"):
+        runtime.load(nn.Linear(1, 1).eval(), (torch.zeros(1, 1),))
+
+
 class Served:
     """Forwards of a model in a runtime, each in turn with one of the dense model.
 
@@ -48,23 +58,23 @@ class Served:
         self._autocast = partial(
             torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
-        self._dense = self._loaded(answering(model))
+        self._dense = self._loaded(answering(model), runtime)
         self.dense_s = math.inf
 
-    def _loaded(self, model: nn.Module) -> Forward:
+    def _loaded(self, model: nn.Module, runtime: Runtime) -> Forward:
         """The model in the runtime, under the autocast that was active when the dense one was loaded."""
         with preserved_rng_state(model), self._autocast():
-            return self.runtime.load(model, self._example)
+            return runtime.load(model, self._example)
 
-    def ratios(self, model: nn.Module, *, calibrates: bool = False) -> list[float]:
+    def ratios(self, model: nn.Module, runtime: Runtime | None = None, *, calibrates: bool = False) -> list[float]:
         """Seconds of a forward over the dense model's, from two rounds of turns that agree; none if no two do.
 
-        The model is nobody else's, and in eval mode.
+        The model is nobody else's, and in eval mode. It may run in another runtime than the dense one.
 
         Raises:
             SetpointError: the runtime cannot run it.
         """
-        forward, rounds = self._loaded(model), list[list[float]]()
+        forward, rounds = self._loaded(model, runtime or self.runtime), list[list[float]]()
         for _ in range(_ROUNDS):
             dense, own = in_turns([self._dense, forward])
             if calibrates:
