@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -379,6 +380,40 @@ def test_too_few_rows_are_warned_of() -> None:
         for _ in range(2):
             _step(model, optimizer, x)
     loop.detach()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "warned"),
+    [
+        (lambda step: (torch.ones(8, 4),), True),
+        (lambda step: (torch.full((8, 4), float(step)),), False),  # batches differ
+        (lambda step: (torch.randn(8, 4), torch.ones(8, 4)), False),  # the second input is a mask
+        (lambda step: (torch.ones(8, 4), torch.arange(4.0)), False),  # not all inputs hold samples
+        (lambda step: (torch.ones(1, 4),), False),
+        (lambda step: (torch.ones(4),), False),
+    ],
+)
+def test_samples_that_are_all_alike_are_warned_of(inputs: Any, warned: bool) -> None:
+    """Claim: one warning says that the first cut knows one input only; other constants are ordinary."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+            found: Tensor = super().forward(x * weights)
+            return found
+
+    torch.manual_seed(0)
+    model = Net(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=100, example=inputs(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            model(*inputs(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loop.reading()
+    assert loop.budget_met
+    assert sum("are all alike, so the first cut knows one input only" in str(each.message) for each in caught) == warned
 
 
 def _loss_of_one(model: nn.Module, weights: Any, one: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group, widths_of
+from setpoint.messages import warn
 from setpoint.sensor.moments import Gathering, Moment, find_readers
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.reconstruction import unit_scores
@@ -62,7 +63,7 @@ class Calibrating(Sensor[Calibration]):
     ) -> Calibration:
         state = replace(state, inner=self.inner.update(state.inner, groups, model, grad_scale))
         if state.moments is None:
-            state.gathering.remove()
+            self._end(state)
             return state
         return replace(state, moments=state.gathering.taken(state.moments), norms=dict(state.gathering.norms))
 
@@ -93,7 +94,16 @@ class Calibrating(Sensor[Calibration]):
 
     def release(self, state: Calibration) -> None:
         self.inner.release(state.inner)
+        self._end(state)
+
+    def _end(self, state: Calibration) -> None:
         state.gathering.remove()
+        if state.moments is None and state.gathering.alike:
+            state.gathering.alike = False
+            warn(
+                "the samples of the first batches are all alike, so the first cut knows one input only: the cut model "
+                "may be far from the dense one on others. Shuffle the data"
+            )
 
 
 def _geometric_means(

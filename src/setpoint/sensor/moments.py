@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 
+from setpoint.groups.example import is_dense, tensors_of
 from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
 
@@ -149,7 +150,10 @@ class Gathering:
         self._made: dict[str, weakref.ref[Tensor]] = {}
         self._dropout: list[Any] = []  # input of the last one, and its output
         self._always, self._padding = always, Padding(model)
-        self._handles: list[Any] = []
+        self.alike: bool | None = None  # whether all samples so far are the same one; None before it is known
+        self._sample: list[Tensor] = []
+        compare = Hook(_weak(self._compare))
+        self._handles: list[Any] = [model.register_forward_pre_hook(compare, with_kwargs=True)]
         for reader in readers:
             for name in reader.layers:
                 hook = Hook(partial(_weak(self._look), reader, name))
@@ -183,6 +187,21 @@ class Gathering:
         known = sums.get(reader.name, parts)  # another optimizer's forward may lie between a reading and its cut
         new = known is parts or any(a.shape != b.shape for a, b in zip(known, parts, strict=True))
         sums[reader.name] = parts if new else [a + b for a, b in zip(known, parts, strict=True)]
+
+    def _compare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Compare inputs with the first sample; where not all of them hold samples in rows, none are alike."""
+        if self.alike is False or not torch.is_grad_enabled():
+            return
+        given = [tensor for tensor in tensors_of((args, kwargs)) if tensor.dim()]
+        plain = all(type(x) is Tensor and is_dense(x) and not is_functorch_wrapped_tensor(x) for x in given)
+        self._sample = self._sample or [x[:1].detach().clone() for x in given if plain]
+        forms = [[(x.device, *x.shape[1:]) for x in xs] for xs in (given, self._sample)]
+        rows = {len(x) for x in given}
+        known = forms[0] == forms[1] and max(map(len, forms[0]), default=1) > 1 and len(rows) == 1 and 0 not in rows
+        if not known or not all(bool((x == one).all()) for x, one in zip(given, self._sample, strict=True)):
+            self.alike = False
+        elif rows != {1}:
+            self.alike = True
 
     def _look_behind(self, name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
         if args and args[0] is not None:
