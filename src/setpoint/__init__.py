@@ -53,6 +53,8 @@ _LEAVES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "runtimes":
+        return import_module("setpoint.runtimes")
     if name in _LEAVES:
         return getattr(import_module(_LEAVES[name]), name)
     raise AttributeError(f"module 'setpoint' has no attribute {name!r}: other names are imported from their folders")

@@ -41,7 +41,7 @@ class ExampleError(SetpointError, ValueError):
 
 
 class ExportError(SetpointError, RuntimeError):
-    """A model whose forward `torch.export` cannot follow; the message names the line."""
+    """A model whose forward `torch.export` cannot follow, or that no file can hold; the message names the line."""
 
 
 class PathError(SetpointError, RuntimeError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from itertools import cycle
 
@@ -52,3 +54,11 @@ def test_what_counts_as_a_runtime() -> None:
     for wrong, words in ((Eager, "is a class"), (8, "got 8"), ("onnxruntme", "unknown runtime")):
         with pytest.raises(BudgetError, match=words):
             as_runtime(wrong)
+
+
+def test_runtimes_are_imported_when_somebody_asks() -> None:
+    """Claim: `import setpoint` is enough for `setpoint.runtimes`, and imports no package of a runtime."""
+    code = (
+        "import sys, setpoint; assert not {'onnxruntime', 'openvino'} & {*sys.modules}; setpoint.runtimes.OnnxRuntime()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ from setpoint.groups.example import Example, inputs_of
 
 Forward = Callable[[], float]  # makes one forward of a model on its example, and returns the seconds that it took
 
-_LEAST, _MOST, _ENOUGH_S = 7, 60, 0.3
+_LEAST, _MOST, _ENOUGH_S, _LONG_S = 7, 60, 0.3, 6.0
 
 
 @runtime_checkable
@@ -109,13 +109,16 @@ def wall_seconds(run: Callable[[], Any]) -> float:
 def in_turns(forwards: Sequence[Forward]) -> list[list[float]]:
     """Seconds of each of several models, forward by forward in turns, so that all see the same machine.
 
-    The first forward of each is not counted. There are as many as take .3 s a model, but 7 at least and 60 at most.
+    The first forward of each is not counted. There are as many as take .3 s a model, but 7 at least and 60 at most; and
+    no more after 6 s a model of the wall clock, since a program may take long to start.
     """
     for forward in forwards:
         forward()
     read: list[list[float]] = [[] for _ in forwards]
-    enough_s = _ENOUGH_S * len(forwards)
-    while len(read[0]) < _LEAST or (len(read[0]) < _MOST and sum(map(sum, read)) < enough_s):
+    enough_s, until = _ENOUGH_S * len(forwards), time.monotonic() + _LONG_S * len(forwards)
+    while len(read[0]) < _LEAST or (
+        len(read[0]) < _MOST and sum(map(sum, read)) < enough_s and time.monotonic() < until
+    ):
         for forward, seconds in zip(forwards, read, strict=True):
             seconds.append(forward())
     return read
