@@ -243,16 +243,23 @@ def _run_spec(
     check_trains(host.optimizers, host.model)
     for optimizer in host.optimizers:
         check_optimizer(optimizer)  # by trying it on throwaway tensors, whatever its class is called
-    resources = {goal.resource} if goal else {budget.resource for budget in budgets}
-    if not host.single_process and (measured := sorted(resources & set(METERED))):
-        raise CostError(
-            f"a budget of {measured[0]!r} is not available on several ranks in this version, since each would measure "
-            "another cost: use a budget of 'flops' or 'params'"
-        )
+    _check_metered(host, [goal] if goal else budgets)
     chosen = _as_groups(groups)
     return RunSpec(
         goal, budgets, bill, steps, controller, sensor, masking, regrowing, chosen, grid, method, by_default, **flags
     )
+
+
+def _check_metered(host: Host, goals: Sequence[Budget | Price | Tolerance]) -> None:
+    """Check that ranks can read alike what goals are on, which single processes can, or raise CostError."""
+    for goal in () if host.single_process else goals:
+        of_run, clocked = getattr(goal, "per", "step") == "run", goal.resource in ("latency", "inference")
+        if goal.resource in METERED and (of_run or not clocked or host.mesh is not None):
+            where = "on several ranks" if host.mesh is None else "under fully_shard"
+            raise CostError(
+                f"a budget of {goal.resource!r}{' for the whole run' * of_run} is not available {where} in this "
+                "version: use 'flops' or 'params', or, in DistributedDataParallel, 'latency' of a step or 'inference'"
+            )
 
 
 def _check_part(name: str, part: object, kind: type, example: str) -> None:
@@ -424,7 +431,8 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     coordinates: Coordinates = same_coordinates
     if any(group.kind == "state" for group in found.groups):
         from setpoint.states.turn import balanced as coordinates
-    spending = _spending(host, spec, found, sensor, inputs, meter, clock, traced=traced)
+    check_kind = partial(_check_metered, host)
+    spending = _spending(host, spec, found, sensor, inputs, meter, clock, check_kind, traced)
 
     def revocable() -> Actuator:
         from setpoint.regrowth.regrowing import Regrowing, Regrowth
@@ -479,7 +487,7 @@ def _spending(
     inputs: Inputs,
     meter: Meter,
     clock: Stopwatch,
-    check_kind: Callable[[Sequence[Budget]], None] = lambda budgets: None,
+    check_kind: Callable[[Sequence[Budget]], None],
     traced: Trace | None = None,
 ) -> Spending:
     """What the run may spend; a budget that cannot be met is refused, and a fraction is one of the uncut model."""

@@ -57,6 +57,10 @@ class Ranks:
         _let_go(sent)
         return total
 
+    def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        """The largest over ranks of each entry, by one all-gather."""
+        return values if self.count == 1 else self._gathered(torch.from_numpy(values)).amax(0).cpu().numpy()
+
     def part(self, length: int) -> slice:
         """This rank's part of `length` entries: equal parts in order, but for the last ones."""
         per_rank = -(-length // self.count)

@@ -20,6 +20,7 @@ class Clock:
     law: Callable[[nn.Module], float]
     speed: Callable[[int], float] = lambda number: 1.0  # by the number of the forward
     fails_after: int = 10**6  # loads
+    error: Exception = field(default_factory=lambda: RuntimeUnavailable("clock lacks the op Relu"))
     batches: list[int] = field(default_factory=list)
     loads: int = 0
     forwards: int = 0
@@ -27,7 +28,7 @@ class Clock:
     def load(self, model: nn.Module, example: Any) -> Forward:
         self.loads += 1
         if self.loads > self.fails_after:
-            raise RuntimeUnavailable("clock lacks the op Relu")
+            raise self.error
         self.batches.append(len(example[0]))
         assert not any(module.training for module in model.modules())
         seconds = self.law(model)

@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -89,6 +91,10 @@ class Host:
     def mean(self, read: Callable[[], Reading], losses: Any, step: int) -> Reading:
         """The mean reading over ranks, on which all decide; the loop's `Losses` are then means over ranks, too."""
         return read()
+
+    def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        """The largest over ranks of each number, on which all decide; -inf is what a rank does not know."""
+        return values
 
     @contextmanager
     def resizable(self, what: str, groups: Iterable[Group]) -> Iterator[Agreed]:

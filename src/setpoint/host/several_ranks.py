@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -35,6 +36,11 @@ class SeveralRanks(Host):
 
     def mean(self, read: Callable[[], Reading], losses: Any, step: int) -> Reading:
         return _shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
+
+    def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        with self.together("what clocks read"):  # a rank that fails before it has sent its part is waited for here
+            pass
+        return self.ranks.largest(values)
 
 
 @contextmanager

@@ -10,12 +10,14 @@ served, by least squares of relative errors. Joules are watts times seconds, wit
 steps or that the user states. What the fit does not tell meters correct.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance
@@ -72,6 +74,7 @@ def cost_out(
     flops, costs, sources = flops_cost(own), dict[str, Cost](), dict[str, str]()
     steps = list[dict[str, int]]()
     inference: Served | None = None
+    served_in = ""
 
     if measured & {"memory", "latency", "energy"}:
         make = partial(replica, host.model, host.optimizers, example, groups, steps)
@@ -80,7 +83,7 @@ def cost_out(
             costs["memory"], sources["memory"] = MemoryCost(tape), "modelled: storages of a recorded step"
         if measured & {"latency", "energy"}:
             parts = (*by_kind(host.model, own), ProductCost("bytes", tape.storages))
-            latency, power_w = _fitted(make, groups, parts, device, energy)
+            latency, power_w = _fitted(host, make, groups, parts, device, energy)
             costs["latency"] = latency
             if "energy" in measured:
                 power = "stated watts" if energy is None or power_w is None else f"power read by {energy.source}"
@@ -94,7 +97,8 @@ def cost_out(
         runtime = getattr(goal, "runtime", None)
         asked = goal.example if goal.example is not None else example if runtime is None else one_sample(example)
         runtime = runtime or Eager()
-        inference, costs["inference"], groups = serving(host.model, without_cache(host.model, asked), groups, runtime)
+        inference, costs["inference"], groups = serving(host, without_cache(host.model, asked), groups, runtime)
+        served_in = runtime.name
         sources["inference"] = f"modelled: {_FIT}, fitted to copies in {runtime.name}"
     if "latency" in costs:
         sources["latency"] = f"modelled: {_FIT}, fitted to steps timed on this device"
@@ -109,11 +113,15 @@ def cost_out(
         compiled=host.compiled,
         energy=energy,
         inference=inference,
+        served_in=served_in,
+        largest=host.largest if host.ranks.count > 1 else None,
         watts=watts if watts is not None and energy is None else 0.0,
         dense_widths=widths_of(groups),
     )
     dense_flops = flops.total(widths_of(groups))
-    return Costing(costs, groups, sources, meter, spent / dense_flops if dense_flops else 0.0)
+    # Ranks may have timed more or fewer steps, and count alike.
+    passes = host.largest(np.array([spent / dense_flops if dense_flops else 0.0]))
+    return Costing(costs, groups, sources, meter, float(passes[0]))
 
 
 def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | None:
@@ -129,19 +137,26 @@ def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | No
 
 
 def _fitted(
+    host: Host,
     make: Make,
     groups: tuple[Group, ...],
     parts: Sequence[ProductCost],
     device: torch.device,
     meter: EnergyMeter | None,
 ) -> tuple[ProductCost, float | None]:
-    """Seconds of a training step, fitted to a few whole ones, and the mean power that these drew, if it was read."""
+    """Seconds of a training step, fitted to a few whole ones, and the mean power that these drew, if it was read.
+
+    Of several ranks the slowest counts at each width.
+    """
+    vectors = falling_widths(groups)
     with progress("timing whole steps (latency)"):
-        steps = list(timed(make, falling_widths(groups), device, meter))
-    if not steps:
+        steps = list(timed(make, vectors, device, meter))
+    own_s = [next((taken_s for at, taken_s, _ in steps if at is widths), -math.inf) for widths in vectors]
+    read = zip(vectors, host.largest(np.array(own_s)).tolist(), strict=True)
+    seconds = [(widths, taken_s) for widths, taken_s in read if taken_s > 0]
+    if not seconds:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     powers = [spent_j / taken_s for _, taken_s, spent_j in steps if spent_j is not None]
-    seconds = [(widths, taken_s) for widths, taken_s, _ in steps]
     return fit_seconds("latency", parts, seconds), statistics.mean(powers) if powers else None
 
 

@@ -10,7 +10,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import final
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode as current_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as mode_stack
@@ -18,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from setpoint.cost.budget import METERED, amount
 from setpoint.errors import LoopError, SetpointError
+from setpoint.interrupts import uninterrupted
 from setpoint.messages import warn
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.serving import Served, answering
@@ -30,7 +33,10 @@ _COLD = 2  # first steps after a cut, which are skipped: they are slow, as cache
 _FEW = 4  # steps after a cut that are timed before a decision: a cut for a reading that was too high is not taken back
 _LOOK_S = 10.0  # seconds between two looks at the energy counters; at kilowatts the quickest take minutes to wrap
 _TRUST = 0.6  # how far the factor of a joint cost follows a new reading, as far as the controller's PI part does
+_CLOCKED = ("latency", "inference")
 _SLACK = 0.03  # how far a reading may rise above what is held for a limit out of reach, before anything is cut for it
+
+_Clocked = tuple[float, float, float]  # what a clock reads: the median, its margin, and the quickest
 
 
 @final
@@ -44,6 +50,7 @@ class Metering(Meter):
     evaluation: the peak counts from the first call of the model or a part of it with gradients, in the mode, training
     or not, that the model was in when the last step ended. `held` gives the tensors that live between steps.
     Seconds of inference are the median over forwards of a copy in the runtime, made before each decision.
+    Of several ranks the largest readings count: `largest` shares them where clocks are read, and nowhere else.
     """
 
     def __init__(
@@ -55,7 +62,9 @@ class Metering(Meter):
         model: nn.Module,
         compiled: bool = False,
         energy: EnergyMeter | None = None,
-        inference: Served | None = None,
+        inference: Served | None = None,  # of several ranks the first alone has it
+        served_in: str = "",  # the name of its runtime
+        largest: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]] | None = None,
         watts: float = 0.0,
         dense_widths: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
@@ -66,7 +75,9 @@ class Metering(Meter):
         self._model, self._compiled, self._energy, self._inference = model, compiled, energy, inference
         # Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more.
         self._few = _FEW + len({"memory", "energy"} & self._resources) if timed else 0
+        self._served_in, self._largest = served_in, largest
         self._passes_s: Sequence[float] = ()
+        self._shared: dict[str, _Clocked] = {}
         self._dense_widths = dict(dense_widths)
         self._watching: LiveBytes | None = None
         self._beginning = list[RemovableHandle]()
@@ -83,7 +94,7 @@ class Metering(Meter):
         on_gpu = self._device.type == "cuda"
         found = {
             "latency": "seconds between optimizer steps",
-            "inference": f"seconds of a forward in {self._inference.runtime.name}" if self._inference else "",
+            "inference": f"seconds of a forward in {self._served_in}",
             "memory": f"peak of {'the CUDA allocator' if on_gpu else 'live tensors'} in one step",
             "energy": self._energy.source if self._energy is not None and self._energy.works else "",
         }
@@ -165,32 +176,39 @@ class Metering(Meter):
         for handle in handles:
             handle.remove()
 
-    def time_inference(self, widths: Mapping[str, int]) -> None:
+    def read_clocks(self, widths: Mapping[str, int]) -> None:
+        self._time_inference(widths)
+        if self._largest is not None:
+            own = self._own_clocks
+            sent = np.array([own.get(name, (-math.inf,) * 3) for name in _CLOCKED])
+            found = zip(_CLOCKED, self._largest(sent.ravel()).reshape(sent.shape).tolist(), strict=True)
+            self._shared = {name: (middle, margin, least) for name, (middle, margin, least) in found if middle > 0}
+
+    def _time_inference(self, widths: Mapping[str, int]) -> None:
         if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the forwards
             return
         served, dense = self._inference, widths == self._dense_widths
         try:
-            found = [1.0] if dense else served.ratios(answering(self._model))
+            with uninterrupted():  # or a time limit's exception would be taken for the runtime's
+                found = [1.0] if dense else served.ratios(answering(self._model))
             self._passes_s = [served.dense_s * ratio for ratio in found]
             problem = "" if self._passes_s else "the machine is busy: no two readings of the same model agree"
-        except SetpointError as error:
-            self._passes_s, problem = (), str(error)
+        except Exception as error:  # of any kind: training goes on, and other ranks wait for what this one reads
+            said = isinstance(error, SetpointError)
+            self._passes_s, problem = (), str(error) if said else f"{type(error).__name__}: {error}"
         if problem and problem not in self._warned:
             self._warned |= {problem, "inference"}
             warn(f"{problem}. The budget of inference is held by the fit, and what was read before")
 
     def cut(self) -> None:
-        self._peak, self._passes_s, self._began_j = None, (), None
+        self._peak, self._passes_s, self._began_j, self._shared = None, (), None, {}
         self._num_steps = self._since_cut = 0
 
     # What has been read.
 
     def read(self) -> Readings:
-        values, seconds, run_j = dict[str, float](), self._seconds, None
-        if "latency" in self._resources and seconds is not None:
-            values["latency"] = seconds
-        if self._passes_s:
-            values["inference"] = statistics.median(self._passes_s)
+        clocks, run_j = self._clocks, None
+        values = {name: middle for name, (middle, _, _) in clocks.items()}
         if self._peak is not None:
             values["memory"] = float(self._peak)
         now_j = self._energy.read_j() if self._energy is not None else None
@@ -198,8 +216,21 @@ class Metering(Meter):
             run_j = None if self._earlier_j is None else self._earlier_j + now_j
             if self._began_j is not None and self._num_steps and now_j > self._began_j:
                 values["energy"] = (now_j - self._began_j) / self._num_steps
-        clocked = {"latency": self._warm, "inference": self._passes_s}
-        return Readings(values, {name: _margin(clocked.get(name, ())) for name in METERED}, run_j)
+        margins = {name: margin for name, (_, margin, _) in clocks.items()}
+        return Readings(values, {name: margins.get(name, _MARGIN) for name in METERED}, run_j)
+
+    @property
+    def _clocks(self) -> Mapping[str, _Clocked]:
+        return self._own_clocks if self._largest is None else self._shared
+
+    @property
+    def _own_clocks(self) -> dict[str, _Clocked]:
+        found, seconds = dict[str, _Clocked](), self._seconds
+        if "latency" in self._resources and seconds is not None:
+            found["latency"] = seconds, _margin(self._warm), min(self.steps.intervals)
+        if self._passes_s:
+            found["inference"] = statistics.median(self._passes_s), _margin(self._passes_s), min(self._passes_s)
+        return found
 
     @property
     def _warm(self) -> tuple[float, ...]:
@@ -227,12 +258,10 @@ class Metering(Meter):
 
     def _quickest(self, known: Mapping[str, float]) -> dict[str, float]:
         """These readings by the quickest step and pass: others may have an evaluation in them."""
-        found, seconds = dict(known), self.steps.intervals
-        if len(seconds) >= 3:
-            found |= {"latency": min(seconds), "energy": self.watts * min(seconds) or known.get("energy", 0.0)}
-        if self._passes_s:
-            found["inference"] = min(self._passes_s)
-        return {name: value for name, value in found.items() if name in known}
+        found = {**known, **{name: least for name, (_, _, least) in self._clocks.items()}}
+        if self.watts and "energy" in known:
+            found["energy"] = self.watts * min(self.steps.intervals)
+        return found
 
     def state_dict(self) -> dict[str, float | None]:
         # Joules of a step are not among them: counters begin at 0 in each process.
@@ -265,8 +294,6 @@ def _margin(values: Sequence[float]) -> float:
     The number of n values that lie below the true median is binomial with probability 1/2, so the order statistics
     `n/2 -+ 1.96 sqrt(n)/2` enclose it, whatever the distribution. Below six values they are the extremes.
     """
-    if not values:
-        return _MARGIN
     ordered, count = sorted(values), len(values)
     low = max(0, math.floor(count / 2 - 1.96 * math.sqrt(count) / 2))
     return max(_MARGIN, (ordered[count - 1 - low] - ordered[low]) / 2 / statistics.median(ordered))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import nn
 
 from setpoint.cost.cost import ProductCost
@@ -16,11 +18,12 @@ from setpoint.groups.example import Example
 from setpoint.groups.group import Group, on_grid, widths_of
 from setpoint.groups.trace import trace
 from setpoint.groups.untouched import copy_of, preserved_rng_state
+from setpoint.host.host import Host
 from setpoint.loop.candidates import restricted
 from setpoint.messages import progress, warn
 from setpoint.resources.fit import by_kind, fit_seconds
 from setpoint.resources.replica import device_type_of, replica, set_eval
-from setpoint.resources.tape import odd_widths, record, spread_widths
+from setpoint.resources.tape import Make, odd_widths, record, spread_widths
 from setpoint.runtimes.runtime import Forward, Runtime, in_turns, ratios, typical
 
 _ROUNDS, _AGREE = 4, 0.05  # rounds of turns at most, and how near two have to be to each other
@@ -88,36 +91,45 @@ class Served:
 
 
 def serving(
-    model: nn.Module, asked: Example, groups: tuple[Group, ...], runtime: Runtime
-) -> tuple[Served, ProductCost, tuple[Group, ...]]:
+    host: Host, asked: Example, groups: tuple[Group, ...], runtime: Runtime
+) -> tuple[Served | None, ProductCost, tuple[Group, ...]]:
     """The model where it is served, the fit of its seconds there, and the groups, on a grid where that is fast.
 
     Widths that lie off the grid are slow where kernels work in blocks: a copy of odd widths shows whether they do.
+    Of several ranks the first alone loads the runtime and times; the others have no `Served`, and the same fit.
     """
-    make = partial(replica, model, (), asked, groups, [], trains=False)
-    own = restricted(trace(model, asked), groups)
-    with progress(f"timing copies in {runtime.name}"):
-        served, until = Served(model, asked, runtime), time.monotonic() + _CALIBRATION_S
-
-        def read_at(widths: Mapping[str, int]) -> list[tuple[Mapping[str, int], float]]:
-            with make(widths, data=True) as copy:
-                found = served.ratios(copy.model, calibrates=True)
-            return [(widths, statistics.median(found))] if found else []
-
-        read: list[tuple[Mapping[str, int], float]] = [(widths_of(groups), 1.0)]
-        for number, widths in enumerate(spread_widths(groups, _COPIES)):
-            if number >= _FEWEST and time.monotonic() > until:
-                break
-            with progress(f"{number + 1} of at most {_COPIES}"):
-                read += read_at(widths)
-        odd = read_at(odd_widths(groups))
-    if len(read) < _FEWEST:
-        warn(
-            f"the machine is busy: seconds in {runtime.name} do not repeat themselves. The budget is held by a fit to "
-            f"{len(read) - 1} of {number + 1} copies: attach on a quiet machine"
-        )
-    parts = (*by_kind(model, own, forward=True), ProductCost("bytes", record(make, groups).storages))
-    cost = fit_seconds("inference", parts, [(widths, served.dense_s * ratio) for widths, ratio in read])
-    if any(served.dense_s * ratio / cost.total(widths) > _OFF_GRID for widths, ratio in odd):
+    make = partial(replica, host.model, (), asked, groups, [], trains=False)
+    own = restricted(trace(host.model, asked), groups)
+    vectors = [widths_of(groups), *spread_widths(groups, _COPIES), odd_widths(groups)]
+    served, read_s = None, np.full(len(vectors), -np.inf)
+    if host.ranks.own == 0:
+        served, read_s = _calibrated(Served(host.model, asked, runtime), make, vectors)
+    *fitted_s, odd_s = host.largest(read_s).tolist()
+    parts = (*by_kind(host.model, own, forward=True), ProductCost("bytes", record(make, groups).storages))
+    read = [(widths, seconds) for widths, seconds in zip(vectors[:-1], fitted_s, strict=True) if seconds > 0]
+    cost = fit_seconds("inference", parts, read)
+    if odd_s / cost.total(vectors[-1]) > _OFF_GRID:
         groups = on_grid(groups, _GRID)
     return served, cost, groups
+
+
+def _calibrated(
+    served: Served, make: Make, vectors: Sequence[Mapping[str, int]]
+) -> tuple[Served, Float64[np.ndarray, " n"]]:
+    """Seconds of a forward at each of these widths, of which the first are dense; -inf where none were read."""
+    ratios, until = np.full(len(vectors), -np.inf), time.monotonic() + _CALIBRATION_S
+    ratios[0] = 1.0
+    with progress(f"timing copies in {served.runtime.name}"):
+        for number, widths in enumerate(vectors[1:], 1):
+            last = number == len(vectors) - 1  # the odd one
+            if number > _FEWEST and not last and time.monotonic() > until:
+                continue
+            with progress(f"{number} of at most {len(vectors) - 1}"), make(widths, data=True) as copy:
+                found = served.ratios(copy.model, calibrates=True)
+            ratios[number] = statistics.median(found) if found else -np.inf
+    if (known := int(np.isfinite(ratios[:-1]).sum())) < _FEWEST:
+        warn(
+            f"the machine is busy: seconds in {served.runtime.name} do not repeat themselves. The budget is held by a "
+            f"fit to {known - 1} of {_COPIES} copies: attach on a quiet machine"
+        )
+    return served, served.dense_s * ratios

@@ -144,8 +144,8 @@ class Meter:
 
     def stepped(self) -> None: ...
 
-    def time_inference(self, widths: Mapping[str, int]) -> None:
-        """Time forwards of the model now, at these widths, if inference is metered."""
+    def read_clocks(self, widths: Mapping[str, int]) -> None:
+        """Time forwards of the model now, at these widths, if inference is metered; ranks share what clocks read."""
 
     def read(self) -> Readings:
         return Readings()

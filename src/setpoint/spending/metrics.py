@@ -99,9 +99,9 @@ def leading(known: Mapping[str, float]) -> str:
 def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str, Any]:
     """What the run came to, by name of the summary's fields."""
     account, meter, limits = spending.account, spending.meter, spending.limits
-    if "inference" not in meter.read().values:  # the last decision has cut
+    if {"latency", "inference"} & meter.sources.keys() - meter.read().values.keys():  # the last decision has cut
         with account.watch.deciding:
-            meter.time_inference(widths)
+            meter.read_clocks(widths)
     if step < spending.run_steps:
         spending.read_joules(widths)
     spent = {name: limits.expected(name, widths) for name in spending.costs}

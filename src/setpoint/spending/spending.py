@@ -83,7 +83,7 @@ class Spending:
 
     def read_meters(self, widths: Mapping[str, int]) -> None:
         """Take in what meters read at these widths, before a decision."""
-        self.meter.time_inference(widths)
+        self.meter.read_clocks(widths)
         self.readings = dict(self.meter.read().values)
         self.limits, self._known = self.meter.corrected(self.limits, widths)
 
@@ -166,7 +166,7 @@ class Spending:
         if not any(self.limits.is_per_run(name) for name in METERED):
             return False
         with self.account.watch.deciding:
-            self.meter.time_inference(widths)
+            self.meter.read_clocks(widths)
             self.limits, _ = self.meter.corrected(self.limits, widths)
             runs = self.replan(step, widths)
             return any(run.forecast(run.present) > run.limit for run in runs.values())
