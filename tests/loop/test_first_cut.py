@@ -94,6 +94,26 @@ def test_what_goes_is_made_up_for() -> None:
     assert error.item() < 5e-3
 
 
+@pytest.mark.parametrize(("most", "widest"), [(2**30, 256), (40_000, 32), (1, 4)])
+def test_moments_that_take_too_much_are_in_narrower_blocks(
+    monkeypatch: pytest.MonkeyPatch, most: int, widest: int
+) -> None:
+    """Claim: all moments take no more than a limit or the weights; the ledger says how wide their blocks are."""
+    monkeypatch.setattr("setpoint.sensor.moments._MOST_BYTES", most)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 256), nn.Tanh(), nn.Linear(256, 3))
+    x = torch.randn(64, 6)
+    (reader,) = find_readers(model, setpoint.find_groups(model, (x,)))
+    assert reader.widest == widest and reader.num_bytes <= max(most, sum(p.nbytes for p in model.parameters()))
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=100, example=(x,))
+    for _ in range(2):
+        _step(model, optimizer, x)
+    assert loop.budget_met and (f"in blocks of at most {widest} inputs" in loop.ledger[0].reason) == (widest < 256)
+    assert (model(x) - before(x)).square().mean() < 0.5 * before(x).square().mean()
+
+
 def test_norms_have_the_statistics_of_the_cut_model() -> None:
     """Claim: behind a layer that was refitted, running statistics are those of the cut model on the batches seen."""
     model, batches = _net(), _batches(1, rows=200)

@@ -12,7 +12,7 @@ import setpoint
 from setpoint.groups.group import Group
 from setpoint.one_shot.forward import moments_on
 from setpoint.sensor.consumer import find_consumers, input_rows
-from setpoint.sensor.moments import find_readers, moment_of
+from setpoint.sensor.moments import Moment, find_readers, moment_of
 from setpoint.sensor.reconstruction import Elimination, Map, energy_shares, unit_scores
 
 
@@ -32,7 +32,7 @@ def _scores_of(model: nn.Module, groups: tuple[Group, ...], *batches: Tensor) ->
 def _map(x: Tensor, weight: Tensor) -> Map:
     """A map of what units give by column and row, `(units, columns, rows)`."""
     rows = x.flatten(0, 1).mT
-    return moment_of(rows)[:-1, :-1].double(), weight, len(x)
+    return Moment((moment_of(rows).double(),)), np.arange(rows.shape[1]), weight, len(x)
 
 
 def _mixed(rows: int, columns: int) -> Tensor:
@@ -87,9 +87,9 @@ def test_losses_add_up_over_many_removals(num_units: int, each: int) -> None:
 def test_scores_need_no_more_than_the_precision_of_moments() -> None:
     """Claim: units of float32 moments, made in strips, go in the order of float64 ones."""
     x, weight = _mixed(2000, 300), _mixed(300, 8)
-    moments = [moment_of(rows)[:-1, :-1] for rows in (x, x.float())]
-    torch.testing.assert_close(moments[0], x.mT @ x)
-    exact, found = (energy_shares([(moment, weight, 300)]) for moment in moments)
+    moments = [moment_of(rows) for rows in (x, x.float())]
+    torch.testing.assert_close(moments[0][:-1, :-1], x.mT @ x)
+    exact, found = (energy_shares([(Moment((moment,)), np.arange(300), weight, 300)]) for moment in moments)
     np.testing.assert_array_equal(exact.argsort(), found.argsort())
     np.testing.assert_allclose(exact, found, rtol=1e-3)
 

@@ -137,29 +137,29 @@ def _apply(
     layer: Any = model.get_submodule(reader.name)
     weight, bias = layer.weight, layer.bias if len(reader.layers) == 1 else None
     channels = by_column(layer, weight.detach())
-    old = channels.flatten(0, 1).to(maps[0])
-    new, shift, first = torch.zeros_like(old), old.new_zeros(old.shape[1]), 0
-    spread = [old.new_zeros(old.shape[1]) for _ in range(4)]  # mean and variance of the outputs, before and after
+    whole, first = channels.flatten(0, 1), 0
+    new, shift = torch.zeros_like(whole), maps[0].new_zeros(whole.shape[1])
+    spread = [torch.zeros_like(shift) for _ in range(4)]  # mean and variance of the outputs, before and after
     for (part, own), through in zip(_parts(reader, moment, stays), maps, strict=True):
         columns = slice(first, first + len(part) - 1)
-        kept = torch.from_numpy(own[:-1]).to(old.device)
-        fitted = through[:, : len(part) - 1] @ old[columns]
+        kept, old = torch.from_numpy(own[:-1]).to(whole.device), whole[columns].to(through)
+        fitted = through[:, : len(part) - 1] @ old
         if bias is not None:
             shift += fitted[-1]
             fitted = fitted[:-1]
-        placed = torch.zeros_like(old[columns])
+        placed = torch.zeros_like(old)
         placed[kept] = fitted
-        new[columns] = placed
+        new[columns] = placed.to(new)
         first += len(part) - 1
         if not follows:
             continue
         mean_square = part.double() / part[-1, -1].double()
         mean, second = mean_square[-1, :-1], mean_square[:-1, :-1]
-        for number, weights in enumerate((old[columns], placed)):
+        for number, weights in enumerate((old, placed)):
             spread[2 * number] += mean @ weights
             spread[2 * number + 1] += ((second - torch.outer(mean, mean)) @ weights * weights).sum(0)
     new = new.view(channels.shape)
-    _write(weight, from_columns(layer, new.to(weight)), undo)
+    _write(weight, from_columns(layer, new), undo)
     if bias is not None:
         held = local(bias)  # of a bias that is sharded over ranks, which a cut of the inputs leaves alone
         _write(held, held + shift[rows(bias)].to(held), undo)

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
@@ -23,6 +23,7 @@ from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
 
 _AT_ONCE = 2048  # columns of one block of a moment: 16 MiB
+_MOST_BYTES = 2**30  # of all moments, or what the model's weights take, if that is more: above it blocks get narrower
 _STRIP = 256  # columns of a moment that are made at once
 _FORWARDS = 3  # of a layer, the most that a look at what it is given takes, in FLOPs: what a step takes of it
 _ROWS_PER_COLUMN, _FEWEST_ROWS = 4, 4096  # of which a moment is made: the more of both
@@ -46,6 +47,11 @@ class Reader:
         return int(self.blocks[-1].stop) * self.num_offsets
 
     @property
+    def num_bytes(self) -> int:
+        """Of its moment in float32, `4 (b + 1)^2` for each block of b columns."""
+        return sum(4 * ((block.stop - block.start) * self.num_offsets + 1) ** 2 for block in self.blocks)
+
+    @property
     def widest(self) -> int:
         """Columns of its largest block."""
         return self.num_offsets * max(int(block.stop) - int(block.start) for block in self.blocks)
@@ -67,7 +73,11 @@ class Reader:
 
 
 def find_readers(model: nn.Module, groups: Sequence[Group]) -> tuple[Reader, ...]:
-    """The weights that read units of these groups, as far as they are linear layers or convolutions."""
+    """The weights that read units of these groups, as far as they are linear layers or convolutions.
+
+    Blocks have at most 2,048 columns, and half, a quarter, and so on as many where their moments would take more bytes
+    than the model's weights, and than 1 GiB.
+    """
     layers, found = layers_by_weight(model), dict[int, list[Consumer]]()
     for group in groups:
         for consumer in find_consumers(group, model, layers):
@@ -81,13 +91,17 @@ def find_readers(model: nn.Module, groups: Sequence[Group]) -> tuple[Reader, ...
         offsets, layer = own[0].num_offsets, cast(Any, model.get_submodule(first))
         channels = len(by_column(layer, layer.weight))
         names = (first, *(name for name in dict.fromkeys(consumer.layer for consumer in consumers) if name != first))
-        readers.append(Reader(names, own, _even_blocks(channels, offsets), offsets))
+        readers.append(Reader(names, own, _even_blocks(channels, offsets, _AT_ONCE), offsets))
+    most, at_once = max(_MOST_BYTES, sum(weight.nbytes for weight in model.parameters())), _AT_ONCE
+    while at_once > 1 and sum(reader.num_bytes for reader in readers) > most:
+        at_once //= 2
+        readers = [replace(one, blocks=_even_blocks(one.blocks[-1].stop, one.num_offsets, at_once)) for one in readers]
     return tuple(readers)
 
 
-def _even_blocks(channels: int, offsets: int) -> tuple[slice, ...]:
-    """The channels in as few even blocks as hold at most `_AT_ONCE` columns each."""
-    number = min(channels, math.ceil(channels * offsets / _AT_ONCE)) or 1
+def _even_blocks(channels: int, offsets: int, at_once: int) -> tuple[slice, ...]:
+    """The channels in as few even blocks as hold at most so many columns each."""
+    number = min(channels, math.ceil(channels * offsets / at_once)) or 1
     bounds = [channels * block // number for block in range(number + 1)]
     return tuple(slice(start, stop) for start, stop in pairwise(bounds))
 
@@ -217,7 +231,10 @@ class Gathering:
         """These sums with what was seen since the last time."""
         found = dict(sums)
         for name, new in self._sums[self._always or self.model.training].items():
-            found[name] = tuple(a + b for a, b in zip(found[name], new, strict=True)) if name in found else tuple(new)
+            # In place of what is new: three of all moments at a time would be a third of a large model.
+            for part, known in zip(new, found.get(name, ()), strict=False):
+                part += known
+            found[name] = tuple(new)
         self.forget()
         return found
 

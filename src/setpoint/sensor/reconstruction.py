@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group
+from setpoint.sensor.consumer import Consumer
 from setpoint.sensor.moments import Moment, Reader
 
 RIDGE = 0.01  # added to the diagonal of a second moment, as a share of its mean
@@ -19,9 +21,9 @@ _SCORED_AT_ONCE = 1024  # columns of one second moment; the units of a wider map
 _PANEL = 64  # columns whose removal is put off, so that the large matrices change in few products
 _APART = 1e-12  # how much a unit is worth more, in shares of the output's energy, than the one that goes before it
 
-Map = tuple[Float[Tensor, "_all_columns _all_columns"], Float[Tensor, "_all_columns _outputs"], int]
-"""A linear map that units feed: the second moment of what they give it, its weights, both unit by unit, and their
-number."""
+Map = tuple[Moment, Int[np.ndarray, " _all_columns"], Float[Tensor, "_all_columns _outputs"], int]
+"""A linear map that units feed: the second moment of its inputs, the columns of it that the units give and the weights
+on these, both unit by unit, and the number of units."""
 
 
 def unit_scores(
@@ -40,16 +42,18 @@ def unit_scores(
         Luo, Wu, Lin: "ThiNet", ICCV 2017, and He, Zhang, Sun: "Channel pruning for accelerating very deep neural
         networks", ICCV 2017 (channels by what the next layer can reconstruct).
     """
-    maps: dict[str, list[Map]] = {}
+    reads: dict[str, list[tuple[Moment, Consumer]]] = {}
     for reader in readers:
-        moment = moments.get(reader.name)
-        for consumer in reader.consumers if moment is not None else ():
-            assert moment is not None
-            scale = _norm_scale(model.get_submodule(moment.norm) if moment.norm else None)
-            of_units = moment.of_columns(consumer.columns)
-            maps.setdefault(consumer.group, []).append((of_units, consumer.weight(model) * scale, consumer.num_units))
+        if (moment := moments.get(reader.name)) is not None:
+            for consumer in reader.consumers:
+                reads.setdefault(consumer.group, []).append((moment, consumer))
+
+    def as_map(moment: Moment, consumer: Consumer) -> Map:
+        scale = _norm_scale(model.get_submodule(moment.norm) if moment.norm else None)
+        return moment, consumer.columns, consumer.weight(model) * scale, consumer.num_units
+
     with torch.autocast("cpu", enabled=False):  # an inverse in bfloat16 is none
-        found = {name: energy_shares(of_group) for name, of_group in maps.items()}
+        found = {name: energy_shares([as_map(*one) for one in of_group]) for name, of_group in reads.items()}
     # What the data does not come to is not known to be worthless: it stays.
     return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
 
@@ -85,11 +89,12 @@ def energy_shares(maps: Sequence[Map]) -> Float64[np.ndarray, " _units"]:
 
     Of two units that give the same, the first is free, and the second is then worth both:
 
-    >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]).double()
-    >>> energy_shares([(x @ x.mT, torch.ones(3, 1), 3)]).round(2)
+    >>> from setpoint.sensor.moments import moment_of
+    >>> rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]).double()
+    >>> energy_shares([(Moment((moment_of(rows),)), np.arange(3), torch.ones(3, 1), 3)]).round(2)
     array([0.2, 0. , 0.8])
     """
-    num_units = maps[0][2]
+    num_units = maps[0][-1]
     by_map = [_blocks(one) for one in maps]
     # Of a map in blocks, the energy is that of all of them: shares of blocks must be comparable.
     energies = [sum(part.energy for _, part in blocks) for blocks in by_map]
@@ -207,13 +212,13 @@ def _by_unit(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "units 
 
 def _blocks(one: Map) -> list[tuple[slice, Elimination]]:
     """A map in blocks of units, each as an elimination of its own."""
-    whole, weight, num_units = one
-    m = len(whole) // max(num_units, 1)
-    num_blocks = min(num_units, math.ceil(num_units * m / _SCORED_AT_ONCE)) or 1
+    moment, columns, weight, num_units = one
+    m = len(columns) // max(num_units, 1)
+    num_blocks = min(num_units, math.ceil(len(columns) / _SCORED_AT_ONCE)) or 1
     edges = np.linspace(0, num_units, num_blocks + 1).round().astype(int)
     found = []
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for start, stop in pairwise(edges.tolist()):
         own = slice(start * m, stop * m)
-        moment = whole[own, own].cpu()
-        found.append((slice(start, stop), Elimination(moment, weight[own].to(moment), m)))
+        of_units = moment.of_columns(columns[own]).cpu()
+        found.append((slice(start, stop), Elimination(of_units, weight[own].to(of_units), m)))
     return found
