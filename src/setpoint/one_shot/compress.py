@@ -35,7 +35,7 @@ from setpoint.host.find import real_optimizers
 from setpoint.interrupts import uninterrupted
 from setpoint.loop.candidates import check_some, restricted
 from setpoint.messages import a_type, counted, counts, progress, warn
-from setpoint.one_shot.forward import first_batches, moments_on, norms_were_constant, run
+from setpoint.one_shot.forward import batch_norms_of, first_batches, moments_on, norms_were_constant, run
 from setpoint.sensor.consumer import find_consumers, layers_by_weight
 from setpoint.sensor.moments import find_readers
 from setpoint.sensor.reconstruction import unit_scores
@@ -185,7 +185,7 @@ def compress(
                     "most BatchNorms have running statistics far from those of the data. They count as constants "
                     "of the training, and stay. If they are none, give data that are prepared as in training"
                 )
-            else:
+            elif batch_norms_of(model):
                 run(model, batches, "renewed")
         cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)

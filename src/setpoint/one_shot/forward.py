@@ -66,10 +66,6 @@ def norms_were_constant(model: nn.Module, batches: Sequence[Example]) -> bool:
     return bool(distances) and median(distances) > _FAR
 
 
-class EnoughSeen(Exception):  # noqa: N818 - no error: it ends a forward of which the rest is of no use
-    """Raised in a hook once all that is wanted of a forward was seen."""
-
-
 @contextmanager
 def without_training(model: nn.Module, norms: Norms) -> Iterator[None]:
     """Inside, the model is in eval mode, its norms as said; its modes are restored at the end."""
@@ -122,8 +118,6 @@ def run(model: nn.Module, batches: Sequence[Example], norms: Norms, handles: Ite
             args, kwargs = inputs_of(batch)
             try:
                 model(*args, **kwargs)
-            except EnoughSeen:
-                pass
             except SetpointError:
                 raise
             except Exception as error:  # anything may go wrong in a foreign forward
