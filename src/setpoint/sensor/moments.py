@@ -92,7 +92,7 @@ def find_readers(model: nn.Module, groups: Sequence[Group]) -> tuple[Reader, ...
         channels = len(by_column(layer, layer.weight))
         names = (first, *(name for name in dict.fromkeys(consumer.layer for consumer in consumers) if name != first))
         readers.append(Reader(names, own, _even_blocks(channels, offsets, _AT_ONCE), offsets))
-    most, at_once = max(_MOST_BYTES, sum(weight.nbytes for weight in model.parameters())), _AT_ONCE
+    most, at_once = max(_MOST_BYTES, sum(weight.numel() * weight.itemsize for weight in model.parameters())), _AT_ONCE
     while at_once > 1 and sum(reader.num_bytes for reader in readers) > most:
         at_once //= 2
         readers = [replace(one, blocks=_even_blocks(one.blocks[-1].stop, one.num_offsets, at_once)) for one in readers]
