@@ -310,6 +310,33 @@ def test_a_model_is_timed(tmp_path: Path) -> None:
         assert "work has begun" not in refused.output
 
 
+def test_a_cut_model_is_exported(tmp_path: Path) -> None:
+    """`export` writes the file of a cut model, says how near its outputs are, and with --time shows dense and cut in
+    five lines; what cannot be written is one line, before the file of the model is run.
+    """
+    own = tmp_path / "own.py"
+    own.write_text(OWN_MODEL.replace("20", "64") + "\ndef batches():\n    return [(torch.randn(50, 8), None)]\n")
+    cut = "--data", f"{own}:batches", "--budget", "50%", "--out", tmp_path
+    assert invoke("compress", f"{own}:build", *cut).exit_code == 0
+    weights = "--weights", tmp_path / "model.safetensors"
+    shown = invoke("export", f"{own}:build", *weights, "--to", "onnx", "--out", tmp_path / "net.onnx", "--time")
+    assert shown.exit_code == 0, shown.output
+    said, *table, then = shown.stdout.splitlines()
+    assert "net.onnx: its outputs are PyTorch's, but for" in said and (tmp_path / "net.onnx").stat().st_size > 100
+    assert len(table) == 4 and table[0].startswith("onnxruntime, 1 thread, inputs 2x8") and "int8" in table[1]
+    assert "open_file(" in then and max(map(len, table)) <= 80
+    found = answer("export", f"{own}:build", "--to", "openvino", "--out", tmp_path / "net.xml")
+    assert found["difference"] < 1e-3 and sorted(found) == ["difference", "file"]
+    own.write_text("def build():\n    raise AssertionError('work has begun')\n")
+    for wrong, words in (
+        (["--to", "onx"], "did you mean onnx"),
+        (["--to", "onnx", "--out", tmp_path / "net.xml"], "ends with .onnx: name it"),
+        (["--to", "onnx", "--weights", tmp_path / "gone"], "no file"),
+    ):
+        refused = invoke("export", f"{own}:build", *wrong)
+        assert refused.exit_code == 2 and words in refused.stderr
+
+
 def test_what_a_users_file_prints_is_no_json(tmp_path: Path) -> None:
     """With --json all of stdout is the answer, whatever the file that makes the model prints."""
     (tmp_path / "net.py").write_text(

@@ -1,4 +1,4 @@
-"""The command line: inspect, time, compress, report and run, and what setpoint-bench adds to it.
+"""The command line: inspect, time, export, compress, report and run, and what setpoint-bench adds to it.
 
 A command prints for readers, or with --json one object for machines. What a user can put right is one line on stderr
 and exit code 2; options are read by Typer, which says itself what it does not take.
@@ -160,10 +160,59 @@ def _runtime(name: str, threads: int | None) -> Any:
     return found
 
 
+def export(
+    target: Annotated[
+        str, typer.Argument(help="As for inspect, with the inputs that will be served.", metavar="MODEL")
+    ],
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino or executorch.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="File of setpoint.save, of the model cut; MODEL is the dense one then."),
+    ] = None,
+    input: Annotated[str | None, typer.Option("--input", help="Shape of the inputs, with commas.")] = None,
+    timed: Annotated[bool, typer.Option("--time", help="Time dense and cut in turns, as floats and in int8.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of one forward; by default one.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="By default model.onnx or the like.", metavar="FILE")] = None,
+    json: Json = False,
+) -> None:
+    """Write a model, or a cut one, as a file for a runtime, and compare the file's outputs with PyTorch's."""
+    with errors_as_messages():
+        from dataclasses import asdict
+
+        from setpoint.checkpoint.model_file import load as load_weights
+        from setpoint.groups.untouched import copy_of
+        from setpoint.messages import progress
+        from setpoint.report.target import load_target, names_a_file
+        from setpoint.report.timing import time_cut
+        from setpoint.runtimes.exported import export as write
+        from setpoint.runtimes.exported import name_in, reader_of
+
+        shape = None if input is None else tuple(integers(input, "--input"))
+        if weights is not None and not weights.exists():
+            raise UsageError(f"no file {weights}: give one that setpoint.save or setpoint compress has written")
+        name = name_in(to)
+        with _progress_told():
+            runtime = _runtime(name, threads)
+            path = out or Path(f"model{runtime.suffix}")
+            reader_of(path, runtime)
+            load = load_target if names_a_file(target) else _of_bench(f"export {target}").named_model
+            dense, example = load(target, shape)
+            cut = None if weights is None else load_weights(weights, into=copy_of(dense, users_hooks=False))
+            with progress(f"writing {path}"):
+                exported = write(dense if cut is None else cut, example, path, runtime)
+            _print(f"{path}: its outputs are PyTorch's, but for {exported.difference:.1e} of their largest value")
+            timing = time_cut(dense, cut, example, runtime) if timed else None
+        if timing is not None:
+            _print(str(timing))
+        answer = {"file": str(path), "difference": exported.difference}
+        answer |= {} if timing is None else {"timing": asdict(timing)}
+        finish(answer, f"setpoint.runtimes.open_file({str(path)!r}, example, {name!r}) runs it")
+
+
 def compress(
     target: Annotated[str, typer.Argument(help="module.py:function that returns a trained model.", metavar="MODEL")],
     data: Annotated[str, typer.Option("--data", help="module.py:function that returns batches, such as a loader.")],
-    budget: Annotated[str, typer.Option("--budget", help='What the model may cost: 50% (of the FLOPs), "40% params".')],
+    budget: Annotated[str, typer.Option("--budget", help='What it may cost: 50% (of the FLOPs), "8 ms onnxruntime".')],
     even: Annotated[bool, typer.Option("--even", help="Keep the same share of units in all groups.")] = False,
     samples: Annotated[int, typer.Option(help="Samples of the data that are looked at.", min=1)] = 1024,
     out: Annotated[Path | None, out_option("without it nothing is written")] = None,
@@ -181,16 +230,19 @@ def compress(
         from setpoint.checkpoint.model_file import save
         from setpoint.messages import a_type, progress
         from setpoint.one_shot.compress import compress as cut
-        from setpoint.one_shot.compress import one_budget
+        from setpoint.one_shot.compress import one_budget, runtime_of
         from setpoint.report.target import call_own, check_own_function
+        from setpoint.resources.serving import check_runtime
 
         check_folder(out)
-        one_budget(budget)
+        goal = one_budget(budget)
         for function in (target, data):
             check_own_function(function)  # both, before the first one is run
         if out is None:
             print("a trial: without --out DIR the small model is not kept", file=sys.stderr)
         with _progress_told(), progress("loading model and data"):
+            if goal.resource == "inference":
+                check_runtime(runtime_of(goal))
             made, batches = call_own(target), call_own(data)
         model = made[0] if isinstance(made, tuple) and made else made  # `inspect` takes a model and its inputs, too
         if not isinstance(model, nn.Module):
@@ -313,6 +365,8 @@ def make_app() -> typer.Typer:
     made.command(epilog=examples("setpoint inspect resnet18", *models))(inspect)
     timed = "setpoint time resnet18 --runtime onnxruntime", "setpoint time net.py:build --runtime onnxruntime,openvino"
     made.command(epilog=examples(*timed))(time)
+    small = "setpoint export net.py:build --weights small.safetensors --to onnx --time"
+    made.command(epilog=examples("setpoint export net.py:build --to openvino", small))(export)
     cut = "setpoint compress net.py:build --data net.py:batches --budget 50% --out small"
     made.command(epilog=examples(cut))(compress)
     made.command(epilog=examples("setpoint report run.jsonl", "setpoint report runs/digits --out pages"))(report)

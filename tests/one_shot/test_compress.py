@@ -216,7 +216,7 @@ def test_nothing_is_lost_where_it_fails() -> None:
 
 X = torch.zeros(10, 4)
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"budget": "8 ms latency"}, BudgetError, "compress takes one budget of flops or params"),
+    ({"budget": "8 ms latency"}, BudgetError, "compress takes one budget of flops, params or a runtime"),
     ({"budget": "2x faster"}, BudgetError, "write '50% flops'$"),
     ({"budget": 0.01}, BudgetError, "cannot be reached"),
     ({"data": 5}, ExampleError, "data is an int: give batches"),

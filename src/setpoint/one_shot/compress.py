@@ -1,10 +1,11 @@
 """Compress: a trained model is cut to a budget at once, without training."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,20 @@ from setpoint.cost.budget import Budget, amount, parse_budget
 from setpoint.cost.cost import Cost, flops_cost, params_cost
 from setpoint.distributed import unwrapped
 from setpoint.errors import BudgetError, ExportError, GroupError
-from setpoint.groups.example import Example, check_python, holds_nan
+from setpoint.groups.example import Example, check_python, holds_nan, one_sample, without_cache
 from setpoint.groups.example import num_samples as samples_in
 from setpoint.groups.group import Group, check_blocks, widths_of
 from setpoint.groups.trace import Trace, trace
 from setpoint.groups.untouched import preserved_rng_state
 from setpoint.host.find import real_optimizers
+from setpoint.host.host import Host
 from setpoint.interrupts import uninterrupted
 from setpoint.loop.candidates import check_some, restricted
 from setpoint.messages import a_type, counted, counts, progress, warn
 from setpoint.one_shot.forward import batch_norms_of, first_batches, moments_on, norms_were_constant, run
+from setpoint.resources.replica import Replica, replica
+from setpoint.resources.serving import Served, check_runtime, serving
+from setpoint.runtimes import Eager, Runtime
 from setpoint.sensor.consumer import find_consumers, layers_by_weight
 from setpoint.sensor.moments import find_readers
 from setpoint.sensor.reconstruction import unit_scores
@@ -47,6 +52,7 @@ from setpoint.spending.checks import check_reachable
 _FLOORS = (0.8, 0.25, 0.0)
 _THIN = 0.25  # rows for each column below which a fit is warned of: no training mends it
 _USED_UP = 0.9  # share of a budget below which the next floor is tried
+_TRIES, _AIM, _NEAR = 4, 0.985, 0.96  # copies that are timed; shares of a limit that the fit aims at, and that will do
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +68,7 @@ class Compressed:
     refitted: tuple[str, ...]  # names of the layers whose weights were fitted anew
     num_samples: int  # that were looked at
     frozen: Mapping[str, str]  # by name or place, why it was not pruned
+    runtime: str = ""  # of a budget of seconds: its name
 
     def __str__(self) -> str:
         flops, params = (100 * self.after[name] / self.before[name] for name in ("flops", "params"))
@@ -69,11 +76,13 @@ class Compressed:
         # The first reason, and where the others are.
         why = "".join(f": {place}: {reason}" for place, reason in list(self.frozen.items())[:1])
         why += f"; {len(self.frozen) - 1} more in `frozen`" if len(self.frozen) > 1 else ""
+        where = f" in {self.runtime}, of {amount(self.before[self.resource], self.resource)}" if self.runtime else ""
         return (
             f"compressed to {flops:.1f} % of its FLOPs, {params:.1f} % of its parameters: {units} in "
             f"{counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}, {amount(self.after[self.resource], self.resource)} "
-            f"spent\n{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
+            f"spent{where}\n"
+            f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
             f"{counted(len(self.frozen), 'place')} not pruned{why}"
         )
 
@@ -112,8 +121,11 @@ def compress(
         data: batches as in training, such as a `DataLoader`: tensors, tuples (inputs, labels), or dicts.
             Labels are left out, unless the model runs only with them; of a dict these are "label", "labels",
             "label_ids", "target" and "targets". Batches of one sample are left out where others have more.
-        budget: of "flops" (of a training step on the first batch, as `attach` counts) or "params": a fraction of the
-            dense model's FLOPs, a text such as "50% params", or a `Budget`.
+        budget: of "flops" (of a training step on the first batch, as `attach` counts), of "params", or of the seconds
+            of a forward in a runtime, of one sample unless the budget has an example: a fraction of the dense model's
+            FLOPs, a text such as "50% params" or "8 ms onnxruntime", or a `Budget`. Seconds are a fit to copies. A copy
+            of the widths that it chooses is timed in turns with the dense model: where it is over the budget, the fit
+            is corrected, and units are chosen anew.
         even: keep the same share of units in all groups; by default shares follow the scores.
         num_samples: whole batches are read until they have as many samples.
         groups: those of `find_groups(model, example)` that may be cut; by default all that only layers read that
@@ -123,11 +135,12 @@ def compress(
 
     Raises:
         BudgetError: for another resource, a budget per run, or one out of reach.
-        ExportError: for a model that torch.jit or torch.export has made.
+        ExportError: for a model that torch.jit or torch.export has made, or that the runtime does not take.
         ExampleError: for data that the model does not take, or that holds NaN.
         GroupError: where nothing can be cut, or weights hold NaN or infinity.
         OptimizerError: for an optimizer that is none, or not of this model.
         LoopError: when a loop is at work on the model, or `fully_shard` has sharded it.
+        RuntimeUnavailable: a package is missing, or the runtime cannot run the model.
         ValueError: for a model or a number of samples that is none.
 
     >>> torch.manual_seed(0)
@@ -156,6 +169,8 @@ def compress(
     for name, tensor in model.named_parameters():
         if holds_nan(tensor):
             raise GroupError(f"the weights {name} hold NaN or infinity: compress a model that works")
+    if goal.resource == "inference":
+        check_runtime(runtime_of(goal))
     # Read before anything is found out about the model: a loader may draw random numbers, which are the user's.
     batches = first_batches(data, num_samples, model)
     from setpoint.groups.unpruned import unpruned
@@ -165,16 +180,27 @@ def compress(
             traced = trace(model, batches[0])
             active, frozen = _candidates(model, traced, batches[0], groups, verify=verify)
         costs: dict[str, Cost] = {"flops": flops_cost(restricted(traced, active)), "params": params_cost(model, active)}
-        widths, cost = widths_of(active), costs[goal.resource]
+        widths, clock = widths_of(active), None
         before = {name: known.total(widths) for name, known in costs.items()}
-        dense = original_costs(model, batches[0], (goal,), costs, widths).get(goal.resource, before[goal.resource])
+        original = original_costs(model, batches[0], (goal,), costs, widths)
+        if goal.resource == "inference":
+            asked = without_cache(model, one_sample(batches[0]) if goal.example is None else goal.example)
+            clock, costs["inference"], active = serving(Host(model, (), ()), asked, active, runtime_of(goal))
+            assert clock is not None, "a process that is alone has the clock"
+            before["inference"] = clock.dense_s
+        cost, dense = costs[goal.resource], original.get(goal.resource, before[goal.resource])
         limit = goal.absolute(dense)
         narrowest = {group.name: lowest_width(group) for group in active}
         check_reachable(goal, dense, cost.total(narrowest), partial(unpruned, model, traced, narrowest, frozen))
         constant = norms_were_constant(model, batches)
         readers = find_readers(model, active)
         moments = moments_on(model, readers, batches, "running" if constant else "batch")
-        keep = _choose(cost, active, unit_scores(model, active, readers, moments), limit, even=even)
+        choose = partial(_choose, cost, active, unit_scores(model, active, readers, moments), even=even)
+        if clock is None or limit >= dense:
+            keep, seconds = choose(limit), None
+        else:
+            make = partial(replica, model, (), asked, active, [], data=True, trains=False)
+            keep, seconds = _timed(clock, make, cost, limit, cost.total(narrowest), choose)
         refitted = tuple[str, ...]()
         if not all(kept.all() for kept in keep.values()):
             refitted = refit((model,), active, keep, moments, thin=_THIN)
@@ -190,19 +216,64 @@ def compress(
         cut = shrink(model, optimizers, active, keep)
         carry_sizes(model)
         after = {name: known.total(widths_of(cut)) for name, known in costs.items()}
-        seen = sum(map(samples_in, batches))
-        return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen)
+        after |= {} if seconds is None else {"inference": seconds}
+        seen, named = sum(map(samples_in, batches)), "" if clock is None else clock.runtime.name
+        return Compressed(goal.resource, limit, before, after, widths, widths_of(cut), refitted, seen, frozen, named)
 
 
 def one_budget(budget: Any) -> Budget:
-    """The budget that `compress` is given, of FLOPs or parameters; BudgetError for any other."""
+    """The budget that `compress` is given, of FLOPs, parameters or inference; BudgetError for any other."""
     goal = parse_budget(budget, ("flops", "params"))
-    if not isinstance(goal, Budget) or goal.resource not in ("flops", "params") or goal.per != "step":
+    if not isinstance(goal, Budget) or goal.resource not in ("flops", "params", "inference") or goal.per != "step":
         raise BudgetError(
-            f"compress takes one budget of flops or params, such as '50%' or '40% params', got {budget!r:.80}: other "
-            "resources are met in training, by attach"
+            "compress takes one budget of flops, params or a runtime, such as '50%', '40% params' or "
+            f"'8 ms onnxruntime', got {budget!r:.80}: other resources are met in training, by attach"
         )
     return goal
+
+
+def runtime_of(goal: Budget) -> Runtime:
+    """Where a budget of inference is timed."""
+    runtime: Runtime = goal.runtime or Eager()
+    return runtime
+
+
+def _timed(
+    clock: Served,
+    make: Callable[[Mapping[str, int]], AbstractContextManager[Replica]],
+    cost: Cost,
+    limit: float,
+    lowest: float,
+    choose: Callable[[float], Keep],
+) -> tuple[Keep, float | None]:
+    """The widest choice of which a copy is within the limit on the clock, and its seconds; None where it is unread.
+
+    The fit aims a little below the limit, since two readings of one model differ.
+    """
+    aim, best, seconds = _AIM * limit, None, math.inf
+    for _ in range(_TRIES):
+        keep = choose(max(aim, lowest))
+        widths = {name: int(kept.sum()) for name, kept in keep.items()}
+        with progress(f"timing a cut copy in {clock.runtime.name}"), make(widths) as copy:
+            turns = clock.ratios(copy.model)
+        if not turns:
+            warn(
+                f"the machine is busy: no two readings in {clock.runtime.name} agree. The budget is held by the fit: "
+                "compress on a quiet machine"
+            )
+            return best or (keep, None)
+        seconds = clock.dense_s * median(turns)
+        if seconds <= limit and (best is None or seconds > best[1]):
+            best = keep, seconds
+        if _NEAR * limit <= seconds <= limit:
+            break
+        aim = _AIM * limit * cost.total(widths) / seconds
+    if best is None:
+        raise BudgetError(
+            f"the budget of {amount(limit, 'inference')} in {clock.runtime.name} was missed by {_TRIES} cuts in turn: "
+            f"the last takes {amount(seconds, 'inference')}. Ask for more than that, or try again on a quiet machine"
+        )
+    return best
 
 
 def _candidates(

@@ -181,6 +181,20 @@ def time_cuts(
     return timing(runtime, model, example, copies)
 
 
+def time_cut(dense: nn.Module, cut: nn.Module | None, example: Example, runtime: Any = "onnxruntime") -> Timing:
+    """Time a cut model in turns with the dense one, or the dense one alone; as floats and in int8.
+
+    Raises:
+        SetpointError: as `time_cuts`.
+    """
+    runtime, example = as_runtime(runtime), without_cache(dense, example)
+    if cut is None:
+        return timing(runtime, dense, example, [])
+    traces = [trace(model, example) for model in (dense, cut)]
+    whole, part = (flops_cost(found).total(widths_of(found.groups)) for found in traces)
+    return timing(runtime, dense, example, [("cut", part / whole, lambda: nullcontext(answering(cut)))])
+
+
 @contextmanager
 def _copy(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[nn.Module]:
     with make() as made:
@@ -196,6 +210,8 @@ def timing(runtime: Runtime, dense: nn.Module, example: Example, others: Sequenc
     with progress(f"timing in {runtime.name}"):
         with progress("loading the dense model"):
             served = Served(dense, example, runtime)
+        if not others:  # no turn would read the dense model
+            served.ratios(answering(dense), calibrates=True)
         for name, share, copy in others:
             with progress(f"{name} to {percent(share)} of the FLOPs"), copy() as made:
                 floats.append(served.ratios(made, calibrates=True))

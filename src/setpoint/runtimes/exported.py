@@ -69,18 +69,7 @@ def export(
     >>> exported.difference < 1e-3
     True
     """
-    if isinstance(to, str) and to not in _FORMATS:
-        raise ExportError(f"unknown format {to!r}: {did_you_mean(to, _FORMATS)}use one of {', '.join(_FORMATS)}")
-    runtime = as_runtime(_FORMATS[to] if isinstance(to, str) else to)
-    path = Path(path)
-    if not isinstance(runtime, FileRuntime):
-        raise ExportError(f"{runtime.name} reads no files: export to onnx, openvino or executorch")
-    if path.suffix != runtime.suffix:
-        raise ExportError(
-            f"a file of {runtime.name} ends with {runtime.suffix}: name it {str(path.with_suffix(runtime.suffix))!r}"
-        )
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
+    path, runtime = Path(path), reader_of(Path(path), to)
     if tolerance is None:
         tolerance = 0.1 if runtime.int8 else 1e-3
     model = unwrapped(model)
@@ -108,6 +97,27 @@ def export(
     if not difference <= tolerance:
         warn(f"{text}, the rows of the example")
     return Exported(path, difference, forward)
+
+
+def name_in(to: str) -> str:
+    """The name of the runtime that reads a format, such as "onnxruntime" for "onnx"."""
+    if to not in _FORMATS:
+        raise ExportError(f"unknown format {to!r}: {did_you_mean(to, _FORMATS)}use one of {', '.join(_FORMATS)}")
+    return _FORMATS[to]
+
+
+def reader_of(path: Path, to: str | FileRuntime) -> FileRuntime:
+    """The runtime that reads an export to this path; ExportError where there is none, or the path does not fit."""
+    runtime = as_runtime(name_in(to) if isinstance(to, str) else to)
+    if not isinstance(runtime, FileRuntime):
+        raise ExportError(f"{runtime.name} reads no files: export to onnx, openvino or executorch")
+    if path.suffix != runtime.suffix:
+        raise ExportError(
+            f"a file of {runtime.name} ends with {runtime.suffix}: name it {str(path.with_suffix(runtime.suffix))!r}"
+        )
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}: make it first")
+    return runtime
 
 
 def open_file(path: str | os.PathLike[str], example: Example, runtime: str | FileRuntime = "onnxruntime") -> Opened:
