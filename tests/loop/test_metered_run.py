@@ -256,7 +256,7 @@ def test_a_budget_below_what_does_not_shrink(machine: Machine) -> None:
     assert summary is not None and not summary.budget_met
     dense, final = (machine.step_s(widths) + 0.03 for widths in (DENSE, loop.widths))
     assert summary.limit["latency"] == pytest.approx(0.6 * dense)
-    assert f"({100 * final / dense:.1f} % of the dense latency) after" in summary.reason
+    assert f"({100 * final / dense:.1f} % of the dense latency) (read; the fit says" in summary.reason
     assert min(loop.widths.values()) >= 100, loop.widths
 
 

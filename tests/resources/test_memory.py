@@ -20,7 +20,7 @@ from setpoint.cost.cost import Cost
 from setpoint.errors import CostError
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace
-from setpoint.resources import costing
+from setpoint.resources import tape
 from setpoint.resources.replica import Replica, replica
 from setpoint.resources.tape import MemoryCost, Tape, solved, taken, trial_widths
 from setpoint_bench.networks import CharGPT, PlainNet
@@ -63,7 +63,7 @@ def test_peak_equals_the_measured_one(name: str, kind: type[torch.optim.Optimize
 
 def recorded(make: Any, groups: tuple[Group, ...], *, data: bool) -> Tape:
     """The step of copies with data or without; nothing else is tried."""
-    return costing._recorded(make, trial_widths(groups), data=data)
+    return tape._recorded(make, trial_widths(groups), data=data)
 
 
 def test_weights_are_cast_once_at_every_width() -> None:
@@ -95,7 +95,7 @@ def test_a_copy_that_fails_leaves_nothing(ends: str) -> None:
                 copy.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
             yield copy
 
-    assert costing.record(make, groups).storages
+    assert tape.record(make, groups).storages
     gc.collect()
     assert len(left) == 1 and left[0]() is None
 
@@ -164,7 +164,7 @@ def test_two_key_value_heads_have_a_cost() -> None:
     example = {"input_ids": torch.zeros(2, 8, dtype=torch.long)}
     groups = trace(model, example).groups
     optimizer = torch.optim.AdamW(model.parameters())
-    memory = MemoryCost(costing.record(partial(replica, model, (optimizer,), example, groups, []), groups))
+    memory = MemoryCost(tape.record(partial(replica, model, (optimizer,), example, groups, []), groups))
     widths = widths_of(groups)
     head = next(group.name for group in groups if group.num_units == 2)
     layer = next(group.name for group in groups if group.num_units == 64)
