@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 27_718,
-    "wheel: files": 162,
-    "wheel: files under 60 lines": 4,
-    "wheel: imports, share of lines in %": 6.76,
-    "bench: lines": 14_816,
-    "tests: lines": 29_756,
+    "wheel: lines": 29_569,
+    "wheel: files": 173,
+    "wheel: files under 60 lines": 5,
+    "wheel: imports, share of lines in %": 7.04,
+    "bench: lines": 15_284,
+    "tests: lines": 31_115,
     "attach to first cut: files": 58,
-    "attach to first cut: lines": 11_480,
+    "attach to first cut: lines": 11_682,
     "training steps: files": 38,
-    "training steps: lines": 7_347,
+    "training steps: lines": 7_500,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_299,
+    "import setpoint: lines": 13_534,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

@@ -79,7 +79,7 @@ class Schedule:
 
     @classmethod
     def measured(cls) -> Schedule:
-        """Four fifths of the way in one cut, and the rest at a twentieth of the run, by what is then measured."""
+        """Four fifths of the way in one cut, and the rest in two by a twentieth of the run, as is then measured."""
         return cls(warmup=0.01, settle=0.05, num_cuts=2, first=0.8)
 
     def at(self, step: int, total_steps: int, *, start: float, limit: float) -> float:
