@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from setpoint.messages import did_you_mean
+from setpoint.runtimes import NAMES
 
 _PARTS = re.compile(
     r"([0-9]*\.?[0-9]+)\s*(%|(?:percent|x|times|thousand|million|billion|(?:milli)?seconds?|minutes?|hours?|min|[mu]s"
@@ -29,7 +30,8 @@ _GLOSS = {"latency": " (of a training step)", "inference": " (of a forward pass)
 def meant(word: object, resources: Sequence[str]) -> str:
     """The hint of an error message that names the resources which a word may mean; "" where none is near."""
     known = [name for name in _BY_WORD.get(str(word).lower(), ()) if name in resources]
-    return f"did you mean {' or '.join(known)}? " if known else did_you_mean(word, resources)
+    runtimes = NAMES if "inference" in resources else ()
+    return f"did you mean {' or '.join(known)}? " if known else did_you_mean(word, (*resources, *runtimes))
 
 
 def unclear(text: str, resources: Sequence[str]) -> str:
@@ -44,6 +46,7 @@ def unclear(text: str, resources: Sequence[str]) -> str:
     return (
         f"the budget {text!r} is not understood: {hint}write a fraction of the dense FLOPs, such as '50%', or an "
         f"amount and a resource, such as '3 GFLOPs' or '4 M params'; resources are {', '.join(resources)}"
+        + (f", and seconds in {', '.join(NAMES)}" if "inference" in resources else "")
     )
 
 
