@@ -160,8 +160,11 @@ def main() -> None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     row = cell(net, runtime, share, args.steps)
-                row["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-                write({**held, "environment": {**machine(), "threads": 1}, "seed": 0, "rows": [*rows, row]}, args.out)
+                about = {
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "environment": {**machine(), "threads": 1},
+                }
+                write({**held, **about, "seed": 0, "rows": [*rows, row]}, args.out)
                 print(f"{net} {runtime} {share:.0%}: {row['ratio']:.1%} of the dense seconds")
 
 

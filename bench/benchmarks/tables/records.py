@@ -81,6 +81,33 @@ def int8(data: Record) -> str:
     return table(cells, note, left=3)
 
 
+# Budgets of seconds in a runtime.
+
+
+@record_block("runtimes", "runtimes.json")
+def runtimes(data: Record) -> str:
+    """By net, runtime and share: what the finished model's file takes, and how far the fit was off before feedback."""
+
+    def shown(row: Record) -> dict[str, str]:
+        low, high = row["quartiles"]
+        errors = sorted(map(abs, row["fit_errors"] or ()))
+        middle = f"{statistics.median(errors):.1%}, at most {errors[-1]:.1%}" if errors else NOTHING
+        return {
+            "net": row["net"],
+            "runtime": row["runtime"],
+            "asked": f"{row['share']:.0%}",
+            "the file takes": f"{row['ratio']:.1%} ({low:.1%} to {high:.1%})",
+            "FLOPs left": f"{row['flops_ratio']:.1%}",
+            "constant part": f"{row['constant']:.0%}",
+            "fit off": middle,
+            "attach": duration(row["attach_seconds"]),
+        }
+
+    rows = sorted(data["rows"], key=lambda row: (row["net"], row["runtime"], -row["share"]))
+    note = "Of the dense model's seconds, in turns; in brackets the quartiles over turns. One run each. "
+    return table(map(shown, rows), note + made_on(data), left=2)
+
+
 # What Setpoint itself costs.
 
 
