@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_569,
+    "wheel: lines": 29_573,
     "wheel: files": 173,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.04,
-    "bench: lines": 15_284,
+    "bench: lines": 15_314,
     "tests: lines": 31_115,
     "attach to first cut: files": 58,
     "attach to first cut: lines": 11_682,

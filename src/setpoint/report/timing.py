@@ -159,6 +159,7 @@ def time_cuts(
         GroupError: nothing of the model can be cut.
         RuntimeUnavailable: a package is missing, or the runtime cannot run the model.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 16))
     >>> [round(timed.flops, 2) for timed in time_cuts(net, (torch.ones(1, 16),), "eager").models]
     [1.0, 0.75, 0.5, 0.38, 0.25]
