@@ -156,8 +156,9 @@ TAUGHT_METHODS: tuple[Method, ...] = (
 LONG_METHODS: tuple[Method, ...] = (
     Long("setpoint-long", Setpoint(controller=_GRADUAL)),
     Long("cubic-long", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
+    Long("setpoint-at-once-long", Setpoint("setpoint-at-once"), pays="setpoint"),
 )
-"""Methods that spend what they save: they train for as many steps as the dense run's training FLOPs pay for."""
+"""Methods that spend what they save: they train for as many steps as another run's training FLOPs pay for."""
 
 
 RESOURCE_METHODS: tuple[Method, ...] = (
@@ -312,6 +313,7 @@ ABOUT: Mapping[str, str] = {
     "setpoint-taught": "As setpoint, and learns the answers of the finished dense run as well.",
     "dense-taught": "As dense, and learns the answers of the finished dense run as well.",
     "cubic-taught": "As cubic, and learns the answers of the finished dense run as well.",
+    "setpoint-at-once-long": "As setpoint-at-once, for as many steps as setpoint's training FLOPs pay for.",
     "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
     "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",
 }

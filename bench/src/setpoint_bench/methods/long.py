@@ -17,15 +17,16 @@ from setpoint_bench.simple_task import SimpleTask
 @final
 @dataclass(frozen=True)
 class Long:
-    """A method that prunes in training, for as many steps as the dense run's training FLOPs pay for.
+    """A method that prunes in training, for as many steps as another method's training FLOPs pay for.
 
-    `steps = floor(steps of the task * training FLOPs of dense / training FLOPs of the method in these steps)`. The
+    `steps = floor(steps of the task * training FLOPs of `pays` / training FLOPs of the method in these steps)`. The
     learning rate and the cuts fall at the same shares of the longer run. Its widths may differ a little on the way, so
     that it may end some tenths of a per cent beside these FLOPs.
     """
 
     name: str
     prunes: Setpoint
+    pays: str = "dense"
 
     @property
     def family(self) -> str:
@@ -42,10 +43,10 @@ class Long:
     @property
     def needs(self) -> tuple[str, ...]:
         """The run whose FLOPs it may spend, and the run that says what a step costs."""
-        return "dense", self.prunes.name
+        return self.pays, self.prunes.name
 
     def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        share = needed["dense"].train_flops / needed[self.prunes.name].train_flops
+        share = needed[self.pays].train_flops / needed[self.prunes.name].train_flops
         return self.prunes.course(task.with_steps(max(1, int(task.steps * share))), budget, needed)
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
