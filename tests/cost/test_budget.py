@@ -38,6 +38,7 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     *((partial(make, limit, of="flops"), re.escape(repr(limit))) for make in MADE for limit in NO_LIMITS),
     *((partial(Budget.fraction, value, of="flops"), r"at most 1.*Budget\.total\(") for value in (1.0000001, 2, 50.0)),
     *((partial(Budget.fraction, 0.5, of=name), f"unknown resource {name!r}.*'flops'") for name in ("flop", "", "time")),
+    (partial(Budget.fraction, 0.5, of="openvino"), "unknown resource 'openvino': use one of.*onnxruntime.*executorch"),
     *((partial(Budget.fraction, 0.5, of="flops", per=per), "per='step' or per='run'") for per in ("epoch", "Step")),
     *((partial(Budget.fraction, 0.5, of="flops", deadband=d), "deadband") for d in (-0.01, 1.0, math.nan, math.inf)),
     *((partial(Budget.total, 1.0, of="energy", watts=w), "watts is the power") for w in (True, 0.0, -1.0, math.inf)),

@@ -113,21 +113,40 @@ def test_a_cut_model_runs(runtime: FileRuntime) -> None:
     assert far(loaded(runtime, model, IMAGE).outputs()[0], model.eval()(*IMAGE)) < 1e-5
 
 
-class Counts(nn.Module):
-    """A running sum of booleans, for which the exporter that traces writes what is not valid."""
+class Masked(nn.Module):
+    """Differences and a running sum of booleans, as in the masks of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + (x > 0).cumsum(-1) + torch.diff(x, prepend=x[:, :1])
+        steps = torch.diff(x, prepend=x[:, :1]) + x.diff(2, 1, append=x[:, :2])
+        return self.linear(x) + (x > 0).cumsum(-1) + torch.cumsum(x > 1, dim=1) + steps + (x > 0).diff().sum()
+
+
+def test_masks_of_transformers_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the exporter that traces, which is quick and needs no onnxscript, gives PyTorch's outputs."""
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    model, x = Masked(), (torch.tensor([[1.0, -1.0, 2.0, 3.0]]),)
+    assert far(loaded(OnnxRuntime(), model, x).outputs()[0], model(*x)) < 1e-5
+
+
+class Truncates(nn.Module):
+    """An operation that the exporter that traces does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x.trunc()
 
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_what_tracing_does_not_export_is_exported_all_the_same(int8: bool, capfd: Any) -> None:
     """Claim: the other exporter of ONNX takes over, and the first one prints nothing of its failure."""
-    model, x = Counts(), (torch.tensor([[1.0, -1.0, 2.0, 3.0]]),)
+    model, x = Truncates(), (torch.tensor([[1.0, -1.0, 2.0, 3.0]]),)
     assert far(loaded(OnnxRuntime(int8=int8), model, x).outputs()[0], model(*x)) < (0.1 if int8 else 1e-5)
     assert "".join(capfd.readouterr()) == ""
 

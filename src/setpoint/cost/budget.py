@@ -22,9 +22,12 @@ METERED = ("memory", "latency", "inference", "energy")  # resources that are mea
 def check_resource(name: object) -> None:
     if name not in RESOURCES:
         from setpoint.cost.unclear import meant
+        from setpoint.runtimes import NAMES
 
+        hint = "" if name in NAMES else meant(name, RESOURCES)
         raise BudgetError(
-            f"unknown resource {name!r}: {meant(name, RESOURCES)}use one of {', '.join(map(repr, RESOURCES))}"
+            f"unknown resource {name!r}: {hint}use one of {', '.join(map(repr, RESOURCES))}; seconds "
+            f"in a runtime ({', '.join(NAMES)}) are 'inference' with runtime=, or a text such as '50% onnxruntime'"
         )
 
 

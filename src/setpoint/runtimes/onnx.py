@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from setpoint.errors import RuntimeUnavailable
 from setpoint.groups.example import Example
@@ -91,8 +92,7 @@ def write_onnx(model: ByTensor, file: Path) -> None:
     # Both exporters write what runs equally fast; the one that traces takes a tenth of the time (.4 s for a
     # MobileNetV2), and the one of torch.export takes some models that the other does not, or not rightly.
     try:
-        # In torch 2.13 it prints the whole graph of a model that it does not take.
-        with mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None, create=True):
+        with _without_its_log(), _Traceable():
             torch.onnx.export(model, tensors, file, dynamo=False, input_names=names)
         onnx.checker.check_model(file, full_check=True)
     except Exception:  # noqa: BLE001 - exporters raise anything
@@ -100,6 +100,43 @@ def write_onnx(model: ByTensor, file: Path) -> None:
             import onnxscript  # noqa: F401
         large = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
         torch.onnx.export(model, tensors, file, dynamo=True, input_names=names, verbose=False, external_data=large)
+
+
+class _Traceable(TorchFunctionMode):
+    """Differences and running sums of booleans by operations that tracing writes: masks of transformers have them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.diff, Tensor.diff):
+            func = _diff
+        elif func in (torch.cumsum, Tensor.cumsum) and args and args[0].dtype == torch.bool:
+            args = (args[0].long(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _diff(
+    input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Tensor:
+    found = torch.cat([part for part in (prepend, input, append) if part is not None], dim)
+    for _ in range(n):
+        later, earlier = (found.narrow(dim, first, found.shape[dim] - 1) for first in (1, 0))
+        found = later ^ earlier if found.dtype == torch.bool else later - earlier
+    return found
+
+
+@contextmanager
+def _without_its_log() -> Iterator[None]:
+    """Inside, the exporter that traces does not print the graph of a model that it does not take, as torch 2.13 does.
+
+    The log goes to C++ streams: no setting turns it off, and `redirect_stdout` does not reach them.
+    """
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        yield
+    finally:
+        torch._C._jit_onnx_log = log
 
 
 def _quantise(file: Path, model: ByTensor) -> None:
