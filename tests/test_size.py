@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_613,
+    "wheel: lines": 29_622,
     "wheel: files": 173,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.04,
     "bench: lines": 15_317,
-    "tests: lines": 31_135,
+    "tests: lines": 31_165,
     "attach to first cut: files": 58,
-    "attach to first cut: lines": 11_685,
+    "attach to first cut: lines": 11_694,
     "training steps: files": 38,
-    "training steps: lines": 7_500,
+    "training steps: lines": 7_507,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_537,
+    "import setpoint: lines": 13_546,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 3  # steps on bad batches that are passed over at the beginning, or 5 % of the run
+_READING = 0.01  # how far readings of a clock differ, relatively: a cut for them aims this much lower
 _CALIBRATION = 1024  # samples that are seen before the first cut, at most
 
 
@@ -458,7 +459,8 @@ def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Input
         # The second step shows whether training calls what the example does; the first is over where it was recorded.
         steps = max(2, min(round(first.warmup * spec.total_steps), -(-_CALIBRATION // samples)))
         first = replace(first, warmup=min(steps / spec.total_steps, 0.99 * first.settle))
-        usual = PricedController(first, gains, deadband=min(budget.deadband for budget in spec.budgets))
+        deadband, margin = min(budget.deadband for budget in spec.budgets), _READING if clock else 0.0
+        usual = PricedController(first, gains, deadband=deadband, margin=margin)
         controller = replace(controller, inner=usual) if isinstance(controller, EvenController) else usual
     schedule = controller.conduct.schedule
     calibration = schedule.decisions(spec.total_steps)[0] if schedule.first else 0

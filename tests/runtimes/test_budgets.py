@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -44,14 +45,43 @@ def trained(budget: Any, steps: int = 100, width: int = 128, **settings: Any) ->
 @pytest.mark.parametrize("share", [0.75, 0.6, 0.45])
 @pytest.mark.parametrize("law", [straight, bent])
 def test_the_finished_model_meets_its_share(law: Callable[[nn.Module], float], share: float) -> None:
-    """Claim: the finished model takes the share of the dense seconds, never more, and at most 5 % less."""
+    """Claim: the finished model takes the share of the dense seconds, never more, and at most 4 % less."""
     clock = Clock(law)
     dense = law(trained("100% flops", steps=1)[0])
     model, summary, _ = trained(setpoint.Budget.fraction(share, of="inference", runtime=clock))
-    assert 0.95 * share <= law(model) / dense <= share
+    assert 0.96 * share <= law(model) / dense <= share
     assert summary.budget_met
     assert summary.metered["inference"] == pytest.approx(law(model), rel=1e-6)
     assert "measured: seconds of a forward in clock" in summary.sources["inference"]
+
+
+@dataclass
+class Shaky(Clock):
+    """Readings of one loaded model agree, and are off by .7 %, the standard deviation of loads."""
+
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def load(self, model: nn.Module, example: Any) -> Forward:
+        forward, off = super().load(model, example), float(torch.randn((), generator=self.generator))
+        return lambda: forward() * (1 + 0.007 * off)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_readings_that_are_off_do_not_lead_over_the_budget(seed: int) -> None:
+    """Claim: where neither readings nor the fit are exact, a deep net takes at most its share, and at most 4 % less."""
+    torch.manual_seed(0)
+    inner = [layer for _ in range(6) for layer in (nn.Linear(192, 192), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(16, 192), nn.ReLU(), *inner, nn.Linear(192, 4))
+    dense, clock = bent(model), Shaky(bent, generator=torch.Generator().manual_seed(seed))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.01), torch.randn(32, 16)
+    budget = setpoint.Budget.fraction(0.75, of="inference", runtime=clock)
+    loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=40)
+    for _ in range(40):
+        (model(x) - x[:, :4]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loop.finish()
+    assert 0.96 * 0.75 <= bent(model) / dense <= 0.75
 
 
 def test_a_machine_that_becomes_slower_does_not_change_the_answer() -> None:

@@ -123,7 +123,8 @@ class PricedController(Controller[PricedState]):
 
     From `settle` on every decision tries to meet the budget, and never goes over. Guards in the way are lifted there,
     one after the other: first the slew limit, then the density floor and the dwell; the plan's reason says so. With a
-    meter the aim is half a dead-band below the limit, and the budget is met when the metered cost is within it.
+    meter the aim is half a dead-band and the margin below the limit, and nothing is cut for a reading that is half of
+    the margin below it.
 
     Where a reading is not calibrated, saliencies of different groups cannot be compared, and `allocation="uniform"` is
     used: blocks are ranked by the share of the group that would be gone, and within a group by saliency. Worth and
@@ -152,6 +153,7 @@ class PricedController(Controller[PricedState]):
         regrow: whether dropped units may come back; with calibrated readings and allocation by worth only.
         probe_steps: optimizer steps before a decision in which resting units are present, where regrowth is on.
         returns: how often a unit may come back in a run.
+        margin: how far below the limit a metered cost is to land, relatively, since two readings differ; in [0, 1).
 
     Raises:
         ValueError: for a setting out of range.
@@ -171,12 +173,14 @@ class PricedController(Controller[PricedState]):
     regrow: bool = False
     probe_steps: int = 4
     returns: int = 1
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         plain_fields(self)
         for name, good, wanted in (
             ("hysteresis", 0 <= self.hysteresis < 1, "is a fraction in [0, 1)"),
             ("deadband", 0 <= self.deadband < 1, "is a relative error in [0, 1)"),
+            ("margin", 0 <= self.margin < 1, "is a relative error in [0, 1)"),
             ("slew", 0 < self.slew <= 1, "is a fraction in (0, 1]"),
             ("dwell", self.dwell >= 0, "is a number of decisions, at least 0"),
             ("probe_steps", self.probe_steps >= 1, "is a number of optimizer steps, at least 1"),
@@ -267,7 +271,7 @@ class PricedController(Controller[PricedState]):
         reference = self.schedule.at(step, total_steps, start=start, limit=limit)
         target = reference / feedback.factor()
         if metered is not None and reference == limit:
-            target *= 1 - self.deadband / 2
+            target *= 1 - self.deadband / 2 - self.margin
         if metered is None and settled:
             target = min(target, limit)
         ceiling = observation.ceiling.get(resource, math.inf) / ratio
@@ -301,12 +305,12 @@ class Aim:
         """What the model may cost where units come back: never more than now."""
         return min(self.target if self.settled else max(self.target, self.spent), self.ceiling)
 
-    def rests(self, deadband: float) -> bool:
+    def rests(self, deadband: float, margin: float) -> bool:
         """Whether spending is where it should be: within the limit at the end, within the dead-band on the way."""
         if self.spent > self.ceiling:
             return False
         if self.settled and self.metered is not None:
-            return self.metered <= self.limit or self.spent <= self.target
+            return self.metered <= self.limit * (1 - margin / 2) or self.spent <= self.target
         return self.spent <= self.target * (1 if self.settled else 1 + deadband)
 
 
@@ -356,7 +360,7 @@ class _Decision:
         """What goes, and what comes back for it; None where spending is right and nothing comes back."""
         offers = self.offers()
         best = None if offers is None else offers.most_that_pay(self.select, self.pays)
-        if best is None and not self.aim.rests(self.settings.deadband):
+        if best is None and not self.aim.rests(self.settings.deadband, self.settings.margin):
             best = self.select(None)
         return best
 

@@ -14,7 +14,9 @@ class Schedule:
 
     With `s = (step - warmup) / (settle - warmup)`, clipped to [0, 1], and both ends in whole steps,
 
-        reference = start * (limit / start) ** p,    p = first + (1 - first) * s from the end of the warm-up on, else 0.
+        reference = start * (limit / start) ** p,    p = first + (1 - first) * s from the end of the warm-up on, else 0,
+
+    where `1 - (1 - s) ** 2` stands for s after a first cut: what a meter reads there corrects ever smaller cuts.
 
     *At once* (`Schedule.at_once()`, with which `attach` begins where costs are counted) the first cut is the whole way:
     a step of the small model costs less and improves it as much. *Gradually* (the fields' defaults) every decision
@@ -79,8 +81,8 @@ class Schedule:
 
     @classmethod
     def measured(cls) -> Schedule:
-        """Four fifths of the way in one cut, and the rest in two by a twentieth of the run, as is then measured."""
-        return cls(warmup=0.01, settle=0.05, num_cuts=2, first=0.8)
+        """Four fifths of the way in one cut, and the rest in three by a twentieth of the run, as is then measured."""
+        return cls(warmup=0.01, settle=0.05, num_cuts=3, first=0.8)
 
     def at(self, step: int, total_steps: int, *, start: float, limit: float) -> float:
         """Cost that is allowed at this step; a `start` within the limit has nothing to come down from."""
@@ -109,7 +111,8 @@ class Schedule:
         warmup, settle, _ = self._stages(total_steps)
         if step < warmup or step >= settle:
             return float(step >= settle)
-        return self.first + (1.0 - self.first) * (step - warmup) / (settle - warmup)
+        done = (step - warmup) / (settle - warmup)
+        return self.first + (1.0 - self.first) * (1.0 - (1.0 - done) ** 2 if self.first else done)
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether a decision is to be made after this step; never after the end of the run."""
@@ -133,7 +136,7 @@ class Schedule:
         warmup = min(round(self.warmup * total_steps), settle - 1)
         if self.first:
             warmup = max(1, warmup)
-            settle = warmup if self.first == 1 else max(settle, warmup + 1)
+            settle = warmup if self.first == 1 else max(settle, min(warmup + self.num_cuts, land), warmup + 1)
         return warmup, settle, max(settle, land)
 
 
