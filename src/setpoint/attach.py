@@ -52,6 +52,7 @@ from setpoint.spending.metrics import LOG
 from setpoint.spending.spending import Spending
 
 if TYPE_CHECKING:
+    from setpoint.distillation.teacher import Teacher
     from setpoint.regrowth.regrowing import Regrowing
     from setpoint.weights.masking import Masking
 
@@ -80,6 +81,7 @@ def attach(
     even: bool = False,
     grid: int | None = None,
     method: str = "forward",
+    teacher: Teacher | nn.Module | bool | None = None,
 ) -> Loop:
     """Hold a model in training to a budget: watch its optimizers, and shrink it in the middle of the run.
 
@@ -108,6 +110,8 @@ def attach(
         grid: widths of channels and neurons keep to multiples of this number, where there are two or more; by default
             what is fast on the model's device, or in the runtime of a budget.
         method: name of the model's method that training calls, where it is not the forward; `example` is its inputs.
+        teacher: of whose logits the model learns as well, with the user's loss unchanged: a module, a `Teacher` with
+            settings, or True for a frozen copy of the model as it is now, if that was trained for its task.
 
     Raises:
         SetpointError: of the kind that names what is wrong, such as `BudgetError` for a budget out of reach,
@@ -130,6 +134,11 @@ def attach(
     flags = {"allow_lossy": allow_lossy, "verify": verify, "resume": resume}
     with uninterrupted():
         spec = _run_spec(host, budget, total_steps, controller, sensor, actuator, groups, even, grid, method, **flags)
+        taught_by = None
+        if teacher is not None and teacher is not False:
+            from setpoint.distillation.teaching import Teaching, as_teacher
+
+            taught_by = as_teacher(host.model, teacher)
     if example is not None:
         check_example(example)
         if PENDING in host.model.__dict__:  # a state without sizes was loaded, and the example tells them
@@ -157,6 +166,9 @@ def attach(
                 outside = host.compiled and model._compiled_call_impl is None
                 if spec.total_steps > 1:  # the second step is looked at
                     loop.watch(inputs, listen, outside=outside, method=method)
+            if taught_by is not None:
+                called = model if host.compiled else host.model
+                loop.at_detach(Teaching(loop, called, taught_by, method).stop)
         with uninterrupted():
             _carry_sizes(host, spec)  # last, since it leaves hooks on the model
         undo.pop_all()

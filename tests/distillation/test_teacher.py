@@ -176,11 +176,11 @@ def test_settings_out_of_range_are_refused_before_the_teacher_is_frozen(settings
         ((4, 5), (4, 3), r"logits have shape \(4, 3\), the model's \(4, 5\)"),
         ((3,), (3,), r"got shape \(3,\)"),
         ((4, 1), (4, 1), "two classes or more"),
-        ((2, 3, 8, 8), (2, 3, 8, 8), "move classes to the end"),
+        ((2, 1, 8, 8), (2, 1, 8, 8), r"Teacher\(model, dim=...\) says which dim"),
     ],
 )
 def test_shapes_that_teach_nothing_or_the_wrong_thing_are_refused(own: Any, taught: Any, words: str) -> None:
-    """Claim: other classes, no rows, one score, and a map whose last dim is its width."""
+    """Claim: other classes, no rows, one score, and maps of one class."""
     with pytest.raises(ValueError, match=words):
         Teacher(net()).loss(torch.zeros(()), torch.randn(own), torch.randn(taught))
 
@@ -189,7 +189,7 @@ def test_answers_without_logits_are_refused() -> None:
     """Claim: an output that has logits is read, and any other is named."""
     x = torch.randn(2, 8)
     assert Teacher(Answers({"logits": torch.ones(2, 3)})).logits(x).shape == (2, 3)
-    with pytest.raises(ValueError, match="returned last_hidden_state: train without a teacher"):
+    with pytest.raises(ValueError, match="returned last_hidden_state: say where they are"):
         Teacher(Answers({"last_hidden_state": torch.ones(2, 3)})).logits(x)
     with pytest.raises(ValueError, match="returned a SimpleNamespace"):
         Teacher(Answers(SimpleNamespace())).logits(x)

@@ -486,3 +486,20 @@ def test_metrics_stand_in_the_trainers_logs(tmp_path: Path) -> None:
     assert {f"setpoint/{name}" for name in callback.loop.metrics()} <= set(names)
     at = names.index("setpoint/step")
     assert sum(bool(row.split(",")[at]) for row in rows[1:]) >= STEPS // 4 - 1
+
+
+@pytest.mark.parametrize("module", ["", "net"])
+def test_a_teacher_is_one_argument(module: str, tmp_path: Path) -> None:
+    """Claim: a copy of the module, or of the part that is pruned, teaches in the Trainer, and its FLOPs are counted."""
+    torch.manual_seed(0)
+    trained = Classifier()
+    trainer(tmp_path, max_epochs=2 * EPOCHS).fit(trained, data())
+    overheads, others = [], []
+    for teacher in (None, True, trained.get_submodule(module)):
+        model = Classifier()
+        model.load_state_dict(trained.state_dict())
+        callback = fitted(tmp_path, model, SetpointCallback(0.5, module=module, teacher=teacher))
+        overheads.append(callback.summary.overhead_flops)
+        others.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert overheads[1] == overheads[2] > overheads[0]
+    assert torch.equal(others[1], others[2]) and not torch.equal(others[0], others[1])

@@ -1,7 +1,7 @@
-"""A teacher: a frozen model whose answers another model learns beside its targets."""
+"""A teacher: a frozen model whose logits another model learns together with its targets."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, final
 
@@ -21,18 +21,23 @@ from setpoint.messages import a_type, plain_number
 class Teacher:
     """A frozen model whose logits a pruned one learns: `(1 - alpha) * loss + alpha * T^2 * KL(teacher / T || own / T)`.
 
-    KL is the mean over rows of logits. The FLOPs of the teacher's passes count as overhead of the loop, so that a
-    budget for a whole run pays for them. A teacher pays where it knows the task better than the targets say: the dense
-    model that was fine-tuned on it, or a larger one. docs/results-fine-tuning.md has measurements.
+    KL is the mean over rows of logits. `attach(..., teacher=Teacher(dense))` needs no more: the user's loss stays as it
+    is. In a loop without `attach`, `loss` gives the sum. The FLOPs of the teacher's passes count as overhead of the
+    loop, so that a budget for a whole run pays for them.
 
     Args:
         model: answers with logits, or with an output that has `logits`; it is frozen and set to eval mode.
-        loop: what `attach` returned, for the FLOPs; it may be set later as the attribute `loop`, or stay None.
+        loop: what `attach` returned, for the FLOPs; `attach` sets it.
         alpha: share of the teacher in the loss, from 0 to 1.
         temperature: T, above 0.
+        output: key, attribute or position of the logits in what both models return; by default the output itself, or
+            its `logits`.
+        dim: dim of the classes; by default 1 in four dims or more, as in maps, and else the last one.
+        label_smoothing: of the user's own cross entropy, so that `attach` finds its scale.
 
     Attributes:
         flops: of all passes of the teacher until now.
+        own: whether it is a copy of the pruned model itself.
 
     Raises:
         ValueError: for alpha or temperature out of range, if `model` is no module or `loop` is neither a loop nor None,
@@ -50,7 +55,15 @@ class Teacher:
     """
 
     def __init__(
-        self, model: nn.Module, loop: Loop | None = None, *, alpha: float = 0.5, temperature: float = 2.0
+        self,
+        model: nn.Module,
+        loop: Loop | None = None,
+        *,
+        alpha: float = 0.5,
+        temperature: float = 2.0,
+        output: str | int | None = None,
+        dim: int | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         if not (isinstance(model, nn.Module) and isinstance(loop, Loop | None)):
             raise ValueError(f"write Teacher(model, loop, alpha=0.5): got {a_type(model)} and {a_type(loop)}")
@@ -59,32 +72,55 @@ class Teacher:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
         if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+        label_smoothing = plain_number(label_smoothing)
+        if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be from 0 to below 1, got {label_smoothing!r}")
         _check_not_pruned(model)
+        self.label_smoothing = float(label_smoothing)
         self.model, self.loop = model.eval().requires_grad_(False), loop
-        self.alpha, self.temperature = float(alpha), float(temperature)
-        self.flops, self._counted = 0.0, 0.0
+        self.alpha, self.temperature, self.output, self.dim = float(alpha), float(temperature), output, dim
+        self.flops, self._counted, self.own = 0.0, 0.0, False
         self._flops_by_inputs = dict[Any, float]()
+        self._samples: list[int] | None = None
+        self._kept = dict[int, Tensor]()
+
+    def samples(self, indices: Iterable[int]) -> None:
+        """Say which samples the next forward gets: logits are kept in memory, and known ones need no pass.
+
+        For samples that are the same each time: an augmented one has other logits. Row i of the logits is sample i.
+        """
+        self._samples = [int(index) for index in indices]
 
     @torch.no_grad()
-    def logits(self, *args: Any, **kwargs: Any) -> Tensor:
+    def logits(self, *args: Any, method: str = "forward", **kwargs: Any) -> Tensor:
         """The teacher's logits on these arguments of its forward; the FLOPs of the pass are counted.
 
         Raises:
             ValueError: when the teacher returns no logits, and for the model that is pruned.
         """
+        samples, self._samples = self._samples, None
+        if samples and all(index in self._kept for index in samples):
+            device = next((parameter.device for parameter in self.model.parameters()), None)
+            return torch.stack([self._kept[index] for index in samples]).to(device)
         _check_not_pruned(self.model)  # it may have been attached since
         if self.model.training:  # a module that holds it was set to train mode
             self.model.eval()
         inputs = _form((args, kwargs))
         counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
         with nullcontext() if inputs in self._flops_by_inputs else counter:  # it slows a pass down
-            outputs = self.model(*args, **kwargs)
+            called = self.model if method == "forward" else getattr(self.model, method)
+            outputs = called(*args, **kwargs)
         self.flops += self._flops_by_inputs.setdefault(inputs, float(counter.get_total_flops()))
         if self.loop is not None:
             with suppress(NotBegunError):  # then they are counted after a later pass
                 self.loop.spending.account.sensed(self.flops - self._counted)
                 self._counted = self.flops
-        return logits_of(outputs)
+        logits = logits_of(outputs, self.output)
+        if samples is not None:
+            if len(samples) != len(logits):
+                raise ValueError(f"samples() named {len(samples)}, and the forward has {len(logits)} rows of logits")
+            self._kept.update(zip(samples, logits.cpu().unbind(), strict=True))
+        return logits
 
     def loss(self, loss: Tensor, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss to train by.
@@ -106,21 +142,10 @@ class Teacher:
         A class of which the teacher's probability is 0, such as one with a logit of -inf, adds nothing. A class with a
         logit of -inf in the model alone makes the divergence infinite: both must forbid the same classes.
         """
-        if own.shape != taught.shape:
-            raise ValueError(
-                f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
-                "have the same classes or vocabulary"
-            )
-        # Maps of classes have four dims, classes second: softmax over their width would train without an error.
-        if not 2 <= own.dim() <= 3 or own.shape[-1] < 2:
-            raise ValueError(
-                "logits are (rows, classes) or (rows, positions, classes), with two classes or more, got shape "
-                f"{tuple(own.shape)}: move classes to the end and flatten the rest, logits.movedim(1, -1).flatten(0, 2)"
-            )
+        own, taught = self.pair(own, taught)
         if mask is not None:
-            own, taught = own[mask.bool()], taught[mask.bool()]
-        own = (own.float().flatten(0, -2) / self.temperature).log_softmax(-1)
-        taught = (taught.float().flatten(0, -2) / self.temperature).log_softmax(-1)
+            own, taught = (each[mask.bool().flatten()] for each in (own, taught))
+        own, taught = ((each / self.temperature).log_softmax(-1) for each in (own, taught))
         # kl_div multiplies a probability of 0 by a difference of logarithms, which is NaN where one is infinite. The
         # difference is made finite before, not the product after: in a backward 0 times infinity is NaN as well.
         absent = taught.exp() == 0
@@ -129,13 +154,53 @@ class Teacher:
         divergence = functional.kl_div(own, taught, log_target=True, reduction="sum") / max(len(own), 1)
         return divergence * self.temperature**2
 
+    def pair(self, own: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of both models; ValueError where their shapes differ."""
+        if own.shape != taught.shape:
+            raise ValueError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the model's {tuple(own.shape)}: both must "
+                "have the same classes or vocabulary"
+            )
+        return self.rows(own), self.rows(taught)
 
-def logits_of(outputs: Any) -> Tensor:
+    def rows(self, logits: Tensor) -> Tensor:
+        """Logits, or what has their shape, as (rows, classes), in float32 or float64.
+
+        Raises:
+            ValueError: for fewer than two classes.
+        """
+        found = logits.movedim(self._classes(logits), -1)
+        if found.dim() < 2 or found.shape[-1] < 2:
+            raise ValueError(
+                f"logits are (rows, classes) or more dims, with two classes or more, got shape {tuple(logits.shape)}: "
+                "Teacher(model, dim=...) says which dim the classes are"
+            )
+        return (found if found.dtype == torch.float64 else found.float()).flatten(0, -2)
+
+    def as_logits(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The reverse of `rows`, in the shape and dtype of logits."""
+        dim = self._classes(like)
+        return rows.view(like.movedim(dim, -1).shape).movedim(-1, dim).to(like.dtype)
+
+    def _classes(self, logits: Tensor) -> int:
+        return (1 if logits.dim() >= 4 else -1) if self.dim is None else self.dim
+
+
+def logits_of(outputs: Any, output: str | int | None = None) -> Tensor:
     """A model's logits: its output itself, or what that holds under this name; ValueError where there are none."""
-    found = outputs.get("logits") if hasattr(outputs, "get") else outputs
+    found = outputs
+    if output is not None or hasattr(outputs, "get"):
+        name = "logits" if output is None else output
+        try:
+            found = getattr(outputs, name) if isinstance(name, str) and hasattr(outputs, name) else outputs[name]
+        except (KeyError, IndexError, TypeError):
+            found = None
     if not isinstance(found, Tensor) or found.dim() < 2:
         listed = ", ".join(map(str, outputs)) if hasattr(outputs, "get") else a_type(outputs)
-        raise ValueError(f"a teacher is followed in logits, and the model returned {listed}: train without a teacher")
+        raise ValueError(
+            f"a teacher is followed in logits, and the model returned {listed}: say where they are, "
+            'Teacher(model, output="out"), or train without a teacher'
+        )
     return found
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from setpoint.attach import attach
 from setpoint.checkpoint.resumable import resumable
 from setpoint.cost.budget import Budget, parse_budget
+from setpoint.distillation.teacher import Teacher
+from setpoint.distillation.teaching import as_teacher
 from setpoint.errors import LoopError, NotBegunError
 from setpoint.host.find import real_optimizers
 from setpoint.loop.carrying import KEY, brought
@@ -39,6 +41,9 @@ class Session:
     True
     """
 
+    module = ""
+    """Name of the part that is pruned; all by default."""
+
     def __init__(self, budget: Any, **settings: Any) -> None:
         signature(attach).bind_partial(**settings)  # what attach does not take is refused now, too
         self.budget, self.settings = budget, settings
@@ -61,6 +66,8 @@ class Session:
         self.stop()
         for model in models:
             resumable(model)
+        if self.settings.get("teacher") is True and models:  # before a checkpoint is loaded into the model
+            self.settings["teacher"] = as_teacher(models[0].get_submodule(self.module), True)
 
     def begin(self, model: nn.Module, optimizers: Any, **known: Any) -> None:
         """Attach to what trains now.
@@ -86,6 +93,10 @@ class Session:
         if not settings["resume"]:  # as the user has asked for: nothing to warn of
             for optimizer in real_optimizers(optimizers):
                 optimizer.param_groups[0].pop(KEY, None)
+        if teacher := settings.get("teacher"):
+            taught_by = teacher.model if isinstance(teacher, Teacher) else teacher
+            if isinstance(taught_by, nn.Module):  # the trainer may have moved the model
+                taught_by.to(next(model.parameters()).device)
         self.loop = attach(model, optimizers, self.budget, **settings)
         if not (self.has_run_budget and settings["resume"]):
             return

@@ -1,13 +1,12 @@
-"""Hugging Face Trainer: `Trainer(..., callbacks=[SetpointCallback(0.5)])`, and one with a teacher."""
+"""Hugging Face Trainer: `Trainer(..., callbacks=[SetpointCallback(0.5)])`."""
 
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from setpoint.cost.budget import Tolerance
 from setpoint.integrations.checkpointing import enable_transformers
 from setpoint.integrations.session import Session
-from setpoint.integrations.taught import Taught
 
 _LOGGED = ("setpoint/budget_met", "setpoint/units", "setpoint/overhead_flops_ratio", "setpoint/cost_ratio/")
 
@@ -24,9 +23,9 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
         best_within_budget: whether the Trainer's best checkpoint is the best of those within the budget; by default
             an earlier, larger one may be the best, which is warned of when it is loaded.
-        settings: further arguments of `attach`, such as `controller`, `sensor` or `copies`. With a bill, `total_steps`
-            is the length of the dense run that a share of the bill is one of, by default `max_steps`: the Trainer stops
-            when the bill is spent, so give it more.
+        settings: further arguments of `attach`, such as `teacher`, `controller`, `sensor` or `copies`. With a bill,
+            `total_steps` is the length of the dense run that a share of the bill is one of, by default `max_steps`: the
+            Trainer stops when the bill is spent, so give it more.
 
     >>> callback = SetpointCallback(0.5)  # Trainer(model, args, train_dataset=data, callbacks=[callback])
     """
@@ -73,11 +72,3 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
-
-
-class SetpointTrainer(Taught, Trainer):  # type: ignore[misc]
-    """A Trainer whose model also learns from a teacher, which a callback cannot let it do; see `Taught`.
-
-    >>> class Distilled(SetpointTrainer):  # or (SetpointTrainer, Seq2SeqTrainer)
-    ...     pass
-    """

@@ -62,7 +62,7 @@ class FirstBatch:
             self._running.clear()  # what an interrupt has left there
         trains = torch.is_grad_enabled() and self._model.training
         # An export of the user's own calls the model with tensors that are not real.
-        if not trains or _redirected(module) or detect_fake_mode(tuple(call)) is not None:
+        if not trains or redirected(module) or detect_fake_mode(tuple(call)) is not None:
             return
         self._running.append(name)
         # A part that is checkpointed runs again in the backward pass, outside of its model: "" stands for both.
@@ -158,7 +158,7 @@ def _forward_by_parts(self: nn.Module, parts: Mapping[str, list[Call]]) -> list[
     return [self.get_submodule(name)(*args, **kwargs) for name, calls in parts.items() for args, kwargs in calls]
 
 
-def _redirected(module: nn.Module) -> bool:
+def redirected(module: nn.Module) -> bool:
     """Whether Lightning sends its `training_step` through this forward, as it does under a wrapper such as DDP."""
     forward = vars(module).get("forward")
     package = str(getattr(forward, "__module__", "")).split(".")[0]
