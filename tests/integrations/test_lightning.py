@@ -493,7 +493,7 @@ def test_a_teacher_is_one_argument(module: str, tmp_path: Path) -> None:
     """Claim: a copy of the module, or of the part that is pruned, teaches in the Trainer, and its FLOPs are counted."""
     torch.manual_seed(0)
     trained = Classifier()
-    trainer(tmp_path, max_epochs=2 * EPOCHS).fit(trained, data())
+    trainer(tmp_path, max_epochs=2 * EPOCHS).fit(trained, data(), data())
     overheads, others = [], []
     for teacher in (None, True, trained.get_submodule(module)):
         model = Classifier()

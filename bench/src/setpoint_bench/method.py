@@ -111,6 +111,7 @@ _ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
 _FANG = "Fang et al., DepGraph: towards any structural pruning, CVPR 2023"
 _MOLCHANOV = "Molchanov et al., Importance estimation for neural network pruning, CVPR 2019"
 _EVCI = "Evci et al., Rigging the lottery, ICML 2020"
+_HINTON = "Hinton et al., Distilling the knowledge in a neural network, 2015"
 _MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
 
 METHODS: tuple[Method, ...] = (
@@ -127,6 +128,8 @@ METHODS: tuple[Method, ...] = (
     Setpoint(controller=_GRADUAL),
     Setpoint("setpoint-at-once"),
     Fitted(),
+    PostTraining("setpoint-from-trained", Setpoint(teacher=True), _HINTON, share=None, family="setpoint"),
+    PostTraining("setpoint-from-trained-alone", Setpoint(), "", share=None, family="setpoint"),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),
     Setpoint("setpoint-early", PricedController(Schedule(warmup=0.02, settle=0.1))),
@@ -313,6 +316,8 @@ ABOUT: Mapping[str, str] = {
     "setpoint-taught": "As setpoint, and learns the answers of the finished dense run as well.",
     "dense-taught": "As dense, and learns the answers of the finished dense run as well.",
     "cubic-taught": "As cubic, and learns the answers of the finished dense run as well.",
+    "setpoint-from-trained": "The finished dense run, cut at once, with itself as teacher; for the dense run's FLOPs.",
+    "setpoint-from-trained-alone": "The same without a teacher, for the same FLOPs.",
     "setpoint-at-once-long": "As setpoint-at-once, for as many steps as setpoint's training FLOPs pay for.",
     "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
     "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",

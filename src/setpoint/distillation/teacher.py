@@ -109,7 +109,13 @@ class Teacher:
         counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
         with nullcontext() if inputs in self._flops_by_inputs else counter:  # it slows a pass down
             called = self.model if method == "forward" else getattr(self.model, method)
-            outputs = called(*args, **kwargs)
+            try:
+                outputs = called(*args, **kwargs)
+            except Exception as error:
+                raise ValueError(
+                    f"the teacher does not take what the model takes ({type(error).__name__}: {str(error):.200}): both "
+                    "must have the same inputs, targets and classes"
+                ) from error
         self.flops += self._flops_by_inputs.setdefault(inputs, float(counter.get_total_flops()))
         if self.loop is not None:
             with suppress(NotBegunError):  # then they are counted after a later pass

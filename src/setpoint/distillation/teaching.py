@@ -103,13 +103,7 @@ class Teaching:
         if logits.grad_fn is None:
             return
         self._called += 1
-        try:
-            taught = self._teacher.logits(*call.args, method=self._method, **call.kwargs)
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"the teacher does not take what the model takes ({type(error).__name__}: {str(error):.200}): both "
-                "must have the same inputs, targets and classes"
-            ) from error
+        taught = self._teacher.logits(*call.args, method=self._method, **call.kwargs)
         with torch.no_grad():
             own, taught = self._teacher.pair(logits.detach(), taught)
             heat = self._teacher.temperature
@@ -139,8 +133,8 @@ class Teaching:
         if surprise is not None:
             other = rows.sum(-1).abs() > 1e-2 * rows.abs().sum(-1)  # a cross entropy's gradients add up to zero
             losses = surprise.gather(-1, asked)[counts]
-            found = [losses.sum(), len(losses) * math.log(rows.shape[-1]), other.sum()]
-            self._losses += torch.tensor([float(each) for each in found], dtype=torch.float64)
+            guess_of = losses.new_full((), len(losses) * math.log(rows.shape[-1]))
+            self._losses += torch.stack([losses.sum(), guess_of, other.sum().to(losses)]).cpu().double()
         smooth = self._teacher.label_smoothing
         error = guess - smooth / guess.shape[-1]
         error.scatter_add_(-1, asked, torch.full_like(asked, smooth - 1, dtype=guess.dtype))

@@ -29,20 +29,21 @@ class PostTraining:
 
     Args:
         prunes: what prunes the trained model.
-        share: steps of fine-tuning, as a share of the task's steps.
+        share: steps of fine-tuning, as a share of the task's steps; None for as many as the training FLOPs of the dense
+            run pay for at the final size, a teacher's forwards (a third of a dense step) counted.
         learning_rate: peak of the fine-tuning's schedule, relative to the task's.
     """
 
     name: str
     prunes: Setpoint | Sparse | TorchPruning
     paper: str
-    share: float = 0.25
+    share: float | None = 0.25
     learning_rate: float = 1.0
     family: str = "post-training"
     needs: tuple[str, ...] = ("dense",)
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < math.inf:
+        if self.share is not None and not 0 < self.share < math.inf:
             raise BenchError(f"share is that of the task's steps, above 0 and finite, got {self.share:g}")
 
     @property
@@ -50,7 +51,9 @@ class PostTraining:
         return self.prunes.sized
 
     def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        steps = max(1, round(self.share * task.steps))
+        taught = isinstance(self.prunes, Setpoint) and self.prunes.teacher
+        share = 1 / (budget + taught / 3) if self.share is None else self.share
+        steps = max(1, round(share * task.steps))
         short = task.with_steps(steps).with_learning_rate_factor(self.learning_rate)
         return Course(short, dense_widths(task), goes_on_from="dense")
 
