@@ -51,7 +51,6 @@ class Case:
     targets: Callable[[Tensor], Tensor] = rows_of
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     times: float = 1.0  # of the mean
-    settings: tuple[tuple[str, float], ...] = ()
 
 
 def of_tokens(own: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ CASES = {
     "scaled": Case(loss=lambda own, targets: 1024 * functional.cross_entropy(own, targets), times=1024),
     "tokens, some ignored": Case(shape=(4, 6, 8), targets=some_ignored, loss=of_tokens),
     "maps": Case(maps, (4, 3, 5, 5), lambda x: x[:, :3].argmax(1)),
-    "smoothed": Case(loss=partial(functional.cross_entropy, label_smoothing=0.1), settings=(("label_smoothing", 0.1),)),
+    "smoothed": Case(loss=partial(functional.cross_entropy, label_smoothing=0.1)),
 }
 
 
@@ -77,7 +76,7 @@ def test_one_argument_equals_the_explicit_loss(case: Case) -> None:
     for explicit in (True, False):
         model, dense = case.build(), case.build(48, seed=2)
         optimizer = torch.optim.SGD(model.parameters(), 0.05 / case.times, momentum=0.9)
-        teacher = Teacher(dense, alpha=0.4, temperature=3.0, **dict(case.settings))
+        teacher = Teacher(dense, alpha=0.4, temperature=3.0)
         loop = setpoint.attach(
             model, optimizer, 0.5, total_steps=STEPS, verify=False, teacher=None if explicit else teacher
         )

@@ -33,7 +33,6 @@ class Teacher:
         output: key, attribute or position of the logits in what both models return; by default the output itself, or
             its `logits`.
         dim: dim of the classes; by default 1 in four dims or more, as in maps, and else the last one.
-        label_smoothing: of the user's own cross entropy, so that `attach` finds its scale.
 
     Attributes:
         flops: of all passes of the teacher until now.
@@ -63,7 +62,6 @@ class Teacher:
         temperature: float = 2.0,
         output: str | int | None = None,
         dim: int | None = None,
-        label_smoothing: float = 0.0,
     ) -> None:
         if not (isinstance(model, nn.Module) and isinstance(loop, Loop | None)):
             raise ValueError(f"write Teacher(model, loop, alpha=0.5): got {a_type(model)} and {a_type(loop)}")
@@ -72,11 +70,7 @@ class Teacher:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
         if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
-        label_smoothing = plain_number(label_smoothing)
-        if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be from 0 to below 1, got {label_smoothing!r}")
         _check_not_pruned(model)
-        self.label_smoothing = float(label_smoothing)
         self.model, self.loop = model.eval().requires_grad_(False), loop
         self.alpha, self.temperature, self.output, self.dim = float(alpha), float(temperature), output, dim
         self.flops, self._counted, self.own = 0.0, 0.0, False

@@ -18,6 +18,7 @@ from setpoint.loop.loop import Loop
 from setpoint.messages import a_type, warn
 
 _JUDGED = 5  # steps after which a model is judged that is to be its own teacher
+_SPREAD = 1e-3  # of guesses around their mean, squared, from which on they show a slope
 _GUESS = 0.97  # share of a guess's loss: a model above it knows nothing of the task
 
 
@@ -63,10 +64,9 @@ class Teaching:
 
         (1 - alpha) g + alpha c T (softmax(z / T) - softmax(t / T))
 
-    in rows in which g is not zero. The scale `c` is that of the user's loss. A cross entropy has
-    `g = c (softmax(z) - y)`, with y the class that g raises most, so `c = sum |g| / sum |softmax(z) - y|` over all
-    rows: `1 / n` for a mean over n rows, times what a loss scaler or accumulation multiplies it by. So one argument
-    equals `Teacher.loss`, whatever the user's scale. Another loss has the scale of a cross entropy of its size.
+    in rows in which g is not zero. The scale `c` is that of the user's loss, `1 / n` for a mean over n rows, times what
+    a loss scaler or accumulation multiplies it by: see `_scale`. So one argument equals `Teacher.loss` for any cross
+    entropy. Another loss has the scale of a cross entropy of its size.
 
     It changes as the model is called: the forwards and gradients that it has seen, until it is stopped.
     """
@@ -128,17 +128,10 @@ class Teaching:
     def _mixed(self, gradient: Tensor, guess: Tensor, away: Tensor, surprise: Tensor | None) -> Tensor:
         self._arrived += 1
         rows = self._teacher.rows(gradient)
-        asked = rows.argmin(-1, keepdim=True)  # the class that the loss raises most
         counts = (rows != 0).any(-1, keepdim=True) & away.isfinite().all(-1, keepdim=True)
         if surprise is not None:
-            other = rows.sum(-1).abs() > 1e-2 * rows.abs().sum(-1)  # a cross entropy's gradients add up to zero
-            losses = surprise.gather(-1, asked)[counts]
-            guess_of = losses.new_full((), len(losses) * math.log(rows.shape[-1]))
-            self._losses += torch.stack([losses.sum(), guess_of, other.sum().to(losses)]).cpu().double()
-        smooth = self._teacher.label_smoothing
-        error = guess - smooth / guess.shape[-1]
-        error.scatter_add_(-1, asked, torch.full_like(asked, smooth - 1, dtype=guess.dtype))
-        scale = (rows.abs() * counts).sum() / (error.abs() * counts).sum()
+            self._losses += _losses(rows, surprise, counts).cpu().double()
+        scale = _scale(rows, guess, counts)
         scale = torch.where(scale.isfinite(), scale, 0.0)  # no row counts, or a loss scaler has overflowed
         alpha = self._teacher.alpha
         mixed = torch.where(counts, (1 - alpha) * rows + alpha * scale * away, rows)
@@ -171,3 +164,42 @@ class Teaching:
                     f"{loss / guess:.2f} of that of a guess: its head is new, and teaches nothing. Train the dense "
                     "model first, or give another teacher, or none"
                 )
+
+
+def _scale(rows: Tensor, guess: Tensor, counts: Tensor) -> Tensor:
+    """C of `rows = c (guess - targets)`, for the guesses of a model and the gradients of a cross entropy by its logits.
+
+    The target is the class that the loss raises most. All others have the same share of the target, none or that of
+    label smoothing, so that their gradients lie on a line over their guesses, with slope c. Rows in which no single
+    class is raised do not count: smoothing turns the gradients of a model that is surer than its target. Where guesses
+    are too much alike for a slope, and of two classes, `c = sum |g| / sum |guess - target|`.
+    """
+    asked = rows.argmin(-1, keepdim=True)
+    others = torch.ones_like(guess).scatter_(-1, asked, 0.0) * (counts & _clear(rows))
+    total = others.sum(-1, keepdim=True).clamp_min(1.0)
+    mean = (others * guess).sum(-1, keepdim=True) / total
+    from_mean = others * (guess - mean)
+    slope = (from_mean * rows).sum() / from_mean.square().sum()
+    error = guess.scatter_add(-1, asked, torch.full_like(asked, -1, dtype=guess.dtype))
+    by_size = (rows.abs() * counts).sum() / (error.abs() * counts).sum()
+    spread = from_mean.square().sum() > _SPREAD * (others * mean.square()).sum()
+    return torch.where(spread & (slope > 0), slope, by_size)
+
+
+def _clear(rows: Tensor) -> Tensor:
+    """Whether a single class is raised."""
+    return -rows.amin(-1, keepdim=True) > 0.4 * rows.abs().sum(-1, keepdim=True)
+
+
+def _losses(rows: Tensor, surprise: Tensor, counts: Tensor) -> Tensor:
+    """Of the teacher the sum of losses, that of a guess in as many rows, and the number of rows of another loss.
+
+    A row in which the teacher is all but sure is taken for right where it is not clear which class is the target.
+    """
+    least = surprise.amin(-1, keepdim=True)
+    sure = least < -math.log(0.9)
+    known = counts & (sure | _clear(rows))
+    losses = torch.where(sure, least, surprise.gather(-1, rows.argmin(-1, keepdim=True))) * known
+    guess = known.sum() * math.log(rows.shape[-1])
+    other = (rows.sum(-1).abs() > 1e-2 * rows.abs().sum(-1)).sum()  # a cross entropy's gradients add up to zero
+    return torch.stack([losses.sum(), guess.to(losses), other.to(losses)])
