@@ -28,11 +28,11 @@ AT_MOST = {
     "bench: lines": 15_328,
     "tests: lines": 31_473,
     "attach to first cut: files": 58,
-    "attach to first cut: lines": 11_694,
+    "attach to first cut: lines": 11_706,
     "training steps: files": 38,
     "training steps: lines": 7_507,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_546,
+    "import setpoint: lines": 13_558,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }
