@@ -210,6 +210,19 @@ def branches() -> None:
     assert_same_everywhere(model, optimizer)
     everyones = everywhere(loop.reading().saliency["up"].tolist())
     assert all(each == everyones[0] for each in everyones)
+    loop.detach()
+    # The same until the first cut, for which second moments are gathered in forwards.
+    model = build(Branched)
+    wrapper, optimizer = Parallel(model, find_unused_parameters=True), torch.optim.SGD(model.parameters(), lr=0.01)
+    loop = setpoint.attach(wrapper, optimizer, 0.6, total_steps=300, example=(x,))
+    for _ in range(4):
+        model.taken = dist.get_rank() == 0
+        nn.functional.cross_entropy(wrapper(x), (x[:, 0] > 0).long()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.budget_met and "refitted" in loop.ledger[0].reason
+    assert_same_everywhere(model, optimizer)
+    loop.detach()
 
 
 def averages() -> None:

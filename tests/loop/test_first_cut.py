@@ -323,6 +323,67 @@ def test_gradients_that_are_not_finite_put_the_first_cut_off() -> None:
     assert loop.budget_met and loop.step == 3
 
 
+def test_batches_that_are_not_finite_put_the_first_cut_off() -> None:
+    """Claim: where gradients are mended but all inputs hold NaN, the first cut waits, and the ledger says why."""
+    model, batches = _net(), _batches(5)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=200, example=(batches[0],))
+    before = copy.deepcopy(model.state_dict())
+    for step, x in enumerate(batches):
+        if step == 3:
+            model.load_state_dict(before)
+        model(x * torch.nan if step < 3 else x).square().mean().backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad.nan_to_num_(0.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loop.budget_met == (step >= 3)
+    assert "has been given numbers" in loop.ledger[0].reason
+
+
+@pytest.mark.parametrize("where", ["functional", "compiled"])
+def test_layers_that_run_no_hooks_are_cut_without_a_fit(where: str) -> None:
+    """Claim: weights that are read outside of their layers, or in compiled code, put the first cut off by two steps."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 64), nn.Linear(64, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(nn.functional.linear(x, self.up.weight, self.up.bias))
+            return nn.functional.linear(hidden, self.down.weight, self.down.bias)
+
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)) if where == "compiled" else Net(),
+        torch.randn(32, 4),
+    )
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=1000, example=(x,))
+    called = torch.compile(model, backend="eager") if where == "compiled" else model
+    while not loop.budget_met:
+        _step(called, optimizer, x)
+    first, last = loop.ledger[0], loop.ledger[-1]
+    assert "no layer that reads units has been given" in first.reason and last.step <= first.step + 2
+    assert "0 layers refitted" in last.reason
+
+
+def test_moments_are_let_go_where_nothing_is_cut() -> None:
+    """Claim: a model within its budget keeps no moments; a cut for a later budget is not fitted with old ones."""
+    model, batches = _net(), _batches(60)
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 1.0, total_steps=1000, example=(batches[0],))
+    for x in batches[:20]:
+        _step(model, optimizer, x)
+    assert loop.budget_met and loop.reading().moments is None and loop.widths == loop.dense_widths
+    loop.budget = 0.5
+    while not loop.budget_met:
+        _step(model, optimizer, batches[loop.step % 60])
+    assert loop.widths != loop.dense_widths and "refitted" not in loop.ledger[-1].reason
+
+
 def _steps_on(batches: list[Tensor], model: nn.Module, total_steps: int) -> Loop:
     """Steps without an example; those on a bad batch leave the model as it was."""
     optimizer = _optimizer("sgd", model)

@@ -243,15 +243,23 @@ class Control:
             self.go_on()
 
     def _too_early(self, reading: Reading) -> str:
-        """What a first cut waits for, up to 5 % of the run: what it has not seen by then, it would never see."""
+        """What a first cut waits for, up to 5 % of the run: what it has not seen by then, it would never see.
+
+        Layers whose hooks have not run by the second step run none: their weights are used elsewhere, or compiled.
+        """
         schedule, planned_steps = self.controller.conduct.schedule, self.spending.planned_steps
-        latest = max(_FIRST_WAITS * planned_steps, next(iter(schedule.decisions(planned_steps)), 0) + 2)
-        if not schedule.first or self.spending.account.resizes or self.step >= min(latest, planned_steps):
+        soon = next(iter(schedule.decisions(planned_steps)), 0) + 2
+        if not schedule.first or self.spending.account.resizes or self.step >= planned_steps:
             return ""
-        if reading.moments is not None and not reading.moments:
-            return "no decision: no forward has been seen since the loop began"
+        gathered = reading.moments is None or any(moment.num_rows for moment in reading.moments.values())
+        if not gathered and self.step < soon:
+            return "no decision: no layer that reads units has been given numbers since the loop began"
+        if self.step >= max(_FIRST_WAITS * planned_steps, soon):
+            return ""
         if unseen := sorted(reading.unseen()):
             return f"no decision: no gradient has been seen of {listed(unseen, 3)} yet"
+        if not any(values.any() for values in reading.saliency.values()):
+            return "no decision: all gradients so far are zero"
         return ""
 
     def _plan(self, reading: Reading) -> tuple[Observation, Any, Plan]:
@@ -287,6 +295,9 @@ class Control:
             self.losses.changed(self.step, cut=plan.drops())
             if self.actuator.by_unit:
                 self.spending.resized(self.groups, self.sensor.flops(self.groups, self.host.model))
+        elif plan.budget_met:  # moments would be kept for nothing, and be out of date in a later cut
+            self.release()
+            self.sensor_state = follow(self.sensor_state, change)
         self.controller_state = state
         return change
 

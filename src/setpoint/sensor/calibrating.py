@@ -75,9 +75,12 @@ class Calibrating(Sensor[Calibration]):
         reading = self.inner.read(state.inner, groups, step)
         if state.moments is None:
             return reading
-        found = {name: Moment(blocks, state.norms.get(name, "")) for name, blocks in state.moments.items()}
-        if self.scores and found:
-            scores = unit_scores(state.gathering.model, groups, state.gathering.readers, found)
+        gathering, found = state.gathering, dict[str, Moment]()
+        for reader in gathering.readers:  # all: other ranks may have called those that this one has not
+            blocks = state.moments.get(reader.name) or reader.no_rows(gathering.model)
+            found[reader.name] = Moment(blocks, state.norms.get(reader.name, ""))
+        if self.scores and any(moment.num_rows for moment in found.values()):
+            scores = unit_scores(gathering.model, groups, gathering.readers, found)
             reading = replace(reading, saliency=_geometric_means(reading.saliency, scores), in_loss=False)
         return replace(reading, moments=found)
 
@@ -99,11 +102,11 @@ class Calibrating(Sensor[Calibration]):
     def _end(self, state: Calibration) -> None:
         state.gathering.remove()
         if state.moments is None and state.gathering.alike:
-            state.gathering.alike = False
             warn(
                 "the samples of the first batches are all alike, so the first cut knows one input only: the cut model "
                 "may be far from the dense one on others. Shuffle the data"
             )
+        state.gathering.alike = False
 
 
 def _geometric_means(

@@ -47,14 +47,19 @@ class Reader:
         return int(self.blocks[-1].stop) * self.num_offsets
 
     @property
+    def sizes(self) -> list[int]:
+        """Of the blocks of its moment: `b + 1` for b columns."""
+        return [(block.stop - block.start) * self.num_offsets + 1 for block in self.blocks]
+
+    @property
     def num_bytes(self) -> int:
-        """Of its moment in float32, `4 (b + 1)^2` for each block of b columns."""
-        return sum(4 * ((block.stop - block.start) * self.num_offsets + 1) ** 2 for block in self.blocks)
+        """Of its moment in float32."""
+        return sum(4 * size**2 for size in self.sizes)
 
     @property
     def widest(self) -> int:
         """Columns of its largest block."""
-        return self.num_offsets * max(int(block.stop) - int(block.start) for block in self.blocks)
+        return max(self.sizes) - 1
 
     def num_rows(self, positions: int, outputs: int, num_forwards: int, forwards: float = _FORWARDS) -> int:
         """Rows of one forward that are looked at: a part of a full sample, at the cost of `forwards` of the layer.
@@ -67,9 +72,14 @@ class Reader:
 
     def flops(self, positions: float, outputs: int, num_forwards: int) -> float:
         """Of a look at one forward, with its part of what scores and fits take once."""
-        sizes = [(block.stop - block.start) * self.num_offsets + 1.0 for block in self.blocks]
         rows = self.num_rows(round(positions), outputs, num_forwards)
-        return math.fsum(2 * rows * size**2 + 3 * size**3 / num_forwards for size in sizes)
+        return math.fsum(2 * rows * size**2 + 3 * size**3 / num_forwards for size in self.sizes)
+
+    def no_rows(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """Its moment before the first row."""
+        weight: Any = model.get_submodule(self.name).weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return tuple(torch.zeros(size, size, dtype=dtype, device=weight.device) for size in self.sizes)
 
 
 def find_readers(model: nn.Module, groups: Sequence[Group]) -> tuple[Reader, ...]:

@@ -44,7 +44,7 @@ def unit_scores(
     """
     reads: dict[str, list[tuple[Moment, Consumer]]] = {}
     for reader in readers:
-        if (moment := moments.get(reader.name)) is not None:
+        if (moment := moments.get(reader.name)) is not None and moment.num_rows:
             for consumer in reader.consumers:
                 reads.setdefault(consumer.group, []).append((moment, consumer))
 
