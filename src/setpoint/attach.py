@@ -151,7 +151,7 @@ def attach(
             undo.callback(loop.detach)
             if example is None:
                 patience = min(max(_PATIENCE, spec.total_steps // 20), spec.total_steps - 1)
-                loop.wait(FirstBatch(host, model, method, patience, lambda inputs: _begin(loop, spec, inputs)))
+                loop.wait(FirstBatch(host, model, method, patience, partial(_begin, loop, spec, model)))
                 RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
                 if resume:
                     from setpoint.loop.carrying import FollowLoads
@@ -159,13 +159,7 @@ def attach(
                     loop.at_detach(FollowLoads(host, model).stop)
             else:
                 inputs = Inputs(example, samples=num_samples(example))
-                _begin(loop, spec, inputs)
-                listen: Callable[..., object] = partial(Record.listen, module=model if host.compiled else host.model)
-                if method != "forward":
-                    listen = partial(RecordedMethod, model=host.model, method=method)
-                outside = host.compiled and model._compiled_call_impl is None
-                if spec.total_steps > 1:  # the second step is looked at
-                    loop.watch(inputs, listen, outside=outside, method=method)
+                _begin(loop, spec, model, inputs)
             if taught_by is not None:
                 called = model if host.compiled else host.model
                 loop.at_detach(Teaching(loop, called, taught_by, method).stop)
@@ -346,7 +340,7 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
 
 
 @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
-def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
+def _begin(loop: Loop, spec: RunSpec, called: nn.Module, inputs: Inputs) -> None:
     """Begin the loop with the parts of the run, and with the state that its optimizer has brought, if there is one."""
     parts = partial(_parts, loop.host, spec)
     with uninterrupted():  # tries of the model take any exception for its own, that of a time limit too
@@ -358,6 +352,13 @@ def _begin(loop: Loop, spec: RunSpec, inputs: Inputs) -> None:
         else:
             loop.begin(parts(inputs))
             RESUMING.discard(loop.host.model)
+    compiled, method = loop.host.compiled, spec.method
+    listen: Callable[..., object] = partial(Record.listen, module=called if compiled else loop.host.model)
+    if method != "forward":
+        listen = partial(RecordedMethod, model=loop.host.model, method=method)
+    outside = compiled and called._compiled_call_impl is None
+    if spec.total_steps > 1 + inputs.recorded:  # the second step is looked at
+        loop.watch(inputs, listen, outside=outside, method=method)
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:

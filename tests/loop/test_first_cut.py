@@ -497,6 +497,58 @@ def test_samples_that_are_all_alike_are_warned_of(inputs: Any, warned: bool) -> 
     assert sum("are all alike, so the first cut knows one input only" in str(each.message) for each in caught) == warned
 
 
+@pytest.mark.parametrize("kind", ["tensor", "log_softmax", "logits", "tokens", "squares"])
+@pytest.mark.parametrize(("classes", "rows", "warned"), [(1, 16, True), (2, 16, False), (1, 4, False)])
+def test_targets_of_one_class_are_warned_of(kind: str, classes: int, rows: int, warned: bool) -> None:
+    """Claim: the gradient of a cross-entropy at the output shows that all targets, at least 32, are of one class."""
+
+    class Output(dict[str, Tensor]):
+        logits = property(lambda self: self["logits"])
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            found = super().forward(x)
+            found = found.log_softmax(-1) if kind == "log_softmax" else found
+            return Output(logits=found) if kind == "logits" else found
+
+    torch.manual_seed(0)
+    model = Net(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = _optimizer("sgd", model)
+    shape = (2, rows // 2, 4) if kind == "tokens" else (rows, 4)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=300, example=(torch.randn(shape),))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            output = model(torch.randn(shape))
+            logits = (output.logits if kind == "logits" else output).flatten(0, -2)
+            y = torch.arange(len(logits)) % classes
+            loss = (nn.functional.nll_loss if kind == "log_softmax" else nn.functional.cross_entropy)(logits, y)
+            if kind == "squares":  # of one class or not, this is no cross-entropy
+                loss = (logits - 5.0 * nn.functional.one_hot(y, 2)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loop.budget_met
+    said = sum("all of one class, so the first cut knows this class only" in str(each.message) for each in caught)
+    assert said == (warned and kind != "squares")
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_a_first_batch_that_is_smaller_than_others_is_warned_of(rows: int) -> None:
+    """Claim: where later steps have at least twice the rows of the first one, a warning says what that comes to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = _optimizer("sgd", model)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            _step(model, optimizer, torch.randn(32 if step else rows, 4))
+    said = [str(each.message) for each in caught if "times what the first step has" in str(each.message)]
+    assert bool(said) == (2 * rows <= 32) and all(f"gives the model {32 / rows:g} times" in each for each in said)
+    loop.detach()
+
+
 def _loss_of_one(model: nn.Module, weights: Any, one: Tensor) -> Tensor:
     loss: Tensor = torch.func.functional_call(model, weights, (one[None],)).square().mean()
     return loss

@@ -67,7 +67,7 @@ class FirstSteps:
         method: str,
     ) -> None:
         self._model, self._listen, self._hooks, self._outside, self._method = model, listen, hooks, outside, method
-        self._known = inputs.passes * _size(inputs.example)
+        self._known, self._recorded = inputs.passes * _size(inputs.example), inputs.recorded
         self._given = np.zeros((2, 2))  # in eval mode, and in training mode
         self._steps = self._calls = self._depth = 0
         self._times, self._until, self._then = list[float](), ExitStack(), hooks.before
@@ -110,13 +110,16 @@ class FirstSteps:
         self.stop()
         # Compiled code runs no hooks, and a gradient that was set by hand needs no forward.
         if self._calls or (passes and (self._outside or not anything_compiled())):
-            _warn_of_others(self._calls, times)
+            _warn_of_others(self._calls, times, self._recorded)
         return True
 
 
-def _warn_of_others(calls: int, times: float) -> None:
+def _warn_of_others(calls: int, times: float, recorded: bool) -> None:
     """Warn where a step did not call the model, or gave it at least twice what the example has."""
-    if not calls:
+    example, remedy = "the example", "Leave example out, and all calls of the first step are counted"
+    if recorded:
+        example, remedy = "the first step", "Begin with a batch as later ones are, or give attach an example=(x,)"
+    if not calls and not recorded:  # what was recorded may be calls of parts
         warn(
             "training made a step without a call of model(x), which is what was traced: layers that only the traced "
             "forward uses look useless, or stay while the others are cut. If training calls another method, name it: "
@@ -125,9 +128,9 @@ def _warn_of_others(calls: int, times: float) -> None:
         )
     elif times >= 2:
         warn(
-            f"a step gives the model {times:.3g} times what the example has, by a larger batch or by several calls, as "
-            "where gradients accumulate: FLOPs are counted for the example, so a step and the run take about "
-            f"{times:.3g} times what is reported. Leave example out, and all calls of the first step are counted"
+            f"a step gives the model {times:.3g} times what {example} has, by a larger batch or by several calls, as "
+            f"where gradients accumulate: FLOPs are counted for {example}, so a step and the run take about "
+            f"{times:.3g} times what is reported. {remedy}"
         )
 
 

@@ -16,6 +16,8 @@ from setpoint.sensor.moments import Gathering, Moment, find_readers
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.sensor.reconstruction import unit_scores
 
+_ENOUGH_TARGETS = 32  # that are of one class by chance in no balanced data
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -101,12 +103,14 @@ class Calibrating(Sensor[Calibration]):
 
     def _end(self, state: Calibration) -> None:
         state.gathering.remove()
-        if state.moments is None and state.gathering.alike:
-            warn(
-                "the samples of the first batches are all alike, so the first cut knows one input only: the cut model "
-                "may be far from the dense one on others. Shuffle the data"
-            )
-        state.gathering.alike = False
+        gathering, what = state.gathering, ""
+        if gathering.alike:
+            what = "samples of the first batches are all alike, so the first cut knows one input only"
+        elif len(gathering.classes or ()) >= _ENOUGH_TARGETS:
+            what = "targets of the first batches are all of one class, so the first cut knows this class only"
+        if state.moments is None and what:
+            warn(f"the {what}: the cut model may be far from the dense one on others. Shuffle the data")
+        gathering.alike = gathering.classes = None
 
 
 def _geometric_means(

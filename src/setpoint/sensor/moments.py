@@ -26,6 +26,7 @@ _AT_ONCE = 2048  # columns of one block of a moment: 16 MiB
 _MOST_BYTES = 2**30  # of all moments, or what the model's weights take, if that is more: above it blocks get narrower
 _STRIP = 256  # columns of a moment that are made at once
 _FORWARDS = 3  # of a layer, the most that a look at what it is given takes, in FLOPs: what a step takes of it
+_ROWS_OF_TARGETS = 256  # at which a step's targets are looked at
 _ROWS_PER_COLUMN, _FEWEST_ROWS = 4, 4096  # of which a moment is made: the more of both
 
 
@@ -176,8 +177,10 @@ class Gathering:
         self._always, self._padding = always, Padding(model)
         self.alike: bool | None = None  # whether all samples so far are the same one; None before it is known
         self._sample: list[Tensor] = []
+        self.classes: list[int] | None = []  # of the targets so far; None once there are several, or none at all
         compare = Hook(_weak(self._compare))
         self._handles: list[Any] = [model.register_forward_pre_hook(compare, with_kwargs=True)]
+        self._handles.append(model.register_forward_hook(Hook(_weak(self._follow_outputs))))
         for reader in readers:
             for name in reader.layers:
                 hook = Hook(partial(_weak(self._look), reader, name))
@@ -226,6 +229,30 @@ class Gathering:
             self.alike = False
         elif rows != {1}:
             self.alike = True
+
+    def _follow_outputs(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        logits = getattr(output, "logits", output)
+        if self.classes is None or type(logits) is not Tensor or is_functorch_wrapped_tensor(logits):
+            return
+        if (
+            is_dense(logits)
+            and logits.requires_grad
+            and logits.dim() > 1
+            and logits.numel()
+            and not logits.is_complex()
+        ):
+            logits.register_hook(_weak(self._look_at_targets))  # type: ignore[no-untyped-call]
+
+    def _look_at_targets(self, gradient: Tensor) -> None:
+        """A cross-entropy's gradient is p - y at logits, which adds up to 0, and -y at log p: negative at the class."""
+        rows = gradient.detach().flatten(0, -2)
+        rows = rows[:: -(-len(rows) // _ROWS_OF_TARGETS)].float()
+        negative = rows < 0
+        total, size = rows.sum(1), rows.abs().sum(1)
+        of_one = (negative.sum(1) == 1) & ((total.abs() <= 0.05 * size) | (total == -size))
+        found = [*(self.classes or ()), *negative[of_one].int().argmax(1).tolist()]
+        one = len(set(found)) < 2 and bool((of_one | (rows == 0).all(1)).all())
+        self.classes = found if one and self.classes is not None else None
 
     def _look_behind(self, name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
         if args and args[0] is not None:
