@@ -535,7 +535,7 @@ def test_targets_of_one_class_are_warned_of(kind: str, classes: int, rows: int, 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_a_first_batch_that_is_smaller_than_others_is_warned_of(rows: int) -> None:
-    """Claim: where later steps have at least twice the rows of the first one, a warning says what that comes to."""
+    """Claim: where later batches have at least twice the rows of the first one, a warning says what that comes to."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = _optimizer("sgd", model)
@@ -544,8 +544,8 @@ def test_a_first_batch_that_is_smaller_than_others_is_warned_of(rows: int) -> No
         warnings.simplefilter("always")
         for step in range(6):
             _step(model, optimizer, torch.randn(32 if step else rows, 4))
-    said = [str(each.message) for each in caught if "times what the first step has" in str(each.message)]
-    assert bool(said) == (2 * rows <= 32) and all(f"gives the model {32 / rows:g} times" in each for each in said)
+    said = [str(each.message) for each in caught if "times what the first one had" in str(each.message)]
+    assert bool(said) == (2 * rows <= 32) and all(f"a batch has {32 / rows:g} times" in each for each in said)
     loop.detach()
 
 

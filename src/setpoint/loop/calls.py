@@ -67,7 +67,8 @@ class FirstSteps:
         method: str,
     ) -> None:
         self._model, self._listen, self._hooks, self._outside, self._method = model, listen, hooks, outside, method
-        self._known, self._recorded = inputs.passes * _size(inputs.example), inputs.recorded
+        self._recorded = inputs.recorded  # of a first batch: calls are compared with it, and no whole steps
+        self._known = (1 if inputs.recorded else inputs.passes) * _size(inputs.example)
         self._given = np.zeros((2, 2))  # in eval mode, and in training mode
         self._steps = self._calls = self._depth = 0
         self._times, self._until, self._then = list[float](), ExitStack(), hooks.before
@@ -80,7 +81,8 @@ class FirstSteps:
         self._calls += torch.is_grad_enabled()
         again = torch._C._current_graph_task_id() != -1  # within a backward pass: a checkpoint computes it again
         if torch.is_grad_enabled() and not (self._depth or again):  # not inside of another
-            self._given[int(self._model.training)] += _size(call)
+            size, given = _size(call), self._given[int(self._model.training)]
+            given[:] = np.maximum(given, size) if self._recorded else given + size
         self._depth += 1
 
     def _ends(self, output: Any, raised: bool) -> None:
@@ -102,7 +104,8 @@ class FirstSteps:
                 self._listen(Record(self._begins, self._ends), self._until)
             return hidden
         # In the mode that the step is made in: an evaluation between steps is no part of one.
-        self._times.append(min(self._given[int(self._model.training)] / self._known / max(1, passes)))
+        count = 1 if self._recorded else max(1, passes)
+        self._times.append(min(self._given[int(self._model.training)] / self._known / count))
         self._given[:] = 0
         times = sorted([0.0, *self._times])[-2]  # once, a graph may be as large, and a last batch be short
         if self._times[0] >= 2 > times and self._steps < 4:
@@ -116,10 +119,15 @@ class FirstSteps:
 
 def _warn_of_others(calls: int, times: float, recorded: bool) -> None:
     """Warn where a step did not call the model, or gave it at least twice what the example has."""
-    example, remedy = "the example", "Leave example out, and all calls of the first step are counted"
-    if recorded:
-        example, remedy = "the first step", "Begin with a batch as later ones are, or give attach an example=(x,)"
-    if not calls and not recorded:  # what was recorded may be calls of parts
+    if recorded:  # calls of parts, or of one model in several ways, are counted as they were recorded
+        if times >= 2:
+            warn(
+                f"a batch has {times:.3g} times what the first one had, for which FLOPs are counted: a step and the "
+                f"run take about {times:.3g} times what is reported. Begin with a batch as later ones are, or give "
+                "attach an example=(x,)"
+            )
+        return
+    if not calls:
         warn(
             "training made a step without a call of model(x), which is what was traced: layers that only the traced "
             "forward uses look useless, or stay while the others are cut. If training calls another method, name it: "
@@ -128,9 +136,9 @@ def _warn_of_others(calls: int, times: float, recorded: bool) -> None:
         )
     elif times >= 2:
         warn(
-            f"a step gives the model {times:.3g} times what {example} has, by a larger batch or by several calls, as "
-            f"where gradients accumulate: FLOPs are counted for {example}, so a step and the run take about "
-            f"{times:.3g} times what is reported. {remedy}"
+            f"a step gives the model {times:.3g} times what the example has, by a larger batch or by several calls, as "
+            "where gradients accumulate: FLOPs are counted for the example, so a step and the run take about "
+            f"{times:.3g} times what is reported. Leave example out, and all calls of the first step are counted"
         )
 
 
