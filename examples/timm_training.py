@@ -30,8 +30,8 @@ EPOCHS, UPDATES = 20, 2
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """Noise with a brighter colour, which is its class."""
     generator = torch.Generator().manual_seed(step)
-    x, y = torch.randn(4, 3, 32, 32, generator=generator), torch.randint(3, (4,), generator=generator)
-    x[torch.arange(4), y] += 0.5
+    x, y = torch.randn(24, 3, 32, 32, generator=generator), torch.randint(3, (24,), generator=generator)
+    x[torch.arange(24), y] += 0.5
     return x, y
 
 
