@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_868,
+    "wheel: lines": 29_901,
     "wheel: files": 173,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.04,
     "bench: lines": 15_328,
-    "tests: lines": 31_599,
+    "tests: lines": 31_630,
     "attach to first cut: files": 58,
     "attach to first cut: lines": 11_773,
     "training steps: files": 38,

@@ -89,6 +89,7 @@ def test_outputs_are_those_of_pytorch(runtime: FileRuntime, model: nn.Module, ex
     wants = [want["hidden"], want["pooled"][0]] if isinstance(want, dict) else [want]
     for got, one in zip(forward.outputs(), wants, strict=True):
         assert far(got, one) < 1e-5
+    assert forward.difference < 1e-5
     began = time.perf_counter()
     assert 0 <= forward() <= time.perf_counter() - began + 0.01
     assert sum(forward() for _ in range(20)) > 0
@@ -158,6 +159,7 @@ def test_integers_are_near(runtime: FileRuntime, model: nn.Module, example: Any,
     forward = loaded(runtime, model, example)
     want = ByTensor(copy.deepcopy(model), example).outputs
     assert 0 < max(map(far, forward.outputs(), want)) < 0.1
+    assert forward.difference == pytest.approx(max(map(far, forward.outputs(), want)))
 
 
 @each_runtime
@@ -166,6 +168,7 @@ def test_autocast_does_not_reach_the_file(runtime: FileRuntime) -> None:
     model = nn.Linear(8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         forward = loaded(runtime, model, (torch.ones(1, 8),))
+        assert forward.difference < 1e-5
     assert far(forward.outputs()[0], model(torch.ones(1, 8))) < 1e-5
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import ExampleError, ExportError, RuntimeUnavailable
+from setpoint.report.timing import time_cuts
+from setpoint.resources.serving import Served
 from setpoint.runtimes import Eager, OnnxRuntime, export, open_file
 
 EXAMPLE = (torch.linspace(-1, 1, 8)[None],)
@@ -23,7 +25,7 @@ def net() -> nn.Module:
 @pytest.mark.parametrize(
     ("to", "names"),
     [("onnx", {"net.onnx"}), ("openvino", {"net.xml", "net.bin"}), (OnnxRuntime(int8=True), {"net.onnx"})],
-    ids=str,
+    ids=["onnx", "openvino", "int8"],
 )
 def test_an_export_gives_the_outputs_of_pytorch(to: str | OnnxRuntime, names: set[str], tmp_path: Path) -> None:
     """Claim: the folder has the file and nothing else; it gives PyTorch's outputs; the model is untouched."""
@@ -76,6 +78,32 @@ def test_an_export_that_differs_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="calibrate on real inputs"):
         export(net(), EXAMPLE, path, OnnxRuntime(int8=True), tolerance=1e-9)
     assert path.stat().st_size > 100
+
+
+class Uneven(nn.Module):
+    """Half of what its last layer reads is huge and has no weight: integers of one scale leave nothing of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64)), nn.Linear(64, 4)
+        self.scale = torch.ones(64).index_fill(0, torch.arange(32), 1e5)
+        nn.init.zeros_(self.last.weight[:, :32])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu() * self.scale)
+
+
+def test_seconds_of_another_model_are_warned_of() -> None:
+    """Claim: one warning for each runtime in which the outputs are not PyTorch's, whatever is timed; none else."""
+    with pytest.warns(UserWarning, match="the model in onnxruntime with int8 differ.*not this model") as seen:
+        time_cuts(Uneven(), EXAMPLE, "onnxruntime")
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match="outputs of the model in onnxruntime differ.*may draw numbers") as seen:
+        served = Served(Draws(), EXAMPLE, OnnxRuntime())
+        served.ratios(Draws(), calibrates=True)
+        served.ratios(Draws())
+    assert len(seen) == 1
 
 
 def test_scores_that_are_masked_by_infinity_are_equal(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from setpoint.messages import progress, warn
 from setpoint.resources.fit import by_kind, fit_seconds
 from setpoint.resources.replica import device_type_of, replica, set_eval
 from setpoint.resources.tape import Make, odd_widths, record, spread_widths
+from setpoint.runtimes.files import Opened
 from setpoint.runtimes.runtime import Forward, Runtime, in_turns, ratios, typical
 
 _ROUNDS, _AGREE = 4, 0.05  # rounds of turns at most, and how near two have to be to each other
@@ -61,13 +62,24 @@ class Served:
         self._autocast = partial(
             torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
+        self._used, self._warned = list[Runtime](), list[Runtime]()
         self._dense = self._loaded(answering(model), runtime)
         self.dense_s = math.inf
 
-    def _loaded(self, model: nn.Module, runtime: Runtime) -> Forward:
-        """The model in the runtime, under the autocast that was active when the dense one was loaded."""
+    def _loaded(self, model: nn.Module, runtime: Runtime, *, calibrates: bool = False) -> Forward:
+        """The model in the runtime, under the autocast that was active when the dense one was loaded.
+
+        A file that does not give PyTorch's outputs is warned of once: of the dense model, which each runtime loads
+        first, and of the one in training. Nobody serves a copy that calibrates.
+        """
         with preserved_rng_state(model), self._autocast():
-            return runtime.load(model, self._example)
+            forward = runtime.load(model, self._example)
+        known = runtime in self._warned or (calibrates and runtime in self._used)
+        self._used.append(runtime)
+        if isinstance(forward, Opened) and not known and (text := forward.too_far("the model")):
+            self._warned.append(runtime)
+            warn(f"{text}. Its seconds are taken all the same, but what is served there is not this model")
+        return forward
 
     def ratios(self, model: nn.Module, runtime: Runtime | None = None, *, calibrates: bool = False) -> list[float]:
         """Seconds of a forward over the dense model's, from two rounds of turns that agree; none if no two do.
@@ -77,7 +89,8 @@ class Served:
         Raises:
             SetpointError: the runtime cannot run it.
         """
-        forward, rounds = self._loaded(model, runtime or self.runtime), list[list[float]]()
+        forward = self._loaded(model, runtime or self.runtime, calibrates=calibrates)
+        rounds = list[list[float]]()
         for _ in range(_ROUNDS):
             dense, own = in_turns([self._dense, forward])
             if calibrates:

@@ -7,8 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from setpoint.distributed import unwrapped
 from setpoint.errors import ExportError
@@ -70,8 +69,6 @@ def export(
     True
     """
     path, runtime = Path(path), reader_of(Path(path), to)
-    if tolerance is None:
-        tolerance = 0.1 if runtime.int8 else 1e-3
     model = unwrapped(model)
     check_python(model)
     by_tensor = ByTensor(copy_of(model, users_hooks=False), example)
@@ -80,23 +77,18 @@ def export(
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             file = Path(folder) / path.name
             written(runtime.write, by_tensor, file, runtime.name)
-            forward = opened(runtime, file, by_tensor.inputs)
-            difference = _difference(forward.outputs(), by_tensor.outputs)
-            hint = "calibrate on real inputs" if runtime.int8 else "no forward may draw numbers or depend on values"
-            text = (
-                f"the outputs of {path.name} in {runtime.name} differ from PyTorch's by {difference:.2g} of their "
-                f"largest value, more than tolerance={tolerance:g}: {hint}"
-            )
+            forward = opened(runtime, file, by_tensor.inputs, by_tensor.outputs)
+            text = forward.too_far(path.name, tolerance)
             # Integers that are as far away as zeros would be are of no use.
-            if not difference <= (max(tolerance, 1.0) if runtime.int8 else tolerance):
+            if text and not (runtime.int8 and forward.difference <= max(tolerance or 0.0, 1.0)):
                 raise ExportError(f"{text}; nothing is written")
             for each in sorted(Path(folder).iterdir(), key=lambda each: each == file):  # the main one last
                 os.replace(each, path.parent / each.name)
     except OSError as error:
         raise ExportError(f"cannot write {str(path)!r}: {error}") from error
-    if not difference <= tolerance:
+    if text:
         warn(f"{text}, the rows of the example")
-    return Exported(path, difference, forward)
+    return Exported(path, forward.difference, forward)
 
 
 def name_in(to: str) -> str:
@@ -132,15 +124,3 @@ def open_file(path: str | os.PathLike[str], example: Example, runtime: str | Fil
         raise ExportError(f"{opens.name} reads no files: name onnxruntime, openvino or executorch")
     args, kwargs = inputs_of(example)
     return opened(opens, Path(path), named_tensors(args, kwargs))
-
-
-def _difference(got: list[Tensor], want: tuple[Tensor, ...]) -> float:
-    if [one.shape for one in got] != [other.shape for other in want]:
-        return float("inf")
-    return max(_relative(one.double(), other.double()) for one, other in zip(got, want, strict=True))
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    same = (got == want) | (got.isnan() & want.isnan())  # a masked score may be infinite in both
-    largest = want[want.isfinite()].abs().max() if want.isfinite().any() else 0
-    return float(torch.where(same, 0, got - want).abs().max() / max(float(largest), 1e-12)) if want.numel() else 0.0

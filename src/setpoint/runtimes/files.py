@@ -38,7 +38,7 @@ class ByTensor(nn.Module):
         self.model = model.cpu()
         self.args, self.kwargs = mapped(lambda tensor: tensor.detach().cpu(), (args, kwargs))
         self.eval()
-        with torch.no_grad(), preserved_rng_state(model):
+        with torch.no_grad(), preserved_rng_state(model), torch.autocast("cpu", enabled=False):
             try:
                 self.inputs = named_tensors(self.args, self.kwargs, model)
                 self.outputs = self(*self.inputs.values())
@@ -100,17 +100,37 @@ class FileRuntime(Runtime, Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """A file that a runtime has opened for an example; a call makes one forward and returns its seconds."""
+    """A file that a runtime has opened for an example; a call makes one forward and returns its seconds.
+
+    `difference` is how far its outputs are from PyTorch's at most, over the largest value of that output; 0 where the
+    file alone is known.
+    """
 
     runtime: FileRuntime
     run: Callable[[], Sequence[Any]]
+    difference: float = 0.0
 
     def __call__(self) -> float:
         return self.runtime.clock(self.run)
 
     def outputs(self) -> list[Tensor]:
-        # Copies: a runtime may write the next outputs to the same place.
-        return [torch.as_tensor(output).clone() for output in self.run()]
+        return _copied(self.run())
+
+    def too_far(self, what: str, tolerance: float | None = None) -> str:
+        """That the outputs differ from PyTorch's by more than a part of their largest value; empty where they do not.
+
+        By default the tolerance is .001, of integers, which are never the same, .1.
+        """
+        if tolerance is None:
+            tolerance = 0.1 if self.runtime.int8 else 1e-3
+        if self.difference <= tolerance:
+            return ""
+        hint = "calibrate on real inputs" if self.runtime.int8 else "no forward may draw numbers or depend on values"
+        where = self.runtime.name + " with int8" * self.runtime.int8
+        return (
+            f"the outputs of {what} in {where} differ from PyTorch's by {self.difference:.2g} of their largest value, "
+            f"more than tolerance={tolerance:g}: {hint}"
+        )
 
 
 def loaded(runtime: FileRuntime, model: nn.Module, example: Example) -> Forward:
@@ -119,7 +139,7 @@ def loaded(runtime: FileRuntime, model: nn.Module, example: Example) -> Forward:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"model{runtime.suffix}"
         written(runtime.write, by_tensor, file, runtime.name)
-        return opened(runtime, file, by_tensor.inputs)
+        return opened(runtime, file, by_tensor.inputs, by_tensor.outputs)
 
 
 def written(write: Callable[[ByTensor, Path], None], model: ByTensor, file: Path, to: str) -> None:
@@ -137,13 +157,16 @@ def written(write: Callable[[ByTensor, Path], None], model: ByTensor, file: Path
         ) from error
 
 
-def opened(runtime: FileRuntime, file: Path, inputs: Mapping[str, Tensor]) -> Opened:
-    """Open a file for these inputs; it has run once."""
+def opened(
+    runtime: FileRuntime, file: Path, inputs: Mapping[str, Tensor], want: Sequence[Tensor] | None = None
+) -> Opened:
+    """Open a file for these inputs; it has run once, and its outputs are compared with those that are wanted."""
     try:
         with silent():
             session = runtime.open(file)
         run = session.bind(_fitting(inputs, session.shapes, file.name))
-        run()
+        got = _copied(run())
+        difference = 0.0 if want is None else _difference(got, want)
     except SetpointError:
         raise
     except Exception as error:  # runtimes raise anything
@@ -151,7 +174,24 @@ def opened(runtime: FileRuntime, file: Path, inputs: Mapping[str, Tensor]) -> Op
             f"{runtime.name} cannot run {file.name}: {_first_line(error)}; "
             "replace the operation that the message names, or choose another runtime"
         ) from error
-    return Opened(runtime, run)
+    return Opened(runtime, run, difference)
+
+
+def _copied(outputs: Sequence[Any]) -> list[Tensor]:
+    # Copies: a runtime may write the next outputs to the same place.
+    return [torch.as_tensor(output).clone() for output in outputs]
+
+
+def _difference(got: list[Tensor], want: Sequence[Tensor]) -> float:
+    if [one.shape for one in got] != [other.shape for other in want]:
+        return float("inf")
+    return max(_relative(one.double(), other.double()) for one, other in zip(got, want, strict=True))
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    same = (got == want) | (got.isnan() & want.isnan())  # a masked score may be infinite in both
+    largest = want[want.isfinite()].abs().max() if want.isfinite().any() else 0
+    return float(torch.where(same, 0, got - want).abs().max() / max(float(largest), 1e-12)) if want.numel() else 0.0
 
 
 def _fitting(inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[Any]], file: str) -> dict[str, Tensor]:
