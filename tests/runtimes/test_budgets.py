@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import pytest
@@ -101,6 +102,39 @@ def test_an_absolute_budget_is_one_of_seconds() -> None:
     clock = Clock(straight)
     trained(setpoint.Budget.total(2e-3, of="inference", runtime=clock, example=(torch.zeros(5, 16),)))
     assert set(clock.batches) == {5}
+
+
+class Slowing:
+    """A runtime in which every model but the first becomes slower with each forward."""
+
+    name, loads = "slowing", 0
+
+    def load(self, model: nn.Module, example: Any) -> Forward:
+        self.loads, calls = self.loads + 1, count(1)
+        return (lambda: 1e-3) if self.loads == 1 else (lambda: 1e-3 * next(calls))
+
+
+def test_seconds_that_never_agree_are_no_fit() -> None:
+    """Claim: where no copy was read there is nothing to fit, which is said before any training."""
+    with (
+        pytest.warns(UserWarning, match="the machine is busy"),
+        pytest.raises(RuntimeUnavailable, match="no two readings of any copy agree"),
+    ):
+        trained(setpoint.Budget.fraction(0.5, of="inference", runtime=Slowing()))
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("8 onnxruntime", "^the budget of onnxruntime '8' is not understood.*such as '8 ms'$"),
+        ({"onnxruntime": "50%", "openvino": "50%"}, "one run has one runtime$"),
+        ("50% onnxruntime per run", "no budget per run of 'onnxruntime'"),
+    ],
+)
+def test_errors_have_the_word_that_was_given(budget: object, words: str) -> None:
+    """Claim: a runtime is named in an error of its budget, and not the resource behind it."""
+    with pytest.raises(BudgetError, match=words):
+        trained(budget)
 
 
 def test_a_budget_below_the_constant_part_is_refused() -> None:

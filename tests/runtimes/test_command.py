@@ -62,6 +62,8 @@ def test_a_command_is_checked_before_it_runs() -> None:
     for wrong, words in (
         (lambda: Command("bench model.onnx"), "has no {model}"),
         (lambda: Command("bench '{model}"), "cannot be split"),
+        (lambda: Command(["bench", "{model}"]), r"a command is a text.*got \['bench'"),  # type: ignore[arg-type]
+        (lambda: Command("bench {model}", timeout_s=0), "timeout_s is a number of seconds above 0, got 0"),
         (lambda: Command("bench {model}", format="onx"), "unknown format 'onx': did you mean onnx"),
     ):
         with pytest.raises(BudgetError, match=words):

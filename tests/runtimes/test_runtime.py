@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from setpoint.errors import BudgetError
-from setpoint.runtimes import Called, Compiled, Eager, Runtime, as_runtime, named
+from setpoint.errors import BudgetError, ExportError, RuntimeUnavailable
+from setpoint.runtimes import Called, Compiled, Eager, OnnxRuntime, OpenVINO, Runtime, as_runtime, named
 from setpoint.runtimes.runtime import in_turns, ratios, typical
 
 
@@ -42,6 +42,29 @@ def test_a_runtime_times_the_forward(runtime: Runtime) -> None:
     before = time.perf_counter()
     assert 0 < forward() <= time.perf_counter() - before
     assert calls == ([False, False] if isinstance(runtime, Eager) else [])
+
+
+@pytest.mark.parametrize("returned", [None, "fast", float("nan"), float("inf"), 0, -1e-3, lambda: 1])
+def test_a_function_that_returns_no_seconds_is_refused(returned: object) -> None:
+    """Claim: what a function of the user's own returns is positive seconds, or is named as what it is."""
+    with pytest.raises(RuntimeUnavailable, match=r"^board (failed with TypeError|failed with ValueError|returned .*)"):
+
+        def board(model: nn.Module, example: object) -> object:
+            return returned
+
+        as_runtime(board).load(nn.Linear(1, 1), ())()
+
+
+@pytest.mark.parametrize("runtime", [OnnxRuntime(), OpenVINO()], ids=lambda each: each.name)
+def test_an_operation_that_a_runtime_lacks_is_named(runtime: Runtime) -> None:
+    """Claim: the sentence has the operation, and no place in foreign code."""
+
+    class Turned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.svd(x)[0]
+
+    with pytest.raises(ExportError, match=r"Turned cannot be exported to \w+: No .*linalg_svd"):
+        runtime.load(Turned().eval(), (torch.ones(2, 2),))
 
 
 def test_what_counts_as_a_runtime() -> None:

@@ -383,9 +383,9 @@ def _known(word: str) -> bool:
     return word in RESOURCES or word in NAMES
 
 
-def _amount(resource: str, per: str, amount: Any) -> Budget:
+def _amount(resource: str, per: str, amount: Any, named: str = "") -> Budget:
     if resource not in RESOURCES and _known(resource):
-        return replace(_amount("inference", per, amount), runtime=resource)
+        return replace(_amount("inference", per, amount, resource), runtime=resource)
     check_resource(resource)
     counted = resource in ("flops", "params")
     if _number(amount) and counted:
@@ -397,9 +397,10 @@ def _amount(resource: str, per: str, amount: Any) -> Budget:
         return _share(amount, value / 100, resource, per)
     if value is None or unit not in _UNITS[resource]:
         units = {"flops": "GFLOPs", "params": "M", "memory": "GiB", "latency": "ms", "inference": "ms", "energy": "J"}
+        bill = "" if named else f"; of the whole run, as {resource}/run"
         raise BudgetError(
-            f"the budget of {resource} {amount!r} is not understood: write a share such as '50%', or an amount with "
-            f"its unit, such as '8 {units[resource]}'; of the whole run, as {resource}/run"
+            f"the budget of {named or resource} {amount!r} is not understood: write a share such as '50%', or an "
+            f"amount with its unit, such as '8 {units[resource]}'{bill}"
         )
     return Budget.total(value * _UNITS[resource][unit], of=resource, per=per)
 

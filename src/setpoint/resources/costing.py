@@ -23,7 +23,7 @@ import torch
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance
 from setpoint.cost.cost import Cost, ProductCost, flops_cost
 from setpoint.errors import CostError
-from setpoint.groups.example import Example, inputs_of, one_sample, without_cache
+from setpoint.groups.example import Example, check_example, inputs_of, one_sample, without_cache
 from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import Trace
 from setpoint.host.host import Host
@@ -96,6 +96,7 @@ def cost_out(
         goal = next(goal for goal in goals if goal.resource == "inference")
         runtime = getattr(goal, "runtime", None)
         asked = goal.example if goal.example is not None else example if runtime is None else one_sample(example)
+        check_example(asked)
         runtime = runtime or Eager()
         inference, costs["inference"], groups = serving(host, without_cache(host.model, asked), groups, runtime)
         served_in = runtime.name

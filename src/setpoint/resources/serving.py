@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from torch import nn
 
 from setpoint.cost.cost import ProductCost
+from setpoint.errors import RuntimeUnavailable
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, on_grid, widths_of
 from setpoint.groups.trace import trace
@@ -120,6 +121,11 @@ def serving(
     *fitted_s, odd_s = host.largest(read_s).tolist()
     parts = (*by_kind(host.model, own, forward=True), ProductCost("bytes", record(make, groups).storages))
     read = [(widths, seconds) for widths, seconds in zip(vectors[:-1], fitted_s, strict=True) if seconds > 0]
+    if len(read) < 2:
+        raise RuntimeUnavailable(
+            f"seconds in {runtime.name} do not repeat themselves: no two readings of any copy agree. Attach on a quiet "
+            "machine, or hold the model to a budget of 'flops' or 'params'"
+        )
     cost = fit_seconds("inference", parts, read)
     if odd_s / cost.total(vectors[-1]) > _OFF_GRID:
         groups = on_grid(groups, _GRID)

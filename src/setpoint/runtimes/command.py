@@ -54,6 +54,10 @@ class Command:
     name = "command"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.command, str):
+            raise BudgetError(f"a command is a text, such as './on_phone.sh {{model}}', got {self.command!r}")
+        if not (isinstance(self.timeout_s, (int, float)) and self.timeout_s > 0):
+            raise BudgetError(f"timeout_s is a number of seconds above 0, got {self.timeout_s!r}")
         if self.format not in _WRITERS:
             raise BudgetError(
                 f"unknown format {self.format!r}: {did_you_mean(self.format, _WRITERS)}use one of {', '.join(_WRITERS)}"
@@ -108,7 +112,8 @@ class Command:
         found = _SECONDS.search(line)
         if found is None:
             raise RuntimeUnavailable(
-                f"{words[0]} printed no seconds, its last line is {line!r}: end it with a number, such as 12.3 ms"
+                f"{words[0]} printed no seconds, its last line is {line!r}: end it with a number in s, ms "
+                "or us, such as 12.3 ms"
             )
         number, unit = float(found[1]), (found[2] or "").lower()
         seconds = number * _UNITS.get(unit, 1.0)

@@ -152,7 +152,7 @@ def written(write: Callable[[ByTensor, Path], None], model: ByTensor, file: Path
         raise
     except Exception as error:  # exporters raise anything
         raise ExportError(
-            f"{type(model.model).__name__} cannot be exported to {to}: {_first_line(error)}; "
+            f"{type(model.model).__name__} cannot be exported to {to}: {_reason(error)}; "
             "change what the message names, or choose another runtime"
         ) from error
 
@@ -171,7 +171,7 @@ def opened(
         raise
     except Exception as error:  # runtimes raise anything
         raise RuntimeUnavailable(
-            f"{runtime.name} cannot run {file.name}: {_first_line(error)}; "
+            f"{runtime.name} cannot run {file.name}: {_reason(error)}; "
             "replace the operation that the message names, or choose another runtime"
         ) from error
     return Opened(runtime, run, difference)
@@ -240,5 +240,11 @@ def silent() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: BaseException) -> str:
+    """The line of a foreign error that says what was wrong: of the innermost one, and no place in foreign code."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip("- ") for line in str(error).splitlines() if line.strip("- ")]
+    naming = [line for line in lines if "No conversion rule" in line]  # OpenVINO's, which names the operations
+    others = [line for line in lines if not line.startswith(("Exception from ", "Check '"))]
+    return next(iter([*naming, *others, *lines]), type(error).__name__)

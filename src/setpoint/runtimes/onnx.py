@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from setpoint.errors import RuntimeUnavailable
+from setpoint.errors import BudgetError, RuntimeUnavailable
 from setpoint.groups.example import Example
 from setpoint.messages import counts
 from setpoint.runtimes.files import ByTensor, Session, loaded, needs
@@ -46,6 +46,8 @@ class OnnxRuntime:
 
     def __post_init__(self) -> None:
         counts(threads=self.threads)
+        if isinstance(self.providers, str):
+            raise BudgetError(f"providers is a list: write providers=[{self.providers!r}]")
 
     def load(self, model: nn.Module, example: Example) -> Forward:
         return loaded(self, model, example)

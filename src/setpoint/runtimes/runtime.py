@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from setpoint.errors import RuntimeUnavailable
 from setpoint.groups.example import Example, inputs_of
 
 Forward = Callable[[], float]  # makes one forward of a model on its example, and returns the seconds that it took
@@ -84,7 +86,16 @@ class Called:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def load(self, model: nn.Module, example: Example) -> Forward:
-        return lambda: float(self.function(model, example))
+        def forward() -> float:
+            try:
+                seconds = float(self.function(model, example))
+            except Exception as error:  # of the user's own
+                raise RuntimeUnavailable(f"{self.name} failed with {type(error).__name__}: {error}") from error
+            if not 0 < seconds < math.inf:
+                raise RuntimeUnavailable(f"{self.name} returned {seconds:g}: it has to return positive seconds")
+            return seconds
+
+        return forward
 
 
 def _now(device: str) -> float:

@@ -23,10 +23,11 @@ def check_budgets(goals: Any) -> tuple[Budget, ...]:
         if budget.per == "run" and budget.resource not in ("flops", "latency", "energy"):
             raise BudgetError(
                 f"a run spends 'flops', seconds ('latency') and 'energy', there is no budget per run of "
-                f"{budget.resource!r}: use per='step', the finished model's cost"
+                f"{budget.named!r}: use per='step', the finished model's cost"
             )
     if not budgets or len({(budget.resource, budget.per) for budget in budgets}) < len(budgets):
-        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}")
+        one = "; one run has one runtime" if [each.resource for each in budgets].count("inference") > 1 else ""
+        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}{one}")
     runs = [budget.resource for budget in budgets if budget.per == "run"]
     if len(budgets) > 1 and runs and runs != ["flops"]:
         raise BudgetError(
@@ -50,7 +51,8 @@ def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Calla
         return  # `check_run` knows what a run spends
     if limit < lowest:
         why = unpruned()
-        advice = f"Ask for at least '{_percent(lowest / dense, math.ceil).replace(' ', '')} {budget.named}'"
+        share = min(1.0, lowest / dense * (1.05 if resource in IN_SECONDS else 1.0))  # the next fit is another one
+        advice = f"Ask for at least '{_percent(share, math.ceil).replace(' ', '')} {budget.named}'"
         if lowest >= 0.99 * dense:
             advice = "Narrower layers save next to nothing of it"
             if resource not in ("flops", "params") and not why:  # layers that stay cost FLOPs as well
@@ -64,8 +66,8 @@ def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Calla
         raise BudgetError(
             f"a budget of {amount(limit, resource)} per {'step' if resource == 'latency' else 'inference'} is "
             f"{limit / dense:,.0f} times what the dense model takes, so nothing would be cut: ask for less than "
-            f"{amount(dense, resource)}. If you gave a number without a unit, it is in seconds, and '8 ms {resource}' "
-            "in milliseconds"
+            f"{amount(dense, resource)}. If you gave a number without a unit, it is in seconds, and '8 ms "
+            f"{budget.named}' in milliseconds"
         )
     if limit > dense * (1.0 if resource in ("flops", "params") else 1.5):  # seconds and bytes are measured
         warn(
