@@ -11,6 +11,7 @@ from typing import Any, final
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 
 from setpoint.actuator.actuator import Actuator, Origins
 from setpoint.controller.plan import Controller, Observation, Plan
@@ -239,6 +240,8 @@ class Control:
         self.state = self.state.decided(plan, reading, change)
         if self.state.budget_met:
             self.actuator.release()
+            if self.widths != before:
+                _warn_of_low_rate(self.host.optimizers[0], now.step, self.spending.planned_steps)
         elif self.spending.planned_steps != observation.planned_steps:  # a bill pays for fewer now
             self.go_on()
 
@@ -358,6 +361,17 @@ class Control:
         if plan is not None:
             again = self.step + max(1, min(_FRESH_STEPS, (self.spending.run_steps - self.step) // 10))
             self.state = replace(self.state, budget_met=False, plan=replace(plan, budget_met=False), again=again)
+
+
+def _warn_of_low_rate(optimizer: Optimizer, step: int, steps: int) -> None:
+    """Warn where a last cut comes behind the decay of the learning rate, so that training can hardly repair it."""
+    group = optimizer.param_groups[0]
+    highest, rate = float(group.get("max_lr", group.get("initial_lr", group["lr"]))), float(group["lr"])
+    if step > 0.1 * steps and rate < 0.5 * highest:
+        warn(
+            f"the last cut came at step {step:,} of {steps:,}, with the learning rate at {rate / highest:.0%} of its "
+            "highest: cut earlier, Schedule(settle=...), or let the rate rise once more"
+        )
 
 
 def _refusal(reading: Reading) -> str:
