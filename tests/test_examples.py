@@ -43,7 +43,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_runs(script: Path, tmp_path: Path) -> None:
-    """Claim: it ends within a minute of processor time, imports and all (three on real data), says what it shows, and is not warned."""
+    """Claim: it ends within a minute of processor time (on real data three), says what it shows, and is not warned."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "the docstring says what it shows"
     imported = {name.split(".")[0] for node in ast.walk(tree) for name in _names(node)}
