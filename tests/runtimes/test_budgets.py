@@ -162,14 +162,14 @@ def test_a_runtime_that_does_not_load_is_said_before_training() -> None:
 
 def test_a_busy_machine_is_said_and_not_obeyed() -> None:
     """Claim: where no two readings agree after calibration, a warning says so, and the fit holds the budget."""
-    clock = Clock(straight)
+    clock, calls = Clock(straight), [0]
 
     class Noisy:
         name = "clock"
 
         def load(self, model: nn.Module, example: Any) -> Forward:
             forward = clock.load(model, example)
-            calls, late = [0], clock.loads > 15
+            late = clock.loads > 15
 
             def jumping() -> float:
                 calls[0] += 1
