@@ -26,7 +26,7 @@ HEADLINES = ("small", "small-long")
 """The rivals that every table of main numbers has."""
 EQUAL_FLOPS = 0.02
 """Final FLOPs are called equal up to this share."""
-LONGER = ("-long", "-taught")
+LONGER = ("-long", "-taught", "-trained", "-alone")
 """How names of methods end that train for longer, or are taught by a dense run."""
 PRETRAINED = {
     "resnet56": ("ResNet-56, CIFAR-10", "resnet20"),
@@ -433,6 +433,44 @@ def at_once() -> str:
                         f"{marked(found, here[method].metric)} ({found.num if found else 0})"
                     )
             rows.append(start)
+    return table(rows, left=2)
+
+
+# From a trained model.
+
+
+@block("best-small")
+def best_small() -> str:
+    """What each step of the recipe brings: one cut, the model trained before, the FLOPs of a dense run, a teacher."""
+    shown = {
+        "from pretrained, equal steps": "setpoint-at-once",
+        "from trained, no teacher": "setpoint-from-trained-alone",
+        "from trained, own teacher": "setpoint-from-trained",
+    }
+    rows = []
+    for path in folders():
+        for budget in (0.5, 0.25):
+            here = {row.method: row for row in rows_of(path.name) if row.budget == budget}
+            if "setpoint-from-trained" not in here:
+                continue
+            dense = _dense(path.name)
+            runs = {method: _cells(path.name, method, budget) for method in shown.values()}
+            taught, metric = runs["setpoint-from-trained"], dense.metric
+            alone = difference(taught, runs["setpoint-from-trained-alone"])
+            over = difference(taught, _cells(path.name, "dense", None))
+            rows.append(
+                {
+                    "task": dense.task,
+                    "FLOPs / step": percent(budget),
+                    "dense": metric_text(dense),
+                    **{
+                        words: metric_text(here[method]) if method in here else NOTHING
+                        for words, method in shown.items()
+                    },
+                    "teacher − none": f"{marked(alone, metric)} ({alone.num if alone else 0})",
+                    "own teacher − dense": f"{marked(over, metric)} ({over.num if over else 0})",
+                }
+            )
     return table(rows, left=2)
 
 
