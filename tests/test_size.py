@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_952,
+    "wheel: lines": 29_979,
     "wheel: files": 173,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.04,
-    "bench: lines": 15_331,
-    "tests: lines": 31_715,
+    "bench: lines": 15_523,
+    "tests: lines": 31_731,
     "attach to first cut: files": 58,
-    "attach to first cut: lines": 11_790,
+    "attach to first cut: lines": 11_801,
     "training steps: files": 38,
     "training steps: lines": 7_587,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_642,
+    "import setpoint: lines": 13_653,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

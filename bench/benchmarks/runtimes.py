@@ -24,6 +24,7 @@ from record import held_in, write
 from torch import nn
 
 import setpoint
+from setpoint.errors import BudgetError
 from setpoint.groups.example import Example, mapped
 from setpoint.resources.replica import replica
 from setpoint.resources.serving import answering
@@ -162,7 +163,11 @@ def main() -> None:
                     continue
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    row = cell(net, runtime, share, args.steps)
+                    try:
+                        row = cell(net, runtime, share, args.steps)
+                    except BudgetError as error:  # below what the runtime takes however narrow the layers are
+                        print(f"{net} {runtime} {share:.0%}: {error}")
+                        continue
                 about = {
                     "date": datetime.now(UTC).isoformat(timespec="seconds"),
                     "environment": {**machine(), "threads": 1},

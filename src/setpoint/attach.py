@@ -139,7 +139,9 @@ def attach(
             from setpoint.distillation.teaching import Teaching, as_teacher
 
             taught_by = as_teacher(host.model, teacher)
-    if example is not None:
+    if example is None:
+        _check_runtimes(host, spec.budgets)
+    else:
         check_example(example)
         if PENDING in host.model.__dict__:  # a state without sizes was loaded, and the example tells them
             from setpoint.checkpoint.resumable import complete
@@ -267,6 +269,15 @@ def _check_metered(host: Host, goals: Sequence[Budget | Price | Tolerance]) -> N
                 f"a budget of {goal.resource!r}{' for the whole run' * of_run} is not available {where} in this "
                 "version: use 'flops' or 'params', or, in DistributedDataParallel, 'latency' of a step or 'inference'"
             )
+
+
+def _check_runtimes(host: Host, budgets: Sequence[Budget]) -> None:
+    """Refuse a runtime that does not work here now, where the model is timed at the first step only."""
+    for budget in budgets if host.single_process else ():
+        if budget.runtime is not None:
+            from setpoint.resources.serving import check_runtime
+
+            check_runtime(budget.runtime)
 
 
 def _check_part(name: str, part: object, kind: type, example: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def test_a_command_is_checked_before_it_runs() -> None:
         Command("no-such-program {model}").load(MODEL, EXAMPLE)()
     with pytest.raises(RuntimeUnavailable, match=r"did not end within 0.2 s"):
         Command(program("time.sleep(60)"), timeout_s=0.2).load(MODEL, EXAMPLE)()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_a_program_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Claim: after the time limit no child of the program runs on."""
+    child, pids = "import os, time; open(r'{0}', 'w').write(str(os.getpid())); time.sleep(60)", tmp_path / "pid"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child.format(pids)!r}])"
+    with pytest.raises(RuntimeUnavailable, match="did not end"):
+        Command(program(code), timeout_s=5).load(MODEL, EXAMPLE)()
+    for _ in range(50):  # until the system has noticed
+        state = Path(f"/proc/{pids.read_text()}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("it runs on")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])

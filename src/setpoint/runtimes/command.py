@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -87,14 +89,7 @@ class Command:
     def _seconds(self, words: list[str]) -> float:
         began = time.perf_counter()
         try:
-            run = subprocess.run(
-                words,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=self.timeout_s,
-                stdin=subprocess.DEVNULL,
-            )
+            run = _run(words, self.timeout_s)
         except subprocess.TimeoutExpired as error:
             raise RuntimeUnavailable(
                 f"{words[0]} did not end within {self.timeout_s:g} s: give a larger timeout_s, or make fewer forwards"
@@ -128,6 +123,27 @@ class Command:
                 f"print the unit, such as {number:g} ms"
             )
         return seconds
+
+
+def _run(words: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; where that does not come, what the program has started ends with it."""
+    with subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as run:
+        try:
+            output, errors = run.communicate(timeout=timeout_s)
+        except BaseException:
+            if hasattr(os, "killpg"):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.kill()
+            raise
+    return subprocess.CompletedProcess(words, run.returncode, output, errors)
 
 
 def _last_line(text: str) -> str:
