@@ -5,8 +5,8 @@
 
 `family` derives models of 75, 50, 35 and 25 % of the FLOPs, each from the one above it, with the first parent
 teaching, and each alone from the parent, for the same steps. `parent` derives models of half and a quarter with the
-parent as teacher, in parts of the parent's steps. It trains a small net of even widths from scratch, in parts and multiples of
-them. Each is trained at several learning rates. Rows that the file holds are not run again.
+parent as teacher, in parts of the parent's steps. It trains a small net of even widths from scratch, in parts and
+multiples of them. Each is trained at several learning rates. Rows that the file holds are not run again.
 """
 
 from __future__ import annotations

@@ -160,6 +160,15 @@ def test_a_runtime_that_does_not_load_is_said_before_training() -> None:
         trained(setpoint.Budget.fraction(0.5, of="inference", runtime=Clock(straight, fails_after=0)))
 
 
+def test_without_an_example_a_runtime_that_does_not_load_is_said_by_attach() -> None:
+    """Claim: the error does not wait for the first step, and nothing stays attached."""
+    model = nn.Linear(4, 4)
+    budget = setpoint.Budget.fraction(0.5, of="inference", runtime=Clock(straight, fails_after=0))
+    with pytest.raises(RuntimeUnavailable, match="lacks the op"):
+        setpoint.attach(model, torch.optim.SGD(model.parameters(), 0.1), budget, total_steps=10)
+    assert not model._forward_hooks
+
+
 def test_a_busy_machine_is_said_and_not_obeyed() -> None:
     """Claim: where no two readings agree after calibration, a warning says so, and the fit holds the budget."""
     clock, calls = Clock(straight), [0]
