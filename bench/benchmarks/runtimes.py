@@ -82,13 +82,18 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
 }
 
 
+def varied(leaf: torch.Tensor) -> torch.Tensor:
+    """Another sample of its kind: norms over a batch of samples that are all alike divide by nearly nothing."""
+    return torch.randn_like(leaf) if leaf.is_floating_point() else leaf
+
+
 def cell(net: str, runtime: str, share: float, steps: int) -> dict[str, Any]:
     """One run, and what its finished model takes in the runtime."""
     torch.manual_seed(0)
     model, sample = NETS[net]()
     model.train()
     dense, served = answering(model), named(runtime)
-    batch = mapped(lambda leaf: torch.cat([leaf] * BATCH), sample)
+    batch = mapped(lambda leaf: torch.cat([varied(leaf) for _ in range(BATCH)]), sample)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     budget = setpoint.Budget.fraction(share, of="inference", runtime=served)
     loop = setpoint.attach(model, optimizer, budget, example=batch, total_steps=steps)
