@@ -148,8 +148,8 @@ class Teaching:
                 "no gradient arrived at the model's logits: the loss does not come from them, or was computed inside "
                 "of compiled code. Compute it from model(x), outside"
                 if self._called
-                else "training does not call the model itself, but parts of it or another method. Attach to the part "
-                "that gives logits, or name the method, attach(..., method=...)"
+                else "training calls the model in eval mode, or not itself, but parts of it or another method. Call "
+                "model.train(), attach to the part that gives logits, or name the method, attach(..., method=...)"
             )
             warn(f"the teacher teaches nothing: {what}")
             self._watched()
