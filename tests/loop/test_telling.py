@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -306,15 +305,15 @@ optimizer.step()
 
 
 @pytest.mark.parametrize(("decays", "warned"), [(0.1, True), (0.9, False)])
-def test_a_last_cut_behind_the_decay_of_the_rate_is_warned_of(decays: float, warned: bool) -> None:
+def test_a_last_cut_behind_the_decay_of_the_rate_is_warned_of(
+    decays: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Claim: advice is printed where the last cut comes at less than half of the learning rate, and only there."""
     loop, train = attached(controller=setpoint.PricedController(setpoint.Schedule.gradual()))
     (optimizer,) = loop.host.optimizers
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1 + int(decays * STEPS)], 0.1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(STEPS):
-            train(1)
-            scheduler.step()
-    said = [str(each.message) for each in caught if "the learning rate at 10% of its highest" in str(each.message)]
+    for _ in range(STEPS):
+        train(1)
+        scheduler.step()
+    said = [text for text in caplog.messages if "the learning rate at 10% of its highest" in text]
     assert len(said) == warned and loop.finish().budget_met

@@ -368,7 +368,7 @@ def _warn_of_low_rate(optimizer: Optimizer, step: int, steps: int) -> None:
     group = optimizer.param_groups[0]
     highest, rate = float(group.get("max_lr", group.get("initial_lr", group["lr"]))), float(group["lr"])
     if step > 0.1 * steps and rate < 0.5 * highest:
-        warn(
+        LOG.warning(
             f"the last cut came at step {step:,} of {steps:,}, with the learning rate at {rate / highest:.0%} of its "
             "highest: cut earlier, Schedule(settle=...), or let the rate rise once more"
         )

@@ -62,7 +62,7 @@ def export(
         ExportError: the model cannot be exported, the outputs differ, or the file cannot be written.
         RuntimeUnavailable: a package is missing, or the runtime cannot run the model.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     exported = export(nn.Linear(2, 3), (torch.ones(1, 2),), f"{folder}/small.onnx")
     >>> exported.difference < 1e-3
