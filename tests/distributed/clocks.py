@@ -97,6 +97,6 @@ def clock_failures() -> None:
         raise KeyError("no board")
 
     budget = setpoint.Budget.fraction(0.5, of="inference", runtime=breaks)
-    caught(KeyError if first else RankError, "no board", lambda: trained(budget))
+    caught(RuntimeUnavailable if first else RankError, "no board", lambda: trained(budget))
     words = "'latency' for the whole run is not available on several ranks"
     caught(CostError, words, lambda: trained(setpoint.Budget.fraction(0.5, of="latency", per="run")))
