@@ -70,7 +70,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_one_argument_equals_the_explicit_loss(case: Case) -> None:
     """Claim: with any scale of the loss, ignored rows, maps and accumulation, weights and widths are those of
-    `Teacher.loss` to rounding; the FLOPs of the teacher count alike.
+    `Teacher.loss` to rounding; the FLOPs of the teacher count the same.
     """
     runs = []
     for explicit in (True, False):
@@ -105,7 +105,7 @@ def test_one_argument_equals_the_explicit_loss(case: Case) -> None:
 
 
 def test_a_shrunk_model_with_a_teacher_equals_its_masked_twin() -> None:
-    """Claim: after the cut, the small model and the dense one with masked units learn alike from a teacher."""
+    """Claim: after the cut, the small model and the dense one with masked units learn the same from a teacher."""
     model, dense = net(), net(48, seed=2)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     loop = setpoint.attach(model, optimizer, 0.5, total_steps=40, verify=False, teacher=dense)
@@ -244,7 +244,7 @@ class Detaches(nn.Module):
 
 
 def test_a_loss_that_does_not_come_from_the_logits_is_warned_of_once() -> None:
-    """Claim: training goes on without the teacher, with one warning."""
+    """Claim: training continues without the teacher, with one warning."""
     model, dense = Detaches(), Detaches()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS, verify=False, teacher=dense)

@@ -37,6 +37,7 @@ class Teacher:
     Attributes:
         flops: of all passes of the teacher until now.
         own: whether it is a copy of the pruned model itself.
+        method: name of the model's method that is called; `attach` sets it.
 
     Raises:
         ValueError: for alpha or temperature out of range, if `model` is no module or `loop` is neither a loop nor None,
@@ -73,7 +74,7 @@ class Teacher:
         _check_not_pruned(model)
         self.model, self.loop = model.eval().requires_grad_(False), loop
         self.alpha, self.temperature, self.output, self.dim = float(alpha), float(temperature), output, dim
-        self.flops, self._counted, self.own = 0.0, 0.0, False
+        self.flops, self._counted, self.own, self.method = 0.0, 0.0, False, "forward"
         self._flops_by_inputs = dict[Any, float]()
         self._samples: list[int] | None = None
         self._kept = dict[int, Tensor]()
@@ -86,7 +87,7 @@ class Teacher:
         self._samples = [int(index) for index in indices]
 
     @torch.no_grad()
-    def logits(self, *args: Any, method: str = "forward", **kwargs: Any) -> Tensor:
+    def logits(self, *args: Any, **kwargs: Any) -> Tensor:
         """The teacher's logits on these arguments of its forward; the FLOPs of the pass are counted.
 
         Raises:
@@ -102,7 +103,7 @@ class Teacher:
         inputs = _form((args, kwargs))
         counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
         with nullcontext() if inputs in self._flops_by_inputs else counter:  # it slows a pass down
-            called = self.model if method == "forward" else getattr(self.model, method)
+            called = self.model if self.method == "forward" else getattr(self.model, self.method)
             try:
                 outputs = called(*args, **kwargs)
             except Exception as error:

@@ -60,24 +60,24 @@ class Teaching:
     """Mixes the gradient that arrives at the model's logits with that of the divergence to a teacher's.
 
     With z and t the logits of model and teacher in a row, g the gradient of the user's loss by z, and
-    `T^2 KL(softmax(t / T) || softmax(z / T))` the divergence, the model goes on with
+    `T^2 KL(softmax(t / T) || softmax(z / T))` the divergence, the gradient becomes
 
         (1 - alpha) g + alpha c T (softmax(z / T) - softmax(t / T))
 
     in rows in which g is not zero. The scale `c` is that of the user's loss, `1 / n` for a mean over n rows, times what
-    a loss scaler or accumulation multiplies it by: see `_scale`. So one argument equals `Teacher.loss` for any cross
-    entropy. Another loss has the scale of a cross entropy of its size.
+    a loss scaler or accumulation multiplies it by: see `_scale`. So one argument equals `Teacher.loss` for a cross
+    entropy of hard targets. Another loss has the scale of a cross entropy of its size.
 
     It changes as the model is called: the forwards and gradients that it has seen, until it is stopped.
     """
 
     def __init__(self, loop: Loop, called: nn.Module, teacher: Teacher, method: str) -> None:
-        self._loop, self._teacher, self._method = loop, teacher, method
+        self._loop, self._teacher = loop, teacher
         self._call: Call | None = None
         self._called = self._arrived = self._steps = 0
         self._losses = torch.zeros(3, dtype=torch.float64)  # the teacher's, a guess's, and rows of other losses
         self._until, self._bad = ExitStack(), False
-        teacher.loop = loop
+        teacher.loop, teacher.method = loop, method
         record = Record(self._begins, self._ends)
         if method == "forward":
             record.listen(self._until, called)
@@ -103,7 +103,7 @@ class Teaching:
         if logits.grad_fn is None:
             return
         self._called += 1
-        taught = self._teacher.logits(*call.args, method=self._method, **call.kwargs)
+        taught = self._teacher.logits(*call.args, **call.kwargs)
         with torch.no_grad():
             own, taught = self._teacher.pair(logits.detach(), taught)
             heat = self._teacher.temperature
@@ -143,7 +143,7 @@ class Teaching:
 
     def _stepped(self, event: Any) -> None:
         self._steps += 1
-        if not self._arrived:
+        if self._steps == 1 and not self._arrived:
             what = (
                 "no gradient arrived at the model's logits: the loss does not come from them, or was computed inside "
                 "of compiled code. Compute it from model(x), outside"
@@ -152,27 +152,26 @@ class Teaching:
                 "model.train(), attach to the part that gives logits, or name the method, attach(..., method=...)"
             )
             warn(f"the teacher teaches nothing: {what}")
+        if not self._teacher.own:
             self._watched()
-        elif not self._teacher.own:
-            self._watched()
-        elif self._steps == min(_JUDGED, self._loop.total_steps):
+        elif self._steps == min(_JUDGED, self._loop.total_steps):  # on all ranks, whatever each has seen
             self._watched()
             loss, guess, others = self._loop.host.ranks.total(self._losses).tolist()
             if not others and loss > _GUESS * guess:
                 raise LoopError(
-                    f"teacher=True takes the model as it is at attach, and in {_JUDGED} steps its loss was "
+                    f"teacher=True takes the model as it is at attach, and in {self._steps} steps its loss was "
                     f"{loss / guess:.2f} of that of a guess: its head is new, and teaches nothing. Train the dense "
                     "model first, or give another teacher, or none"
                 )
 
 
 def _scale(rows: Tensor, guess: Tensor, counts: Tensor) -> Tensor:
-    """C of `rows = c (guess - targets)`, for the guesses of a model and the gradients of a cross entropy by its logits.
+    """The scale c of a cross entropy, whose gradients by a model's logits are `rows = c (guess - targets)`.
 
     The target is the class that the loss raises most. All others have the same share of the target, none or that of
     label smoothing, so that their gradients lie on a line over their guesses, with slope c. Rows in which no single
     class is raised do not count: smoothing turns the gradients of a model that is surer than its target. Where guesses
-    are too much alike for a slope, and of two classes, `c = sum |g| / sum |guess - target|`.
+    are too similar for a slope, and with two classes, `c = sum |g| / sum |guess - target|`.
     """
     asked = rows.argmin(-1, keepdim=True)
     others = torch.ones_like(guess).scatter_(-1, asked, 0.0) * (counts & _clear(rows))

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,8 @@ def _run(words: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]
         try:
             output, errors = run.communicate(timeout=timeout_s)
         except BaseException:
-            if hasattr(os, "killpg"):
-                os.killpg(run.pid, signal.SIGKILL)
-            run.kill()
+            with suppress(ProcessLookupError):  # it may have ended by now
+                os.killpg(run.pid, signal.SIGKILL) if hasattr(os, "killpg") else run.kill()
             raise
     return subprocess.CompletedProcess(words, run.returncode, output, errors)
 
