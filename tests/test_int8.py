@@ -1,4 +1,4 @@
-"""Eight bits: the scripts of docs/int8.md quantize a cut model, and torchao rounds while a loop is attached."""
+"""Eight bits: the scripts of examples/int8 quantize a cut model, and torchao rounds while a loop is attached."""
 
 from __future__ import annotations
 
@@ -145,18 +145,8 @@ def test_rounding_before_attach_is_refused() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_is_short_and_on_its_page(script: Path) -> None:
-    """Claim: it has at most 15 lines of code, and docs/int8.md shows them as they are."""
+def test_a_script_is_short(script: Path) -> None:
+    """Claim: it has at most 15 lines of code behind its docstring."""
     text = script.read_text(encoding="utf-8")
-    shown = text.split('"""', 2)[2].strip()
-    assert len([line for line in shown.splitlines() if line]) <= 15
-    assert shown in (ROOT / "docs" / "int8.md").read_text(encoding="utf-8")
+    assert len([line for line in text.split('"""', 2)[2].strip().splitlines() if line]) <= 15
     assert ast.get_docstring(ast.parse(text))
-
-
-def test_the_page_shows_the_cut_model() -> None:
-    """Claim: so does it the network and the run that the scripts begin with."""
-    text = (FOLDER / "cut_model.py").read_text(encoding="utf-8")
-    assert text[text.index("model = nn.Sequential") :].strip() in (ROOT / "docs" / "int8.md").read_text(
-        encoding="utf-8"
-    )

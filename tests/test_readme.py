@@ -51,8 +51,7 @@ def test_sentences_of_the_readme_are_short() -> None:
 RESULTS = (
     "README.md",
     "docs/results.md",
-    "docs/results-in-short.md",
-    "docs/results-fine-tuning.md",
+    "docs/results-by-task.md",
     "docs/results-choices.md",
     "docs/results-costs.md",
     "docs/when-it-pays.md",

@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and docs/, and the pages of docs/tasks/, from the committed result files.
+"""Writes the tables of README.md and docs/ from the committed result files.
 
-    python bench/benchmarks/readme.py            rewrite what stands between the markers, and the generated files
+    python bench/benchmarks/readme.py            rewrite what stands between the markers
     python bench/benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is that of a block of `tables/`. Text between
@@ -14,9 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-import tables.records  # noqa: F401 - its blocks join SPECS
+import tables.records
+import tables.runs  # noqa: F401 - the blocks of both join SPECS
 from tables.renderer import ROOT, SPECS
-from tables.runs import task_pages
 
 DOCS = ROOT / "docs"
 MARKER = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -28,11 +28,10 @@ def filled(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every page that has a marker, and every generated page, as the result files say."""
+    """Every page that has a marker, as the result files say."""
     written = [ROOT / "README.md", *DOCS.glob("*.md"), *(DOCS / "api").glob("*.md")]
     found = {page: page.read_text(encoding="utf-8") for page in written}
-    marked = {page: filled(text) for page, text in found.items() if MARKER.search(text)}
-    return marked | {DOCS / "tasks" / f"{name}.md": text for name, text in task_pages().items()}
+    return {page: filled(text) for page, text in found.items() if MARKER.search(text)}
 
 
 def main() -> None:
@@ -41,16 +40,13 @@ def main() -> None:
     check = parser.parse_args().check
     fresh = pages()
     stale = [file for file, text in fresh.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
-    forgotten = sorted(set((DOCS / "tasks").glob("*.md")) - fresh.keys())
     if check:
-        if stale or forgotten:
-            names = ", ".join(file.name for file in (*stale, *forgotten))
+        if stale:
+            names = ", ".join(file.name for file in stale)
             sys.exit(f"{names} not as the result files say: run python bench/benchmarks/readme.py")
         return
     for file in stale:
         file.write_text(fresh[file], encoding="utf-8")
-    for file in forgotten:
-        file.unlink()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# ruff: noqa: D101 - docs/int8.md shows this script as it is
+# ruff: noqa: D101 - short on purpose
 """Eight bits for a cut model in ONNX Runtime: static, per channel, with activations calibrated on a few batches.
 
 pip install onnx onnxruntime onnxscript

@@ -1,4 +1,4 @@
-# ruff: noqa: E402, F401 - docs/int8.md shows this script as it is
+# ruff: noqa: E402, F401 - short on purpose
 """Training that knows of eight bits: torchao rounds weights and activations in the last steps of a run.
 
 pip install torchao onnx onnxruntime onnxscript

@@ -127,10 +127,8 @@ def overhead(data: Record) -> str:
     """Sensing, own work in whole runs, and single pieces of work."""
     runs = data["whole_runs"]
     about = [{**run["environment"], "date": run["date"]} for run in runs.values()]
-    bases = sorted({run["base"] for run in runs.values() if "base" in run})
     pairs = [*_sensing(data["sensing"]), *_whole_runs(runs), *_single_pieces(data)]
-    before = f"Before: commit {' or '.join(bases)}. " if bases else ""
-    note = f"{before}Whole runs: {rows_made_on(about)} The rest: {made_on(data)} Seed {data['seed']}."
+    note = f"Whole runs: {rows_made_on(about)} The rest: {made_on(data)} Seed {data['seed']}."
     return table(({"what": what, "measured": measured} for what, measured in pairs), note, left=2)
 
 
@@ -148,10 +146,9 @@ def _sensing(tasks: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
 def _whole_runs(tasks: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
     for name, row in tasks.items():
         # Versions that kept what discovery had found ran twice; `first` is the run that found everything itself.
-        trees = {tree: [run.get("first", run) for run in runs] for tree, runs in row["runs"].items()}
-        took = duration(statistics.median(run["seconds"] for run in trees["now"]))
-        shares = ", ".join(f"{_share_of_runs(runs)} {tree}" for tree, runs in trees.items())
-        yield f"own work in a run of `{name}`, {row['steps']:,} steps, {took}", shares
+        runs = [run.get("first", run) for run in row["runs"]["now"]]
+        took = duration(statistics.median(run["seconds"] for run in runs))
+        yield f"own work in a run of `{name}`, {row['steps']:,} steps, {took}", _share_of_runs(runs)
 
 
 def _share_of_runs(runs: Sequence[Mapping[str, float]]) -> str:
@@ -166,52 +163,39 @@ def _single_pieces(data: Record) -> Iterator[tuple[str, str]]:
     yield f"`find_groups(resnet50)`, best of {len(found)}", f"{min(found):.2f} s"
     steps = f"{resnet['resize_in_steps']:.2f} of a training step at batch {resnet['batch']}"
     yield "resize of ResNet-50 with AdamW state", f"{cut:.2f} s, {steps}"
-    yield "`import setpoint` beside `import torch`", f"{imported:+.2f} s"
+    yield "`import setpoint`, after `import torch`", f"{imported:+.2f} s"
 
 
 @record_block("attach", "attach.json")
 def attach(data: Record) -> str:
-    """What attach takes on each processor, in seconds and training steps, and what it took with an older version."""
+    """What attach takes on each processor, in seconds and training steps."""
     rows: list[Record] = []
     for machine in data["machines"]:
         for name, row in machine["models"].items():
             measured = {"FLOPs": row, **{key: row[key] for key in ("latency", "memory", "energy") if key in row}}
             about = {**machine["environment"], "model": f"`{name}`"}
             rows += [{**about, **found, "budget": budget} for budget, found in measured.items()]
-    bases = sorted({row["base"] for row in rows if "base" in row})
-    before = f"Before: commit {' or '.join(bases)}. " if bases else ""
-    cells = [
-        {
-            "budget": row["budget"],
-            "model": row["model"],
-            "processor": row["cpu"],
-            "pairs": str(row["pairs"]),
-            "attach": _seconds_and_steps(row, "cold"),
-            "before": _seconds_and_steps(row, "before"),
-        }
-        for row in sorted(rows, key=lambda row: row["budget"] != "FLOPs")
-    ]
-    return table(cells, f"{data['what'].capitalize()}. Seed {data['seed']}. {before}{rows_made_on(rows)}", left=3)
+    cells = dict[tuple[str, str], dict[str, str]]()
+    for row in sorted(rows, key=lambda row: row["budget"] != "FLOPs"):
+        cell = {"budget": row["budget"], "model": row["model"]}
+        cells.setdefault((row["budget"], row["model"]), cell)[row["cpu"].partition(" Processor")[0]] = _taken(row)
+    return table(cells.values(), f"{data['what'].capitalize()}. Seed {data['seed']}. {rows_made_on(rows)}", left=2)
 
 
-def _seconds_and_steps(row: Record, kind: str) -> str:
-    if kind not in row:
-        return NOTHING
-    found = row[kind]
+def _taken(row: Record) -> str:
+    found = row["cold"]
     shown = duration(found["seconds_median"])
     if "steps_median" not in found:  # of a model without weights no training step was timed
         return shown
-    low, high = found["steps_range"]
-    spread = f" ({low:.1f} to {high:.1f})" if row["pairs"] > 1 else ""
-    return f"{shown}, {found['steps_median']:.1f} steps{spread}"
+    return f"{shown}, {found['steps_median']:.1f} steps"
 
 
 @record_block("growth", "growth.json")
 def growth(data: Record) -> str:
-    """Discovery, a decision and a cut against depth and width, and the line through the depths."""
+    """Discovery, a decision and a cut against depth and width, and the line through the depths, on one machine."""
+    machine = data["machines"][-1]
     cells = [
         {
-            "processor": machine["environment"]["cpu"],
             "layers": str(row["layers"]),
             "width": f"{row['width']:,}",
             "parameters": human(row["params"]),
@@ -219,13 +203,12 @@ def growth(data: Record) -> str:
             "units": f"{row['units']:,}",
             **{kind: duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")},
         }
-        for machine in data["machines"]
         for row in machine["models"]
     ]
-    return table(cells, "\n\n".join(map(_lines_through_depths, data["machines"])))
+    return table(cells, _line_through_depths(machine))
 
 
-def _lines_through_depths(machine: Record) -> str:
+def _line_through_depths(machine: Record) -> str:
     deep = [row for row in machine["models"] if row["width"] == machine["models"][0]["width"]]
     # A cut that was measured once may hold a full collection of Python's garbage: no line goes through such cuts.
     repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
@@ -271,7 +254,7 @@ def frameworks(data: Record) -> str:
 
 @record_block("gpu", "gpu.json")
 def gpu(data: Record) -> str:
-    """By network and mode, seconds of a step beside the dense network's; once a network, bytes, joules and own work."""
+    """By network and mode, seconds of a step over the dense network's; once a network, bytes, joules and own work."""
     rows = []
     for name, found in data["networks"].items():
         if "why_not" in found:
@@ -456,4 +439,4 @@ def _described(dotted: str) -> dict[str, str]:
     return {"name": f"`{shown}`", "what it is": first}
 
 
-SPECS.update({f"api-{ring}": partial(reference, ring) for ring in ("use", "tune", "extend")})
+SPECS.update({f"api-{ring}": partial(reference, ring) for ring in ("use", "extend")})

@@ -1,31 +1,25 @@
-"""Blocks from the runs of `setpoint bench` in results/: methods beside each other, task by task."""
+"""Blocks from the runs of `setpoint bench` in results/: comparisons of methods, task by task."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from setpoint.report.numbers import NOTHING, percent
 from setpoint_bench.report import folder
-from setpoint_bench.report.columns import metric_text, share_text, signed
+from setpoint_bench.report.columns import metric_text, share_text
 from setpoint_bench.report.folder import RESULTS as RESULTS_FILE
-from setpoint_bench.report.markdown import task_text
 from setpoint_bench.report.packed import file_of
-from setpoint_bench.report.results import Cell, Results
-from setpoint_bench.report.statistics import Difference, difference, mean, share_of
-from setpoint_bench.report.summary import FAMILIES, SETPOINT, Row, clock_of, rounds_of, series, summary_rows
+from setpoint_bench.report.results import Cell
+from setpoint_bench.report.statistics import difference
+from setpoint_bench.report.summary import SETPOINT, Row, summary_rows
 from tables.records import models_cut
-from tables.renderer import RESULTS, block, marked, rows_made_on, table
+from tables.renderer import RESULTS, SPECS, block, marked, rows_made_on, table
 
-HEADLINES = ("small", "small-long")
-"""The rivals that every table of main numbers has."""
-EQUAL_FLOPS = 0.02
-"""Final FLOPs are called equal up to this share."""
 LONGER = ("-long", "-taught", "-trained", "-alone")
 """How names of methods end that train for longer, or are taught by a dense run."""
 PRETRAINED = {
@@ -34,6 +28,8 @@ PRETRAINED = {
     "clothing": ("EfficientNet-Lite0, photographs of clothes", ""),
 }
 """By results folder what a table calls the model, and the folder of the small pretrained model where there is one."""
+FINE_TUNED = (*PRETRAINED, "finetune", "finetune-text")
+"""The results folders of tasks that start from a pretrained model."""
 
 # Many tables show the same runs: each folder is read once.
 read_results = cache(folder.read_results)
@@ -50,206 +46,63 @@ def folders(root: Path = RESULTS) -> list[Path]:
     return sorted(path for path in root.iterdir() if file_of(path, RESULTS_FILE).is_file())
 
 
-# A page for each task.
-
-TASK_PAGE = """# `{name}`
-
-`python bench/benchmarks/readme.py` generates this page from `results/{name}`. [Tasks](../tasks.md) describes the task.
-[Results](../results.md#how-to-read-the-tables) says how to read the tables.
-
-{tables}
-"""
+# Every method on a task that is fine-tuned.
 
 
-def task_pages() -> dict[str, str]:
-    """By name, the page of every results folder, with its tables."""
-    return {path.name: TASK_PAGE.format(name=path.name, tables=task_tables(path.name)) for path in folders()}
+def methods_of(name: str) -> str:
+    """By method its metric at half and at a quarter of the FLOPs, and how far that is from Setpoint's; best first."""
+    cells = read_results(RESULTS / name).cells
+    assert len({tuple(map(cell.environment.get, ("torch", "dtype"))) for cell in cells}) == 1, name
+    dense, found = _dense(name), dict[str, dict[float | None, Row]]()
+    for row in rows_of(name):
+        if row.density is None and row.method != "dense":
+            found.setdefault(row.method, {})[row.budget] = row
+    sign = -1 if dense.metric == "accuracy" else 1
+
+    def rank(of: Mapping[float | None, Row]) -> tuple[bool, float]:
+        return 0.25 not in of, sign * (of.get(0.25) or next(iter(of.values()))).value.mean
+
+    lines = []
+    for method, of in sorted(found.items(), key=lambda each: rank(each[1])):
+        line = {"method": f"`{method}`"}
+        for budget, words in ((0.5, "half"), (0.25, "quarter")):
+            row = of.get(budget, of.get(None))
+            line[words] = _with_seeds(row) if row else NOTHING
+            line[f"{words} − Setpoint"] = marked(row.differences.get(SETPOINT), row.metric) if row else NOTHING
+            line[f"training FLOPs, {words}"] = percent(row.train_flops_ratio) if row else NOTHING
+        lines.append(line)
+    about = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
+    return table(lines, f"Dense: {metric_text(dense)} ({dense.num_seeds} seeds). {about}")
 
 
-def task_tables(name: str) -> str:
-    """Tables of a results folder with what they were measured on."""
-    results, rows = read_results(RESULTS / name), rows_of(name)
-    for task in results.tasks():
-        # Seconds compare on one machine only, and what was learned with one version and precision only.
-        timed = {json.dumps(cell.timing.environment) for cell in results.of(task) if cell.timing}
-        assert len(timed) <= 1, f"{name}: timed on several machines"
-        ran = {tuple(cell.environment.get(key) for key in ("torch", "dtype")) for cell in results.of(task)}
-        assert len(ran) == 1, f"{name}: runs of several versions: {ran}"
-    texts = (task_text(results.of(task), [row for row in rows if row.task == task]) for task in results.tasks())
-    return "\n\n".join(texts)
+SPECS.update({f"task-{name}": partial(methods_of, name) for name in FINE_TUNED})
+
+# From scratch.
 
 
-@block("tasks")
-def task_links() -> str:
-    """A link to the page of every results folder."""
-    return "\n".join(f"* [`{path.name}`](tasks/{path.name}.md)" for path in folders())
-
-
-# Setpoint on every task at every budget.
-
-
-def headlines() -> Iterator[tuple[Row, dict[str, Row], dict[str, str]]]:
-    """Setpoint's rows, beside each the other methods of its task at its budget and dense, and the first cells."""
+@block("scratch")
+def scratch() -> str:
+    """On tasks from scratch Setpoint, dense, small models and the best cut after training, and what Setpoint cost."""
+    lines = []
     for path in folders():
         rows = rows_of(path.name)
-        for ours in (row for row in rows if row.method == SETPOINT):
-            mine = [row for row in rows if row.task == ours.task and row.budget in (ours.budget, None)]
-            yield ours, {row.method: row for row in mine}, {"task": ours.task, "FLOPs": percent(ours.budget)}
-
-
-def _cut_after(ours: Row, others: Mapping[str, Row]) -> Row | None:
-    """The best method that cuts units after training."""
-    after = [row for row in others.values() if row.family == "post-training" and row.density is None]
-    best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")
-    return best[0] if best else None
-
-
-def _mean_text(row: Row | None) -> str:
-    if row is None:
-        return NOTHING
-    return re.sub(r" ± [\d.]+", "", metric_text(row)) + " (one seed)" * (row.num_seeds == 1)
-
-
-@block("headline")
-def headline() -> str:
-    """Setpoint beside dense, small, and the best that is cut after training."""
-    return table(
-        {
-            **start,
-            "dense": _mean_text(others.get("dense")),
-            **{f"`{rival}`": _mean_text(others.get(rival)) for rival in HEADLINES},
-            "cut after": _mean_text(_cut_after(ours, others)),
-            "Setpoint": _mean_text(ours),
-        }
-        for ours, others, start in headlines()
-    )
-
-
-@block("apart")
-def apart() -> str:
-    """How far Setpoint is from the small models, by seed."""
-    return table(
-        {**start, **{f"to `{rival}`": marked(ours.differences.get(rival), ours.metric) for rival in HEADLINES}}
-        for ours, _, start in headlines()
-    )
-
-
-@block("spent")
-def spent() -> str:
-    """What Setpoint's runs cost, as shares of dense, beside the best method that cuts after training."""
-    rows = []
-    for ours, others, start in headlines():
-        rival = _cut_after(ours, others)
-        costs = {"training FLOPs": percent(ours.train_flops_ratio), "training time": share_text(ours.seconds_share)}
-        theirs = (
-            {"cut after": f"`{rival.method}`", "its training FLOPs": percent(rival.train_flops_ratio)} if rival else {}
-        )
-        rows.append({**start, **costs, **theirs})
-    return table(rows)
-
-
-# Setpoint beside every method: one row a method, one column a task and budget.
-
-Entry = Callable[[Sequence[Cell], Sequence[Cell]], str]
-
-
-def _matrix(heading: str, entry: Entry) -> str:
-    rows: dict[tuple[int, str], dict[str, str]] = {}
-    columns: list[str] = []
-    for path in folders():
-        by_label = series(read_results(RESULTS / path.name).cells)
-        for ours in (cells for cells in by_label.values() if cells[0].method == SETPOINT):
-            budget = ours[0].budget
-            column = f"{ours[0].task} {round(100 * (budget or 1.0))} %"
-            columns.append(column)
-            for theirs in by_label.values():
-                first = theirs[0]
-                if first.budget in (None, budget) and _sets_the_rate_alone(first.method) and theirs is not ours:
-                    key = (FAMILIES.index(first.family), first.method)
-                    rows.setdefault(key, {})[column] = entry(ours, theirs)
-    used = [column for column in columns if any(row.get(column, NOTHING) != NOTHING for row in rows.values())]
-    # Sorted by family alone: within one the methods keep the order of the results.
-    ordered = sorted(rows, key=lambda key: key[0])
-    cells = [{heading: f"`{key[1]}`", **{column: rows[key].get(column, NOTHING) for column in used}} for key in ordered]
-    return table(line for line in cells if any(text != NOTHING for text in list(line.values())[1:]))
-
-
-def _sets_the_rate_alone(method: str) -> bool:
-    """Whether nothing but the learning rate is set in a method's name."""
-    return all(setting.startswith("learning_rate=") for setting in method.split("@")[1:])
-
-
-def _ahead(found: Difference | None, metric: str) -> str:
-    """By how much, better is positive: bold where the 95 % interval excludes 0, in parentheses where there is none."""
-    if found is None:
-        return NOTHING
-    text = signed(100 * found.mean, 2) if metric == "accuracy" else signed(-found.mean, 3)
-    return f"**{text}**" if found.clear else text if found.low is not None else f"({text})"
-
-
-def _cost_mark(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
-    """Where a rival at the same budget ends more than 2 % cheaper, or dearer: by the FLOPs that its budget is of."""
-    if theirs[0].budget is None:
-        return ""
-    mine, other = (mean(cell.theoretical_flops or cell.final_flops for cell in cells) for cells in (ours, theirs))
-    difference_of_costs = (other or 0.0) / (mine or 1.0) - 1
-    return "" if abs(difference_of_costs) <= EQUAL_FLOPS else " ↓" if difference_of_costs < 0 else " ↑"
-
-
-@block("ahead")
-def ahead() -> str:
-    """How far Setpoint is ahead of every method on test data, by seed."""
-
-    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
-        return _ahead(difference(ours, theirs), ours[0].metric) + _cost_mark(ours, theirs)
-
-    return _matrix("`setpoint` ahead of", entry)
-
-
-@block("ahead-validation")
-def ahead_on_validation() -> str:
-    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
-        return _ahead(difference(ours, theirs, _last_validation), ours[0].metric) + _cost_mark(ours, theirs)
-
-    return _matrix("`setpoint` ahead of", entry)
-
-
-def _last_validation(cell: Cell) -> float | None:
-    """The metric on the validation data at the end of a run."""
-    points = [point for point in cell.history if point.split == "validation"]
-    return None if not points else points[-1].accuracy if cell.metric == "accuracy" else points[-1].loss
-
-
-@block("seconds")
-def seconds() -> str:
-    """Setpoint's training seconds over those of every method, where both were timed in turns."""
-
-    def entry(ours: Sequence[Cell], theirs: Sequence[Cell]) -> str:
-        if clock_of([*ours, *theirs]) != "timed":
-            return NOTHING
-        found = share_of(rounds_of(ours, "timed"), rounds_of(theirs, "timed"))
-        if found is None:
-            return NOTHING
-        text = f"{found.value:.2f}"
-        return f"**{text}**" if found.low > 1 or found.high < 1 else text
-
-    return _matrix("seconds of `setpoint` / of", entry)
-
-
-@block("validation")
-def validation() -> str:
-    """How far Setpoint lies from its rivals on the validation data at the end of each run, beside the test data."""
-    rows = []
-    for path in folders():
-        by_label = series(read_results(RESULTS / path.name).cells)
-        for ours in (cells for cells in by_label.values() if cells[0].method == SETPOINT):
-            task, budget, metric = ours[0].task, ours[0].budget, ours[0].metric
-            rivals = {cells[0].method: cells for cells in by_label.values() if cells[0].budget in (None, budget)}
-            for split, of in (("validation", _last_validation), ("test", lambda cell: cell.value)):
-                start = {"task": task, "FLOPs": percent(budget), "data": split}
-                found = {rival: difference(ours, rivals.get(rival, ()), of) for rival in ("dense", *HEADLINES)}
-                rows.append({**start, **{f"to `{rival}`": marked(each, metric) for rival, each in found.items()}})
-    return table(rows, "Seeds and machines are those of the tables of each task.", left=3)
+        for ours in (row for row in rows if row.method == SETPOINT and path.name not in FINE_TUNED):
+            here = {row.method: row for row in rows if row.budget in (ours.budget, None)}
+            after = [row for row in here.values() if row.family == "post-training" and row.density is None]
+            best = sorted(after, key=lambda row: row.value.mean, reverse=ours.metric == "accuracy")[:1]
+            shown = {"dense": here.get("dense"), "small": here.get("small"), "small, longer": here.get("small-long")}
+            shown |= {"cut after training": best[0] if best else None, "Setpoint": ours}
+            lines.append(
+                {
+                    "task": ours.task,
+                    "FLOPs / step": percent(ours.budget),
+                    **{words: NOTHING if row is None else _with_seeds(row) for words, row in shown.items()},
+                    "Setpoint − small, longer": marked(ours.differences.get("small-long"), ours.metric),
+                    "training FLOPs": percent(ours.train_flops_ratio),
+                    "training seconds": share_text(ours.seconds_share),
+                }
+            )
+    return table(lines)
 
 
 # Fine-tuned pretrained models.
@@ -269,8 +122,8 @@ def _dense(name: str) -> Row:
 
 
 def _best_of_families(rows: Sequence[Row]) -> dict[str, Row | None]:
-    """The best row of Setpoint, of the open loops and of the cuts after training, in this order."""
-    kinds = {"Setpoint": SETPOINT, "open loop": "open-loop", "cut after training": "post-training"}
+    """The best row of Setpoint, of the baselines that prune during training, and of the cuts after training."""
+    kinds = {"Setpoint": SETPOINT, "baseline": "open-loop", "cut after training": "post-training"}
     by_name = sorted(rows, key=lambda row: row.method)  # of equal means always the same
     return {
         kind: max(
@@ -298,7 +151,7 @@ def readme() -> str:
                     "fine-tuned model": model,
                     "FLOPs / step": percent(budget),
                     "Setpoint": ours,
-                    "best open loop": rival,
+                    "best baseline": rival,
                     "dense": _accuracy(_dense(name)),
                     "seeds": seeds,
                     "more steps": _beside_dense(name, budget),
@@ -363,18 +216,19 @@ def _pretrained_column(name: str, small: str) -> dict[str, str]:
 
 
 def _with_seeds(row: Row) -> str:
-    return f"{percent(row.value.mean)} ({row.num_seeds})"
+    text = percent(row.value.mean) if row.metric == "accuracy" else f"{row.value.mean:.3f}"
+    return f"{text} ({row.num_seeds})"
 
 
 @block("bill")
 def bill() -> str:
-    """Fine-tuning for as many steps as the dense run's training FLOPs pay for, beside equal steps and dense."""
+    """Fine-tuning for as many steps as the dense run's training FLOPs pay for, against equal steps and dense."""
     rows = []
     for name, (model, _) in PRETRAINED.items():
         for here in _with_longer_runs(name):
             ours = here["setpoint-long"]
             runs = {method: _cells(name, row.method, row.budget) for method, row in here.items()}
-            shown = {"`setpoint`": "setpoint", "`setpoint-long`": "setpoint-long", "`cubic-long`": "cubic-long"}
+            shown = {"equal steps": "setpoint", "equal compute": "setpoint-long", "baseline": "cubic-long"}
             rows.append(
                 {
                     "model": model.partition(",")[0],
@@ -384,12 +238,15 @@ def bill() -> str:
                         words: _with_seeds(here[method]) if method in here else NOTHING
                         for words, method in shown.items()
                     },
-                    "training FLOPs, of dense": percent(ours.train_flops_ratio),
                     **{
-                        f"`setpoint-long` − `{method}`": marked(
+                        f"equal compute − {words}": marked(
                             difference(runs["setpoint-long"], runs.get(method, ())), ours.metric
                         )
-                        for method in ("setpoint", "dense", "cubic-long")
+                        for words, method in (
+                            ("equal steps", "setpoint"),
+                            ("dense", "dense"),
+                            ("baseline", "cubic-long"),
+                        )
                     },
                 }
             )
@@ -479,28 +336,25 @@ def best_small() -> str:
 
 @block("tuning")
 def tuning() -> str:
-    """The metric on validation data by learning rate, from the sweeps in results/tuning."""
-    small = {small for _, small in PRETRAINED.values() if small}
-    found: dict[tuple[str, str, float | None], dict[float, list[Cell]]] = {}
-    for path in folders(RESULTS / "tuning"):
-        for cell in read_results(path).cells:
-            # A folder is named for its task or a variant of it, and may hold the small rival, too.
-            task = cell.task if cell.task in small else path.name
-            key = (task, cell.method.partition("@")[0], cell.budget)
-            found.setdefault(key, {}).setdefault(_rate(cell), []).append(cell)
-    cells = [cell for by_rate in found.values() for runs in by_rate.values() for cell in runs]
-    seeds = ", ".join(map(str, sorted({cell.seed for cell in cells if cell.seed is not None})))
-    rates, rows = sorted({_rate(cell) for cell in cells}), []
-    for task, method, budget in sorted(found, key=lambda key: (*key[:2], -(key[2] or 1))):
-        by_rate = found[task, method, budget]
-        texts = {rate: metric_text(summary_rows(Results(tuple(runs)))[0]) for rate, runs in by_rate.items()}
-        start = {"task": task, "method": f"`{method}`", "FLOPs": percent(budget or 1.0)}
-        rows.append({**start, **{f"{rate:g} x": texts.get(rate, NOTHING) for rate in rates}})
-    machines = rows_made_on([{**cell.environment, "date": cell.date} for cell in cells])
-    return table(rows, f"Seed{'s' * (',' in seeds)} {seeds}; {machines}", left=2)
+    """The best learning rate of each method on the pretrained models at a quarter of the FLOPs, on validation data."""
+    lines = dict[str, dict[str, str]]()
+    for name, (words, _) in PRETRAINED.items():
+        # ResNet-56 was swept at an earlier rate first, and then at that of the recipe.
+        swept = {"resnet56": "resnet56-0.04"}.get(name, name)
+        found = dict[str, dict[float, list[Cell]]]()
+        for cell in read_results(RESULTS / "tuning" / swept).cells:
+            if cell.task == name and cell.budget in (0.25, None):
+                found.setdefault(cell.method.partition("@")[0], {}).setdefault(_rate(cell), []).append(cell)
+        for method, by_rate in sorted(found.items()):
+            means = {rate: statistics.fmean(cell.value for cell in runs) for rate, runs in by_rate.items()}
+            rate = max(means, key=lambda each: means[each])
+            if len(means) > 1:
+                text = f"{rate:g} x ({percent(means[rate])})"
+                lines.setdefault(method, {"method": f"`{method}`"})[words] = text
+    return table(lines.values())
 
 
 def _rate(cell: Cell) -> float:
-    """The learning rate of a run of a sweep, relative to its method's."""
+    """The learning rate of a run of a sweep, relative to its recipe's."""
     found = re.search(r"@learning_rate=([\d.]+)", cell.method)
     return float(found[1]) if found else 1.0

@@ -22,7 +22,7 @@ from setpoint.distributed import unwrapped
 from setpoint.errors import CheckpointError, as_written
 from setpoint.messages import a_type
 
-FORMAT = 1  # version of both file formats, described in docs/checkpoint-format.md and docs/resume.md
+FORMAT = 1  # version of both file formats, described in docs/checkpoint-format.md
 SIZES_FILE = "setpoint.json"  # beside the weights of a cut model that `save_pretrained` wrote: its sizes
 _KEY = "setpoint"
 

@@ -205,7 +205,7 @@ def to_tensors(value: Any) -> dict[str, Tensor]:
             return {kind: [[key, encode(item, f"{where}[{key!r}]")] for key, item in value.items()]}
         if isinstance(value, Tensor) and is_sharded_tensor(value):
             raise CheckpointError(
-                f"{where} is sharded over ranks: save it by torch.distributed.checkpoint, as docs/resume.md shows"
+                f"{where} is sharded over ranks: save it by torch.distributed.checkpoint, as docs/distributed.md shows"
             )
         kind = f"{type(value).__name__} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise CheckpointError(

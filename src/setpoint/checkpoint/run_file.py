@@ -42,7 +42,7 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
 
     The write is atomic: `path` names either the old file or the complete new one, even if the process is
     killed or the disk is full. Nothing in the file is ever run as code when it is read. A model that `fully_shard`
-    has sharded is saved by `torch.distributed.checkpoint` (docs/resume.md).
+    has sharded is saved by `torch.distributed.checkpoint` (docs/distributed.md).
 
     Args:
         path: of the file; its folder must exist.
