@@ -254,7 +254,7 @@ def test_a_cut_model_takes_a_wider_state_and_a_dense_one(make: Make) -> None:
     quarter.load_state_dict(through_file(half.state_dict()))
     assert torch.equal(quarter(*EXAMPLES[make]), half(*EXAMPLES[make]))
     if make is Scaled:
-        with pytest.raises(CheckpointError, match="'scale' was cut, and is in no state dict: build the model anew"):
+        with pytest.raises(CheckpointError, match="'scale' was cut, and is in no state dict: build the model again"):
             quarter.load_state_dict(dense.state_dict())
         return
     quarter.load_state_dict(through_file(dense.state_dict()))

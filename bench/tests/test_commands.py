@@ -49,7 +49,7 @@ def test_bench(tmp_path: Path) -> None:
     assert "{" not in result.stdout
     assert "results in" not in result.stdout
     assert "3 runs of 15 steps (dense, small, setpoint), results in" in result.stderr
-    assert "about 45 steps ahead; Ctrl-C is safe, and the same command goes on from there" in result.stderr
+    assert "about 45 steps ahead; Ctrl-C is safe, and the same command continues there" in result.stderr
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def attach(
         allow_lossy: also prune groups in which a zeroed unit is not the same as an absent one.
         verify: leave alone groups whose cut fails on copies of the model.
         resume: let the states of model and optimizer, as any framework saves them, carry sizes and the loop's state,
-            and go on from such states if they have been loaded, or are loaded before the first step.
+            and continue from such states if they were loaded, or are loaded before the first step.
         even: keep all layers of a kind at one width, and write it into a transformers model's config.
         grid: widths of channels and neurons keep to multiples of this number, where there are two or more; by default
             what is fast on the model's device, or in the runtime of a budget.

@@ -433,7 +433,7 @@ def errors_as_messages() -> Iterator[None]:
         print(f"error: {printable(message)}", file=sys.stderr)
         raise typer.Exit(MISUSE) from None
     except KeyboardInterrupt:
-        print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        print("interrupted: finished runs are kept, and the same command continues there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 

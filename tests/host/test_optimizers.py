@@ -185,8 +185,8 @@ def test_an_optimizer_and_its_wrapper_are_one() -> None:
 @pytest.mark.parametrize(
     ("wrap", "words"),
     [
-        (Lookahead, "Lookahead keeps a state beside that of the SGD in it"),
-        (lambda inner: Accelerated(Lookahead(inner)), "Lookahead keeps a state beside that of the SGD in it"),
+        (Lookahead, "Lookahead keeps a state in addition to that of the SGD in it"),
+        (lambda inner: Accelerated(Lookahead(inner)), "Lookahead keeps a state in addition to that of the SGD in it"),
         (
             lambda inner: Several(inner, torch.optim.Adam(inner.param_groups[0]["params"])),
             r"several optimizers \(SGD, Ad",

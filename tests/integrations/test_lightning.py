@@ -366,7 +366,7 @@ def test_a_trainer_stops_when_its_bill_is_spent(tmp_path: Path, example: Any) ->
     saved = torch.load(last, weights_only=True)
     model = Classifier()
     run = trainer(tmp_path, SetpointCallback(bill, total_steps=STEPS, example=example), **length)
-    with pytest.raises(LoopError, match="has spent its bill: nothing is left to train"):
+    with pytest.raises(LoopError, match="has spent its budget: nothing is left to train"):
         run.fit(model, data(), data(), ckpt_path=last, weights_only=True)
     assert run.global_step == summary.steps
     assert all(torch.equal(value, saved["state_dict"][name]) for name, value in model.state_dict().items())

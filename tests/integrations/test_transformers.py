@@ -455,7 +455,7 @@ def test_the_end_of_a_bill_is_saved_and_evaluated_and_is_the_end(save: str, when
     evaluated = [each["step"] for each in trained.state.log_history if "eval_loss" in each]
     assert last.is_dir() and evaluated[-1] == summary.steps and evaluated == sorted(set(evaluated))
     again, _ = run()
-    with pytest.raises(LoopError, match="has spent its bill: nothing is left to train"):
+    with pytest.raises(LoopError, match="has spent its budget: nothing is left to train"):
         again.train(resume_from_checkpoint=str(last))
     assert again.state.global_step == summary.steps
 

@@ -494,7 +494,9 @@ def test_samples_that_are_all_alike_are_warned_of(inputs: Any, warned: bool) -> 
             optimizer.zero_grad()
             loop.reading()
     assert loop.budget_met
-    assert sum("are all alike, so the first cut knows one input only" in str(each.message) for each in caught) == warned
+    assert (
+        sum("are all the same, so the first cut knows one input only" in str(each.message) for each in caught) == warned
+    )
 
 
 @pytest.mark.parametrize("kind", ["tensor", "log_softmax", "logits", "tokens", "squares"])

@@ -65,8 +65,8 @@ def test_a_bill_is_drawn_against_what_was_spent() -> None:
     whole, _ = bill(record_of(ledger), "flops").traces  # type: ignore[union-attr]
     assert whole.points[-2:] == [(60, pytest.approx(0.49)), (220, pytest.approx(0.97))]
     page = run(record_of(ledger))
-    assert page.index("Spent against the bill: FLOPs") < page.index("Spent against reference: FLOPs")
-    assert "bill 1 GFLOPs" in page
+    assert page.index("Spent of the run budget: FLOPs") < page.index("Spent against reference: FLOPs")
+    assert "budget 1 GFLOPs" in page
     assert bill(record_of(Ledger({"groups": {}, "dense": {"flops": 9e6}, "limit": {"flops": 3e6}})), "flops") is None
 
 

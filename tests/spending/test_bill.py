@@ -214,7 +214,7 @@ def test_a_state_of_another_bill_is_refused() -> None:
     [
         ({"flops": "25%", "flops/run": "1 kflops"}, "pays for no run: attaching spent .*, so ask for"),
         ({"flops": "25%", "flops/run": "300%"}, "more than the dense run costs.*or 100% and 3 times the total_steps"),
-        ({"flops": "25%", "latency/run": "10 s"}, "beside budgets per step a budget per run is one of 'flops'"),
+        ({"flops": "25%", "latency/run": "10 s"}, "together with budgets per step a budget per run is of 'flops'"),
         ({"flops": "25%", "flops/epoch": "100%"}, "write the resource alone, or flops/run"),
         ({"flops": "25%", "params/run": "100%"}, "no budget per run of 'params'"),
         ([0.25, 0.5], "one budget for each resource"),
@@ -242,7 +242,7 @@ def test_a_run_that_leaves_its_bill_is_warned_of() -> None:
     loop, model, optimizer = attached(FULL)
     for _ in range(200):
         step(model, optimizer)
-    with pytest.warns(UserWarning, match=r"the run ended at step 200, and \d+% of the bill is unused: train for"):
+    with pytest.warns(UserWarning, match=r"the run ended at step 200, and \d+% of the run budget is unused: train for"):
         assert loop.finish().budget_met
     loop, model, optimizer = attached(FULL)
     train(loop, model, optimizer)
@@ -257,7 +257,7 @@ def test_what_a_stopped_run_says() -> None:
         step(model, optimizer)
     with pytest.warns(UserWarning, match="the budget is not met"):
         summary = loop.finish()
-    assert "asked for the run" not in summary.reason and "of the bill is unused" in summary.note
+    assert "asked for the run" not in summary.reason and "of the run budget is unused" in summary.note
     assert f"of the dense FLOPs after 100 of {summary.total_steps} steps, 25.0 % asked for" in summary.reason
     loop, model, optimizer = attached({"flops": "25%", "flops/run": "10%"}, total_steps=100)
     length = loop.total_steps + 20
@@ -281,7 +281,7 @@ def test_a_run_whose_budget_was_changed_is_resumed_bit_for_bit() -> None:
 def test_length_and_bill_are_fixed() -> None:
     """Claim: length and bill are fixed beside a bill; budgets per step can change, and the length follows at once."""
     loop, model, optimizer = attached(FULL)
-    with pytest.raises(LoopError, match="the bill of the run says how long it is"):
+    with pytest.raises(LoopError, match="the run budget decides the length of the run"):
         loop.total_steps = 300
     with pytest.raises(BudgetError, match="fixed at attach"):
         loop.budget = {"flops": "50%", "flops/run": "90%"}

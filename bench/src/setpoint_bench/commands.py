@@ -50,7 +50,7 @@ def bench(
 ) -> None:
     """Measure methods side by side on a task; what the folder already holds is not run again.
 
-    Each run has a process of its own. One that was interrupted, even killed, goes on with the same command.
+    Each run has a process of its own. The same command continues one that was interrupted or killed.
     """
     with errors_as_messages():
         _bench(

@@ -109,7 +109,7 @@ def train_cells(
     size = f"{counted(len(cells), 'run')} of {counted(task.steps, 'step')}"
     ahead = counted((len(cells) - len(done)) * task.steps, "step")
     print(f"{task.name}: {size} ({who}), results in {out}{told}", file=sys.stderr)
-    print(f"about {ahead} ahead; Ctrl-C is safe, and the same command goes on from there", file=sys.stderr)
+    print(f"about {ahead} ahead; Ctrl-C is safe, and the same command continues there", file=sys.stderr)
     with held(out), ProgressBars([cell for cell in cells if cell not in done]) as bars:
         if interleaved:
             return Outcome(run_interleaved(cells, out, bars))

@@ -195,6 +195,6 @@ def check_state(
             if value.shape != parameter.shape and value.numel() != 1:
                 raise CheckpointError(
                     f"{type(optimizer).__name__} would have state[{part!r}] of shape {tuple(value.shape)} for {name!r} "
-                    f"of shape {tuple(parameter.shape)}: build both anew, and load both states, of one checkpoint, "
+                    f"of shape {tuple(parameter.shape)}: build both again, and load both states, of one checkpoint, "
                     "after attach(..., resume=True), or after loop.load_state_dict if that run was without resume"
                 )

@@ -54,7 +54,7 @@ def shrink(
     """Remove the units that `keep` drops from a model in training, and return the groups that remain.
 
     Parameters and buffers keep their identity, so optimizers, schedulers, clip lists and hooks that hold
-    them go on working. Tied parameters stay tied, frozen ones stay frozen, and memory formats stay.
+    them keep working. Tied parameters stay tied, frozen ones stay frozen, and memory formats stay.
     Optimizer state is cut along with its parameter. Gradients of the changed parameters become None: they
     belong to a step that is done. Cut between `optimizer.step()` and the next `backward()`.
 
@@ -65,7 +65,7 @@ def shrink(
         groups: as `find_groups`, or the last cut, returned them.
         keep: by group name, one boolean per active unit, True = stays: an array, a tensor or a list. Groups that lose
             nothing may be absent.
-        copies: further modules with the same tensors to cut alike, such as an EMA copy; names may have
+        copies: further modules with the same tensors to cut with it, such as an EMA copy; names may have
             the prefix `"module."` that `torch.optim.swa_utils.AveragedModel` gives them.
 
     Raises:

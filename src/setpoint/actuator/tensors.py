@@ -165,7 +165,7 @@ def cut_state(
 
 
 INSTEAD = (
-    "use an optimizer that treats every entry alike, such as torch.optim.AdamW, Adam or SGD, "
+    "use an optimizer that treats every entry in the same way, such as torch.optim.AdamW, Adam or SGD, "
     "for the parameters that Setpoint may cut"
 )
 

@@ -49,7 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
                 f"module {name!r} ({type(module).__name__}) keeps extra state, and a checkpoint holds tensors only: "
-                "turn that state into buffers, or save it beside the file"
+                "turn that state into buffers, or save it in a file of its own"
             )
     known = ModelShapes.of(model)
     own, aliases = _stored(model, known.buffers)

@@ -244,7 +244,7 @@ class _Wanted:
         if carried is None:
             if lost := [name for name in known.buffers if now[name] != dense[name]]:
                 raise CheckpointError(
-                    f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model anew, and load into that"
+                    f"the buffer {lost[0]!r} was cut, and is in no state dict: build the model again, and load it there"
                 )
             sizes, unsure = infer_sizes(module, narrow)
             return cls(narrow, sizes, {}, unsure=unsure, misfit=misfit(module, dense, shapes))

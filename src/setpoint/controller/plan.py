@@ -143,7 +143,7 @@ class Conduct:
 
 @runtime_checkable
 class Controller(Protocol[State]):
-    """Turns an observation and its own state into a plan. Closed loop and baselines alike.
+    """Turns an observation and its own state into a plan. Setpoint's controllers and baselines derive from it.
 
     A controller of your own derives from this class, and defines `init` and `decide`.
     """

@@ -29,7 +29,7 @@ class TolerantState:
 @final
 @dataclass(frozen=True)
 class TolerantController(Controller[TolerantState]):
-    """Cuts, watches the loss, and then goes on, waits, or takes the cut back.
+    """Cuts, watches the loss, and then cuts further, waits, or takes the cut back.
 
     With `excess` the distance of the loss from its trend before the cut, `error` its standard error (see
     `excess_after`), and `used` the sum over the cuts that stayed, a cut

@@ -313,7 +313,7 @@ def parse_budget(budget: Any, resources: Sequence[str] = RESOURCES) -> Any:
     A number, or a number or a percentage alone in a text, is a fraction of the dense model's FLOPs per optimizer step.
     Other texts have an amount and a resource, `"8 ms latency"`, `"40% of flops per run"`, or an amount whose unit says
     the resource, `"3 GFLOPs"`. A runtime stands for the seconds of a forward there, `"8 ms onnxruntime"`. A mapping
-    has an amount by resource, with "flops/run" or "flops per run" for the bill of the whole run. Up to 1, FLOPs and
+    has an amount by resource, with "flops/run" or "flops per run" for the whole run. Up to 1, FLOPs and
     parameters are fractions.
 
     >>> parse_budget(0.5)

@@ -77,7 +77,7 @@ def real_optimizer(part: Any) -> Any:
     """An optimizer out of its wrappers, which step, clear gradients and hold what they step; anything else as it is.
 
     Raises:
-        OptimizerError: for a wrapper of several optimizers, or with a state beside that of the one in it.
+        OptimizerError: for a wrapper of several optimizers, or with a state of its own.
     """
     while isinstance(part, Steps):  # a scheduler, which clears no gradients, wraps nothing
         held = [value for value in vars(part).values() if value is not part]
@@ -97,8 +97,8 @@ def real_optimizer(part: Any) -> Any:
         # Lookahead keeps slow weights, SAM the step back: of the old shapes after a cut.
         if getattr(part, "state", inside[0].state) is not inside[0].state:
             raise OptimizerError(
-                f"{name} keeps a state beside that of the {kinds} in it, which would not follow a cut: train with the "
-                f"{kinds} itself, or give attach that if the state of {name} holds nothing for single parameters"
+                f"{name} keeps a state in addition to that of the {kinds} in it, which would not follow a cut: train "
+                f"with the {kinds} itself, or give attach that if {name} holds nothing for single parameters"
             )
         part = inside[0]
     return part

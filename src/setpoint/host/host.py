@@ -331,8 +331,8 @@ class Unchanged:
         for what, change in changes.items():
             if change:
                 raise LoopError(
-                    f"{what} was changed: {change} since attach. Nothing was cut now; loop.detach() lets training go "
-                    "on as it is, and attach prunes the model as it will be then"
+                    f"{what} was changed: {change} since attach. Nothing was cut now; loop.detach() ends the "
+                    "loop, and attach prunes the model as it will be then"
                 )
 
     def _exchanged(self, now: Mapping[str, Tensor], cut: set[str]) -> str:

@@ -21,7 +21,7 @@ from setpoint.host.host import Agreed, Host
 from setpoint.sensor.reading import Reading
 
 _FAILED = "failed "
-_LATER = "the run goes on from its last checkpoint"
+_LATER = "continue from the last checkpoint"
 _PARTS = ("saliency", "slope", "norm")  # the fields of a reading that hold numbers by group
 _BUILT_IN = "BuiltinCommHookType."  # how the names of PyTorch's own hooks begin, which it remembers only by name
 

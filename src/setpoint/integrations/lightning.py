@@ -21,7 +21,7 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
 
     The whole `LightningModule` is attached to, with all of its optimizers. Setpoint follows what its `training_step`
     calls: the module itself, or parts of it. Averaged copies of `WeightAveraging` and `StochasticWeightAveraging` are
-    cut alike. Checkpoints carry sizes and the state of the loop, so that `fit(ckpt_path=...)` goes on, and
+    cut with it. Checkpoints carry sizes and the state of the loop, so that `fit(ckpt_path=...)` continues, and
     `test(ckpt_path="best")` finds the model as it was.
 
     Args:
@@ -29,8 +29,8 @@ class SetpointCallback(Session, Callback):  # type: ignore[misc]
         module: name of the part that is pruned, such as "generator"; by default all of it.
         monitor: a logged metric, such as "val_loss", that is reported to the loop with the training loss: for a
             `Tolerance`, and to have cuts taken back that the loss does not stand.
-        settings: more arguments of `attach`. `total_steps` is by default what the Trainer estimates; with a bill, steps
-            of the dense run that a share of the bill is one of: the Trainer stops when it is spent, so give it more.
+        settings: more arguments of `attach`. `total_steps` is by default what the Trainer estimates; with a run budget,
+            steps of the dense run of which it is a share: the Trainer stops when it is spent, so give it more.
 
     Raises:
         LoopError: when training begins, if the callback was given twice or the number of steps is not known; and what

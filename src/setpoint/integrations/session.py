@@ -105,8 +105,8 @@ class Session:
         if self.stepped() if state is None else state["now"]["step"] >= state["spending"]["plan"]["length"]:
             self.stop()
             raise LoopError(
-                "the checkpoint is of a run that has spent its bill: nothing is left to train, so load the model from "
-                "the checkpoint"
+                "the checkpoint is of a run that has spent its budget: nothing is left to train, so load the model "
+                "from the checkpoint"
             )
 
     def stepped(self) -> bool:

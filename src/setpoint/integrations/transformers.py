@@ -15,7 +15,7 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
     """Prunes the model of a `Trainer` while it trains.
 
     Steps, inputs, accumulation and mixed precision are the Trainer's own. Its checkpoints carry sizes and the loop's
-    state, so that `resume_from_checkpoint` goes on and `load_best_model_at_end` works. The Trainer's logs hold under
+    state, so that `resume_from_checkpoint` continues and `load_best_model_at_end` works. The Trainer's logs hold under
     `setpoint/` how many units there are, what a step costs as a share of dense, the share of Setpoint's own work, and
     whether the budget is met; `log_to(callback.loop, ...)` logs all that the loop measures.
 
@@ -23,9 +23,9 @@ class SetpointCallback(Session, TrainerCallback):  # type: ignore[misc]
         budget: as `attach` takes it: 0.5 is half of the dense model's FLOPs.
         best_within_budget: whether the Trainer's best checkpoint is the best of those within the budget; by default
             an earlier, larger one may be the best, which is warned of when it is loaded.
-        settings: further arguments of `attach`, such as `teacher`, `controller`, `sensor` or `copies`. With a bill,
-            `total_steps` is the length of the dense run that a share of the bill is one of, by default `max_steps`: the
-            Trainer stops when the bill is spent, so give it more.
+        settings: further arguments of `attach`, such as `teacher`, `controller`, `sensor` or `copies`. With a run
+            budget, `total_steps` is the length of the dense run of which it is a share, by default `max_steps`: the
+            Trainer stops when it is spent, so give it more.
 
     >>> callback = SetpointCallback(0.5)  # Trainer(model, args, train_dataset=data, callbacks=[callback])
     """

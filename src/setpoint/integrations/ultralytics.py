@@ -61,7 +61,7 @@ class Pruning(Session):
 def add(model: Any, budget: Any, **settings: Any) -> Pruning:
     """Let a model of ultralytics prune itself to a budget whenever its `train` is called.
 
-    The averaged copy is cut alike, and the `*.pt` files hold the smaller model. A stopped run goes on with
+    The averaged copy is cut with the model, and the `*.pt` files hold the smaller model. A stopped run continues with
     `train(resume=True)` after `add` was called on `YOLO("last.pt")`.
 
     Args:

@@ -52,7 +52,7 @@ def _read(host: Host, number: int, settings: Any) -> Any | None:
     if (saved := state.get("owner", own)) != own:
         raise CheckpointError(
             f"the state is of optimizers[{saved[0]}] ({saved[1]}), and optimizers[{number}] ({own[1]}) is to load it: "
-            "build them as for the run that is to go on, and let each load its own state"
+            "build them as for that run, and let each load its own state"
         )
     return state
 

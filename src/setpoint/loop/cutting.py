@@ -93,7 +93,7 @@ class Cutting(Actuator):
             if not wide or len(self.origin[group.name]) != group.num_units:
                 raise LoopError(
                     f"group {group.name!r} has {group.num_units} units by this loop, but the model is of another size: "
-                    "a change was broken off, or something else changed the model. Go on from the last checkpoint"
+                    "a change was broken off, or something else changed the model. Continue from the last checkpoint"
                 )
         return {
             "kind": self.kind,

@@ -87,7 +87,7 @@ class FirstBatch:
         if self._patience and holds_nan(call) and holds_nan(output):  # a model may well take NaN for what is missing
             if not self._bad:
                 warn(
-                    "a batch holds NaN or infinity, and so does what the model makes of it: training goes on, and "
+                    "a batch holds NaN or infinity, and so does what the model makes of it: training continues, and "
                     f"Setpoint begins at the next good batch, of up to {counted(self._patience, 'step')}. Look for it "
                     "in the data"
                 )

@@ -183,9 +183,9 @@ class Loop:
 
     @property
     def budget(self) -> Budget | tuple[Budget, ...]:
-        """The budget, or several; none with a `Price` or a `Tolerance`. May be set anew until the last decision.
+        """The budget, or several; none with a `Price` or a `Tolerance`. May be changed until the last decision.
 
-        It takes what `attach` takes. The change is bumpless: the reference goes on from what a step costs now. A
+        It takes what `attach` takes. The change is bumpless: the reference continues from what a step costs now. A
         `BudgetError` says that the budget cannot be met, a `LoopError` that it is frozen.
         """
         budgets = self.spending.budgets
@@ -201,7 +201,7 @@ class Loop:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; may be set anew until `finish`, and what is left is planned afresh."""
+        """Optimizer steps of the whole run; may be changed until `finish`, and the rest is planned again."""
         return self.spending.run_steps
 
     @total_steps.setter
@@ -247,7 +247,7 @@ class Loop:
         return explain(self.control, group, origin, self.price, self.spending.limits.binding(self.widths))
 
     def state_dict(self) -> dict[str, Any]:
-        """The loop's state, for `load_state_dict`; model and optimizers are saved beside it.
+        """The loop's state, for `load_state_dict`; model and optimizers are saved with it.
 
         The state holds tensors, numbers and strings only, so `torch.load(..., weights_only=True)` reads it. PyTorch's,
         NumPy's and Python's global random generators are among them.
@@ -261,10 +261,10 @@ class Loop:
         return state_of(self.control)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a loop that was attached with the same arguments: shrink the dense model, and go on.
+        """Take over the state of a loop attached with the same arguments: shrink the dense model, and continue.
 
         It is loaded before the states of the model, its copies and the optimizers, which then have the right shapes.
-        All of it is checked before anything is changed. The global random generators go on, too.
+        All of it is checked before anything is changed. The global random generators continue, too.
 
         Raises:
             CheckpointError: when the state is of another model, budget or length of run, or is no state of a loop.

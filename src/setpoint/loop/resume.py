@@ -19,7 +19,7 @@ from setpoint.spending.checks import run_facts
 from setpoint.spending.spending import Spending
 
 FORMAT = 2  # version of the state's form
-AGAIN = "build the model anew, dense, and attach with the arguments of the run that is to go on"
+AGAIN = "build the model again, dense, and attach with the arguments of that run"
 
 
 def check_format(state: Mapping[str, Any]) -> None:

@@ -205,8 +205,8 @@ def _unspent(summary: Summary) -> str:
     if unused <= 0.01 or summary.steps >= summary.total_steps:
         return ""
     return (
-        f"the run ended at step {summary.steps:,}, and {unused:.0%} of the bill is unused: train for loop.total_steps "
-        f"steps, which are {summary.total_steps:,} now"
+        f"the run ended at step {summary.steps:,}, and {unused:.0%} of the run budget is unused: train for "
+        f"loop.total_steps steps, which are {summary.total_steps:,} now"
     )
 
 

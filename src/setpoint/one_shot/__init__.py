@@ -1,1 +1,1 @@
-"""One shot: a trained model cut to a budget at once, without training, and what reads the cut units fitted anew."""
+"""One shot: a trained model cut to a budget at once, and the layers that read the cut units refitted."""

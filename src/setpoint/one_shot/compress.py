@@ -65,7 +65,7 @@ class Compressed:
     after: Mapping[str, float]
     dense_widths: Mapping[str, int]  # units by group before
     widths: Mapping[str, int]  # and after
-    refitted: tuple[str, ...]  # names of the layers whose weights were fitted anew
+    refitted: tuple[str, ...]  # names of the layers whose weights were refitted
     num_samples: int  # that were looked at
     frozen: Mapping[str, str]  # by name or place, why it was not pruned
     runtime: str = ""  # of a budget of seconds: its name
@@ -82,7 +82,7 @@ class Compressed:
             f"{counted(len(self.widths), 'group')}\n"
             f"a budget of {amount(self.limit, self.resource)}, {amount(self.after[self.resource], self.resource)} "
             f"spent{where}\n"
-            f"{counted(len(self.refitted), 'layer')} fitted anew to {counted(self.num_samples, 'sample')}; "
+            f"{counted(len(self.refitted), 'layer')} refitted to {counted(self.num_samples, 'sample')}; "
             f"{counted(len(self.frozen), 'place')} not pruned{why}"
         )
 
@@ -125,13 +125,13 @@ def compress(
             of a forward in a runtime, of one sample unless the budget has an example: a fraction of the dense model's
             FLOPs, a text such as "50% params" or "8 ms onnxruntime", or a `Budget`. Seconds are a fit to copies. A copy
             of the widths that it chooses is timed in turns with the dense model: where it is over the budget, the fit
-            is corrected, and units are chosen anew.
+            is corrected, and units are chosen again.
         even: keep the same share of units in all groups; by default shares follow the scores.
         num_samples: whole batches are read until they have as many samples.
         groups: those of `find_groups(model, example)` that may be cut; by default all that only layers read that
-            can be fitted anew, and in which a zeroed unit is the same as an absent one.
+            can be refitted, and in which a zeroed unit is the same as an absent one.
         verify: try every group's cut on copies first, and leave alone those that fail.
-        optimizer: of the model, if it is to go on: its state is cut with the weights.
+        optimizer: of the model, for training afterwards: its state is cut with the weights.
 
     Raises:
         BudgetError: for another resource, a budget per run, or one out of reach.

@@ -337,8 +337,8 @@ class Regrowth(Cutting):
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:
         if state["kind"] == "cutting":
             raise CheckpointError(
-                "units come back in one of the two runs only: build the model anew, dense, and attach with the "
-                "arguments of the run that is to go on"
+                "units come back in one of the two runs only: build the model again, dense, and attach with "
+                "the arguments of that run"
             )
         groups = super().check(state)
         self.reserve.resumed(state["reserve"])  # its errors belong here, before anything changes

@@ -55,7 +55,7 @@ def run(record: Record) -> str:
     page = f'<dl class="notes">\n{lines}</dl>\n'
     for resource in record.resources:
         name, per = NAMES.get(resource, resource), PER.get(resource, "step")
-        page += markup.drawn(bill(record, resource), f"Spent against the bill: {name} of the whole run", BILL)
+        page += markup.drawn(bill(record, resource), f"Spent of the run budget: {name} of the whole run", BILL)
         page += markup.drawn(spending(record, resource), f"Spent against reference: {name} per {per}", SPENT)
     page += markup.drawn(units(record), "Units of each group: what was dropped when, and why", UNITS_LEFT)
     for resource in record.resources:
@@ -145,7 +145,7 @@ def bill(record: Record, resource: str) -> Figure | None:
     if ahead:
         traces.append(line("to come", [(step, y / factor) for step, y in ahead], BLUE, dash="dash", unit=unit))
     traces.append(_cuts(entries, [entry.spent_run[resource] / factor for entry in entries]))
-    border = Rule(limit / factor, f"bill {digits(limit / factor)} {unit}", INK, "dot")
+    border = Rule(limit / factor, f"budget {digits(limit / factor)} {unit}", INK, "dot")
     return Figure(traces, f"{unit} so far", rules=[border], y_from_zero=True)
 
 

@@ -53,7 +53,7 @@ def export(
     Args:
         model: to export.
         example: a tuple of positional inputs or a mapping of keyword inputs, as they will be served.
-        path: of the file. OpenVINO writes the weights beside it, in a file that ends with `.bin`.
+        path: of the file. OpenVINO writes the weights into the same folder, in a file that ends with `.bin`.
         to: "onnx", "openvino" or "executorch", or the runtime itself, such as `OnnxRuntime(int8=True)`.
         tolerance: of the difference, as a part of the largest value of an output; by default 0.001, of integers 0.1.
 

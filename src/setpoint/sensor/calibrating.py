@@ -105,7 +105,7 @@ class Calibrating(Sensor[Calibration]):
         state.gathering.remove()
         gathering, what = state.gathering, ""
         if gathering.alike:
-            what = "samples of the first batches are all alike, so the first cut knows one input only"
+            what = "samples of the first batches are all the same, so the first cut knows one input only"
         elif len(gathering.classes or ()) >= _ENOUGH_TARGETS:
             what = "targets of the first batches are all of one class, so the first cut knows this class only"
         if state.moments is None and what:

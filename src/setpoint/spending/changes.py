@@ -31,7 +31,7 @@ def change_budget(spending: Spending, wanted: Any, groups: tuple[Group, ...], st
         )
     budgets, bill = split_bill(check_budgets(parse_budget(wanted)))
     if bill:
-        raise BudgetError("the bill of a run is fixed at attach: change the budgets per step alone")
+        raise BudgetError("the run budget is fixed at attach: change the budgets per step alone")
     spending.check_kind(budgets)
     metered = {budget.resource for budget in spending.budgets} & set(METERED)
     for budget in budgets:
@@ -56,8 +56,8 @@ def change_total_steps(spending: Spending, total_steps: int, groups: tuple[Group
     """Give the run another length, if no bill says how long it is, and its budgets can still be met."""
     if spending.bill:
         raise LoopError(
-            f"the bill of the run says how long it is, {counted(spending.run_steps, 'step')} as planned now: to say it "
-            "yourself, attach without the budget per run"
+            f"the run budget decides the length of the run, {counted(spending.run_steps, 'step')} as planned now: to "
+            "set it yourself, attach without the budget per run"
         )
     total_steps = plain_number(total_steps)
     if type(total_steps) is not int or total_steps <= step:

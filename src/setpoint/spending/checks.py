@@ -17,7 +17,7 @@ def check_budgets(goals: Any) -> tuple[Budget, ...]:
     budgets = tuple(goals) if isinstance(goals, (list, tuple)) else (goals,)
     for budget in budgets:
         if isinstance(budget, (Price, Tolerance)):
-            raise BudgetError(f"{budget!r} stands alone: attach with it, and with no budget beside it")
+            raise BudgetError(f"{budget!r} stands alone: attach with it, and with no other budget")
         if not isinstance(budget, Budget):
             raise BudgetError(f"budget must be a number, a text or a Budget, got {budget!r}: write 0.5 or '50% flops'")
         if budget.per == "run" and budget.resource not in ("flops", "latency", "energy"):
@@ -31,7 +31,7 @@ def check_budgets(goals: Any) -> tuple[Budget, ...]:
     runs = [budget.resource for budget in budgets if budget.per == "run"]
     if len(budgets) > 1 and runs and runs != ["flops"]:
         raise BudgetError(
-            f"beside budgets per step a budget per run is one of 'flops' in this version, got {' and '.join(runs)}"
+            f"together with budgets per step a budget per run is of 'flops' in this version, got {' and '.join(runs)}"
         )
     return budgets
 

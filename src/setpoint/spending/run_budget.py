@@ -269,7 +269,7 @@ class Bill:
             values = self.total, account.train_flops, self.total - left + two_steps
             asked, spent, lowest = (amount(value, "flops") for value in values)
             raise BudgetError(
-                f"the bill of {asked} pays for no run: attaching spent {spent}, so ask for {lowest}, for two steps"
+                f"the run budget of {asked} pays for no run: attaching spent {spent}, so ask for {lowest}, two steps"
             )
 
     def anew(self) -> Bill:
