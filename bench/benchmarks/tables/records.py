@@ -190,6 +190,23 @@ def _taken(row: Record) -> str:
     return f"{shown}, {found['steps_median']:.1f} steps"
 
 
+@record_block("families", "families.json")
+def families(data: Record) -> str:
+    """By family of models the cheapest model that can be reached, what is cut, and the seconds of finding it."""
+    cells = [
+        {
+            "family": family,
+            "model": f"`{row['model'].partition(':')[2]}`",
+            "cut are": ", ".join(f"{unit}s" for unit in row["units"]),
+            "least FLOPs": percent(row["flops_share"]),
+            "least parameters": percent(row["params_share"]),
+            "attach": duration(row["seconds"]),
+        }
+        for family, row in data["families"].items()
+    ]
+    return table(cells, made_on(data), left=3)
+
+
 @record_block("growth", "growth.json")
 def growth(data: Record) -> str:
     """Discovery, a decision and a cut against depth and width, and the line through the depths, on one machine."""

@@ -1,1 +1,1 @@
-"""The benchmark of Setpoint: tasks, methods and open-loop baselines, run side by side and compared."""
+"""The benchmark of Setpoint: tasks, methods and baselines, run side by side and compared."""

@@ -39,7 +39,7 @@ def find_data(relative: str, given: Path | None = None) -> Path | None:
         source = "--data" if given else "SETPOINT_DATA"
         raise BenchError(
             f"no {relative} in {named} (from {source}): name a folder that is laid out like the Hugging Face Hub and "
-            "holds it, or leave it out, then it is looked for beside the checkout and downloaded; the data are "
+            "holds it, or leave it out, then it is looked for next to the checkout and downloaded; the data are "
             f"those of https://huggingface.co/datasets/{'/'.join(relative.split('/')[:2])}"
         )
     found = (folder / relative for folder in usual_folders() if (folder / relative).exists())

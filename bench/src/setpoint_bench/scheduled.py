@@ -1,4 +1,4 @@
-"""The scheduled controller: an open loop that narrows a model along a cubic schedule, all groups evenly."""
+"""The scheduled controller: it narrows a model along a fixed cubic schedule, all groups by the same share."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ScheduledController(Controller[None]):
         target = limit
         if progress < 1:
             target = max(limit, even_cost(cost, observation.widths, observation.dense_widths, groups, density))
-        reason = f"open loop: density {density:.3g} in all groups"
+        reason = f"fixed schedule: density {density:.3g} in all groups"
         return state, even_plan(observation, cost, groups, target, reason)
 
     def _span(self, total_steps: int) -> tuple[int, int]:

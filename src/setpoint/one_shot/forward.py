@@ -161,9 +161,7 @@ def first_batches(data: Iterable[Any], count: int, model: nn.Module) -> tuple[Ex
         if not number:  # once: to try it on each batch would cost a forward of each
             form = _form_of(model, forms)
         if form >= len(forms):
-            raise ExampleError(
-                f"batch {number} of the data is of another form than the first: give batches of one form"
-            )
+            raise ExampleError(f"batch {number} of the data is of another form than the first: give one form alone")
         found.append(forms[form])
         if holds_nan(found[-1]):
             raise ExampleError(f"batch {number} of the data holds NaN or infinity: leave such samples out")
