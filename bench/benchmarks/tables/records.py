@@ -86,12 +86,10 @@ def int8(data: Record) -> str:
 
 @record_block("runtimes", "runtimes.json")
 def runtimes(data: Record) -> str:
-    """By net, runtime and share: what the finished model's file takes, and how far the fit was off before feedback."""
+    """By net, runtime and share: what the finished model's file takes, and how far the file is from what was asked."""
 
     def shown(row: Record) -> dict[str, str]:
         low, high = row["quartiles"]
-        errors = sorted(map(abs, row["fit_errors"] or ()))
-        middle = f"{statistics.median(errors):.1%}, at most {errors[-1]:.1%}" if errors else NOTHING
         return {
             "net": row["net"],
             "runtime": row["runtime"],
@@ -99,22 +97,15 @@ def runtimes(data: Record) -> str:
             "the file takes": f"{row['ratio']:.1%} ({low:.1%} to {high:.1%})",
             "FLOPs left": f"{row['flops_ratio']:.1%}",
             "constant part": f"{row['constant']:.0%}",
-            "saved per FLOP": f"{(1 - row['ratio']) / ((1 - row['flops_ratio']) * (1 - row['constant'])):.2f}",
-            "fit off": middle,
-            "attach": duration(row["attach_seconds"]),
         }
 
     rows = sorted(data["rows"], key=lambda row: (row["net"], row["runtime"], -row["share"]))
     under = sorted(1 - row["ratio"] / row["share"] for row in rows)
     over = [-each for each in under if each < 0]
-    errors = sorted(abs(error) for row in rows for error in row["fit_errors"] or ())
     note = (
         "Of the dense model's seconds, in turns; in brackets the quartiles over turns. One run each. The median one is "
         f"{statistics.median(under):.1%} below what was asked, at most {under[-1]:.1%}. {len(over)} of {len(rows)} are "
-        f"over it, by at most {max(over, default=0.0):.1%}. *Saved per FLOP* is the share of the seconds that is saved "
-        "over that of the FLOPs, the constant part taken off. Before any feedback the fit is off by "
-        f"{statistics.median(errors):.1%} in the median, and by at most {errors[int(0.9 * len(errors))]:.1%} for nine "
-        "of ten models. "
+        f"over it, by at most {max(over, default=0.0):.1%}. "
     )
     return table(map(shown, rows), note + made_on(data), left=2)
 
@@ -241,13 +232,11 @@ def _line_through_depths(machine: Record) -> str:
 
 @record_block("soak", "soak.json")
 def soak(data: Record) -> str:
-    """What long checks said at their end."""
+    """Which long checks have passed."""
     cells = [
         {
             "check": name,
             "outcome": "passed" if check["passed"] else "**failed**",
-            "report": check["said"],
-            "duration": duration(check["seconds"]),
             "date": check["date"][:10],
         }
         for name, check in data["checks"].items()

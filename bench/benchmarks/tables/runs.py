@@ -343,7 +343,7 @@ def tuning() -> str:
         swept = {"resnet56": "resnet56-0.04"}.get(name, name)
         found = dict[str, dict[float, list[Cell]]]()
         for cell in read_results(RESULTS / "tuning" / swept).cells:
-            if cell.task == name and cell.budget in (0.25, None):
+            if cell.task == name and cell.budget == 0.25:
                 found.setdefault(cell.method.partition("@")[0], {}).setdefault(_rate(cell), []).append(cell)
         for method, by_rate in sorted(found.items()):
             means = {rate: statistics.fmean(cell.value for cell in runs) for rate, runs in by_rate.items()}
