@@ -1,6 +1,6 @@
 """Accelerate: attach to what `prepare` returns; `save_state` and `load_state` carry widths and the loop.
 
-pip install setpoint accelerate
+pip install ./setpoint accelerate
 python examples/accelerate_loop.py
 """
 

