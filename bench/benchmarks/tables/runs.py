@@ -205,6 +205,11 @@ def _pretrained_column(name: str, small: str) -> dict[str, str]:
             text = NOTHING if row is None else _with_seeds(row) + (f", `{row.method}`" if kind != "Setpoint" else "")
             rivals = [rival for rival in best.values() if rival is not None and rival is not row]
             found[f"{words}: {kind}"] = f"**{text}**" if row is not None and _clearly_ahead(row, rivals) else text
+        mine, rival = _cells(name, SETPOINT, budget), best["baseline"]
+        apart = difference(mine, _cells(name, rival.method, budget) if rival else ())
+        found[f"{words}: Setpoint − baseline, points"] = marked(apart, dense.metric)
+        apart = difference(mine, _cells(small, "dense", None) if small else ())
+        found[f"{words}: Setpoint − small pretrained model, points"] = marked(apart, dense.metric)
     found["small pretrained model"] = NOTHING
     if small:
         row = rows_of(small)[0]
