@@ -260,7 +260,7 @@ def _run_spec(
 
 
 def _check_metered(host: Host, goals: Sequence[Budget | Price | Tolerance]) -> None:
-    """Check that ranks can read alike what goals are on, which single processes can, or raise CostError."""
+    """Check that ranks can read what goals are on, which single processes can, or raise CostError."""
     for goal in () if host.single_process else goals:
         of_run, clocked = getattr(goal, "per", "step") == "run", goal.resource in ("latency", "inference")
         if goal.resource in METERED and (of_run or not clocked or host.mesh is not None):

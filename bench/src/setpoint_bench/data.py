@@ -22,8 +22,8 @@ def cache_folder() -> Path:
 def find_data(relative: str, given: Path | None = None) -> Path | None:
     """Path of `relative` in the data folder, or None where only a download can help.
 
-    The data folder is `given`, else `$SETPOINT_DATA`, else `../shared/data` beside the checkout or
-    beside the working directory. A folder that was named but lacks the data is an error: nothing else is tried.
+    The data folder is `given`, else `$SETPOINT_DATA`, else `../shared/data` next to the checkout or
+    to the working directory. A folder that was named but lacks the data is an error: nothing else is tried.
 
     Args:
         relative: path inside the folder, laid out like the Hugging Face Hub: `"uoft-cs/cifar10/data"`.

@@ -99,7 +99,7 @@ def augment(
 def ten_views(images: Shaped[Tensor, "batch channels height width"]) -> Sequence[Tensor]:
     """The images, the same shifted by a pixel in both directions at once, four ways, and the mirror images of all.
 
-    What enters the frame mirrors what is beside it. More views than in Page, "How to train your ResNet" (2018).
+    What enters the frame mirrors its neighbours. More views than in Page, "How to train your ResNet" (2018).
     """
     height, width = images.shape[-2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")

@@ -97,7 +97,7 @@ def best_device() -> torch.device:
 def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, which is about twice as fast; else float32.
 
-    Read from the capabilities, not from a stopwatch, so that the same machine always answers alike.
+    Read from the capabilities, not from a stopwatch, so that a machine always gives the same answer.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

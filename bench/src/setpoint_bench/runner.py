@@ -85,7 +85,7 @@ def needed_cells(cell: Cell) -> dict[str, Cell]:
 
 
 def finished(cells: Sequence[Cell], out: Path) -> dict[Cell, Result]:
-    """The results that the folder already holds of these cells, but for what goes on from a run that is gone or newer.
+    """The folder's results of these cells, except for runs that continue one that is gone or newer.
 
     Raises:
         BenchError: the folder is of another version, or holds runs of another length or split of these
@@ -115,7 +115,7 @@ def _key(cell: Cell) -> tuple[str, str, float | None, int]:
 
 
 def _up_to_date(cell: Cell, by_key: Mapping[tuple[str, str, float | None, int], Result]) -> bool:
-    """Whether it is there, and was made from what it needs as that is now: a run trained anew outdates what went on."""
+    """Whether it is there, and was made from what it needs as that is now: one trained again outdates the next."""
     found = by_key.get(_key(cell))
     return found is not None and all(
         _up_to_date(each, by_key) and by_key[_key(each)].date <= found.date for each in needed_cells(cell).values()
@@ -156,7 +156,7 @@ def run(
     """Train the cells that the folder does not hold yet, each in a fresh process.
 
     Each finished cell is written to `out` at once, so that whatever ends the run, a kill included,
-    costs only the cells under way, and the same call goes on from there. A cell that fails keeps none
+    costs only the cells under way, and the same call continues there. A cell that fails keeps none
     of the others from running, but for those that need its result.
 
     Args:

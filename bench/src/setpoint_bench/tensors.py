@@ -17,7 +17,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """Inputs and targets, shuffled anew in each pass; the last, short batch of a pass is left out.
+    """Inputs and targets, shuffled again in each pass; the last, short batch of a pass is left out.
 
     Args:
         train: inputs and targets to train on, along the first dim; a fixed tenth of them validates unless

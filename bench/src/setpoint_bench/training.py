@@ -117,13 +117,13 @@ def _course(cell: Cell, needed: Mapping[str, Result]) -> Course:
         )
     for name in cell.method.needs:
         if not math.isfinite(needed[name].value):
-            raise BenchError(f"{name} diverged in its training ({needed[name].value}): nothing can go on from it")
+            raise BenchError(f"{name} diverged in its training ({needed[name].value}): nothing can continue it")
     return cell.method.course(cell.task, cell.budget or 1.0, needed)
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """The finished run whose model a course goes on from: its result and its file."""
+    """The finished run that a course continues: its result and its file."""
 
     result: Result
     model: Path

@@ -117,12 +117,12 @@ class _Order:
         """The cell again.
 
         Raises:
-            BenchError: the task was made anew and is another one.
+            BenchError: the task was made again and is another one.
         """
         task = self.task if isinstance(self.task, SimpleTask) else self.task()
         if self.fingerprint and fingerprint(task) != self.fingerprint:
             raise BenchError(
-                f"{task.name} is made anew for every run, and its data or model came out different: draw whatever is "
+                f"{task.name} is made again for every run, and its data or model came out different: draw whatever is "
                 "random in it from a generator with a seed of its own"
             )
         method = method_named(self.method) if isinstance(self.method, str) else self.method

@@ -44,7 +44,7 @@ def is_persistent(model: nn.Module, buffer: str) -> bool:
 def swap(tensor: Tensor, new: Tensor, undo: ExitStack) -> None:
     """Let `tensor` hold the memory, shape and strides of `new`; its gradient becomes None.
 
-    The object stays the same, so optimizers, schedulers, clip lists and hooks that hold it go on working. `undo` takes
+    The object stays the same, so optimizers, schedulers, clip lists and hooks that hold it keep working. `undo` takes
     a callback that puts the old memory and gradient back.
     """
     old = tensor.detach()  # shares the old memory, so putting it back copies nothing

@@ -267,7 +267,7 @@ def _lively(value: Any) -> Any:
 
 @torch.no_grad()
 def randomised_copy(model: nn.Module, groups: tuple[Group, ...]) -> nn.Module:
-    """A copy without dropout in which no weight is zero and no two units are alike, at about the model's own scale."""
+    """A copy without dropout in which no weight is zero and no two units are equal, at about the model's own scale."""
     try:
         twin = copy_of(model)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""A checkpoint: a shrunk model in one file, its sizes beside its tensors, never a pickle."""
+"""A checkpoint: a cut model in one file, its sizes with its tensors, never a pickle."""
 
 import hashlib
 import json

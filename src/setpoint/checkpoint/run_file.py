@@ -1,4 +1,4 @@
-"""A run file: everything that a training run needs to go on, in one file; a load changes all parts or none."""
+"""A run file: everything that a training run needs to continue, in one file; a load changes all parts or none."""
 
 import os
 from collections import deque

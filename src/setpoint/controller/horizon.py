@@ -15,7 +15,7 @@ class Remaining:
 
     A last cut at step s to the cost c per step leaves `unused = (1 - margin) * limit - spent - c * (total_steps - s)`.
     Where coarse blocks make that a good part of the budget, the cut had better wait, at the present cost p and with
-    sensing going on at `sensing` per step, for `floor(unused / (p + sensing - c))` steps.
+    sensing continuing at `sensing` per step, for `floor(unused / (p + sensing - c))` steps.
     """
 
     limit: float  # what the whole run may spend

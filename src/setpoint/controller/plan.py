@@ -172,7 +172,7 @@ class Controller(Protocol[State]):
         return False
 
     def transferred(self, state: State, *, step: int, total_steps: int, present: float, limit: float) -> State:
-        """The state with which it goes on without a bump when the limit or the length of the run changes.
+        """The state with which it continues without a bump when the limit or the length of the run changes.
 
         `present` is the predicted cost of a step now.
         """

@@ -1,4 +1,4 @@
-"""Learned gates: a small network, trained beside the model, says how open the gate of each unit should be."""
+"""Learned gates: a small network, trained with the model, says how open the gate of each unit should be."""
 
 from __future__ import annotations
 

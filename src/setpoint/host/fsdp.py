@@ -75,7 +75,7 @@ def _check_pieces(model: nn.Module, pieces: Sequence[Piece]) -> None:
 class FSDP(SeveralRanks):
     """A `Host` of ranks over which `fully_shard` has sharded the model, all over one mesh.
 
-    FSDP's modules, groups, hooks and settings stay the same objects. Only what it keeps of a parameter is made anew
+    FSDP's modules, groups, hooks and settings stay the same objects. Only its record of a parameter is made again
     where its shape changes, and the new shard is put into the DTensor that model and optimizers hold.
     """
 

@@ -1,6 +1,6 @@
 """Checkpointing, enabled once per process: PyTorch, transformers and diffusers save and load the sizes of cut models.
 
-Folders of pretrained models hold them in `setpoint.json` beside the weights.
+Folders of pretrained models hold them in `setpoint.json`.
 """
 
 import inspect

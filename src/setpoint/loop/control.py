@@ -167,8 +167,8 @@ class Control:
             step, planned_steps = now.step, self.spending.planned_steps
             if step == self.spending.run_steps + 1:
                 warn(
-                    f"the run was to have {self.spending.run_steps:,} steps, and this is step {step:,}: training goes "
-                    "on, but Setpoint makes no more decisions"
+                    f"the run was to have {self.spending.run_steps:,} steps, and this is step {step:,}: training "
+                    "continues, but Setpoint makes no more decisions"
                 )
             elif step <= planned_steps and not now.budget_met:
                 due = step == now.again or self.controller.due(step, planned_steps)

@@ -32,7 +32,7 @@ class Record:
     dense: Mapping[str, float]
     limit: Mapping[str, float]
     limit_run: Mapping[str, float]  # budgets of the whole run
-    total_steps: int | None  # as planned last; a bill plans it anew
+    total_steps: int | None  # as planned last; a run budget replans it
     entries: tuple[Entry, ...]
     sources: Mapping[str, Sequence[str]]  # by resource, what models and what measures its cost
     pattern: str  # of the masks, where units are single weights; "" where units were cut

@@ -44,7 +44,7 @@ class OpenVINO:
         return loaded(self, model, example)
 
     def write(self, model: ByTensor, file: Path) -> None:
-        """Write the file and, beside it, the weights in one that ends with `.bin`."""
+        """Write the file, and the weights in one that ends with `.bin`."""
         with needs(self.name, "openvino"):
             import openvino
         tensors = tuple(model.inputs.values())

@@ -50,7 +50,7 @@ class RunBudget:
     spent: float  # so far, from the call of `attach` on
     present: float  # cost of a step now, by all that is known
     lowest: float  # cost of a step of the narrowest model
-    coming: float = 0.0  # spent beside steps whatever is decided, such as on the user's own code
+    coming: float = 0.0  # spent apart from steps whatever is decided, such as on the user's own code
     factor: float = 1.0  # cost of a step as metered / as predicted
     sensing: float = 0.0  # cost of a sensing; 0 where a meter reads the resource, since that has all overhead in it
     learning: Callable[[int], float] = lambda num_steps: 0.0  # on a decision so many steps from now; 0 likewise
@@ -127,7 +127,7 @@ class RunBudget:
         return found if step < num_steps else max(found, self.present)
 
     def remaining(self) -> Remaining:
-        """What is left of the budget, and what it is spent on beside steps."""
+        """What is left of the budget, and what it is spent on apart from steps."""
         every, now = sensed_every(self.num_steps), self.learning(0)
         return Remaining(
             self.limit,
@@ -176,7 +176,7 @@ def run_budgets(
     """By resource of a budget per run, that budget at this step of a run of so many.
 
     Of FLOPs, a controller that learns spends some on the decision at hand. Of seconds, the user's own code between
-    steps is taken to go on as it did so far; of joules, where they are `watts` times seconds, likewise.
+    steps is taken to continue as it did so far; of joules, where they are `watts` times seconds, likewise.
     """
     groups = tuple(replace(group, num_units=widths[group.name]) for group in limits.groups)
 

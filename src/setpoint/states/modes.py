@@ -177,7 +177,7 @@ def _scale(old: DiagonalSystem, new: DiagonalSystem) -> Float[Tensor, "*batch mo
 
 
 def residual_modes(system: DiagonalSystem, modes: Modes, num_modes: int) -> Modes:
-    """What a reduction has lost, as modes of its own: put beside the reduced system they come back near the full one.
+    """What a reduction has lost, as modes of its own: added to the reduced system they come back near the full one.
 
     The difference of the two has as many modes as both together; this is its balanced truncation. The maps are those
     from the full system: with `W` and `T` those from the difference, `reduce = W [I; R]` and `expand = [I, -X] T` for

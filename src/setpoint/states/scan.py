@@ -102,7 +102,7 @@ class _Run:
         self.blocks = [slice(start, min(start + length, steps)) for start in starts]
 
     def room(self) -> Complex[Tensor, "most_steps batch states"]:
-        """Memory for the states of the longest block, for each block in turn: taking it anew costs more than a pass."""
+        """Memory for the states of the longest block, for all blocks in turn: new memory costs more than a pass."""
         steps = max((block.stop - block.start for block in self.blocks), default=0)
         return torch.empty(steps, self.u.shape[1], self.a.numel(), dtype=self.a.dtype, device=self.a.device)
 

@@ -328,7 +328,7 @@ def mask_weights(
 ) -> None:
     """Zero every weight that is not active; the optimizer remembers nothing of it, as of one that it has never moved.
 
-    An optimizer that treats every entry alike then keeps it at zero, as long as its gradient is zero too:
+    An optimizer that treats every entry in one way then keeps it at zero, as long as its gradient is zero too:
     call `mask_gradients` ahead of each step.
     """
     for name, mask in masks.items():

@@ -1,4 +1,4 @@
-"""A cut before the first step whose readers are fitted anew: `setpoint.compress`, then training."""
+"""A cut before the first step whose readers are refitted: `setpoint.compress`, then training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from setpoint_bench.task import BenchError
 @final
 @dataclass(frozen=True)
 class Fitted:
-    """The model is cut by `setpoint.compress`, which fits the layers that read the cut units anew in closed form.
+    """The model is cut by `setpoint.compress`, which refits the layers that read the cut units in closed form.
 
     The data of the cut are the first batches of the training. Forwards on them count, and the matrix products of scores
     and fits; their decompositions and inverses do not, which are a few per cent of these.

@@ -21,7 +21,7 @@ class Long:
 
     `steps = floor(steps of the task * training FLOPs of `pays` / training FLOPs of the method in these steps)`. The
     learning rate and the cuts fall at the same shares of the longer run. Its widths may differ a little on the way, so
-    that it may end some tenths of a per cent beside these FLOPs.
+    that it may end some tenths of a per cent off these FLOPs.
     """
 
     name: str

@@ -21,7 +21,7 @@ from setpoint_bench.task import BenchError
 @final
 @dataclass(frozen=True)
 class PostTraining:
-    """Goes on from the finished dense run of the same seed; its steps, FLOPs and seconds count as this method's.
+    """Continues the finished dense run of the same seed; its steps, FLOPs and seconds count as this method's.
 
     The schedule is the task's own, compressed, with its peak: fine-tuning at the low rate at which training ended
     recovers less (learning-rate rewinding: Renda, Frankle, Carbin, "Comparing rewinding and fine-tuning in neural

@@ -83,7 +83,7 @@ class Sparse:
 
 @final
 class Masked:
-    """The pruner that masks single weights. It saves nothing on this hardware; what it could save is counted beside.
+    """The pruner that masks single weights. It saves nothing on this hardware; what it could save is counted apart.
 
     Raises:
         BenchError: for a budget that no mask can meet.

@@ -20,7 +20,7 @@ from setpoint_bench.simple_task import SimpleTask, dense_widths
 @final
 @dataclass(frozen=True)
 class Taught:
-    """A method that begins with the weights that the task starts with, and trains beside a teacher.
+    """A method that begins with the weights that the task starts with, and trains with a teacher.
 
     The teacher is the finished dense run of the same seed, whose steps, FLOPs and seconds count as this method's, as
     its own passes do.

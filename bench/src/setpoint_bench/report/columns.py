@@ -1,4 +1,4 @@
-"""The columns of the summary as texts, for terminals, Markdown and pages alike."""
+"""The columns of the summary as texts, for terminals, Markdown and pages."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Timing:
     Args:
         seconds: of the run, everything counted.
         rounds: the same by each round of the measurement.
-        own_seconds: the part that the method itself spends beside plain training steps.
+        own_seconds: the part that the method itself spends in addition to plain training steps.
         load: the machine's load average before the measurement; None where it is unknown.
         control: by round, seconds of the dense model's steps / seconds of the same steps timed a second time.
         environment: hardware and versions of the measurement.

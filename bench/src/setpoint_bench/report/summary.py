@@ -1,4 +1,4 @@
-"""The summary: one row per task, method and budget, over seeds, beside its rivals."""
+"""The summary: one row per task, method and budget, over seeds, with its rivals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Row:
             where nothing is masked.
         seconds: duration of training, overhead included; None where others were timed and this was not.
         seconds_share: the same / dense, with minimum and maximum over the rounds of their measurement.
-        overhead_seconds: part of `seconds` that the method itself spent beside plain training steps.
+        overhead_seconds: part of `seconds` that the method itself spent in addition to plain training steps.
         num_budget_met: number of runs that ended within budget, None without a budget.
     """
 
