@@ -258,6 +258,19 @@ def bill() -> str:
     return table(rows)
 
 
+@block("expected")
+def expected() -> str:
+    """Points of accuracy that a cut takes from the pretrained models, at equal steps and at equal training FLOPs."""
+    lines = []
+    for name, (model, _) in PRETRAINED.items():
+        dense, line = _cells(name, "dense", None), {"model": model}
+        for budget, words in ((0.5, "half"), (0.25, "a quarter")):
+            for method, how in ((SETPOINT, "equal steps"), (f"{SETPOINT}-long", "equal compute")):
+                line[f"{words}, {how}"] = marked(difference(_cells(name, method, budget), dense), "accuracy")
+        lines.append(line)
+    return table(lines)
+
+
 def _with_longer_runs(name: str) -> Iterator[dict[str, Row]]:
     """By method, the rows of each budget at which Setpoint trained for longer; of several learning rates the best."""
     for budget in (0.5, 0.25):
