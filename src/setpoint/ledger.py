@@ -127,11 +127,6 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         return {"entries": [plain(asdict(entry), "the ledger") for entry in self._entries]}
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        Ledger().load_state_dict(state)
-        for entry in state["entries"]:
-            _entry(entry)
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for entry in state["entries"]:
             self.append(Entry(**entry))

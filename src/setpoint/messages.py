@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ def plain_number(value: Any) -> Any:
     """A number of NumPy's, or an array that is one, as Python's own; anything else as it is."""
     single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if single else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, NumPy's too, and neither True nor False."""
+    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
 
 
 def plain_fields(settings: Any) -> None:

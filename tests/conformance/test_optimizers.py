@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import setpoint
 from actuator.hand_made import group as hand_made
 from actuator.hand_made import kept_only, masked_step, mlp, mlp_model, residual, some_keep, train_step
 from setpoint.actuator.mask import mask
-from setpoint.actuator.optimizer_check import check_optimizer, check_trains, shape_factor
+from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.shrink import shrink
 from setpoint.actuator.tensors import named_tensors
 from setpoint.errors import OptimizerError
@@ -117,6 +118,27 @@ MUONS = [
     for how in (None, "original", "match_rms_adamw")
     for decay in (0.0, 0.1)
 ]
+
+
+def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
+    """What Muon multiplies the learning rate of a matrix by: `sqrt(max(1, m / n))`, or `0.2 sqrt(max(m, n))`.
+
+    The param group's "adjust_lr_fn" chooses; the shape has m rows and n columns. Muon makes the momentum matrix of a
+    weight orthogonal by Newton-Schulz iterations,
+
+        X <- a X + b (X X^T) X + c (X X^T)^2 X,    X_0 = B / ||B||_F,
+
+    in which rows and columns of zeros stay zero and add nothing to the norm. So a cut matrix and its masked twin give
+    the same entries, up to the bfloat16 in which PyTorch computes them, if the twin has the factor of the cut shape.
+
+    References:
+        Jordan et al.: "Muon: an optimizer for hidden layers in neural networks", 2024. Liu et al.: "Muon is scalable
+        for LLM training", arXiv 2502.16982 (the factor that matches AdamW).
+    """
+    rows, columns = shape
+    if settings["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
 
 
 def muon_and_adamw(model: nn.Module, settings: dict[str, Any]) -> tuple[torch.optim.Muon, torch.optim.AdamW]:

@@ -55,15 +55,6 @@ def test_a_period_may_be_named_in_words() -> None:
         parse_budget({"flops": "4 MFLOPs per run"})
 
 
-@pytest.mark.parametrize(
-    ("text", "form"), [("5 ms per step", "'5 ms latency' .of a training"), ("2 h per run", "'2 h latency per")]
-)
-def test_seconds_alone_are_asked_about(text: str, form: str) -> None:
-    """Claim: seconds may be those of a step or of a forward pass, so the error shows how to write both."""
-    with pytest.raises(BudgetError, match=f"does not say of what: write {form}"):
-        parse_budget(text)
-
-
 @pytest.mark.parametrize("budget", ["150%", "1.5", "150% params", {"params": "150%"}, "120% flops per run"])
 def test_a_share_above_the_dense_model_is_refused_as_it_was_written(budget: object) -> None:
     """Claim: the error quotes the text, and shows a text to write instead: no call in Python."""
@@ -75,24 +66,12 @@ def test_a_share_above_the_dense_model_is_refused_as_it_was_written(budget: obje
 @pytest.mark.parametrize(
     ("text", "forms"),
     [
-        ("10 M", ["10 M params", "10 M flops"]),
-        ("3 billion", ["3 G params", "3 G flops"]),
-        ("5 seconds", ["5 s latency", "5 s inference"]),
-        ("2 hours", ["2 h latency per run"]),
-        ("50% vram", ["50% memory"]),
-        ("4 GB of gpu memory", ["4 gb memory"]),
-        ("8 ms inference latency", ["8 ms inference"]),
         ("50% flops, 40% params", ["50% flops", "40% params"]),
         ("50% flops and 8 ms latency", ["50% flops", "8 ms latency"]),
-        ("2x faster", ["50% latency", "50% inference"]),
-        ("50% of the time", ["50% latency", "50% inference"]),
-        ("50% of the time per run", ["50% latency per run"]),
-        ("4x", ["25% flops", "25% latency", "25% params"]),
-        ("30% smaller", ["70% params"]),
     ],
 )
-def test_an_unclear_budget_is_answered_by_the_nearest_ones(text: str, forms: list[str]) -> None:
-    """Claim: the error shows what the text may mean, and every form that it shows is a budget."""
+def test_several_budgets_in_one_text_are_taken_apart(text: str, forms: list[str]) -> None:
+    """Claim: the error shows each of them, and every form that it shows is a budget."""
     with pytest.raises(BudgetError) as caught:
         parse_budget(text)
     shown = re.findall(r"'([^']*)'", str(caught.value))

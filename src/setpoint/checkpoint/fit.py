@@ -1,7 +1,9 @@
 """Fit: a model takes the shapes of a state or a file, or for a while its dense ones; sizes follow from shapes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -195,3 +197,100 @@ def _kept_units(groups: tuple[Group, ...], shapes: Shapes) -> dict[str, Bool[np.
     # Least squares: a tensor in which two groups meet gives one equation for both, and some widths have several.
     widths = np.linalg.lstsq(rows, left, rcond=None)[0] if parts else np.array([g.num_units for g in groups])
     return {g.name: np.arange(g.num_units) < round(float(width)) for g, width in zip(groups, widths, strict=True)}
+
+
+# Without an example: whether shapes can be those of a cut, as far as shapes alone tell. A cut takes whole groups: what
+# one layer makes narrower, others read narrower. So a last layer keeps its outputs, which nothing reads, and a first
+# one its inputs. Nobody knows which layer reads which, so only what no model can be like is found here.
+
+_ALONG = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
+_ROLES = ("fixed", "along", "made", "read", "unknown")
+"""Of a dim: never cut; of another layer's width; a layer makes it, or reads it; in code that may do either."""
+
+
+@dataclass(frozen=True)
+class _Width:
+    """A dim that is narrower than in the dense model."""
+
+    tensor: str
+    owner: str  # the layer, or the tensor where the role is unknown
+    dim: int
+    dense: int
+    now: int
+    role: str  # one of _ROLES
+
+    def is_like(self, other: "_Width") -> bool:
+        """Whether one may be the other, or several of it: positions that were flattened, gates that were fused."""
+        multiple = not (self.dense % other.dense and other.dense % self.dense)
+        return self.owner != other.owner and multiple and self.dense * other.now == self.now * other.dense
+
+    @property
+    def once(self) -> "_Width":
+        """What it is several of, as heads that share their keys read these several times."""
+        times = gcd(self.dense, self.now)
+        return replace(self, dense=self.dense // times, now=self.now // times)
+
+    @property
+    def lost(self) -> int:
+        return self.dense - self.now
+
+    def may_hold(self, other: "_Width") -> bool:
+        """Whether the other may be a part of it: of what was concatenated, or is split."""
+        fits = self.dense > other.dense and self.now >= other.now and self.lost >= other.lost
+        return fits and self.owner != other.owner
+
+
+def misfit(model: nn.Module, dense: Shapes, shapes: Shapes) -> str | None:
+    """What is wrong with shapes that no cut of the dense model can have; None where they may be those of a cut.
+
+    Shapes that are wider than the dense ones are not looked at: `fit` refuses them.
+    """
+    if any(
+        len(dense[name]) != len(shape) or any(map(int.__gt__, shape, dense[name])) for name, shape in shapes.items()
+    ):
+        return None
+    widths, in_layer = [], dict[tuple[str, str, int], tuple[int, int]]()
+    for path, module in model.named_modules():
+        for key in (*module._parameters, *module._buffers):
+            name = f"{path}.{key}" if path else key
+            for dim, (before, now) in enumerate(zip(dense.get(name, ()), shapes.get(name, ()), strict=True)):
+                role = _role(module, key, dim)
+                if role in ("made", "along"):  # a layer's bias is as long as its weight has outputs
+                    place = (path, role, 0 if role == "made" else dim)
+                    if in_layer.setdefault(place, (before, now)) != (before, now):
+                        return f"the tensors of {path!r} do not belong together: {name!r} has shape {shapes[name]}"
+                if before != now:
+                    widths.append(_Width(name, name if role == "unknown" else path, dim, before, now, role))
+    fixed, along, made, read, unknown = ([w for w in widths if w.role == role] for role in _ROLES)
+
+    def alone(some: Iterable[_Width], *others: _Width) -> list[_Width]:
+        return [width for width in some if not any(map(width.is_like, others))]
+
+    # Two that nothing reads may meet each other: queries and keys.
+    not_read = alone(made, *read, *made, *unknown)
+    not_made = alone([*read, *along], *made, *unknown)
+    open_ones = alone(unknown, *made, *read)  # others of their kind do not explain what they are
+    # What was concatenated, or is split, is like none of its parts.
+    wholes, parts = [*not_made, *unknown], [*made, *unknown]
+    wrong = [width for width in not_read if not any(whole.may_hold(width.once) for whole in wholes)]
+    others = [*not_made, *alone(open_ones, *unknown)]
+    wrong += [width for width in others if not any(width.may_hold(part.once) for part in parts)]
+    if not fixed and not wrong:
+        return None
+    first = [*fixed, *wrong][0]
+    why = {"made": "no layer reads fewer", "fixed": "no cut drops these"}.get(first.role, "no layer makes fewer")
+    there = f"{first.tensor!r} has {first.now} entries along dim {first.dim} in the state, {first.dense} in the model"
+    whose = "the state is of another model, or a part of one; if not, shrink_to(model, state, example=(x,)) first"
+    return f"{there}, and {why}: {whose}"
+
+
+def _role(module: nn.Module, key: str, dim: int) -> str:
+    if isinstance(module, _ALONG):
+        return "along"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight":
+        return "made" if dim == 1 else "fixed"
+    is_conv = isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1
+    if not (is_conv or isinstance(module, nn.Linear)) or key not in ("weight", "bias"):
+        return "unknown"
+    makes = int(bool(getattr(module, "transposed", False))) if key == "weight" else 0
+    return "made" if dim == makes else "read" if dim < 2 else "fixed"

@@ -20,9 +20,8 @@ from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, WITHIN_BUDGET, Hooks, StateSizes, carry_sizes, check_loads
 from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
 from setpoint.actuator.tensors import named_tensors, take
-from setpoint.checkpoint.fit import cut_to, fit, infer_sizes
+from setpoint.checkpoint.fit import cut_to, fit, infer_sizes, misfit
 from setpoint.checkpoint.model_file import some_of, unwrap_module
-from setpoint.checkpoint.plausible import misfit
 from setpoint.distributed import is_sharded, unwrapped
 from setpoint.errors import CheckpointError, as_written
 from setpoint.groups.example import Example, example_of

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Real
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from setpoint.errors import BudgetError
-from setpoint.messages import plain_fields
+from setpoint.messages import is_number, plain_fields
 
 Resource = Literal["flops", "params", "memory", "latency", "inference", "energy"]
 RESOURCES: tuple[str, ...] = get_args(Resource)
@@ -21,14 +17,9 @@ METERED = ("memory", "latency", "inference", "energy")  # resources that are mea
 
 def check_resource(name: object) -> None:
     if name not in RESOURCES:
-        from setpoint.cost.unclear import meant
-        from setpoint.runtimes import NAMES
+        from setpoint.cost.parse import unknown  # it reads texts, of which many runs have none
 
-        hint = "" if name in NAMES else meant(name, RESOURCES)
-        raise BudgetError(
-            f"unknown resource {name!r}: {hint}use one of {', '.join(map(repr, RESOURCES))}; seconds "
-            f"in a runtime ({', '.join(NAMES)}) are 'inference' with runtime=, or a text such as '50% onnxruntime'"
-        )
+        raise unknown(name)
 
 
 def _check_means(resource: str, watts: float | None, example: Any, runtime: Any = None) -> None:
@@ -279,34 +270,6 @@ def of_dense(ratio: float, resource: str) -> str:
     return f"{100 * ratio:.1f} % of the {DENSE.get(resource, resource)}"
 
 
-# What users write.
-
-_TIMES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0, "h": 3600.0}
-_BYTES = {"b": 1.0, **{f"{prefix}b": value for prefix, value in _TIMES.items() if prefix}} | {
-    f"{prefix}ib": 1024.0**power for power, prefix in enumerate("kmgt", start=1)
-}
-_FLOPS = {f"{prefix}{unit}": value for prefix, value in _TIMES.items() for unit in ("flop", "flops", "")}
-_JOULES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "MJ": 1e6, "wh": 3600.0, "kwh": 3.6e6}
-_UNITS: dict[str, dict[str, float]] = {  # in the unit of the resource; letters of any case, but mJ and MJ
-    "flops": _FLOPS,
-    "params": {**_TIMES, "b": 1e9, "params": 1.0, "parameters": 1.0},
-    "memory": _BYTES,
-    "latency": _SECONDS,
-    "inference": _SECONDS,
-    "energy": _JOULES,
-}
-_SAYS = {  # resource of a unit that no other has: "b" may be bytes or billions, "flops" is the resource itself
-    **{unit: "flops" for unit in _FLOPS if "flop" in unit and unit != "flops"},
-    **{unit: "memory" for unit in _BYTES if len(unit) > 1},
-    **dict.fromkeys(_JOULES, "energy"),
-}
-
-_AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
-_WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNORECASE)
-_PER = re.compile(r"\s+per\s+(?P<per>run|step)\s*$", re.IGNORECASE)
-
-
 def parse_budget(budget: Any, resources: Sequence[str] = RESOURCES) -> Any:
     """A budget, or several, from what a user writes; `Budget`, `Price` and `Tolerance` objects are taken as they are.
 
@@ -330,96 +293,13 @@ def parse_budget(budget: Any, resources: Sequence[str] = RESOURCES) -> Any:
     >>> [(budget.limit, budget.per) for budget in parse_budget({"flops": "25%", "flops/run": "100%"})]
     [(0.25, 'step'), (1.0, 'run')]
     """
-    if _number(budget):
+    if is_number(budget):
         return Budget.fraction(float(budget), of="flops")
-    if isinstance(budget, str):
-        return _by_words(budget, resources)
-    if isinstance(budget, Mapping):
-        found = [_amount(*_per(str(resource)), amount) for resource, amount in budget.items()]
+    if isinstance(budget, (str, Mapping)):
+        from setpoint.cost.parse import parse
+
+        found = [Budget(**fields) for fields in parse(budget, resources)]
         return found[0] if len(found) == 1 else found
     if isinstance(budget, Sequence):
         return [parse_budget(part) for part in budget]
     return budget
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
-
-
-def _by_words(text: str, resources: Sequence[str]) -> Budget:
-    period = _PER.search(text)
-    words, per = _PER.sub("", text), period["per"].lower() if period else "step"
-    value, unit = _parsed(words)
-    if value is not None and unit in ("", "%"):
-        return _share(text, value / 100 if unit else value, "flops", per)
-    if value is not None and unit in _SAYS:
-        return Budget.total(value * _UNITS[_SAYS[unit]][unit], of=_SAYS[unit], per=per)
-    match = _WORDS.fullmatch(words)
-    if match is None or not _known(_resource(match["of"])) or not _AMOUNT.fullmatch(match["amount"]):
-        from setpoint.cost.unclear import unclear
-
-        raise BudgetError(unclear(text, resources))
-    return _amount(_resource(match["of"]), per, match["amount"])
-
-
-def _per(key: str) -> tuple[str, str]:
-    """Resource and period of a mapping's key, such as "flops" or "flops/run"."""
-    period = _PER.search(key)
-    before, _, after = (_PER.sub("", key), "", period["per"]) if period else key.partition("/")
-    resource, per = before.strip(), after.strip().lower()
-    if per not in ("", "step", "run"):
-        raise BudgetError(f"{key!r} is not understood: write the resource alone, or {resource}/run for the whole run")
-    return _resource(resource), per or "step"
-
-
-def _resource(word: str) -> str:
-    return "params" if word.lower() in ("parameters", "parameter", "param") else word.lower()
-
-
-def _known(word: str) -> bool:
-    """Whether a word is a resource, or a runtime, which stands for the seconds of a forward there."""
-    from setpoint.runtimes import NAMES
-
-    return word in RESOURCES or word in NAMES
-
-
-def _amount(resource: str, per: str, amount: Any, named: str = "") -> Budget:
-    if resource not in RESOURCES and _known(resource):
-        return replace(_amount("inference", per, amount, resource), runtime=resource)
-    check_resource(resource)
-    counted = resource in ("flops", "params")
-    if _number(amount) and counted:
-        return Budget(resource, float(amount), per, relative=float(amount) <= 1)
-    value, unit = _parsed(amount)
-    if value is not None and not unit and value <= 1 and counted:
-        return Budget.fraction(value, of=resource, per=per)
-    if value is not None and unit == "%":
-        return _share(amount, value / 100, resource, per)
-    if value is None or unit not in _UNITS[resource]:
-        units = {"flops": "GFLOPs", "params": "M", "memory": "GiB", "latency": "ms", "inference": "ms", "energy": "J"}
-        bill = "" if named else f"; of the whole run, as {resource}/run"
-        raise BudgetError(
-            f"the budget of {named or resource} {amount!r} is not understood: write a share such as '50%', or an "
-            f"amount with its unit, such as '8 {units[resource]}'{bill}"
-        )
-    return Budget.total(value * _UNITS[resource][unit], of=resource, per=per)
-
-
-def _share(text: str, value: float, resource: str, per: str) -> Budget:
-    if value > 1:
-        whole = "run" if per == "run" else "model"
-        longer = f", or 100% and {value:g} times the total_steps" if per == "run" else ""
-        raise BudgetError(
-            f"the budget {text!r} is more than the dense {whole} costs: write a share of at most 100%, such as '50%', "
-            f"or an amount with its unit, such as '3 GFLOPs'{longer}"
-        )
-    return Budget.fraction(value, of=resource, per=per)
-
-
-def _parsed(text: Any) -> tuple[float | None, str]:
-    """The number and the unit in a text; no number in anything else."""
-    match = _AMOUNT.fullmatch(text) if isinstance(text, str) else None
-    try:
-        return (float(match[1]), match[2] if match[2] == "MJ" else match[2].lower()) if match else (None, "")
-    except ValueError:
-        return None, ""

@@ -142,7 +142,10 @@ def _trace(model: nn.Module, example: Example) -> Trace:
         contractions.append(Contraction(module, coefficient, sizes, num_gradients, blocked=blocked))
     dense = widths_of(groups)
     if walk.unknown or opaque:
-        contractions += _uncounted(model, example, sum(product.at(dense) for product in contractions))
+        from setpoint.groups.recomputed import uncounted
+
+        more = uncounted(model, example, sum(product.at(dense) for product in contractions))
+        contractions += [Contraction("", more, (), 2)] if more else []
     if program.graph_module.meta["checkpointed"]:
         from setpoint.groups.recomputed import recomputations
 
@@ -158,23 +161,6 @@ def _trace(model: nn.Module, example: Example) -> Trace:
     no_backward = tuple(name for node, name in own.items() if node.users and node not in reached)
     frozen = _frozen(walk, opaque, unbalanced)
     return Trace(groups, tuple(contractions), frozen, unreached, no_backward, unfollowed)
-
-
-def _uncounted(model: nn.Module, example: Example, known: float) -> list[Contraction]:
-    """FLOPs of ops without a rule by PyTorch's own counter, as a constant cost; backward counts as two forwards."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from setpoint.groups.sizes_in_code.bind import FakeForward
-
-    # The counter knows no fused attention: in its mathematical form it consists of products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        try:
-            FakeForward(model, example).run(lambda twin: counter.flop_counts.clear())
-        except Exception:  # noqa: BLE001 - a foreign forward may do anything; it then goes uncounted here
-            return []
-    total = int(counter.get_total_flops())
-    return [Contraction("", float(total - known), (), 2)] if total > known else []
 
 
 def _frozen(walk: Walk, opaque: Mapping[str, str], unbalanced: Mapping[str, str]) -> tuple[Frozen, ...]:

@@ -49,8 +49,6 @@ class Losses:
         for name, value in (("loss", loss), ("val", val)):
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
-            if isinstance(value, Tensor) and value.is_meta:
-                raise ValueError(f"{name} is on the meta device and has no value: report one of a real device")
             if value is not None:
                 # A copy: the user's loop may change it in place before it is read.
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
@@ -140,13 +138,8 @@ class Losses:
             "shared": self._shared,
         }
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        type(self)().load_state_dict(state)
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps, self._losses = (state[name].cpu().double().numpy().copy() for name in ("steps", "losses"))
-        if self._steps.ndim != 1 or self._steps.shape != self._losses.shape:
-            raise ValueError("observed losses and their steps are not as many")
         self._last = {name: None if state[name] is None else float(state[name]) for name in ("loss", "val")}
         self._fresh = []
         self._changed, self._shared = int(state["changed"]), int(state["shared"])

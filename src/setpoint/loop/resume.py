@@ -60,7 +60,7 @@ def _short(value: Any, other: Any) -> str:
 
 
 def _saved_parts(control: Control, actuator: Actuator) -> dict[str, Actuator | Losses | Ledger | Spending]:
-    """What remembers something by itself; each has `state_dict`, `check`, which changes nothing, and a load."""
+    """What remembers something by itself."""
     return {"actuator": actuator, "losses": control.losses, "ledger": control.ledger, "spending": control.spending}
 
 
@@ -118,13 +118,9 @@ def _checked(control: Control, state: Mapping[str, Any]) -> tuple[Actuator, RunS
     actuator, device = control.actuator, control.host.device
     if state["actuator"]["kind"] != actuator.kind and control.revocable is not None:
         actuator = control.revocable()  # as the first cut of a run whose loss is watched makes it
-    parts, groups = _saved_parts(control, actuator), actuator.check(state["actuator"])
-    for name in ("losses", "ledger", "spending"):
-        parts[name].check(state[name])
+    groups = actuator.check(state["actuator"])
     restored(state["sensor"], control.sensor.init(groups, control.host.model), "the sensor's state", device)
     controller_state = restored(state["controller"], control.controller.init(groups), "the controller's state", device)
-    if state["rng_state"] is not None:
-        restored(state["rng_state"], rng_state(), "the state of the random generators", device)
     by_unit = {name: np.zeros(width) for name, width in widths_of(groups).items()}
     plan = None if state["now"]["plan"] is None else Plan(0, {})
     like = RunState(plan=plan, saliency=by_unit, worth=by_unit)

@@ -199,8 +199,6 @@ class Reserve:
         by_unit: dict[str, Any] = {
             part: {name: state["units"][name][part].numpy().copy() for name in self.active} for part in _BY_UNIT
         }
-        if any(len(units[name]) != len(active) for units in by_unit.values() for name, active in self.active.items()):
-            raise GroupError("the reserve is of another model")
         tensors = {}
         for saved in state["tensors"]:
             key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()

@@ -25,6 +25,7 @@ from setpoint.messages import warn
 from setpoint.resources.joules import EnergyMeter
 from setpoint.resources.serving import Served, answering
 from setpoint.resources.tape import LiveBytes
+from setpoint.sensor.consumer import Hook
 from setpoint.spending.limits import Correction, Limits
 from setpoint.spending.meter import Meter, Readings, StepMeter
 
@@ -157,11 +158,11 @@ class Metering(Meter):
             self._blocked = True
         if not self._compiled and (self._allocating or self._watching is not None):
             self._mode = self._model.training
-            hook = _FirstCall(self)
+            hook = Hook(self.first_call)
             self._beginning = [module.register_forward_pre_hook(hook) for module in self._model.modules()]
         return self._watching is not None
 
-    def first_call(self) -> None:
+    def first_call(self, *of_hook: object) -> None:
         """The model or a part of it is called: with gradients this begins the step, and what was before is dropped."""
         if self._model.training != self._mode or not torch.is_grad_enabled():
             return
@@ -272,20 +273,6 @@ class Metering(Meter):
         self._peak = None if state["peak"] is None else int(state["peak"])
         self._blocked, self._since_cut = bool(state["blocked"]), int(state.get("since_cut") or 0)
         self._earlier_j = None if state["run_j"] is None else float(state["run_j"])
-
-
-class _FirstCall:
-    """The hook that tells a meter of a call; one that was copied or stored with the model does nothing."""
-
-    def __init__(self, metering: Metering | None = None) -> None:
-        self._metering = metering
-
-    def __call__(self, module: nn.Module, args: object) -> None:
-        if self._metering is not None:
-            self._metering.first_call()
-
-    def __reduce__(self) -> tuple[type[_FirstCall], tuple[()]]:
-        return _FirstCall, ()
 
 
 def _margin(values: Sequence[float]) -> float:

@@ -5,10 +5,12 @@ Positions that only fill a batch up are found by `Padding`.
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -18,21 +20,34 @@ from torch import Tensor, nn
 
 from setpoint.distributed import plain_kind
 from setpoint.groups.group import Group, Slice
-from setpoint.sensor.tap import parameter_named
 
 
 class Hook:
-    """Calls a function from a module's hook; none on a copy of it, after unpickling, or while code is traced."""
+    """Calls a function from a hook; none on a copy of the module, after unpickling, or while code is traced.
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self._call = call
+    A method is called as long as its object lives: a model must not keep alive what nobody reads any more.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None, *given: Any) -> None:
+        self._call, self._given = call and weakly(call), given
 
     def __call__(self, *args: Any) -> None:
         if self._call is not None and not (torch.compiler.is_compiling() or torch._C._is_tracing()):
-            self._call(*args)
+            self._call(*self._given, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, ()
+
+
+def weakly(call: Callable[..., None]) -> Callable[..., None]:
+    """The function; a method only as long as its object lives."""
+    known = weakref.WeakMethod(call) if isinstance(call, MethodType) else lambda: call
+
+    def call_if_alive(*args: Any) -> None:
+        if (alive := known()) is not None:
+            alive(*args)
+
+    return call_if_alive
 
 
 class Padding:
@@ -48,8 +63,7 @@ class Padding:
         for module in model.modules():
             names = _mask_arguments(getattr(type(module), "forward", None))
             if names:
-                look = Hook(partial(self._look, names))
-                self._handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._look, names), with_kwargs=True))
 
     def _look(
         self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -130,6 +144,12 @@ def layers_by_weight(model: nn.Module) -> Layers:
         if isinstance(getattr(layer, "weight", None), nn.Parameter):
             found.setdefault(id(layer.weight), []).append((name, layer))
     return found
+
+
+def parameter_named(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of a qualified name, None where a buffer has it, without a look at all others."""
+    owner, _, key = name.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(key)
 
 
 def find_consumers(group: Group, model: nn.Module, layers: Layers | None = None) -> tuple[Consumer, ...]:

@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.consumer import parameter_named
 from setpoint.sensor.reading import UNCALIBRATED, Reading, Sensor
-from setpoint.sensor.tap import parameter_named
 from setpoint.sensor.units import find_units
 
 

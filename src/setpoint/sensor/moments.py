@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -178,19 +177,19 @@ class Gathering:
         self.alike: bool | None = None  # whether all samples so far are the same one; None before it is known
         self._sample: list[Tensor] = []
         self.classes: list[int] | None = []  # of the targets so far; None once there are several, or none at all
-        compare = Hook(_weak(self._compare))
+        compare = Hook(self._compare)
         self._handles: list[Any] = [model.register_forward_pre_hook(compare, with_kwargs=True)]
-        self._handles.append(model.register_forward_hook(Hook(_weak(self._follow_outputs))))
+        self._handles.append(model.register_forward_hook(Hook(self._follow_outputs)))
         for reader in readers:
             for name in reader.layers:
-                hook = Hook(partial(_weak(self._look), reader, name))
+                hook = Hook(self._look, reader, name)
                 self._handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                self._handles.append(module.register_forward_pre_hook(Hook(partial(_weak(self._look_behind), name))))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._look_behind, name)))
             elif type(module).__module__ == nn.modules.dropout.__name__:
-                self._handles.append(module.register_forward_pre_hook(Hook(_weak(self._before_dropout))))
-                self._handles.append(module.register_forward_hook(Hook(_weak(self._behind_dropout))))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._before_dropout)))
+                self._handles.append(module.register_forward_hook(Hook(self._behind_dropout)))
         weakref.finalize(self, _remove, [*self._handles, self._padding])
 
     def _look(self, reader: Reader, name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -241,7 +240,7 @@ class Gathering:
             and logits.numel()
             and not logits.is_complex()
         ):
-            logits.register_hook(_weak(self._look_at_targets))  # type: ignore[no-untyped-call]
+            logits.register_hook(Hook(self._look_at_targets))  # type: ignore[no-untyped-call]
 
     def _look_at_targets(self, gradient: Tensor) -> None:
         """A cross-entropy's gradient is p - y at logits, which adds up to 0, and -y at log p: negative at the class."""
@@ -281,17 +280,6 @@ class Gathering:
 
     def remove(self) -> None:
         _remove([*self._handles, self._padding])
-
-
-def _weak(method: Callable[..., None]) -> Callable[..., None]:
-    """The method as long as its object lives: a model must not keep alive what nobody reads any more."""
-    known = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        if (own := known()) is not None:
-            own(*args)
-
-    return call
 
 
 def _remove(handles: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from setpoint.distributed import Ranks, is_sharded_tensor, plain_kind
 from setpoint.groups.group import Group, Slice
+from setpoint.sensor.consumer import parameter_named
 
 _TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weight has their input's channels, which have a dim of their own in the input, along its dim 1."""
@@ -25,12 +26,6 @@ def tappable(group: Group, model: nn.Module) -> frozenset[str]:
     found = ((place, parameter_named(model, place.tensor)) for place in readers)
     frozen = [place for place, parameter in found if parameter is not None and not parameter.requires_grad]
     return frozenset(place.tensor for place in frozen if _layer(place, model) is not None)
-
-
-def parameter_named(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter of a qualified name, None where a buffer has it, without a look at all others."""
-    owner, _, key = name.rpartition(".")
-    return model.get_submodule(owner)._parameters.get(key)
 
 
 def _trained_writers(group: Group, model: nn.Module) -> list[nn.Parameter]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from setpoint.checkpoint.plain import fields_of
 from setpoint.spending.meter import StepMeter, Stopwatch
 
 _LEARNING_SHARE = 0.01  # of the FLOPs of the steps so far, the most that a controller that learns takes
@@ -148,7 +147,7 @@ class Account:
         self._users_seconds, self._extra_seconds = map(float, state["users"])
         self._noted = {str(name): float(value) for name, value in state["noted"].items()}
         self.steps.load_state_dict(state["steps"])
-        self._segments = [Segment(**fields_of(Segment, segment)) for segment in state["segments"]]
+        self._segments = [Segment(**segment) for segment in state["segments"]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from setpoint.checkpoint.plain import fields_of
 from setpoint.controller.horizon import Remaining, cheapest_run, highest_step, next_decision, spans, step_limit
 from setpoint.controller.plan import Controller
 from setpoint.controller.schedule import Schedule
@@ -361,8 +360,8 @@ class Bill:
         return {**plan, "overhead": asdict(self.overhead)}
 
     def restored(self, state: Mapping[str, Any]) -> Bill:
-        overhead = StepOverhead(**fields_of(StepOverhead, state["overhead"]))
-        return replace(self, **{name: state[name] for name in self.state_dict()} | {"overhead": overhead})
+        own = {name: state[name] for name in self.state_dict()}
+        return replace(self, **own | {"overhead": StepOverhead(**state["overhead"])})
 
 
 def _longest(step: int, paid: Callable[[int], bool]) -> int:

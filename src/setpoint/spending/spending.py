@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -192,12 +191,6 @@ class Spending:
             "limits": self.limits.state_dict(),
             **({"plan": self.bill.state_dict()} if self.bill is not None else {}),
         }
-
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Load a state on trial, before anything is changed."""
-        trial = copy.copy(self)  # limits and bill are values: only what changes in place is copied
-        trial.account, trial.meter = copy.deepcopy(self.account), copy.copy(self.meter)
-        trial.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.account.load_state_dict(state["account"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, final
 
@@ -26,6 +26,7 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import trace_step
 from setpoint.host.host import Host
 from setpoint.loop.candidates import Candidates, check_copies, check_some, in_hand
+from setpoint.sensor.consumer import weakly
 from setpoint.sensor.reading import Reading, Sensor
 from setpoint.weights.find import Pattern, WeightFlops, active_params, as_mask, chosen, weight_flops, with_active
 from setpoint.weights.taylor import WeightTaylorSensor
@@ -244,7 +245,7 @@ class Masks(Actuator):
         self._gone = {name: ~mask for name, mask in masks.items() if name in self._gone or not bool(mask.all())}
         for name in self._gone:
             if name not in self._handles:
-                ahead, behind = _weakly(self._forget_discarded, name), _weakly(self._accumulated, name)
+                ahead, behind = (partial(weakly(own), name) for own in (self._forget_discarded, self._accumulated))
                 weight = self._weights[name]
                 self._handles[name] = (
                     weight.register_hook(ahead),  # type: ignore[no-untyped-call]
@@ -305,17 +306,6 @@ class Masks(Actuator):
             # A weight that is masked now has come back once less than it was dropped.
             "regrown_units": sum(int((times > masked[name]).sum()) for name, times in self._num_dropped.items()),
         }
-
-
-def _weakly(method: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
-    """A hook that calls the method as long as its owner lives: a weight must not keep a loop alive."""
-    found = weakref.WeakMethod(method)
-
-    def hook(tensor: Tensor) -> None:
-        if (alive := found()) is not None:
-            alive(name, tensor)
-
-    return hook
 
 
 # Optimizers with a state that does not begin at zero, its name, and the setting that it begins with.
