@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_979,
-    "wheel: files": 173,
+    "wheel: lines": 29_850,
+    "wheel: files": 172,
     "wheel: files under 60 lines": 5,
-    "wheel: imports, share of lines in %": 7.04,
-    "bench: lines": 15_400,
-    "tests: lines": 31_757,
-    "attach to first cut: files": 58,
-    "attach to first cut: lines": 11_801,
-    "training steps: files": 38,
-    "training steps: lines": 7_587,
+    "wheel: imports, share of lines in %": 7.01,
+    "bench: lines": 15_386,
+    "tests: lines": 31_732,
+    "attach to first cut: files": 57,
+    "attach to first cut: lines": 11_475,
+    "training steps: files": 37,
+    "training steps: lines": 7_425,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_653,
+    "import setpoint: lines": 13_472,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }
