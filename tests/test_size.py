@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_850,
+    "wheel: lines": 29_852,
     "wheel: files": 172,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
     "bench: lines": 15_386,
     "tests: lines": 31_732,
     "attach to first cut: files": 57,
-    "attach to first cut: lines": 11_475,
+    "attach to first cut: lines": 11_477,
     "training steps: files": 37,
-    "training steps: lines": 7_425,
+    "training steps: lines": 7_427,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_472,
+    "import setpoint: lines": 13_474,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

@@ -49,6 +49,8 @@ class Losses:
         for name, value in (("loss", loss), ("val", val)):
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}: take its mean")
+            if isinstance(value, Tensor) and value.is_meta:
+                raise ValueError(f"{name} is on the meta device and has no value: report one of a real device")
             if value is not None:
                 # A copy: the user's loop may change it in place before it is read.
                 self._last[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
