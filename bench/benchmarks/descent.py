@@ -49,7 +49,7 @@ def trained(
     optimizer, batches, loop = task.optimizer(model), task.batches(seed), None
     if budget is not None:
         taught_by = None if teacher is None else Teacher(teacher)
-        fraction = setpoint.Budget.fraction(budget)
+        fraction = setpoint.Budget.fraction(budget, of="flops")
         loop = setpoint.attach(
             model, optimizer, fraction, example=task.example(), total_steps=task.steps, teacher=taught_by
         )
