@@ -48,7 +48,7 @@ def trained(
     torch.manual_seed(seed)
     optimizer, batches, loop = task.optimizer(model), task.batches(seed), None
     if budget is not None:
-        taught_by = None if teacher is None else Teacher(teacher)
+        taught_by = None if teacher is None else Teacher(copy.deepcopy(teacher))
         fraction = setpoint.Budget.fraction(budget, of="flops")
         loop = setpoint.attach(
             model, optimizer, fraction, example=task.example(), total_steps=task.steps, teacher=taught_by
