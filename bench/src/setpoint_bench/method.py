@@ -160,6 +160,7 @@ LONG_METHODS: tuple[Method, ...] = (
     Long("setpoint-long", Setpoint(controller=_GRADUAL)),
     Long("cubic-long", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
     Long("setpoint-at-once-long", Setpoint("setpoint-at-once"), pays="setpoint"),
+    Long("setpoint-at-once-longer", Setpoint("setpoint-at-once")),
 )
 """Methods that spend what they save: they train for as many steps as another run's training FLOPs pay for."""
 
@@ -321,4 +322,5 @@ ABOUT: Mapping[str, str] = {
     "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
     "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",
     "setpoint-at-once-long": "As setpoint-at-once, for as many steps as setpoint's training FLOPs pay for.",
+    "setpoint-at-once-longer": "As setpoint-at-once, for as many steps as the dense run's training FLOPs pay for.",
 }
