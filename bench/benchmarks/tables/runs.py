@@ -319,6 +319,7 @@ def best_small() -> str:
     """What each step of the recipe brings: one cut, the model trained before, the FLOPs of a dense run, a teacher."""
     shown = {
         "from pretrained, equal steps": "setpoint-at-once",
+        "from pretrained, dense FLOPs": "setpoint-at-once-longer",
         "from trained, no teacher": "setpoint-from-trained-alone",
         "from trained, own teacher": "setpoint-from-trained",
     }
@@ -330,9 +331,12 @@ def best_small() -> str:
                 continue
             dense = _dense(path.name)
             runs = {method: _cells(path.name, method, budget) for method in shown.values()}
-            taught, metric = runs["setpoint-from-trained"], dense.metric
-            alone = difference(taught, runs["setpoint-from-trained-alone"])
-            over = difference(taught, _cells(path.name, "dense", None))
+            alone, taught = runs["setpoint-from-trained-alone"], runs["setpoint-from-trained"]
+            differences = {
+                "trained − pretrained": difference(alone, runs["setpoint-at-once-longer"]),
+                "teacher − none": difference(taught, alone),
+                "no teacher − dense": difference(alone, _cells(path.name, "dense", None)),
+            }
             rows.append(
                 {
                     "task": dense.task,
@@ -342,8 +346,10 @@ def best_small() -> str:
                         words: metric_text(here[method]) if method in here else NOTHING
                         for words, method in shown.items()
                     },
-                    "teacher − none": f"{marked(alone, metric)} ({alone.num if alone else 0})",
-                    "own teacher − dense": f"{marked(over, metric)} ({over.num if over else 0})",
+                    **{
+                        words: f"{marked(found, dense.metric)} ({found.num if found else 0})"
+                        for words, found in differences.items()
+                    },
                 }
             )
     return table(rows, left=2)
