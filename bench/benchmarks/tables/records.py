@@ -46,6 +46,75 @@ def first_cut(data: Record) -> str:
     return table(rows, f"{data['note']} {made_on(data)}")
 
 
+# What descends from a trained parent.
+
+
+def _descent(data: Record) -> tuple[dict[tuple[str, float], list[list[Record]]], str]:
+    """By task and size, the rows of each seed with their parent's first; and what they were made on."""
+    found: dict[tuple[str, float], list[list[Record]]] = {}
+    for key, run in data["runs"].items():
+        parent, *rows = run["rows"]
+        for size in sorted({row["size"] for row in rows}, reverse=True):
+            own = [parent, *(row for row in rows if row["size"] == size)]
+            found.setdefault((key.partition(",")[0], size), []).append(own)
+    return found, rows_made_on([{**run["environment"], "date": run["date"]} for run in data["runs"].values()])
+
+
+@record_block("family", "family.json")
+def family(data: Record) -> str:
+    """By task and size, the model made from the next larger one and the one made from the parent, and their FLOPs."""
+    found, made = _descent(data)
+    rows = []
+    for (task, size), runs in found.items():
+        score, shares = dict[str, list[float]](), dict[str, list[float]]()
+        for parent, *made_of in runs:
+            for row in (parent, *made_of):
+                score.setdefault(row["what"], []).append(100 * row["accuracy"])
+                shares.setdefault(row["what"], []).append(row["train_flops"] / parent["train_flops"])
+        mean = {what: statistics.fmean(values) for what, values in score.items()}
+        rows.append(
+            {
+                "task": task,
+                "FLOPs / step": percent(size),
+                "parent": f"{mean['parent']:.2f} %",
+                "from the next larger": f"{mean['descended']:.2f} %",
+                "from the parent": f"{mean['alone']:.2f} %",
+                "difference": f"{mean['descended'] - mean['alone']:+.2f}",
+                "training FLOPs, of the parent's": percent(statistics.fmean(shares["descended"])),
+                "seeds": str(len(runs)),
+            }
+        )
+    return table(rows, made, left=2)
+
+
+@record_block("parent", "parent.json")
+def parent(data: Record) -> str:
+    """By size and length, losses of derived models and of models from scratch, each at the best of its rates."""
+    found, made = _descent(data)
+    rows = []
+    for (task, size), runs in found.items():
+        losses, shares = dict[tuple[str, float], list[float]](), dict[tuple[str, float], list[float]]()
+        for first, *children in runs:
+            for what, share in dict.fromkeys((row["what"], row["share"]) for row in children):
+                best = min((r for r in children if (r["what"], r["share"]) == (what, share)), key=lambda r: r["loss"])
+                losses.setdefault((what, share), []).append(best["loss"])
+                shares.setdefault((what, share), []).append(best["train_flops"] / first["train_flops"])
+        for (what, share), values in losses.items():
+            rows.append(
+                {
+                    "task": task,
+                    "FLOPs / step": percent(size),
+                    "model": what,
+                    "steps, of the parent's": percent(share),
+                    "training FLOPs, of the parent's": percent(statistics.fmean(shares[what, share])),
+                    "loss on test": f"{statistics.fmean(values):.3f}",
+                    "parent's loss": f"{statistics.fmean(run[0]['loss'] for run in runs):.3f}",
+                    "seeds": str(len(values)),
+                }
+            )
+    return table(rows, made, left=3)
+
+
 # Eight bits.
 
 
