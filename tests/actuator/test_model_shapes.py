@@ -136,6 +136,7 @@ def _train(
     return loop
 
 
+@pytest.mark.filterwarnings("ignore:the data are too few")
 @pytest.mark.parametrize("make", [_mlp, _conv, _gpt])
 def test_a_model_at_its_dense_shapes_is_the_dense_one_and_comes_back_bit_for_bit(make: Any) -> None:
     """Claim: inside, shapes and code are the dense ones; after it tensors, sizes, moments and outputs are as before."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from setpoint.actuator.cut import SizePlace
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import named_tensors, shapes_by_name
 from setpoint.errors import GroupError
 from setpoint.groups.sizes_in_code.place import is_call, read_size, write_size
 from setpoint.groups.sizes_in_code.shim import get_call_sizes, set_call_sizes
@@ -67,7 +67,7 @@ class ModelShapes:
 
     def full(self, model: nn.Module) -> dict[str, Shape]:
         """The shape of every parameter and buffer before the first cut, by name."""
-        return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()} | dict(self.dense)
+        return shapes_by_name(model) | dict(self.dense)
 
 
 def was_cut(model: nn.Module) -> bool:
@@ -90,7 +90,7 @@ def note_cut(
     """
     # What submodules remember of cuts of their own is taken into the root's record here.
     known, tensors = ModelShapes.of(model), named_tensors(model)
-    now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    now = shapes_by_name(model)
     changed = by_every_name(shapes, tensors)
     after, before = {**now, **changed}, {name: now[name] for name in changed if name in now}
     before |= {**known.dense, **by_every_name(dense or {}, tensors)}

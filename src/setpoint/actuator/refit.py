@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from setpoint.actuator.tensors import put_back
 from setpoint.distributed import local, rows
 from setpoint.groups.group import Group
 from setpoint.messages import counted, warn
@@ -172,10 +173,5 @@ def _apply(
 
 
 def _write(tensor: Tensor, new: Tensor, undo: Callable[..., Any]) -> None:
-    undo(_put_back, tensor, tensor.detach().clone())
+    undo(put_back, tensor, tensor.detach().clone())
     tensor.copy_(new)
-
-
-@torch.no_grad()
-def _put_back(tensor: Tensor, old: Tensor) -> None:
-    tensor.copy_(old)

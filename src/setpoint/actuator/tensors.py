@@ -34,6 +34,16 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
 
 
+def shapes_by_name(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and buffer by every name it has."""
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
+@torch.no_grad()
+def put_back(tensor: Tensor, old: Tensor) -> None:
+    tensor.copy_(old)
+
+
 def is_persistent(model: nn.Module, buffer: str) -> bool:
     """Whether a buffer is part of the state dict."""
     owner, _, name = buffer.rpartition(".")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from setpoint.actuator.cut import Cut, SizePlace, plan_cut
 from setpoint.actuator.in_state_dict import carry_sizes
 from setpoint.actuator.model_shapes import ModelShapes, Shapes, apply_sizes, by_every_name, check_sizes, note_cut
-from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, swap
+from setpoint.actuator.tensors import in_format, is_persistent, named_tensors, shapes_by_name, swap
 from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.example import Example
 from setpoint.groups.group import Group, Place, Slice
@@ -161,7 +161,7 @@ def cut_to(model: nn.Module, shapes: Shapes, example: Example) -> Cut:
     # Shapes say how narrow a layer is only in comparison with the dense model, which the groups describe.
     with at_dense_shapes(model):
         groups = trace(model, example).groups
-        dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        dense = shapes_by_name(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     try:
         # A buffer that no state dict holds follows the others, and says nothing.

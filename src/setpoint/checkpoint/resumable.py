@@ -19,7 +19,7 @@ from torch.nn.modules.module import _WrappedHook
 from setpoint.actuator.cut import SizePlace
 from setpoint.actuator.in_state_dict import KEY, PENDING, WITHIN_BUDGET, Hooks, StateSizes, carry_sizes, check_loads
 from setpoint.actuator.model_shapes import ModelShapes, Shapes, by_every_name
-from setpoint.actuator.tensors import named_tensors, take
+from setpoint.actuator.tensors import named_tensors, shapes_by_name, take
 from setpoint.checkpoint.fit import cut_to, fit, infer_sizes, misfit
 from setpoint.checkpoint.model_file import some_of, unwrap_module
 from setpoint.distributed import is_sharded, unwrapped
@@ -74,7 +74,7 @@ def may_be_cut(model: nn.Module, state: object) -> bool:
     """Whether a state without sizes may be of a model that was cut out of this one: narrower, as cuts are."""
     if not isinstance(state, Mapping):
         return False
-    dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    dense = shapes_by_name(model)
     saved = {name: tuple(state[name].shape) for name in dense if isinstance(state.get(name), Tensor)}
     narrower = any(shape < dense[name] for name, shape in saved.items())
     return narrower and misfit(model, dense, {**dense, **saved}) is None
@@ -220,7 +220,7 @@ class _Wanted:
         carried = _carried(module, state, prefix)
         tensors, known = named_tensors(module), ModelShapes.of(module)
         dense = known.full(module)
-        now = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        now = shapes_by_name(module)
         saved = {name: state.get(prefix + name) for name in tensors}
         # What is not there, as in a load that is not strict, stays as it is.
         present = {name: tuple(value.shape) for name, value in saved.items() if isinstance(value, Tensor)}
@@ -321,7 +321,7 @@ def _await_nothing(module: nn.Module, undo: ExitStack) -> None:
 def complete(module: nn.Module, example: Example) -> None:
     """Find out the sizes that a load has left open, by inputs of the module, and whether a cut leads to its shapes."""
     dense = ModelShapes.of(module).full(module)
-    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
+    now = shapes_by_name(module)
     wanted = _Wanted({name: shape for name, shape in now.items() if shape != dense[name]}, {}, {})
     # On a copy, since a tensor that has had another shape in between loses what waits for its gradient: a wrapper would
     # average it over the ranks no more.

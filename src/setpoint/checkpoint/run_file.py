@@ -2,12 +2,12 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from operator import is_
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,9 @@ _KEY = "setpoint_run"
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-@runtime_checkable
-class Resizing(Protocol):
-    """A part whose state gives other parts their shapes, a loop: it is loaded before them."""
-
-    def check_saved_with(self, name: str, parts: Sequence[Any]) -> None:
-        """Raise CheckpointError unless its model, optimizers and copies are among the parts."""
-
-    def restored_on_error(self, what: str, *others: Any) -> AbstractContextManager[None]:
-        """Inside, states are loaded on all ranks or on none: after an exception it and all parts are as before."""
+def _resizes(part: Any) -> bool:
+    """Whether a part is a loop, whose state gives other parts their shapes: it is loaded before them."""
+    return hasattr(part, "restored_on_error")
 
 
 def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
@@ -63,7 +57,7 @@ def save_run(path: str | os.PathLike[str], **parts: Any) -> None:
     """
     _check_instances("save_run", parts)
     for name, part in parts.items():
-        if isinstance(part, Resizing):
+        if _resizes(part):
             part.check_saved_with(name, list(parts.values()))
     states = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
     values = {name: part for name, part in parts.items() if name not in states}
@@ -117,15 +111,15 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
                 f"{str(path)!r} holds the states of {some_of(states)}, load_run was given {some_of(parts)}: give the "
                 "same parts"
             )
-    loops = [part for part in parts.values() if isinstance(part, Resizing)]
-    others = [part for part in parts.values() if not isinstance(part, Resizing)]
+    loops = [part for part in parts.values() if _resizes(part)]
+    others = [part for part in parts.values() if not _resizes(part)]
     with ExitStack() as stack:
         for loop in loops:  # it puts the others back as well: DDP must be made for the old shapes meanwhile
             stack.enter_context(loop.restored_on_error(f"loading {str(path)!r}", *others))
         if not loops:
             stack.push(_on_error(snapshot(*others)))
         # Any other order would load narrow tensors into a model that is still dense.
-        for name in sorted(states, key=lambda name: not isinstance(parts[name], Resizing)):
+        for name in sorted(states, key=lambda name: not _resizes(parts[name])):
             try:
                 parts[name].load_state_dict(states[name])
             except (CheckpointError, LoopError, RankError):

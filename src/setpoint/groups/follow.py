@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -66,19 +66,12 @@ FOUND_ANEW: Mapping[str, Any] = {"live": True, "anew": True}
 """Metadata of a field that points into the model and has to be found again after each change: it becomes None."""
 
 
-@runtime_checkable
-class Folding(Protocol):
-    """A state that puts something off, which must be done before its units change."""
-
-    def folded(self) -> Any:
-        """The state with nothing put off."""
-
-
 def follow(state: State, change: Change) -> State:
     """The state after a change of the units.
 
     In a dataclass, every field annotated `ByUnit[...]` or `ByWeight[...]` is cut and grown, and so are the dataclasses
-    in its fields and in tuples there. Anything else has nothing by unit, and is returned as it is.
+    in its fields and in tuples there. Anything else has nothing by unit, and is returned as it is. A state that puts
+    something off has a method `folded`, which returns it with nothing put off.
 
     Raises:
         LoopError: for a dict with an array for each unit of a group, which would stay as wide as it was.
@@ -86,7 +79,7 @@ def follow(state: State, change: Change) -> State:
     if isinstance(state, type) or not is_dataclass(state):
         check_follows(state, {name: len(kept) for name, kept in change.keep.items()})
         return state
-    held: Any = state.folded() if isinstance(state, Folding) else state
+    held: Any = state.folded() if hasattr(state, "folded") else state
     made: dict[str, Any] = {}
     for part, how in _fields_that_follow(held.__class__):
         value, fill = getattr(held, part.name), part.metadata.get("fresh", 0)

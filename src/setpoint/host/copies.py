@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import named_tensors, shapes_by_name
 from setpoint.distributed import is_sharded_tensor, plain_kind
 from setpoint.errors import GroupError
 from setpoint.groups.untouched import computed, copy_of
@@ -89,13 +89,9 @@ def _like(root: nn.Module, model: nn.Module) -> nn.Module:
     """The one module in it that has the class and the shapes of the model; else all of it."""
     if any(map(is_sharded_tensor, model.parameters())):
         return root
-    kind, shapes = plain_kind(model), _shapes(model)
-    found = [module for module in root.modules() if plain_kind(module) is kind and _shapes(module) == shapes]
+    kind, shapes = plain_kind(model), shapes_by_name(model)
+    found = [module for module in root.modules() if plain_kind(module) is kind and shapes_by_name(module) == shapes]
     return found[0] if len(found) == 1 else root
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
 
 
 def _at(tensor: Tensor) -> Iterator[tuple[str, int]]:

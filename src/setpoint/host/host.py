@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import named_tensors, shapes_by_name
 from setpoint.distributed import Ranks, is_sharded, is_sharded_tensor
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
@@ -116,7 +116,7 @@ class Host:
                 yield agreed
             self._follow_in_compiled_code()
             # Gradients of different shapes would be averaged without an error, and wrongly.
-            facts["shapes"] = [tuple(tensor.shape) for tensor in named_tensors(self.model).values()]
+            facts["shapes"] = list(shapes_by_name(self.model).values())
 
     def _open(self, groups: tuple[Group, ...], agree: Agreed) -> AbstractContextManager[Agreed]:
         """Inside, the tensors of these groups are unsharded; at the end what is around the model follows."""

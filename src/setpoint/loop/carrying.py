@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.in_state_dict import RESUMING
-from setpoint.actuator.model_shapes import ModelShapes, Shape, apply_sizes, note_cut, was_cut
+from setpoint.actuator.model_shapes import ModelShapes, apply_sizes, note_cut, was_cut
 from setpoint.actuator.optimizer_check import check_state
 from setpoint.actuator.shrink import unwrapped
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import shapes_by_name
 from setpoint.checkpoint.fit import at_dense_shapes, fit
 from setpoint.checkpoint.plain import from_tensors, to_tensors
 from setpoint.errors import CheckpointError, as_written
@@ -71,7 +71,7 @@ def begin_resumable(loop: Loop, inputs: Inputs, parts: Callable[[Inputs], Parts]
             )
     if inputs.recorded or (state is None and was_cut(host.model)):
         _check_halves(host, steps, state)  # all has been loaded by now
-    before = _shapes(host.model)
+    before = shapes_by_name(host.model)
     with ExitStack() as undo:
         for optimizer in host.optimizers:
             first = optimizer.param_groups[0]
@@ -89,7 +89,7 @@ def begin_resumable(loop: Loop, inputs: Inputs, parts: Callable[[Inputs], Parts]
             _settle(host, loop.groups)
         undo.pop_all()  # it was taken over
     if not inputs.recorded:
-        carrying.expect(steps, state, cut=before != _shapes(host.model))
+        carrying.expect(steps, state, cut=before != shapes_by_name(host.model))
 
 
 class Carrying:
@@ -136,7 +136,7 @@ class Carrying:
         if number > 0:
             self.expect(steps, self._state, cut=bool(self._cut))
             return remaining
-        before = _shapes(host.model)
+        before = shapes_by_name(host.model)
         with loop.restored_on_error("loading the state of the optimizer", self):  # both states are taken, or none
             if loop.step and host.mesh is None:
                 self._go_back(state)
@@ -145,7 +145,7 @@ class Carrying:
                     loop.load_state_dict(state)
             _settle(host, loop.groups)
             check_state(optimizer, host.model, loop.groups, remaining)
-        self.expect(steps, state, cut=before != _shapes(host.model))
+        self.expect(steps, state, cut=before != shapes_by_name(host.model))
         return remaining
 
     def _go_back(self, state: Any) -> None:
@@ -188,13 +188,9 @@ class Carrying:
         self._handles.clear()
 
 
-def _shapes(model: nn.Module) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-
-
 def _misfit(host: Host, state: Any) -> str:
     """The first tensor of the model that has another shape than in a loop's state; "" if none."""
-    now, wanted = _shapes(host.model), state["actuator"].get("shapes", {})
+    now, wanted = shapes_by_name(host.model), state["actuator"].get("shapes", {})
     return next((name for name, shape in wanted.items() if now.get(name, shape) != tuple(shape)), "")
 
 

@@ -13,7 +13,7 @@ from setpoint.actuator.actuator import Actuator, Origins
 from setpoint.actuator.cut import cut_groups, plan_cut
 from setpoint.actuator.refit import refit
 from setpoint.actuator.shrink import shrink_live
-from setpoint.actuator.tensors import named_tensors
+from setpoint.actuator.tensors import named_tensors, shapes_by_name
 from setpoint.controller.plan import Plan
 from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
@@ -98,7 +98,7 @@ class Cutting(Actuator):
         return {
             "kind": self.kind,
             "origin": {name: torch.from_numpy(origin.copy()) for name, origin in self.origin.items()},
-            "shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            "shapes": shapes_by_name(self.host.model),
         }
 
     def check(self, state: Mapping[str, Any]) -> tuple[Group, ...]:

@@ -68,7 +68,7 @@ def cost_out(
     """
     measured = {goal.resource for goal in goals} & set(METERED)
     watts = next((goal.watts for goal in goals if goal.watts is not None), None)
-    device = next((parameter.device for parameter in host.model.parameters()), torch.device("cpu"))
+    device = host.device
     energy = _energy_meter(device, watts) if "energy" in measured else None
     example, own = without_cache(host.model, example), restricted(found, groups)
     flops, costs, sources = flops_cost(own), dict[str, Cost](), dict[str, str]()
