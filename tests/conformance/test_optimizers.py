@@ -123,17 +123,9 @@ MUONS = [
 def shape_factor(settings: Mapping[str, Any], shape: Sequence[int]) -> float:
     """What Muon multiplies the learning rate of a matrix by: `sqrt(max(1, m / n))`, or `0.2 sqrt(max(m, n))`.
 
-    The param group's "adjust_lr_fn" chooses; the shape has m rows and n columns. Muon makes the momentum matrix of a
-    weight orthogonal by Newton-Schulz iterations,
-
-        X <- a X + b (X X^T) X + c (X X^T)^2 X,    X_0 = B / ||B||_F,
-
-    in which rows and columns of zeros stay zero and add nothing to the norm. So a cut matrix and its masked twin give
-    the same entries, up to the bfloat16 in which PyTorch computes them, if the twin has the factor of the cut shape.
-
-    References:
-        Jordan et al.: "Muon: an optimizer for hidden layers in neural networks", 2024. Liu et al.: "Muon is scalable
-        for LLM training", arXiv 2502.16982 (the factor that matches AdamW).
+    The param group's "adjust_lr_fn" chooses; the shape has m rows and n columns. Rows and columns of zeros stay zero in
+    Newton-Schulz iterations and add nothing to the norm: so a cut matrix and its masked twin give the same entries, if
+    the twin has the factor of the cut shape.
     """
     rows, columns = shape
     if settings["adjust_lr_fn"] == "match_rms_adamw":

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.actuator.tensors import put_back
 from setpoint.distributed import local, rows
 from setpoint.groups.group import Group
 from setpoint.messages import counted, warn
@@ -173,5 +172,5 @@ def _apply(
 
 
 def _write(tensor: Tensor, new: Tensor, undo: Callable[..., Any]) -> None:
-    undo(put_back, tensor, tensor.detach().clone())
+    undo(tensor.detach().copy_, tensor.detach().clone())
     tensor.copy_(new)

@@ -39,11 +39,6 @@ def shapes_by_name(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 
 
-@torch.no_grad()
-def put_back(tensor: Tensor, old: Tensor) -> None:
-    tensor.copy_(old)
-
-
 def is_persistent(model: nn.Module, buffer: str) -> bool:
     """Whether a buffer is part of the state dict."""
     owner, _, name = buffer.rpartition(".")

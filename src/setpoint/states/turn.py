@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.actuator.cut import Keep, check_keep
-from setpoint.actuator.tensors import Optimizers, as_sequence, map_tensors, named_tensors, put_back
+from setpoint.actuator.tensors import Optimizers, as_sequence, map_tensors, named_tensors
 from setpoint.controller.plan import Plan
 from setpoint.errors import GroupError
 from setpoint.groups.group import Group
@@ -150,7 +150,7 @@ class _Turn:
         tensors, layer = named_tensors(model), self._layer(model)
         # Clones, since `set_state_space` writes in place.
         for name in self.tensors:
-            self.undo.callback(put_back, tensors[name], tensors[name].detach().clone())
+            self.undo.callback(tensors[name].detach().copy_, tensors[name].detach().clone())
         old = layer.state_space()
         values = old.eigenvalues.detach().to(torch.complex128)
         inputs = torch.zeros_like(old.inputs, dtype=torch.complex128)
