@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_826,
+    "wheel: lines": 29_825,
     "wheel: files": 172,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +232,7 @@ def _contents(container: Any) -> Callable[[], None]:
     def put_back() -> None:
         now = _objects_in(container)
         # What has not changed is not touched: somebody may be iterating over it.
-        if len(now) != len(objects) or not all(map(is_, now, objects)):
+        if len(now) != len(objects) or any(new is not old for new, old in zip(now, objects, strict=True)):
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(before)
 
