@@ -461,6 +461,18 @@ def models_cut() -> str:
     )
 
 
+@block("seconds-met")
+def seconds_met() -> str:
+    """How many files are within a budget of seconds, and by how much."""
+    rows = json.loads((RESULTS / "runtimes.json").read_text(encoding="utf-8"))["rows"]
+    under = sorted(1 - row["ratio"] / row["share"] for row in rows)
+    nets, runtimes = ({row[what] for row in rows} for what in ("net", "runtime"))
+    return (
+        f"{sum(each >= 0 for each in under)} of {len(rows)} finished files were within their budget of milliseconds, "
+        f"the median one by {statistics.median(under):.1%}: {len(nets)} nets in {', '.join(sorted(runtimes))}."
+    )
+
+
 @block("suites")
 def suites() -> str:
     """What `setpoint coverage` found in each family, and every failure."""

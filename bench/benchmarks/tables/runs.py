@@ -17,10 +17,10 @@ from setpoint_bench.report.packed import file_of
 from setpoint_bench.report.results import Cell
 from setpoint_bench.report.statistics import difference
 from setpoint_bench.report.summary import SETPOINT, Row, summary_rows
-from tables.records import models_cut
+from tables.records import models_cut, seconds_met
 from tables.renderer import RESULTS, SPECS, block, marked, rows_made_on, table
 
-LONGER = ("-long", "-taught", "-trained", "-alone")
+LONGER = ("-long", "-longer", "-taught", "-trained", "-alone")
 """How names of methods end that train for longer, or are taught by a dense run."""
 PRETRAINED = {
     "resnet56": ("ResNet-56, CIFAR-10", "resnet20"),
@@ -141,48 +141,39 @@ def _clearly_ahead(row: Row, rivals: Sequence[Row]) -> bool:
 
 @block("readme")
 def readme() -> str:
-    """Fine-tuned pretrained models at two budgets, and below how many models are cut."""
+    """Fine-tuned pretrained models at two budgets; below, how many models are cut and how many deadlines are met."""
     rows = []
-    for name, (model, _) in PRETRAINED.items():
+    for name, (model, small) in PRETRAINED.items():
         for budget in (0.5, 0.25):
-            ours, rival, seeds = _ours_and_rival(name, budget)
+            mine, rival = _default(name, budget), _best_rival(name, budget)
+            found = difference(_cells(name, mine.method, budget), _cells(name, rival.method, budget))
             rows.append(
                 {
                     "fine-tuned model": model,
                     "FLOPs / step": percent(budget),
-                    "Setpoint": ours,
-                    "best baseline": rival,
-                    "dense": _accuracy(_dense(name)),
-                    "seeds": seeds,
-                    "more steps": _beside_dense(name, budget),
+                    "dense": _with_spread(_dense(name)),
+                    "Setpoint": f"{_with_spread(mine)}, {percent(mine.train_flops_ratio)}",
+                    "best baseline": f"{_with_spread(rival)}, {percent(rival.train_flops_ratio)}",
+                    "difference, points": marked(found, mine.metric),
+                    "smaller pretrained model": _with_spread(rows_of(small)[0]) if small else NOTHING,
                 }
             )
-    return table(rows, f"* {models_cut()}")
+    return table(rows, f"* {models_cut()}\n* {seconds_met()}")
 
 
-def _ours_and_rival(name: str, budget: float) -> tuple[str, str, str]:
-    """Setpoint's accuracy, that of the best rival, and the seeds of both and of dense."""
+def _default(name: str, budget: float) -> Row:
+    """The row of the default, one cut at the start, with the training FLOPs of gradual cuts; or that of those."""
+    known = {row.method: row for row in rows_of(name) if row.budget == budget}
+    return known.get(f"{SETPOINT}-at-once-long") or known[SETPOINT]
+
+
+def _best_rival(name: str, budget: float) -> Row:
     best = _best_of_families([row for row in _of_equal_steps(name) if row.budget == budget])
-    mine, *rivals = [row for row in best.values() if row is not None]
-    rival = max(rivals, key=lambda row: row.value.mean)
-    ours = f"**{_accuracy(mine)}**" if _clearly_ahead(mine, [rival]) else _accuracy(mine)
-    seeds = [str(row.num_seeds) for row in (mine, rival, _dense(name))]
-    return ours, _accuracy(rival), seeds[0] if len(set(seeds)) == 1 else " / ".join(seeds)
+    return max((row for kind, row in best.items() if row and kind != "Setpoint"), key=lambda row: row.value.mean)
 
 
-def _accuracy(row: Row) -> str:
-    return f"{100 * row.value.mean:.1f} %"
-
-
-def _beside_dense(name: str, budget: float) -> str:
-    """The mean of runs with the dense training FLOPs, and in brackets that of the dense runs with the same seeds."""
-    ours = _cells(name, f"{SETPOINT}-long", budget)
-    seeds = {cell.seed for cell in ours}
-    dense = [cell for cell in _cells(name, "dense", None) if cell.seed in seeds]
-    if not ours or not dense:
-        return NOTHING
-    longer, full = (f"{100 * statistics.fmean(cell.value for cell in cells):.1f} %" for cells in (ours, dense))
-    return f"{longer} (dense {full})"
+def _with_spread(row: Row) -> str:
+    return f"{metric_text(row)} ({row.num_seeds})"
 
 
 @block("pretrained")
