@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+
+import numpy as np
 
 import setpoint
 from setpoint.report.numbers import NOTHING, duration, human, percent
@@ -87,6 +90,12 @@ def family(data: Record) -> str:
     return table(rows, made, left=2)
 
 
+def _length_for(loss: float, known: Sequence[tuple[float, float]]) -> float:
+    """Steps or FLOPs at which a loss is reached, on lines through the logarithms of those of known losses."""
+    losses, lengths = zip(*known, strict=True)
+    return math.exp(float(np.interp(loss, losses, np.log(lengths))))
+
+
 @record_block("parent", "parent.json")
 def parent(data: Record) -> str:
     """By size and length, losses of derived models and of models from scratch, each at the best of its rates."""
@@ -99,19 +108,25 @@ def parent(data: Record) -> str:
                 best = min((r for r in children if (r["what"], r["share"]) == (what, share)), key=lambda r: r["loss"])
                 losses.setdefault((what, share), []).append(best["loss"])
                 shares.setdefault((what, share), []).append(best["train_flops"] / first["train_flops"])
-        for (what, share), values in losses.items():
-            rows.append(
-                {
-                    "task": task,
-                    "FLOPs / step": percent(size),
-                    "model": what,
-                    "steps, of the parent's": percent(share),
-                    "training FLOPs, of the parent's": percent(statistics.fmean(shares[what, share])),
-                    "loss on test": f"{statistics.fmean(values):.3f}",
-                    "parent's loss": f"{statistics.fmean(run[0]['loss'] for run in runs):.3f}",
-                    "seeds": str(len(values)),
-                }
-            )
+        loss, flops = ({key: statistics.fmean(of) for key, of in found.items()} for found in (losses, shares))
+        scratch = sorted((loss[key], key[1], flops[key]) for key in loss if key[0] == "from scratch")
+        for (what, share), seeds in losses.items():
+            line = {
+                "task": task,
+                "FLOPs / step": percent(size),
+                "model": what,
+                "steps, of the parent's": percent(share),
+                "training FLOPs, of the parent's": percent(flops[what, share]),
+                "loss on test": f"{loss[what, share]:.3f}",
+                "parent's loss": f"{statistics.fmean(run[0]['loss'] for run in runs):.3f}",
+                "seeds": str(len(seeds)),
+            }
+            if what == "derived":
+                steps, spent = (_length_for(loss[what, share], [(row[0], row[of]) for row in scratch]) for of in (1, 2))
+                line["from scratch, for the same loss"] = (
+                    f"{steps / share:.0f}x the steps, {spent / flops[what, share]:.0f}x the FLOPs"
+                )
+            rows.append(line)
     return table(rows, made, left=3)
 
 
