@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 import setpoint
-from setpoint.report.numbers import NOTHING, duration, human, percent
+from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent
 from tables.renderer import (
     RESULTS,
     ROOT,
@@ -82,7 +82,7 @@ def family(data: Record) -> str:
                 "parent": f"{mean['parent']:.2f} %",
                 "from the next larger": f"{mean['descended']:.2f} %",
                 "from the parent": f"{mean['alone']:.2f} %",
-                "difference": f"{mean['descended'] - mean['alone']:+.2f}",
+                "difference": f"{mean['descended'] - mean['alone']:+.2f}".replace("-", MINUS),
                 "training FLOPs, of the parent's": percent(statistics.fmean(shares["descended"])),
                 "seeds": str(len(runs)),
             }

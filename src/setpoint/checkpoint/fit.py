@@ -250,17 +250,17 @@ def misfit(model: nn.Module, dense: Shapes, shapes: Shapes) -> str | None:
     ):
         return None
     widths, in_layer = [], dict[tuple[str, str, int], tuple[int, int]]()
-    for path, module in model.named_modules():
-        for key in (*module._parameters, *module._buffers):
-            name = f"{path}.{key}" if path else key
-            for dim, (before, now) in enumerate(zip(dense.get(name, ()), shapes.get(name, ()), strict=True)):
-                role = _role(module, key, dim)
-                if role in ("made", "along"):  # a layer's bias is as long as its weight has outputs
-                    place = (path, role, 0 if role == "made" else dim)
-                    if in_layer.setdefault(place, (before, now)) != (before, now):
-                        return f"the tensors of {path!r} do not belong together: {name!r} has shape {shapes[name]}"
-                if before != now:
-                    widths.append(_Width(name, name if role == "unknown" else path, dim, before, now, role))
+    for name in named_tensors(model):
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        for dim, (before, now) in enumerate(zip(dense.get(name, ()), shapes.get(name, ()), strict=True)):
+            role = _role(module, key, dim)
+            if role in ("made", "along"):  # a layer's bias is as long as its weight has outputs
+                place = (path, role, 0 if role == "made" else dim)
+                if in_layer.setdefault(place, (before, now)) != (before, now):
+                    return f"the tensors of {path!r} do not belong together: {name!r} has shape {shapes[name]}"
+            if before != now:
+                widths.append(_Width(name, name if role == "unknown" else path, dim, before, now, role))
     fixed, along, made, read, unknown = ([w for w in widths if w.role == role] for role in _ROLES)
 
     def alone(some: Iterable[_Width], *others: _Width) -> list[_Width]:
