@@ -38,7 +38,7 @@ def in_the_foreground() -> Iterator[None]:
 
 
 class Interrupting:
-    """Sends this process a SIGINT at the n-th line of Setpoint that runs, and counts the lines.
+    """Sends this process a SIGINT at the n-th line of Setpoint that runs, and counts the lines; nothing for None.
 
     The collector of garbage rests meanwhile: what it finalizes of other tests is no line of a decision, and an
     exception there comes through nowhere.
@@ -48,13 +48,15 @@ class Interrupting:
         self.at, self.lines = at, 0
 
     def __enter__(self) -> Interrupting:
-        gc.disable()
-        sys.settrace(self._enter)
+        if self.at is not None:  # the tests in the runner's own process trace nothing
+            gc.disable()
+            sys.settrace(self._enter)
         return self
 
     def __exit__(self, *ending: Any) -> None:
-        sys.settrace(None)
-        gc.enable()
+        if self.at is not None:
+            sys.settrace(None)
+            gc.enable()
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         file = frame.f_code.co_filename
