@@ -26,7 +26,7 @@ AT_MOST = {
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
     "bench: lines": 15_496,
-    "tests: lines": 31_725,
+    "tests: lines": 31_727,
     "attach to first cut: files": 57,
     "attach to first cut: lines": 11_470,
     "training steps: files": 37,
