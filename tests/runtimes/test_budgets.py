@@ -139,7 +139,7 @@ def test_errors_have_the_word_that_was_given(budget: object, words: str) -> None
 
 def test_a_budget_below_the_constant_part_is_refused() -> None:
     """Claim: what no width can save is said before any training, with the least that can be reached."""
-    with pytest.raises(BudgetError, match=r"cannot be reached.*Ask for at least '\d+\.\d% clock'"):
+    with pytest.raises(BudgetError, match=r"cannot be reached.*Ask for at least \d+\.\d % of the dense seconds$"):
         trained(setpoint.Budget.total(0.5e-3, of="inference", runtime=Clock(straight)))
 
 
@@ -221,6 +221,27 @@ def test_widths_keep_to_the_grid(law: Callable[[nn.Module], float], grid: int | 
     model, _, _ = trained(setpoint.Budget.fraction(0.6, of="inference", runtime=Clock(law)), width=160, grid=grid)
     assert {module.out_features % (grid or 16) for module in linears(model)[:-1]} == {0}
     assert min(module.out_features for module in linears(model)[:-1]) < 160
+
+
+@pytest.mark.parametrize("goal", [setpoint.Price, setpoint.Tolerance])
+def test_a_price_and_a_tolerance_are_of_seconds_in_a_runtime(goal: Any) -> None:
+    """Claim: what they save is timed in the runtime that they name."""
+    clock = Clock(straight)
+    goal = goal(10.0, of="inference", runtime=clock)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
+    dense, optimizer, x = straight(model), torch.optim.SGD(model.parameters(), lr=0.05), torch.randn(32, 16)
+    loop = setpoint.attach(model, optimizer, goal, example=(x,), total_steps=100)
+    for _ in range(100):
+        loss = (model(x) - x[:, :4]).square().mean()
+        loop.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    summary = loop.finish()
+    assert clock.forwards > 100
+    assert straight(model) < dense
+    assert "clock" in summary.sources["inference"]
 
 
 def test_texts_name_runtimes() -> None:

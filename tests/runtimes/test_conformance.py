@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
-from setpoint.errors import ExampleError, ExportError, RuntimeUnavailable, SetpointError
+from setpoint.errors import BudgetError, ExampleError, ExportError, RuntimeUnavailable, SetpointError
 from setpoint.runtimes import ExecuTorch, OnnxRuntime, OpenVINO
 from setpoint.runtimes.files import ByTensor, FileRuntime, Opened, opened, written
 
@@ -157,7 +157,7 @@ def test_what_tracing_does_not_export_is_exported_all_the_same(int8: bool, capfd
 def test_integers_are_near(runtime: FileRuntime, model: nn.Module, example: Any, tmp_path: Any) -> None:
     """Claim: the outputs of int8 are near those of PyTorch, and not the same."""
     forward = loaded(runtime, model, example)
-    want = ByTensor(copy.deepcopy(model), example).outputs
+    want = ByTensor(copy.deepcopy(model), example).compared[0][1]
     assert 0 < max(map(far, forward.outputs(), want)) < 0.1
     assert forward.difference == pytest.approx(max(map(far, forward.outputs(), want)))
 
@@ -233,3 +233,39 @@ def test_threads_and_providers_are_checked() -> None:
     with pytest.raises(RuntimeUnavailable, match="NoSuchProvider.*CPUExecutionProvider"):
         OnnxRuntime(providers=["NoSuchProvider"]).load(conv_net().eval(), IMAGE)
     assert issubclass(RuntimeUnavailable, SetpointError)
+    for wrong, words in (
+        (lambda: OnnxRuntime(int8="yes"), "int8 is True or False, got 'yes'"),
+        (lambda: OpenVINO(int8=1), "int8 is True or False, got 1"),
+        (lambda: OnnxRuntime(providers=[]), "providers is a list of names.*got \\[\\]"),
+        (lambda: OpenVINO(device=None), "device is a name.*got None"),
+        (lambda: setpoint.Budget.fraction(0.5, of="inference", runtime="onnx"), "did you mean onnxruntime"),
+        (lambda: setpoint.cost.budget.parse_budget("8 ms onnx"), "did you mean onnxruntime"),
+    ):
+        with pytest.raises(BudgetError, match=words):
+            wrong()
+
+
+class Branches(nn.Module):
+    """What it does depends on its inputs' values: a file that is traced holds one of the two branches."""
+
+    def forward(self, *, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * (x.sin() if x.sum() > 0 else x.cos())
+
+
+class ByName(nn.Module):
+    def forward(self, *, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * (x.sin() - y)
+
+
+@each_runtime
+def test_models_that_take_keywords_alone(runtime: FileRuntime) -> None:
+    """Claim: a forward of keywords alone, given in another order, has PyTorch's outputs."""
+    assert loaded(runtime, ByName(), {"y": torch.ones(2, 3), "scale": 2.0, "x": torch.rand(2, 3)}).difference < 1e-5
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES[:2], ids=lambda each: each.name)
+def test_a_branch_on_values_is_found(runtime: FileRuntime) -> None:
+    """Claim: outputs are compared on other values, too, where a branch that was traced is the wrong one."""
+    forward = loaded(runtime, Branches(), {"x": torch.ones(2, 3)})
+    assert forward.difference > 0.1
+    assert "other values of its shapes" in forward.too_far("the model")

@@ -34,6 +34,15 @@ def _check_means(resource: str, watts: float | None, example: Any, runtime: Any 
             raise BudgetError(f"{name} is for a budget or a price of {used_by!r}, got one of {resource!r}")
 
 
+def _plain(goal: Any) -> None:
+    if goal.runtime is not None:
+        from setpoint.runtimes import as_runtime
+
+        object.__setattr__(goal, "runtime", as_runtime(goal.runtime))
+    plain_fields(goal)
+    check_resource(goal.resource)
+
+
 def _check_amount(value: Any, name: str, meaning: str) -> None:
     if not _is_finite(value) or value < 0:
         raise BudgetError(f"{name} is a finite number of at least 0, {meaning}, got {value!r}")
@@ -82,12 +91,7 @@ class Budget:
     runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.runtime is not None:
-            from setpoint.runtimes import as_runtime
-
-            object.__setattr__(self, "runtime", as_runtime(self.runtime))
-        plain_fields(self)
-        check_resource(self.resource)
+        _plain(self)
         if self.per not in ("step", "run"):
             raise BudgetError(f"per={self.per!r} is not known: use per='step' or per='run'")
         if not _is_finite(self.limit) or self.limit <= 0:
@@ -142,6 +146,11 @@ class Budget:
         """As a user writes what it is of: the resource, or the runtime."""
         return self.resource if self.runtime is None else str(self.runtime.name)
 
+    @property
+    def typeable(self) -> bool:
+        """Whether a text can say what it is of."""
+        return self.runtime is None or _known(self.named)
+
     def absolute(self, dense: float) -> float:
         """The limit in the resource's own unit, given the dense cost."""
         return self.limit * dense if self.relative else float(self.limit)
@@ -168,6 +177,7 @@ class Price:
         relative: whether the rate is for the dense cost.
         watts: power that a training step draws, for "energy" where no meter reads it.
         example: inputs of one inference, for "inference"; by default the example that `attach` is given.
+        runtime: where "inference" is timed, as of a `Budget`.
 
     Raises:
         BudgetError: for a rate that is no finite number of at least 0, and for what a budget would refuse.
@@ -181,12 +191,12 @@ class Price:
     relative: bool = True
     watts: float | None = field(default=None, repr=False)
     example: Any = field(default=None, repr=False, compare=False)
+    runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        check_resource(self.of)
+        _plain(self)
         _check_amount(self.rate, "a rate", "the loss that the cost is worth")
-        _check_means(self.of, self.watts, self.example)
+        _check_means(self.of, self.watts, self.example, self.runtime)
 
     @property
     def resource(self) -> str:
@@ -209,6 +219,7 @@ class Tolerance:
         of: the resource to save.
         watts: power that a training step draws, for "energy" where no meter reads it.
         example: inputs of one inference, for "inference"; by default the example that `attach` is given.
+        runtime: where "inference" is timed, as of a `Budget`.
 
     Raises:
         BudgetError: for a loss that is no finite number of at least 0, and for what a budget would refuse.
@@ -221,12 +232,12 @@ class Tolerance:
     of: str = "flops"
     watts: float | None = field(default=None, repr=False)
     example: Any = field(default=None, repr=False, compare=False)
+    runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        check_resource(self.of)
+        _plain(self)
         _check_amount(self.loss, "a tolerance", "the rise in loss to accept")
-        _check_means(self.of, self.watts, self.example)
+        _check_means(self.of, self.watts, self.example, self.runtime)
 
     @property
     def resource(self) -> str:

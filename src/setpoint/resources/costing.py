@@ -94,7 +94,7 @@ def cost_out(
                 sources["energy"] = f"modelled: {power} x seconds"
     if "inference" in measured:
         goal = next(goal for goal in goals if goal.resource == "inference")
-        runtime = getattr(goal, "runtime", None)
+        runtime = goal.runtime
         asked = goal.example if goal.example is not None else example if runtime is None else one_sample(example)
         check_example(asked)
         runtime = runtime or Eager()

@@ -77,7 +77,7 @@ def export(
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             file = Path(folder) / path.name
             written(runtime.write, by_tensor, file, runtime.name)
-            forward = opened(runtime, file, by_tensor.inputs, by_tensor.outputs)
+            forward = opened(runtime, file, by_tensor.inputs, by_tensor.compared)
             text = forward.too_far(path.name, tolerance)
             # Integers that are as far away as zeros would be are of no use.
             if text and not (runtime.int8 and forward.difference <= max(tolerance or 0.0, 1.0)):

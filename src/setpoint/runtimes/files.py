@@ -8,7 +8,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,10 +16,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from setpoint.errors import ExampleError, ExportError, RuntimeUnavailable, SetpointError
+from setpoint.errors import BudgetError, ExampleError, ExportError, RuntimeUnavailable, SetpointError
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of, with_tensors, without_cache
 from setpoint.groups.untouched import preserved_rng_state
+from setpoint.messages import counts
 from setpoint.runtimes.runtime import Forward, Runtime
+
+_SAME = (
+    "they are compared on the example and on other values of its shapes, and no forward may draw numbers or depend on "
+    "values (an `if`, `.item()` or loop is a constant in a file)"
+)
 
 
 class ByTensor(nn.Module):
@@ -41,16 +47,31 @@ class ByTensor(nn.Module):
         with torch.no_grad(), preserved_rng_state(model), torch.autocast("cpu", enabled=False):
             try:
                 self.inputs = named_tensors(self.args, self.kwargs, model)
-                self.outputs = self(*self.inputs.values())
+                self.compared = [(self.inputs, self(*self.inputs.values()))]
             except Exception as error:  # anything may go wrong in a foreign forward
                 raise ExampleError(f"the model does not run on the example: {error}") from error
-        if not self.outputs:
+            # What depends on values is a constant in a file that is traced: the example alone would not show it.
+            with suppress(Exception):  # a model may not take other values
+                other = {name: _other(tensor) for name, tensor in self.inputs.items()}
+                self.compared.append((other, self(*other.values())))
+        if not self.compared[0][1]:
             raise ExportError(f"the forward of {type(model).__name__} returns no tensor: return the outputs")
+        self.compared = [pair for pair in self.compared if pair is self.compared[0] or _all_finite(pair[1])]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         own = {id(tensor): given for tensor, given in zip(self.inputs.values(), tensors, strict=True)}
         args, kwargs = with_tensors((self.args, self.kwargs), own)
         return tuple(tensors_of(self.model(*args, **kwargs)))
+
+
+def _other(tensor: Tensor) -> Tensor:
+    """Other valid values: integers and booleans in another order, floats also of another sign."""
+    rolled = tensor.flatten().roll(1).reshape(tensor.shape)
+    return 0.5 - rolled if tensor.is_floating_point() else rolled
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def named_tensors(args: Sequence[Any], kwargs: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -125,12 +146,18 @@ class Opened:
             tolerance = 0.1 if self.runtime.int8 else 1e-3
         if self.difference <= tolerance:
             return ""
-        hint = "calibrate on real inputs" if self.runtime.int8 else "no forward may draw numbers or depend on values"
+        hint = "calibrate on real inputs" if self.runtime.int8 else _SAME
         where = self.runtime.name + " with int8" * self.runtime.int8
         return (
             f"the outputs of {what} in {where} differ from PyTorch's by {self.difference:.2g} of their largest value, "
             f"more than tolerance={tolerance:g}: {hint}"
         )
+
+
+def check_settings(threads: object, int8: object = False) -> None:
+    counts(threads=threads)
+    if not isinstance(int8, bool):
+        raise BudgetError(f"int8 is True or False, got {int8!r}")
 
 
 def loaded(runtime: FileRuntime, model: nn.Module, example: Example) -> Forward:
@@ -139,7 +166,7 @@ def loaded(runtime: FileRuntime, model: nn.Module, example: Example) -> Forward:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"model{runtime.suffix}"
         written(runtime.write, by_tensor, file, runtime.name)
-        return opened(runtime, file, by_tensor.inputs, by_tensor.outputs)
+        return opened(runtime, file, by_tensor.inputs, by_tensor.compared)
 
 
 def written(write: Callable[[ByTensor, Path], None], model: ByTensor, file: Path, to: str) -> None:
@@ -158,15 +185,24 @@ def written(write: Callable[[ByTensor, Path], None], model: ByTensor, file: Path
 
 
 def opened(
-    runtime: FileRuntime, file: Path, inputs: Mapping[str, Tensor], want: Sequence[Tensor] | None = None
+    runtime: FileRuntime,
+    file: Path,
+    inputs: Mapping[str, Tensor],
+    compared: Sequence[tuple[Mapping[str, Tensor], Sequence[Tensor]]] = (),
 ) -> Opened:
-    """Open a file for these inputs; it has run once, and its outputs are compared with those that are wanted."""
+    """Open a file for these inputs; it has run once. Its outputs are compared with those wanted on several inputs.
+
+    Integers are compared on the first ones alone, on which they are calibrated.
+    """
     try:
         with silent():
             session = runtime.open(file)
         run = session.bind(_fitting(inputs, session.shapes, file.name))
-        got = _copied(run())
-        difference = 0.0 if want is None else _difference(got, want)
+        run()
+        difference = 0.0
+        for given, want in compared[: 1 if runtime.int8 else None]:
+            got = _copied(session.bind(_fitting(given, session.shapes, file.name))())
+            difference = max(difference, _difference(got, want))
     except SetpointError:
         raise
     except Exception as error:  # runtimes raise anything

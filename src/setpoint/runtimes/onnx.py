@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from setpoint.errors import BudgetError, RuntimeUnavailable
 from setpoint.groups.example import Example
-from setpoint.messages import counts
-from setpoint.runtimes.files import ByTensor, Session, loaded, needs
+from setpoint.runtimes.files import ByTensor, Session, check_settings, loaded, needs
 from setpoint.runtimes.runtime import Forward, thread_seconds, wall_seconds
 
 _PACKAGES = "onnx onnxruntime onnxscript"
@@ -45,9 +44,9 @@ class OnnxRuntime:
     suffix = ".onnx"
 
     def __post_init__(self) -> None:
-        counts(threads=self.threads)
-        if isinstance(self.providers, str):
-            raise BudgetError(f"providers is a list: write providers=[{self.providers!r}]")
+        check_settings(self.threads, self.int8)
+        if self.providers is not None and not (isinstance(self.providers, (list, tuple)) and self.providers):
+            raise BudgetError(f"providers is a list of names, such as [{_CPU!r}], or None, got {self.providers!r}")
 
     def load(self, model: nn.Module, example: Example) -> Forward:
         return loaded(self, model, example)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from setpoint.errors import BudgetError
 from setpoint.groups.example import Example
-from setpoint.messages import counts
-from setpoint.runtimes.files import ByTensor, Session, loaded, needs
+from setpoint.runtimes.files import ByTensor, Session, check_settings, loaded, needs
 from setpoint.runtimes.runtime import Forward, thread_seconds, wall_seconds
 
 
@@ -38,7 +38,9 @@ class OpenVINO:
     suffix = ".xml"
 
     def __post_init__(self) -> None:
-        counts(threads=self.threads)
+        check_settings(self.threads, self.int8)
+        if not (isinstance(self.device, str) and self.device):
+            raise BudgetError(f"device is a name that OpenVINO knows, such as 'CPU', got {self.device!r}")
 
     def load(self, model: nn.Module, example: Example) -> Forward:
         return loaded(self, model, example)
