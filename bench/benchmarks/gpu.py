@@ -24,16 +24,15 @@ import numpy as np
 import torch
 from record import keep
 from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
 from torch.utils._pytree import tree_map
 
 import setpoint
 from setpoint.controller.selection import landing_widths
 from setpoint.cost.cost import flops_cost
-from setpoint.errors import DeviceError
 from setpoint.groups.group import widths_of
 from setpoint.groups.trace import trace
 from setpoint.resources.joules import find_energy_meter
-from setpoint.weights.semi_structured import to_semi_structured
 from setpoint_bench.joules import Joules
 from setpoint_bench.recipe import autocast, best_device
 from setpoint_bench.zoo import library
@@ -233,9 +232,10 @@ def semi_structured(device: torch.device, width: int, rounds: int) -> dict[str, 
     dense = dense.to(device, torch.float16).eval()
     sparse, inputs = copy.deepcopy(dense), torch.randn(width, width, device=device, dtype=torch.float16)
     try:
-        to_semi_structured(sparse)
-    except DeviceError as error:
-        return {"why_not": str(error)}
+        for layer in sparse[::2]:
+            layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+    except RuntimeError as error:  # hardware without sparse tensor cores
+        return {"why_not": str(error).splitlines()[0]}
     turns: dict[str, list[float]] = {"dense": [], "2:4": []}
     with torch.no_grad():
         for _ in range(rounds + 1):

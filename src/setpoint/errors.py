@@ -110,9 +110,5 @@ class CostError(SetpointError, ValueError):
     """A cost that cannot be predicted or measured for this model on this device."""
 
 
-class DeviceError(SetpointError, RuntimeError):
-    """Something that this hardware cannot do."""
-
-
 class RankError(SetpointError, RuntimeError):
     """Processes that train one model together and do not agree, or of which one has failed or is lost."""
