@@ -139,7 +139,7 @@ def test_errors_have_the_word_that_was_given(budget: object, words: str) -> None
 
 def test_a_budget_below_the_constant_part_is_refused() -> None:
     """Claim: what no width can save is said before any training, with the least that can be reached."""
-    with pytest.raises(BudgetError, match=r"cannot be reached.*Ask for at least \d+\.\d % of the dense seconds$"):
+    with pytest.raises(BudgetError, match=r"cannot be reached.*Ask for at least \d+\.\d% clock$"):
         trained(setpoint.Budget.total(0.5e-3, of="inference", runtime=Clock(straight)))
 
 

@@ -23,7 +23,7 @@ def test_a_price_and_a_tolerance_stand_alone(goal: Price | Tolerance) -> None:
         check_budgets([goal, Budget.fraction(0.5, of="flops")])
 
 
-@pytest.mark.parametrize(("least", "advice"), [(0.6, "Ask for at least '63.0% latency'"), (0.995, "hold the model to")])
+@pytest.mark.parametrize(("least", "advice"), [(0.6, "Ask for at least 63.0% latency"), (0.995, "hold the model to")])
 def test_advice_is_of_use(least: float, advice: str) -> None:
     """The least is named, with room for the next fit of seconds, unless it is about all that the dense model takes."""
     with pytest.raises(BudgetError, match=f"cannot be reached.*{advice}"):

@@ -22,25 +22,19 @@ def check_resource(name: object) -> None:
         raise unknown(name)
 
 
-def _check_means(resource: str, watts: float | None, example: Any, runtime: Any = None) -> None:
-    if watts is not None and not (_is_finite(watts) and watts > 0):
-        raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {watts!r}")
-    for name, value, used_by in (
-        ("watts", watts, "energy"),
-        ("example", example, "inference"),
-        ("runtime", runtime, "inference"),
-    ):
-        if value is not None and resource != used_by:
-            raise BudgetError(f"{name} is for a budget or a price of {used_by!r}, got one of {resource!r}")
-
-
-def _plain(goal: Any) -> None:
+def _check_common(goal: Any) -> None:
+    """The resource, and what says how it is measured; a runtime that was written as text becomes one."""
     if goal.runtime is not None:
         from setpoint.runtimes import as_runtime
 
         object.__setattr__(goal, "runtime", as_runtime(goal.runtime))
     plain_fields(goal)
     check_resource(goal.resource)
+    if goal.watts is not None and not (_is_finite(goal.watts) and goal.watts > 0):
+        raise BudgetError(f"watts is the power that a training step draws, a finite number above 0, got {goal.watts!r}")
+    for name, used_by in (("watts", "energy"), ("example", "inference"), ("runtime", "inference")):
+        if getattr(goal, name) is not None and goal.resource != used_by:
+            raise BudgetError(f"{name} is for a budget or a price of {used_by!r}, got one of {goal.resource!r}")
 
 
 def _check_amount(value: Any, name: str, meaning: str) -> None:
@@ -91,7 +85,7 @@ class Budget:
     runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        _check_common(self)
         if self.per not in ("step", "run"):
             raise BudgetError(f"per={self.per!r} is not known: use per='step' or per='run'")
         if not _is_finite(self.limit) or self.limit <= 0:
@@ -105,7 +99,6 @@ class Budget:
             )
         if not _is_finite(self.deadband) or not 0 <= self.deadband < 1:
             raise BudgetError(f"deadband is a relative error in [0, 1), got {self.deadband!r}")
-        _check_means(self.resource, self.watts, self.example, self.runtime)
 
     @classmethod
     def fraction(
@@ -145,11 +138,6 @@ class Budget:
     def named(self) -> str:
         """As a user writes what it is of: the resource, or the runtime."""
         return self.resource if self.runtime is None else str(self.runtime.name)
-
-    @property
-    def typeable(self) -> bool:
-        """Whether a text can say what it is of."""
-        return self.runtime is None or _known(self.named)
 
     def absolute(self, dense: float) -> float:
         """The limit in the resource's own unit, given the dense cost."""
@@ -194,9 +182,8 @@ class Price:
     runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        _check_common(self)
         _check_amount(self.rate, "a rate", "the loss that the cost is worth")
-        _check_means(self.of, self.watts, self.example, self.runtime)
 
     @property
     def resource(self) -> str:
@@ -235,9 +222,8 @@ class Tolerance:
     runtime: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _plain(self)
+        _check_common(self)
         _check_amount(self.loss, "a tolerance", "the rise in loss to accept")
-        _check_means(self.of, self.watts, self.example, self.runtime)
 
     @property
     def resource(self) -> str:

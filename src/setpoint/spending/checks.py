@@ -52,10 +52,8 @@ def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Calla
     if limit < lowest:
         why = unpruned()
         share = min(1.0, lowest / dense * (1.05 if resource in IN_SECONDS else 1.0))  # the next fit is another one
-        least = _percent(share, math.ceil)
-        written = f"'{least.replace(' ', '')} {budget.named}'" if budget.typeable else f"{least} of the dense seconds"
-        advice = f"Ask for at least {written}"
-        if lowest >= 0.99 * dense:
+        advice = f"Ask for at least {_percent(share, math.ceil).replace(' ', '')} {budget.named}"
+        if share >= 0.99:
             advice = "Narrower layers save next to nothing of it"
             if resource not in ("flops", "params") and not why:  # layers that stay cost FLOPs as well
                 advice += ": hold the model to a budget of 'flops' or 'params'"
@@ -69,8 +67,6 @@ def check_reachable(budget: Budget, dense: float, lowest: float, unpruned: Calla
             f"a budget of {amount(limit, resource)} per {'step' if resource == 'latency' else 'inference'} is "
             f"{limit / dense:,.0f} times what the dense model takes, so nothing would be cut: ask for less than "
             f"{amount(dense, resource)}. A number without a unit is in seconds"
-            + f", and '8 ms {budget.named}' in milliseconds"
-            * budget.typeable
         )
     if limit > dense * (1.0 if resource in ("flops", "params") else 1.5):  # seconds and bytes are measured
         warn(
