@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -204,6 +205,29 @@ def test_an_example_that_does_not_fit_is_refused(runtime: FileRuntime, tmp_path:
 class Silent(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         return {"loss": None}
+
+
+INTERRUPTED = """
+import signal, torch
+from setpoint.runtimes import OpenVINO
+runtimes = (OpenVINO(), OpenVINO(int8=True), OpenVINO())
+sessions = [each.load(torch.nn.Linear(8, 8).eval(), (torch.randn(1, 8),)) for each in runtimes]
+while sessions:
+    del sessions[0]
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_a_runtime_has_ended() -> None:
+    """Claim: files that are closed in any order leave the process a place to handle signals; a processor with AMX shows
+    whether they do.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "interrupted" in done.stdout, (done.returncode, done.stderr[-2000:])
 
 
 @each_runtime
