@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -38,7 +35,7 @@ def in_the_foreground() -> Iterator[None]:
 
 
 class Interrupting:
-    """Sends this process a SIGINT at the n-th line of Setpoint that runs, and counts the lines; nothing for None.
+    """Sends this process a SIGINT at the n-th line of Setpoint that runs, and counts the lines.
 
     The collector of garbage rests meanwhile: what it finalizes of other tests is no line of a decision, and an
     exception there comes through nowhere.
@@ -48,15 +45,13 @@ class Interrupting:
         self.at, self.lines = at, 0
 
     def __enter__(self) -> Interrupting:
-        if self.at is not None:  # the tests in the runner's own process trace nothing
-            gc.disable()
-            sys.settrace(self._enter)
+        gc.disable()
+        sys.settrace(self._enter)
         return self
 
     def __exit__(self, *ending: Any) -> None:
-        if self.at is not None:
-            sys.settrace(None)
-            gc.enable()
+        sys.settrace(None)
+        gc.enable()
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         file = frame.f_code.co_filename
@@ -101,16 +96,6 @@ def test_an_interrupt_at_any_line_leaves_a_whole_run(back: bool) -> None:
     """Claim: wherever in a step SIGINT comes, KeyboardInterrupt follows behind it, and the run goes on: to the weights
     that it has without, or, if it came ahead of the optimizer's step, as after a step that was left out.
     """
-    # In a process of its own: one that comes elsewhere would end the runner without a word.
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent / "src"), str(tests)])}
-    code = f"from loop import test_interrupt; test_interrupt.at_any_line({back})"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-
-
-def at_any_line(back: bool) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     model, optimizer, loop = run(back)
     lines = train(model, optimizer, range(5, 6), at=0)
     train(model, optimizer, range(6, 10))
