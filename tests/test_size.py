@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_825,
-    "wheel: files": 172,
+    "wheel: lines": 29_795,
+    "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
-    "bench: lines": 15_496,
+    "bench: lines": 15_636,
     "tests: lines": 31_727,
     "attach to first cut: files": 57,
-    "attach to first cut: lines": 11_470,
+    "attach to first cut: lines": 11_466,
     "training steps: files": 37,
     "training steps: lines": 7_420,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_467,
+    "import setpoint: lines": 13_459,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

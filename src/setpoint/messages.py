@@ -68,7 +68,7 @@ def listed(items: Sequence[str], limit: int, between: str = ", ") -> str:
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The hint of an error message that names the known names nearest to an unknown one; "" where none is near."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, 3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name).lower(), by_lower, 3, cutoff=0.53)  # "onnx" is near "onnxruntime"
     return f"did you mean {' or '.join(by_lower[lower] for lower in close)}? " if close else ""
 
 
