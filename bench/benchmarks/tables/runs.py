@@ -326,7 +326,7 @@ def best_small() -> str:
             differences = {
                 "trained − pretrained": difference(alone, runs["setpoint-at-once-longer"]),
                 "teacher − none": difference(taught, alone),
-                "no teacher − dense": difference(alone, _cells(path.name, "dense", None)),
+                "pretrained − dense": difference(runs["setpoint-at-once-longer"], _cells(path.name, "dense", None)),
             }
             rows.append(
                 {
@@ -338,7 +338,7 @@ def best_small() -> str:
                         for words, method in shown.items()
                     },
                     **{
-                        words: f"{marked(found, dense.metric)} ({found.num if found else 0})"
+                        words: marked(found, dense.metric) + (f" ({found.num})" if found and found.num > 2 else "")
                         for words, found in differences.items()
                     },
                 }
