@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from record import keep
 from torch import Tensor, nn
-from torch.sparse import to_sparse_semi_structured
 from torch.utils._pytree import tree_map
 
 import setpoint
@@ -222,33 +221,6 @@ def _middle(values: list[float | None]) -> float | None:
     return median(known) if len(known) == len(values) and known else None
 
 
-def semi_structured(device: torch.device, width: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a forward of linear layers whose weights are in the 2:4 pattern, dense and on sparse tensor cores."""
-    torch.manual_seed(SEED)
-    dense = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())))
-    with torch.no_grad():
-        for layer in dense[::2]:
-            layer.weight.unflatten(1, (-1, 4))[..., [0, 3]] = 0.0
-    dense = dense.to(device, torch.float16).eval()
-    sparse, inputs = copy.deepcopy(dense), torch.randn(width, width, device=device, dtype=torch.float16)
-    try:
-        for layer in sparse[::2]:
-            layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
-    except RuntimeError as error:  # hardware without sparse tensor cores
-        return {"why_not": str(error).splitlines()[0]}
-    turns: dict[str, list[float]] = {"dense": [], "2:4": []}
-    with torch.no_grad():
-        for _ in range(rounds + 1):
-            for name, model in (("dense", dense), ("2:4", sparse)):
-                _wait(device)
-                begun = time.perf_counter()
-                for _ in range(20):
-                    model(inputs)
-                _wait(device)
-                turns[name].append((time.perf_counter() - begun) / 20)
-    return {"width": width, "forward_seconds": {name: each[1:] for name, each in turns.items()}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None)
@@ -260,7 +232,7 @@ def main() -> None:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"on {hardware}", flush=True)
     subjects = SMALL if args.small else FULL
-    found = {"hardware": hardware, "seed": SEED, "fraction": FRACTION, "networks": networks, "semi_structured": None}
+    found = {"hardware": hardware, "seed": SEED, "fraction": FRACTION, "networks": networks}
     modes = ("eager",) if args.eager else ("eager", "compiled")
     for name, subject in subjects.items():
         try:
@@ -273,7 +245,6 @@ def main() -> None:
             told = ", ".join(f"{arm} {1e3 * value:.1f} ms" for arm, value in medians.items())
             print(f"{name}: {told} a step", flush=True)
         keep(found, args.out, shown={"networks": list(networks)})  # what follows may fail
-    found["semi_structured"] = semi_structured(device, 256 if args.small else 8192, args.rounds)
     keep(found, args.out, shown={"networks": list(networks)})
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 import setpoint
 from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent
+from setpoint_bench.report.statistics import paired
 from tables.renderer import (
     RESULTS,
     ROOT,
@@ -23,6 +24,7 @@ from tables.renderer import (
     Record,
     block,
     made_on,
+    marked,
     record_block,
     rows_made_on,
     table,
@@ -47,6 +49,25 @@ def first_cut(data: Record) -> str:
         for task, seed in sorted({(row["task"], row["seed"]) for row in data["rows"]})
     )
     return table(rows, f"{data['note']} {made_on(data)}")
+
+
+@record_block("first-share", "first-cut.json")
+def first_share(data: Record) -> str:
+    """By task and share of the way that the first cut goes, the mean over seeds and each of them."""
+    runs: dict[tuple[str, float], list[Record]] = {}
+    for row in data["shares"]["rows"]:
+        runs.setdefault((row["task"], row["first"]), []).append(row)
+    rows = (
+        {
+            "task": task,
+            "of the way at once": percent(first),
+            "on validation": f"{statistics.fmean(each['value'] for each in of):.1%}",
+            "by seed": ", ".join(f"{each['value']:.1%}" for each in of),
+            "training FLOPs, of all at once": percent(of[0]["train_flops"] / runs[task, 1.0][0]["train_flops"]),
+        }
+        for (task, first), of in runs.items()
+    )
+    return table(rows, made_on(data["shares"]))
 
 
 # What descends from a trained parent.
@@ -168,6 +189,51 @@ def int8(data: Record) -> str:
 # Budgets of seconds in a runtime.
 
 
+@record_block("equal-seconds", "equal_seconds.json")
+def equal_seconds(data: Record) -> str:
+    """By task, accuracy of models that take as long, and what the other two differ from the budget of seconds by."""
+    names = {"seconds": "half of the seconds", "flops": "FLOPs", "even": "FLOPs, even widths on multiples of 16"}
+    cells, made = [], []
+    for task, found in data["tasks"].items():
+        made.append({**found["environment"], "date": found["date"]})
+        runs = {way: [row for row in found["rows"] if row["way"] == way] for way in names}
+        for way, rows in runs.items():
+            scores = [100 * row["accuracy"] for row in rows]
+            pairs = [row["accuracy"] - own["accuracy"] for row, own in zip(rows, runs["seconds"], strict=True)]
+            shares = [row["of_dense_quartiles"][1] for row in rows]
+            cells.append(
+                {
+                    "task": f"`{task}`",
+                    "budget": names[way],
+                    "of the dense seconds": f"{statistics.fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
+                    "FLOPs left": percent(statistics.fmean(row["flops"] for row in rows) / found["dense_flops"]),
+                    "accuracy": f"{statistics.fmean(scores):.2f} ± {np.std(scores, ddof=1) if len(scores) > 1 else 0:.2f} %",
+                    "− half of the seconds": NOTHING if way == "seconds" else marked(paired(pairs), "accuracy"),
+                    "seeds": str(len(rows)),
+                }
+            )
+    note = "Test data. Files at batch 1 on one thread of ONNX Runtime, in turns with the dense one. "
+    return table(cells, note + rows_made_on(made), left=2)
+
+
+@record_block("rounding", "rounding.json")
+def rounding(data: Record) -> str:
+    """By way to cut, the share of the FLOPs and of the seconds in ONNX Runtime."""
+    rows = []
+    for row in data["rows"]:
+        low, share, high = row["of_dense_quartiles"]
+        rows.append(
+            {
+                "MobileNetV2 cut by": row["model"],
+                "FLOPs left": percent(row["flops_ratio"]),
+                "of the dense seconds": f"{share:.2f} ({low:.2f} to {high:.2f})",
+                "milliseconds": f"{1e3 * row['seconds']:.2f}",
+            }
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in data["versions"].items())
+    return table(rows, f"Medians and quartiles over turns. {versions}, {made_on(data)}")
+
+
 @record_block("runtimes", "runtimes.json")
 def runtimes(data: Record) -> str:
     """By net, runtime and share: what the finished model's file takes, and how far the file is from what was asked."""
@@ -181,6 +247,7 @@ def runtimes(data: Record) -> str:
             "the file takes": f"{row['ratio']:.1%} ({low:.1%} to {high:.1%})",
             "FLOPs left": f"{row['flops_ratio']:.1%}",
             "constant part": f"{row['constant']:.0%}",
+            "the clock": f"{row['attach_seconds'] + row['deciding_seconds']:.0f} s",
         }
 
     rows = sorted(data["rows"], key=lambda row: (row["net"], row["runtime"], -row["share"]))
@@ -371,13 +438,7 @@ def gpu(data: Record) -> str:
         }
         rows[-1]["joules of a step"] = _share_of_dense(found["step_joules"])
         rows[-1]["own work"] = f"{percent(run['overhead_seconds'] / run['seconds'])} of {run['steps']} steps"
-    sparse = data["semi_structured"] or {"why_not": "the script was stopped before"}
-    told = f"not measured, {sparse.get('why_not')}"
-    if turns := sparse.get("forward_seconds"):
-        told = (
-            f"layers of width {sparse['width']:,} take {_turns_share(turns['2:4'], turns['dense'])} of the dense time"
-        )
-    return table(rows, f"2:4 weights: {told}.\n\n{data['hardware']}, seed {data['seed']}; {made_on(data)}", left=2)
+    return table(rows, f"{data['hardware']}, seed {data['seed']}; {made_on(data)}", left=2)
 
 
 def _turns_share(ours: Sequence[float], dense: Sequence[float]) -> str:
