@@ -60,6 +60,7 @@ def first_share(data: Record) -> str:
     rows = (
         {
             "task": task,
+            "steps": str(of[0]["steps"]),
             "of the way at once": percent(first),
             "on validation": f"{statistics.fmean(each['value'] for each in of):.1%}",
             "by seed": ", ".join(f"{each['value']:.1%}" for each in of),
@@ -199,6 +200,7 @@ def equal_seconds(data: Record) -> str:
         runs = {way: [row for row in found["rows"] if row["way"] == way] for way in names}
         for way, rows in runs.items():
             scores = [100 * row["accuracy"] for row in rows]
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0
             pairs = [row["accuracy"] - own["accuracy"] for row, own in zip(rows, runs["seconds"], strict=True)]
             shares = [row["of_dense_quartiles"][1] for row in rows]
             cells.append(
@@ -207,7 +209,7 @@ def equal_seconds(data: Record) -> str:
                     "budget": names[way],
                     "of the dense seconds": f"{statistics.fmean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
                     "FLOPs left": percent(statistics.fmean(row["flops"] for row in rows) / found["dense_flops"]),
-                    "accuracy": f"{statistics.fmean(scores):.2f} ± {np.std(scores, ddof=1) if len(scores) > 1 else 0:.2f} %",
+                    "accuracy": f"{statistics.fmean(scores):.2f} ± {spread:.2f} %",
                     "− half of the seconds": NOTHING if way == "seconds" else marked(paired(pairs), "accuracy"),
                     "seeds": str(len(rows)),
                 }
