@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_795,
+    "wheel: lines": 29_796,
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
-    "bench: lines": 15_784,
+    "bench: lines": 15_785,
     "tests: lines": 31_727,
     "attach to first cut: files": 57,
     "attach to first cut: lines": 11_466,

@@ -249,6 +249,7 @@ def runtimes(data: Record) -> str:
             "the file takes": f"{row['ratio']:.1%} ({low:.1%} to {high:.1%})",
             "FLOPs left": f"{row['flops_ratio']:.1%}",
             "constant part": f"{row['constant']:.0%}",
+            "saved seconds / FLOPs": f"{(1 - row['ratio']) / (1 - row['flops_ratio']) / (1 - row['constant']):.2f}",
             "the clock": f"{row['attach_seconds'] + row['deciding_seconds']:.0f} s",
         }
 
