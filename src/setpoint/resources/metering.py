@@ -245,7 +245,7 @@ class Metering(Meter):
         learnable, seconds = dict(self.read().values), self._seconds
         if self.watts and seconds is not None:  # joules are these times seconds, and the controller learns of them
             learnable["energy"] = self.watts * seconds
-        # Seconds are missing for a few steps after each cut; an energy meter, and the rank that times, say so themselves.
+        # Seconds are missing for a few steps after a cut; an energy meter, and the rank that times, say so themselves.
         quiet = ("latency", "energy") if self._inference is not None else ("latency", "energy", "inference")
         missing = limits.corrections.keys() - learnable.keys() - set(quiet)
         if self._blocked:
