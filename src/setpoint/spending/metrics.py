@@ -171,9 +171,9 @@ def verdict(spending: Spending, step: int, widths: Mapping[str, int], last: Plan
         read = readings.values if name in limits.corrections else {}
         seen, dense = read.get(name, limits.expected(name, widths)), limits.dense_cost(name)
         fitted = limits.costs[name].total(widths)
-        doubt = (
-            f" (read; the fit says {amount(fitted, name)})" if name in read and abs(seen / fitted - 1) > _DOUBT else ""
-        )
+        far = name in read and abs(seen / fitted - 1) > _DOUBT
+        doubt = f" (read; the fit says {of_dense(fitted / dense, name)})" if far else ""
+        doubt = " (not read: by the fit)" if name == "inference" and name not in read else doubt
         if seen > limit * (1 + max(1e-12, readings.margins.get(name, 0.0))):
             share, asked, was = of_dense(seen / dense, name), f"{100 * limit / dense:.1f} %", "; it was"
             if name in METERED:
