@@ -71,7 +71,10 @@ def test_bench_over_seeds_and_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bench", "--task", "imagenet"), "cifar10-resnet18, clothing, digits, finetune"),
+        (
+            ("bench", "--task", "imagenet"),
+            "clothing, clothing-lite0, clothing-mobilenet, digits",
+        ),
         (("bench", "--task", "digits", "--methods", "dense,magic"), "dense, small, small-long"),
         (("bench", "--task", "digitts"), "did you mean digits?"),
         (("bench", "--task", "digits", "--methods", "gmp@densty=0.1"), "did you mean density?"),

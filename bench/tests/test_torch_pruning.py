@@ -51,13 +51,13 @@ class Gpts:
 TASK = SimpleTask("characters", Gpts(), Characters(), Recipe(steps=4, batch=4), metric="loss")
 
 
-@pytest.mark.parametrize("criterion", ["norm", "taylor"])
+@pytest.mark.parametrize(("criterion", "even"), [("norm", True), ("taylor", False), ("taylor", True)])
 @pytest.mark.parametrize("budget", [0.75, 0.4])
-def test_cuts_attention(criterion: Criterion, budget: float) -> None:
+def test_cuts_attention(criterion: Criterion, even: bool, budget: float) -> None:
     """A GPT is cut to the budget by heads and neurons alone, trains on, and can be saved and loaded."""
     model = TASK.build(WIDTHS)
     dense = step_flops(model, TASK.example())
-    optimizer, pruner = TorchPruning(criterion).begin(TASK, model, budget, TASK.batches(0))
+    optimizer, pruner = TorchPruning("cut", criterion, even).begin(TASK, model, budget, TASK.batches(0))
     assert pruner is not None
     outcome = pruner.finish()
     assert outcome.budget_met and 0.8 * budget <= step_flops(model, TASK.example()) / dense <= budget

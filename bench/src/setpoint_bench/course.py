@@ -23,12 +23,18 @@ class Course:
         goes_on_from: name of the method whose trained model is loaded into it, and whose FLOPs, seconds and
             steps are counted as this one's; "" to train from scratch.
         notes: what a reader of the result must know, such as a search that is not counted.
+        taught_by: name of the method whose trained model teaches this one, and counts likewise; "" without a teacher.
+        alpha: the teacher's share of the loss.
+        temperature: by which logits are divided.
     """
 
     task: SimpleTask
     widths: Mapping[str, int]
     goes_on_from: str = ""
     notes: str = ""
+    taught_by: str = ""
+    alpha: float = 0.5
+    temperature: float = 2.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ class Images:
         shift: largest shift in pixels, in each direction; what leaves the frame is lost, zeros come in.
         flip: whether to mirror half of the images.
         folder: the data folder, or None for the usual places.
+        folds: parts that all the pictures are divided into at random, whatever splits they come in: one tests, and of
+            the rest a tenth validates and the others train. 0 for the splits as they are.
+        fold: number of the part that tests.
     """
 
     load: Callable[[Path | None], Splits]
@@ -40,6 +44,19 @@ class Images:
     shift: int = 0
     flip: bool = False
     folder: Path | None = None
+    folds: int = 0
+    fold: int = 0
+
+    def with_fold(self, fold: int) -> Images:
+        return replace(self, fold=fold)
+
+    def splits(self) -> Splits:
+        """Raw pixels and labels."""
+        return in_fold(self.load, self.folder, self.fold, self.folds) if self.folds else self.load(self.folder)
+
+    def as_in(self, other: Images) -> nn.Module:
+        """What makes inputs normalised as here of those normalised as there; the same for what reads them there."""
+        return Renormalised(self, other)
 
     def example(self, batch: int) -> Float[Tensor, "batch channels height width"]:
         """Noise: blank images would leave BatchNorm nothing to normalise."""
@@ -48,7 +65,7 @@ class Images:
 
     def batches(self, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless augmented batches; order and augmentation are drawn from a generator of their own."""
-        images, labels = self.load(self.folder)["train"]
+        images, labels = self.splits()["train"]
         generator = torch.Generator().manual_seed(seed)
         padded = F.pad(images, (self.shift,) * 4)
         for rows in shuffled_rows(len(images), batch, generator):
@@ -56,12 +73,43 @@ class Images:
             yield self._normalised(window), labels[rows]
 
     def split(self, split: Split) -> tuple[Tensor, Tensor]:
-        images, labels = self.load(self.folder)[split]
+        images, labels = self.splits()[split]
         return self._normalised(images), labels
 
     def _normalised(self, images: Shaped[Tensor, "count channels height width"]) -> Tensor:
         """Raw pixels to zero mean and unit variance per channel, channels innermost."""
         return standardised(images.float(), self.mean, self.deviation).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=1)
+def in_fold(load: Callable[[Path | None], Splits], folder: Path | None, fold: int, folds: int) -> Splits:
+    """All that `load` gives, divided anew: every `folds`-th picture of a fixed random order tests."""
+    loaded = load(folder)
+    images, labels = (torch.cat([loaded[split][each] for split in sorted(loaded)]) for each in (0, 1))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    tests = torch.arange(len(order)) % folds == fold
+    test, rest = order[tests], order[~tests]
+    count = len(rest) // 10
+    places = {"train": rest[count:], "validation": rest[:count], "test": test}
+    return {split: (images[rows], labels[rows]) for split, rows in places.items()}
+
+
+class Renormalised(nn.Module):
+    """Images normalised one way as images normalised another way.
+
+    Args:
+        given: how they come.
+        wanted: how they go on.
+    """
+
+    def __init__(self, given: Images, wanted: Images) -> None:
+        super().__init__()
+        self.given, self.wanted = given, wanted
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        known = self.given.mean, self.given.deviation
+        centre, scale = (torch.tensor(each, device=x.device).view(-1, 1, 1) for each in known)
+        return standardised(x * scale + centre, self.wanted.mean, self.wanted.deviation)
 
 
 def standardised(

@@ -17,14 +17,12 @@ from setpoint.messages import did_you_mean
 from setpoint.report.target import call_own, is_own_function
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint_bench.course import Batches, Begun, Course
+from setpoint_bench.methods.composed import Composed
 from setpoint_bench.methods.fitted import Fitted
 from setpoint_bench.methods.in_training import Setpoint
-from setpoint_bench.methods.long import Long
-from setpoint_bench.methods.post_training import PostTraining
-from setpoint_bench.methods.scratch import Dense, Small, SmallLong
+from setpoint_bench.methods.scratch import Dense, Neighbour, Small
 from setpoint_bench.methods.sparse import Sparse
 from setpoint_bench.methods.states import FewStates, Hankel
-from setpoint_bench.methods.taught import Taught
 from setpoint_bench.methods.torch_pruning import TorchPruning
 from setpoint_bench.random_sensor import RandomSensor
 from setpoint_bench.results import Result
@@ -105,6 +103,7 @@ def _random_sensor() -> RandomSensor:
 
 _GRADUAL = PricedController()  # what `setpoint` was measured with, in eight cuts
 _AT_ONCE = ScheduledController(begin=0.0, end=0.0, num_cuts=1)
+_GLOBAL = ScheduledController(allocation="worth")
 _HAN = "Han et al., Learning both weights and connections for efficient neural networks, NIPS 2015"
 _LI = "Li et al., Pruning filters for efficient ConvNets, ICLR 2017"
 _ZHU = "Zhu and Gupta, To prune, or not to prune, ICLR workshop 2018"
@@ -114,22 +113,45 @@ _EVCI = "Evci et al., Rigging the lottery, ICML 2020"
 _HINTON = "Hinton et al., Distilling the knowledge in a neural network, 2015"
 _MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
 
+_NORMS, _TAYLOR = (
+    TorchPruning("norm-first", "norm", True, _FANG),
+    TorchPruning("taylor-first", "taylor", False, f"{_FANG}; {_MOLCHANOV}"),
+)
+_CUBIC = Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")
+
+
+def after_training(name: str, cut: Method) -> Composed:
+    """The finished dense run, cut, and trained for a quarter of its steps: the usual length in the literature."""
+    return Composed(name, cut, start="dense", share=0.25, kind="post-training")
+
+
 METHODS: tuple[Method, ...] = (
     Dense(),
     Small(),
-    SmallLong(),
-    PostTraining("magnitude-oneshot", Sparse("masks", _HAN, begin_at=0.0, end=0.0), _HAN),
-    PostTraining("filter-oneshot", Setpoint(controller=_AT_ONCE, sensor=MagnitudeSensor), _LI),
-    PostTraining("torch-pruning-norm", TorchPruning("norm"), _FANG),
-    PostTraining("torch-pruning-taylor", TorchPruning("taylor"), f"{_FANG}; {_MOLCHANOV}"),
+    Composed("small-long", Small(), pays="setpoint"),
+    Neighbour(),
+    after_training("magnitude-oneshot", Sparse("masks", _HAN, begin_at=0.0, end=0.0)),
+    after_training("filter-oneshot", Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI)),
+    after_training("torch-pruning-norm", _NORMS),
+    after_training("torch-pruning-taylor", _TAYLOR),
     Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
-    Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop"),
+    _NORMS,
+    _TAYLOR,
+    TorchPruning("taylor-first-even", "taylor", True, f"{_FANG}; {_MOLCHANOV}"),
+    _CUBIC,
+    Setpoint("cubic-global", _GLOBAL, MagnitudeSensor, paper=_ZHU, family="open-loop"),
+    Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
+    Setpoint("cubic-taylor-global", _GLOBAL, paper=_ZHU, family="open-loop"),
     Sparse("gmp", _ZHU),
     Setpoint(controller=_GRADUAL),
+    Setpoint("setpoint-gradual", _GRADUAL),
     Setpoint("setpoint-at-once"),
+    Composed("setpoint-at-once-long", Setpoint("setpoint-at-once"), pays="setpoint"),
     Fitted(),
-    PostTraining("setpoint-from-trained", Setpoint(teacher=True), _HINTON, share=None, family="setpoint"),
-    PostTraining("setpoint-from-trained-alone", Setpoint(), "", share=None, family="setpoint"),
+    Composed(
+        "setpoint-from-trained", Setpoint(), start="dense", teacher="dense", share=None, source=_HINTON, kind="setpoint"
+    ),
+    Composed("setpoint-from-trained-alone", Setpoint(), start="dense", share=None),
     Setpoint("setpoint-uniform", PricedController(allocation="uniform")),
     Setpoint("setpoint-first", PricedController(Schedule(warmup=0.0, settle=0.02, num_cuts=1))),
     Setpoint("setpoint-early", PricedController(Schedule(warmup=0.02, settle=0.1))),
@@ -140,30 +162,25 @@ METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-magnitude", _GRADUAL, sensor=MagnitudeSensor),
     Setpoint("setpoint-random", _GRADUAL, sensor=_random_sensor, paper=_MITTAL),
 )
-"""All methods; `filter-first` and `setpoint-first` cut at the start, as makes sense for a pretrained model.
+"""All methods; those that end in `first` cut at the start, as makes sense for a pretrained model.
 
 Each `setpoint-...` is Setpoint with one thing changed: how a cut is split over layers (`uniform`; `magnitude` and
 `random` too, since their readings rank within a layer only), when it is made (`first`, `early`, `late`), what ranks
 units (`gates`, `magnitude`, `random`), whether units come back (`regrow`), or what is pruned (`weights`: single ones,
-in theory).
+in theory). `+taught` and the other words of `CHANGES` change any of them.
 """
 
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "taught": {"teacher": "dense"},
+    "trained": {"start": "dense"},
+    "counted": {"start": "dense@share=0.25", "share": 0.75},
+}
+"""What a word after a method's name changes: `cubic+taught+trained`.
 
-TAUGHT_METHODS: tuple[Method, ...] = (
-    Taught("setpoint-taught", Setpoint(controller=_GRADUAL)),
-    Taught("dense-taught", Dense()),
-    Taught("cubic-taught", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
-)
-"""Methods that learn the answers of the finished dense run as well."""
-
-LONG_METHODS: tuple[Method, ...] = (
-    Long("setpoint-long", Setpoint(controller=_GRADUAL)),
-    Long("cubic-long", Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")),
-    Long("setpoint-at-once-long", Setpoint("setpoint-at-once"), pays="setpoint"),
-    Long("setpoint-at-once-longer", Setpoint("setpoint-at-once")),
-)
-"""Methods that spend what they save: they train for as many steps as another run's training FLOPs pay for."""
-
+`taught`: it learns the answers of the finished dense run as well. `trained`: it starts from that run's model, and
+trains for as many steps again. `counted`: it starts from a dense run of a quarter of the steps, and trains for the
+rest. `long`, which is the last word, trains all that for as many steps as the dense run's training FLOPs pay for.
+"""
 
 RESOURCE_METHODS: tuple[Method, ...] = (
     Setpoint("setpoint-latency", resource="latency"),
@@ -180,37 +197,54 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 def all_methods() -> tuple[Method, ...]:
     """The methods that have a name, those of the tables first."""
-    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *TAUGHT_METHODS, *LONG_METHODS
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS
 
 
 def method_named(name: str) -> Method:
-    """The method of that name, with other settings where the name says so: `gmp@density=0.1`; or the user's own.
+    """The method of that name, changed where the name says so, `cubic+taught`, `gmp@density=0.1`; or the user's own.
 
     Args:
         name: that of a method, or `module.py:function` for a function that takes nothing and returns one.
 
     Raises:
-        BenchError: there is none, or it has no such setting; the message lists those there are.
+        BenchError: there is none, or it has no such change or setting; the message lists those there are.
     """
     everything = all_methods()
     if is_own_function(name):
         return _own_method(name, {method.name for method in everything})
-    base, *settings = name.split("@")
+    changed, *settings = name.split("@")
+    base, *words = changed.split("+")
     for method in everything:
         if method.name == base:
-            return _with_settings(method, name, settings)
+            return _with_settings(_changed(method, changed, words) if words else method, name, settings)
     listed = "; ".join(
         f"{what}{', '.join(method.name for method in methods)}"
         for what, methods in (
             ("use ", METHODS),
             ("for budgets on other resources ", RESOURCE_METHODS),
             ("for state-space models ", STATE_METHODS),
-            ("with the finished dense run as a teacher ", TAUGHT_METHODS),
-            ("for as many training FLOPs as the dense run ", LONG_METHODS),
         )
     )
     hint = did_you_mean(base, [method.name for method in everything])
     raise BenchError(f"unknown method {name!r}: {hint}{listed}; or your own as module.py:function")
+
+
+def _changed(method: Method, name: str, words: list[str]) -> Method:
+    """The method with all that the words change; what starts from a trained model cuts after training."""
+    if words[-1] == "long":
+        shorter = name.removesuffix("+long")
+        return Composed(name, _changed(method, shorter, words[:-1]) if words[:-1] else method, pays="dense")
+    wanted: dict[str, Any] = {}
+    for word in words:
+        if word not in CHANGES:
+            hint = did_you_mean(word, (*CHANGES, "long"))
+            raise BenchError(f"unknown change +{word} in {name!r}: {hint}there are +{', +'.join(CHANGES)}, and +long")
+        wanted |= CHANGES[word]
+    if "start" in wanted and method.family == "open-loop":
+        wanted["kind"] = "post-training"
+    if isinstance(method, Composed):
+        return dataclasses.replace(method, name=name, **wanted)
+    return Composed(name, method, **wanted)
 
 
 def _own_method(target: str, taken: Collection[str]) -> Method:
@@ -289,15 +323,24 @@ ABOUT: Mapping[str, str] = {
     "dense": "The full model.",
     "small": "A uniformly narrower model at the budget, from scratch, for the same steps.",
     "small-long": "As small, for as many steps as Setpoint's whole training FLOPs pay for.",
+    "neighbour": "Another pretrained model, trained as it is: the one that the task names.",
     "magnitude-oneshot": "Dense, then the smallest weights of each tensor masked, then fine-tuned.",
     "filter-oneshot": "Dense, then units cut by the norm of their weights, then fine-tuned.",
     "torch-pruning-norm": "Dense, then cut by the library Torch-Pruning by group norms, then fine-tuned.",
     "torch-pruning-taylor": "Dense, then cut by the library Torch-Pruning by its Taylor criterion, then fine-tuned.",
     "filter-first": "Cut by norms after the first step, then trained.",
+    "norm-first": "Cut by Torch-Pruning by group norms before the first step, then trained.",
+    "taylor-first": "Cut by Torch-Pruning by its Taylor criterion, all layers ranked together, then trained.",
+    "taylor-first-even": "Cut by Torch-Pruning by its Taylor criterion, every group by the same ratio, then trained.",
     "cubic": "All groups narrowed evenly along a cubic schedule, by norms.",
+    "cubic-global": "Along the same schedule, by norms ranked over all groups.",
+    "cubic-taylor": "As cubic, by Setpoint's own saliency.",
+    "cubic-taylor-global": "Along the same schedule, by Setpoint's own saliency per FLOP, ranked over all groups.",
     "gmp": "Weights masked by magnitude along a cubic schedule.",
     "setpoint": "With feedback, widths free, Taylor readings; gradual cuts.",
+    "setpoint-gradual": "As setpoint, by a name that says so.",
     "setpoint-at-once": "The default of attach: one cut after the first batches, its readers refitted.",
+    "setpoint-at-once-long": "As setpoint-at-once, for as many steps as setpoint's training FLOPs pay for.",
     "fitted-first": "Cut by compress before the first step, then trained.",
     "setpoint-from-trained": "The finished dense run, cut at once, with itself as teacher; for the dense run's FLOPs.",
     "setpoint-from-trained-alone": "The same without a teacher, for the same FLOPs.",
@@ -316,11 +359,4 @@ ABOUT: Mapping[str, str] = {
     "hankel": "With feedback, over states of state-space layers, ranked by Hankel singular values.",
     "hankel-regrow": "As hankel; dropped states may come back.",
     "few-states": "A model that begins with few states, 28 by default, from scratch.",
-    "setpoint-taught": "As setpoint, and learns the answers of the finished dense run as well.",
-    "dense-taught": "As dense, and learns the answers of the finished dense run as well.",
-    "cubic-taught": "As cubic, and learns the answers of the finished dense run as well.",
-    "setpoint-long": "As setpoint, for as many steps as the dense run's training FLOPs pay for.",
-    "cubic-long": "As cubic, for as many steps as the dense run's training FLOPs pay for.",
-    "setpoint-at-once-long": "As setpoint-at-once, for as many steps as setpoint's training FLOPs pay for.",
-    "setpoint-at-once-longer": "As setpoint-at-once, for as many steps as the dense run's training FLOPs pay for.",
 }

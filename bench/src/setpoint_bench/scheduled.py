@@ -1,23 +1,30 @@
-"""The scheduled controller: it narrows a model along a fixed cubic schedule, all groups by the same share."""
+"""The scheduled controller: it narrows a model along a fixed cubic schedule, evenly or by a ranking of all units."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 from setpoint.controller.plan import Conduct, Controller, Observation, Plan, problem_with
-from setpoint.controller.selection import even_cost, even_density, landing_widths, reach, start
+from setpoint.controller.selection import Allocation, even_cost, even_density, landing_widths, reach, start
 from setpoint.cost.cost import Cost
 from setpoint.groups.group import Group, keep_all
 from setpoint.messages import counted
+
+LEAST_DENSITY = 0.25
+"""Of an even cut's, that each group keeps at least: the default of `PricedController`."""
 
 
 @final
 @dataclass(frozen=True)
 class ScheduledController(Controller[None]):
-    """All groups keep the same density, which falls by the cubic schedule to that which meets the limit.
+    """Cost falls by the cubic schedule of an even density, to the limit; the same for whatever widths get there.
 
-    Within a group the least salient units go. Nothing is read but saliencies: spending neither speeds it up nor
+    Evenly, all groups keep the same density, and within a group the least salient units go. Globally, the units of all
+    groups are ranked together by saliency per FLOP saved, as Setpoint's own controller ranks them, and a group keeps a
+    quarter of the density of an even cut, as there; saliencies that do not compare groups are divided by their group's
+    mean, as Torch-Pruning's are. Nothing is read but saliencies: spending neither speeds it up nor
     slows it down. This is what schedule-driven libraries of structured pruning do, fasterai among them, with
     blocks and a last cut to the limit as everywhere in Setpoint: no group goes below the width that meets it, and
     once the budget is met no single block could be given back. With `begin = end = 0` it is a one-shot cut
@@ -27,6 +34,7 @@ class ScheduledController(Controller[None]):
         begin: fraction of the run that stays dense.
         end: fraction of the run by which the limit is reached.
         num_cuts: decisions on the way, the last one at `end`; in short runs one per step.
+        allocation: "uniform" for even widths, "worth" for the global ranking.
 
     Raises:
         ValueError: unless `0 <= begin <= end <= 1` and there is a cut.
@@ -43,6 +51,7 @@ class ScheduledController(Controller[None]):
     begin: float = 0.05
     end: float = 0.5
     num_cuts: int = 8
+    allocation: Allocation = "uniform"
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin <= self.end <= 1 or self.num_cuts < 1:
@@ -76,8 +85,9 @@ class ScheduledController(Controller[None]):
         target = limit
         if progress < 1:
             target = max(limit, even_cost(cost, observation.widths, observation.dense_widths, groups, density))
-        reason = f"fixed schedule: density {density:.3g} in all groups"
-        return state, even_plan(observation, cost, groups, target, reason)
+        where = "in all groups" if self.allocation == "uniform" else "of an even cut, units ranked over all groups"
+        reason = f"fixed schedule: density {density:.3g} {where}"
+        return state, plan_down(observation, cost, groups, target, reason, self.allocation)
 
     def _span(self, total_steps: int) -> tuple[int, int]:
         last = min(max(1, round(self.end * total_steps)), max(1, total_steps))
@@ -101,18 +111,31 @@ def cubic_density(progress: float, *, final: float, start: float = 1.0) -> float
     return final + (start - final) * left**3
 
 
-def even_plan(observation: Observation, cost: Cost, groups: tuple[Group, ...], target: float, reason: str) -> Plan:
-    """Drop the least salient units, block by block from the group of highest density, down to the target.
+def plan_down(
+    observation: Observation,
+    cost: Cost,
+    groups: tuple[Group, ...],
+    target: float,
+    reason: str,
+    allocation: Allocation = "uniform",
+) -> Plan:
+    """Drop units down to the target: block by block from the group of highest density, or those of least worth.
 
-    At the target no single dropped block could be given back. No group goes below the width at which the budget is met,
-    so that a coarse block on the way down does not cost more than the limit demands. The budget is met once the cost is
-    within the limit.
+    At the target no single dropped block could be given back. No group of an even cut goes below the width at which the
+    budget is met, so that a coarse block on the way down does not cost more than the limit demands. The budget is met
+    once the cost is within the limit.
     """
     assert observation.reading is not None
     limit, saliency = observation.limit[cost.resource], observation.reading.saliency
-    floor = landing_widths(cost, observation.widths, observation.dense_widths, groups, limit)
     widths = observation.widths, observation.dense_widths
-    selection = start(cost, groups, saliency, *widths, "uniform", floor=floor)
+    if allocation == "uniform":
+        floor = landing_widths(cost, *widths, groups, limit)
+    else:
+        least = LEAST_DENSITY * even_density(cost, *widths, groups, limit)
+        floor = {name: math.ceil(least * width) for name, width in observation.dense_widths.items()}
+        if not observation.reading.calibrated:
+            saliency = {name: values / max(float(values.mean()), 1e-30) for name, values in saliency.items()}
+    selection = start(cost, groups, saliency, *widths, allocation, floor=floor)
     target = max(limit, min(target, selection.total))
     reach(selection, target)
     budget_met = selection.total <= limit

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from setpoint.distillation import Teacher
 from setpoint.groups.untouched import in_mode
 from setpoint_bench.family import Family
 from setpoint_bench.recipe import Recipe, autocast, best_device, product_dtype
@@ -85,6 +86,8 @@ class SimpleTask:
             is for the dense model: other than 1 where that starts from trained ones, or where another suits them.
         views: makes of a batch of inputs the batches of which the mean score judges them, such as images and their
             mirror images; training is as it is without.
+        neighbour: name of the task of another pretrained model, the rival of a cut one, on the same data.
+        teacher: whose logits a model learns as well, in `loss`.
 
     >>> import torch
     >>> from setpoint_bench.family import ByFactor
@@ -110,6 +113,8 @@ class SimpleTask:
     device: torch.device = field(default_factory=best_device)
     scratch_learning_rate: float = 1.0
     views: Views = unaltered
+    neighbour: str = ""
+    teacher: Teacher | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not fits_a_folder(self.name):
@@ -165,6 +170,24 @@ class SimpleTask:
     def with_learning_rate_factor(self, factor: float) -> SimpleTask:
         return replace(self, recipe=replace(self.recipe, learning_rate=factor * self.recipe.learning_rate))
 
+    def for_seed(self, seed: int) -> SimpleTask:
+        """The task as a run of this seed sees it: where the data are in folds, the seed says which one tests."""
+        in_folds = getattr(self.data, "folds", 0)
+        return replace(self, data=self.data.with_fold(seed % in_folds)) if in_folds else self  # type: ignore[attr-defined]
+
+    def neighbour_task(self) -> SimpleTask:
+        """The neighbour at this task's length, on the same fold.
+
+        Raises:
+            BenchError: the task has none.
+        """
+        from setpoint_bench.catalogue import task_named  # which makes tasks
+
+        if not self.neighbour:
+            raise BenchError(f"{self.name} names no pretrained neighbour: leave the method out of --methods")
+        found = task_named(self.neighbour, steps=self.steps, data=getattr(self.data, "folder", None))
+        return found.for_seed(getattr(self.data, "fold", 0))
+
     def from_scratch(self) -> SimpleTask:
         """The same task with the learning rate for narrower models of fresh weights."""
         return self.with_learning_rate_factor(self.scratch_learning_rate)
@@ -198,7 +221,13 @@ class SimpleTask:
     def loss(
         self, model: nn.Module, inputs: Shaped[Tensor, "batch ..."], targets: Shaped[Tensor, "batch ..."]
     ) -> Tensor:
-        return (self.training_criterion or self.criterion)(self.scores(model, inputs), targets)
+        own = self.scores(model, inputs)
+        loss = (self.training_criterion or self.criterion)(own, targets)
+        if self.teacher is None:
+            return loss
+        with self.autocast():
+            taught = self.teacher.logits(inputs)
+        return self.teacher.loss(loss, own, taught.float())
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split) -> Score:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
+from setpoint.distillation import Teacher
 from setpoint.resources.joules import find_energy_meter
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
@@ -104,7 +105,7 @@ def begin(cell: Cell, out: Path, needed: Mapping[str, Result]) -> Run:
         course = _course(cell, needed)
         warm_up(course.task, course.widths)
     with random.drawing():
-        return Run(cell, course, random, _earlier(course, out, needed))
+        return Run(cell, course, random, out, needed)
 
 
 def _course(cell: Cell, needed: Mapping[str, Result]) -> Course:
@@ -118,28 +119,35 @@ def _course(cell: Cell, needed: Mapping[str, Result]) -> Course:
     for name in cell.method.needs:
         if not math.isfinite(needed[name].value):
             raise BenchError(f"{name} diverged in its training ({needed[name].value}): nothing can continue it")
-    return cell.method.course(cell.task, cell.budget or 1.0, needed)
+    return cell.method.course(cell.task.for_seed(cell.seed), cell.budget or 1.0, needed)
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """The finished run that a course continues: its result and its file."""
+def load_finished(model: nn.Module, name: str, out: Path, needed: Mapping[str, Result]) -> nn.Module:
+    """The model with what a finished run has trained.
 
-    result: Result
-    model: Path
-
-
-def _earlier(course: Course, out: Path, needed: Mapping[str, Result]) -> Earlier | None:
-    if not course.goes_on_from:
-        return None
-    result = needed[course.goes_on_from]
-    path = out / result.folder / MODEL
+    Raises:
+        BenchError: its file is gone.
+    """
+    path = out / needed[name].folder / MODEL
     if not path.exists():
         raise BenchError(
-            f"{path} is missing, the trained model of {course.goes_on_from}: delete that run's line from "
-            f"{out / FILE} and run the method again into {out}"
+            f"{path} is missing, the trained model of {name}: delete that run's line from {out / FILE} and run the "
+            f"method again into {out}"
         )
-    return Earlier(result, path)
+    return setpoint.load(path, into=model)
+
+
+def _taught(cell: Cell, course: Course, out: Path, needed: Mapping[str, Result]) -> SimpleTask:
+    """The course's task, with the teacher in its loss if there is one, which draws no random numbers of the run's."""
+    if not course.taught_by:
+        return course.task
+    task = cell.task.for_seed(cell.seed)
+    with torch.random.fork_rng():
+        model = load_finished(task.build(dense_widths(task)), course.taught_by, out, needed)
+    if task.data != course.task.data:
+        model = nn.Sequential(course.task.data.as_in(task.data), model)  # type: ignore[attr-defined]
+    teacher = Teacher(model, alpha=course.alpha, temperature=course.temperature)
+    return replace(course.task, teacher=teacher)
 
 
 def warm_up(task: SimpleTask, widths: Mapping[str, int]) -> None:
@@ -157,14 +165,19 @@ def warm_up(task: SimpleTask, widths: Mapping[str, int]) -> None:
 class Run:
     """The state of one cell's training: model, optimizer, pruner, clocks and counts."""
 
-    def __init__(self, cell: Cell, course: Course, random: OwnRandom, earlier: Earlier | None) -> None:
-        self.cell, self.course, self.task, self.random = cell, course, course.task, random
-        self.earlier = None if earlier is None else earlier.result
+    def __init__(self, cell: Cell, course: Course, random: OwnRandom, out: Path, needed: Mapping[str, Result]) -> None:
+        self.cell, self.course, self.random = cell, course, random
+        earlier = [needed[name] for name in dict.fromkeys((course.goes_on_from, course.taught_by)) if name]
+        self.earlier_steps = sum(each.steps for each in earlier)
+        self.earlier_flops = sum(each.train_flops for each in earlier)
+        self.earlier_seconds = sum(each.seconds for each in earlier)
+        self.earlier_joules = [each.energy_j for each in earlier]
         self.training, self.evaluation = Stopwatch(synchronize=True), Stopwatch(synchronize=True)
-        self.energy = Joules(find_energy_meter([self.task.device])[0])
-        self.model: nn.Module = self.task.build(course.widths)
-        if earlier is not None:
-            setpoint.load(earlier.model, into=self.model)
+        self.energy = Joules(find_energy_meter([course.task.device])[0])
+        self.model: nn.Module = course.task.build(course.widths)
+        if course.goes_on_from:
+            load_finished(self.model, course.goes_on_from, out, needed)
+        self.task = _taught(cell, course, out, needed)
         self.batches = self.task.batches(cell.seed)
         with self.energy, self.training:
             self.optimizer, self.pruner = cell.method.begin(self.task, self.model, cell.budget or 1.0, self.batches)
@@ -227,9 +240,9 @@ class Run:
     def row(self, split: str, score: Score | None) -> dict[str, object]:
         values = {} if score is None else {key: value for key, value in asdict(score).items() if value is not None}
         return {
-            "step": self.step + (self.earlier.steps if self.earlier else 0),
-            "seconds": self.training.seconds + (self.earlier.seconds if self.earlier else 0.0),
-            "flops": self.flops + (self.earlier.train_flops if self.earlier else 0.0),
+            "step": self.step + self.earlier_steps,
+            "seconds": self.training.seconds + self.earlier_seconds,
+            "flops": self.flops + self.earlier_flops,
             "split": split,
             **values,
         }
@@ -240,6 +253,8 @@ class Run:
         if self.pruner is not None:
             with self.random.drawing(), self.energy, self.training:
                 outcome = self.pruner.finish()
+        if self.task.teacher is not None:
+            outcome = replace(outcome, overhead_flops=outcome.overhead_flops + self.task.teacher.flops)
         self.flops_per_step = step_flops(self.model, self.task.example())
         if outcome.ledger is not None:
             outcome.ledger.save(folder / LEDGER)
@@ -247,14 +262,13 @@ class Run:
         return outcome
 
     def _energy_j(self) -> float | None:
-        """Joules of the run, those of the run that it went on from included; None where a part is unknown."""
-        earlier = 0.0 if self.earlier is None else self.earlier.energy_j
-        return None if earlier is None or self.energy.energy_j is None else self.energy.energy_j + earlier
+        """Joules of the run, those of the runs before it included; None where a part is unknown."""
+        parts = [self.energy.energy_j, *self.earlier_joules]
+        return None if None in parts else sum(part or 0.0 for part in parts)
 
     def result(self, final: Score, outcome: Outcome) -> Result:
         value = final.accuracy if self.task.metric == "accuracy" else final.loss
         assert value is not None, "a task whose metric is accuracy measures it"
-        earlier_flops = self.earlier.train_flops if self.earlier else 0.0
         theoretical = outcome.theoretical_train_flops
         return Result(
             task=self.task.name,
@@ -268,14 +282,14 @@ class Run:
             dense_flops=outcome.dense_flops,
             claimed_flops=outcome.claimed_flops,
             final_params=sum(parameter.numel() for parameter in self.model.parameters()),
-            train_flops=self.flops + outcome.overhead_flops + earlier_flops,
-            seconds=self.training.seconds + (self.earlier.seconds if self.earlier else 0.0),
+            train_flops=self.flops + outcome.overhead_flops + self.earlier_flops,
+            seconds=self.training.seconds + self.earlier_seconds,
             evaluation_seconds=self.evaluation.seconds,
             overhead_seconds=outcome.overhead_seconds,
             overhead_flops=outcome.overhead_flops,
             resizes=outcome.resizes,
             budget_met=outcome.budget_met,
-            steps=self.step + (self.earlier.steps if self.earlier else 0),
+            steps=self.step + self.earlier_steps,
             widths=outcome.widths,
             dense_widths=outcome.dense_widths,
             environment=environment(self.task),
@@ -283,7 +297,7 @@ class Run:
             folder=self.cell.name,
             family=self.cell.method.family,
             theoretical_flops=outcome.theoretical_flops,
-            theoretical_train_flops=None if theoretical is None else theoretical + earlier_flops,
+            theoretical_train_flops=None if theoretical is None else theoretical + self.earlier_flops,
             density=outcome.density,
             energy_j=self._energy_j(),
             break_even_step=outcome.break_even_step,

@@ -29,7 +29,6 @@ class Setpoint:
         sensor: makes what takes the readings; None for Setpoint's own.
         paper: where the variant comes from.
         resource: what the budget is a fraction of the dense model's, per step.
-        teacher: whether the model as it is at the start teaches the one that is pruned.
         granularity: "unit", or "weight" for masks on single weights, whose *theoretical* FLOPs meet the budget.
     """
 
@@ -39,7 +38,6 @@ class Setpoint:
     learning_rate: float = 1.0
     paper: str = ""
     family: str = "setpoint"
-    teacher: bool = False
     granularity: str = "unit"
     resource: str = "flops"
     sized: bool = True
@@ -59,7 +57,6 @@ class Setpoint:
             controller=self.controller,
             sensor=self._sensor(task),
             actuator=setpoint.Masking() if self.granularity == "weight" else None,
-            teacher=True if self.teacher else None,
         )
         return optimizer, Looped(loop)
 

@@ -1,4 +1,4 @@
-"""Methods that prune nothing: the dense model, and small ones trained from scratch."""
+"""Methods that prune nothing: the dense model, small ones from scratch, and another pretrained one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import nn
 
-from setpoint_bench.counter import step_flops
 from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.results import Result
 from setpoint_bench.simple_task import SimpleTask, dense_widths
@@ -19,17 +17,23 @@ from setpoint_bench.sizing import small_widths
 @final
 @dataclass(frozen=True)
 class Dense:
-    """The full model, trained as it is: what pruning is measured against."""
+    """The full model, trained as it is: what pruning is measured against.
+
+    Args:
+        share: its steps, as a share of the task's.
+    """
 
     name: str = "dense"
     learning_rate: float = 1.0
+    share: float = 1.0
     family: str = "dense"
     sized: bool = False
     paper: str = ""
     needs: tuple[str, ...] = ()
 
     def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
+        own = task.with_steps(max(1, round(self.share * task.steps)))
+        return Course(own.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return task.optimizer(model), None
@@ -60,33 +64,23 @@ class Small:
 
 @final
 @dataclass(frozen=True)
-class SmallLong:
-    """The small model, trained for as many steps as Setpoint's whole training FLOPs pay for.
+class Neighbour:
+    """The smaller model, or another one, that the task names as its pretrained neighbour: trained as it is.
 
-    `steps = round(training FLOPs of Setpoint / FLOPs of a step of the small model)`, schedule stretched with them.
-    Its learning rate deserves the same tuning as everyone's: `small-long@learning_rate=0.5` halves it.
-
-    Args:
-        needs: the run whose FLOPs it may spend.
+    Raises:
+        BenchError: the task names none.
     """
 
-    name: str = "small-long"
+    name: str = "neighbour"
     learning_rate: float = 1.0
     family: str = "small"
-    sized: bool = True
+    sized: bool = False
     paper: str = ""
-    needs: tuple[str, ...] = ("setpoint",)
+    needs: tuple[str, ...] = ()
 
     def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        widths = small_widths(task, budget)
-        longer = task.from_scratch().with_steps(_affordable_steps(task, widths, needed["setpoint"]))
-        return Course(longer.with_learning_rate_factor(self.learning_rate), widths)
+        found = task.neighbour_task()
+        return Course(found.with_learning_rate_factor(self.learning_rate), dense_widths(found), notes=found.name)
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         return task.optimizer(model), None
-
-
-def _affordable_steps(task: SimpleTask, widths: Mapping[str, int], spent: Result) -> int:
-    """Steps of a model of these widths that cost what another run has spent in training."""
-    per_step = step_flops(task.build(widths, torch.device("meta")), task.example())
-    return max(1, round(spent.train_flops / per_step))

@@ -1,11 +1,11 @@
-"""The library Torch-Pruning (Fang et al.): its group pruners, which cut a trained model once."""
+"""The library Torch-Pruning (Fang et al.): its group pruners, which cut a model once, before the first step."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,9 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import AlreadyCut, Batches, Begun, Outcome
-from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.course import AlreadyCut, Batches, Begun, Course, Outcome
+from setpoint_bench.results import Result
+from setpoint_bench.simple_task import SimpleTask, dense_widths
 from setpoint_bench.task import BenchError
 
 Criterion = Literal["norm", "taylor"]
@@ -53,9 +54,9 @@ class TorchPruning:
     afterwards, as its examples do.
 
     Args:
-        criterion: "norm" for `GroupMagnitudeImportance` with every group at the same ratio, as in the library's
-            group-norm pruner without its own sparse training; "taylor" for `GroupTaylorImportance`, all groups
-            ranked together.
+        criterion: "norm" for `GroupMagnitudeImportance`, as in the library's group-norm pruner without its own sparse
+            training; "taylor" for `GroupTaylorImportance`.
+        even: whether every group is cut by the same ratio; else all groups are ranked together.
         num_batches: batches whose gradients Taylor adds up.
 
     References:
@@ -63,9 +64,18 @@ class TorchPruning:
         Frosio, Kautz: "Importance Estimation for Neural Network Pruning", CVPR 2019.
     """
 
+    name: str
     criterion: Criterion
+    even: bool
+    paper: str = ""
     num_batches: int = 10
+    learning_rate: float = 1.0
+    family: str = "open-loop"
     sized: bool = True
+    needs: tuple[str, ...] = ()
+
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
+        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Cut the model, and make an optimizer for what is left.
@@ -184,7 +194,8 @@ class TorchPruning:
         }
         layers = (nn.Linear, nn.modules.conv._ConvNd)
         closed = [each for name, each in model.named_modules() if isinstance(each, layers) and name not in written]
-        importance, norm = library.importance, self.criterion == "norm"
+        importance = library.importance
+        kind = importance.GroupMagnitudeImportance if self.criterion == "norm" else importance.GroupTaylorImportance
         # The library cannot see inside of fused attention, so it traces the written-out form.
         with taken_apart(model, groups) as heads, warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
@@ -192,11 +203,11 @@ class TorchPruning:
                 library.pruner.BasePruner(
                     model,
                     example,
-                    importance=importance.GroupMagnitudeImportance(p=2) if norm else importance.GroupTaylorImportance(),
-                    global_pruning=not norm,
+                    importance=kind(),
+                    global_pruning=not self.even,
                     pruning_ratio=ratio,
-                    max_pruning_ratio=1.0 if norm else 0.9,
-                    head_pruning_ratio=min(most_heads, _head_ratio(ratio, heads.values(), whole=norm)),
+                    max_pruning_ratio=1.0 if self.even else 0.9,
+                    head_pruning_ratio=min(most_heads, _head_ratio(ratio, heads.values(), whole=self.even)),
                     ignored_layers=closed,
                     num_heads=heads,
                     prune_num_heads=True,

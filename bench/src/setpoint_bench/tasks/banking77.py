@@ -37,7 +37,7 @@ def banking77(data: Path | None = None) -> SimpleTask:
     )
     texts = Texts(questions, NUM_TRAIN, data)
     made = SimpleTask("banking77", SentenceFamily(NUM_INTENTS), texts, recipe, scratch_learning_rate=4.0)
-    return made.with_epochs(2)
+    return replace(made, neighbour="banking77-three-layers").with_epochs(2)
 
 
 @lru_cache(maxsize=1)

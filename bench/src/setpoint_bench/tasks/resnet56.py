@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def resnet56(data: Path | None = None) -> SimpleTask:
     Args:
         data: folder that holds `uoft-cs/cifar10` and the weights, or None for the usual places.
     """
-    return _task("resnet56", 9, data)
+    return replace(_task("resnet56", 9, data), neighbour="resnet20")
 
 
 @task("resnet20")
