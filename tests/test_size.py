@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_796,
+    "wheel: lines": 29_840,
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
     "bench: lines": 16_290,
-    "tests: lines": 31_727,
+    "tests: lines": 31_763,
     "attach to first cut: files": 57,
-    "attach to first cut: lines": 11_466,
+    "attach to first cut: lines": 11_477,
     "training steps: files": 37,
-    "training steps: lines": 7_420,
+    "training steps: lines": 7_427,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_459,
+    "import setpoint: lines": 13_470,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

@@ -40,7 +40,7 @@ from setpoint.loop.control import Parts
 from setpoint.loop.cutting import Coordinates, Cutting, same_coordinates
 from setpoint.loop.first_batch import FirstBatch, RecordedMethod
 from setpoint.loop.loop import Loop
-from setpoint.messages import a_type, counts, plain_number, progress
+from setpoint.messages import a_type, counts, plain_number, progress, warn
 from setpoint.sensor.calibrating import Calibrating
 from setpoint.sensor.reading import Sensor
 from setpoint.sensor.taylor import TaylorSensor
@@ -433,7 +433,10 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         host, traced, inputs.example, sensor, some, allow_lossy=spec.allow_lossy, verify=spec.verify
     )
     found = even.complete(found, host.model) if even else found
-    found = replace(found, groups=on_grid(found.groups, spec.grid)) if spec.grid else found
+    if spec.grid:
+        if (widest := max((group.num_units for group in found.groups), default=0)) < 2 * spec.grid:
+            warn(f"grid={spec.grid} changes nothing: no layer has two blocks of it, the widest has {widest} units")
+        found = replace(found, groups=on_grid(found.groups, spec.grid))
     if calibration and not host.compiled:
         widths, forward = widths_of(found.groups), defaultdict[str, float](float)
         for product in traced.contractions:

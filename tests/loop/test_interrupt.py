@@ -17,6 +17,7 @@ from torch import nn
 
 import setpoint
 from loop.test_regrowth import Scripted
+from runtimes.clock import Clock, straight
 from setpoint.errors import LoopError
 from setpoint.interrupts import uninterrupted
 from setpoint.loop.cutting import Cutting
@@ -189,6 +190,23 @@ def test_an_interrupt_waits_for_the_end_of_an_export() -> None:
         with pytest.raises(KeyboardInterrupt):
             setpoint.attach(model, optimizer, 0.5, total_steps=20, example=(x,))
     assert not optimizer._optimizer_step_pre_hooks and not model._state_dict_hooks
+
+
+def test_a_signal_comes_through_between_two_copies_that_are_timed() -> None:
+    """Claim: Ctrl-C while copies are timed ends attach before the next copy, and leaves nothing attached."""
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3))
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=1e-2), torch.randn(8, 6)
+
+    def speed(number: int) -> float:
+        if number == 20:
+            signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    pressed = Clock(straight, speed)
+    budget = setpoint.Budget.fraction(0.5, of="inference", runtime=pressed)
+    with pytest.raises(KeyboardInterrupt):
+        setpoint.attach(model, optimizer, budget, total_steps=20, example=(x,))
+    assert pressed.loads == 3 and not optimizer._optimizer_step_pre_hooks  # the dense model twice, and a copy
 
 
 @pytest.mark.parametrize("inner", [nullcontext, uninterrupted])

@@ -43,6 +43,7 @@ def test_the_last_line_ends_with_the_seconds(printed: str, seconds: float) -> No
     ("code", "words"),
     [
         ("print()", "printed no seconds"),
+        ("print('done at 12:34:0.002')", "printed no seconds, its last line is 'done at 12:34:0.002'"),
         ("print('810 qps')", "printed no seconds, its last line is '810 qps'"),
         ("print('-3 ms')", "no time"),
         ("print(0)", "no time"),

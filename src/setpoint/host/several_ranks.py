@@ -38,7 +38,7 @@ class SeveralRanks(Host):
         return _shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
     def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        with self.together("what clocks read"):  # a rank that fails before it has sent its part is waited for here
+        with self.together("timing"):  # a rank that fails before it has sent its part is waited for here
             pass
         return self.ranks.largest(values)
 
@@ -70,7 +70,9 @@ def _on_all_ranks(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     failures = {rank: text.removeprefix(_FAILED) for rank, text in enumerate(texts) if text.startswith(_FAILED)}
     if failures:
         failed = "; ".join(f"rank {rank} with {text}" for rank, text in failures.items())
-        raise RankError(f"{what} failed on {failed}. Rank {ranks.own} stops too: {_LATER}")
+        raise RankError(
+            f"{what} failed on {failed}. Rank {ranks.own} stops too: mend that, then begin anew or {_LATER}"
+        )
     differing = {  # by rank, the names of the facts whose digests differ
         rank: sorted({entry.partition(":")[0] for entry in set(text.split()) ^ set(texts[0].split())})
         for rank, text in enumerate(texts)

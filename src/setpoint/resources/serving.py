@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,17 +20,19 @@ from setpoint.groups.group import Group, on_grid, widths_of
 from setpoint.groups.trace import trace
 from setpoint.groups.untouched import copy_of, preserved_rng_state
 from setpoint.host.host import Host
+from setpoint.interrupts import let_through
 from setpoint.loop.candidates import restricted
 from setpoint.messages import progress, warn
 from setpoint.resources.fit import by_kind, fit_seconds
 from setpoint.resources.replica import device_type_of, replica, set_eval
-from setpoint.resources.tape import Make, odd_widths, record, spread_widths
+from setpoint.resources.tape import Make, beside_grid, record, spread_widths
 from setpoint.runtimes.files import Opened
 from setpoint.runtimes.runtime import Forward, Runtime, in_turns, ratios, typical
 
 _ROUNDS, _AGREE = 4, 0.05  # rounds of turns at most, and how near two have to be to each other
 _COPIES, _FEWEST, _CALIBRATION_S = 12, 5, 20.0  # copies that are timed: fewer where they take longer
-_GRID, _OFF_GRID = 16, 1.25  # what kernels that work in blocks like; how much slower odd widths are where they do
+_ROUND_S, _FORETOLD = 0.15, 0.03  # seconds of a copy in a round; fewer copies, where the fit foretells them this well
+_GRID, _OFF_GRID = 16, 1.15  # what kernels that work in blocks like; how much slower one unit more is where they do
 
 
 def answering(model: nn.Module) -> nn.Module:
@@ -76,6 +78,7 @@ class Served:
         """
         with preserved_rng_state(model), self._autocast():
             forward = runtime.load(model, self._example)
+        forward()  # the first one is slow, and is not counted
         known = runtime in self._warned or (calibrates and runtime in self._used)
         self._used.append(runtime)
         if isinstance(forward, Opened) and not known and (text := forward.too_far("the model")):
@@ -96,7 +99,8 @@ class Served:
         for number in range(_ROUNDS):
             if number == 1 and not calibrates:
                 forwards.append(load(calibrates=True))
-            dense, own = in_turns([self._dense[number % 2], forwards[number % len(forwards)]])
+            timed = [self._dense[number % 2], forwards[number % len(forwards)]]
+            dense, own = in_turns(timed, _ROUND_S) if calibrates else in_turns(timed)
             if calibrates:
                 self.dense_s = min(self.dense_s, typical(dense))
             found = ratios(own, dense)
@@ -112,46 +116,59 @@ def serving(
 ) -> tuple[Served | None, ProductCost, tuple[Group, ...]]:
     """The model where it is served, the fit of its seconds there, and the groups, on a grid where that is fast.
 
-    Widths that lie off the grid are slow where kernels work in blocks: a copy of odd widths shows whether they do.
+    Where kernels work in blocks, widths off the grid are slow: two copies show whether one unit more costs much.
     Of several ranks the first alone loads the runtime and times; the others have no `Served`, and the same fit.
     """
     make = partial(replica, host.model, (), asked, groups, [], trains=False)
     own = restricted(trace(host.model, asked), groups)
-    vectors = [widths_of(groups), *spread_widths(groups, _COPIES), odd_widths(groups)]
-    served, read_s = None, np.full(len(vectors), -np.inf)
-    if host.ranks.own == 0:
-        served, read_s = _calibrated(Served(host.model, asked, runtime), make, vectors)
-    *fitted_s, odd_s = host.largest(read_s).tolist()
     parts = (*by_kind(host.model, own, forward=True), ProductCost("bytes", record(make, groups).storages))
-    read = [(widths, seconds) for widths, seconds in zip(vectors[:-1], fitted_s, strict=True) if seconds > 0]
-    if len(read) < 2:
+    fit = partial(fit_seconds, "inference", parts)
+    served = Served(host.model, asked, runtime) if host.ranks.own == 0 else None
+
+    def read(vectors: Sequence[Mapping[str, int]]) -> list[float]:
+        own_s = np.full(len(vectors), -np.inf) if served is None else _calibrated(served, make, vectors, fit)
+        return list(map(float, host.largest(own_s)))
+
+    half, odd = beside_grid(groups, _GRID)
+    if half != odd:
+        _, half_s, odd_s = read([widths_of(groups), half, odd])
+        groups = on_grid(groups, _GRID) if odd_s > _OFF_GRID * half_s > 0 else groups
+    vectors = [widths_of(groups), *spread_widths(groups, _COPIES)]
+    seconds = [(widths, taken_s) for widths, taken_s in zip(vectors, read(vectors), strict=True) if taken_s > 0]
+    if len(seconds) < 2:
         raise RuntimeUnavailable(
             f"seconds in {runtime.name} do not repeat themselves: no two readings of any copy agree. Attach on a quiet "
             "machine, or hold the model to a budget of 'flops' or 'params'"
         )
-    cost = fit_seconds("inference", parts, read)
-    if odd_s / cost.total(vectors[-1]) > _OFF_GRID:
-        groups = on_grid(groups, _GRID)
-    return served, cost, groups
+    if len(seconds) < _FEWEST and served is not None:
+        warn(
+            f"the machine is busy: seconds in {runtime.name} do not repeat themselves. The budget is held by a fit to "
+            f"{len(seconds) - 1} of {_COPIES} copies: attach on a quiet machine"
+        )
+    return served, fit(seconds), groups
 
 
 def _calibrated(
-    served: Served, make: Make, vectors: Sequence[Mapping[str, int]]
-) -> tuple[Served, Float64[np.ndarray, " n"]]:
-    """Seconds of a forward at each of these widths, of which the first are dense; -inf where none were read."""
-    ratios, until = np.full(len(vectors), -np.inf), time.monotonic() + _CALIBRATION_S
+    served: Served, make: Make, vectors: Sequence[Mapping[str, int]], fit: Callable[..., ProductCost]
+) -> Float64[np.ndarray, " n"]:
+    """Seconds of a forward at each of these widths, of which the first are dense; -inf where none were read.
+
+    Once the fit has foretold three copies in a row, it is good enough, and no further ones are timed.
+    """
+    ratios, until, foretold = np.full(len(vectors), -np.inf), time.monotonic() + _CALIBRATION_S, 0
     ratios[0] = 1.0
     with progress(f"timing copies in {served.runtime.name}"):
         for number, widths in enumerate(vectors[1:], 1):
-            last = number == len(vectors) - 1  # the odd one
-            if number > _FEWEST and not last and time.monotonic() > until:
-                continue
+            if number > _FEWEST and (foretold == 3 or time.monotonic() > until):
+                break
+            let_through()
             with progress(f"{number} of at most {len(vectors) - 1}"), make(widths, data=True) as copy:
                 found = served.ratios(copy.model, calibrates=True)
-            ratios[number] = statistics.median(found) if found else -np.inf
-    if (known := int(np.isfinite(ratios[:-1]).sum())) < _FEWEST:
-        warn(
-            f"the machine is busy: seconds in {served.runtime.name} do not repeat themselves. The budget is held by a "
-            f"fit to {known - 1} of {_COPIES} copies: attach on a quiet machine"
-        )
-    return served, served.dense_s * ratios
+            if not found:
+                continue
+            ratios[number] = statistics.median(found)
+            if number >= _FEWEST:
+                fitted = fit([each for each in zip(vectors[:number], ratios, strict=False) if each[1] > 0])
+                near = abs(fitted.total(widths) / ratios[number] - 1) <= _FORETOLD
+                foretold = foretold + 1 if near else 0
+    return served.dense_s * ratios

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from setpoint.controller.selection import lowest_width
 from setpoint.cost.cost import Term
 from setpoint.errors import CostError, SetpointError
-from setpoint.groups.group import Group, Size
+from setpoint.groups.group import Group, Size, on_grid
 from setpoint.groups.untouched import gc_paused
 from setpoint.groups.walk import op_name
 from setpoint.messages import progress
@@ -188,10 +188,11 @@ def spread_widths(groups: Sequence[Group], count: int, seed: int = 0) -> list[di
     return vectors
 
 
-def odd_widths(groups: Sequence[Group]) -> dict[str, int]:
-    """About half of each dense width, and odd; that of heads, and of what only goes in blocks, stays."""
-    kept = {group.name for group in groups if group.only_blocks or group.what == "head"}
-    return {group.name: group.num_units if group.name in kept else group.num_units // 2 | 1 for group in groups}
+def beside_grid(groups: Sequence[Group], grid: int) -> tuple[dict[str, int], dict[str, int]]:
+    """About half of each dense width, on a grid, and one unit more; that of heads, and of what can't be both, stays."""
+    half = {group.name: group.num_units // 2 // grid * grid for group in groups}
+    stays = {group.name: group.num_units for group in groups if group.only_blocks or on_grid([group], grid) == (group,)}
+    return half | stays, {name: width + 1 for name, width in half.items()} | stays
 
 
 def _nearest(group: Group, wanted: float) -> int:

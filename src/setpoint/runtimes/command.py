@@ -27,7 +27,9 @@ from setpoint.runtimes.files import ByTensor, needs, written
 from setpoint.runtimes.onnx import write_onnx
 from setpoint.runtimes.runtime import Forward
 
-_SECONDS = re.compile(r"(?:^|[\s=:])([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf)\s*(s|ms|us)?$", re.IGNORECASE)
+_SECONDS = re.compile(
+    r"(?:^|[\s=]|(?<!\d):)([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|[+-]?inf)\s*(s|ms|us)?$", re.IGNORECASE
+)
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from setpoint.errors import BudgetError, ExampleError, ExportError, RuntimeUnavailable, SetpointError
 from setpoint.groups.example import Example, inputs_of, mapped, tensors_of, with_tensors, without_cache
@@ -206,9 +207,11 @@ def opened(
     except SetpointError:
         raise
     except Exception as error:  # runtimes raise anything
+        hint = "replace the operation that the message names"
+        if any(tensor.dtype == torch.bfloat16 for _, wanted in compared for tensor in wanted):
+            hint = "give a model in float32, which autocast trains in bfloat16 all the same"
         raise RuntimeUnavailable(
-            f"{runtime.name} cannot run {file.name}: {_reason(error)}; "
-            "replace the operation that the message names, or choose another runtime"
+            f"{runtime.name} cannot run {file.name}: {_reason(error)}; {hint}, or choose another runtime"
         ) from error
     return Opened(runtime, run, difference)
 
@@ -250,6 +253,29 @@ def _fitting(inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[Any]], 
                 "give an example of that shape, or export the model again with this one"
             )
     return {name: inputs[name].contiguous() for name in shapes}
+
+
+class Traceable(TorchFunctionMode):
+    """Differences and running sums of booleans by operations that tracing writes: masks of transformers have them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.diff, Tensor.diff):
+            func = _diff
+        elif func in (torch.cumsum, Tensor.cumsum) and args and args[0].dtype == torch.bool:
+            args = (args[0].long(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _diff(
+    input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Tensor:
+    found = torch.cat([part for part in (prepend, input, append) if part is not None], dim)
+    for _ in range(n):
+        later, earlier = (found.narrow(dim, first, found.shape[dim] - 1) for first in (1, 0))
+        found = later ^ earlier if found.dtype == torch.bool else later - earlier
+    return found
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from setpoint.errors import BudgetError, RuntimeUnavailable
 from setpoint.groups.example import Example
-from setpoint.runtimes.files import ByTensor, Session, check_settings, loaded, needs
+from setpoint.runtimes.files import ByTensor, Session, Traceable, check_settings, loaded, needs
 from setpoint.runtimes.runtime import Forward, thread_seconds, wall_seconds
 
 _PACKAGES = "onnx onnxruntime onnxscript"
@@ -93,7 +92,7 @@ def write_onnx(model: ByTensor, file: Path) -> None:
     # Both exporters write what runs equally fast; the one that traces takes a tenth of the time (.4 s for a
     # MobileNetV2), and the one of torch.export takes some models that the other does not, or not rightly.
     try:
-        with _without_its_log(), _Traceable():
+        with _without_its_log(), Traceable():
             torch.onnx.export(model, tensors, file, dynamo=False, input_names=names)
         onnx.checker.check_model(file, full_check=True)
     except Exception:  # noqa: BLE001 - exporters raise anything
@@ -101,29 +100,6 @@ def write_onnx(model: ByTensor, file: Path) -> None:
             import onnxscript  # noqa: F401
         large = sum(tensor.nbytes for tensor in model.state_dict().values()) > _ONE_FILE
         torch.onnx.export(model, tensors, file, dynamo=True, input_names=names, verbose=False, external_data=large)
-
-
-class _Traceable(TorchFunctionMode):
-    """Differences and running sums of booleans by operations that tracing writes: masks of transformers have them."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.diff, Tensor.diff):
-            func = _diff
-        elif func in (torch.cumsum, Tensor.cumsum) and args and args[0].dtype == torch.bool:
-            args = (args[0].long(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-def _diff(
-    input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
-) -> Tensor:
-    found = torch.cat([part for part in (prepend, input, append) if part is not None], dim)
-    for _ in range(n):
-        later, earlier = (found.narrow(dim, first, found.shape[dim] - 1) for first in (1, 0))
-        found = later ^ earlier if found.dtype == torch.bool else later - earlier
-    return found
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.errors import BudgetError
+from setpoint.errors import BudgetError, RuntimeUnavailable
 from setpoint.groups.example import Example
-from setpoint.runtimes.files import ByTensor, Session, check_settings, loaded, needs
+from setpoint.runtimes.files import ByTensor, Session, Traceable, check_settings, loaded, needs
 from setpoint.runtimes.runtime import Forward, thread_seconds, wall_seconds
+
+_OF_SEVERAL = {"AUTO", "BATCH", "HETERO", "MULTI"}  # devices that choose among others
 
 
 @cache
@@ -62,7 +64,8 @@ class OpenVINO:
         tensors = tuple(model.inputs.values())
         # As with ONNX: traced first, which is quick, else by torch.export, which takes other models.
         try:
-            traced = torch.jit.trace(model, tensors, check_trace=False)  # type: ignore[no-untyped-call]
+            with Traceable():
+                traced = torch.jit.trace(model, tensors, check_trace=False)  # type: ignore[no-untyped-call]
             graph = openvino.convert_model(traced)
         except Exception:  # noqa: BLE001 - exporters raise anything
             graph = openvino.convert_model(torch.export.export(model, tensors))
@@ -89,6 +92,12 @@ class OpenVINO:
         openvino.save_model(graph, file, compress_to_fp16=False)
 
     def open(self, file: Path) -> Session:
+        there = {device.partition(".")[0] for device in _core().available_devices}
+        if self.device.partition(":")[0].partition(".")[0] not in there | _OF_SEVERAL:
+            raise RuntimeUnavailable(
+                f"device={self.device!r} is not available in this OpenVINO, which has {', '.join(sorted(there))}: "
+                "choose one of these, or install the driver of yours"
+            )
         tuned = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         threads = {"INFERENCE_NUM_THREADS": self.threads} if self.device == "CPU" else {}
         compiled = _core().compile_model(file, self.device, {**tuned, **threads})

@@ -17,7 +17,7 @@ from setpoint.groups.example import Example, inputs_of
 
 Forward = Callable[[], float]  # makes one forward of a model on its example, and returns the seconds that it took
 
-_LEAST, _MOST, _ENOUGH_S, _LONG_S = 7, 60, 0.3, 6.0
+_LEAST, _MOST, _ENOUGH_S, _LONG_S = 7, 60, 0.3, 1.0
 
 
 @runtime_checkable
@@ -117,21 +117,20 @@ def wall_seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - before
 
 
-def in_turns(forwards: Sequence[Forward]) -> list[list[float]]:
+def in_turns(forwards: Sequence[Forward], enough_s: float = _ENOUGH_S) -> list[list[float]]:
     """Seconds of each of several models, forward by forward in turns, so that all see the same machine.
 
-    The first forward of each is not counted. There are as many as take .3 s a model, but 7 at least and 60 at most; and
-    no more after 6 s a model of the wall clock, since a program may take long to start.
+    There are as many as take `enough_s` a model, or 1 s of the wall clock; but 60 at most and 7 at least. After 3 s
+    of the wall clock a model one is enough: a program that takes long to start makes several forwards itself.
     """
-    for forward in forwards:
-        forward()
     read: list[list[float]] = [[] for _ in forwards]
-    enough_s, until = _ENOUGH_S * len(forwards), time.monotonic() + _LONG_S * len(forwards)
-    while len(read[0]) < _LEAST or (
-        len(read[0]) < _MOST and sum(map(sum, read)) < enough_s and time.monotonic() < until
+    began, wall_s = time.monotonic(), 0.0
+    while len(read[0]) < (_LEAST if wall_s < 3 * _LONG_S else 1) or (
+        len(read[0]) < _MOST and sum(map(sum, read)) < enough_s * len(forwards) and wall_s < _LONG_S
     ):
         for forward, seconds in zip(forwards, read, strict=True):
             seconds.append(forward())
+        wall_s = (time.monotonic() - began) / len(forwards)
     return read
 
 

@@ -27,7 +27,8 @@ def check_budgets(goals: Any) -> tuple[Budget, ...]:
             )
     if not budgets or len({(budget.resource, budget.per) for budget in budgets}) < len(budgets):
         one = "; one run has one runtime" if [each.resource for each in budgets].count("inference") > 1 else ""
-        raise BudgetError(f"give one budget for each resource, and at least one, got {list(budgets)}{one}")
+        named = ", ".join(each.named for each in budgets) or "none"
+        raise BudgetError(f"give one budget for each resource, and at least one, got {named}{one}")
     runs = [budget.resource for budget in budgets if budget.per == "run"]
     if len(budgets) > 1 and runs and runs != ["flops"]:
         raise BudgetError(
