@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_840,
+    "wheel: lines": 29_844,
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
     "bench: lines": 16_290,
-    "tests: lines": 31_763,
+    "tests: lines": 31_780,
     "attach to first cut: files": 57,
     "attach to first cut: lines": 11_477,
     "training steps: files": 37,

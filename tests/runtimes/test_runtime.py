@@ -44,6 +44,23 @@ def test_a_runtime_times_the_forward(runtime: Runtime) -> None:
     assert calls == ([False, False] if isinstance(runtime, Eager) else [])
 
 
+class Waits(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return x
+
+
+def test_eager_on_one_thread_reads_the_seconds_of_the_thread() -> None:
+    """Claim: where PyTorch has one thread, what the machine does for others meanwhile does not count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        forward = Eager().load(Waits(), (torch.zeros(1),))
+        assert forward() < 0.02
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("returned", [None, "fast", float("nan"), float("inf"), 0, -1e-3, lambda: 1])
 def test_a_function_that_returns_no_seconds_is_refused(returned: object) -> None:
     """Claim: what a function of the user's own returns is positive seconds, or is named as what it is."""

@@ -27,7 +27,7 @@ from setpoint.resources.fit import by_kind, fit_seconds
 from setpoint.resources.replica import device_type_of, replica, set_eval
 from setpoint.resources.tape import Make, beside_grid, record, spread_widths
 from setpoint.runtimes.files import Opened
-from setpoint.runtimes.runtime import Forward, Runtime, in_turns, ratios, typical
+from setpoint.runtimes.runtime import ENOUGH_S, Forward, Runtime, in_turns, ratios, typical
 
 _ROUNDS, _AGREE = 4, 0.05  # rounds of turns at most, and how near two have to be to each other
 _COPIES, _FEWEST, _CALIBRATION_S = 12, 5, 20.0  # copies that are timed: fewer where they take longer
@@ -86,7 +86,9 @@ class Served:
             warn(f"{text}. Its seconds are taken all the same, but what is served there is not this model")
         return forward
 
-    def ratios(self, model: nn.Module, runtime: Runtime | None = None, *, calibrates: bool = False) -> list[float]:
+    def ratios(
+        self, model: nn.Module, runtime: Runtime | None = None, *, calibrates: bool = False, enough_s: float = ENOUGH_S
+    ) -> list[float]:
         """Seconds of a forward over the dense model's, from two rounds of turns that agree; none if no two do.
 
         The model is nobody else's, and in eval mode. It may run in another runtime than the dense one.
@@ -99,8 +101,7 @@ class Served:
         for number in range(_ROUNDS):
             if number == 1 and not calibrates:
                 forwards.append(load(calibrates=True))
-            timed = [self._dense[number % 2], forwards[number % len(forwards)]]
-            dense, own = in_turns(timed, _ROUND_S) if calibrates else in_turns(timed)
+            dense, own = in_turns([self._dense[number % 2], forwards[number % len(forwards)]], enough_s)
             if calibrates:
                 self.dense_s = min(self.dense_s, typical(dense))
             found = ratios(own, dense)
@@ -163,7 +164,7 @@ def _calibrated(
                 break
             let_through()
             with progress(f"{number} of at most {len(vectors) - 1}"), make(widths, data=True) as copy:
-                found = served.ratios(copy.model, calibrates=True)
+                found = served.ratios(copy.model, calibrates=True, enough_s=_ROUND_S)
             if not found:
                 continue
             ratios[number] = statistics.median(found)

@@ -17,7 +17,8 @@ from setpoint.groups.example import Example, inputs_of
 
 Forward = Callable[[], float]  # makes one forward of a model on its example, and returns the seconds that it took
 
-_LEAST, _MOST, _ENOUGH_S, _LONG_S = 7, 60, 0.3, 1.0
+ENOUGH_S = 0.3  # of one model in a round
+_LEAST, _MOST, _LONG_S = 7, 60, 1.0
 
 
 @runtime_checkable
@@ -43,6 +44,7 @@ class Runtime(Protocol):
 class Eager:
     """PyTorch itself, operation by operation, on the model's device; under the autocast that is active at loading.
 
+    Where PyTorch has one thread (`torch.set_num_threads(1)`), seconds on the CPU are those of that thread.
     Nobody serves it: it spends much of a small model's time on calling operations, which other runtimes do not.
     """
 
@@ -101,7 +103,8 @@ class Called:
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    alone = device == "cpu" and torch.get_num_threads() == 1  # then other programs of a busy machine do not count
+    return time.thread_time() if alone else time.perf_counter()
 
 
 def thread_seconds(run: Callable[[], Any]) -> float:
@@ -117,7 +120,7 @@ def wall_seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - before
 
 
-def in_turns(forwards: Sequence[Forward], enough_s: float = _ENOUGH_S) -> list[list[float]]:
+def in_turns(forwards: Sequence[Forward], enough_s: float = ENOUGH_S) -> list[list[float]]:
     """Seconds of each of several models, forward by forward in turns, so that all see the same machine.
 
     There are as many as take `enough_s` a model, or 1 s of the wall clock; but 60 at most and 7 at least. After 3 s
