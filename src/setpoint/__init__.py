@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from setpoint.checkpoint.model_file import load, save
     from setpoint.checkpoint.resumable import resumable, shrink_to
     from setpoint.checkpoint.run_file import load_run, save_run
-    from setpoint.host.fsdp import unsharded
+    from setpoint.host.sharded import unsharded
     from setpoint.integrations.checkpointing import enable_checkpointing
     from setpoint.one_shot.compress import compress
     from setpoint.regrowth.regrowing import Regrowing
@@ -47,7 +47,7 @@ _LEAVES = {
     "save": "setpoint.checkpoint.model_file",
     "save_run": "setpoint.checkpoint.run_file",
     "shrink_to": "setpoint.checkpoint.resumable",
-    "unsharded": "setpoint.host.fsdp",
+    "unsharded": "setpoint.host.sharded",
 }
 """Names that are imported when somebody asks for them: not every run needs these folders."""
 

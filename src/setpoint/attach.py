@@ -385,7 +385,7 @@ def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:
         host.together("attach") as facts,
     ):
         parts = _weights(host, spec, inputs, clock) if spec.masking else _units(host, spec, inputs, clock)
-        facts.update({**parts.facts, **run_facts(parts.spending)})
+        facts.update({**parts.facts, **run_facts(parts.spending), "weights": host.fingerprint()})
     return parts
 
 
@@ -425,7 +425,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
     sensor = spec.sensor or _usual_sensor(host, traced.groups, inputs)
     if host.mesh is not None and not sensor.traits.shards:
         raise LoopError(
-            f"{type(sensor).__name__} does not say that it can read a model that fully_shard has sharded over ranks: "
+            f"{type(sensor).__name__} does not say that it can read a model that is sharded over ranks: "
             "use TaylorSensor, or set traits = Traits(shards=True) on a sensor that adds up what each rank has"
         )
     sensor = sensor if host.single_process else sensor.over(host.ranks)
@@ -437,6 +437,7 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         if (widest := max((group.num_units for group in found.groups), default=0)) < 2 * spec.grid:
             warn(f"grid={spec.grid} changes nothing: no layer has two blocks of it, the widest has {widest} units")
         found = replace(found, groups=on_grid(found.groups, spec.grid))
+    found = replace(found, groups=host.even(found.groups))
     if calibration and not host.compiled:
         widths, forward = widths_of(found.groups), defaultdict[str, float](float)
         for product in traced.contractions:
@@ -480,7 +481,7 @@ def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Input
     controller, resources = spec.controller, {budget.resource for budget in spec.budgets}
     known = spec.goal is None and resources <= {"flops", "params", "inference"}
     if spec.by_default and known and not spec.regrowing and all(group.kind == "unit" for group in groups):
-        samples = num_samples(inputs.example) * inputs.passes * host.ranks.count
+        samples = num_samples(inputs.example) * inputs.passes * host.ranks.shares
         clock = "inference" in resources
         first, gains = (Schedule.measured(), Gains(0.0, 1.0)) if clock else (Schedule.at_once(), Gains())
         # The second step shows whether training calls what the example does; the first is over where it was recorded.
@@ -496,7 +497,7 @@ def _beginning(host: Host, spec: RunSpec, groups: Sequence[Group], inputs: Input
 
 def _usual_sensor(host: Host, groups: tuple[Group, ...], inputs: Inputs) -> Sensor[Any]:
     """Taylor for units; states have sensors of their own."""
-    samples = inputs.samples * host.ranks.count
+    samples = inputs.samples * host.ranks.shares
     if host.single_process and any(group.kind == "state" for group in groups):
         from setpoint.sensor.chain import SensorChain
         from setpoint.states.hankel import HankelSensor

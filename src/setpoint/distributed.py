@@ -1,8 +1,9 @@
 """The ranks that train one model together: mean, sum and messages over them, and the shard that each one has."""
 
+import math
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -34,10 +35,16 @@ class Ranks:
     group: Any = None  # the process group
     # Where what is sent must lie: the CPU for gloo, the model's GPU for NCCL.
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    alike: int = 1  # how many ranks at a time have the same samples, as those of tensor parallelism do
 
     @property
     def count(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def shares(self) -> int:
+        """The parts of a global batch that differ."""
+        return self.count // self.alike
 
     @property
     def own(self) -> int:
@@ -63,9 +70,7 @@ class Ranks:
 
     def part(self, length: int) -> slice:
         """This rank's part of `length` entries: equal parts in order, but for the last ones."""
-        per_rank = -(-length // self.count)
-        first = self.own * per_rank
-        return slice(min(first, length), min(first + per_rank, length))
+        return _part(length, self.own, self.count)
 
     def joined(self, part: Tensor, length: int) -> Tensor:
         """All `length` entries, of which each rank has its `part`, by one all-gather; on the device of the part."""
@@ -129,19 +134,62 @@ def unsharded_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def rows(tensor: Tensor) -> slice:
-    """Which entries of the first dim this rank's shard of a tensor has."""
+def _part(length: int, own: int, count: int) -> slice:
+    per_rank = -(-length // count)
+    return slice(min(own * per_rank, length), min((own + 1) * per_rank, length))
+
+
+def region(tensor: Tensor) -> tuple[slice, ...]:
+    """By dim, which entries this rank's shard of a tensor has."""
     if is_sharded_tensor(tensor):
-        return Ranks(tensor.device_mesh.get_group()).part(tensor.shape[0])  # type: ignore[attr-defined]
-    return slice(0, tensor.shape[0] if tensor.dim() else 1)
+        return _region(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    return tuple(slice(0, length) for length in tensor.shape)
+
+
+def _region(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
+    found = [slice(0, length) for length in shape]
+    # FSDP has sharded the shards of tensor parallelism, which come first although their mesh dim is behind its own.
+    for axis, placed in sorted(enumerate(placements), key=lambda each: "Strided" in type(each[1]).__name__):
+        if hasattr(placed, "dim"):
+            whole = found[placed.dim]
+            part = _part(whole.stop - whole.start, mesh.get_local_rank(axis), mesh.size(axis))
+            found[placed.dim] = slice(whole.start + part.start, whole.start + part.stop)
+    return tuple(found)
+
+
+def shared_by(tensor: Tensor, ranks: Ranks) -> int:
+    """How many of these ranks have the same shard of a tensor, or the same part of a sum that is not added up yet."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    placements: Any = tensor.placements if mesh else ()  # type: ignore[attr-defined]
+    split = (int(mesh.size(axis)) for axis, placed in enumerate(placements) if not placed.is_replicate())
+    return ranks.count // math.prod(split)
+
+
+def sharded_like(tensor: Tensor, mesh: Any, placements: Any) -> Any:
+    """A tensor that every rank has whole, as the DTensor on a mesh; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    shape: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
+    own = tensor[_region(tensor.shape, mesh, placements)].clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(own, mesh, placements, run_check=False, **shape)
+
+
+def ranks_on(mesh: Any) -> Ranks:
+    """The ranks of a mesh, of one dim or several."""
+    everyone = mesh.size() == dist.get_world_size()
+    group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD if everyone else mesh._flatten().get_group()
+    return Ranks(group, torch.device(mesh.device_type))
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
-    """The ranks that the first sharded one of these tensors lies on; this process where none is sharded."""
-    for tensor in tensors:
-        if is_sharded_tensor(tensor):
-            return Ranks(tensor.device_mesh.get_group(), local(tensor.detach()).device)  # type: ignore[attr-defined]
-    return Ranks()
+    """The ranks that these tensors lie on, those of the largest mesh; this process where none is sharded."""
+    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_sharded_tensor(tensor)]  # type: ignore[attr-defined]
+    return ranks_on(max(meshes, key=lambda mesh: mesh.size())) if meshes else Ranks()
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether `fully_shard` or tensor parallelism has spread a model over ranks."""
+    return any(map(is_sharded, model.modules())) or any(map(is_sharded_tensor, model.parameters()))
 
 
 def check_module(model: Any) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import setpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from distributed import checks, clocks, shards, stops, training
+from distributed import checks, clocks, meshes, shards, stops, training
 from matrix import rows
 
 TIMEOUT_S, LIMIT_S = 30, 300
@@ -34,7 +34,7 @@ def one_rank(names: list[str], rank: int, count: int, store: str) -> None:
     timeout = timedelta(seconds=LONG_S if LONG & set(names) else TIMEOUT_S)  # compilers may take their time
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
     for name in names:
-        next(getattr(each, name) for each in (stops, checks, clocks, shards, rows) if hasattr(each, name))()
+        next(getattr(each, name) for each in (stops, checks, clocks, shards, meshes, rows) if hasattr(each, name))()
         if name != "lost":
             dist.barrier()
         if rank == 0:

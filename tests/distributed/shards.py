@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +45,7 @@ from golden.models import Sampled
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
 from setpoint.errors import CheckpointError, CostError, LoopError, RankError
-from setpoint.host import fsdp as sharding
+from setpoint.host import sharded as sharding
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Traits
 from setpoint.weights.masking import Masking
@@ -92,21 +93,24 @@ def sharded_options() -> None:
     """
     setpoint.regrowth.regrowing._PROBE_SHARE = 0.0  # what is computed again would miss the resting units
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    _goes_on_like_a_fresh_one(Sampled, reshard_after_forward=False)
-    _goes_on_like_a_fresh_one(Sampled, momentum=True, dtype=torch.bfloat16, reshard_after_forward=True, mp_policy=low)
-    _goes_on_like_a_fresh_one(Recomputed)
-    _goes_on_like_a_fresh_one(Sampled, compiled=True)
+    goes_on_like_a_fresh_one(Sampled, reshard_after_forward=False)
+    goes_on_like_a_fresh_one(Sampled, momentum=True, dtype=torch.bfloat16, reshard_after_forward=True, mp_policy=low)
+    goes_on_like_a_fresh_one(Recomputed)
+    goes_on_like_a_fresh_one(Sampled, compiled=True)
 
 
-def _goes_on_like_a_fresh_one(
+def goes_on_like_a_fresh_one(
     kind: type[nn.Module],
     momentum: bool = False,
     compiled: bool = False,
     dtype: torch.dtype = torch.float64,
+    shard: Callable[..., nn.Module] = sharded,
     **settings: Any,
 ) -> None:
+    """After cuts it trains on, bit for bit, like the small model sharded afresh with these settings."""
+
     def make(model: nn.Module) -> tuple[nn.Module, Any, Any]:
-        model = sharded(model, **settings)
+        model = shard(model, **settings)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4)
         if momentum:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -336,10 +340,7 @@ def sharded_refusals() -> None:
     def refused(text: str, model: nn.Module, **settings: Any) -> None:
         caught(settings.pop("error", LoopError), text, lambda: attached(model, never, x, **settings))
 
-    refused("offload_policy", sharded(build(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
     refused("shard_placement_fn", sharded(build(), shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None))
-    square = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("copies", "shards"))
-    refused("mesh of several dims", fully_shard(build(), mesh=square))
     part = build()
     fully_shard(part.up, mesh=mesh)
     refused("stem.weight outside of it", part)

@@ -86,7 +86,8 @@ def train(
             losses[-1] += loss.item()
         if loop is not None:
             loop.observe(loss=losses[-1])
-        nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
+        if np.isfinite(largest_norm):  # PyTorch clips no plain tensors and DTensors together
+            nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
         optimizer.step()
         optimizer.zero_grad()
     return losses

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from setpoint.distributed import local, rows
+from setpoint.distributed import local, region
 from setpoint.groups.group import Group
 from setpoint.messages import counted, warn
 from setpoint.sensor.consumer import by_column, from_columns
@@ -162,7 +162,7 @@ def _apply(
     _write(weight, from_columns(layer, new), undo)
     if bias is not None:
         held = local(bias)  # of a bias that is sharded over ranks, which a cut of the inputs leaves alone
-        _write(held, held + shift[rows(bias)].to(held), undo)
+        _write(held, held + shift[region(bias)[0]].to(held), undo)
     if follows:
         norm: Any = model.get_submodule(moment.norm)
         before, var_before, after, var_after = (value.to(norm.running_var) for value in spread)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from setpoint.distributed import check_module, is_sharded
+from setpoint.distributed import check_module, is_spread
 from setpoint.errors import ExampleError, ExportError, LoopError
 from setpoint.groups import build
 from setpoint.groups.example import Example, check_python, without_cache
@@ -85,9 +85,9 @@ def trace(model: nn.Module, example: Example) -> Trace:
     """Export `model` on `example`: the groups of `find_groups`, with contractions and frozen places."""
     check_module(model)
     check_python(model)
-    if any(map(is_sharded, model.modules())):
+    if is_spread(model):
         raise LoopError(
-            "groups are found in a whole model: call find_groups before fully_shard, or inside `with "
+            "groups are found in a whole model: call find_groups before it is sharded, or inside `with "
             "setpoint.unsharded(model):` on every rank"
         )
     # The exception of a signal's handler may end the process in PyTorch's C++.

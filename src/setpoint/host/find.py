@@ -51,9 +51,9 @@ def host_of(model: nn.Module, optimizer: Steps | Sequence[Steps], copies: Any = 
 
         return DDP(*held, compiled=compiled, parallel=parallel)
     if sharded:
-        from setpoint.host.fsdp import FSDP
+        from setpoint.host.sharded import Sharded
 
-        return FSDP(*held, compiled=compiled)
+        return Sharded(*held, compiled=compiled)
     return Host(*held, compiled=compiled)
 
 

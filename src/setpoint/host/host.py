@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from setpoint.actuator.tensors import named_tensors, shapes_by_name
-from setpoint.distributed import Ranks, is_sharded, is_sharded_tensor
+from setpoint.distributed import Ranks, is_sharded_tensor, is_spread
 from setpoint.errors import LoopError
 from setpoint.groups.group import Group
 from setpoint.messages import warn
@@ -87,6 +87,14 @@ class Host:
     def unsharded(self) -> AbstractContextManager[None]:
         """Inside, model and copies are plain and unsharded on each rank."""
         return nullcontext()
+
+    def fingerprint(self) -> int:
+        """A number of the weights, the same on ranks whose weights are the same; 0 where nobody compares it."""
+        return 0
+
+    def even(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        """The groups in blocks that leave even shards to tensor parallelism."""
+        return groups
 
     def mean(self, read: Callable[[], Reading], losses: Any, step: int) -> Reading:
         """The mean reading over ranks, on which all decide; the loop's `Losses` are then means over ranks, too."""
@@ -198,13 +206,7 @@ def check_plain(model: nn.Module) -> bool:
                 f"{refused} is not supported by this version of Setpoint: train on one device (CUDA_VISIBLE_DEVICES=0),"
                 " wrap the whole model in DistributedDataParallel (torchrun, in a Trainer), or call fully_shard on it"
             )
-    sharded = any(is_sharded(module) for module in model.modules())
-    if not sharded and any(map(is_sharded_tensor, model.parameters())):
-        raise LoopError(
-            "a DTensor is not supported by this version of Setpoint, unless fully_shard (FSDP2) has made it of a plain "
-            "parameter"
-        )
-    return sharded
+    return is_spread(model)
 
 
 def _watch_for_wrapper(model: nn.Module) -> Callable[[], None]:

@@ -23,6 +23,7 @@ from setpoint.sensor.reading import Reading
 _FAILED = "failed "
 _LATER = "continue from the last checkpoint"
 _PARTS = ("saliency", "slope", "norm")  # the fields of a reading that hold numbers by group
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BUILT_IN = "BuiltinCommHookType."  # how the names of PyTorch's own hooks begin, which it remembers only by name
 
 
@@ -33,6 +34,10 @@ class SeveralRanks(Host):
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
         return _on_all_ranks(self.ranks, what)
+
+    def fingerprint(self) -> int:
+        weights = [parameter.detach() for parameter in self.model.parameters() if parameter.is_floating_point()]
+        return sum(int(w.contiguous().flatten().view(_BITS[w.itemsize]).sum(dtype=torch.int64)) for w in weights)
 
     def mean(self, read: Callable[[], Reading], losses: Any, step: int) -> Reading:
         return _shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
@@ -124,7 +129,7 @@ def _shared_reading(ranks: Ranks, read: Callable[[], Reading], losses: Any, step
     seen_by_all = {name for name, share in zip(groups, seen_mean, strict=True) if share == 1.0}
     steps_seen = {name: steps if name in seen_by_all else 0 for name, steps in reading.steps_seen.items()}
     moments = reading.moments and {
-        name: replace(moment, blocks=tuple(map(ranks.total, moment.blocks)))
+        name: replace(moment, blocks=tuple(ranks.total(block) / ranks.alike for block in moment.blocks))
         for name, moment in sorted(reading.moments.items())
     }
     counted = {"moments": moments, "skipped_steps": math.ceil(skipped), "num_steps": math.floor(taken)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import detect_fake_mode
 
+from setpoint.distributed import is_sharded_tensor, unsharded_tensor
 from setpoint.groups.example import is_dense, tensors_of
 from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer, Hook, Padding, by_column, find_consumers, input_rows, layers_by_weight
@@ -205,7 +206,11 @@ class Gathering:
         if self._dropout[1:] and x is self._dropout[1]():
             x = self._dropout[0]
         outputs, forwards = by_column(layer, layer.weight).shape[-1], math.inf if self._always else _FORWARDS
-        count = reader.num_rows(output.numel() // outputs, outputs, self._num_forwards, forwards)
+        positions = output.numel() // outputs
+        if is_sharded_tensor(x):  # by tensor parallelism, whose output may be a part of all
+            x = unsharded_tensor(x.detach())
+            positions = x.numel() // x.shape[-1]
+        count = reader.num_rows(positions, outputs, self._num_forwards, forwards)
         rows = input_rows(layer, x, count, self._padding.real).detach()
         parts = [moment_of(rows[:, block].flatten(1)) for block in reader.blocks]
         parts = [torch.where(torch.isfinite(part.sum()), part, 0.0) for part in parts]

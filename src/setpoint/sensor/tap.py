@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpoint.distributed import Ranks, is_sharded_tensor, plain_kind
+from setpoint.distributed import Ranks, is_sharded_tensor, plain_kind, unsharded_tensor
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.consumer import parameter_named
 
@@ -85,7 +85,7 @@ class Tap:
         wide = torch.promote_types(x.dtype, torch.float32)
         others = [dim for dim in range(x.dim()) if dim != channels]
         product = x.to(wide) * gradient.detach().to(wide)
-        summed = product.sum(others) if others else product
+        summed = unsharded_tensor(product.sum(others) if others else product)
         self._total = summed if self._total is None else self._total + summed
 
     def take(self) -> Tensor | None:

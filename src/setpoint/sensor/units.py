@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from setpoint.distributed import Ranks, is_sharded_tensor, local, ranks_of, rows
+from setpoint.distributed import Ranks, is_sharded_tensor, local, ranks_of, region, shared_by
 from setpoint.groups.group import Group, Slice
 from setpoint.sensor.tap import GradientScale, Tap
 
@@ -129,7 +129,7 @@ class Units:
             if gradient is None or (source.tap is not None and not source.weight.requires_grad):
                 return None
             gradient = gradient if self.grad_scale is None else gradient / self.grad_scale
-            return source.add_up(values, (source.weight, gradient), self.like)
+            return self._once(source.add_up(values, (source.weight, gradient), self.like), gradient)
 
         zero = _zero_if_finite(self.others, self.like)
         zero = zero if self.grad_scale is None else zero + 0.0 * self.grad_scale.to(zero)
@@ -138,7 +138,16 @@ class Units:
     @torch.no_grad()
     def squares(self) -> Float[Tensor, " all_units"]:
         """Sum by unit of the squared weights that it owns."""
-        return self.ranks.total(self._summed(lambda source: source.add_up(torch.square, (source.weight,), self.like)))
+
+        def of_source(source: Source) -> Tensor:
+            return self._once(source.add_up(torch.square, (source.weight,), self.like), source.weight)
+
+        return self.ranks.total(self._summed(of_source))
+
+    def _once(self, sums: Tensor, tensor: Tensor) -> Tensor:
+        """What this rank is to add to a sum over ranks, of which several may have the same part."""
+        sharers = shared_by(tensor, self.ranks) if self.ranks.count > 1 else 1
+        return sums / sharers if sharers > 1 else sums
 
     def tapped(self) -> Float[Tensor, " all_units"]:
         """Sum by unit of `w * dL/dw` over the frozen weights, as their taps have read it in the backward pass."""
@@ -176,9 +185,10 @@ def find_units(
     def source_at(place: Slice, num_units: int) -> Source:
         weight = parameters[place.tensor]
         device = local(weight.detach()).device
-        # A rank adds up the rows that it holds of a weight that is sharded along its units.
-        sharded = is_sharded_tensor(weight) and place.dim == 0
-        held = replace(place, index=place.index[rows(weight)]) if sharded else place
+        # A rank adds up what it holds of a weight that is sharded along its units.
+        held = place
+        if is_sharded_tensor(weight) and place.dim is not None:
+            held = replace(place, index=place.index[region(weight)[place.dim]])
         first, last = _extent(place)
         num_read = (last - first) * (weight.numel() // max(len(place.index), 1))
         sums = UnitSum.of(held, num_units, device)
