@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -159,3 +163,57 @@ def mesh_refusals() -> None:
     refused(LoopError, f"the 15 units of group 'up' are split over {count} ranks", parallel(uneven))
     torch.manual_seed(dist.get_rank())
     refused(RankError, "rank 1 in weights", parallel(Tokens().double()))
+
+
+def _state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
+def resume_elsewhere() -> None:
+    """A run that four ranks have saved under `fully_shard` goes on from the very same weights and moments on two ranks,
+    on a mesh of two dims, and under tensor parallelism, to the same losses and cuts as on the four.
+    """
+    assert dist.get_world_size() == 4
+    folder, line = everywhere(tempfile.mkdtemp())[0], init_device_mesh("cpu", (4,))
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("apart", "shards"))["shards"]
+
+    def over(mesh: Any) -> Callable[[nn.Module], nn.Module]:
+        return lambda model: fully_shard(model, mesh=mesh)
+
+    def start(spread: Callable[[nn.Module], nn.Module], resumes: bool) -> tuple[Any, Any, setpoint.Loop]:
+        model = spread(build(Tokens))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4)
+        if resumes:
+            get_state_dict(model, optimizer)
+        # FLOPs are counted on the share of a rank of those on which the run began.
+        sensor, script = (
+            setpoint.TaylorSensor(num_samples=16),
+            Scripted({**DROP, 6: {"up": [0, 1, 2, 3]}}, regrow=False),
+        )
+        return model, *attached(model, script, batch(0)[0][:4], optimizer=optimizer, sensor=sensor)
+
+    def go(run: tuple[Any, ...], steps: range, shares: int, own: int) -> list[float]:
+        return train(
+            *run, steps, lambda step: tuple(part.chunk(shares)[own] for part in batch(step)), largest_norm=np.inf
+        )
+
+    run = start(over(line), False)
+    go(run, range(5), 4, dist.get_rank())
+    dcp.save(_state(*run[:2]), checkpoint_id=folder)
+    saved, state = contents(*run[:2]), run[2].state_dict()
+    losses = np.mean(everywhere(go(run, range(5, 8), 4, dist.get_rank())), 0)
+    for spread, group, shares, own in (
+        (over(pairs), pairs.get_group(), 2, dist.get_rank() % 2),
+        (over(square()), None, 4, dist.get_rank()),
+        (parallel, None, 1, 0),
+        (both, None, 2, dist.get_rank() // 2),
+    ):
+        again = start(spread, True)
+        again[2].load_state_dict(state)
+        found = _state(*again[:2])
+        dcp.load(found, checkpoint_id=folder, process_group=group)
+        set_state_dict(*again[:2], model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+        assert all(map(torch.equal, contents(*again[:2]), saved)) and again[2].step == 5
+        others = np.mean(everywhere(go(again, range(5, 8), shares, own)), 0)
+        np.testing.assert_allclose(others, losses, rtol=1e-12)
+        assert story(again[2]) == story(run[2]) and len(story(run[2])) == 3
