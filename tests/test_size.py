@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 29_844,
+    "wheel: lines": 30_090,
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
     "bench: lines": 16_290,
-    "tests: lines": 31_780,
+    "tests: lines": 32_071,
     "attach to first cut: files": 57,
-    "attach to first cut: lines": 11_477,
+    "attach to first cut: lines": 11_542,
     "training steps: files": 37,
-    "training steps: lines": 7_427,
+    "training steps: lines": 7_489,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_470,
+    "import setpoint: lines": 13_535,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }

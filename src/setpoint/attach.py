@@ -262,12 +262,14 @@ def _run_spec(
 def _check_metered(host: Host, goals: Sequence[Budget | Price | Tolerance]) -> None:
     """Check that ranks can read what goals are on, which single processes can, or raise CostError."""
     for goal in () if host.single_process else goals:
-        of_run, clocked = getattr(goal, "per", "step") == "run", goal.resource in ("latency", "inference")
-        if goal.resource in METERED and (of_run or not clocked or host.mesh is not None):
-            where = "on several ranks" if host.mesh is None else "under fully_shard"
+        of_run = getattr(goal, "per", "step") == "run"
+        # Shards are freed in a way that only the allocator of a GPU sees.
+        hidden = goal.resource == "memory" and host.mesh is not None and host.device.type == "cpu"
+        if goal.resource in METERED and (of_run or hidden):
+            where = "of a sharded model on the CPU" if hidden else "on several ranks"
             raise CostError(
                 f"a budget of {goal.resource!r}{' for the whole run' * of_run} is not available {where} in this "
-                "version: use 'flops' or 'params', or, in DistributedDataParallel, 'latency' of a step or 'inference'"
+                "version: use 'flops' or 'params', or 'latency', 'inference' or 'energy' of a step"
             )
 
 

@@ -64,9 +64,9 @@ class Ranks:
         _let_go(sent)
         return total
 
-    def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        """The largest over ranks of each entry, by one all-gather."""
-        return values if self.count == 1 else self._gathered(torch.from_numpy(values)).amax(0).cpu().numpy()
+    def each(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, "ranks n"]:
+        """The values of every rank, by one all-gather."""
+        return values[None] if self.count == 1 else self._gathered(torch.from_numpy(values)).cpu().numpy()
 
     def part(self, length: int) -> slice:
         """This rank's part of `length` entries: equal parts in order, but for the last ones."""
@@ -142,11 +142,12 @@ def _part(length: int, own: int, count: int) -> slice:
 def region(tensor: Tensor) -> tuple[slice, ...]:
     """By dim, which entries this rank's shard of a tensor has."""
     if is_sharded_tensor(tensor):
-        return _region(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+        return region_on(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
     return tuple(slice(0, length) for length in tensor.shape)
 
 
-def _region(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
+def region_on(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
+    """The same of a tensor of this shape, placed on a mesh like this."""
     found = [slice(0, length) for length in shape]
     # FSDP has sharded the shards of tensor parallelism, which come first although their mesh dim is behind its own.
     for axis, placed in sorted(enumerate(placements), key=lambda each: "Strided" in type(each[1]).__name__):
@@ -163,15 +164,6 @@ def shared_by(tensor: Tensor, ranks: Ranks) -> int:
     placements: Any = tensor.placements if mesh else ()  # type: ignore[attr-defined]
     split = (int(mesh.size(axis)) for axis, placed in enumerate(placements) if not placed.is_replicate())
     return ranks.count // math.prod(split)
-
-
-def sharded_like(tensor: Tensor, mesh: Any, placements: Any) -> Any:
-    """A tensor that every rank has whole, as the DTensor on a mesh; nothing is sent."""
-    from torch.distributed.tensor import DTensor
-
-    shape: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
-    own = tensor[_region(tensor.shape, mesh, placements)].clone(memory_format=torch.contiguous_format)
-    return DTensor.from_local(own, mesh, placements, run_check=False, **shape)
 
 
 def ranks_on(mesh: Any) -> Ranks:

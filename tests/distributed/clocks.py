@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as Parallel
 
 import setpoint
@@ -30,14 +34,16 @@ class Ticking(nn.Linear):
         return super().forward(x)
 
 
-def trained(budget: Any, kind: type[nn.Linear] = nn.Linear) -> tuple[nn.Module, Summary]:
+def trained(
+    budget: Any, kind: type[nn.Linear] = nn.Linear, wrap: Callable[[nn.Module], nn.Module] = Parallel, rows: int = 16
+) -> tuple[nn.Module, Summary]:
     torch.manual_seed(0)
     inner = nn.Sequential(kind(16, 128), nn.ReLU(), kind(128, 128), nn.ReLU(), kind(128, 4))
-    model, generator = Parallel(inner), torch.Generator().manual_seed(dist.get_rank())
+    model, generator = wrap(inner), torch.Generator().manual_seed(dist.get_rank())
     optimizer, x = torch.optim.SGD(model.parameters(), lr=0.05), torch.randn(16, 16, generator=generator)
     loop = setpoint.attach(model, optimizer, budget, example=(x,), total_steps=STEPS)
     for _ in range(STEPS):
-        x = torch.randn(16, 16, generator=generator)
+        x = torch.randn(rows, 16, generator=generator)
         (model(x) - x[:, :4]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -83,6 +89,41 @@ def served_once() -> None:
         model, summary = trained(setpoint.Budget.fraction(0.5, of="inference", runtime=failing))
     alike(summary)
     assert len([each for each in said if "held by the fit" in str(each.message)]) == (1 if first else 0)
+
+
+def joules_and_bytes() -> None:
+    """Joules are those of all ranks together, bytes those of the rank that has most."""
+    with patch.object(meter, "_now", lambda synchronize: NOW_S[0]):
+        dense = step_s(trained(1.0, Ticking)[0])
+        own = 10.0 * dense * (1 + dist.get_rank()) / dist.get_world_size()  # at 10 W
+        limit = 0.5 * sum(everywhere(own))
+        model, summary = trained(setpoint.Budget.total(limit, of="energy", watts=10.0), Ticking)
+        alike(summary)
+        assert 0.9 * 0.5 * dense <= step_s(model) <= 1.03 * 0.5 * dense
+    _, summary = trained("60% memory", rows=16 + 8 * dist.get_rank())
+    alike(summary)
+    assert summary.metered["memory"] <= 1.03 * summary.limit["memory"]
+
+
+def sharded_clocks() -> None:
+    """Seconds of steps, and of forwards in a runtime, under `fully_shard` and under tensor parallelism."""
+
+    def parallel(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+    for wrap in (fully_shard, parallel):
+        with patch.object(meter, "_now", lambda synchronize: NOW_S[0]):
+            dense = step_s(trained(1.0, Ticking, wrap)[0])
+            model, summary = trained("50% latency", Ticking, wrap)
+            alike(summary)
+            assert 0.85 * 0.5 * dense <= step_s(model) <= 1.03 * 0.5 * dense
+        limit = 0.5 * straight(trained(1.0, wrap=wrap)[0])
+        model, summary = trained(setpoint.Budget.total(limit, of="inference", runtime=Clock(straight)), wrap=wrap)
+        alike(summary)
+        assert 0.9 * limit <= straight(model) <= limit
+        words = "'memory' is not available of a sharded model on the CPU"
+        caught(CostError, words, lambda wrap=wrap: trained("60% memory", wrap=wrap))
 
 
 def clock_failures() -> None:

@@ -44,7 +44,7 @@ from distributed.training import (
 from golden.models import Sampled
 from loop.test_regrowth import Net, Scripted
 from setpoint.actuator import shrink as shrink_module
-from setpoint.errors import CheckpointError, CostError, LoopError, RankError
+from setpoint.errors import CheckpointError, LoopError, RankError
 from setpoint.host import sharded as sharding
 from setpoint.sensor.magnitude import MagnitudeSensor
 from setpoint.sensor.reading import Traits
@@ -345,8 +345,6 @@ def sharded_refusals() -> None:
     fully_shard(part.up, mesh=mesh)
     refused("stem.weight outside of it", part)
     refused("single weights", sharded(build()), actuator=Masking())
-    memory = setpoint.Budget.fraction(0.5, of="memory")
-    refused("'memory' is not available", sharded(build()), error=CostError, budget=memory)
 
     class Blind(MagnitudeSensor):
         traits = Traits(shards=False)

@@ -117,8 +117,9 @@ def refusals() -> None:
     zero = ZeroRedundancyOptimizer(shared.parameters(), torch.optim.SGD, lr=0.1)
     refused("ZeroRedundancyOptimizer", shared, OptimizerError, optimizer=zero)
     if dist.get_world_size() > 1:
-        memory = setpoint.Budget.fraction(0.5, of="memory")
-        refused("'memory' is not available on several ranks", Parallel(build()), CostError, budget=memory)
+        joules = setpoint.Budget.fraction(0.5, of="energy", per="run", watts=10.0)
+        words = "'energy' for the whole run is not available on several ranks"
+        refused(words, Parallel(build()), CostError, budget=joules)
 
     def stops(text: str, model: nn.Module, optimizer: Any, loop: Any) -> None:
         caught(LoopError, text, lambda: train(model, optimizer, loop, range(1), share))

@@ -8,8 +8,11 @@ import pytest
 
 from distributed.test_ranks import chosen, told_by
 
-CHECKS = ("tensor_parallel:2", "hybrid_twin:2", "mesh_refusals:2")
-ON_MORE_RANKS = ("tensor_parallel:4", "hybrid_twin:4", "two_dims:4", "hybrid_options:4")
+CHECKS = ("tensor_parallel:2", "hybrid_twin:2", "sharded_clocks:2", "mesh_refusals:2")
+ON_MORE_RANKS = (
+    "tensor_parallel:4", "hybrid_twin:4", "two_dims:4", "hybrid_options:4", "resume_elsewhere:4", "sharded_clocks:4",
+    "joules_and_bytes:4",
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork and no gloo")
 

@@ -13,7 +13,8 @@ import pytest
 SCRIPT = Path(__file__).with_name("ranks.py")
 CHECKS = (
     "twin:2", "twin:4", "goals:2", "batch_norm:2", "options:2", "frozen:2", "adapters:2", "branches:2", "averages:2",
-    "bad_batch:2", "resume:2", "told:2", "disagreement:2", "slowest_clock:2", "served_once:2", "clock_failures:2",
+    "bad_batch:2", "resume:2", "told:2", "disagreement:2", "slowest_clock:2", "served_once:2",
+    "joules_and_bytes:2", "clock_failures:2",
     "refusals:2", "late:2", "ending:2", "lost:2",
 )  # fmt: skip
 

@@ -100,9 +100,9 @@ class Host:
         """The mean reading over ranks, on which all decide; the loop's `Losses` are then means over ranks, too."""
         return read()
 
-    def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        """The largest over ranks of each number, on which all decide; -inf is what a rank does not know."""
-        return values
+    def each(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, "ranks n"]:
+        """The numbers of every rank, on which all decide; -inf is what a rank does not know."""
+        return values[None]
 
     @contextmanager
     def resizable(self, what: str, groups: Iterable[Group]) -> Iterator[Agreed]:

@@ -42,10 +42,10 @@ class SeveralRanks(Host):
     def mean(self, read: Callable[[], Reading], losses: Any, step: int) -> Reading:
         return _shared_reading(self.ranks, read, losses, step) if self.ranks.count > 1 else read()
 
-    def largest(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    def each(self, values: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, "ranks n"]:
         with self.together("timing"):  # a rank that fails before it has sent its part is waited for here
             pass
-        return self.ranks.largest(values)
+        return self.ranks.each(values)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from setpoint.distributed import (
     local,
     plain_kind,
     ranks_of,
-    sharded_like,
+    region_on,
     unsharded_tensor,
 )
 from setpoint.errors import LoopError
@@ -111,6 +111,15 @@ class FSDPPiece(Piece):
         self.fsdp._post_load_hook_handle.remove()
         fsdp.sharded_param = self.parameter
         self.owner[self.place] = fsdp
+
+
+def sharded_like(tensor: Tensor, mesh: Any, placements: Any) -> Any:
+    """A tensor that every rank has whole, as the DTensor on a mesh; nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    shape: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
+    own = tensor[region_on(tensor.shape, mesh, placements)].clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(own, mesh, placements, run_check=False, **shape)
 
 
 def _splits(parameter: Any) -> dict[int, int]:

@@ -341,11 +341,11 @@ class Regrowth(Cutting):
                 "the arguments of that run"
             )
         groups = super().check(state)
-        self.reserve.resumed(state["reserve"])  # its errors belong here, before anything changes
+        self.reserve.resumed(state["reserve"], lasting=self.lasting)  # its errors belong here, before anything changes
         return groups
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        reserve = self.reserve.resumed(state["reserve"])
+        reserve = self.reserve.resumed(state["reserve"], lasting=self.lasting)
         super().load_state_dict(state)
         self.reserve, self._decisions = reserve, int(state["decisions"])
         self._last_rest, self._turn = int(state["last_rest"]), int(state["turn"])

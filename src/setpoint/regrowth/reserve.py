@@ -18,7 +18,7 @@ from setpoint.actuator.cut import Keep, SizePlace, check_keep, check_lengths, cu
 from setpoint.actuator.shrink import Change, Job, commit, unwrapped
 from setpoint.actuator.tensors import Optimizers, as_sequence, in_format, map_tensors, moments_of, named_tensors, take
 from setpoint.distributed import Ranks
-from setpoint.errors import GroupError
+from setpoint.errors import CheckpointError, GroupError
 from setpoint.groups.group import Group, keep_all, widths_of
 from setpoint.groups.sizes_in_code.place import call_of, is_call
 from setpoint.groups.sizes_in_code.shim import get_call_sizes
@@ -192,19 +192,32 @@ class Reserve:
         for key, rest in self.tensors.items():
             form = {"shape": tuple(rest.form.shape), "stride": rest.form.stride()}
             tensors.append({"key": tuple(key), "values": rest.values, "count": rest.count, **form})
-        return {"units": units, "tensors": tensors}
+        return {"units": units, "tensors": tensors, "ranks": self.ranks.count}
 
-    def resumed(self, state: Mapping[str, Any]) -> Reserve:
-        """The reserve whose `state_dict` this is, from the empty one of its model; GroupError for another's."""
+    def resumed(self, state: Mapping[str, Any], *, lasting: bool = True) -> Reserve:
+        """The reserve whose `state_dict` this is, from the empty one of its model.
+
+        On another number of ranks, whose parts are others, it is empty unless it is to be `lasting`.
+
+        Raises:
+            CheckpointError: for a state of another rank, or of another number of ranks.
+        """
         by_unit: dict[str, Any] = {
             part: {name: state["units"][name][part].numpy().copy() for name in self.active} for part in _BY_UNIT
         }
+        if (count := state.get("ranks", self.ranks.count)) != self.ranks.count:
+            if lasting and state["tensors"]:
+                raise CheckpointError(
+                    f"units rest in parts on {count} ranks, and may come back: continue this run on as many, not on "
+                    f"{self.ranks.count}"
+                )
+            return replace(self, **by_unit).emptied()
         tensors = {}
         for saved in state["tensors"]:
             key, count, values = Key(*saved["key"]), int(saved["count"]), saved["values"].cpu()
             mine = self._sharers(key.tensor).part(count)
             if len(values) != mine.stop - mine.start:
-                raise GroupError("the reserve is of another rank, or of a run on another number of ranks")
+                raise CheckpointError("the reserve is that of another rank: load the state that this rank has saved")
             form = torch.empty_strided(saved["shape"], saved["stride"], dtype=values.dtype, device="meta")
             tensors[key] = Rest(values, form, count)
         return replace(self, tensors=tensors, **by_unit)

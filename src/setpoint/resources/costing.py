@@ -11,6 +11,7 @@ steps or that the user states. What the fit does not tell meters correct.
 """
 
 import math
+import socket
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -69,7 +70,7 @@ def cost_out(
     measured = {goal.resource for goal in goals} & set(METERED)
     watts = next((goal.watts for goal in goals if goal.watts is not None), None)
     device = host.device
-    energy = _energy_meter(device, watts) if "energy" in measured else None
+    energy = _energy_meter(host, watts) if "energy" in measured else None
     example, own = without_cache(host.model, example), restricted(found, groups)
     flops, costs, sources = flops_cost(own), dict[str, Cost](), dict[str, str]()
     steps = list[dict[str, int]]()
@@ -83,11 +84,10 @@ def cost_out(
             costs["memory"], sources["memory"] = MemoryCost(tape), "modelled: storages of a recorded step"
         if measured & {"latency", "energy"}:
             parts = (*by_kind(host.model, own), ProductCost("bytes", tape.storages))
-            latency, power_w = _fitted(host, make, groups, parts, device, energy)
+            latency, power_w = _fitted(host, make, groups, parts, device, energy, watts)
             costs["latency"] = latency
             if "energy" in measured:
-                power = "stated watts" if energy is None or power_w is None else f"power read by {energy.source}"
-                power_w = watts if power_w is None else power_w
+                power = "stated watts" if energy is None else f"power read by {energy.source}"
                 if power_w is None:
                     raise CostError(f"the energy meter read nothing while copies were trained: {_SAY_WATTS}")
                 costs["energy"] = combined("energy", ((power_w, latency),))
@@ -115,18 +115,23 @@ def cost_out(
         energy=energy,
         inference=inference,
         served_in=served_in,
-        largest=host.largest if host.ranks.count > 1 else None,
+        each=host.each if host.ranks.count > 1 else None,
+        whole=host.unsharded,
         watts=watts if watts is not None and energy is None else 0.0,
         dense_widths=widths_of(groups),
     )
     dense_flops = flops.total(widths_of(groups))
     # Ranks may have timed more or fewer steps, and count alike.
-    passes = host.largest(np.array([spent / dense_flops if dense_flops else 0.0]))
+    passes = host.each(np.array([spent / dense_flops if dense_flops else 0.0])).max(0)
     return Costing(costs, groups, sources, meter, float(passes[0]))
 
 
-def _energy_meter(device: torch.device, watts: float | None) -> EnergyMeter | None:
-    meter, why = find_energy_meter([device])
+def _energy_meter(host: Host, watts: float | None) -> EnergyMeter | None:
+    meter, why = find_energy_meter([host.device])
+    # What the processors of a machine spend counts once, however many ranks it has.
+    machines = host.ranks.all_gather_text(socket.gethostname())
+    if meter is not None and machines.index(machines[host.ranks.own]) < host.ranks.own:
+        meter = meter.without_processors()
     if meter is None and watts is None:
         raise CostError(
             f"there is no meter of energy here ({why}): {_SAY_WATTS}, and energy is modelled as watts x seconds; or "
@@ -144,21 +149,27 @@ def _fitted(
     parts: Sequence[ProductCost],
     device: torch.device,
     meter: EnergyMeter | None,
+    watts: float | None,
 ) -> tuple[ProductCost, float | None]:
     """Seconds of a training step, fitted to a few whole ones, and the mean power that these drew, if it was read.
 
-    Of several ranks the slowest counts at each width.
+    Of several ranks the slowest counts at each width, and their powers add up, to what they draw in its seconds.
     """
     vectors = falling_widths(groups)
     with progress("timing whole steps (latency)"):
         steps = list(timed(make, vectors, device, meter))
     own_s = [next((taken_s for at, taken_s, _ in steps if at is widths), -math.inf) for widths in vectors]
-    read = zip(vectors, host.largest(np.array(own_s)).tolist(), strict=True)
-    seconds = [(widths, taken_s) for widths, taken_s in read if taken_s > 0]
+    slowest_s = host.each(np.array(own_s)).max(0).tolist()
+    seconds = [(widths, taken_s) for widths, taken_s in zip(vectors, slowest_s, strict=True) if taken_s > 0]
     if not seconds:
         raise CostError("no step of a copy of the model fits into memory here: use of='flops' or of='params'")
     powers = [spent_j / taken_s for _, taken_s, spent_j in steps if spent_j is not None]
-    return fit_seconds("latency", parts, seconds), statistics.mean(powers) if powers else None
+    if not powers and watts is not None:
+        powers = [watts * own / slowest for own, slowest in zip(own_s, slowest_s, strict=True) if own > 0]
+    if meter is not None and not meter.source:
+        powers = [0.0]
+    power_w = float(host.each(np.array([statistics.mean(powers) if powers else -math.inf])).sum())
+    return fit_seconds("latency", parts, seconds), power_w if power_w > 0 else None
 
 
 def timed(

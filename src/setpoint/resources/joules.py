@@ -40,6 +40,10 @@ class EnergyMeter:
     def source(self) -> str:
         return " + ".join(counter.name for counter in self._counters)
 
+    def without_processors(self) -> "EnergyMeter":
+        """The counters of GPUs alone, for a rank whose processors another rank counts; without any it reads 0 J."""
+        return EnergyMeter([counter for counter in self._counters if not counter.name.startswith("RAPL")])
+
     def read_j(self) -> float | None:
         """Joules since the meter was made, or None once a counter has vanished."""
         before_j, self._last_j = self._last_j, self._read()

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import final
@@ -51,7 +52,8 @@ class Metering(Meter):
     evaluation: the peak counts from the first call of the model or a part of it with gradients, in the mode, training
     or not, that the model was in when the last step ended. `held` gives the tensors that live between steps.
     Seconds of inference are the median over forwards of a copy in the runtime, made before each decision.
-    Of several ranks the largest readings count: `largest` shares them where clocks are read, and nowhere else.
+    Of several ranks the largest seconds and bytes count, and the sum of joules: `each` shares them where clocks are
+    read, and nowhere else. A model that is sharded is `whole` where it is served.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class Metering(Meter):
         energy: EnergyMeter | None = None,
         inference: Served | None = None,  # of several ranks the first alone has it
         served_in: str = "",  # the name of its runtime
-        largest: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, " n"]] | None = None,
+        each: Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray, "ranks n"]] | None = None,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
         watts: float = 0.0,
         dense_widths: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
@@ -76,7 +79,7 @@ class Metering(Meter):
         self._model, self._compiled, self._energy, self._inference = model, compiled, energy, inference
         # Steps after a cut before a decision: the last is watched for its bytes, and joules take one step more.
         self._few = _FEW + len({"memory", "energy"} & self._resources) if timed else 0
-        self._served_in, self._largest = served_in, largest
+        self._served_in, self._each, self._whole = served_in, each, whole
         self._passes_s: Sequence[float] = ()
         self._shared: dict[str, _Clocked] = {}
         self._dense_widths = dict(dense_widths)
@@ -178,12 +181,17 @@ class Metering(Meter):
             handle.remove()
 
     def read_clocks(self, widths: Mapping[str, int]) -> None:
-        self._time_inference(widths)
-        if self._largest is not None:
-            own = self._own_clocks
-            sent = np.array([own.get(name, (-math.inf,) * 3) for name in _CLOCKED])
-            found = zip(_CLOCKED, self._largest(sent.ravel()).reshape(sent.shape).tolist(), strict=True)
-            self._shared = {name: (middle, margin, least) for name, (middle, margin, least) in found if middle > 0}
+        if "inference" in self._resources:
+            with nullcontext() if widths == self._dense_widths else self._whole():
+                self._time_inference(widths)
+        if self._each is not None:
+            own = self._own
+            sent = np.array([own.get(name, (-math.inf,) * 3) for name in METERED])
+            found = self._each(sent.ravel()).reshape(-1, *sent.shape)
+            joules, together = METERED.index("energy"), found.max(0)
+            together[joules, ::2] = found.sum(0)[joules, ::2]  # -inf where a rank does not know its own
+            rows = zip(METERED, together.tolist(), strict=True)
+            self._shared = {name: (middle, margin, least) for name, (middle, margin, least) in rows if middle > 0}
 
     def _time_inference(self, widths: Mapping[str, int]) -> None:
         if self._inference is None or mode_stack():  # somebody else's mode would be timed, and would see the forwards
@@ -208,30 +216,45 @@ class Metering(Meter):
     # What has been read.
 
     def read(self) -> Readings:
-        clocks, run_j = self._clocks, None
-        values = {name: middle for name, (middle, _, _) in clocks.items()}
-        if self._peak is not None:
-            values["memory"] = float(self._peak)
+        known = self._known
+        values = {name: middle for name, (middle, _, _) in known.items() if name != "energy" or not self.watts}
         now_j = self._energy.read_j() if self._energy is not None else None
-        if now_j is not None:
-            run_j = None if self._earlier_j is None else self._earlier_j + now_j
-            if self._began_j is not None and self._num_steps and now_j > self._began_j:
-                values["energy"] = (now_j - self._began_j) / self._num_steps
-        margins = {name: margin for name, (_, margin, _) in clocks.items()}
+        run_j = None if now_j is None or self._earlier_j is None else self._earlier_j + now_j
+        margins = {name: margin for name, (_, margin, _) in known.items()}
         return Readings(values, {name: margins.get(name, _MARGIN) for name in METERED}, run_j)
 
     @property
-    def _clocks(self) -> Mapping[str, _Clocked]:
-        return self._own_clocks if self._largest is None else self._shared
+    def incomplete(self) -> bool:
+        clocked = METERED if self._each is not None else _CLOCKED
+        return bool(set(clocked) & self._resources - self.read().values.keys())
 
     @property
-    def _own_clocks(self) -> dict[str, _Clocked]:
+    def _known(self) -> Mapping[str, _Clocked]:
+        return self._own if self._each is None else self._shared
+
+    @property
+    def _own(self) -> dict[str, _Clocked]:
         found, seconds = dict[str, _Clocked](), self._seconds
+        if self._peak is not None:
+            found["memory"] = (float(self._peak), _MARGIN, float(self._peak))
+        if (joules := self._joules) is not None:
+            found["energy"] = (joules, _MARGIN, joules)
+        elif self.watts and seconds is not None:
+            found["energy"] = (self.watts * seconds, _MARGIN, self.watts * min(self.steps.intervals))
         if "latency" in self._resources and seconds is not None:
             found["latency"] = seconds, _margin(self._warm), min(self.steps.intervals)
         if self._passes_s:
             found["inference"] = statistics.median(self._passes_s), _margin(self._passes_s), min(self._passes_s)
         return found
+
+    @property
+    def _joules(self) -> float | None:
+        """Of a step, by the meter."""
+        now_j = self._energy.read_j() if self._energy is not None else None
+        if now_j is None or self._began_j is None or not self._num_steps:
+            return None
+        spent_j = (now_j - self._began_j) / self._num_steps
+        return spent_j if spent_j > 0 or (self._energy is not None and not self._energy.source) else None
 
     @property
     def _warm(self) -> tuple[float, ...]:
@@ -242,9 +265,9 @@ class Metering(Meter):
         return statistics.median_low(self._warm) if self._warm and self._since_cut >= _FEW else None
 
     def corrected(self, limits: Limits, widths: Mapping[str, int]) -> tuple[Limits, Mapping[str, float]]:
-        learnable, seconds = dict(self.read().values), self._seconds
-        if self.watts and seconds is not None:  # joules are these times seconds, and the controller learns of them
-            learnable["energy"] = self.watts * seconds
+        learnable = dict(self.read().values)
+        if self.watts and "energy" in self._known:  # these times seconds, of which the controller learns
+            learnable["energy"] = self._known["energy"][0]
         # Seconds are missing for a few steps after a cut; an energy meter, and the rank that times, say so themselves.
         quiet = ("latency", "energy") if self._inference is not None else ("latency", "energy", "inference")
         missing = limits.corrections.keys() - learnable.keys() - set(quiet)
@@ -260,10 +283,7 @@ class Metering(Meter):
 
     def _quickest(self, known: Mapping[str, float]) -> dict[str, float]:
         """These readings by the quickest step and pass: others may have an evaluation in them."""
-        found = {**known, **{name: least for name, (_, _, least) in self._clocks.items()}}
-        if self.watts and "energy" in known:
-            found["energy"] = self.watts * min(self.steps.intervals)
-        return found
+        return {**known, **{name: least for name, (_, _, least) in self._known.items()}}
 
     def state_dict(self) -> dict[str, float | None]:
         # Joules of a step are not among them: counters begin at 0 in each process.

@@ -128,7 +128,7 @@ def serving(
 
     def read(vectors: Sequence[Mapping[str, int]]) -> list[float]:
         own_s = np.full(len(vectors), -np.inf) if served is None else _calibrated(served, make, vectors, fit)
-        return list(map(float, host.largest(own_s)))
+        return list(map(float, host.each(own_s).max(0)))
 
     half, odd = beside_grid(groups, _GRID)
     if half != odd:

@@ -138,6 +138,11 @@ class Meter:
         """Whether a step's bytes have been read since the last cut."""
         return False
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether clocks are to be read once more at the end of a run, as after a cut in the last decision."""
+        return False
+
     def prepare(self, due: bool) -> bool:
         """The next step begins, `due` if a decision comes after it; whether its bytes are watched, which is slow."""
         return False

@@ -99,7 +99,7 @@ def leading(known: Mapping[str, float]) -> str:
 def totals(spending: Spending, step: int, widths: Mapping[str, int]) -> dict[str, Any]:
     """What the run came to, by name of the summary's fields."""
     account, meter, limits = spending.account, spending.meter, spending.limits
-    if {"latency", "inference"} & meter.sources.keys() - meter.read().values.keys():  # the last decision has cut
+    if meter.incomplete:
         with account.watch.deciding:
             meter.read_clocks(widths)
     if step < spending.run_steps:
