@@ -26,6 +26,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
+from record import held_in, write
+
 from setpoint_bench.catalogue import task_named
 from setpoint_bench.method import CHANGES, method_named
 from setpoint_bench.progress import ProgressBars
@@ -50,11 +52,15 @@ METHODS = (
     "cubic",
     "norm-first",
     "filter-first",
+    "fasterai-first",
+    "fasterai-first-global",
+    "fastnas-first",
+    "kirigami-first",
 )
 """The order in which they run: the default of `attach`, its likely best rivals, and the others."""
 ALIASES = {"setpoint": "setpoint-at-once"}
 STARTS = ("pretrained", *(word for word in CHANGES if word != "taught"))
-RATES = "rates.json"
+RATES, FAILURES = "rates.json", "failures.json"
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ class League:
 
     def chosen(self, entry: Entry) -> float | None:
         """The rate that was found for this method at this budget, at whatever length; None where none was."""
-        return next((row["chosen"] for row in self._known() if _same(row, entry) and row["of"] == [*self.rates]), None)
+        known = (row for row in self._known() if self._same(row, entry) and row["of"] == [*self.rates])
+        return next((float(row["chosen"]) for row in known), None)
 
     def choose(self, entry: Entry) -> float | None:
         """The best rate, once all have run with the first seed; it is written down. None where no run has ended."""
@@ -133,16 +140,18 @@ class League:
         if not scores:
             return None
         best = max(scores, key=lambda rate: scores[rate])
-        row = {"method": entry.method, "budget": entry.budget, "length": entry.length, "seed": entry.seed}
+        row = {"method": entry.method, "budget": self.cell(entry, 1).budget, "length": entry.length, "seed": entry.seed}
         told = {exact(rate): {"accuracy": right, "loss": -loss} for rate, (right, loss) in scores.items()}
         row |= {"of": [*self.rates], "validation": told, "chosen": best}
-        kept = [each for each in self._known() if not _same(each, entry)]
-        (self.out / RATES).write_text(json.dumps([*kept, row], indent=1) + "\n", encoding="utf-8")
+        kept = [each for each in self._known() if not self._same(each, entry)]
+        write([*kept, row], self.out / RATES)  # type: ignore[arg-type]
         return best
 
     def _known(self) -> list[dict[str, Any]]:
-        file = self.out / RATES
-        return json.loads(file.read_text("utf-8")) if file.exists() else []  # type: ignore[no-any-return]
+        return list(held_in(self.out / RATES))  # type: ignore[arg-type]
+
+    def _same(self, row: dict[str, Any], entry: Entry) -> bool:
+        return bool((row["method"], row["budget"]) == (entry.method, self.cell(entry, 1).budget))
 
     def runs(self, entry: Entry) -> Iterator[Cell]:
         """The cells of an entry, one after another: at its rate, or at each where that is to be found."""
@@ -171,17 +180,14 @@ class League:
                     ran += 1
                     with ProgressBars(cells) as bars:
                         outcome = run(cells, out, bars)
-                    if outcome.failures:
+                    for failure in outcome.failures:
                         self.failed.add(key)
+                        write({**held_in(self.out / FAILURES), failure.cell: failure.error}, self.out / FAILURES)
             left = len(planned) - number
             hours = (time.monotonic() - began) / 3600
             pace = f", about {hours / number * left:.1f} hours at this pace" if ran else ""
             told = f"{self.task.name} x{entry.length} budget {entry.budget:g} seed {entry.seed} {entry.method}"
             print(f"{told}: {number} of {len(planned)}, {left} left{pace}", file=sys.stderr, flush=True)
-
-
-def _same(row: dict[str, Any], entry: Entry) -> bool:
-    return bool(row["method"] == entry.method and row["budget"] == entry.budget)
 
 
 def _list(kind: type) -> Any:

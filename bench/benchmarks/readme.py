@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import tables.league
 import tables.records
 import tables.runs  # noqa: F401 - the blocks of both join SPECS
 from tables.renderer import ROOT, SPECS
@@ -31,7 +32,9 @@ def pages() -> dict[Path, str]:
     """Every page that has a marker, as the result files say."""
     written = [ROOT / "README.md", *DOCS.glob("*.md"), *(DOCS / "api").glob("*.md")]
     found = {page: page.read_text(encoding="utf-8") for page in written}
-    return {page: filled(text) for page, text in found.items() if MARKER.search(text)}
+    shown = {page: filled(text) for page, text in found.items() if MARKER.search(text)}
+    picture = tables.league.chart()
+    return shown if picture is None else {**shown, DOCS / "pictures" / "league.svg": picture}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def test_rates_are_chosen_on_validation_data_and_runs_are_not_repeated(tmp_path:
     """Claim: the first seed runs at each rate, all seeds at the one that validates best; a second call runs nothing."""
     planned = entries(["small"], lengths=[1], budgets=[0.75], seeds=[0, 1])
     League(TASK, tmp_path, [0.5, 2.0], first=0).play(planned)
-    ((row,),) = (json.loads((tmp_path / RATES).read_text()),)
+    (row,) = json.loads((tmp_path / RATES).read_text())
     results = load_results(tmp_path / "x1")
     scores = {}
     for rate in (0.5, 2.0):

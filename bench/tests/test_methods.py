@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 import setpoint
 from setpoint_bench.counter import step_flops
 from setpoint_bench.method import METHODS, Method, Setpoint, method_named
+from setpoint_bench.methods.rival import RIVALS, Rival
 from setpoint_bench.methods.sparse import Masked, Sparse, highest
 from setpoint_bench.recipe import Recipe
 from setpoint_bench.results import MODEL, Result
@@ -242,3 +244,29 @@ def test_own_method_that_cannot_be(body: str, message: str, tmp_path: Path) -> N
     (tmp_path / "own.py").write_text(text, encoding="utf-8")
     with pytest.raises(setpoint.errors.UsageError, match=message):
         method_named(f"{tmp_path / 'own.py'}:make")
+
+
+@pytest.mark.parametrize("method", RIVALS, ids=lambda method: method.name)
+def test_a_rival_cuts_to_the_budget_or_is_named(method: Rival, tmp_path: Path) -> None:
+    """Claim: a library that is here cuts to the budget, and the model loads; another is named as pip knows it."""
+    model = TASK.build(dense_widths(TASK))
+    if not importlib.util.find_spec(method.module):
+        with pytest.raises(BenchError, match=rf"needs {method.package} .*pip install setpoint-bench\[rivals\]"):
+            method.begin(TASK, model, BUDGET, TASK.batches(0))
+        return
+    dense = step_flops(model, TASK.example())
+    _, pruner = method.begin(TASK, model, BUDGET, TASK.batches(0))
+    assert pruner is not None and 0.5 * BUDGET * dense <= step_flops(model, TASK.example()) <= BUDGET * dense
+    setpoint.save(model, tmp_path / "cut.safetensors")
+    twin = setpoint.load(tmp_path / "cut.safetensors", into=TASK.build(dense_widths(TASK)))
+    assert torch.equal(twin.eval()(*TASK.example()), model.eval()(*TASK.example()))
+
+
+def test_a_global_open_loop_is_uneven_and_meets_the_budget(runs: Runs) -> None:
+    """Claim: ranked over all groups, units go unevenly, by the same schedule and to the same budget."""
+    even, ranked = (runs[1][name] for name in ("cubic-taylor", "cubic-taylor-global"))
+    assert ranked.budget_met and ranked.final_flops == pytest.approx(even.final_flops, rel=0.15)
+    shares = [
+        {round(each.widths[name] / each.dense_widths[name], 2) for name in each.widths} for each in (even, ranked)
+    ]
+    assert max(shares[0]) - min(shares[0]) < max(shares[1]) - min(shares[1])

@@ -20,6 +20,7 @@ from setpoint_bench.course import Batches, Begun, Course
 from setpoint_bench.methods.composed import Composed
 from setpoint_bench.methods.fitted import Fitted
 from setpoint_bench.methods.in_training import Setpoint
+from setpoint_bench.methods.rival import RIVALS
 from setpoint_bench.methods.scratch import Dense, Neighbour, Small
 from setpoint_bench.methods.sparse import Sparse
 from setpoint_bench.methods.states import FewStates, Hankel
@@ -197,7 +198,7 @@ STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=Tr
 
 def all_methods() -> tuple[Method, ...]:
     """The methods that have a name, those of the tables first."""
-    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS
+    return *METHODS, *RESOURCE_METHODS, *STATE_METHODS, *RIVALS
 
 
 def method_named(name: str) -> Method:
@@ -223,6 +224,7 @@ def method_named(name: str) -> Method:
             ("use ", METHODS),
             ("for budgets on other resources ", RESOURCE_METHODS),
             ("for state-space models ", STATE_METHODS),
+            ("with setpoint-bench[rivals] ", RIVALS),
         )
     )
     hint = did_you_mean(base, [method.name for method in everything])
@@ -359,4 +361,8 @@ ABOUT: Mapping[str, str] = {
     "hankel": "With feedback, over states of state-space layers, ranked by Hankel singular values.",
     "hankel-regrow": "As hankel; dropped states may come back.",
     "few-states": "A model that begins with few states, 28 by default, from scratch.",
+    "fasterai-first": "Cut by fasterai by the size of weights, every layer by the same ratio, then trained.",
+    "fasterai-first-global": "Cut by fasterai by the size of weights, all layers ranked together, then trained.",
+    "kirigami-first": "Cut by torch-kirigami by Taylor scores, all layers ranked together, then trained.",
+    "fastnas-first": "Cut by ModelOpt's FastNAS, then trained.",
 }

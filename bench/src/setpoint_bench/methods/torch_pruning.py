@@ -99,7 +99,7 @@ class TorchPruning:
             model.zero_grad(set_to_none=True)
         final = float(step_flops(model, example))
         outcome = Outcome(
-            widths=_widths(model, groups),
+            widths=read_widths(model, groups),
             dense_widths=widths_of(groups),
             dense_flops=dense_flops,
             overhead_flops=calibration,
@@ -122,7 +122,7 @@ class TorchPruning:
                 own.grad = original.grad
             self._cut(twin, groups, example, ratio, most_heads)
             tried.append(float(step_flops(twin, example)))
-            widths = _widths(twin, groups)
+            widths = read_widths(twin, groups)
             least = min((widths[each.name] / each.num_units for each in groups), default=1.0)
             return tried[-1], min(LEAST_OF_A_LAYER, round(least, 2))
 
@@ -186,14 +186,7 @@ class TorchPruning:
         library = _library()
         modes = {module: module.training for module in model.modules()}
         dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-        written = {
-            piece.tensor.rpartition(".")[0]
-            for group in groups
-            for piece in group.slices
-            if piece.role == "produce" and piece.dim == 0
-        }
-        layers = (nn.Linear, nn.modules.conv._ConvNd)
-        closed = [each for name, each in model.named_modules() if isinstance(each, layers) and name not in written]
+        closed = closed_layers(model, groups)
         importance = library.importance
         kind = importance.GroupMagnitudeImportance if self.criterion == "norm" else importance.GroupTaylorImportance
         # The library cannot see inside of fused attention, so it traces the written-out form.
@@ -220,7 +213,19 @@ class TorchPruning:
                 ) from error
         for module, training in modes.items():  # it traces in evaluation mode, and leaves the model in it
             module.training = training
-        _bind_sizes(model, groups, dense)
+        bind_sizes(model, groups, dense)
+
+
+def closed_layers(model: nn.Module, groups: Iterable[Group]) -> list[nn.Module]:
+    """Layers whose outputs no group of Setpoint's holds, which another library is told to leave alone."""
+    written = {
+        piece.tensor.rpartition(".")[0]
+        for group in groups
+        for piece in group.slices
+        if piece.role == "produce" and piece.dim == 0
+    }
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    return [each for name, each in model.named_modules() if isinstance(each, layers) and name not in written]
 
 
 def _highest(units: Iterable[int]) -> float:
@@ -260,7 +265,7 @@ def _library() -> Any:
     return torch_pruning
 
 
-def _widths(model: nn.Module, groups: tuple[Group, ...]) -> dict[str, int]:
+def read_widths(model: nn.Module, groups: tuple[Group, ...]) -> dict[str, int]:
     """Units that each group still has, read off the length of the first weight, or fixed filters, that write them."""
     tensors = named_tensors(model)
     widths = {}
@@ -273,9 +278,9 @@ def _widths(model: nn.Module, groups: tuple[Group, ...]) -> dict[str, int]:
     return widths
 
 
-def _bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tuple[int, ...]]) -> None:
+def bind_sizes(model: nn.Module, groups: tuple[Group, ...], dense: dict[str, tuple[int, ...]]) -> None:
     """Set the sizes that the library does not know, and note all of them, so that the model can be saved."""
-    widths = _widths(model, groups)
+    widths = read_widths(model, groups)
     sizes: dict[tuple[str, str], int] = {}
     for group in groups:
         for size in group.sizes:
