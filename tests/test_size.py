@@ -25,7 +25,7 @@ AT_MOST = {
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
-    "bench: lines": 17_085,
+    "bench: lines": 17_072,
     "tests: lines": 32_071,
     "attach to first cut: files": 57,
     "attach to first cut: lines": 11_542,

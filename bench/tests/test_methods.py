@@ -262,6 +262,17 @@ def test_a_rival_cuts_to_the_budget_or_is_named(method: Rival, tmp_path: Path) -
     assert torch.equal(twin.eval()(*TASK.example()), model.eval()(*TASK.example()))
 
 
+def test_a_neighbour_is_trained_in_the_name_of_the_task(tmp_path: Path) -> None:
+    """Claim: the other model is built, trained for as many steps and judged; its row is of the task that names it."""
+    task = replace(TASK.with_steps(2), name="mine", neighbour="digits")
+    with pytest.raises(BenchError, match="names no pretrained neighbour"):
+        finish(TASK, method_named("neighbour"), tmp_path, {})
+    dense = finish(task, method_named("dense"), tmp_path, {})
+    result = finish(task, method_named("neighbour+taught"), tmp_path, {"dense": dense})
+    assert (result.task, result.steps, result.notes) == ("mine", 2 + dense.steps, "digits")
+    assert result.final_flops > dense.final_flops  # the usual width is 64
+
+
 def test_a_global_open_loop_is_uneven_and_meets_the_budget(runs: Runs) -> None:
     """Claim: ranked over all groups, units go unevenly, by the same schedule and to the same budget."""
     even, ranked = (runs[1][name] for name in ("cubic-taylor", "cubic-taylor-global"))

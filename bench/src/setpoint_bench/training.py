@@ -271,7 +271,7 @@ class Run:
         assert value is not None, "a task whose metric is accuracy measures it"
         theoretical = outcome.theoretical_train_flops
         return Result(
-            task=self.task.name,
+            task=self.cell.task.name,
             method=self.cell.method.name,
             budget=self.cell.budget,
             seed=self.cell.seed,
