@@ -256,7 +256,7 @@ def test_a_rival_cuts_to_the_budget_or_is_named(method: Rival, tmp_path: Path) -
         return
     dense = step_flops(model, TASK.example())
     _, pruner = method.begin(TASK, model, BUDGET, TASK.batches(0))
-    assert pruner is not None and 0.5 * BUDGET * dense <= step_flops(model, TASK.example()) <= BUDGET * dense
+    assert pruner is not None and 0.4 * BUDGET * dense <= step_flops(model, TASK.example()) <= BUDGET * dense
     setpoint.save(model, tmp_path / "cut.safetensors")
     twin = setpoint.load(tmp_path / "cut.safetensors", into=TASK.build(dense_widths(TASK)))
     assert torch.equal(twin.eval()(*TASK.example()), model.eval()(*TASK.example()))
