@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,14 @@ from distributed.training import (
     caught,
     everywhere,
     same_as_alone,
+    share,
     story,
     train,
+    uneven,
 )
 from golden.models import Sampled
 from loop.test_regrowth import Scripted
+from setpoint.actuator import shrink as shrink_module
 from setpoint.errors import LoopError, RankError
 
 
@@ -148,6 +152,26 @@ def hybrid_options() -> None:
     goes_on_like_a_fresh_one(Sampled, shard=hybrid, reshard_after_forward=False)
     goes_on_like_a_fresh_one(Sampled, shard=hybrid, dtype=torch.bfloat16, mp_policy=low, offload_policy=host)
     goes_on_like_a_fresh_one(Sampled, momentum=True, offload_policy=host)
+
+
+def uneven_batches() -> None:
+    """Batches that are smaller on some ranks, and in some steps: all ranks cut alike, and go on."""
+    model = fully_shard(build(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    script = Scripted({2: {"up": [1, 5]}, 4: {"wide": [7]}}, regrow=False)
+    optimizer, loop = attached(model, script, share(0)[0])
+    assert np.isfinite(train(model, optimizer, loop, range(6), uneven)).all()
+    assert all(each == (story(loop), loop.widths) for each in everywhere((story(loop), loop.widths)))
+    assert loop.widths["up"] == 22 and loop.widths["wide"] == 19
+    loop.detach()
+
+
+def lost_in_a_cut() -> None:
+    """Where a rank dies in the middle of a cut, the others stop with an error that says so."""
+    optimizer, loop = attached(model := parallel(build(Tokens)), Scripted(DROP, regrow=False), batch(0)[0])
+    if dist.get_rank() == 1:
+        shrink_module.swap = lambda *_: os._exit(0)
+    words = "a rank was lost at the cut after step 2"
+    caught(RankError, words, lambda: train(model, optimizer, loop, range(3), batch, largest_norm=np.inf))
 
 
 def mesh_refusals() -> None:

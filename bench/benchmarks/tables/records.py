@@ -583,6 +583,34 @@ def suites() -> str:
     return "\n\n".join([table(cells, left=6), *said, made])
 
 
+@record_block("scale", "scale.json")
+def scale(data: Record) -> str:
+    """By model and number of ranks, bytes that a rank receives, and as a share of those of a step of training."""
+
+    def of_step(row: Record, name: str) -> str:
+        share, size = 100 * row[name] / row["step"], row[name]
+        amount = f"{size / 1e9:,.1f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
+        return f"{amount} ({share:.0f} %)" if share > 1 else f"{amount} ({share:.4f} %)"
+
+    columns = {"sensing": "sensing a step", "deciding": "a decision", "moments": "moments, once", "cut": "a cut"}
+    rows = (
+        {
+            "model": row["model"],
+            "ranks": f"{row['ranks']:,}",
+            "a step of training": f"{row['step'] / 1e9:,.1f} GB",
+            **{title: of_step(row, name) for name, title in columns.items()},
+        }
+        for row in data["large"]
+    )
+    ranks = sorted({row["ranks"] for row in data["counted"]})
+    same = all(abs(row["bytes"] - row["foretold"]) < 1e-6 for row in data["counted"])
+    said = (
+        f"A small model on {ranks[0]} to {ranks[-1]} ranks, {len(data['counted'])} steps: the bytes that were counted "
+        f"{'are' if same else 'are not'} those of the formula in each."
+    )
+    return table(rows, f"{said} Made by `bench/benchmarks/scale.py`, torch {data['environment']['torch']}.")
+
+
 # The reference.
 
 
