@@ -9,13 +9,9 @@ import pytest
 from distributed.test_ranks import chosen, told_by
 
 CHECKS = (
-    "tensor_parallel:2",
-    "hybrid_twin:2",
-    "sharded_clocks:2",
-    "uneven_batches:2",
-    "mesh_refusals:2",
+    "tensor_parallel:2", "refitted:2", "hybrid_twin:2", "sharded_clocks:2", "uneven_batches:2", "mesh_refusals:2",
     "lost_in_a_cut:2",
-)
+)  # fmt: skip
 ON_MORE_RANKS = (
     "tensor_parallel:4", "hybrid_twin:4", "two_dims:4", "hybrid_options:4", "resume_elsewhere:4", "sharded_clocks:4",
     "joules_and_bytes:4",
