@@ -444,8 +444,8 @@ def _units(host: Host, spec: RunSpec, inputs: Inputs, clock: Stopwatch) -> Parts
         widths, forward = widths_of(found.groups), defaultdict[str, float](float)
         for product in traced.contractions:
             forward[product.module] += product.at(widths_of(traced.groups))
-        scores = spec.sensor is None and host.mesh is None
-        sensor = Calibrating(sensor, calibration * inputs.passes, inputs.passes, widths, forward, scores=scores)
+        scores, calls = spec.sensor is None, inputs.passes
+        sensor = Calibrating(sensor, calibration * calls, calls, widths, forward, scores=scores)
     conduct = spec.controller.conduct
     if conduct.regrow:
         from setpoint.regrowth.regrowing import check_regrowth

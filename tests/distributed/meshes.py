@@ -149,7 +149,7 @@ def refitted() -> None:
     groups = setpoint.find_groups(build(Tokens), (batch(0)[0],))
     in_blocks = [replace(each, multiple_of=2, only_blocks=True, min_units=2) for each in groups if each.name != "stem"]
     usual = {"controller": PricedController(Schedule.at_once()), "groups": in_blocks}
-    _cut_as_alone(parallel, 1, 1e-9, sensor=setpoint.TaylorSensor(16), **usual)
+    _cut_as_alone(parallel, 1, 1e-9, **usual)
 
 
 def hybrid_options() -> None:

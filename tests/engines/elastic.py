@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ STEPS = 12
 
 
 def main(folder: Path, name: str) -> None:
-    dist.init_process_group("gloo")
+    # Now and then gloo's ranks do not find each other after a restart: the time-out lets torchrun start them once more.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.manual_seed(0)
     rank, file, mark = dist.get_rank(), folder / f"{name}.run", folder / "mark"
     model = DistributedDataParallel(

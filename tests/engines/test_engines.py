@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "4")
 RUNS = {  # by name: the package, the script and its arguments, and what each rank says at its end
     "Accelerate, DDP": ("accelerate", "accelerate_ranks.py", "ddp", "alike"),
     "Accelerate, FSDP2": ("accelerate", "accelerate_ranks.py", "fsdp2", "alike"),

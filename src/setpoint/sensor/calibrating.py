@@ -81,8 +81,8 @@ class Calibrating(Sensor[Calibration]):
         for reader in gathering.readers:  # all: other ranks may have called those that this one has not
             blocks = state.moments.get(reader.name) or reader.no_rows(gathering.model)
             found[reader.name] = Moment(blocks, state.norms.get(reader.name, ""))
-        if self.scores and any(moment.num_rows for moment in found.values()):
-            scores = unit_scores(gathering.model, groups, gathering.readers, found)
+        scores = unit_scores(gathering.model, groups, gathering.readers, found) if self.scores else None
+        if scores is not None and any(moment.num_rows for moment in found.values()):
             reading = replace(reading, saliency=_geometric_means(reading.saliency, scores), in_loss=False)
         return replace(reading, moments=found)
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from setpoint.distributed import plain_kind
+from setpoint.distributed import plain_kind, unsharded_tensor
 from setpoint.groups.group import Group, Slice
 
 
@@ -125,9 +125,9 @@ class Consumer:
         return (self.channels[..., None] * self.num_offsets + np.arange(self.num_offsets)).ravel()
 
     def weight(self, model: nn.Module) -> Float[Tensor, "columns outputs"]:
-        """The layer's weights for the units, one unit's columns after the other's."""
+        """The layer's weights for the units, one unit's columns after the other's; of shards, a collective call."""
         layer = model.get_submodule(self.layer)
-        columns = by_column(layer, layer.weight.detach())  # type: ignore[operator]
+        columns = by_column(layer, unsharded_tensor(layer.weight.detach()))  # type: ignore[operator]
         return columns[self._channels(columns)].flatten(0, 1)
 
     def _channels(self, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from setpoint.distributed import unsharded_tensor
 from setpoint.groups.group import Group
 from setpoint.sensor.consumer import Consumer
 from setpoint.sensor.moments import Moment, Reader
@@ -42,9 +43,9 @@ def unit_scores(
         Luo, Wu, Lin: "ThiNet", ICCV 2017, and He, Zhang, Sun: "Channel pruning for accelerating very deep neural
         networks", ICCV 2017 (channels by what the next layer can reconstruct).
     """
-    reads: dict[str, list[tuple[Moment, Consumer]]] = {}
+    reads, found = dict[str, list[tuple[Moment, Consumer]]](), dict[str, np.ndarray]()
     for reader in readers:
-        if (moment := moments.get(reader.name)) is not None and moment.num_rows:
+        if (moment := moments.get(reader.name)) is not None:
             for consumer in reader.consumers:
                 reads.setdefault(consumer.group, []).append((moment, consumer))
 
@@ -53,7 +54,11 @@ def unit_scores(
         return moment, consumer.columns, consumer.weight(model) * scale, consumer.num_units
 
     with torch.autocast("cpu", enabled=False):  # an inverse in bfloat16 is none
-        found = {name: energy_shares([as_map(*one) for one in of_group]) for name, of_group in reads.items()}
+        for name, of_group in reads.items():
+            # Also those without a row: another rank, which waits for this one's shards, may have some.
+            maps = [as_map(*one) for one in of_group]
+            if known := [one for one in maps if one[0].num_rows]:
+                found[name] = energy_shares(known)
     # What the data does not come to is not known to be worthless: it stays.
     return {group.name: found.get(group.name, np.full(group.num_units, np.inf)) for group in groups}
 
@@ -63,7 +68,7 @@ def _norm_scale(norm: Any) -> Tensor | float:
     if norm is None or norm.running_var is None:
         return 1.0
     deviation = (norm.running_var + norm.eps).sqrt()
-    scale: Tensor = 1.0 / deviation if norm.weight is None else norm.weight.detach().abs() / deviation
+    scale: Tensor = 1.0 / deviation if norm.weight is None else unsharded_tensor(norm.weight.detach()).abs() / deviation
     return scale
 
 
