@@ -138,7 +138,7 @@ def attach(
         if teacher is not None and teacher is not False:
             from setpoint.distillation.teaching import Teaching, as_teacher
 
-            taught_by = as_teacher(host.model, teacher)
+            taught_by = as_teacher(host.model, teacher, host.copies)
     if example is None:
         _check_runtimes(host, spec.budgets)
     else:
@@ -153,7 +153,7 @@ def attach(
             undo.callback(loop.detach)
             if example is None:
                 patience = min(max(_PATIENCE, spec.total_steps // 20), spec.total_steps - 1)
-                loop.wait(FirstBatch(host, model, method, patience, partial(_begin, loop, spec, model)))
+                loop.wait(FirstBatch(host, model, method, patience, partial(_begin, loop, spec, model, taught_by)))
                 RESUMING.add(host.model)  # until the loop begins, a state may give the model other shapes
                 if resume:
                     from setpoint.loop.carrying import FollowLoads
@@ -161,7 +161,7 @@ def attach(
                     loop.at_detach(FollowLoads(host, model).stop)
             else:
                 inputs = Inputs(example, samples=num_samples(example))
-                _begin(loop, spec, model, inputs)
+                _begin(loop, spec, model, taught_by, inputs)
             if taught_by is not None:
                 called = model if host.compiled else host.model
                 loop.at_detach(Teaching(loop, called, taught_by, method).stop)
@@ -353,7 +353,7 @@ def _carry_sizes(host: Host, spec: RunSpec) -> None:
 
 
 @one_at_a_time  # tracing shares PyTorch's global state; the first steps of two threads may coincide
-def _begin(loop: Loop, spec: RunSpec, called: nn.Module, inputs: Inputs) -> None:
+def _begin(loop: Loop, spec: RunSpec, called: nn.Module, taught_by: Teacher | None, inputs: Inputs) -> None:
     """Begin the loop with the parts of the run, and with the state that its optimizer has brought, if there is one."""
     parts = partial(_parts, loop.host, spec)
     with uninterrupted():  # tries of the model take any exception for its own, that of a time limit too
@@ -372,6 +372,8 @@ def _begin(loop: Loop, spec: RunSpec, called: nn.Module, inputs: Inputs) -> None
     outside = compiled and called._compiled_call_impl is None
     if spec.total_steps > 1 + inputs.recorded:  # the second step is looked at
         loop.watch(inputs, listen, outside=outside, method=method)
+    if taught_by is not None:
+        taught_by.count()  # the first step's passes, so that a run that goes on counts as one that was not interrupted
 
 
 def _parts(host: Host, spec: RunSpec, inputs: Inputs) -> Parts:

@@ -102,7 +102,7 @@ class Answers(nn.Module):
 
 
 def test_the_model_that_is_pruned_is_no_teacher_of_itself() -> None:
-    """Claim: that model is refused before anything of it is frozen, and so is what is no model; one that has become
+    """Claim: that model is refused before anything of it changes, and so is what is no model; one that has become
     the pruned model since, or holds it, is refused by a pass, before it is counted.
     """
     model = net()
@@ -158,11 +158,12 @@ def test_flops_are_those_of_all_inputs() -> None:
         ({"alpha": "0.5"}, "alpha must be from 0 to 1, got '0.5'"),
         ({"alpha": None}, "alpha must be from 0 to 1, got None"),
         ({"temperature": "2"}, "temperature must be a finite number above 0, got '2'"),
+        ({"dim": "a"}, "dim is the number of the dim that the classes are in, or None; got 'a'"),
         ({"temperature": math.inf}, "temperature must be a finite number above 0, got inf"),
         ({"loop": 0.5}, r"write Teacher\(model, loop, alpha=0\.5\): got a Sequential and a float"),
     ],
 )
-def test_settings_out_of_range_are_refused_before_the_teacher_is_frozen(settings: dict[str, Any], words: str) -> None:
+def test_settings_out_of_range_are_refused_before_the_teacher_changes(settings: dict[str, Any], words: str) -> None:
     """Claim: each is named, and the model trains on."""
     model = net()
     with pytest.raises(ValueError, match=words):
@@ -183,6 +184,12 @@ def test_shapes_that_teach_nothing_or_the_wrong_thing_are_refused(own: Any, taug
     """Claim: other classes, no rows, one score, and maps of one class."""
     with pytest.raises(ValueError, match=words):
         Teacher(net()).loss(torch.zeros(()), torch.randn(own), torch.randn(taught))
+
+
+def test_a_dim_that_logits_do_not_have_is_named() -> None:
+    """Claim: the message has the shape and the dim."""
+    with pytest.raises(ValueError, match=r"got shape \(4, 3\): Teacher\(model, dim=...\) .* here 9"):
+        Teacher(net(), dim=9).rows(torch.randn(4, 3))
 
 
 def test_answers_without_logits_are_refused() -> None:

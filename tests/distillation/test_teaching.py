@@ -32,6 +32,15 @@ def maps(width: int = 24, seed: int = 1) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 4, 1)).double()
 
 
+def logged(width: int = 24, seed: int = 1) -> nn.Module:
+    return nn.Sequential(net(width, seed), nn.LogSoftmax(-1))
+
+
+def lines(width: int = 24, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv1d(3, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, 4, 1)).double()
+
+
 def rows_of(x: Tensor) -> Tensor:
     return x[..., :4].argmax(-1)
 
@@ -51,6 +60,7 @@ class Case:
     targets: Callable[[Tensor], Tensor] = rows_of
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     times: float = 1.0  # of the mean
+    dim: int | None = None  # of the classes, which the explicit loss must be told
 
 
 def of_tokens(own: Tensor, targets: Tensor) -> Tensor:
@@ -63,20 +73,23 @@ CASES = {
     "scaled": Case(loss=lambda own, targets: 1024 * functional.cross_entropy(own, targets), times=1024),
     "tokens, some ignored": Case(shape=(4, 6, 8), targets=some_ignored, loss=of_tokens),
     "maps": Case(maps, (4, 3, 5, 5), lambda x: x[:, :3].argmax(1)),
+    "lines": Case(lines, (4, 3, 5), lambda x: x[:, :3].argmax(1), dim=1),
+    "log-probabilities": Case(logged, loss=functional.nll_loss),
+    "class weights": Case(loss=partial(functional.cross_entropy, weight=torch.tensor([0.1, 1, 1, 5]).double())),
     "smoothed": Case(loss=partial(functional.cross_entropy, label_smoothing=0.1)),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_one_argument_equals_the_explicit_loss(case: Case) -> None:
-    """Claim: with any scale of the loss, ignored rows, maps and accumulation, weights and widths are those of
-    `Teacher.loss` to rounding; the FLOPs of the teacher count the same.
+    """Claim: with any scale of the loss, ignored rows, maps, classes in another dim, log-probabilities, class weights
+    and accumulation, weights and widths are those of `Teacher.loss` to rounding; the teacher's FLOPs count the same.
     """
     runs = []
     for explicit in (True, False):
         model, dense = case.build(), case.build(48, seed=2)
         optimizer = torch.optim.SGD(model.parameters(), 0.05 / case.times, momentum=0.9)
-        teacher = Teacher(dense, alpha=0.4, temperature=3.0)
+        teacher = Teacher(dense, alpha=0.4, temperature=3.0, dim=case.dim if explicit else None)
         loop = setpoint.attach(
             model, optimizer, 0.5, total_steps=STEPS, verify=False, teacher=None if explicit else teacher
         )
@@ -89,7 +102,7 @@ def test_one_argument_equals_the_explicit_loss(case: Case) -> None:
                 targets, own = case.targets(x), model(x)
                 loss = case.loss(own, targets)
                 if explicit:
-                    counts = targets != -100 if targets.dim() == 2 else None
+                    counts = targets != -100 if targets.dim() == 2 and case.dim is None else None
                     distance = teacher.distance(own, teacher.logits(x), counts)
                     loss = 0.6 * loss + 0.4 * case.times * distance
                 (loss / 2).backward()
@@ -183,7 +196,7 @@ def _steps(model: nn.Module, count: int = 3, /, **settings: Any) -> setpoint.Loo
 
 
 def test_true_is_a_frozen_copy_and_a_new_head_is_refused() -> None:
-    """Claim: True equals a copy by hand for a trained model, and a model that only guesses is refused."""
+    """Claim: True equals a copy by hand for a trained model; one that only guesses is refused, also a confident one."""
     trained, optimizer = net(), None
     optimizer = torch.optim.Adam(trained.parameters(), 0.02)
     for _ in range(100):
@@ -195,11 +208,12 @@ def test_true_is_a_frozen_copy_and_a_new_head_is_refused() -> None:
     _steps(one, 6, teacher=True)
     _steps(other, 6, teacher=trained)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    fresh = net()
-    with torch.no_grad():
-        fresh[2].weight.mul_(0.1)  # type: ignore[index, operator, union-attr]
-    with pytest.raises(LoopError, match="its head is new, and teaches nothing. Train the dense model first"):
-        _steps(fresh, 6, teacher=True)
+    for times in (0.1, 100.0):
+        fresh = net()
+        with torch.no_grad():
+            fresh[2].weight.mul_(times)  # type: ignore[index, operator, union-attr]
+        with pytest.raises(LoopError, match="its head is new, and teaches nothing. Train the dense model first"):
+            _steps(fresh, 6, teacher=True)
 
 
 class Twice(nn.Module):
@@ -216,8 +230,11 @@ def test_what_cannot_teach_is_refused_before_the_first_step() -> None:
     """Claim: itself, a wrapper, shared parameters, other classes, no logits, and no module are named."""
     model = net()
     for own in (model, nn.Sequential(model), model[0]):  # type: ignore[index]
-        with pytest.raises(ValueError, match="or shares parameters with it: teacher=True takes a frozen copy"):
+        with pytest.raises(ValueError, match="or shares parameters with it or .*: teacher=True takes a frozen"):
             _steps(model, teacher=own)
+    average = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"with one of copies=, which are cut with it: .* copy\.deepcopy\(average\)"):
+        _steps(model, teacher=average, copies=[average])
     with pytest.raises(ValueError, match=r"or a Teacher\(module\); got an int"):
         _steps(model, teacher=3)
     with pytest.raises(ValueError, match="the teacher is on meta, the model on cpu: move the teacher"):
@@ -326,3 +343,82 @@ def test_evaluation_asks_no_teacher() -> None:
     loop.detach()
     model(x)
     assert teacher.flops == before
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+
+
+class InPlace(nn.Module):
+    """Changes its inputs, and is trained through another method, with logits in a dataclass."""
+
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__()
+        self.net = net(seed=seed)
+
+    def predict(self, x: Tensor) -> Answer:
+        return Answer(self.net(x.sub_(1.0)))
+
+
+def test_a_method_that_changes_its_inputs_is_taught_at_every_step() -> None:
+    """Claim: without an example, a method is followed until the end; the teacher gets the inputs as the model got them,
+    and the model's own method is back afterwards.
+    """
+    model, teacher = InPlace(), Teacher(InPlace(2))
+    seen = list[Tensor]()
+    teacher.model.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # type: ignore[union-attr]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS, verify=False, method="predict", teacher=teacher)
+    for _ in range(STEPS):
+        functional.cross_entropy(model.predict(torch.zeros(4, 8).double()).logits, torch.arange(4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loop.finish().budget_met and "predict" not in vars(model)
+    assert len(seen) == STEPS and all((x == -1).all() for x in seen)
+    assert all(parameter.requires_grad for parameter in teacher.model.parameters())  # it may be trained afterwards
+
+
+def test_a_run_with_a_teacher_and_a_bill_goes_on_as_if_it_had_not_stopped() -> None:
+    """Claim: weights, length and FLOPs equal those of the run that was not interrupted, without an example."""
+    torch.manual_seed(0)
+    data = torch.randn(80, 16, 8, dtype=torch.float64)
+
+    def run(model: nn.Module, first: int, state: Any = None) -> tuple[setpoint.Loop, Any]:
+        optimizer, saved = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), None
+        budget = {"flops": "50%", "flops/run": "100%"}
+        settings: dict[str, Any] = {"total_steps": 50, "verify": False, "resume": True, "teacher": net(48, seed=2)}
+        loop, step = setpoint.attach(model, optimizer, budget, **settings), first
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        while step == first or step < loop.total_steps:
+            functional.cross_entropy(model(data[step]), rows_of(data[step])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == 12:
+                saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        loop.finish()
+        return loop, saved
+
+    one, state = run(model := net(), 0)
+    other, _ = run(again := net(seed=5), 12, state)
+    assert one.summary is not None and other.summary is not None and 20 < one.step == other.step
+    assert one.summary.train_flops == other.summary.train_flops
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_another_loss_is_warned_of_once() -> None:
+    """Claim: where gradients do not add up to 0 over classes, as in a loss of several labels, one warning says so."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    loop = setpoint.attach(model, optimizer, 0.5, total_steps=STEPS, verify=False, teacher=net(48, seed=2))
+    x = torch.randn(16, 8, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="the loss is no cross entropy of the logits: its gradient does not") as caught:
+        for _ in range(3):
+            functional.binary_cross_entropy_with_logits(model(x), (x[:, :4] > 0).double()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(caught) == 1
+    loop.detach()

@@ -26,13 +26,14 @@ class Teacher:
     loop, so that a budget for a whole run pays for them.
 
     Args:
-        model: answers with logits, or with an output that has `logits`; it is frozen and set to eval mode.
+        model: answers with logits, or with an output that has `logits`; set to eval mode, and called without gradients.
         loop: what `attach` returned, for the FLOPs; `attach` sets it.
         alpha: share of the teacher in the loss, from 0 to 1.
         temperature: T, above 0.
         output: key, attribute or position of the logits in what both models return; by default the output itself, or
             its `logits`.
-        dim: dim of the classes; by default 1 in four dims or more, as in maps, and else the last one.
+        dim: dim of the classes; by default 1 in four dims or more, as in maps, and else the last one. `attach` takes
+            the other of the two where the first gradient adds up to 0 over it, as a cross entropy's over classes does.
 
     Attributes:
         flops: of all passes of the teacher until now.
@@ -40,8 +41,8 @@ class Teacher:
         method: name of the model's method that is called; `attach` sets it.
 
     Raises:
-        ValueError: for alpha or temperature out of range, if `model` is no module or `loop` is neither a loop nor None,
-            and for the pruned model itself.
+        ValueError: for a setting out of range, if `model` is no module or `loop` is neither a loop nor None, and for
+            the pruned model itself.
 
     References:
         Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
@@ -71,8 +72,10 @@ class Teacher:
             raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
         if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+        if dim is not None and type(dim) is not int:
+            raise ValueError(f"dim is the number of the dim that the classes are in, or None; got {dim!r}")
         _check_not_pruned(model)
-        self.model, self.loop = model.eval().requires_grad_(False), loop
+        self.model, self.loop = model.eval(), loop
         self.alpha, self.temperature, self.output, self.dim = float(alpha), float(temperature), output, dim
         self.flops, self._counted, self.own, self.method = 0.0, 0.0, False, "forward"
         self._flops_by_inputs = dict[Any, float]()
@@ -112,16 +115,20 @@ class Teacher:
                     "must have the same inputs, targets and classes"
                 ) from error
         self.flops += self._flops_by_inputs.setdefault(inputs, float(counter.get_total_flops()))
-        if self.loop is not None:
-            with suppress(NotBegunError):  # then they are counted after a later pass
-                self.loop.spending.account.sensed(self.flops - self._counted)
-                self._counted = self.flops
+        self.count()
         logits = logits_of(outputs, self.output)
         if samples is not None:
             if len(samples) != len(logits):
                 raise ValueError(f"samples() named {len(samples)}, and the forward has {len(logits)} rows of logits")
             self._kept.update(zip(samples, logits.cpu().unbind(), strict=True))
         return logits
+
+    def count(self) -> None:
+        """Count the passes until now as overhead of the loop, once that has begun."""
+        if self.loop is not None:
+            with suppress(NotBegunError):
+                self.loop.spending.account.sensed(self.flops - self._counted)
+                self._counted = self.flops
 
     def loss(self, loss: Tensor, own: Tensor, taught: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss to train by.
@@ -170,27 +177,28 @@ class Teacher:
         Raises:
             ValueError: for fewer than two classes.
         """
-        found = logits.movedim(self._classes(logits), -1)
-        if found.dim() < 2 or found.shape[-1] < 2:
+        dim, dims = self.classes(logits), logits.dim()
+        if dims < 2 or not -dims <= dim < dims or logits.shape[dim] < 2:
             raise ValueError(
                 f"logits are (rows, classes) or more dims, with two classes or more, got shape {tuple(logits.shape)}: "
-                "Teacher(model, dim=...) says which dim the classes are"
+                f"Teacher(model, dim=...) says which dim the classes are, here {dim}"
             )
+        found = logits.movedim(dim, -1)
         return (found if found.dtype == torch.float64 else found.float()).flatten(0, -2)
 
     def as_logits(self, rows: Tensor, like: Tensor) -> Tensor:
         """The reverse of `rows`, in the shape and dtype of logits."""
-        dim = self._classes(like)
+        dim = self.classes(like)
         return rows.view(like.movedim(dim, -1).shape).movedim(-1, dim).to(like.dtype)
 
-    def _classes(self, logits: Tensor) -> int:
+    def classes(self, logits: Tensor) -> int:
         return (1 if logits.dim() >= 4 else -1) if self.dim is None else self.dim
 
 
 def logits_of(outputs: Any, output: str | int | None = None) -> Tensor:
     """A model's logits: its output itself, or what that holds under this name; ValueError where there are none."""
     found = outputs
-    if output is not None or hasattr(outputs, "get"):
+    if output is not None or hasattr(outputs, "get") or hasattr(outputs, "logits"):
         name = "logits" if output is None else output
         try:
             found = getattr(outputs, name) if isinstance(name, str) and hasattr(outputs, name) else outputs[name]

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_map_only
 
 from setpoint.actuator.model_shapes import was_cut
 from setpoint.distillation.teacher import Teacher, logits_of
@@ -19,14 +21,18 @@ from setpoint.messages import a_type, warn
 
 _JUDGED = 5  # steps after which a model is judged that is to be its own teacher
 _SPREAD = 1e-3  # of guesses around their mean, squared, from which on they show a slope
+_STRAIGHT = 0.95  # squared correlation of gradients and guesses, from which on one is a multiple of the other
+_CLEAR = 0.4  # share of a row's gradient in the class that is raised most, from which on it is the target: 0.5 if alone
+_NOT_ZERO = 0.1  # share of gradients that does not add up to 0 over classes, from which on the loss is another
 _GUESS = 0.97  # share of a guess's loss: a model above it knows nothing of the task
 
 
-def as_teacher(model: nn.Module, teacher: Teacher | nn.Module | bool) -> Teacher:
+def as_teacher(model: nn.Module, teacher: Teacher | nn.Module | bool, copies: Sequence[nn.Module] = ()) -> Teacher:
     """What `attach(teacher=...)` was given, for this model; True stands for a frozen copy of the model as it is.
 
     Raises:
-        ValueError: for the model itself, what shares parameters with it, what is on other devices, or no module.
+        ValueError: for the model itself or one of its `copies`, which are cut with it, what shares parameters with
+            them, what is on other devices, or no module.
         LoopError: for a copy of a model that was cut before.
     """
     if teacher is True:
@@ -41,10 +47,11 @@ def as_teacher(model: nn.Module, teacher: Teacher | nn.Module | bool) -> Teacher
         raise ValueError(
             f"teacher is True for a frozen copy of the model, a module, or a Teacher(module); got {a_type(teacher)}"
         )
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {id(parameter) for module in (model, *copies) for parameter in module.parameters()}
     if any(id(parameter) in own for parameter in taught_by.parameters()) or taught_by is model:
         raise ValueError(
-            "the teacher is the model that is pruned, or shares parameters with it: teacher=True takes a frozen copy"
+            "the teacher is the model that is pruned, or shares parameters with it or with one of copies=, which are "
+            "cut with it: teacher=True takes a frozen copy, and so does teacher=copy.deepcopy(average)"
         )
     devices = [{str(parameter.device) for parameter in module.parameters()} for module in (model, taught_by)]
     if all(devices) and not devices[1] <= devices[0]:
@@ -66,7 +73,8 @@ class Teaching:
 
     in rows in which g is not zero. The scale `c` is that of the user's loss, `1 / n` for a mean over n rows, times what
     a loss scaler or accumulation multiplies it by: see `_scale`. So one argument equals `Teacher.loss` for a cross
-    entropy of hard targets. Another loss has the scale of a cross entropy of its size.
+    entropy of hard targets, of logits or of log-probabilities, with or without class weights. Another loss has the
+    scale of a cross entropy of its size.
 
     It changes as the model is called: the forwards and gradients that it has seen, until it is stopped.
     """
@@ -75,8 +83,8 @@ class Teaching:
         self._loop, self._teacher = loop, teacher
         self._call: Call | None = None
         self._called = self._arrived = self._steps = 0
-        self._losses = torch.zeros(3, dtype=torch.float64)  # the teacher's, a guess's, and rows of other losses
-        self._until, self._bad = ExitStack(), False
+        self._losses = torch.zeros(3, dtype=torch.float64)  # the teacher's, a guess's, and batches of other losses
+        self._until, self._bad, self._unlike = ExitStack(), False, False
         teacher.loop, teacher.method = loop, method
         record = Record(self._begins, self._ends)
         if method == "forward":
@@ -93,7 +101,9 @@ class Teaching:
         again = torch._C._current_graph_task_id() != -1  # a checkpoint computes the forward again
         trains = torch.is_grad_enabled() and self._loop.host.model.training and not redirected(module)
         real = detect_fake_mode(tuple(call)) is None  # an export of the user's own
-        self._call = call if trains and real and not again else None
+        self._call = None
+        if trains and real and not again:  # copied, as the model may change its inputs in place, and so may the teacher
+            self._call = Call(*tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tuple(call)))
 
     def _ends(self, output: Any, raised: bool) -> None:
         call, self._call = self._call, None
@@ -104,12 +114,8 @@ class Teaching:
             return
         self._called += 1
         taught = self._teacher.logits(*call.args, **call.kwargs)
-        with torch.no_grad():
-            own, taught = self._teacher.pair(logits.detach(), taught)
-            heat = self._teacher.temperature
-            away = heat * ((own / heat).softmax(-1) - (taught / heat).softmax(-1))
-            guess = own.softmax(-1)
-            surprise = -taught.log_softmax(-1) if self._teacher.own and self._steps < _JUDGED else None
+        own = logits.detach().clone()  # training may change them in place
+        self._teacher.pair(own, taught)
         # A wrapper may have cast what the model computes its own loss of.
         node, number = logits.grad_fn, logits.output_nr
         while node.name() == "ToCopyBackward0":
@@ -120,26 +126,42 @@ class Teaching:
             if gradient is None:
                 return None
             with torch.no_grad():
-                mixed = self._mixed(gradient, guess, away, surprise)
+                mixed = self._mixed(gradient, own, taught)
             return (*gradients[:number], mixed, *gradients[number + 1 :])
 
         node.register_prehook(arrives)
 
-    def _mixed(self, gradient: Tensor, guess: Tensor, away: Tensor, surprise: Tensor | None) -> Tensor:
+    def _mixed(self, gradient: Tensor, own: Tensor, taught: Tensor) -> Tensor:
+        teacher = self._teacher
         self._arrived += 1
-        rows = self._teacher.rows(gradient)
-        counts = (rows != 0).any(-1, keepdim=True) & away.isfinite().all(-1, keepdim=True)
-        if surprise is not None:
-            self._losses += _losses(rows, surprise, counts).cpu().double()
-        scale = _scale(rows, guess, counts)
-        scale = torch.where(scale.isfinite(), scale, 0.0)  # no row counts, or a loss scaler has overflowed
-        alpha = self._teacher.alpha
-        mixed = torch.where(counts, (1 - alpha) * rows + alpha * scale * away, rows)
-        # Whether a teacher gives NaN is looked at now and then: it waits for the device.
-        if self._arrived & (self._arrived - 1) == 0 and not self._bad and bool(away.isnan().any()):
+        looks = self._arrived & (self._arrived - 1) == 0  # now and then, since it waits for the device
+        if self._arrived == 1 and teacher.dim is None and gradient.dim() > 2:
+            usual = teacher.classes(gradient) % gradient.dim()
+            other = 1 if usual > 1 else gradient.dim() - 1
+            sums = [float(gradient.sum(dim).abs().sum() / gradient.abs().sum()) for dim in (usual, other)]
+            teacher.dim = other if sums[0] > _NOT_ZERO > 10 * sums[1] else None
+        rows, (own, taught) = teacher.rows(gradient), teacher.pair(own, taught)
+        heat, alpha = teacher.temperature, teacher.alpha
+        away = (own / heat).softmax(-1).sub_((taught / heat).softmax(-1))
+        low, asked = rows.min(-1, keepdim=True)
+        counts = ((low != 0) | (rows.amax(-1, keepdim=True) != 0)) & away.sum(-1, keepdim=True).isfinite()
+        if teacher.own and self._steps < _JUDGED:
+            self._losses += _losses(rows, -taught.log_softmax(-1), counts).cpu().double()
+        scale, like = _scale(rows, own, low, asked, counts)
+        weight = torch.where(counts & scale.isfinite(), alpha * scale * heat, 0.0)  # a loss scaler may have overflowed
+        mixed = torch.where(counts, (1 - alpha) * rows, rows)
+        mixed.addcmul_(weight, torch.where(counts, away, 0.0))
+        if looks and not self._bad and bool(away.isnan().any()):
             self._bad = True
             warn("the teacher's logits hold NaN: rows that do are learnt without it. Check its weights and its inputs")
-        return self._teacher.as_logits(mixed, gradient)
+        if looks and not self._unlike and bool(like > _NOT_ZERO):
+            self._unlike = True
+            warn(
+                "the loss is no cross entropy of the logits: its gradient does not add up to 0 over the classes. The "
+                "teacher is followed in a softmax, at a scale by the gradient's size. Train without a teacher, or say "
+                "where the logits and their classes are, Teacher(model, output=..., dim=...)"
+            )
+        return teacher.as_logits(mixed, gradient)
 
     def _stepped(self, event: Any) -> None:
         self._steps += 1
@@ -148,8 +170,10 @@ class Teaching:
                 "no gradient arrived at the model's logits: the loss does not come from them, or was computed inside "
                 "of compiled code. Compute it from model(x), outside"
                 if self._called
-                else "training calls the model in eval mode, or not itself, but parts of it or another method. Call "
-                "model.train(), attach to the part that gives logits, or name the method, attach(..., method=...)"
+                else "training calls the model in eval mode, or not itself, but parts of it or another method, or in "
+                "code that hides it. Call model.train(); attach to the part that gives logits (in a callback "
+                "module='net'); name the method, attach(..., method=...); take torch.compile(model) instead of "
+                "model.compile(), and checkpoint(use_reentrant=False)"
             )
             warn(f"the teacher teaches nothing: {what}")
         if not self._teacher.own:
@@ -165,40 +189,60 @@ class Teaching:
                 )
 
 
-def _scale(rows: Tensor, guess: Tensor, counts: Tensor) -> Tensor:
-    """The scale c of a cross entropy, whose gradients by a model's logits are `rows = c (guess - targets)`.
+def _scale(rows: Tensor, own: Tensor, low: Tensor, asked: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale c of a loss whose gradients by the logits `own` are `rows`, and the share that does not add up to 0.
 
-    The target is the class that the loss raises most. All others have the same share of the target, none or that of
-    label smoothing, so that their gradients lie on a line over their guesses, with slope c. Rows in which no single
-    class is raised do not count: smoothing turns the gradients of a model that is surer than its target. Where guesses
-    are too similar for a slope, and with two classes, `c = sum |g| / sum |guess - target|`.
+    The target is the class that the loss raises most, `asked`, by `low`. With p the softmax, a cross entropy's
+    gradients at the other classes are g = s (p - d), with s of the row (a class weight), and d of label smoothing. So
+
+    * where g is proportional to p, c is the mean of s; that is `1 / n` for a mean over n rows with any class weights;
+    * where g has an offset, c is the slope of g over p in all rows;
+    * where all g are 0 and `own` are log-probabilities, c is the mean of `-low`;
+    * else `c = sum |g| / sum |p - target|`, as with two or three classes and smoothing, soft targets, and other losses.
+
+    Rows in which no single class is raised do not count, where others do: smoothing turns the gradients of a model that
+    is surer than its target.
     """
-    asked = rows.argmin(-1, keepdim=True)
-    others = torch.ones_like(guess).scatter_(-1, asked, 0.0) * (counts & _clear(rows))
-    total = others.sum(-1, keepdim=True).clamp_min(1.0)
-    mean = (others * guess).sum(-1, keepdim=True) / total
-    from_mean = others * (guess - mean)
-    slope = (from_mean * rows).sum() / from_mean.square().sum()
-    error = guess.scatter_add(-1, asked, torch.full_like(asked, -1, dtype=guess.dtype))
-    by_size = (rows.abs() * counts).sum() / (error.abs() * counts).sum()
-    spread = from_mean.square().sum() > _SPREAD * (others * mean.square()).sum()
-    return torch.where(spread & (slope > 0), slope, by_size)
+    size = torch.linalg.vector_norm(rows, 1, -1, keepdim=True)
+    used = counts & (-low > _CLEAR * size)
+    used = torch.where(used.any(), used, counts)
+    guess = own.softmax(-1)
+    level = (own.gather(-1, asked) - guess.gather(-1, asked).log()).abs()
+    others, guess = rows.shape[-1] - 1, guess.scatter_(-1, asked, 0.0)
+    sums, p = rows.sum(-1, keepdim=True), guess.sum(-1, keepdim=True)
+    g = sums - low
+    pp, pg, gg = (torch.linalg.vecdot(a, b).unsqueeze(-1) for a, b in ((guess, guess), (guess, rows), (rows, rows)))
+    gg -= low.square()
+    variance, shared = pp - p * p / others, pg - p * g / others
 
+    def over(values: Tensor) -> Tensor:
+        return torch.where(used, values, 0.0).sum()
 
-def _clear(rows: Tensor) -> Tensor:
-    """Whether a single class is raised."""
-    return -rows.amin(-1, keepdim=True) > 0.4 * rows.abs().sum(-1, keepdim=True)
+    offset = over(shared * p - g * variance) > 0.02 * over(shared * p)
+    straight = over(shared.square()) > _STRAIGHT * over(variance * (gg - g * g / others))
+    sloped = offset & straight & (over(variance) > _SPREAD * over(p * p / others))
+    number = over(torch.ones_like(p))
+    logged = (over(gg) == 0) & (over(level) < 0.01 * number)
+    c = over(torch.maximum(-low, size / 2)) / over(p)
+    c = torch.where(over(pg.square()) > _STRAIGHT * over(pp * gg), over(pg / pp) / number, c)
+    c = torch.where(sloped, over(shared) / over(variance), c)
+    c = torch.where(logged, over(-low) / number, c)
+    unlike = torch.where(counts, sums.abs(), 0.0).sum() / torch.where(counts, size, 0.0).sum()
+    return c, torch.where(logged, 0.0, unlike)
 
 
 def _losses(rows: Tensor, surprise: Tensor, counts: Tensor) -> Tensor:
-    """Of the teacher the sum of losses, that of a guess in as many rows, and the number of rows of another loss.
+    """Of the teacher the sum of losses, that of a guess in as many rows, and 1 where the loss is another.
 
-    A row in which the teacher is all but sure is taken for right where it is not clear which class is the target.
+    A row in which the teacher is all but sure is taken for right where it is not clear which class is the target: with
+    smoothing the gradient of one that is surer than its target is small, and asks for another class.
     """
-    least = surprise.amin(-1, keepdim=True)
-    sure = least < -math.log(0.9)
-    known = counts & (sure | _clear(rows))
+    size, least = rows.abs().sum(-1, keepdim=True), surprise.amin(-1, keepdim=True)
+    clear = -rows.amin(-1, keepdim=True) > _CLEAR * size
+    few = rows.shape[-1] <= 3  # of which another one is all that is left
+    sure = (least < -math.log(0.9)) & (~clear | few | (size < 0.5 * size.amax()))
+    known = counts & (sure | clear)
     losses = torch.where(sure, least, surprise.gather(-1, rows.argmin(-1, keepdim=True))) * known
     guess = known.sum() * math.log(rows.shape[-1])
-    other = (rows.sum(-1).abs() > 1e-2 * rows.abs().sum(-1)).sum()  # a cross entropy's gradients add up to zero
+    other = rows.sum(-1).abs().sum() > 1e-2 * size.sum()  # a cross entropy's gradients add up to zero
     return torch.stack([losses.sum(), guess.to(losses), other.to(losses)])

@@ -199,6 +199,12 @@ class RecordedMethod:
             self._record.ended(output, raised=raised)
 
     def _stop(self) -> None:
-        del vars(self._model)[self._method]
-        if self._own:
+        above = vars(self._model)[self._method]
+        if above is not self:  # another one records the method, too
+            while above._own is not self:
+                above = above._own
+            above._own = self._own
+        elif self._own:
             vars(self._model)[self._method] = self._own
+        else:
+            del vars(self._model)[self._method]
