@@ -233,7 +233,7 @@ def test_what_cannot_teach_is_refused_before_the_first_step() -> None:
         with pytest.raises(ValueError, match="or shares parameters with it or .*: teacher=True takes a frozen"):
             _steps(model, teacher=own)
     average = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"with one of copies=, which are cut with it: .* copy\.deepcopy\(average\)"):
+    with pytest.raises(ValueError, match=r"copies=, which are cut with it: .*teacher=copy\.deepcopy\(average\)"):
         _steps(model, teacher=average, copies=[average])
     with pytest.raises(ValueError, match=r"or a Teacher\(module\); got an int"):
         _steps(model, teacher=3)

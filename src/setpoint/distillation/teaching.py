@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import starmap
 from typing import Any, final
 
 import torch
@@ -24,6 +25,7 @@ _SPREAD = 1e-3  # of guesses around their mean, squared, from which on they show
 _STRAIGHT = 0.95  # squared correlation of gradients and guesses, from which on one is a multiple of the other
 _CLEAR = 0.4  # share of a row's gradient in the class that is raised most, from which on it is the target: 0.5 if alone
 _NOT_ZERO = 0.1  # share of gradients that does not add up to 0 over classes, from which on the loss is another
+_PART = 1 << 18  # logits that a CPU mixes at a time
 _GUESS = 0.97  # share of a guess's loss: a model above it knows nothing of the task
 
 
@@ -141,27 +143,30 @@ class Teaching:
             sums = [float(gradient.sum(dim).abs().sum() / gradient.abs().sum()) for dim in (usual, other)]
             teacher.dim = other if sums[0] > _NOT_ZERO > 10 * sums[1] else None
         rows, (own, taught) = teacher.rows(gradient), teacher.pair(own, taught)
-        heat, alpha = teacher.temperature, teacher.alpha
-        away = (own / heat).softmax(-1).sub_((taught / heat).softmax(-1))
-        low, asked = rows.min(-1, keepdim=True)
-        counts = ((low != 0) | (rows.amax(-1, keepdim=True) != 0)) & away.sum(-1, keepdim=True).isfinite()
+        known = own.amax(-1, keepdim=True).isfinite() & taught.amax(-1, keepdim=True).isfinite()
+        counts = ((rows.amin(-1, keepdim=True) != 0) | (rows.amax(-1, keepdim=True) != 0)) & known
         if teacher.own and self._steps < _JUDGED:
             self._losses += _losses(rows, -taught.log_softmax(-1), counts).cpu().double()
-        scale, like = _scale(rows, own, low, asked, counts)
-        weight = torch.where(counts & scale.isfinite(), alpha * scale * heat, 0.0)  # a loss scaler may have overflowed
-        mixed = torch.where(counts, (1 - alpha) * rows, rows)
-        mixed.addcmul_(weight, torch.where(counts, away, 0.0))
-        if looks and not self._bad and bool(away.isnan().any()):
+        # In parts that stay in a CPU's cache: the logits of a large vocabulary do not.
+        number = max(1, rows.numel() // (_PART if rows.device.type == "cpu" else 256 * _PART))
+        parts = [each.chunk(number) for each in (rows, own, counts, taught)]
+        scale, unlike = _scale(list(zip(*parts[:3], strict=True)))
+        alpha, heat, mixed = teacher.alpha, teacher.temperature, list[Tensor]()
+        weight = alpha * heat * torch.where(scale.isfinite(), scale, 0.0)  # a loss scaler may have overflowed
+        for part, z, counted, t in zip(*parts, strict=True):
+            away = (z / heat).softmax(-1).sub_((t / heat).softmax(-1)).mul_(weight)
+            mixed.append(torch.where(counted, away.add_(part, alpha=1 - alpha), part))
+        if looks and not self._bad and bool(taught.isnan().any()):
             self._bad = True
             warn("the teacher's logits hold NaN: rows that do are learnt without it. Check its weights and its inputs")
-        if looks and not self._unlike and bool(like > _NOT_ZERO):
+        if looks and not self._unlike and bool(unlike > _NOT_ZERO):
             self._unlike = True
             warn(
                 "the loss is no cross entropy of the logits: its gradient does not add up to 0 over the classes. The "
                 "teacher is followed in a softmax, at a scale by the gradient's size. Train without a teacher, or say "
                 "where the logits and their classes are, Teacher(model, output=..., dim=...)"
             )
-        return teacher.as_logits(mixed, gradient)
+        return teacher.as_logits(torch.cat(mixed), gradient)
 
     def _stepped(self, event: Any) -> None:
         self._steps += 1
@@ -189,30 +194,25 @@ class Teaching:
                 )
 
 
-def _scale(rows: Tensor, own: Tensor, low: Tensor, asked: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale c of a loss whose gradients by the logits `own` are `rows`, and the share that does not add up to 0.
+def _scale(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    """The scale c of a loss, and the share of its gradients that does not add up to 0, by parts of all rows.
 
-    The target is the class that the loss raises most, `asked`, by `low`. With p the softmax, a cross entropy's
-    gradients at the other classes are g = s (p - d), with s of the row (a class weight), and d of label smoothing. So
+    A part has the gradients by logits, these logits, and which rows count. The target is the class that the loss raises
+    most, by `low`. With p the softmax, a cross entropy's gradients at the other classes are g = s (p - d), with s of
+    the row (a class weight), and d of label smoothing. So
 
     * where g is proportional to p, c is the mean of s; that is `1 / n` for a mean over n rows with any class weights;
     * where g has an offset, c is the slope of g over p in all rows;
-    * where all g are 0 and `own` are log-probabilities, c is the mean of `-low`;
+    * where all g are 0 and the logits are log-probabilities, c is the mean of `-low`;
     * else `c = sum |g| / sum |p - target|`, as with two or three classes and smoothing, soft targets, and other losses.
 
     Rows in which no single class is raised do not count, where others do: smoothing turns the gradients of a model that
     is surer than its target.
     """
-    size = torch.linalg.vector_norm(rows, 1, -1, keepdim=True)
+    low, size, total, level, p, pp, pg, gg, counts = map(torch.cat, zip(*starmap(_moments, parts), strict=True))
     used = counts & (-low > _CLEAR * size)
     used = torch.where(used.any(), used, counts)
-    guess = own.softmax(-1)
-    level = (own.gather(-1, asked) - guess.gather(-1, asked).log()).abs()
-    others, guess = rows.shape[-1] - 1, guess.scatter_(-1, asked, 0.0)
-    sums, p = rows.sum(-1, keepdim=True), guess.sum(-1, keepdim=True)
-    g = sums - low
-    pp, pg, gg = (torch.linalg.vecdot(a, b).unsqueeze(-1) for a, b in ((guess, guess), (guess, rows), (rows, rows)))
-    gg -= low.square()
+    others, g = parts[0][0].shape[-1] - 1, total - low
     variance, shared = pp - p * p / others, pg - p * g / others
 
     def over(values: Tensor) -> Tensor:
@@ -227,8 +227,17 @@ def _scale(rows: Tensor, own: Tensor, low: Tensor, asked: Tensor, counts: Tensor
     c = torch.where(over(pg.square()) > _STRAIGHT * over(pp * gg), over(pg / pp) / number, c)
     c = torch.where(sloped, over(shared) / over(variance), c)
     c = torch.where(logged, over(-low) / number, c)
-    unlike = torch.where(counts, sums.abs(), 0.0).sum() / torch.where(counts, size, 0.0).sum()
-    return c, torch.where(logged, 0.0, unlike)
+    return c, torch.where(logged, 0.0, over(total.abs()) / over(size))
+
+
+def _moments(rows: Tensor, own: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    """What `_scale` sums over classes, by row; p and g of all classes but the one that is raised most."""
+    low, guess = rows.amin(-1, keepdim=True), own.softmax(-1)
+    level = (own.amax(-1) - guess.amax(-1).log()).abs()  # 0 for log-probabilities
+    guess = guess.masked_fill_(rows == low, 0.0)
+    gradients = rows.masked_fill(rows == low, 0.0)
+    pp, pg, gg = (torch.linalg.vecdot(a, b) for a, b in ((guess, guess), (guess, gradients), (gradients, gradients)))
+    return low[:, 0], rows.abs().sum(-1), rows.sum(-1), level, guess.sum(-1), pp, pg, gg, counts[:, 0]
 
 
 def _losses(rows: Tensor, surprise: Tensor, counts: Tensor) -> Tensor:
