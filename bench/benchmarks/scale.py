@@ -82,6 +82,7 @@ class Sizes:
     units: int
     numbers: int  # of losses, counts and groups, which a reading has besides
     moments: int = 0  # entries of the moments that the first decision sums over ranks
+    read: Sequence[tuple[int, ...]] = ()  # shapes of the weights that the first decision gathers to score units
     shards: Sequence[tuple[int, ...]] = ()  # shapes of the tensors that a cut gathers, with a state of two moments
     sharded: bool = True
 
@@ -91,16 +92,20 @@ def foretold(sizes: Sizes, ranks: int, decides: bool) -> float:
 
     With K ranks, u units and s further numbers it takes `8 u (K - 1) / K` to sense, and as much for the norms of a
     decision, where weights are sharded; `4 * 1024 (K - 1)` for words, `16 (3 u + s) (K - 1) / K` for the reading, and
-    `8 m (K - 1) / K` for m entries of moments; and `12 (K - 1)` for each entry of the shards that a cut gathers, which
-    are padded to equal rows.
+    `8 m (K - 1) / K` for m entries of moments. For each entry of a shard, which is padded to equal rows, it takes
+    `4 (K - 1)` to score units, and `12 (K - 1)` to cut them.
     """
     share = (ranks - 1) / ranks
     sensed = 8 * sizes.units * share * sizes.sharded
     if not decides:
         return sensed
     said = 4 * TEXT_BYTES * (ranks - 1) + 16 * (3 * sizes.units + sizes.numbers) * share + 8 * sizes.moments * share
-    rows = (-(-shape[0] // ranks) * int(torch.Size(shape[1:]).numel()) for shape in sizes.shards)
-    return 2 * sensed + said + 12 * (ranks - 1) * sum(rows) * sizes.sharded
+
+    def entries(shapes: Sequence[tuple[int, ...]]) -> int:
+        return sum(-(-shape[0] // ranks) * int(torch.Size(shape[1:]).numel()) for shape in shapes)
+
+    gathered = 4 * entries(sizes.read) + 12 * entries(sizes.shards)
+    return 2 * sensed + said + (ranks - 1) * gathered * sizes.sharded
 
 
 def counted(host: str, ranks: int, *, gradual: bool) -> list[dict[str, Any]]:
@@ -134,6 +139,7 @@ def counted(host: str, ranks: int, *, gradual: bool) -> list[dict[str, Any]]:
             units,
             2 * (step - shared) + 8,
             0 if gradual else 2 * (WIDTH + 1) ** 2,
+            [] if gradual else [SHAPES["2.weight"], SHAPES["4.weight"]],
             [SHAPES[name] for name in sorted({name for group in cut for name in READ_BY[group]})],
             host == "fully_shard",
         )
@@ -172,9 +178,9 @@ class Llama:
         d, n = self.width, self.neurons
         shapes = [(d, d), (self.kv_width, d), (self.kv_width, d), (d, d), (n, d), (n, d), (d, n)] * self.layers
         units = self.layers * (n + self.kv_heads)
-        return Sizes(
-            units, 2 * 500 + 6 + 2 * self.layers, self.layers * blocks * (BLOCK + 1) ** 2 if first else 0, shapes
-        )
+        numbers, read = 2 * 500 + 6 + 2 * self.layers, [(d, d), (d, n)] * self.layers
+        moments = self.layers * blocks * (BLOCK + 1) ** 2
+        return Sizes(units, numbers, moments, read, shapes) if first else Sizes(units, numbers, shards=shapes)
 
 
 LLAMAS = {"Llama 3 8B": Llama(32, 4096, 14336, 8, 8.03e9), "Llama 3 70B": Llama(80, 8192, 28672, 8, 70.6e9)}

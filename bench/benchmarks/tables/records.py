@@ -592,7 +592,12 @@ def scale(data: Record) -> str:
         amount = f"{size / 1e9:,.1f} GB" if size > 1e9 else f"{size / 1e6:,.1f} MB"
         return f"{amount} ({share:.0f} %)" if share > 1 else f"{amount} ({share:.4f} %)"
 
-    columns = {"sensing": "sensing a step", "deciding": "a decision", "moments": "moments, once", "cut": "a cut"}
+    columns = {
+        "sensing": "sensing a step",
+        "deciding": "a decision",
+        "moments": "the first decision, besides",
+        "cut": "a cut",
+    }
     rows = (
         {
             "model": row["model"],
