@@ -14,13 +14,13 @@ from setpoint.controller.selection import landing_widths
 from setpoint.cost.cost import flops_cost
 from setpoint.errors import GroupError, SetpointError
 from setpoint.groups.example import Example, inputs_of, shapes_of, without_cache
-from setpoint.groups.group import widths_of
+from setpoint.groups.group import on_grid, widths_of
 from setpoint.groups.trace import trace
 from setpoint.loop.candidates import restricted
 from setpoint.messages import counted, progress
 from setpoint.report.numbers import NOTHING, duration, percent
 from setpoint.resources.replica import replica
-from setpoint.resources.serving import Served, answering
+from setpoint.resources.serving import GRID, Served, answering
 from setpoint.runtimes import as_runtime
 from setpoint.runtimes.runtime import Runtime
 
@@ -167,8 +167,9 @@ def time_cuts(
     runtime, example = as_runtime(runtime), without_cache(model, example)
     with progress("looking for what can be cut"):
         found = trace(model, example)
-    # In whole blocks: a width that ends in a part of one may be slow.
-    groups = tuple(replace(group, usual_block=0) for group in found.groups if group.lossless)
+    # In whole blocks of the grid, as a budget of seconds cuts: a width that ends in a part of one may be slow.
+    free = tuple(replace(group, usual_block=0) for group in found.groups if group.lossless)
+    groups = on_grid(free, GRID)
     if not groups:
         raise GroupError("nothing of the model can be cut: `setpoint inspect` says why")
     flops, dense = flops_cost(restricted(found, groups)), widths_of(groups)

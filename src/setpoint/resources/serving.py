@@ -32,7 +32,7 @@ from setpoint.runtimes.runtime import ENOUGH_S, Forward, Runtime, in_turns, rati
 _ROUNDS, _AGREE = 4, 0.05  # rounds of turns at most, and how near two have to be to each other
 _COPIES, _FEWEST, _CALIBRATION_S = 12, 5, 20.0  # copies that are timed: fewer where they take longer
 _ROUND_S, _FORETOLD = 0.15, 0.03  # seconds of a copy in a round; fewer copies, where the fit foretells them this well
-_GRID, _OFF_GRID = 16, 1.15  # what kernels that work in blocks like; how much slower one unit more is where they do
+GRID, _OFF_GRID = 16, 1.15  # what kernels that work in blocks like; how much slower one unit more is where they do
 
 
 def answering(model: nn.Module) -> nn.Module:
@@ -130,10 +130,10 @@ def serving(
         own_s = np.full(len(vectors), -np.inf) if served is None else _calibrated(served, make, vectors, fit)
         return list(map(float, host.each(own_s).max(0)))
 
-    half, odd = beside_grid(groups, _GRID)
+    half, odd = beside_grid(groups, GRID)
     if half != odd:
         _, half_s, odd_s = read([widths_of(groups), half, odd])
-        groups = on_grid(groups, _GRID) if odd_s > _OFF_GRID * half_s > 0 else groups
+        groups = on_grid(groups, GRID) if odd_s > _OFF_GRID * half_s > 0 else groups
     vectors = [widths_of(groups), *spread_widths(groups, _COPIES)]
     seconds = [(widths, taken_s) for widths, taken_s in zip(vectors, read(vectors), strict=True) if taken_s > 0]
     if len(seconds) < 2:
