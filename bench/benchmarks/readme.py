@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tables.league
 import tables.records
-import tables.runs  # noqa: F401 - the blocks of both join SPECS
+import tables.runs
 from tables.renderer import ROOT, SPECS
 
 DOCS = ROOT / "docs"
@@ -33,8 +33,8 @@ def pages() -> dict[Path, str]:
     written = [ROOT / "README.md", *DOCS.glob("*.md"), *(DOCS / "api").glob("*.md")]
     found = {page: page.read_text(encoding="utf-8") for page in written}
     shown = {page: filled(text) for page, text in found.items() if MARKER.search(text)}
-    picture = tables.league.chart()
-    return shown if picture is None else {**shown, DOCS / "pictures" / "league.svg": picture}
+    pictures = {"league.svg": tables.league.chart(), "best-small.svg": tables.runs.recipe_picture()}
+    return shown | {DOCS / "pictures" / name: picture for name, picture in pictures.items() if picture is not None}
 
 
 def main() -> None:

@@ -304,45 +304,89 @@ def at_once() -> str:
 
 # From a trained model.
 
+RECIPE = {
+    "from pretrained, equal steps": "setpoint-at-once",
+    "from pretrained, dense FLOPs": "setpoint-at-once-longer",
+    "from trained, no teacher": "setpoint-from-trained-alone",
+    "from trained, own teacher": "setpoint-from-trained",
+}
+"""Steps of the recipe of docs/best-small-model.md, in order, and their methods."""
+
+
+def _recipe() -> Iterator[tuple[str, float, dict[str, Row]]]:
+    """Folder, budget and rows of each task on which all of the recipe was run."""
+    for path in folders():
+        for budget in (0.5, 0.25):
+            here = {row.method: row for row in rows_of(path.name) if row.budget == budget}
+            if "setpoint-from-trained" in here:
+                yield path.name, budget, here
+
+
+def recipe_picture() -> str:
+    """Each step of the recipe as points of accuracy against dense, a line for each task, as SVG."""
+    colors, left, wide, step = ("#8a94a3", "#3f7cac", "#d1603d", "#6b8f47"), 150, 560, 44
+    found = [
+        (_dense(name).task, [100 * (here[method].value.mean - _dense(name).value.mean) for method in RECIPE.values()])
+        for name, _, here in _recipe()
+    ]
+    low = min(0.0, *(min(points) for _, points in found)) - 0.5
+    parts, bottom = list[str](), 30 + step * len(found)
+
+    def at(points: float) -> float:
+        return left + wide * (points - low) / (0.5 - low)
+
+    for points in range(math.ceil(low), 1):
+        parts.append(f'<path class="axis" d="M{at(points):.1f} 30V{bottom}"/>')
+        label = f"{points} points" if points else "dense"
+        parts.append(f'<text x="{at(points):.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
+    for line, (task, values) in enumerate(found):
+        y = 30 + step * (line + 0.5)
+        parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{task}</text>')
+        for number, points in enumerate(values):
+            place = y + 7 * (number - 1.5)
+            title = f"{task}, {list(RECIPE)[number]}: {points:+.2f} points"
+            dot = f'<circle cx="{at(points):.1f}" cy="{place}" r="5" fill="{colors[number]}">'
+            parts.append(f"{dot}<title>{title}</title></circle>")
+    for number, words in enumerate(RECIPE):
+        x = 12 + 180 * number
+        parts.append(f'<circle cx="{x}" cy="12" r="5" fill="{colors[number]}"/><text x="{x + 9}" y="16">{words}</text>')
+    style = (
+        "text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
+        ".axis { stroke: #c4cad3; } .ground { fill: #ffffff; } @media (prefers-color-scheme: dark) "
+        "{ text { fill: #e6eaf0; } .axis { stroke: #3a4350; } .ground { fill: #12181f; } }"
+    )
+    size = f'viewBox="0 0 740 {bottom + 26}" width="740" height="{bottom + 26}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="accuracy against dense by step">'
+    return "\n".join(
+        [head, f"<style>{style}</style>", '<rect class="ground" width="100%" height="100%"/>', *parts, "</svg>\n"]
+    )
+
 
 @block("best-small")
 def best_small() -> str:
     """What each step of the recipe brings: one cut, the model trained before, the FLOPs of a dense run, a teacher."""
-    shown = {
-        "from pretrained, equal steps": "setpoint-at-once",
-        "from pretrained, dense FLOPs": "setpoint-at-once-longer",
-        "from trained, no teacher": "setpoint-from-trained-alone",
-        "from trained, own teacher": "setpoint-from-trained",
-    }
     rows = []
-    for path in folders():
-        for budget in (0.5, 0.25):
-            here = {row.method: row for row in rows_of(path.name) if row.budget == budget}
-            if "setpoint-from-trained" not in here:
-                continue
-            dense = _dense(path.name)
-            runs = {method: _cells(path.name, method, budget) for method in shown.values()}
-            alone, taught = runs["setpoint-from-trained-alone"], runs["setpoint-from-trained"]
-            differences = {
-                "trained − pretrained": difference(alone, runs["setpoint-at-once-longer"]),
-                "teacher − none": difference(taught, alone),
-                "pretrained − dense": difference(runs["setpoint-at-once-longer"], _cells(path.name, "dense", None)),
+    for name, budget, here in _recipe():
+        dense = _dense(name)
+        runs = {method: _cells(name, method, budget) for method in RECIPE.values()}
+        alone, taught = runs["setpoint-from-trained-alone"], runs["setpoint-from-trained"]
+        differences = {
+            "trained − pretrained": difference(alone, runs["setpoint-at-once-longer"]),
+            "teacher − none": difference(taught, alone),
+            "pretrained − dense": difference(runs["setpoint-at-once-longer"], _cells(name, "dense", None)),
+        }
+        rows.append(
+            {
+                "task": dense.task,
+                "FLOPs / step": percent(budget),
+                "dense": metric_text(dense),
+                **{words: metric_text(here[method]) if method in here else NOTHING for words, method in RECIPE.items()},
+                **{
+                    words: marked(found, dense.metric) + (f" ({found.num})" if found and found.num > 2 else "")
+                    for words, found in differences.items()
+                },
             }
-            rows.append(
-                {
-                    "task": dense.task,
-                    "FLOPs / step": percent(budget),
-                    "dense": metric_text(dense),
-                    **{
-                        words: metric_text(here[method]) if method in here else NOTHING
-                        for words, method in shown.items()
-                    },
-                    **{
-                        words: marked(found, dense.metric) + (f" ({found.num})" if found and found.num > 2 else "")
-                        for words, found in differences.items()
-                    },
-                }
-            )
+        )
     return table(rows, left=2)
 
 
