@@ -168,8 +168,7 @@ def time_cuts(
     with progress("looking for what can be cut"):
         found = trace(model, example)
     # In whole blocks of the grid, as a budget of seconds cuts: a width that ends in a part of one may be slow.
-    free = tuple(replace(group, usual_block=0) for group in found.groups if group.lossless)
-    groups = on_grid(free, GRID)
+    groups = on_grid([replace(group, usual_block=0) for group in found.groups if group.lossless], GRID)
     if not groups:
         raise GroupError("nothing of the model can be cut: `setpoint inspect` says why")
     flops, dense = flops_cost(restricted(found, groups)), widths_of(groups)
