@@ -4,7 +4,7 @@
     python bench/benchmarks/readme.py --check    fail if a page does not show what the result files say
 
 A marker is `<!-- results:NAME -->` ... `<!-- end -->`; NAME is that of a block of `tables/`. Text between
-`<!-- results: kept -->` and `<!-- end -->` was made by a script that is at tag wide-0.2, and is left as it is.
+`<!-- results: kept -->` and `<!-- end -->` was made by a script that is at a tag, as it says, and is left as it is.
 """
 
 from __future__ import annotations

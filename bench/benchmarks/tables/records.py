@@ -8,14 +8,13 @@ import json
 import math
 import re
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 import setpoint
-from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent
+from setpoint.report.numbers import MINUS, NOTHING, duration, percent
 from setpoint_bench.report.statistics import paired
 from tables.renderer import (
     RESULTS,
@@ -30,46 +29,6 @@ from tables.renderer import (
     table,
     threads_text,
 )
-
-# The first cut.
-
-
-@record_block("first-cut", "first-cut.json")
-def first_cut(data: Record) -> str:
-    """By task and seed, gradual cuts and one cut at once, each with its share of the dense training FLOPs."""
-    by_run = {(row["task"], row["seed"], row["how"]): row for row in data["rows"]}
-
-    def shown(task: str, seed: int, how: str) -> str:
-        row = by_run.get((task, seed, how))
-        return NOTHING if row is None else f"{row['value']:.1%} ({row['train_flops_ratio']:.2f})"
-
-    kinds = {"gradual": "gradual", "at once": "at once, same steps", "at once, longer": "at once, 1.4 x the steps"}
-    rows = (
-        {"task": task, "seed": str(seed), **{words: shown(task, seed, how) for how, words in kinds.items()}}
-        for task, seed in sorted({(row["task"], row["seed"]) for row in data["rows"]})
-    )
-    return table(rows, f"{data['note']} {made_on(data)}")
-
-
-@record_block("first-share", "first-cut.json")
-def first_share(data: Record) -> str:
-    """By task and share of the way that the first cut goes, the mean over seeds and each of them."""
-    runs: dict[tuple[str, float], list[Record]] = {}
-    for row in data["shares"]["rows"]:
-        runs.setdefault((row["task"], row["first"]), []).append(row)
-    rows = (
-        {
-            "task": task,
-            "steps": str(of[0]["steps"]),
-            "of the way at once": percent(first),
-            "on validation": f"{statistics.fmean(each['value'] for each in of):.1%}",
-            "by seed": ", ".join(f"{each['value']:.1%}" for each in of),
-            "training FLOPs, of all at once": percent(of[0]["train_flops"] / runs[task, 1.0][0]["train_flops"]),
-        }
-        for (task, first), of in runs.items()
-    )
-    return table(rows, made_on(data["shares"]))
-
 
 # What descends from a trained parent.
 
@@ -218,24 +177,6 @@ def equal_seconds(data: Record) -> str:
     return table(cells, note + rows_made_on(made), left=2)
 
 
-@record_block("rounding", "rounding.json")
-def rounding(data: Record) -> str:
-    """By way to cut, the share of the FLOPs and of the seconds in ONNX Runtime."""
-    rows = []
-    for row in data["rows"]:
-        low, share, high = row["of_dense_quartiles"]
-        rows.append(
-            {
-                "MobileNetV2 cut by": row["model"],
-                "FLOPs left": percent(row["flops_ratio"]),
-                "of the dense seconds": f"{share:.2f} ({low:.2f} to {high:.2f})",
-                "milliseconds": f"{1e3 * row['seconds']:.2f}",
-            }
-        )
-    versions = ", ".join(f"{package} {version}" for package, version in data["versions"].items())
-    return table(rows, f"Medians and quartiles over turns. {versions}, {made_on(data)}")
-
-
 @record_block("runtimes", "runtimes.json")
 def runtimes(data: Record) -> str:
     """By net, runtime and share: what the finished model's file takes, and how far the file is from what was asked."""
@@ -335,52 +276,6 @@ def _taken(row: Record) -> str:
     return f"{shown}, {found['steps_median']:.1f} steps"
 
 
-@record_block("families", "families.json")
-def families(data: Record) -> str:
-    """By family of models the cheapest model that can be reached, what is cut, and the seconds of finding it."""
-    cells = [
-        {
-            "family": family,
-            "model": f"`{row['model'].partition(':')[2]}`",
-            "cut are": ", ".join(f"{unit}s" for unit in row["units"]),
-            "least FLOPs": percent(row["flops_share"]),
-            "least parameters": percent(row["params_share"]),
-            "attach": duration(row["seconds"]),
-        }
-        for family, row in data["families"].items()
-    ]
-    return table(cells, made_on(data), left=3)
-
-
-@record_block("growth", "growth.json")
-def growth(data: Record) -> str:
-    """Discovery, a decision and a cut against depth and width, and the line through the depths, on one machine."""
-    machine = data["machines"][-1]
-    cells = [
-        {
-            "layers": str(row["layers"]),
-            "width": f"{row['width']:,}",
-            "parameters": human(row["params"]),
-            "groups": str(row["groups"]),
-            "units": f"{row['units']:,}",
-            **{kind: duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")},
-        }
-        for row in machine["models"]
-    ]
-    return table(cells, _line_through_depths(machine))
-
-
-def _line_through_depths(machine: Record) -> str:
-    deep = [row for row in machine["models"] if row["width"] == machine["models"][0]["width"]]
-    # A cut that was measured once may hold a full collection of Python's garbage: no line goes through such cuts.
-    repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
-    once = "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "
-    layers = [row["layers"] for row in deep]
-    slopes = {kind: statistics.linear_regression(layers, [row[f"{kind}_s"] for row in deep])[0] for kind in repeated}
-    fitted = ", ".join(f"{kind} {duration(slope)} a layer" for kind, slope in slopes.items())
-    return f"Least squares over the depths: {fitted}. {once}Seed {machine['seed']}. {made_on(machine)}"
-
-
 # Long checks, frameworks, GPUs.
 
 
@@ -457,70 +352,7 @@ def _share_of_dense(by_arm: Mapping[str, float | None]) -> str:
 
 # Which models are cut.
 
-LIBRARIES = {"setpoint": "Setpoint", "torch_pruning": "Torch-Pruning"}
 SUITES = ("torchvision", "timm", "transformers", "plain")
-STAGES = {
-    "build": "the model could not be built, copied or trained before the cut",
-    "discovery": "an error in the discovery",
-    "cut": "an error in the cut",
-    "removed": "too little removed",
-    "training": "training forward or backward fails after the cut",
-    "shapes": "outputs of other shapes after the cut",
-    "time": "no answer within the processor time",
-    "died": "the process died",
-}
-
-
-@record_block("coverage", "coverage/torch_pruning.json")
-def coverage(data: Record) -> str:
-    """Both libraries on every suite, what stopped them, and each of Setpoint's failures."""
-    models = data["models"]
-    suites = [*dict.fromkeys(model["suite"] for model in models), "all"]
-    passed = []
-    for suite in suites:
-        for library, words in LIBRARIES.items():
-            outcomes = [model[library] for model in models if suite in (model["suite"], "all")]
-            passed.append({"suite": suite, "library": words, **_demands_met(outcomes)})
-    stopped = {words: Counter(model[library]["stage"] for model in models) for library, words in LIBRARIES.items()}
-    reasons = [
-        {"what stopped it": meaning, **{words: str(counts[stage]) for words, counts in stopped.items()}}
-        for stage, meaning in STAGES.items()
-        if any(counts[stage] for counts in stopped.values())
-    ]
-    failed = [(model, model["setpoint"]) for model in models if not model["setpoint"]["passed"]]
-    failures = [
-        f"* {model['suite']} `{model['model']}`: {_code(found['stage'] + ': ' + found['reason'])}"
-        for model, found in failed
-    ]
-    heading = f"Setpoint fails on {len(failed)} of {len(models)} models:" if failed else "No failures."
-    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
-    about = data["environment"]
-    made = (
-        f"{about['cpu']}, {threads_text(about)} a model, {data['workers']} at a time, {data['limit_seconds']:g} s and "
-        f"{data['memory_gib']:g} GiB a model (twice that, alone, where it was too little), seed {data['seed']}, "
-        f"{data['date'][:10]}; {versions}."
-    )
-    parts = [table(passed, left=8), table(reasons, left=3), heading, "\n".join(failures), made]
-    return "\n\n".join(filter(None, parts))
-
-
-def _demands_met(outcomes: Sequence[Record]) -> dict[str, str]:
-    """How many models pass, how fast groups are found, and how many cut models meet each demand."""
-    seconds = [outcome["seconds"] for outcome in outcomes if outcome["seconds"] is not None]
-    passed = [outcome for outcome in outcomes if outcome["passed"]]
-    cut = [outcome for outcome in outcomes if outcome["stage"] in ("training", "shapes", "done")]
-    return {
-        "passed": f"{len(passed)} / {len(outcomes)}",
-        "discovery": duration(statistics.median(seconds)) if seconds else NOTHING,
-        "exact": f"{sum(outcome['exact'] is True for outcome in outcomes)} / {len(passed)}",
-        **{demand: _of_known(outcome[demand] for outcome in cut) for demand in ("tied", "frozen", "optimizer")},
-    }
-
-
-def _of_known(values: Iterable[bool | None]) -> str:
-    """How many hold, of those that could be asked."""
-    known = [value for value in values if value is not None]
-    return f"{sum(known)} / {len(known)}" if known else NOTHING
 
 
 def _code(text: str) -> str:
@@ -532,7 +364,7 @@ def models_cut() -> str:
     """How many models each library cuts, after which they train on in the shapes that were promised."""
     record = json.loads((RESULTS / "coverage" / "torch_pruning.json").read_text(encoding="utf-8"))
     models, versions = record["models"], record["versions"]
-    ours, theirs = (sum(model[library]["passed"] for model in models) for library in LIBRARIES)
+    ours, theirs = (sum(model[library]["passed"] for model in models) for library in ("setpoint", "torch_pruning"))
     own = sum(model["suite"] == "plain" for model in models)
     return (
         f"Of {len(models)} models, {own} of them our own, {ours} still ran a training forward and backward after a cut "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -388,32 +386,3 @@ def best_small() -> str:
             }
         )
     return table(rows, left=2)
-
-
-# Learning rates.
-
-
-@block("tuning")
-def tuning() -> str:
-    """The best learning rate of each method on the pretrained models at a quarter of the FLOPs, on validation data."""
-    lines = dict[str, dict[str, str]]()
-    for name, (words, _) in PRETRAINED.items():
-        # ResNet-56 was swept at an earlier rate first, and then at that of the recipe.
-        swept = {"resnet56": "resnet56-0.04"}.get(name, name)
-        found = dict[str, dict[float, list[Cell]]]()
-        for cell in read_results(RESULTS / "tuning" / swept).cells:
-            if cell.task == name and cell.budget == 0.25:
-                found.setdefault(cell.method.partition("@")[0], {}).setdefault(_rate(cell), []).append(cell)
-        for method, by_rate in sorted(found.items()):
-            means = {rate: statistics.fmean(cell.value for cell in runs) for rate, runs in by_rate.items()}
-            rate = max(means, key=lambda each: means[each])
-            if len(means) > 1:
-                text = f"{rate:g} x ({percent(means[rate])})"
-                lines.setdefault(method, {"method": f"`{method}`"})[words] = text
-    return table(lines.values())
-
-
-def _rate(cell: Cell) -> float:
-    """The learning rate of a run of a sweep, relative to its recipe's."""
-    found = re.search(r"@learning_rate=([\d.]+)", cell.method)
-    return float(found[1]) if found else 1.0
