@@ -18,7 +18,6 @@ from setpoint_bench.family import Family
 from setpoint_bench.recipe import Recipe, autocast, best_device, product_dtype
 from setpoint_bench.task import PLAIN, BenchError, Dimension, Metric, Score, Split, fits_a_folder
 
-EVALUATION_BATCH = 500
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Views = Callable[[Tensor], Sequence[Tensor]]
 
@@ -86,6 +85,7 @@ class SimpleTask:
             is for the dense model: other than 1 where that starts from trained ones, or where another suits them.
         views: makes of a batch of inputs the batches of which the mean score judges them, such as images and their
             mirror images; training is as it is without.
+        evaluation_batch: inputs that are judged at once.
         neighbour: name of the task of another pretrained model, the rival of a cut one, on the same data.
         teacher: whose logits a model learns as well, in `loss`.
 
@@ -113,6 +113,7 @@ class SimpleTask:
     device: torch.device = field(default_factory=best_device)
     scratch_learning_rate: float = 1.0
     views: Views = unaltered
+    evaluation_batch: int = 500
     neighbour: str = ""
     teacher: Teacher | None = field(default=None, compare=False)
 
@@ -239,7 +240,8 @@ class SimpleTask:
             raise BenchError(f'{self.name} has targets that are no classes: give it metric="loss"')
         loss, right = 0.0, 0
         with in_mode(model, training=False):
-            for x, y in zip(torch.split(inputs, EVALUATION_BATCH), torch.split(targets, EVALUATION_BATCH), strict=True):
+            parts = (torch.split(each, self.evaluation_batch) for each in (inputs, targets))
+            for x, y in zip(*parts, strict=True):
                 x, y = x.to(self.device), y.to(self.device)
                 scores = torch.stack([self.scores(model, view) for view in self.views(x)]).mean(0)
                 loss += float(self.criterion(scores, y)) * len(y)

@@ -24,6 +24,13 @@ def check_data(model: nn.Module) -> None:
                 f"{name!r} is on the meta device and has no data: give the model data first, "
                 "model.to_empty(device=...) and its values, and call this then"
             )
+        owner, _, last = name.rpartition(".")
+        if last == "weight" and not tensor.is_floating_point() and isinstance(model.get_submodule(owner), nn.Linear):
+            raise LoopError(
+                f"{name!r} is quantized, in codes of {tensor.dtype} and shape {tuple(tensor.shape)}. Load the model "
+                "in 16 bit, without a quantization_config, attach, save what is cut, and quantize that: adapters that "
+                "were trained meanwhile fit it (docs/language-models.md)"
+            )
     if torch.get_default_device().type == "meta":
         raise LoopError("the default device is meta, where nothing has a value: call torch.set_default_device('cpu')")
 

@@ -353,7 +353,8 @@ def _misfit(tensors: Mapping[str, Tensor], lengths: Mapping[tuple[str, int | Non
     """The first tensor that is not there or of another size; "" if there is none."""
     for (name, dim), length in lengths.items():
         if name not in tensors:
-            return f"it has no tensor {name!r} any more (parametrizations and torch.nn.utils.prune rename weights)"
+            renamed = "adapters, parametrizations and torch.nn.utils.prune rename weights: they come before attach"
+            return f"it has no tensor {name!r} any more ({renamed})"
         shape = tuple(tensors[name].shape)
         if dim is not None and (dim >= len(shape) or shape[dim] != length):
             return f"{name!r} has shape {shape}, where dim {dim} should have {length} entries"
