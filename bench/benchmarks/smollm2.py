@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row["cpu"] = machine()["cpu"]
         print(json.dumps(row), flush=True)
         rows = [*held_in(options.out).get("rows", []), row]
-        write({"rows": rows}, options.out)
+        write({**held_in(options.out), "rows": rows}, options.out)
 
 
 if __name__ == "__main__":
