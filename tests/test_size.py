@@ -21,18 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "setpoint"
 
 AT_MOST = {
-    "wheel: lines": 30_164,
+    "wheel: lines": 30_172,
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
-    "bench: lines": 16_278,
-    "tests: lines": 32_691,
+    "bench: lines": 17_044,
+    "tests: lines": 32_824,
     "attach to first cut: files": 57,
-    "attach to first cut: lines": 11_549,
+    "attach to first cut: lines": 11_557,
     "training steps: files": 37,
-    "training steps: lines": 7_494,
+    "training steps: lines": 7_502,
     "import setpoint: files": 77,
-    "import setpoint: lines": 13_548,
+    "import setpoint: lines": 13_556,
     "looks at foreign code": 2,
     "hooks at import": 0,
 }
