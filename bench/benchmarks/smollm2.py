@@ -42,6 +42,7 @@ from setpoint_bench.tasks.shakespeare import read_text
 from setpoint_bench.tasks.smollm2 import LanguageModel, TokenWindows, tokenizer, with_adapters
 
 OUT = Path(__file__).resolve().parents[2] / "results" / "smollm2.json"
+CONFIG = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 WHOLE = 106_203_456  # parameters outside of the embeddings
 DENSE_STEPS = 200  # of the model that all others begin with
 RATE, RATE_OF_ADAPTERS = 5e-4, 2e-3  # peaks of cut models
@@ -287,6 +288,22 @@ def train(
     return {**notes, "training_s": round(time.perf_counter() - begin), "optimizer_bytes": moments}
 
 
+def rebuilt(task: SimpleTask, state: Mapping[str, Tensor]) -> LanguageModel:
+    """The model of these tensors, whatever its layers, widths and biases are."""
+    model: Any = task.build(dense_widths(task))
+    network = model.network
+    count = 1 + max(int(found[1]) for name in state if (found := re.search(r"layers\.(\d+)\.", name)))
+    network.model.layers, network.config.num_hidden_layers = network.model.layers[:count], count
+    for name, value in state.items():
+        owner, _, own = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if isinstance(layer, nn.Linear) and own == "weight":
+            layer.out_features, layer.in_features = value.shape
+        setattr(layer, own, nn.Parameter(value, requires_grad="embed" not in name and "lm_head" not in name))
+    network.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
 def run(name: str, task: SimpleTask, work: Path, seed: int) -> dict[str, Any]:
     """One run: the row, and the model in the work folder."""
     parsed = re.fullmatch(r"(.+?)(?:-(\d+))?(-lora)?", name)
@@ -299,9 +316,8 @@ def run(name: str, task: SimpleTask, work: Path, seed: int) -> dict[str, Any]:
         model: Any = task.build(dense_widths(task))
         taught_by = None
         if kind not in ("pretrained", "dense"):
-            model.load_state_dict(
-                torch.load(work / f"dense-{seed}-{DENSE_STEPS}.pt", weights_only=False)[0].state_dict()
-            )
+            dense = torch.load(work / f"dense-{seed}-{DENSE_STEPS}.pt", weights_only=True)
+            model.load_state_dict(dense["state"])
             taught_by = copy.deepcopy(model).to(task.product_dtype) if share else None
         cut = CUTS[kind] if share else None
         if limit is not None and cut is not None:
@@ -317,8 +333,10 @@ def run(name: str, task: SimpleTask, work: Path, seed: int) -> dict[str, Any]:
             row |= train(task, model, taught_by, seed, attached, kind.endswith("even"))
         if adapters:
             model.network = model.network.merge_and_unload()
-        torch.save((model, row), file)
-    model, row = torch.load(file, weights_only=False)
+        row["config"] = {each: getattr(model.network.config, each) for each in CONFIG}
+        torch.save({"state": model.state_dict(), "row": row}, file)
+    saved = torch.load(file, weights_only=True)
+    model, row = rebuilt(task, saved["state"]), saved["row"]
     left = outside_embeddings(model)
     row |= {"perplexity": perplexities(task, model, work), "parameters": left, "share": round(left / WHOLE, 4)}
     return row | {"step_flops": step_flops(model, task.example()), "learning_rate": task.recipe.learning_rate}
