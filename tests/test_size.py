@@ -25,7 +25,7 @@ AT_MOST = {
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
-    "bench: lines": 17_044,
+    "bench: lines": 17_062,
     "tests: lines": 32_824,
     "attach to first cut: files": 57,
     "attach to first cut: lines": 11_557,
