@@ -19,12 +19,9 @@ from setpoint.actuator.model_shapes import was_cut
 from setpoint.actuator.optimizer_check import check_optimizer, check_trains
 from setpoint.actuator.tensors import check_data
 from setpoint.controller.even import EvenController
-from setpoint.controller.guarded import Guarded
-from setpoint.controller.penalty import PenaltyController
 from setpoint.controller.plan import Controller
 from setpoint.controller.priced import Gains, PricedController
 from setpoint.controller.schedule import Schedule
-from setpoint.controller.tolerant import TolerantController
 from setpoint.cost.budget import METERED, Budget, Price, Tolerance, parse_budget
 from setpoint.errors import BudgetError, CostError, GroupError, LoopError
 from setpoint.groups.example import Example, called_by, check_example, check_method, num_samples
@@ -308,8 +305,12 @@ def _kinds(actuator: object) -> tuple[Masking | None, Regrowing | None]:
 
 def _controller_for(goal: Price | Tolerance | Sequence[Budget], *, regrow: bool) -> Controller[Any]:
     if isinstance(goal, Price):
+        from setpoint.controller.penalty import PenaltyController
+
         return PenaltyController(goal)
     if isinstance(goal, Tolerance):
+        from setpoint.controller.tolerant import TolerantController
+
         return TolerantController(goal)
     return PricedController(deadband=min(budget.deadband for budget in goal), regrow=regrow)
 
@@ -601,4 +602,10 @@ def _assembled(
         "sensor": type(sensor).__name__,
         "controller": type(spec.controller).__name__,
     }
-    return Parts(sensor, Guarded(spec.controller), actuator, spending, header, facts)
+    controller = spec.controller
+    # Others take no cut back, and have no budget of the whole run to use up.
+    if controller.conduct.yields or spec.bill or any(budget.resource in METERED for budget in spec.budgets):
+        from setpoint.controller.guarded import Guarded
+
+        controller = Guarded(controller)
+    return Parts(sensor, controller, actuator, spending, header, facts)

@@ -66,18 +66,6 @@ def test_an_exception_in_a_forward(step: int, dear: None) -> None:
     assert_goes_on(run, step)
 
 
-def test_ctrl_c_in_a_probed_forward(dear: None) -> None:
-    """Claim: after Ctrl-C in a forward while units visit, and a detach, the model is the narrow one, whole."""
-    run = start()
-    run.train(0, 14)
-    narrow = {"stem": 10, "inner.0": 12}
-    assert run.loop.widths != narrow
-    forward_with(run, 14, KeyboardInterrupt())
-    run.loop.detach()
-    assert run.loop.widths == narrow and run.model.stem.weight.shape[0] == 10
-    run.model(data(9)[0]).sum().backward()
-
-
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), MemoryError("of the host"), torch.OutOfMemoryError("of the GPU")]
 )

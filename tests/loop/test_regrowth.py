@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -280,31 +279,6 @@ def test_detaching_while_units_visit_leaves_the_shrunk_model(dear: None) -> None
     assert loop.widths["inner.0"] == 15 and loop.reading().finite()
     model.stop = False
     train(model, optimizer, 2)
-
-
-@pytest.mark.parametrize("at", [58, 63, 64, 66, 69, 72])
-def test_a_run_resumes_while_units_visit(at: int, dear: None) -> None:
-    """Claim: weights and ledger of a run that is resumed before, in and after a visit are those of one that went on."""
-
-    def start() -> tuple[Net, Any, setpoint.Loop]:
-        torch.manual_seed(0)
-        model = Net()
-        return model, *attach(
-            model, Scripted({60: {"inner.0": [1, 2], "stem": [0]}}, {65: {}, 70: {"stem": [0]}}, 80), 90
-        )
-
-    whole, optimizer, loop = start()
-    train(whole, optimizer, at)
-    held = io.BytesIO()
-    torch.save([each.state_dict() for each in (loop, whole, optimizer)], held)
-    held.seek(0)
-    train(whole, optimizer, 90 - at, at)
-    model, again, resumed = start()
-    for part, state in zip((resumed, model, again), torch.load(held, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    train(model, again, 90 - at, at)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
-    assert [(e.dropped, e.grown, e.gain) for e in resumed.ledger] == [(e.dropped, e.grown, e.gain) for e in loop.ledger]
 
 
 class Checkpointed(Net):

@@ -67,7 +67,9 @@ def failing_groups(model: nn.Module, example: Example, groups: tuple[Group, ...]
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGE and _has_plain_norms(model):
         quick = CutCheck.of(model, example, groups, dtype=torch.float32)
         # Statistics that only run may leave gradients too small for their errors to show.
-        faint = any(type(module) in _BATCH_NORMS for module in model.modules()) and quick.masked.is_faint()
+        faint = any(type(module) in _BATCH_NORMS for module in model.modules()) and any(
+            0 < _largest([gradient]) < _LEAST for gradient in quick.masked.gradients.values() if gradient.numel()
+        )
         if not faint and replace(quick, tolerance=min(quick.tolerance, _QUICK)).passes():
             return ()
     return tuple(name for name, _ in CutCheck.of(model, example, groups).failing())
@@ -174,9 +176,6 @@ class Outcome:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
     drew: bool
-
-    def is_faint(self) -> bool:
-        return any(0 < _largest([gradient]) < _LEAST for gradient in self.gradients.values() if gradient.numel())
 
     def cut(self, cut: Cut) -> Outcome:
         """The kept entries only."""

@@ -116,7 +116,8 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
         for loop in loops:  # it puts the others back as well: DDP must be made for the old shapes meanwhile
             stack.enter_context(loop.restored_on_error(f"loading {str(path)!r}", *others))
         if not loops:
-            stack.push(_on_error(snapshot(*others)))
+            put_back = snapshot(*others)
+            stack.push(lambda error, *_: None if error is None else put_back())
         # Any other order would load narrow tensors into a model that is still dense.
         for name in sorted(states, key=lambda name: not _resizes(parts[name])):
             try:
@@ -134,10 +135,6 @@ def load_run(path: str | os.PathLike[str], **parts: Any) -> dict[str, Any]:
 def _check_instances(what: str, parts: Mapping[str, Any]) -> None:
     for name in [name for name, part in parts.items() if isinstance(part, type)]:
         raise CheckpointError(f"{what}({name}=...) was given {a_type(parts[name])}: give the object itself")
-
-
-def _on_error(put_back: Callable[[], None]) -> Callable[..., None]:
-    return lambda error, *_: None if error is None else put_back()
 
 
 def snapshot(*parts: Any) -> Callable[[], None]:

@@ -19,7 +19,6 @@ from setpoint.errors import CheckpointError, LoopError
 from setpoint.groups.follow import Change
 from setpoint.groups.group import Group
 from setpoint.host.host import Host
-from setpoint.messages import counted
 from setpoint.sensor.reading import Reading
 
 # Where units lie when they are cut; states, say, in the balanced coordinates that the reading is about. Called with
@@ -62,7 +61,7 @@ class Cutting(Actuator):
             fitted = refit(models, self.groups, plan.keep, moments, undo.callback, optimizers=host.optimizers)
             groups = shrink_live(host.model, host.optimizers, self.groups, plan.keep, host.copies, agreed=agreed)
             undo.pop_all()
-        note = f"{counted(len(fitted), 'layer')} refitted" if reading.moments is not None else ""
+        note = f"{len(fitted):,} layer{'s' * (len(fitted) != 1)} refitted" if reading.moments is not None else ""
         widest = [max(map(len, moment.blocks)) - 1 for moment in moments.values() if len(moment.blocks) > 1]
         note += f", in blocks of at most {max(widest)} inputs" if widest else ""
         return replace(self._cut_to(groups, plan), note=note)  # only now: at its end another rank may have failed

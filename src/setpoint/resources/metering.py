@@ -279,11 +279,9 @@ class Metering(Meter):
                 "from what was read before if anything was, until it is measured again"
             )
             self._warned.add(name)
-        return corrected(limits, learnable, self._quickest(learnable), widths)
-
-    def _quickest(self, known: Mapping[str, float]) -> dict[str, float]:
-        """These readings by the quickest step and pass: others may have an evaluation in them."""
-        return {**known, **{name: least for name, (_, _, least) in self._known.items()}}
+        # The quickest step and pass: others may have an evaluation in them.
+        quickest = {**learnable, **{name: least for name, (_, _, least) in self._known.items()}}
+        return corrected(limits, learnable, quickest, widths)
 
     def state_dict(self) -> dict[str, float | None]:
         # Joules of a step are not among them: counters begin at 0 in each process.
