@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, final, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from setpoint.ledger import Ledger
-from setpoint_bench.simple_task import SimpleTask
+from setpoint_bench.results import Result
+from setpoint_bench.simple_task import SimpleTask, dense_widths
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,26 @@ class Pruner(Protocol):
 Batches = Iterator[tuple[Tensor, Tensor]]
 Begun = tuple[Optimizer, Pruner | None]
 """An optimizer, and what acts on the model as it trains, if anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneModel:
+    """A method that trains the dense model for the task's steps, and prunes nothing; what differs is overridden.
+
+    Its members are those of `setpoint_bench.method.Method`.
+    """
+
+    learning_rate: float = 1.0
+    family: str = ""
+    paper: str = ""
+    sized: bool = True
+    needs: tuple[str, ...] = ()
+
+    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
+        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
+
+    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
+        return task.optimizer(model), None
 
 
 @final

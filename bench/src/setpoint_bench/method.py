@@ -115,8 +115,8 @@ _HINTON = "Hinton et al., Distilling the knowledge in a neural network, 2015"
 _MITTAL = "Mittal et al., Studying the plasticity of networks using random pruning, MVA 30, 2019"
 
 _NORMS, _TAYLOR = (
-    TorchPruning("norm-first", "norm", True, _FANG),
-    TorchPruning("taylor-first", "taylor", False, f"{_FANG}; {_MOLCHANOV}"),
+    TorchPruning("norm-first", "norm", True, paper=_FANG),
+    TorchPruning("taylor-first", "taylor", False, paper=f"{_FANG}; {_MOLCHANOV}"),
 )
 _CUBIC = Setpoint("cubic", ScheduledController(), MagnitudeSensor, paper=_ZHU, family="open-loop")
 
@@ -138,7 +138,7 @@ METHODS: tuple[Method, ...] = (
     Setpoint("filter-first", _AT_ONCE, MagnitudeSensor, paper=_LI, family="open-loop"),
     _NORMS,
     _TAYLOR,
-    TorchPruning("taylor-first-even", "taylor", True, f"{_FANG}; {_MOLCHANOV}"),
+    TorchPruning("taylor-first-even", "taylor", True, paper=f"{_FANG}; {_MOLCHANOV}"),
     _CUBIC,
     Setpoint("cubic-global", _GLOBAL, MagnitudeSensor, paper=_ZHU, family="open-loop"),
     Setpoint("cubic-taylor", ScheduledController(), paper=_ZHU, family="open-loop"),
@@ -192,7 +192,7 @@ RESOURCE_METHODS: tuple[Method, ...] = (
 
 `setpoint-memory-open` follows the reference by what the meter read of the dense model alone: its feedback is off.
 """
-STATE_METHODS: tuple[Method, ...] = (Hankel(), Hankel("hankel-regrow", regrow=True), FewStates())
+STATE_METHODS: tuple[Method, ...] = (Hankel(), FewStates())
 """Methods for tasks on state-space models."""
 
 
@@ -359,7 +359,6 @@ ABOUT: Mapping[str, str] = {
     "setpoint-memory": "With feedback, the budget a fraction of the dense peak bytes of a step.",
     "setpoint-memory-open": "As setpoint-memory, without feedback.",
     "hankel": "With feedback, over states of state-space layers, ranked by Hankel singular values.",
-    "hankel-regrow": "As hankel; dropped states may come back.",
     "few-states": "A model that begins with few states, 28 by default, from scratch.",
     "fasterai-first": "Cut by fasterai by the size of weights, every layer by the same ratio, then trained.",
     "fasterai-first-global": "Cut by fasterai by the size of weights, all layers ranked together, then trained.",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from torch import Tensor, nn
@@ -13,15 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import setpoint
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import AlreadyCut, Batches, Begun, Course, Outcome
-from setpoint_bench.results import Result
-from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.course import AlreadyCut, Batches, Begun, OneModel, Outcome
+from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError
 
 
 @final
 @dataclass(frozen=True)
-class Fitted:
+class Fitted(OneModel):
     """The model is cut by `setpoint.compress`, which refits the layers that read the cut units in closed form.
 
     The data of the cut are the first batches of the training. Forwards on them count, and the matrix products of scores
@@ -38,18 +36,11 @@ class Fitted:
     name: str = "fitted-first"
     even: bool = False
     num_samples: int = 512
-    learning_rate: float = 1.0
-    family: str = "setpoint"
-    paper: str = ""
-    sized: bool = True
-    needs: tuple[str, ...] = ()
+    family: str = field(default="setpoint", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise BenchError(f"num_samples is at least 1, got {self.num_samples}")
-
-    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Cut at once, and make an optimizer for what is left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from setpoint.groups.example import num_samples
 from setpoint.loop.loop import Loop
 from setpoint.sensor.reading import Sensor
 from setpoint.weights.taylor import WeightTaylorSensor
-from setpoint_bench.course import Batches, Begun, Course, Outcome
-from setpoint_bench.results import Result
-from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.course import Batches, Begun, OneModel, Outcome
+from setpoint_bench.simple_task import SimpleTask
 
 
 @final
 @dataclass(frozen=True)
-class Setpoint:
+class Setpoint(OneModel):
     """The dense model, pruned by a loop to the budget while it trains; a variant is another value of this class.
 
     Args:
@@ -35,16 +34,9 @@ class Setpoint:
     name: str = "setpoint"
     controller: Controller[Any] | None = None
     sensor: Callable[[], Sensor[Any]] | None = None
-    learning_rate: float = 1.0
-    paper: str = ""
-    family: str = "setpoint"
+    family: str = field(default="setpoint", kw_only=True)
     granularity: str = "unit"
     resource: str = "flops"
-    sized: bool = True
-    needs: tuple[str, ...] = ()
-
-    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         optimizer = task.optimizer(model)

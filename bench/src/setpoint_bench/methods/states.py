@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from torch import nn
@@ -12,7 +12,7 @@ import setpoint
 from setpoint.controller.schedule import Schedule
 from setpoint.cost.cost import params_cost
 from setpoint.groups.group import Group
-from setpoint_bench.course import Batches, Begun, Course
+from setpoint_bench.course import Batches, Begun, Course, OneModel
 from setpoint_bench.methods.in_training import Looped
 from setpoint_bench.results import Result
 from setpoint_bench.simple_task import SimpleTask, dense_widths
@@ -27,13 +27,11 @@ class Hankel:
     Args:
         states: mean number of states of a layer at the end; 0: whatever meets the budget.
         settle: share of the run by which the last states are gone; the first go from a fifth of that on.
-        regrow: whether modes that a truncation lost may come back.
     """
 
     name: str = "hankel"
     states: float = 0.0
     settle: float = 0.3
-    regrow: bool = False
     family: str = "setpoint"
     paper: str = ""
     needs: tuple[str, ...] = ()
@@ -59,7 +57,7 @@ class Hankel:
             example=task.example(),
             total_steps=task.steps,
             groups=groups,
-            controller=setpoint.PricedController(self._reference(), regrow=self.regrow),
+            controller=setpoint.PricedController(self._reference()),
         )
         return optimizer, Looped(loop)
 
@@ -69,7 +67,7 @@ class Hankel:
 
 @final
 @dataclass(frozen=True)
-class FewStates:
+class FewStates(OneModel):
     """A model that begins with few states: the rival of dropping them.
 
     Args:
@@ -78,10 +76,8 @@ class FewStates:
 
     name: str = "few-states"
     states: float = 28.0
-    family: str = "small"
-    sized: bool = False
-    paper: str = ""
-    needs: tuple[str, ...] = ()
+    family: str = field(default="small", kw_only=True)
+    sized: bool = field(default=False, kw_only=True)
 
     def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
         """The dense widths, but for the states.
@@ -92,10 +88,7 @@ class FewStates:
         widths = dense_widths(task)
         if "states" not in widths:
             raise BenchError(f"task {task.name} has no states: use smnist or smnist-196")
-        return Course(task, {**widths, "states": round(self.states)})
-
-    def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
-        return task.optimizer(model), None
+        return Course(task.with_learning_rate_factor(self.learning_rate), {**widths, "states": round(self.states)})
 
 
 def _states(task: SimpleTask, model: nn.Module) -> tuple[Group, ...]:

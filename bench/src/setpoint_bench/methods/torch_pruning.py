@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, final
@@ -24,9 +24,8 @@ from setpoint.groups.group import Group, widths_of
 from setpoint.groups.trace import find_groups
 from setpoint.spending.meter import Stopwatch
 from setpoint_bench.counter import step_flops
-from setpoint_bench.course import AlreadyCut, Batches, Begun, Course, Outcome
-from setpoint_bench.results import Result
-from setpoint_bench.simple_task import SimpleTask, dense_widths
+from setpoint_bench.course import AlreadyCut, Batches, Begun, OneModel, Outcome
+from setpoint_bench.simple_task import SimpleTask
 from setpoint_bench.task import BenchError
 
 Criterion = Literal["norm", "taylor"]
@@ -43,7 +42,7 @@ NEAR_ENOUGH = 0.99
 
 @final
 @dataclass(frozen=True)
-class TorchPruning:
+class TorchPruning(OneModel):
     """One cut by `BasePruner`, at the ratio that comes closest to the budget from below, found on copies.
 
     The search is free, and so is finding out which layers to leave alone; the cut and what it is ranked by count.
@@ -67,15 +66,8 @@ class TorchPruning:
     name: str
     criterion: Criterion
     even: bool
-    paper: str = ""
     num_batches: int = 10
-    learning_rate: float = 1.0
-    family: str = "open-loop"
-    sized: bool = True
-    needs: tuple[str, ...] = ()
-
-    def course(self, task: SimpleTask, budget: float, needed: Mapping[str, Result]) -> Course:
-        return Course(task.with_learning_rate_factor(self.learning_rate), dense_widths(task))
+    family: str = field(default="open-loop", kw_only=True)
 
     def begin(self, task: SimpleTask, model: nn.Module, budget: float, batches: Batches) -> Begun:
         """Cut the model, and make an optimizer for what is left.
