@@ -22,34 +22,20 @@ def commit_of(checkout: Path) -> str:
 
 def keep(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any] | None = None) -> None:
     """Write a record where a file is given, and print it, or what is `shown` in its place."""
-    record = _dated(found)
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": {**machine(), "threads": torch.get_num_threads()},
+        **found,
+    }
     if out is not None:
         write(record, out)
     print(json.dumps(record if shown is None else shown))
-
-
-def keep_machine(found: Mapping[str, Any], out: Path | None, shown: Mapping[str, Any]) -> None:
-    """Write a record under `machines`, in place of all that this processor had; whatever else the file holds stays."""
-    if out is not None:
-        held = held_in(out)
-        record = _dated(found)
-        kept = [each for each in held.get("machines", ()) if each["environment"]["cpu"] != record["environment"]["cpu"]]
-        write({**held, "machines": [*kept, record]}, out)
-    print(json.dumps(shown))
 
 
 def held_in(file: Path) -> dict[str, Any]:
     """What a file of results holds; nothing where there is none."""
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found
-
-
-def _dated(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": {**machine(), "threads": torch.get_num_threads()},
-        **found,
-    }
 
 
 def write(record: Mapping[str, Any], file: Path) -> None:

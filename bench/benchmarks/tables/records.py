@@ -16,6 +16,7 @@ import numpy as np
 import setpoint
 from setpoint.report.numbers import MINUS, NOTHING, duration, percent
 from setpoint_bench.report.statistics import paired
+from setpoint_bench.sweep import SUITES
 from tables.renderer import (
     RESULTS,
     ROOT,
@@ -352,12 +353,6 @@ def _share_of_dense(by_arm: Mapping[str, float | None]) -> str:
 
 # Which models are cut.
 
-SUITES = ("torchvision", "timm", "transformers", "plain")
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', chr(39))}`"
-
 
 @block("models-cut")
 def models_cut() -> str:
@@ -401,7 +396,7 @@ def suites() -> str:
         for name, data in records.items()
     ]
     failures = [
-        f"* {name} `{model['model']}`: {_code(model['reason'])}"
+        f"* {name} `{model['model']}`: `{model['reason'].replace('`', chr(39))}`"
         for name, data in records.items()
         for model in data["failures"]
     ]

@@ -50,6 +50,7 @@ class Hankel:
         if self.states:
             least = params_cost(model, groups).total({group.name: round(self.states) for group in groups})
             limit = setpoint.Budget.total(least, of="params")
+        schedule = Schedule() if self.settle == Schedule().settle else Schedule(self.settle / 5, self.settle)
         loop = setpoint.attach(
             model,
             optimizer,
@@ -57,12 +58,9 @@ class Hankel:
             example=task.example(),
             total_steps=task.steps,
             groups=groups,
-            controller=setpoint.PricedController(self._reference()),
+            controller=setpoint.PricedController(schedule),
         )
         return optimizer, Looped(loop)
-
-    def _reference(self) -> Schedule:
-        return Schedule() if self.settle == Schedule().settle else Schedule(self.settle / 5, self.settle)
 
 
 @final
