@@ -26,7 +26,7 @@ AT_MOST = {
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
     "bench: lines": 17_008,
-    "tests: lines": 32_786,
+    "tests: lines": 32_797,
     "attach to first cut: files": 56,
     "attach to first cut: lines": 11_462,
     "training steps: files": 35,
