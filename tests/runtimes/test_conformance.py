@@ -214,6 +214,7 @@ runtimes = (OpenVINO(), OpenVINO(int8=True), OpenVINO())
 sessions = [each.load(torch.nn.Linear(8, 8).eval(), (torch.randn(1, 8),)) for each in runtimes]
 while sessions:
     del sessions[0]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:

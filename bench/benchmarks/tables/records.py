@@ -466,3 +466,75 @@ def _described(dotted: str) -> dict[str, str]:
 
 
 SPECS.update({f"api-{ring}": partial(reference, ring) for ring in ("use", "extend")})
+
+
+@record_block("first-cut", "first-cut.json")
+def first_cut(data: Record) -> str:
+    """By task and seed, gradual cuts and one cut at once, each with its share of the dense training FLOPs."""
+    by_run = {(row["task"], row["seed"], row["how"]): row for row in data["rows"]}
+
+    def shown(task: str, seed: int, how: str) -> str:
+        row = by_run.get((task, seed, how))
+        return NOTHING if row is None else f"{row['value']:.1%} ({row['train_flops_ratio']:.2f})"
+
+    kinds = {"gradual": "gradual", "at once": "at once, same steps", "at once, longer": "at once, 1.4 x the steps"}
+    rows = (
+        {"task": task, "seed": str(seed), **{words: shown(task, seed, how) for how, words in kinds.items()}}
+        for task, seed in sorted({(row["task"], row["seed"]) for row in data["rows"]})
+    )
+    return table(rows, f"{data['note']} {made_on(data)}")
+
+
+@record_block("first-share", "first-cut.json")
+def first_share(data: Record) -> str:
+    """By task and share of the way that the first cut goes, the mean over seeds and each of them."""
+    runs: dict[tuple[str, float], list[Record]] = {}
+    for row in data["shares"]["rows"]:
+        runs.setdefault((row["task"], row["first"]), []).append(row)
+    rows = (
+        {
+            "task": task,
+            "steps": str(of[0]["steps"]),
+            "of the way at once": percent(first),
+            "on validation": f"{statistics.fmean(each['value'] for each in of):.1%}",
+            "by seed": ", ".join(f"{each['value']:.1%}" for each in of),
+            "training FLOPs, of all at once": percent(of[0]["train_flops"] / runs[task, 1.0][0]["train_flops"]),
+        }
+        for (task, first), of in runs.items()
+    )
+    return table(rows, made_on(data["shares"]))
+
+
+@record_block("rounding", "rounding.json")
+def rounding(data: Record) -> str:
+    """By way to cut, the share of the FLOPs and of the seconds in ONNX Runtime."""
+    rows = []
+    for row in data["rows"]:
+        low, share, high = row["of_dense_quartiles"]
+        rows.append(
+            {
+                "MobileNetV2 cut by": row["model"],
+                "FLOPs left": percent(row["flops_ratio"]),
+                "of the dense seconds": f"{share:.2f} ({low:.2f} to {high:.2f})",
+                "milliseconds": f"{1e3 * row['seconds']:.2f}",
+            }
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in data["versions"].items())
+    return table(rows, f"Medians and quartiles over turns. {versions}, {made_on(data)}")
+
+
+@record_block("families", "families.json")
+def families(data: Record) -> str:
+    """By family of models the cheapest model that can be reached, what is cut, and the seconds of finding it."""
+    cells = [
+        {
+            "family": family,
+            "model": f"`{row['model'].partition(':')[2]}`",
+            "cut are": ", ".join(f"{unit}s" for unit in row["units"]),
+            "least FLOPs": percent(row["flops_share"]),
+            "least parameters": percent(row["params_share"]),
+            "attach": duration(row["seconds"]),
+        }
+        for family, row in data["families"].items()
+    ]
+    return table(cells, made_on(data), left=3)

@@ -33,7 +33,7 @@ _SAYS = {  # resource of a unit that no other has: "b" may be bytes or billions,
 
 _AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
 _WORDS = re.compile(r"(?P<amount>.*?)(?:\bof\b)?\s*\b(?P<of>[a-z]+)\s*", re.IGNORECASE)
-_NUMBER = re.compile(r"\s*[+-]?([0-9.]|nan\b|inf\b)", re.IGNORECASE)  # also one that is no amount
+_NUMBER = re.compile(r"\s*[+-]?(?:[0-9.e+-]+|nan|inf)\s*[a-zµ%]*\s*", re.IGNORECASE)  # also one that is no amount
 _PER = re.compile(r"\s+per\s+(?P<per>run|step)\s*$", re.IGNORECASE)
 _BY_WORD = {  # what users call a resource
     **dict.fromkeys(("time", "seconds", "runtime", "duration", "speed", "faster"), ("latency", "inference")),
@@ -63,7 +63,7 @@ def _by_words(text: str, resources: Sequence[str]) -> Fields:
     if value is not None and unit in _SAYS:
         return _fields(_SAYS[unit], value * _UNITS[_SAYS[unit]][unit], per)
     match = _WORDS.fullmatch(words)
-    if match is None or not _known(_resource(match["of"])) or not _NUMBER.match(match["amount"]):
+    if match is None or not _known(_resource(match["of"])) or not _NUMBER.fullmatch(match["amount"]):
         raise BudgetError(_unclear(text, resources))
     return _amount(_resource(match["of"]), per, match["amount"])
 
