@@ -25,7 +25,7 @@ AT_MOST = {
     "wheel: files": 171,
     "wheel: files under 60 lines": 5,
     "wheel: imports, share of lines in %": 7.01,
-    "bench: lines": 17_262,
+    "bench: lines": 17_427,
     "tests: lines": 32_798,
     "attach to first cut: files": 56,
     "attach to first cut: lines": 11_462,

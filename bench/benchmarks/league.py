@@ -1,4 +1,4 @@
-"""The league: rivals on a task with the same steps, teacher and search of rates, cell by cell; it goes on where it was.
+"""The league: rivals with the same steps, teacher and search of rates, cell by cell; it continues where it stopped.
 
     python bench/benchmarks/league.py clothing-mobilenet
     python bench/benchmarks/league.py banking77 --lengths 1,4 --starts pretrained,trained --no-teacher

@@ -117,6 +117,7 @@ def cell(net: str, runtime: str, share: float, steps: int) -> dict[str, Any]:
     low, high = found[len(found) // 4], found[-1 - len(found) // 4]
     constant = sum(term.coefficient for term in cost.terms if not any(size.parts for size in term.sizes))
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "net": net,
         "runtime": runtime,
         "share": share,

@@ -80,7 +80,7 @@ class Sizes:
     """What the messages of a decision are about."""
 
     units: int
-    numbers: int  # of losses, counts and groups, which a reading has besides
+    numbers: int  # of losses, counts and groups, which a reading also has
     moments: int = 0  # entries of the moments that the first decision sums over ranks
     read: Sequence[tuple[int, ...]] = ()  # shapes of the weights that the first decision gathers to score units
     shards: Sequence[tuple[int, ...]] = ()  # shapes of the tensors that a cut gathers, with a state of two moments

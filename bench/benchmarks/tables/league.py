@@ -11,7 +11,7 @@ from scipy import stats
 
 from setpoint.report.numbers import NOTHING, percent
 from setpoint_bench.report.statistics import Difference, paired
-from tables.renderer import RESULTS, Record, marked, record_block, rows_made_on, table
+from tables.renderer import RESULTS, Record, marked, record_block, rows_made_on, svg, table
 
 DENSE, NEIGHBOUR, OURS = "dense", "neighbour", "setpoint-at-once"
 MINE = ("setpoint", "fitted-first")
@@ -254,16 +254,7 @@ def chart() -> str | None:
         parts.append(f'<text x="{LEFT + 160 * place + 16}" y="18">{kind}</text>')
     parts.append(f'<text x="{LEFT + WIDE / 2}" y="{TOP + HIGH + 42}" text-anchor="middle">{X_TITLE}</text>')
     parts.append(f'<text transform="translate(16 {TOP + HIGH / 2}) rotate(-90)" text-anchor="middle">{Y_TITLE}</text>')
-    style = (
-        "text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
-        ".axis { stroke: #8a94a3; } .ground { fill: #ffffff; } @media (prefers-color-scheme: dark) "
-        "{ text { fill: #e6eaf0; } .ground { fill: #12181f; } }"
-    )
-    size = f'viewBox="0 0 {LEFT + WIDE + 30} {TOP + HIGH + 54}" width="{LEFT + WIDE + 30}" height="{TOP + HIGH + 54}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="accuracy over milliseconds">'
-    return "\n".join(
-        [head, f"<style>{style}</style>", '<rect class="ground" width="100%" height="100%"/>', *parts, "</svg>\n"]
-    )
+    return svg(parts, LEFT + WIDE + 30, TOP + HIGH + 54, "accuracy over milliseconds")
 
 
 def _dots(data: Record) -> Iterator[tuple[str, float, Difference, str]]:

@@ -8,13 +8,14 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 import setpoint
-from setpoint.report.numbers import MINUS, NOTHING, duration, percent
+from setpoint.report.numbers import MINUS, NOTHING, duration, human, percent
 from setpoint_bench.report.statistics import paired
 from setpoint_bench.sweep import SUITES
 from tables.renderer import (
@@ -203,7 +204,8 @@ def runtimes(data: Record) -> str:
         f"{statistics.median(under):.1%} below what was asked, at most {under[-1]:.1%}. {len(over)} of {len(rows)} are "
         f"over it, by at most {max(over, default=0.0):.1%}. "
     )
-    return table(map(shown, rows), note + made_on(data), left=2)
+    about = [{**data["environment"], "date": row["date"]} for row in rows]
+    return table(map(shown, rows), note + rows_made_on(about), left=2)
 
 
 # What Setpoint itself costs.
@@ -422,7 +424,7 @@ def scale(data: Record) -> str:
     columns = {
         "sensing": "sensing a step",
         "deciding": "a decision",
-        "moments": "the first decision, besides",
+        "moments": "the first decision, extra",
         "cut": "a cut",
     }
     rows = (
@@ -538,3 +540,139 @@ def families(data: Record) -> str:
         for family, row in data["families"].items()
     ]
     return table(cells, made_on(data), left=3)
+
+
+LIBRARIES = {"setpoint": "Setpoint", "torch_pruning": "Torch-Pruning"}
+STAGES = {
+    "build": "the model could not be built, copied or trained before the cut",
+    "discovery": "an error in the discovery",
+    "cut": "an error in the cut",
+    "removed": "too little removed",
+    "training": "training forward or backward fails after the cut",
+    "shapes": "outputs of other shapes after the cut",
+    "time": "no answer within the processor time",
+    "died": "the process died",
+}
+
+
+@record_block("coverage", "coverage/torch_pruning.json")
+def coverage(data: Record) -> str:
+    """Both libraries on every suite, what stopped them, and each of Setpoint's failures."""
+    models = data["models"]
+    suites = [*dict.fromkeys(model["suite"] for model in models), "all"]
+    passed = []
+    for suite in suites:
+        for library, words in LIBRARIES.items():
+            outcomes = [model[library] for model in models if suite in (model["suite"], "all")]
+            passed.append({"suite": suite, "library": words, **_demands_met(outcomes)})
+    stopped = {words: Counter(model[library]["stage"] for model in models) for library, words in LIBRARIES.items()}
+    reasons = [
+        {"what stopped it": meaning, **{words: str(counts[stage]) for words, counts in stopped.items()}}
+        for stage, meaning in STAGES.items()
+        if any(counts[stage] for counts in stopped.values())
+    ]
+    failed = [(model, model["setpoint"]) for model in models if not model["setpoint"]["passed"]]
+    failures = [
+        f"* {model['suite']} `{model['model']}`: {_code(found['stage'] + ': ' + found['reason'])}"
+        for model, found in failed
+    ]
+    heading = f"Setpoint fails on {len(failed)} of {len(models)} models:" if failed else "No failures."
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    about = data["environment"]
+    made = (
+        f"{about['cpu']}, {threads_text(about)} a model, {data['workers']} at a time, {data['limit_seconds']:g} s and "
+        f"{data['memory_gib']:g} GiB a model (twice that, alone, where it was too little), seed {data['seed']}, "
+        f"{data['date'][:10]}; {versions}."
+    )
+    parts = [table(passed, left=8), table(reasons, left=3), heading, "\n".join(failures), made]
+    return "\n\n".join(filter(None, parts))
+
+
+def _demands_met(outcomes: Sequence[Record]) -> dict[str, str]:
+    """How many models pass, how fast groups are found, and how many cut models meet each demand."""
+    seconds = [outcome["seconds"] for outcome in outcomes if outcome["seconds"] is not None]
+    passed = [outcome for outcome in outcomes if outcome["passed"]]
+    cut = [outcome for outcome in outcomes if outcome["stage"] in ("training", "shapes", "done")]
+    return {
+        "passed": f"{len(passed)} / {len(outcomes)}",
+        "discovery": duration(statistics.median(seconds)) if seconds else NOTHING,
+        "exact": f"{sum(outcome['exact'] is True for outcome in outcomes)} / {len(passed)}",
+        **{demand: _of_known(outcome[demand] for outcome in cut) for demand in ("tied", "frozen", "optimizer")},
+    }
+
+
+def _of_known(values: Iterable[bool | None]) -> str:
+    """How many hold, of those that could be asked."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known)} / {len(known)}" if known else NOTHING
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', chr(39))}`"
+
+
+@record_block("growth", "growth.json")
+def growth(data: Record) -> str:
+    """Discovery, a decision and a cut against depth and width, and the line through the depths, on one machine."""
+    machine = data["machines"][-1]
+    cells = [
+        {
+            "layers": str(row["layers"]),
+            "width": f"{row['width']:,}",
+            "parameters": human(row["params"]),
+            "groups": str(row["groups"]),
+            "units": f"{row['units']:,}",
+            **{kind: duration(row[f"{kind}_s"]) for kind in ("discovery", "decision", "cut")},
+        }
+        for row in machine["models"]
+    ]
+    return table(cells, _line_through_depths(machine))
+
+
+def _line_through_depths(machine: Record) -> str:
+    deep = [row for row in machine["models"] if row["width"] == machine["models"][0]["width"]]
+    # A cut that was measured once may hold a full collection of Python's garbage: no line goes through such cuts.
+    repeated = [kind for kind in ("discovery", "decision", "cut") if all(f"{kind}_s" in r["rounds"] for r in deep)]
+    once = "" if "cut" in repeated else "Each cut was measured once, and may hold a collection of Python's garbage. "
+    layers = [row["layers"] for row in deep]
+    slopes = {kind: statistics.linear_regression(layers, [row[f"{kind}_s"] for row in deep])[0] for kind in repeated}
+    fitted = ", ".join(f"{kind} {duration(slope)} a layer" for kind, slope in slopes.items())
+    return f"Least squares over the depths: {fitted}. {once}Seed {machine['seed']}. {made_on(machine)}"
+
+
+@record_block("structures", "structures.json")
+def structures(data: Record) -> str:
+    """By structure the time of the search for groups, and the bytes that sensing, a cut and training take."""
+    names = {"llama": "Llama 3 8B", "mixtral": "Mixtral 8x7B", "qwen2_moe": "Qwen1.5-MoE-A2.7B"}
+    rows = [
+        {
+            "structure": names.get(row["model"], row["model"]),
+            "parameters": human(row["parameters"]),
+            "search for groups": duration(row["search_s"]),
+            "groups": str(row["groups"]),
+            "units": ", ".join(f"{count:,} {unit}s" for unit, count in row["units"].items()),
+            "weights in 16 bit": f"{human(row['weights_bytes'])}B",
+            "AdamW's moments": f"{human(row['adamw_bytes'])}B",
+            "saliencies": f"{human(row['saliency_bytes'])}B",
+            "second moments": f"{human(row['moments_bytes'])}B",
+        }
+        for row in data["rows"]
+    ]
+    return table(rows, made_on(data))
+
+
+@record_block("smollm2", "smollm2.json")
+def smollm2(data: Record) -> str:
+    """Perplexity of each run of SmolLM2 on held-out files, on general text, and on the dense model's own answers."""
+    texts = {"domain test": "held-out files", "Shakespeare": "tiny Shakespeare", "answers": "own answers"}
+    rows = [
+        {
+            "run": row["run"],
+            "parameters outside of embeddings": f"{row['share']:.0%}",
+            **{words: f"{row['perplexity'][name]:.2f}" for name, words in texts.items()},
+        }
+        for row in data["rows"]
+    ]
+    first = data["rows"][0]
+    made = f"{first['cpu']}, {first['date'][:10]}, transformers {first['packages']['transformers']}"
+    return table(rows, f"Perplexity after {first['steps']} steps, seed {first['seed']}. {made}.")

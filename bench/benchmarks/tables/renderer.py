@@ -69,6 +69,19 @@ def record_block(name: str, file: str) -> Callable[[Callable[[Record], str]], Ca
 # Words that several tables share.
 
 
+def svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
+    """A picture of these parts, on a ground that follows the reader's light or dark theme."""
+    style = (
+        "text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
+        ".axis { stroke: #c4cad3; } .ground { fill: #ffffff; } @media (prefers-color-scheme: dark) "
+        "{ text { fill: #e6eaf0; } .axis { stroke: #3a4350; } .ground { fill: #12181f; } }"
+    )
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}">'
+    ground = '<rect class="ground" width="100%" height="100%"/>'
+    return "\n".join([head, f"<style>{style}</style>", ground, *parts, "</svg>\n"])
+
+
 def threads_text(environment: Mapping[str, object]) -> str:
     return f"{environment['threads']} thread{'s' * (str(environment['threads']) != '1')}"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from setpoint_bench.report.results import Cell
 from setpoint_bench.report.statistics import difference
 from setpoint_bench.report.summary import SETPOINT, Row, summary_rows
 from tables.records import models_cut, seconds_met
-from tables.renderer import RESULTS, SPECS, block, marked, rows_made_on, table
+from tables.renderer import RESULTS, SPECS, block, marked, rows_made_on, svg, table
 
 LONGER = ("-long", "-longer", "-taught", "-trained", "-alone")
 """How names of methods end that train for longer, or are taught by a dense run."""
@@ -348,16 +350,7 @@ def recipe_picture() -> str:
     for number, words in enumerate(RECIPE):
         x = 12 + 180 * number
         parts.append(f'<circle cx="{x}" cy="12" r="5" fill="{colors[number]}"/><text x="{x + 9}" y="16">{words}</text>')
-    style = (
-        "text { font: 12px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1c2430; } "
-        ".axis { stroke: #c4cad3; } .ground { fill: #ffffff; } @media (prefers-color-scheme: dark) "
-        "{ text { fill: #e6eaf0; } .axis { stroke: #3a4350; } .ground { fill: #12181f; } }"
-    )
-    size = f'viewBox="0 0 740 {bottom + 26}" width="740" height="{bottom + 26}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="accuracy against dense by step">'
-    return "\n".join(
-        [head, f"<style>{style}</style>", '<rect class="ground" width="100%" height="100%"/>', *parts, "</svg>\n"]
-    )
+    return svg(parts, 740, bottom + 26, "accuracy against dense by step")
 
 
 @block("best-small")
@@ -386,3 +379,32 @@ def best_small() -> str:
             }
         )
     return table(rows, left=2)
+
+
+# Learning rates.
+
+
+@block("tuning")
+def tuning() -> str:
+    """The best learning rate of each method on the pretrained models at a quarter of the FLOPs, on validation data."""
+    lines = dict[str, dict[str, str]]()
+    for name, (words, _) in PRETRAINED.items():
+        # ResNet-56 was swept at an earlier rate first, and then at that of the recipe.
+        swept = {"resnet56": "resnet56-0.04"}.get(name, name)
+        found = dict[str, dict[float, list[Cell]]]()
+        for cell in read_results(RESULTS / "tuning" / swept).cells:
+            if cell.task == name and cell.budget == 0.25:
+                found.setdefault(cell.method.partition("@")[0], {}).setdefault(_rate(cell), []).append(cell)
+        for method, by_rate in sorted(found.items()):
+            means = {rate: statistics.fmean(cell.value for cell in runs) for rate, runs in by_rate.items()}
+            rate = max(means, key=lambda each: means[each])
+            if len(means) > 1:
+                text = f"{rate:g} x ({percent(means[rate])})"
+                lines.setdefault(method, {"method": f"`{method}`"})[words] = text
+    return table(lines.values())
+
+
+def _rate(cell: Cell) -> float:
+    """The learning rate of a run of a sweep, relative to its recipe's."""
+    found = re.search(r"@learning_rate=([\d.]+)", cell.method)
+    return float(found[1]) if found else 1.0

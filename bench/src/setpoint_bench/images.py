@@ -83,7 +83,7 @@ class Images:
 
 @lru_cache(maxsize=1)
 def in_fold(load: Callable[[Path | None], Splits], folder: Path | None, fold: int, folds: int) -> Splits:
-    """All that `load` gives, divided anew: every `folds`-th picture of a fixed random order tests."""
+    """All that `load` gives, divided again: every `folds`-th picture of a fixed random order tests."""
     loaded = load(folder)
     images, labels = (torch.cat([loaded[split][each] for split in sorted(loaded)]) for each in (0, 1))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))

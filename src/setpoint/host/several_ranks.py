@@ -76,7 +76,7 @@ def _on_all_ranks(ranks: Ranks, what: str) -> Iterator[dict[str, Any]]:
     if failures:
         failed = "; ".join(f"rank {rank} with {text}" for rank, text in failures.items())
         raise RankError(
-            f"{what} failed on {failed}. Rank {ranks.own} stops too: mend that, then begin anew or {_LATER}"
+            f"{what} failed on {failed}. Rank {ranks.own} stops too: mend that, then start again or {_LATER}"
         )
     differing = {  # by rank, the names of the facts whose digests differ
         rank: sorted({entry.partition(":")[0] for entry in set(text.split()) ^ set(texts[0].split())})

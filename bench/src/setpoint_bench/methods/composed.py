@@ -22,7 +22,7 @@ class Composed:
 
     Runs that it starts from or learns from are of the same task, budget and seed, and their steps, FLOPs and seconds
     count as this method's, once each. The schedule is always the task's own, stretched or compressed, with its peak: a
-    trained model that goes on at the low rate at which training ended recovers less (learning-rate rewinding: Renda,
+    trained model that continues at the low rate at which training ended recovers less (learning-rate rewinding: Renda,
     Frankle, Carbin, "Comparing rewinding and fine-tuning in neural network pruning", ICLR 2020).
 
     Args:
